@@ -197,18 +197,27 @@ class WorkerLoop(Callback):
             self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, epoch), loop.batch_idx + 1)
 
     def _next_shown(self, position: int) -> int:
-        """Moves the global step towards a position, without jumping over one at which Lightning logs or saves."""
+        """Moves the global step towards a position, without jumping over one at which Lightning logs, saves or validates."""
         trainer, before = self._trainer, self._shown
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saving = [c._every_n_train_steps for c in callbacks if isinstance(c, ModelCheckpoint)]
-        periods = [period for period in (log_every, *saving) if period > 0]
+        periods = [period for period in (log_every, self._validation_period, *saving) if period > 0]
         if not log_every:
             return next_count(before, position, periods)
         # Some log at the start of a batch, before the multiple; the end of that batch belongs to the same step.
         if (before + 1) % log_every == 0:
             return before + 1
         return min(next_count(before, position, periods), next_count(before + 1, position + 1, [log_every]) - 1)
+
+    @property
+    def _validation_period(self) -> int:
+        """Global steps between validations that are counted in steps; 0 if they are not."""
+        trainer = self._trainer
+        interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+        if not self._decides or not isinstance(interval, int) or every is not None:
+            return 0
+        return interval // trainer.accumulate_grad_batches
 
     def _lag(self, stands: bool) -> int:
         """How far Lightning's own count for logging is behind at the end of a batch: usually 1.

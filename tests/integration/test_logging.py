@@ -136,7 +136,4 @@ def test_logs_are_over_the_global_step(run: Run, tmp_path: Path, slow: int | Non
     # As under DDP: Lightning counts from 0.
     assert steps["mine"] == [19, 39, 59]
     assert steps["lr-SGD"] in ([19, 39, 59], [19, 39])  # the last one if this worker has a batch there
-    # A slow worker validates as soon as it sees that the step is past.
-    first, last = steps["val_loss"]
-    assert 29 <= first <= 29 + 4 * LOCAL_STEPS
-    assert last == 59
+    assert steps["val_loss"] == [29, 59]

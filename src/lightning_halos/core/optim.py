@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DelayedNesterov"]
 
-# Elements of a large CPU tensor that are worked on at a time: the blocks of one update (a few hundred KiB) stay in a
-# core's cache between its elementwise operations, and torch starts no threads for so few (its grain size).
-_BLOCK = 32768
+# Elements of a large CPU tensor that are worked on at a time: few enough that the blocks of one update stay in the
+# cores' caches between its elementwise operations, and many enough that torch shares each among its threads.
+_BLOCK = 131072
 
 
 class DelayedNesterov(Optimizer):
