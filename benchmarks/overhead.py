@@ -81,7 +81,7 @@ def round_trip_process(folder: Path) -> None:
     memory = vector.read(vector.new())
     groups = Groups(store, topology, rank, timeout)
     process = Process(
-        rank, topology, groups, Settings(), memory, vector.shapes, StepBudget(2), timeout, interrupted=lambda: None
+        rank, topology, groups, Settings(), memory, vector.shapes, StepBudget(2), None, timeout, lambda: None
     )
     worker = WorkerRound(rank, local_steps=8)
     buffer = torch.ones_like(memory)

@@ -1,17 +1,31 @@
 """HALoS, hierarchical asynchronous local SGD (arXiv 2506.04531), as a PyTorch Lightning strategy.
 
 Importing this package registers the strategies ``"halos"``, ``"halos_spawn"``, ``"halos_fork"`` and
-``"halos_notebook"``.
+``"halos_notebook"``, and what they are compared with: ``"diloco"``, ``"async_local_sgd"`` and ``"sync_sgd"``.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_halos.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
 from lightning_halos.callbacks.monitor import HalosMonitor
 from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.strategy import HalosStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 
-HalosStrategy.register_strategies(StrategyRegistry)
+for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):
+    strategy.register_strategies(StrategyRegistry)
+del strategy
 
-__all__ = ["DelayedNesterov", "HalosMonitor", "HalosStrategy", "PeerFailedError", "PeerLostError"]
+__all__ = [
+    "AsyncLocalSGDStrategy",
+    "DelayedNesterov",
+    "DilocoStrategy",
+    "HalosMonitor",
+    "HalosStrategy",
+    "PeerFailedError",
+    "PeerLostError",
+    "SimulatedCluster",
+    "SyncSGDStrategy",
+]
 __version__ = "0.1.0"

@@ -31,17 +31,29 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
+from lightning_halos.core.cursor import DataCursor
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.data.shared import LightningRank, SharedData
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.history import Event
+from lightning_halos.simulation.launcher import SimulationLauncher
+from lightning_halos.simulation.process import SimulatedProcess
+from lightning_halos.simulation.rounds import AsynchronousRounds, Rounds
+from lightning_halos.simulation.servers import RegionServers, Servers
+from lightning_halos.simulation.timing import Timing
+from lightning_halos.simulation.world import World
 from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, make_group, open_store
-from lightning_halos.transport.hosts import GlobalHost
+from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
 
+AnyProcess = Process | SimulatedProcess | LockstepProcess
 StartMethod = Literal["popen", "spawn", "fork"]
 
 _AT_THE_EDGES = 1800.0  # seconds that workers may wait for each other before and after training, at least
@@ -58,7 +70,8 @@ class HalosStrategy(ParallelStrategy):
     Args:
         regions: Number of regions (consecutive ranks), or the ranks of each, such as ``[[0, 1], [2, 3]]``. Default: the
             environment variable ``HALOS_REGION`` of each process, else one region per node.
-        servers_per_region: Local parameter servers in each region, which share its workers.
+        servers_per_region: Local parameter servers in each region, which share its workers; or a list, the number of
+            each region.
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
             ``max(1, ceil(H * speed / fastest))``.
@@ -72,6 +85,8 @@ class HalosStrategy(ParallelStrategy):
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
             1800 seconds for each other, since rank 0 may validate then.
+        simulate: A cluster to simulate on this machine: one process per described worker, over the devices of the
+            Trainer, under a virtual clock. Its regions are those of the cluster.
         accelerator: As in Lightning's strategies.
         parallel_devices: As in Lightning's strategies.
         cluster_environment: As in Lightning's strategies.
@@ -89,7 +104,7 @@ class HalosStrategy(ParallelStrategy):
     def __init__(
         self,
         regions: int | list[list[int]] | None = None,
-        servers_per_region: int = 1,
+        servers_per_region: int | list[int] = 1,
         local_steps: int = 8,
         dynamic_local_steps: bool = True,
         accumulate_updates: int | None = None,
@@ -98,6 +113,7 @@ class HalosStrategy(ParallelStrategy):
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
+        simulate: SimulatedCluster | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -106,7 +122,8 @@ class HalosStrategy(ParallelStrategy):
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         check_regions(regions)
-        check_count("servers_per_region", servers_per_region)
+        for count in servers_per_region if isinstance(servers_per_region, list) else [servers_per_region]:
+            check_count("servers_per_region", count)
         if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout={timeout!r} must be a positive number of seconds.")
         if start_method not in get_args(StartMethod):
@@ -114,6 +131,14 @@ class HalosStrategy(ParallelStrategy):
         self._settings = Settings(
             local_steps, dynamic_local_steps, accumulate_updates, merge_weight, local_optimizer, global_optimizer
         )
+        if simulate is not None and not isinstance(simulate, SimulatedCluster):
+            raise TypeError(
+                f"simulate=<{type(simulate).__name__}> must be a SimulatedCluster, such as"
+                " SimulatedCluster.from_yaml('examples/clusters/paper.yaml')."
+            )
+        if simulate is not None and regions is not None:
+            raise ValueError(f"regions={regions!r} must be None with simulate=...: the cluster says which there are.")
+        self._cluster = simulate
         self._regions = regions
         self._servers_per_region = servers_per_region
         self._start_method = start_method
@@ -124,7 +149,9 @@ class HalosStrategy(ParallelStrategy):
         self._made_default_group = False
         self._training = False
         self._loop: WorkerLoop | None = None
-        self._process: Process | None = None
+        self._process: AnyProcess | None = None
+        self._history: list[Event] = []
+        self._virtual_seconds = 0.0
         self._callbacks: list[pl.Callback] | None = None
         self._limit_val_batches: int | float | None = None
         self._worker_model: Tensor | None = None
@@ -158,7 +185,7 @@ class HalosStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         if self._is_rank_zero_alone:
             return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
 
     @property
     def topology(self) -> Topology:
@@ -166,9 +193,26 @@ class HalosStrategy(ParallelStrategy):
         return self._topology
 
     @property
-    def global_host(self) -> GlobalHost | None:
-        """The host of the global server; only on rank 0 and while it fits."""
-        return self._process.global_host if self._process is not None else None
+    def servers(self) -> AnyProcess | None:
+        """What knows the global model and the servers' counters; only on rank 0 and while it fits."""
+        return self._process if self._process is not None and self._process.has_global_model else None
+
+    @property
+    def history(self) -> list[Event]:
+        """Of a simulation, all events of the last fit so far, by virtual time; only on rank 0, and after the fit."""
+        return self._world.history if self._world is not None else self._history
+
+    @property
+    def virtual_seconds(self) -> float:
+        """Of a simulation, the virtual time at which rank 0's present round ends; after the fit, at which it ended."""
+        return self._world.virtual_ms / 1e3 if self._world is not None else self._virtual_seconds
+
+    @property
+    def _world(self) -> World | None:
+        return self._process.world if isinstance(self._process, SimulatedProcess) else None
+
+    def _recall(self, history: list[Event], virtual_seconds: float) -> None:
+        self._history, self._virtual_seconds = history, virtual_seconds
 
     @property
     def round(self) -> WorkerRound | None:
@@ -192,13 +236,33 @@ class HalosStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        if self._cluster is not None:
+            self._configure_simulation(self._cluster)
+            return
         regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
         if regions is not None:
-            self._topology = Topology.build(regions, self._servers_per_region)
+            self._topology = self._arrange(regions)
         if self._start_method == "popen":
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
+
+    def _configure_simulation(self, cluster: SimulatedCluster) -> None:
+        assert self.cluster_environment is not None
+        assert self.parallel_devices is not None
+        if self.num_nodes > 1 or self.cluster_environment.creates_processes_externally:
+            raise ValueError(
+                "simulate=... starts a process for each worker of the cluster by itself, on one machine: use"
+                " Trainer(num_nodes=1), without torchrun or SLURM."
+            )
+        devices = self.parallel_devices
+        self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
+        self._topology = self._arrange(cluster.regions, cluster.names)
+        self._launcher = SimulationLauncher(self, "fork" if self._start_method == "popen" else self._start_method)
+
+    def _arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = ()) -> Topology:
+        """Decides which servers there are."""
+        return Topology.build(regions, self._servers_per_region, names)
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment this process's rank, as Lightning's ``DDPStrategy`` does."""
@@ -224,11 +288,15 @@ class HalosStrategy(ParallelStrategy):
         # Rank 0 may validate the final model while the others wait for it.
         world = make_group(self._store, "world", rank, size, max(self._timeout, _AT_THE_EDGES))
         self._collectives = Collectives(world, self._check_interrupted)
+        if self._cluster is not None:
+            everybody = Topology.build([range(size)], servers_per_region=1)
+            self._groups = Groups(self._store, everybody, rank, self._timeout)
+            return
         if self._regions is None:
             names = self._collectives.gather_texts(os.environ.get(REGION_VARIABLE, ""))
             if any(names):
                 regions, region_names = regions_by_name(names)
-                self._topology = Topology.build(regions, self._servers_per_region, region_names)
+                self._topology = self._arrange(regions, region_names)
         self._groups = Groups(self._store, self._topology, rank, self._timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -295,11 +363,30 @@ class HalosStrategy(ParallelStrategy):
                 f"The module of {self._here} has {vector.num_elements} elements that travel, that of another worker has"
                 " more or fewer. All workers must train the same module with the same parameters frozen."
             )
-        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
         stepping_batches = trainer.estimated_stepping_batches
         limit = int(stepping_batches) if stepping_batches != float("inf") else None
+        memory = vector.read(vector.new()) if self._exchanges_models else None
+        data = SharedData.find(trainer) if self._shares_data else None
+        start = self._start_process if self._cluster is None else self._start_simulation
+        worker_round = start(trainer, vector, memory, data)
+        assert self._process is not None
+        client, alarm = self._process.client, self._process.alarm
+        clock = (lambda: self.virtual_seconds) if self._world is not None else None
+        self._loop = WorkerLoop(trainer, vector, memory, worker_round, client, alarm, limit, data, clock)
+        self._install(trainer)
+        self._collectives.barrier()
+        self._training = True
+
+    _exchanges_models = True
+    _shares_data = True
+
+    def _start_process(
+        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+    ) -> WorkerRound:
+        """Starts this process's servers and links. Returns the worker's first round."""
+        assert memory is not None
+        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
         budget = StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
-        memory = vector.read(vector.new())
         self._process = Process(
             self.global_rank,
             self._topology,
@@ -308,17 +395,64 @@ class HalosStrategy(ParallelStrategy):
             memory,
             vector.shapes,
             budget,
+            _cursor(trainer, data),
             self._timeout,
             self._check_interrupted,
         )
+        if data is not None:
+            data.lease(self._process.client.leases())
         planner = self._settings.planner(self.world_size, max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
-        worker_round = WorkerRound(self.global_rank, local_steps, trainer.global_step)
-        client, alarm = self._process.client, self._process.alarm
-        self._loop = WorkerLoop(trainer, vector, memory, worker_round, client, alarm, limit)
-        self._install(trainer)
-        self._collectives.barrier()
-        self._training = True
+        return WorkerRound(self.global_rank, local_steps, trainer.global_step)
+
+    def _start_simulation(
+        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+    ) -> WorkerRound:
+        """Starts the world on rank 0, and a link to it. Returns the worker's first round."""
+        cluster = self._cluster
+        assert cluster is not None
+        timing = Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize)
+        done, rank = trainer.global_step * self.world_size, self.global_rank
+        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
+        ordered = math.inf if max_steps is None else max_steps * self.world_size - done
+        held = math.inf
+        if data is not None and trainer.max_epochs not in (None, -1):
+            held = (trainer.max_epochs - trainer.current_epoch) * data.steps_per_epoch
+        budget = min(ordered, held)
+
+        def make_world(alarm: Alarm) -> World:
+            servers = self._simulated_servers(timing, memory, vector.shapes)
+            rounds = self._simulated_rounds(timing, done, budget)
+            return World(rounds, servers, self.world_size, max_steps, done, alarm)
+
+        if data is not None:
+            offset = trainer.current_epoch * data.steps_per_epoch - done
+            rounds = self._simulated_rounds(timing, done, budget)
+            data.lease(rounds.leases(rank, data.steps_per_epoch, offset, is_endless=ordered < held))
+        self._process = SimulatedProcess(
+            rank, self.world_size, self._groups, make_world, self._timeout, self._check_interrupted
+        )
+        first = self._simulated_rounds(timing, done, budget).begin(range(self.world_size), 0.0)
+        mine = next((r for r in first if r.worker == rank), None)
+        return WorkerRound(rank, mine.steps if mine else 1, mine.position if mine else trainer.global_step)
+
+    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
+        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
+        regions = [self._server_region(rank, timing) for rank in range(self.world_size)]
+        return AsynchronousRounds(timing, local_steps, regions, done, budget)
+
+    def _server_region(self, worker: int, timing: Timing) -> int:
+        """Region of a worker's server in the simulated cluster."""
+        return timing.cluster.global_region if self._settings.one_server else self._topology.group_of(worker).region
+
+    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
+        assert memory is not None
+        groups, settings = self._topology.groups, self._settings
+        regions = [self._server_region(rank, timing) for rank in self._topology.leaders]
+        locals_ = [settings.local_server(g.index, len(g.ranks), memory.clone(), shapes) for g in groups]
+        global_ = None if settings.one_server else settings.global_server(len(groups), memory.clone(), shapes)
+        records = timing.cluster.record_parameters
+        return RegionServers(groups, regions, locals_, global_, timing, records)
 
     def _install(self, trainer: pl.Trainer) -> None:
         """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
@@ -358,19 +492,19 @@ class HalosStrategy(ParallelStrategy):
     @property
     def _is_training_elsewhere(self) -> bool:
         """On rank 0: whether this worker's model and the global model are different ones now."""
-        return self._training and self.global_host is not None and self._loop is not None and not self._loop.finished
+        return self._training and self.servers is not None and self._loop is not None and not self._loop.finished
 
     def _publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
-        assert self.global_host is not None
+        assert self.servers is not None
         assert self.lightning_module is not None
         metrics = self.lightning_module.trainer.callback_metrics
-        self.global_host.publish(list(plateaus), {name: float(value) for name, value in metrics.items()})
+        self.servers.publish(plateaus, {name: float(value) for name, value in metrics.items()})
 
     def _read_global_model(self) -> Tensor:
         assert self._loop is not None
-        assert self.global_host is not None
-        model = self._loop.vector.new()
-        self.global_host.read(model)
+        assert self.servers is not None
+        model = self._loop.vector.read(self._loop.vector.new())
+        self.servers.read(model)
         return model
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -498,6 +632,8 @@ class HalosStrategy(ParallelStrategy):
         super().teardown()
 
     def _end_process(self, timeout: float) -> None:
+        if self._world is not None:
+            self._recall(self._world.history, self._world.virtual_ms / 1e3)
         process, self._process = self._process, None
         if process is not None:
             process.close(timeout)
@@ -510,3 +646,10 @@ class HalosStrategy(ParallelStrategy):
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.received_sigterm:
             raise SIGTERMException
+
+
+def _cursor(trainer: pl.Trainer, data: SharedData | None) -> DataCursor | None:
+    if data is None:
+        return None
+    epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    return DataCursor(data.steps_per_epoch, epochs, trainer.current_epoch)

@@ -48,27 +48,35 @@ class Topology:
     groups: tuple[ServerGroup, ...]
 
     @classmethod
-    def build(cls, regions: Sequence[Sequence[int]], servers_per_region: int, names: Sequence[str] = ()) -> Topology:
+    def build(
+        cls, regions: Sequence[Sequence[int]], servers_per_region: int | Sequence[int], names: Sequence[str] = ()
+    ) -> Topology:
         """Divides every region's workers among its servers.
 
         Args:
             regions: Global ranks of each region; checked by :func:`check_regions`.
-            servers_per_region: Local servers in each region.
+            servers_per_region: Local servers in each region, or of each.
             names: Names of the regions; default: their indices.
 
         Raises:
-            ValueError: If a region has fewer workers than servers.
+            ValueError: If a region has fewer workers than servers, or there are not as many numbers as regions.
         """
         names = names or [str(index) for index in range(len(regions))]
+        servers = [servers_per_region] * len(regions) if isinstance(servers_per_region, int) else servers_per_region
+        if len(servers) != len(regions):
+            raise ValueError(
+                f"servers_per_region={servers_per_region!r} has {len(servers)} number(s) for {len(regions)} region(s)."
+                " Give one number for all regions, or one for each."
+            )
         parts = []
-        for region, ranks in enumerate(regions):
-            if len(ranks) < servers_per_region:
+        for region, (ranks, count) in enumerate(zip(regions, servers, strict=True)):
+            if len(ranks) < count:
                 raise ValueError(
                     f"servers_per_region={servers_per_region} is more than the {len(ranks)} worker(s) of region"
                     f" {names[region]}. Every server needs a worker of its own: lower servers_per_region to at most"
-                    f" {min(map(len, regions))}, or put more workers into the region."
+                    f" {len(ranks)}, or put more workers into the region."
                 )
-            parts += [(tuple(part), region) for part in _divide(sorted(ranks), servers_per_region)]
+            parts += [(tuple(part), region) for part in _divide(sorted(ranks), count)]
         groups = [ServerGroup(index, region, ranks) for index, (ranks, region) in enumerate(sorted(parts))]
         return cls(tuple(names), tuple(groups))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,14 +16,15 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from lightning_halos.core.messages import Pull
 from lightning_halos.core.schedule import next_count
-from lightning_halos.core.vector import ModelVector
+from lightning_halos.core.vector import ModelVector, Reach
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.data.shared import SharedData
 from lightning_halos.schedulers import SchedulePosition
 from lightning_halos.transport.alarm import Alarm, describe
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.link import Filled
+from lightning_halos.transport.lockstep import LockstepClient
 
 
 class WorkerLoop(Callback):
@@ -32,22 +33,27 @@ class WorkerLoop(Callback):
     Args:
         trainer: The Trainer, at the start of training.
         vector: What travels of the module.
-        memory: A vector's memory, holding the module's present values: what the first round starts from.
+        memory: A vector's memory, holding the module's present values: what the first round starts from. ``None`` if
+            no models are exchanged.
         worker_round: The worker's round.
         client: The worker's end of the link to its local server.
         alarm: Where failures go.
         limit: Global steps of the whole run, ``None`` if unknown.
+        data: The training data, if the workers share it.
+        clock: Of a simulation, tells the virtual time in seconds, on rank 0.
     """
 
     def __init__(
         self,
         trainer: pl.Trainer,
         vector: ModelVector,
-        memory: Tensor,
+        memory: Tensor | None,
         worker_round: WorkerRound,
-        client: WorkerClient,
+        client: WorkerClient | LockstepClient,
         alarm: Alarm,
         limit: int | None,
+        data: SharedData | None,
+        clock: Callable[[], float] | None,
     ) -> None:
         self.round = worker_round
         self.finished = False
@@ -61,22 +67,31 @@ class WorkerLoop(Callback):
         self._shown = trainer.global_step
         self._steps_before = 0
         self._excluded = 0.0
+        self._data = data
+        self._clock = clock
+        self._epoch_batches = trainer.num_training_batches
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self.schedulers = SchedulePosition(
             self._module,
             trainer.lr_scheduler_configs,
             trainer.optimizers,
-            worker_round.position,
+            trainer.global_step,
             limit,
             self._decides,
         )
+        self.schedulers.pull(worker_round.position, [])
         self._mark = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._data is not None:
+            self._data.attach()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._alarm.check()
         self._steps_before = trainer.global_step
         self.schedulers.before_batch(self.round.batches)
+        self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._alarm.check()
@@ -94,6 +109,16 @@ class WorkerLoop(Callback):
         else:
             self._show(self.round.global_step)
         self._mark = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_time()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.current.ready == 0:
+            # The others took all data of this epoch, but it is over for this worker's schedules, too.
+            loop.batch_progress.is_last_batch = True
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.finished:
@@ -114,9 +139,9 @@ class WorkerLoop(Callback):
         """
         self._refuse_newly_trainable()
         push = self.round.push(self._memory if self.round.has_steps else None, stop, final=True)
-        final, filled = self._client.finish(push, partial(self.vector.pseudo_gradient_, self._memory))
-        assert final.vector is not None
-        self.vector.write(final.vector, filled)
+        final, filled = self._client.finish(push, self._fill)
+        if final.vector is not None:
+            self.vector.write(final.vector, filled)
         self._alarm.off()
         self.finished = True
         trainer = self._trainer
@@ -137,13 +162,20 @@ class WorkerLoop(Callback):
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
         trainer.val_check_batch = self._val_check_batch
         self.schedulers.release()
+        if self._data is not None:
+            self._data.detach()
+
+    def _log_time(self) -> None:
+        if self._clock is not None:
+            self._module.log("virtual_seconds", self._clock(), rank_zero_only=True)
 
     def _next_round(self) -> None:
         self._refuse_newly_trainable()
         posted = time.perf_counter()
         push = self.round.push(self._memory)
-        pull, filled = self._client.exchange(push, partial(self.vector.pseudo_gradient_, self._memory))
-        self._load(pull, filled)
+        pull, filled = self._client.exchange(push, self._fill)
+        if pull.vector is not None:
+            self._load(pull.vector, filled)
         self.round.receive(pull, waited=time.perf_counter() - posted)
         self.schedulers.pull(pull.position, pull.plateaus)
         if not self._decides:
@@ -161,9 +193,12 @@ class WorkerLoop(Callback):
                 " lightning.pytorch.callbacks.BaseFinetuning."
             )
 
-    def _load(self, pull: Pull, filled: Filled) -> None:
-        assert pull.vector is not None
-        self._memory = pull.vector
+    def _fill(self, reach: Reach) -> None:
+        assert self._memory is not None
+        self.vector.pseudo_gradient_(self._memory, reach)
+
+    def _load(self, model: Tensor, filled: Filled) -> None:
+        self._memory = model
         self.vector.write(self._memory, filled)
         if not self.vector.lossless:
             self.vector.read(self._memory)
@@ -191,13 +226,12 @@ class WorkerLoop(Callback):
             loop.manual_optimization.optim_step_progress.total.completed = self._shown
         if not loop._should_accumulate():
             loop._batches_that_stepped = self._shown - self._lag(stands=self._shown == before and not is_final)
-        if self._decides and trainer.max_steps != -1:
+        if self._decides and (trainer.max_steps != -1 or self._data is not None):
             self._schedule_validation(before)
-            epoch = trainer.num_training_batches
-            self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, epoch), loop.batch_idx + 1)
+            self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
 
     def _next_shown(self, position: int) -> int:
-        """Moves the global step towards a position, without jumping over one at which Lightning logs, saves or validates."""
+        """Moves the global step towards a position, without jumping over one at which Lightning does something."""
         trainer, before = self._trainer, self._shown
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -231,18 +265,24 @@ class WorkerLoop(Callback):
     def _schedule_validation(self, before: int) -> None:
         """Validates after ``val_check_interval`` batches of all workers, not of this one."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
-        if not isinstance(interval, int) or every not in (None, 1):
+        interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
+        if not isinstance(interval, int) or (self._data is None and every not in (None, 1)):
             return
-        is_due = self._is_due(before, interval, trainer.num_training_batches if every else float("inf"))
+        epoch = self._epoch_batches if every else float("inf")
+        if every and trainer.max_steps == -1:
+            # The end of an epoch is where this worker's data of it ends: in the last epoch, after the last step of all.
+            ends = loop.batch_progress.is_last_batch and epoch % interval == 0
+            is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
+        else:
+            is_due = self._is_due(before, interval, epoch)
         present = (loop.batch_idx if every else loop.total_batch_idx) + 1
         trainer.val_check_batch = present if is_due else present + 1
 
-    def _is_due(self, before: int, interval: int, epoch: float) -> bool:
+    def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
         """Whether what happens every so many batches of an epoch is due since a global step."""
         accumulate = self._trainer.accumulate_grad_batches
-        batches = range(before * accumulate, self._shown * accumulate)
-        return any((batch % epoch + 1) % interval == 0 for batch in batches)
+        numbers = (batch % epoch + 1 for batch in range(before * accumulate, self._shown * accumulate))
+        return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
 
 
 def without_deciding(callbacks: list[Callback]) -> list[Callback]:

@@ -1,4 +1,4 @@
-"""The published HALoS simulator on the toy problem, written a second time from its formulas.
+"""The published simulator of HALoS and its baselines on the toy problem, written a second time from its formulas.
 
 Rules of this room: numpy and the standard library only; nothing of lightning_halos and no torch. What the toy problem
 is says the design, section 4. `delayed_nesterov.lr` of a configuration is `lr * delay` of ours.
@@ -7,9 +7,11 @@ is says the design, section 4. `delayed_nesterov.lr` of a configuration is `lr *
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ class Event:
     """What happened, and the server that it happened to, afterwards."""
 
     time: float  # virtual milliseconds
-    kind: str  # "push": a round ended at its LPS; "update": an LPS's update came to the GPS; "merge": the answer came
-    lps: int
+    kind: str  # "push": a round ended at its LPS; "update": an LPS's update came to the GPS; "merge": the answer came;
+    # "round": a synchronous round of all workers ended
+    lps: int  # of a push, update or merge; else -1
     worker: int  # of a push; else -1
     version: int  # updates that the server has applied
     steps: int  # local steps that the GPS has counted
@@ -34,14 +37,14 @@ class Event:
 def record(config: Config, at_least: int = 0) -> list[Event]:
     """The events until the GPS has counted `total_local_steps`, and `at_least` so many."""
     events: list[Event] = []
-    for event in simulate(config):
+    for event in {"halos": halos, "async_local_sgd": async_local_sgd, "diloco": diloco}[config["algorithm"]](config):
         events.append(event)
         if event.steps >= config["total_local_steps"] and len(events) >= at_least:
             return events
     raise AssertionError("a simulation has no end")
 
 
-def simulate(config: Config) -> Iterator[Event]:
+def halos(config: Config) -> Iterator[Event]:
     """All events by virtual time. They go on when the GPS has all its steps and applies nothing more."""
     homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
     rounds = local_steps(config)
@@ -59,8 +62,7 @@ def simulate(config: Config) -> Iterator[Event]:
     queue: list[tuple[float, int, str, int, int, Any]] = []
     numbers = iter(range(10**9))
 
-    def link(source: int, target: int) -> float:
-        return config["message_bytes"] * 8 / (config["network_bandwidths_gbps"][source][target] * 1e9) * 1e3
+    link = partial(link_ms, config)
 
     def later(time: float, kind: str, lps: int, worker: int, load: Any) -> None:
         heapq.heappush(queue, (time, next(numbers), kind, lps, worker, load))
@@ -100,6 +102,58 @@ def simulate(config: Config) -> Iterator[Event]:
             yield Event(now, kind, lps, -1, version[lps], gps_steps, theta[lps])
 
 
+def async_local_sgd(config: Config) -> Iterator[Event]:
+    """All events by virtual time. The only server is the GPS, in region 0."""
+    homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
+    rounds, speeds, apply = local_steps(config), relative_speeds(config), optimizer(config["global_optimizer"])
+    theta, version, steps, cursor = initial(), 0, 0, 0
+    queue: list[tuple[float, int, Vector]] = []
+
+    def dispatch(now: float, worker: int) -> None:
+        nonlocal cursor
+        compute = config["local_step_time_ms"] * rounds[worker] / speeds[worker]
+        end = now + 2 * link_ms(config, 0, homes[worker]) + compute + worker * 1e-6
+        heapq.heappush(queue, (end, worker, theta - train(config, theta, cursor, rounds[worker])))
+        cursor += rounds[worker] * config["local_batch_size"]
+
+    for worker in range(len(homes)):
+        dispatch(0.0, worker)
+    while True:
+        now, worker, gradient = heapq.heappop(queue)
+        if steps < config["total_local_steps"]:
+            theta, version, steps = apply(theta, gradient), version + 1, steps + rounds[worker]
+        dispatch(now, worker)
+        yield Event(now, "push", 0, worker, version, steps, theta)
+
+
+def diloco(config: Config) -> Iterator[Event]:
+    """All rounds. Workers with equally many steps also start from the same position of the schedule."""
+    rounds, speeds, apply = local_steps(config), relative_speeds(config), optimizer(config["outer_optimizer"])
+    workers, table = len(rounds), config["network_bandwidths_gbps"]
+    rings = [
+        min(table[a][b] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True))
+        for ring in itertools.permutations(range(len(table)))
+    ]
+    bits = 2 * (workers - 1) * (config["message_bytes"] * 8 / workers)
+    exchange = bits / (max(rings) * 1e9) * 1e3 if workers > 1 else 0.0
+    compute = max(config["local_step_time_ms"] * r / s for r, s in zip(rounds, speeds, strict=True))
+    theta, version, steps, cursor, now = initial(), 0, 0, 0, 0.0
+    while True:
+        total = np.zeros(6)
+        for own in rounds:
+            start = cursor // config["global_batch_size"]
+            position = start - start % own if len(set(rounds)) == 1 else start
+            total += theta - train(config, theta, cursor, own, position)
+            cursor += own * config["local_batch_size"]
+        now += compute + exchange
+        theta, version, steps = apply(theta, total / workers), version + 1, steps + sum(rounds)
+        yield Event(now, "round", -1, -1, version, steps, theta)
+
+
+def link_ms(config: Config, source: int, target: int) -> float:
+    return config["message_bytes"] * 8 / (config["network_bandwidths_gbps"][source][target] * 1e9) * 1e3
+
+
 def relative_speeds(config: Config) -> list[float]:
     speeds = [speed for region in config["worker_speeds"] for speed in region]
     return [speed / max(speeds) for speed in speeds]
@@ -129,9 +183,10 @@ def learning_rate(schedule: Config, step: int) -> float:
     return bottom
 
 
-def train(config: Config, weight: Vector, start: int, steps: int) -> Vector:
+def train(config: Config, weight: Vector, start: int, steps: int, position: int | None = None) -> Vector:
     """The weight after a round that starts at index `start` of the data."""
-    size, position = config["local_batch_size"], start // config["global_batch_size"]
+    size = config["local_batch_size"]
+    position = start // config["global_batch_size"] if position is None else position
     for step in range(steps):
         first = start + step * size
         mean = sum(sample(index) for index in range(first, first + size)) / size

@@ -9,11 +9,7 @@ A file that does hold recorded events is taken as the truth instead: the i-th re
 rules. Its exact form is not known to us, so it is read leniently; see `read`. `HALOS_GOLDEN_DIR` names another folder.
 """
 
-import dataclasses
 import json
-import os
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,19 +17,14 @@ import torch
 from torch import nn
 
 from lightning_halos.core.messages import GlobalModel, Pull
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 
-from . import reference
+from . import golden, reference
 
-SHIPPED = Path(__file__).parent.parent / "golden"
-FOLDER = Path(os.environ.get("HALOS_GOLDEN_DIR", SHIPPED))
-FILES = [p for p in sorted(FOLDER.glob("*.json")) if json.loads(p.read_text())["config"]["algorithm"] == "halos"]
-TWO_REGIONS = json.loads((SHIPPED / "halos_two_regions.json").read_text())["config"]
-
-PARAMETERS, MILLISECONDS = 1e-9, 1e-6  # tolerances
+FILES = [path for path in golden.FILES if golden.load(path)["config"]["algorithm"] == "halos"]
+TWO_REGIONS = golden.load(golden.SHIPPED / "halos_two_regions.json")["config"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -43,7 +34,7 @@ def test_the_servers_reproduce_the_record_of(path):
 
 
 def test_there_is_something_to_reproduce():
-    assert FILES, f"no configuration with algorithm 'halos' in {FOLDER}"
+    assert FILES, f"no configuration with algorithm 'halos' in {golden.FOLDER}"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +68,7 @@ def test_the_first_round_of_the_reference_is_what_a_pocket_calculator_gives():
     np.testing.assert_allclose(first.parameters, start - 0.8 * (start - weight) / 4, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("halos_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(golden.SHIPPED.glob("halos_*.json")), ids=lambda path: path.stem)
 def test_the_reference_runs_until_the_global_server_has_its_steps(path):
     config = json.loads(path.read_text())["config"]
     events = reference.record(config)
@@ -162,52 +153,12 @@ class TestARecordedFile:
 
 def check(path):
     """Fails unless the real servers follow the file's record, or the reference's if the file holds none."""
-    data = json.loads(Path(path).read_text())
-    times, vectors, finals = read(data)
-    record = reference.record(data["config"], at_least=len(times))
-    if times:
-        assert len(times) == len(record), f"{path} holds {len(times)} events, but the rules give {len(record)}"
-        for number, (event, time) in enumerate(zip(record, times, strict=True)):
-            assert abs(event.time - time) < MILLISECONDS, f"event {number} is at {time} ms, but by the rules: {event}"
-        record = [dataclasses.replace(e, parameters=np.array(v)) for e, v in zip(record, vectors, strict=True)]
+    data = golden.load(path)
+    record, finals = golden.record_of(data)
     final = replay(data["config"], record)
     if finals:
         distance = min(np.abs(final - np.array(vector)).max() for vector in finals)
-        assert distance < PARAMETERS, f"the final parameters are {final}, {path} has {finals}"
-
-
-def read(data):
-    """Times, parameters of every event, and the vectors that may be the final ones; empty if nothing was recorded.
-
-    A time is the latest number under a key that contains "time", "t" or "ms"; the parameters of an event are the one
-    list of 6 numbers somewhere in it; final ones are under a top-level key that contains "final".
-    """
-    times, parameters = [], []
-    for number, event in enumerate(data.get("events", [])):
-        moments = [value for key, value in event.items() if is_time(key) and is_number(value)]
-        found = list(vectors_in(event))
-        assert moments, f"event {number} of the record has no time: {event}"
-        assert len(found) == 1, f"event {number} of the record does not have exactly one list of 6 numbers: {event}"
-        times.append(max(moments))
-        parameters.append(found[0])
-    finals = [vector for key, value in data.items() if "final" in key.lower() for vector in vectors_in(value)]
-    return times, parameters, finals
-
-
-def is_time(key):
-    return "time" in key.lower() or not {"t", "ms"}.isdisjoint(key.lower().split("_"))
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def vectors_in(value):
-    if isinstance(value, list) and len(value) == 6 and all(map(is_number, value)):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from vectors_in(part)
+        assert distance < golden.PARAMETERS, f"the final parameters are {final}, {path} has {finals}"
 
 
 def replay(config, record):
@@ -219,7 +170,7 @@ def replay(config, record):
         assert server.version == event.version, f"{place}: version {server.version}"
         assert cluster.gps.steps == event.steps, f"{place}: {cluster.gps.steps} steps counted"
         distance = np.abs(server.model.numpy() - event.parameters).max()
-        assert distance < PARAMETERS, f"{place}: parameters {server.model.tolist()} are {distance:.1e} off"
+        assert distance < golden.PARAMETERS, f"{place}: parameters {server.model.tolist()} are {distance:.1e} off"
     return cluster.gps.model.numpy()
 
 
@@ -228,9 +179,9 @@ class Cluster:
 
     def __init__(self, config):
         self.config = config
-        self.gps = GlobalServer(start(), optimizer(config["global_optimizer"]), servers=config["num_lps"])
+        self.gps = GlobalServer(start(), golden.optimizer(config["global_optimizer"]), servers=config["num_lps"])
         self.lps = [
-            LocalServer(index, start(), optimizer(config["local_optimizer"]), config["accumulation"],
+            LocalServer(index, start(), golden.optimizer(config["local_optimizer"]), config["accumulation"],
                         config["merge_weight"], workers=config["workers_per_lps"])
             for index in range(config["num_lps"])
         ]  # fmt: skip
@@ -300,17 +251,3 @@ class Worker:
 
 def start():
     return torch.linspace(-1, 1, 6, dtype=torch.float64)
-
-
-def optimizer(config):
-    config = dict(config)
-    if config.pop("opt_type") == "sgd":
-        return partial(torch.optim.SGD, **config)
-    delay = config.get("buffer_size", 1)
-    return partial(
-        DelayedNesterov,
-        lr=config["lr"] / delay,
-        momentum=config["beta"],
-        delay=delay,
-        activation=config.get("c", 0.0),
-    )

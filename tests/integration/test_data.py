@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -18,6 +18,7 @@ from tests.integration.toys import (
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
+    halos,
     loader,
     make_trainer,
     outcome,
@@ -25,21 +26,46 @@ from tests.integration.toys import (
 )
 
 
-def epochs(number: int) -> Result:
-    module, trainer = Toy(), make_trainer(max_epochs=number)
-    trainer.fit(module, loader(shuffle=True))
-    return outcome(trainer, module)
+class Noting(Toy):
+    """Takes note of the epoch of each sample, too."""
+
+    slow = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.epochs += [self.current_epoch] * len(batch[2])
+        return super().training_step(batch, batch_idx)
 
 
-def test_max_epochs_uses_every_sample_once_per_epoch(run: Run) -> None:
-    results = run(epochs, 3)
-    seen = [Counter(result["trained_on"]) for result in results]
-    for counter in seen:
-        assert set(counter.values()) == {3} or sum(counter.values()) == 3 * SAMPLES / 4
-    assert sum(seen, Counter()) == Counter(dict.fromkeys(range(SAMPLES), 3))
+def epochs(number: int, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]) -> Result:
+    module, trainer = Noting(), make_trainer(halos(servers_per_region=servers), max_epochs=number, **flags)
+    trainer.fit(module, loader(SAMPLES + 10, shuffle=True, num_workers=data_workers, drop_last=drop_last))
+    return outcome(trainer, module, epochs=module.epochs, batches=trainer.num_training_batches)
+
+
+@pytest.mark.parametrize(
+    ("servers", "data_workers", "drop_last", "flags"),
+    [(1, 0, False, {}), (2, 1, False, {}), (1, 0, True, {}), (1, 1, False, {"accumulate_grad_batches": 3})],
+    ids=str,
+)
+def test_max_epochs_uses_every_sample_once_per_epoch(
+    run: Run, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]
+) -> None:
+    results = run(epochs, 3, servers, data_workers, drop_last, flags)
+    used = Counter(pair for r in results for pair in zip(r["epochs"], r["trained_on"], strict=True))
+    assert set(used.values()) == {1}
+    for epoch in range(3):
+        indices = {index for at, index in used if at == epoch}
+        assert len(indices) == SAMPLES + 8 if drop_last else indices == set(range(SAMPLES + 10))
+    counts = [len(result["trained_on"]) for result in results]
+    assert min(counts[:3]) > 2 * counts[3]  # the slow worker gets less to do, instead of keeping the others waiting
     for result in results:
-        assert result["global_step"] == 3 * SAMPLES / 4 / 4
+        assert result["global_step"] == sum(r["optimizer_steps"] for r in results) // 4
         assert result["epoch"] == 3
+        assert result["batches"] == (16 if drop_last else 17)  # those of a shard, as under DDP
     assert_no_step_lost(results)
     assert_same_model(results)
 
@@ -147,11 +173,56 @@ def uneven() -> Result:
     return outcome(trainer, module)
 
 
-def test_samples_that_do_not_divide_are_repeated_as_under_ddp(run: Run) -> None:
+def test_samples_that_do_not_divide_are_not_repeated(run: Run) -> None:
     results = run(uneven)
     seen = Counter(index for result in results for index in result["trained_on"])
-    assert sum(seen.values()) == 2 * 44
-    assert set(seen) == set(range(42))
-    assert [result["optimizer_steps"] for result in results] == [6] * 4
+    assert seen == Counter(dict.fromkeys(range(42), 2))
+    assert sum(result["optimizer_steps"] for result in results) == 2 * 11
     assert_no_step_lost(results)
+    assert_same_model(results)
+
+
+def own_sampler() -> Result:
+    module, trainer = Toy(), make_trainer(max_epochs=2)
+    data = samples()
+    sampler = DistributedSampler(data, num_replicas=4, rank=trainer.global_rank, shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=4, sampler=sampler))
+    return outcome(trainer, module)
+
+
+def test_a_users_own_sampler_goes_on_as_it_is(run: Run) -> None:
+    results = run(own_sampler)
+    for rank, result in enumerate(results):
+        assert result["trained_on"] == [*range(rank, SAMPLES, 4)] * 2
+    assert_no_step_lost(results)
+
+
+def several_loaders() -> Result:
+    module, trainer = Several(), make_trainer(max_epochs=2)
+    trainer.fit(module, [loader(), loader(128)])
+    return outcome(trainer, module)
+
+
+class Several(Toy):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx)
+
+
+def test_several_loaders_are_divided_as_under_ddp(run: Run) -> None:
+    results = run(several_loaders)
+    assert [result["optimizer_steps"] for result in results] == [32] * 4
+    assert_same_model(results)
+
+
+def too_small() -> Result:
+    module, trainer = Toy(), make_trainer(max_epochs=3)
+    trainer.fit(module, loader(8), loader(8))
+    return outcome(trainer, module)
+
+
+def test_an_epoch_with_less_data_than_workers(run: Run) -> None:
+    results = run(too_small)
+    seen = Counter(index for result in results for index in result["trained_on"])
+    assert seen == Counter(dict.fromkeys(range(8), 3))
+    assert all(result["epoch"] == 3 for result in results)
     assert_same_model(results)

@@ -104,7 +104,8 @@ def epochs_twice() -> Result:
 def test_the_same_trainer_fits_more_epochs(run: Run) -> None:
     results = run(epochs_twice)
     for result in results:
-        assert (result["epoch"], result["global_step"], result["optimizer_steps"]) == (3, 48, 48)
+        assert (result["epoch"], result["global_step"]) == (3, 48)
+    assert sum(result["optimizer_steps"] for result in results) == 48 * 4
     assert_no_step_lost(results)
     assert_same_model(results)
 

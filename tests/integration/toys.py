@@ -76,8 +76,8 @@ class Toy(pl.LightningModule):
         assert isinstance(strategy, HalosStrategy)
         assert strategy.round is not None
         self.local_steps += strategy.round.total_steps
-        if strategy.global_host is not None:
-            self.server_steps += strategy.global_host.server.steps
+        if strategy.servers is not None:
+            self.server_steps += strategy.servers.steps
 
     def _count(self, *_: Any) -> None:
         self.optimizer_steps += 1

@@ -19,6 +19,8 @@ MESSAGES = [
     messages.GlobalModel(6, True, True, 100, VECTOR),
     messages.Progress(1, 8, 3.5, True, {"updates": 3, "compute_share": {"0": 0.75}}),
     messages.Status(1000, 4.25, True, [(0, 1.5)], {"val_loss": 0.5}, 24),
+    messages.LeaseRequest(12),
+    messages.LeaseGrant(1, 40, 12),
     messages.Failure("rank 3 (region eu)", 'Traceback:\n  "naïve" ✗'),
 ]
 
@@ -62,12 +64,12 @@ def test_metrics_may_be_nan_or_infinite():
 
 
 def test_an_unknown_kind_is_refused_and_says_what_to_check():
-    with pytest.raises(ValueError, match="Unknown kind of message 'Hello'; do all processes run the same version"):
+    with pytest.raises(ValueError, match=r"Not a message: .*Hello.*; do all processes run the same version"):
         wire.decode(b'["Hello", {}]', None)
 
 
 def test_what_is_no_json_is_refused():
-    with pytest.raises(ValueError, match=r"codec|Expecting value"):
+    with pytest.raises(ValueError, match="Not a message: "):
         wire.decode(pickle.dumps(MESSAGES[1]), None)
 
 

@@ -40,7 +40,7 @@ class HalosMonitor(Callback):
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not hasattr(trainer.strategy, "global_host"):
+        if not hasattr(trainer.strategy, "servers"):
             raise MisconfigurationException(
                 f"HalosMonitor needs Trainer(strategy='halos'), but the strategy is {type(trainer.strategy).__name__}."
                 " Use one of the halos strategies or remove the callback."
@@ -48,9 +48,9 @@ class HalosMonitor(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         strategy: Any = trainer.strategy
-        if strategy.global_host is None or strategy.round.batches > 0:
+        if strategy.servers is None or strategy.round.batches > 0:
             return
-        statistics = strategy.global_host.statistics()
+        statistics = strategy.servers.statistics()
         if not statistics:
             return
         shown = {
@@ -60,7 +60,7 @@ class HalosMonitor(Callback):
         }
         quiet = {f"halos/{name}": float(sum(s[name] for s in statistics)) for name in _SUMS}
         quiet["halos/staleness_max"] = float(max(s["staleness_max"] for s in statistics))
-        quiet["halos/global_updates"] = float(strategy.global_host.server.version)
+        quiet["halos/global_updates"] = float(strategy.servers.version)
         for server in statistics:
             quiet |= {f"halos/compute_share/rank_{rank}": share for rank, share in server["compute_share"].items()}
         pl_module.log_dict(shown, prog_bar=True, rank_zero_only=True)

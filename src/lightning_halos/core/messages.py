@@ -149,6 +149,32 @@ class Status:
 
 
 @dataclass
+class LeaseRequest:
+    """A worker asks its local server for data to train on, or a local server the global server.
+
+    Attributes:
+        steps: How many local steps' worth a local server wants; its workers get what it thinks right.
+    """
+
+    steps: int = 0
+
+
+@dataclass
+class LeaseGrant:
+    """The answer to a :class:`LeaseRequest`; see :class:`~lightning_halos.core.cursor.Lease`.
+
+    Attributes:
+        epoch: The epoch.
+        first: Local steps' worth of data before the range, in this epoch.
+        steps: Local steps' worth of data in the range; 0 if there is no more data.
+    """
+
+    epoch: int
+    first: int
+    steps: int
+
+
+@dataclass
 class Failure:
     """Somebody tells its peers that the run cannot go on.
 
@@ -161,4 +187,4 @@ class Failure:
     reason: str
 
 
-Message = Push | Pull | RegionUpdate | GlobalModel | Progress | Status | Failure
+Message = Push | Pull | RegionUpdate | GlobalModel | Progress | Status | LeaseRequest | LeaseGrant | Failure

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["DelayedNesterov"]
 
 # Elements of a large CPU tensor that are worked on at a time: few enough that the blocks of one update stay in the
-# cores' caches between its elementwise operations, and many enough that torch shares each among its threads.
+# cores' caches between its elementwise operations, and many enough to be worth a call, and to share among threads.
 _BLOCK = 131072
 
 
@@ -115,61 +115,94 @@ class DelayedNesterov(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        updates = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, grad, _ in updates:
-            if grad.layout is not torch.strided:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"DelayedNesterov needs dense gradients, but a parameter of shape {tuple(p.shape)} has one of "
-                    f"layout {grad.layout}; use grad.to_dense(), or sparse=False in the embedding"
+                    f"layout {p.grad.layout}; use grad.to_dense(), or sparse=False in the embedding"
                 )
-        for p, grad, group in updates:
-            self._update(p, grad, group)
+        for group in self.param_groups:
+            alike: dict[tuple[int, bool, bool], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(self._count(p, group), []).append(p)
+            for (phase, with_momentum, with_delta), parameters in alike.items():
+                self._update(parameters, group, phase, with_momentum, with_delta)
         return loss
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        lr, beta, d, c = group["lr"], group["momentum"], group["delay"], group["activation"]
+    def _count(self, p: Tensor, group: dict[str, Any]) -> tuple[int, bool, bool]:
+        """Counts an update. Returns its number in the window, and whether it needs a momentum and a delta."""
         state = self.state[p]
         count = state.get("step", 0)
         state["step"] = count + 1
-        if beta == 0 and "momentum" not in state:
-            p.add_(grad, alpha=-lr)
+        with_momentum = group["momentum"] != 0 or "momentum" in state
+        with_delta = group["delay"] > 1 and (group["activation"] != 0 or "delta" in state)
+        return count % group["delay"], with_momentum, with_delta
+
+    def _update(
+        self, parameters: list[Tensor], group: dict[str, Any], phase: int, with_momentum: bool, with_delta: bool
+    ) -> None:
+        lr, beta, d, c = group["lr"], group["momentum"], group["delay"], group["activation"]
+        completes = phase == d - 1
+        lists = [parameters, [p.grad for p in parameters if p.grad is not None]]
+        if not with_momentum:
+            for ps, gs in _blocks(*lists):
+                torch._foreach_add_(ps, gs, alpha=-lr)
             return
 
-        opens, completes = count % d == 0, (count + 1) % d == 0
-        m = _buffer(state, "momentum", p)
-        if d == 1 or (c == 0 and "delta" not in state):
-            for p_, g, m_ in _blocks(p, grad, m):
-                if opens:
-                    m_.mul_(beta)
-                m_.add_(g, alpha=1 / d)
-                p_.add_(g, alpha=-lr)
+        lists.append([self._buffer(p, "momentum") for p in parameters])
+        if not with_delta:
+            for ps, gs, ms in _blocks(*lists):
+                if phase == 0:
+                    torch._foreach_mul_(ms, beta)
+                torch._foreach_add_(ms, gs, alpha=1 / d)
+                torch._foreach_add_(ps, gs, alpha=-lr)
                 if completes:
-                    p_.add_(m_, alpha=-lr * d * beta)
+                    torch._foreach_add_(ps, ms, alpha=-lr * d * beta)
             return
 
+        lists.append([self._buffer(p, "delta") for p in parameters])
         share = beta * (1 - c * d + c if completes else c)
-        for p_, g, m_, delta in _blocks(p, grad, m, _buffer(state, "delta", p)):
-            delta.add_(g)
+        for ps, gs, ms, deltas in _blocks(*lists):
+            torch._foreach_add_(deltas, gs)
             if completes:
-                m_.mul_(beta).add_(delta, alpha=1 / d)
-                delta.zero_()
-            p_.add_(m_, alpha=-lr * d * share).add_(g, alpha=-lr)
+                torch._foreach_mul_(ms, beta)
+                torch._foreach_add_(ms, deltas, alpha=1 / d)
+                torch._foreach_zero_(deltas)
+            torch._foreach_add_(ps, ms, alpha=-lr * d * share)
+            torch._foreach_add_(ps, gs, alpha=-lr)
+
+    def _buffer(self, p: Tensor, name: str) -> Tensor:
+        """The named buffer of a parameter, made on first use."""
+        state = self.state[p]
+        if name not in state:
+            state[name] = torch.zeros_like(p)
+        buffer: Tensor = state[name]
+        return buffer
 
 
-def _buffer(state: dict[str, Any], name: str, p: Tensor) -> Tensor:
-    """The named buffer of a parameter, made on first use."""
-    if name not in state:
-        state[name] = torch.zeros_like(p)
-    buffer: Tensor = state[name]
-    return buffer
+def _blocks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Divides lists of tensors of the same sizes into blocks of about ``_BLOCK`` elements, where that pays."""
+    if any(t.device.type != "cpu" for tensors in lists for t in tensors):
+        yield lists
+        return
+    block, elements = [], 0
+    for tensors in zip(*lists, strict=True):
+        for pieces in _pieces(tensors):
+            block.append(pieces)
+            elements += pieces[0].numel()
+            if elements >= _BLOCK:
+                yield tuple(map(list, zip(*block, strict=True)))
+                block, elements = [], 0
+    if block:
+        yield tuple(map(list, zip(*block, strict=True)))
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the tensors block by block, or whole where blocks cost more than they save."""
-    if all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-        yield from zip(*(torch.split(t.view(-1), _BLOCK) for t in tensors), strict=True)
-    else:
-        yield tensors
+def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Divides tensors of the same size into pieces of ``_BLOCK`` elements, if they are contiguous."""
+    if tensors[0].numel() <= _BLOCK or not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
+    return zip(*(torch.split(t.view(-1), _BLOCK) for t in tensors), strict=True)
 
 
 def _refuse_bad_values(group: dict[str, Any]) -> None:

@@ -99,6 +99,12 @@ class RoundPlanner:
         """Learns the speed of the fastest worker of all regions."""
         self._fastest_elsewhere = fastest
 
+    def known_steps(self, worker: int) -> int:
+        """Local steps of a round of a worker whose speed is known; 1 before the first measurement."""
+        if worker not in self._speeds:
+            return 1
+        return dynamic_local_steps(self._local_steps, self._speeds[worker], self.fastest)
+
     def local_steps(self, worker: int, total: int) -> int:
         """Local steps of the worker's next round.
 

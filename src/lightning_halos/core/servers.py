@@ -1,4 +1,4 @@
-"""The two kinds of parameter server.
+"""The kinds of parameter server.
 
 Rules of this room: a server takes one message and returns the messages that answer it. It does not know who carries
 them, when, or whether the world is real. It owns its model and nobody else writes to it. What would poison the model is
@@ -8,6 +8,7 @@ dropped, counted and warned about; the sender goes on from the server's model.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -102,10 +103,12 @@ class ParameterServer:
         """Applies an update if it is good, and answers it, one portion of the model after the other."""
         stop = 0
         for portion in self._portions if is_good else []:
-            parameters, sizes = self._parameters[portion], self._sizes[portion]
-            start, stop = stop, stop + sum(sizes)
-            for parameter, gradient in zip(parameters, torch.split(vector[start:stop], sizes), strict=True):
-                parameter.grad = gradient.view(parameter.shape)
+            parameters = self._parameters[portion]
+            start, stop = stop, stop + sum(self._sizes[portion])
+            flat = vector[start:stop]
+            gradients = torch._utils._unflatten_dense_tensors(flat, parameters)  # type: ignore[no-untyped-call]
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             self._optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
@@ -133,7 +136,8 @@ class LocalServer(ParameterServer):
         index: Index of this server among all local servers.
         model: The initial model; see :class:`ParameterServer`.
         optimizer: Makes the local server optimizer from the parameters.
-        accumulate_updates: Applied pushes per exchange with the global server (``K``).
+        accumulate_updates: Applied pushes per exchange with the global server (``K``). ``None``: there is none, this
+            is the only server, and its :meth:`flush` is the whole model.
         merge_weight: Weight of the global model in a merge (``alpha``).
         shapes: Shapes of the parameters in ``model``.
         workers: Number of workers of this server.
@@ -148,7 +152,7 @@ class LocalServer(ParameterServer):
         index: int,
         model: Tensor,
         optimizer: OptimizerFactory,
-        accumulate_updates: int,
+        accumulate_updates: int | None,
         merge_weight: float,
         shapes: Sequence[torch.Size] | None = None,
         workers: int = 1,
@@ -157,10 +161,10 @@ class LocalServer(ParameterServer):
         self.index = index
         self.merges = 0
         self.exchanging = False
-        self._accumulate_updates = accumulate_updates
+        self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
         self._merge_weight = merge_weight
         # What this server has said or been told: the model as it was last sent or merged.
-        self._base = model.clone()
+        self._base = torch.zeros_like(model) if accumulate_updates is None else model.clone()
         self._merged_at = 0
         self._steps = 0
         self._global_version = 0
@@ -301,6 +305,29 @@ class GlobalServer(ParameterServer):
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)
         return GlobalModel(self.version, vector=answer)
+
+
+class SynchronousServer(ParameterServer):
+    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds.
+
+    Args:
+        model: The initial model; see :class:`ParameterServer`.
+        optimizer: Makes the outer optimizer from the parameters.
+        shapes: Shapes of the parameters in ``model``.
+    """
+
+    def __init__(self, model: Tensor, optimizer: OptimizerFactory, shapes: Sequence[torch.Size] | None = None) -> None:
+        super().__init__(model, optimizer, shapes)
+
+    def receive(self, mean: Tensor) -> None:
+        """Applies a round.
+
+        Args:
+            mean: The mean of the workers' pseudo-gradients, then that of their buffers. It becomes the model to go on
+                from.
+        """
+        is_good = self._count(self.fault(mean), self.version, "all workers together")
+        self._apply(mean, is_good, mean)
 
 
 def all_finite(vector: Tensor) -> bool:

@@ -6,26 +6,29 @@ right. Nothing here knows processes or Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import RoundPlanner
-from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory
+from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of HALoS; see :class:`~lightning_halos.HalosStrategy` for what each means.
+    """The settings of an algorithm; see :class:`~lightning_halos.HalosStrategy` for what each means.
+
+    Attributes:
+        one_server: Whether a single local server serves everybody and there is nothing to exchange (Async-Local-SGD).
 
     Raises:
-        TypeError: If an optimizer is not a function.
+        TypeError: If an optimizer is not a function, or a switch is not a bool.
         ValueError: If a value is wrong.
     """
 
@@ -35,9 +38,12 @@ class Settings:
     merge_weight: float = 0.25
     local_optimizer: OptimizerFactory | None = None
     global_optimizer: OptimizerFactory | None = None
+    one_server: bool = False
 
     def __post_init__(self) -> None:
         check_count("local_steps", self.local_steps)
+        if not isinstance(self.dynamic_local_steps, bool):
+            raise TypeError(f"dynamic_local_steps={self.dynamic_local_steps!r} must be True or False.")
         if self.accumulate_updates is not None:
             check_count("accumulate_updates", self.accumulate_updates)
         if not _is_number(self.merge_weight) or not 0 <= self.merge_weight <= 1:
@@ -62,7 +68,7 @@ class Settings:
             shapes: Shapes of the parameters in it.
         """
         optimizer = self.local_optimizer or default_local_optimizer(workers)
-        accumulate = self.accumulate_updates or 8 * workers
+        accumulate = None if self.one_server else self.accumulate_updates or 8 * workers
         return LocalServer(index, model, optimizer, accumulate, self.merge_weight, shapes, workers)
 
     def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer:
@@ -73,7 +79,19 @@ class Settings:
             model: The initial model, which the server owns from here on.
             shapes: Shapes of the parameters in it.
         """
+        if self.one_server:
+            # It gets the only server's whole model at the end, as an update of nothing.
+            return GlobalServer(torch.zeros_like(model), partial(torch.optim.SGD, lr=1.0), shapes)
         return GlobalServer(model, self.global_optimizer or default_global_optimizer(servers), shapes, servers)
+
+    def outer_server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:
+        """Makes the server of synchronous rounds.
+
+        Args:
+            model: The initial model, which the server owns from here on.
+            shapes: Shapes of the parameters in it.
+        """
+        return SynchronousServer(model, self.global_optimizer or default_outer_optimizer, shapes)
 
     def planner(self, workers: int, max_steps: int | None) -> RoundPlanner:
         """Makes the planner of rounds for a run of so many workers and global steps."""
@@ -94,6 +112,16 @@ def default_global_optimizer(servers: int) -> OptimizerFactory:
     The sum of the rates over one exchange of all local servers, and the exchanges in a window, are the paper's.
     """
     return partial(DelayedNesterov, lr=0.6 / servers, momentum=0.5, delay=max(1, servers // 2))
+
+
+def default_one_server_optimizer(workers: int) -> OptimizerFactory:
+    """The optimizer of Async-Local-SGD for so many workers (HALoS, section 5.1: 0.05, 0.9 and 32 for 16 workers)."""
+    return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=2 * workers)
+
+
+def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """DiLoCo's outer optimizer: SGD with a rate of 0.7 and Nesterov momentum of 0.9 (arXiv 2311.08105, section 3)."""
+    return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)
 
 
 def check_count(name: str, value: Any) -> None:

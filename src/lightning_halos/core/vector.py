@@ -85,10 +85,10 @@ class ModelVector:
                 front. Default: they all are.
         """
         progress, there = iter([self.num_elements] if filled is None else filled), 0
-        for tensor, part, stop in self._pieces(vector):
+        for tensors, parts, stop in self._runs(vector):
             while there < stop:
                 there = next(progress)
-            tensor.copy_(part)
+            torch._foreach_copy_(tensors, parts)
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, reach: Reach = nobody) -> Tensor:
@@ -101,11 +101,11 @@ class ModelVector:
         Returns:
             ``start``, now holding start minus end for the parameters and the present values of the buffers.
         """
-        for tensor, part, stop in self._pieces(start):
+        for tensors, parts, stop in self._runs(start):
             if stop <= self.num_parameters:
-                part.sub_(tensor.to(part.device, part.dtype))
+                torch._foreach_sub_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
             else:
-                part.copy_(tensor)
+                torch._foreach_copy_(parts, tensors)
             reach(stop)
         return start
 
@@ -129,17 +129,29 @@ class ModelVector:
     def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(map(_real, self._tensors()), self._split(vector), strict=True)
 
-    def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Pieces of the module's tensors, the pieces of the vector that belong to them, and where these end in it."""
-        stop = 0
+    def _runs(self, vector: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], int]]:
+        """Runs of about ``PART`` elements: pieces of the module's tensors, the parts of the vector, and where they end.
+
+        No run has both parameters and buffers.
+        """
+        tensors: list[Tensor] = []
+        parts: list[Tensor] = []
+        start = stop = 0
+        for tensor, part in self._pieces(vector):
+            tensors.append(tensor)
+            parts.append(part)
+            stop += part.numel()
+            if stop - start >= PART or stop in (self.num_parameters, self.num_elements):
+                yield tensors, parts, stop
+                tensors, parts, start = [], [], stop
+
+    def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the module's tensors of at most ``PART`` elements, and the parts of the vector that are theirs."""
         for tensor, part in self._parts(vector):
-            flat = tensor.is_contiguous()
-            pieces = (
-                (torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART)) if flat else ([tensor], [part])
-            )
-            for piece, its_part in zip(*pieces, strict=True):
-                stop += its_part.numel()
-                yield piece, its_part, stop
+            if tensor.numel() > PART and tensor.is_contiguous():
+                yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
+            else:
+                yield tensor, part
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         shapes = [_real(t).shape for t in self._tensors()]

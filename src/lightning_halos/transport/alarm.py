@@ -65,6 +65,11 @@ class Alarm:
         with self._lock:
             self._off = True
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over, or cannot go on."""
+        return self._off or self._error is not None
+
     def check(self) -> None:
         """Raises the failure, if there is one.
 

@@ -9,15 +9,28 @@ from __future__ import annotations
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from torch import Tensor
 
-from lightning_halos.core.messages import Failure, GlobalModel, Message, Pull, Push, Status
+from lightning_halos.core.cursor import Lease
+from lightning_halos.core.messages import (
+    Failure,
+    GlobalModel,
+    LeaseGrant,
+    LeaseRequest,
+    Message,
+    Pull,
+    Push,
+    Status,
+)
 from lightning_halos.core.vector import Reach
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Filled, Filling, Link
+
+T = TypeVar("T")
 
 
 class WorkerClient:
@@ -36,6 +49,7 @@ class WorkerClient:
         self._timeout = timeout
         self._interrupted = interrupted
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
+        self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
@@ -53,7 +67,7 @@ class WorkerClient:
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
-        message = self._wait("answer a push")
+        message = self._wait("answer a push", self._inbox)
         assert isinstance(message, Pull)
         return message, self._filled(message.vector)
 
@@ -73,9 +87,21 @@ class WorkerClient:
         """
         self._push(push, fill)
         # Others may take long to finish, or rank 0 to validate. That all of them are alive is watched on every link.
-        while not isinstance(message := self._wait("send the final model", timeout=math.inf), GlobalModel):
+        while not isinstance(message := self._wait("send the final model", self._inbox, math.inf), GlobalModel):
             assert isinstance(message, Status)
         return message, self._filled(message.vector)
+
+    def leases(self) -> Iterator[Lease]:
+        """Yields the data to train on. The next lease is on its way while this one is trained on.
+
+        Raises:
+            PeerLostError: If there is no answer in time, or a peer disappeared.
+            PeerFailedError: If a peer failed.
+        """
+        self._link.post(LeaseRequest())
+        while (grant := self._wait("lease data", self._grants)).steps:
+            self._link.post(LeaseRequest())
+            yield Lease(grant.epoch, grant.first, grant.steps)
 
     def _push(self, push: Push, fill: Callable[[Reach], object]) -> None:
         if push.vector is None:
@@ -89,17 +115,17 @@ class WorkerClient:
         assert vector is not None
         there = 0
         while there < vector.numel():
-            message = self._wait("send the rest of a model")
+            message = self._wait("send the rest of a model", self._inbox)
             assert isinstance(message, int)
             yield (there := message)
 
-    def _wait(self, what: str, timeout: float | None = None) -> Message | int:
+    def _wait(self, what: str, inbox: queue.SimpleQueue[T], timeout: float | None = None) -> T:
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         while True:
             self._alarm.check()
             self._interrupted()
             try:
-                return self._inbox.get(timeout=0.2)
+                return inbox.get(timeout=0.2)
             except queue.Empty:
                 pass
             if time.monotonic() > deadline:
@@ -111,6 +137,9 @@ class WorkerClient:
     def _on_message(self, message: Message, filled: Filled) -> None:
         if isinstance(message, Failure):
             self._alarm.told(message)
+            return
+        if isinstance(message, LeaseGrant):
+            self._grants.put(message)
             return
         self._inbox.put(message)
         for there in filled:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock
 from lightning_halos.core.messages import (
     Failure,
     GlobalModel,
+    LeaseGrant,
+    LeaseRequest,
     Message,
     Progress,
     Pull,
@@ -36,12 +39,14 @@ class GlobalHost:
     Args:
         server: The global server.
         budget: The step budget.
+        cursor: Hands out the training data; ``None`` if the workers do not share any.
         alarm: Where failures go.
     """
 
-    def __init__(self, server: GlobalServer, budget: StepBudget, alarm: Alarm) -> None:
+    def __init__(self, server: GlobalServer, budget: StepBudget, cursor: DataCursor | None, alarm: Alarm) -> None:
         self.server = server
         self.budget = budget
+        self._cursor = cursor
         self._alarm = alarm
         self._lock = threading.Lock()
         self._models: dict[int, Link] = {}
@@ -64,7 +69,7 @@ class GlobalHost:
         """
         self._models[index], self._controls[index] = models, control
         models.start(lambda message, filled: self._on_update(index, message, filled), self._alarm.fail)
-        control.start(lambda message, _: self._on_progress(index, message), self._alarm.fail)
+        control.start(lambda message, _: self._on_control(index, message), self._alarm.fail)
 
     def publish(self, plateaus: list[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
@@ -73,7 +78,7 @@ class GlobalHost:
             self._metrics = metrics
             self._tell_all()
 
-    def read(self, out: Any) -> None:
+    def read(self, out: Tensor) -> None:
         """Copies the global model into the vector ``out``."""
         with self._lock:
             out.copy_(self.server.model)
@@ -103,11 +108,19 @@ class GlobalHost:
                 for link in self._models.values():
                     link.post(final)
 
-    def _on_progress(self, index: int, message: Message) -> None:
+    def _on_control(self, index: int, message: Message) -> None:
         if isinstance(message, Failure):
             self._alarm.told(message)
-            return
-        assert isinstance(message, Progress)
+        elif isinstance(message, LeaseRequest):
+            with self._lock:
+                assert self._cursor is not None
+                lease = self._cursor.take(message.steps, sharers=len(self._controls))
+                self._controls[index].post(_grant(lease))
+        else:
+            assert isinstance(message, Progress)
+            self._on_progress(index, message)
+
+    def _on_progress(self, index: int, message: Progress) -> None:
         with self._lock:
             self.budget.total += message.steps
             self._counted[index] = self._counted.get(index, 0) + message.steps
@@ -149,6 +162,7 @@ class RegionHost:
         slot: Memory for one push at a time.
         alarm: Where failures go.
         within_region: Whether the global server is in the same region, for counting bytes.
+        stock: The workers' training data; ``None`` if they do not share any.
     """
 
     def __init__(
@@ -160,6 +174,7 @@ class RegionHost:
         slot: Slot,
         alarm: Alarm,
         within_region: bool,
+        stock: LeaseStock | None,
     ) -> None:
         self.server = server
         self._planner = planner
@@ -168,6 +183,7 @@ class RegionHost:
         self._slot = slot
         self._alarm = alarm
         self._within_region = within_region
+        self._stock = stock
         self._lock = threading.Lock()
         self._counted = 0
         self._workers: dict[int, Link] = {}
@@ -187,23 +203,46 @@ class RegionHost:
         """Uses these links to the global server; see :meth:`GlobalHost.attach`. To be called before :meth:`attach`."""
         self._models, self._control = models, control
         models.start(self._on_model, self._alarm.fail)
-        control.start(lambda message, _: self._on_status(message), self._alarm.fail)
+        control.start(lambda message, _: self._on_control(message), self._alarm.fail)
+        with self._lock:
+            self._lease()
 
     def memory(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Returns the memory for an answer of the global server: that of the update that it answers."""
         return self._sent.get()
 
+    def read(self, out: Tensor) -> None:
+        """Copies the local server's model into the vector ``out``."""
+        with self._lock:
+            out.copy_(self.server.model)
+
     def attach(self, rank: int, link: Link) -> None:
         """Serves a worker."""
         self._workers[rank] = link
-        link.start(lambda message, filled: self._on_push(rank, message, filled), self._alarm.fail)
+        link.start(lambda message, filled: self._on_message(rank, message, filled), self._alarm.fail)
 
-    def _on_push(self, rank: int, message: Message, filled: Filled) -> None:
+    def _on_message(self, rank: int, message: Message, filled: Filled) -> None:
         if isinstance(message, Failure):
             self._alarm.told(message)
+        elif isinstance(message, LeaseRequest):
+            with self._lock:
+                assert self._stock is not None
+                self._stock.ask(rank, self._planner.known_steps(rank))
+                self._lease()
+        else:
+            assert isinstance(message, Push)
+            self._on_push(rank, message, filled)
+
+    def _lease(self) -> None:
+        """Gives workers the data that they asked for, and orders more ahead of need."""
+        if self._stock is None:
             return
-        assert isinstance(message, Push)
-        push = message
+        for rank, lease in self._stock.serve():
+            self._workers[rank].post(_grant(lease))
+        if steps := self._stock.order():
+            self._control.post(LeaseRequest(steps))
+
+    def _on_push(self, rank: int, push: Push, filled: Filled) -> None:
         fault = None if push.vector is None else self.server.fault(push.vector, filled)
         with self._lock:
             self._asked_to_stop = self._asked_to_stop or push.stop
@@ -278,11 +317,19 @@ class RegionHost:
             if len(self._finished) < self._num_workers:
                 self.server.merge(message)
 
-    def _on_status(self, message: Message) -> None:
+    def _on_control(self, message: Message) -> None:
         if isinstance(message, Failure):
             self._alarm.told(message)
-            return
-        assert isinstance(message, Status)
+        elif isinstance(message, LeaseGrant):
+            with self._lock:
+                assert self._stock is not None
+                self._stock.add(Lease(message.epoch, message.first, message.steps) if message.steps else None)
+                self._lease()
+        else:
+            assert isinstance(message, Status)
+            self._on_status(message)
+
+    def _on_status(self, message: Status) -> None:
         with self._lock:
             self._budget.total = message.total + self._counted - message.counted
             self._planner.hear_of(message.fastest)
@@ -310,3 +357,7 @@ class RegionHost:
             "round_seconds": sum(self._computed.values()),
             "compute_share": shares,
         }
+
+
+def _grant(lease: Lease | None) -> LeaseGrant:
+    return LeaseGrant(0, 0, 0) if lease is None else LeaseGrant(lease.epoch, lease.first, lease.steps)

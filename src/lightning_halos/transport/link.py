@@ -49,9 +49,10 @@ class Filling:
         self._progress: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def reach(self, elements: int) -> None:
-        """Takes note of how many elements are there."""
-        self._reached = elements
-        self._progress.put(elements)
+        """Takes note of how many elements are there, and says so once there is another part to send."""
+        before, self._reached = self._reached, elements
+        if elements // PART > before // PART or elements == self._vector.numel():
+            self._progress.put(elements)
 
     def __enter__(self) -> Filling:
         return self

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_halos.core.cursor import DataCursor, LeaseStock
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
 from lightning_halos.topology import Topology
@@ -34,6 +36,8 @@ class Process:
         model: The initial model of all processes: the worker's vector. Servers get copies.
         shapes: Shapes of the parameters in it.
         budget: The step budget.
+        cursor: The cursor over the training data, as it stands when training starts; ``None`` if the workers do not
+            share any.
         timeout: Seconds that any wait for a peer may last.
         interrupted: Called several times a second while the worker waits; may raise.
 
@@ -52,11 +56,13 @@ class Process:
         model: Tensor,
         shapes: Sequence[torch.Size],
         budget: StepBudget,
+        cursor: DataCursor | None,
         timeout: float,
         interrupted: Callable[[], None],
     ) -> None:
         self.alarm = Alarm(topology.describe(rank))
         self.global_host: GlobalHost | None = None
+        self._only_host: RegionHost | None = None
         self._rank = rank
         self._topology = topology
         self._groups = groups
@@ -64,22 +70,60 @@ class Process:
         group = topology.group_of(rank)
         if rank == 0:
             server = settings.global_server(len(topology.groups), model.clone(), shapes)
-            self.global_host = GlobalHost(server, copy.copy(budget), self.alarm)
+            self.global_host = GlobalHost(server, copy.copy(budget), cursor, self.alarm)
         link: Link
         if rank == group.leader:
-            link = self._host_region(settings, model, shapes, budget)
+            stock = None if cursor is None else LeaseStock(settings.local_steps * len(group.ranks))
+            link = self._host_region(settings, model, shapes, budget, stock)
         else:
             leader = f"the server of {topology.describe(group.leader)}"
             link = self._gloo_link(groups.region, 0, leader, _reuse(model))
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
 
+    @property
+    def has_global_model(self) -> bool:
+        """Whether this process is the one that can read the global model."""
+        return self.global_host is not None
+
+    @property
+    def version(self) -> int:
+        """Updates that are in the global model."""
+        assert self.global_host is not None
+        return self.global_host.server.version
+
+    @property
+    def steps(self) -> int:
+        """Local steps that are in the global model."""
+        assert self.global_host is not None
+        return self.global_host.server.steps
+
+    def read(self, out: Tensor) -> None:
+        """Copies the global model into the vector ``out``."""
+        assert self.global_host is not None
+        (self._only_host or self.global_host).read(out)
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        assert self.global_host is not None
+        self.global_host.publish(list(plateaus), metrics)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """The counters of each local server; see :class:`~lightning_halos.HalosMonitor`."""
+        assert self.global_host is not None
+        return self.global_host.statistics()
+
     def close(self, timeout: float) -> None:
         """Says goodbye to all peers and waits for theirs, for so many seconds at most."""
         self.alarm.close(timeout)
 
     def _host_region(
-        self, settings: Settings, model: Tensor, shapes: Sequence[torch.Size], budget: StepBudget
+        self,
+        settings: Settings,
+        model: Tensor,
+        shapes: Sequence[torch.Size],
+        budget: StepBudget,
+        stock: LeaseStock | None,
     ) -> LoopbackLink:
         """Starts the local server. Returns this process's own worker's end of a link to it."""
         topology, group = self._topology, self._topology.group_of(self._rank)
@@ -90,8 +134,11 @@ class Process:
             copy.copy(budget),
             slot := Slot(model.numel(), model.dtype),
             self.alarm,
-            within_region=group.region == topology.group_of(0).region,
+            group.region == topology.group_of(0).region,
+            stock,
         )
+        if settings.one_server:
+            self._only_host = host
         here, there = f"the server of {topology.describe(self._rank)}", f"the global server of {topology.describe(0)}"
         if self.global_host is not None:
             models, control = self._loopback(there, here), self._loopback(there, here)

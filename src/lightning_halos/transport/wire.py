@@ -23,6 +23,8 @@ _KINDS: dict[str, type[Message]] = {
         messages.GlobalModel,
         messages.Progress,
         messages.Status,
+        messages.LeaseRequest,
+        messages.LeaseGrant,
         messages.Failure,
     )
 }
@@ -41,12 +43,13 @@ def decode(data: bytes, vector: Tensor | None) -> Message:
     Raises:
         ValueError: If ``data`` is not such a message.
     """
-    kind, fields = json.loads(data)
-    if kind not in _KINDS:
-        raise ValueError(f"Unknown kind of message {kind!r}; do all processes run the same version of lightning-halos?")
-    if vector is not None:
-        fields["vector"] = vector
-    return _KINDS[kind](**fields)
+    try:
+        kind, fields = json.loads(data)
+        return _KINDS[kind](**(fields if vector is None else {**fields, "vector": vector}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Not a message: {data[:80]!r}; do all processes run the same version of lightning-halos? ({error!r})"
+        ) from None
 
 
 def vector_of(message: Message) -> Tensor | None:

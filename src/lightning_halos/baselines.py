@@ -1,0 +1,237 @@
+"""The algorithms that HALoS is compared with, as strategies of their own.
+
+Rules of this room: each says only what is different from :class:`~lightning_halos.HalosStrategy`: its arguments, its
+servers, and when its workers wait for each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed import PrefixStore
+from torch.optim import Optimizer
+
+from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.settings import Settings, default_one_server_optimizer
+from lightning_halos.core.vector import ModelVector
+from lightning_halos.core.worker import WorkerRound
+from lightning_halos.data.shared import SharedData
+from lightning_halos.simulation.rounds import Rounds, SynchronousRounds
+from lightning_halos.simulation.servers import NoServer, OuterServer, Servers
+from lightning_halos.simulation.timing import Timing
+from lightning_halos.strategy import HalosStrategy, StartMethod
+from lightning_halos.topology import Topology
+from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.groups import make_group
+from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class AsyncLocalSGDStrategy(HalosStrategy):
+    """Asynchronous local SGD with one server for everybody (arXiv 2401.09135).
+
+    As HALoS without its hierarchy: every worker exchanges with the server on rank 0, over whatever link there is.
+
+    Args:
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
+        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
+            0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        simulate: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value.
+    """
+
+    def __init__(
+        self,
+        local_steps: int = 32,
+        dynamic_local_steps: bool = True,
+        optimizer: OptimizerFactory | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        simulate: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            local_steps=local_steps,
+            dynamic_local_steps=dynamic_local_steps,
+            start_method=start_method,
+            timeout=timeout,
+            simulate=simulate,
+            **kwargs,
+        )
+        self._optimizer = optimizer
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Registers ``"async_local_sgd"``."""
+        strategy_registry.register("async_local_sgd", cls, description="Async-Local-SGD")
+
+    def _arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = ()) -> Topology:
+        workers = sorted(rank for ranks in regions for rank in ranks)
+        self._settings = Settings(
+            self._settings.local_steps,
+            self._settings.dynamic_local_steps,
+            local_optimizer=self._optimizer or default_one_server_optimizer(len(workers)),
+            one_server=True,
+        )
+        return Topology.build([workers], servers_per_region=1)
+
+
+class DilocoStrategy(HalosStrategy):
+    """DiLoCo (arXiv 2311.08105): synchronous rounds of local steps, and an outer optimizer on their mean.
+
+    All workers wait for the slowest of them, and for an all-reduce of the model over the slowest link.
+
+    Args:
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
+        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
+            momentum of 0.9.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        simulate: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value.
+    """
+
+    def __init__(
+        self,
+        local_steps: int = 32,
+        dynamic_local_steps: bool = False,
+        outer_optimizer: OptimizerFactory | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        simulate: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            local_steps=local_steps,
+            dynamic_local_steps=dynamic_local_steps,
+            global_optimizer=outer_optimizer,
+            start_method=start_method,
+            timeout=timeout,
+            simulate=simulate,
+            **kwargs,
+        )
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Registers ``"diloco"``."""
+        strategy_registry.register("diloco", cls, description="DiLoCo")
+
+    def _arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = ()) -> Topology:
+        return Topology.build(regions, 1, names)
+
+    def _start_process(
+        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+    ) -> WorkerRound:
+        assert memory is not None
+        assert self._store is not None
+        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
+        budget = StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
+        planner = self._settings.planner(self.world_size, max_steps)
+        fit = self._store.add(f"fits/{self.global_rank}", 1)
+        store = PrefixStore(f"lockstep/{fit}", self._store)
+        group = make_group(store, "group", self.global_rank, self.world_size, self._timeout)
+        collectives = Collectives(group, self._check_interrupted)
+        server = self._settings.outer_server(memory.clone(), vector.shapes)
+        client = LockstepClient(self.global_rank, collectives, server, budget, planner, store)
+        self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
+        if data is not None:
+            size, epochs = data.steps_per_epoch, trainer.max_epochs
+            end = math.inf if epochs in (None, -1) else epochs * size
+            data.lease(client.leases(size, trainer.current_epoch * size, end))
+        return WorkerRound(self.global_rank, planner.local_steps(self.global_rank, budget.total), trainer.global_step)
+
+    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
+        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
+        return SynchronousRounds(timing, local_steps, done, budget)
+
+    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
+        assert memory is not None
+        server = self._settings.outer_server(memory.clone(), shapes)
+        return OuterServer(server, self.world_size, timing.cluster.record_parameters)
+
+
+class SyncSGDStrategy(HalosStrategy):
+    """Fully synchronous SGD in a simulated cluster: gradients are averaged in every step, as by Lightning's ``"ddp"``.
+
+    For real processes there is Lightning's own ``strategy="ddp"``.
+
+    Args:
+        simulate: The cluster.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or there is no cluster to simulate.
+    """
+
+    _exchanges_models = False
+    _shares_data = False  # as with DDP, every worker has a shard
+
+    def __init__(
+        self, simulate: Any = None, start_method: StartMethod = "popen", timeout: float = 1800, **kwargs: Any
+    ) -> None:
+        if simulate is None:
+            raise ValueError(
+                "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or train for"
+                " real with Lightning's strategy='ddp'."
+            )
+        super().__init__(
+            local_steps=1,
+            dynamic_local_steps=False,
+            start_method=start_method,
+            timeout=timeout,
+            simulate=simulate,
+            **kwargs,
+        )
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Registers ``"sync_sgd"``."""
+        strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Averages the gradients over all workers, before they are clipped and used."""
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        loop = self.lightning_module.trainer.fit_loop.epoch_loop
+        if not self._training or loop._should_accumulate():
+            return
+        assert self._collectives is not None
+        gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
+        mean = self._collectives.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._synchronize_module()
+
+    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
+        return SynchronousRounds(timing, [1] * self.world_size, done, budget)
+
+    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
+        return NoServer(self.world_size)

@@ -1,0 +1,117 @@
+"""Which part of the data is whose: one cursor over the dataset for all workers.
+
+Rules of this room: numbers only. The unit is the data of one local step: every worker's steps are equally large, so a
+step is a step whoever takes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A contiguous range of an epoch's data, for one worker to train on.
+
+    Attributes:
+        epoch: The epoch.
+        first: Local steps' worth of data before the range, in this epoch.
+        steps: Local steps' worth of data in the range.
+    """
+
+    epoch: int
+    first: int
+    steps: int
+
+
+class DataCursor:
+    """Hands out the data of epoch after epoch, every part once.
+
+    Args:
+        steps_per_epoch: Local steps' worth of data in an epoch; the last of an epoch may be smaller.
+        epochs: The epoch to end before, ``None`` for no end.
+        epoch: The epoch to begin with.
+    """
+
+    def __init__(self, steps_per_epoch: int, epochs: int | None = None, epoch: int = 0) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._next = epoch * steps_per_epoch
+        self._end = math.inf if epochs is None else epochs * steps_per_epoch
+
+    def take(self, steps: int, sharers: int = 1) -> Lease | None:
+        """Hands out a range.
+
+        Args:
+            steps: Its length; shorter at the end of an epoch, since no range belongs to two.
+            sharers: How many take ranges of this length. Towards the end of the last epoch ranges get shorter, so that
+                all of them have something to do until it is over.
+
+        Returns:
+            The range, ``None`` if there is no data left.
+        """
+        if self._next >= self._end:
+            return None
+        fair = math.ceil((self._end - self._next) / (2 * sharers)) if self._end < math.inf else steps
+        lease = next(split(self._next, max(1, min(steps, fair)), self._steps_per_epoch))
+        self._next += lease.steps
+        return lease
+
+
+def split(first: int, steps: int, steps_per_epoch: int) -> Iterator[Lease]:
+    """Divides a range that is counted from the first epoch's beginning at the ends of epochs."""
+    while steps > 0:
+        epoch, start = divmod(first, steps_per_epoch)
+        length = min(steps, steps_per_epoch - start)
+        yield Lease(epoch, start, length)
+        first, steps = first + length, steps - length
+
+
+class LeaseStock:
+    """A local server's stock of data for its workers. It orders more ahead of need.
+
+    Args:
+        ahead: Local steps' worth of data below which it orders as many.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+        self._leases: deque[Lease] = deque()
+        self._asked: deque[tuple[int, int]] = deque()
+        self._ordered = self._ended = False
+
+    def ask(self, worker: int, steps: int) -> None:
+        """Takes note that a worker wants data for so many local steps."""
+        self._asked.append((worker, steps))
+
+    def add(self, lease: Lease | None) -> None:
+        """Takes what was ordered; ``None`` if there is no more."""
+        self._ordered = False
+        if lease is None:
+            self._ended = True
+        else:
+            self._leases.append(lease)
+
+    def serve(self) -> list[tuple[int, Lease | None]]:
+        """Returns which workers get what now, in the order in which they asked; ``None`` if there is no more data."""
+        served: list[tuple[int, Lease | None]] = []
+        while self._asked and (self._leases or self._ended):
+            worker, steps = self._asked.popleft()
+            if not self._leases:
+                served.append((worker, None))
+                continue
+            whole = self._leases.popleft()
+            steps = min(steps, whole.steps)
+            served.append((worker, Lease(whole.epoch, whole.first, steps)))
+            if steps < whole.steps:
+                self._leases.appendleft(Lease(whole.epoch, whole.first + steps, whole.steps - steps))
+        return served
+
+    def order(self) -> int:
+        """Returns how many local steps' worth of data to order now; 0 if there is enough, or an order is under way."""
+        if self._ordered or self._ended or sum(lease.steps for lease in self._leases) >= self._ahead:
+            return 0
+        self._ordered = True
+        return self._ahead

@@ -1,0 +1,1 @@
+"""Training data that all workers share."""

@@ -1,0 +1,160 @@
+"""One dataset for all workers: each trains on what it is leased, instead of on a fixed shard.
+
+Rules of this room: it knows samplers, loaders and Lightning's loops, but not where leases come from. It takes the place
+of the ``DistributedSampler`` that Lightning put into a user's ``DataLoader``, only while training, and of no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+
+from lightning_halos.core.cursor import Lease
+
+
+class LightningRank(int):
+    """A rank that Lightning gives to the samplers that it makes: so they are known from those of users."""
+
+
+class SharedSampler(Sampler[int]):
+    """Yields the indices of the samples that a worker is leased, epoch after epoch.
+
+    It has no length: who takes how much shows while training.
+
+    Args:
+        sampler: The sampler that it stands in for: says what is shuffled, and how.
+        leases: The worker's leases, in order.
+        step_samples: Samples in a local step.
+        samples: Samples of an epoch that are used.
+    """
+
+    def __init__(
+        self, sampler: DistributedSampler[Any], leases: Iterator[Lease], step_samples: int, samples: int
+    ) -> None:
+        self._sampler = sampler
+        self._leases = leases
+        self._step_samples = step_samples
+        self._samples = samples
+        self._next: Lease | None = None
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, as in torch's ``DistributedSampler``."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._order()
+        for lease in self._leases_of_epoch():
+            first = lease.first * self._step_samples
+            last = min(first + lease.steps * self._step_samples, self._samples)
+            yield from order[first:last]
+
+    def _leases_of_epoch(self) -> Iterator[Lease]:
+        epoch = self._epoch
+        while True:
+            self._next = self._next or next(self._leases, None)
+            if self._next is None or self._next.epoch > epoch:
+                return
+            lease, self._next = self._next, None
+            yield lease
+
+    def _order(self) -> Any:
+        length = len(self._sampler.dataset)  # type: ignore[arg-type]
+        if not self._sampler.shuffle:
+            return range(length)
+        generator = torch.Generator().manual_seed(self._sampler.seed + self._epoch)
+        return torch.randperm(length, generator=generator).tolist()
+
+
+class SharedData:
+    """The training data of a fit, if its workers can share it.
+
+    Args:
+        trainer: The Trainer, when its training data is set up.
+        loader: Its only training loader.
+
+    Attributes:
+        steps_per_epoch: Local steps' worth of data in an epoch.
+        batches: Batches of an epoch that a worker would get of a fixed shard.
+    """
+
+    def __init__(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> None:
+        self._trainer = trainer
+        batch_sampler: Any = loader.batch_sampler
+        size, accumulate = batch_sampler.batch_size, trainer.accumulate_grad_batches
+        samples = len(loader.dataset)  # type: ignore[arg-type]
+        self.batches = int(trainer.fit_loop.max_batches)
+        batches = samples // size if batch_sampler.drop_last else math.ceil(samples / size)
+        if self.batches < len(loader):
+            batches = min(batches, self.batches * trainer.world_size)  # limit_train_batches
+        self.steps_per_epoch = math.ceil(batches / accumulate)
+        self._step_samples = size * accumulate
+        self._samples = min(samples, batches * size)
+        self._leases: Iterator[Lease]
+        self._limits = trainer.fit_loop._combined_loader.limits  # type: ignore[union-attr]
+        self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
+
+    @classmethod
+    def find(cls, trainer: pl.Trainer) -> SharedData | None:
+        """Returns the training data if the workers can share it.
+
+        They can if there is one loader, with a sampler that Lightning made; not an ``IterableDataset``, nor a sampler
+        of the user's own.
+        """
+        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        changes_steps = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
+        overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
+        if len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
+            return None
+        return cls(trainer, loaders[0])
+
+    def lease(self, leases: Iterator[Lease]) -> None:
+        """Trains on these leases from the next :meth:`attach` on."""
+        self._leases = leases
+
+    def attach(self) -> None:
+        """Makes the Trainer train on what is leased. To be called when an epoch starts; loaders may have changed."""
+        fit_loop = self._trainer.fit_loop
+        combined = fit_loop._combined_loader
+        assert combined is not None
+        (loader,) = combined.flattened
+        if isinstance(loader.batch_sampler.sampler, SharedSampler):
+            return
+        sampler = loader.batch_sampler.sampler
+        shared = SharedSampler(sampler, self._leases, self._step_samples, self._samples)
+        shared.set_epoch(self._trainer.current_epoch)
+        self._replaced.append((loader.batch_sampler, sampler))
+        loader.batch_sampler.sampler = shared
+        combined.limits = None
+        fit_loop.max_batches = math.inf
+        restarts = fit_loop.is_resuming or fit_loop.epoch_loop.restarting
+        if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
+            iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+    def detach(self) -> None:
+        """Gives back what was changed."""
+        for batch_sampler, sampler in self._replaced:
+            batch_sampler.sampler = sampler
+        if self._replaced:
+            fit_loop = self._trainer.fit_loop
+            fit_loop.max_batches = self.batches
+            if fit_loop._combined_loader is not None:
+                fit_loop._combined_loader.limits = self._limits
+        self._replaced.clear()
+
+
+def _is_shareable(loader: Any) -> bool:
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) is DistributedSampler
+        and isinstance(loader.sampler.rank, LightningRank)
+        and len(loader) > 0
+    )

@@ -1,0 +1,147 @@
+"""The description of a geo-distributed cluster.
+
+Rules of this room: plain numbers that a user writes down. What is wrong is refused here, with an error that names the
+field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class SimulatedCluster:
+    """Regions, the links between them, and the workers in them.
+
+    Attributes:
+        bandwidths: Gbit/s from each region (row) to each region (column); on the diagonal, inside the region.
+        worker_speeds: Of each region, the speed of each of its workers, on any scale: only ratios count.
+        step_ms: Milliseconds that the fastest worker takes for a local step.
+        message_bytes: Bytes of one message with a model in it, on every link. Default: those of the model that is
+            trained. Another value lets a small model stand for a large one.
+        global_region: Index of the region where the global server is.
+        names: Names of the regions. Default: ``"0"``, ``"1"``, ...
+        record_parameters: Whether the history keeps the server's model after every event: for small models only.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a wrong value.
+    """
+
+    bandwidths: Sequence[Sequence[float]]
+    worker_speeds: Sequence[Sequence[float]]
+    step_ms: float
+    message_bytes: int | None = None
+    global_region: int = 0
+    names: Sequence[str] = ()
+    record_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        rows = _table("worker_speeds", self.worker_speeds)
+        for region, speeds in enumerate(rows):
+            if not speeds:
+                raise ValueError(f"worker_speeds: region {region} has no workers. Give it a speed or leave it out.")
+        regions = len(rows)
+        table = _table("bandwidths", self.bandwidths)
+        if [len(row) for row in table] != [regions] * regions:
+            raise ValueError(
+                f"bandwidths has rows of {[len(row) for row in table]} numbers, but worker_speeds has {regions}"
+                f" region(s): bandwidths must be {regions} rows of {regions}, in Gbit/s from each region to each."
+            )
+        if not _is_positive(self.step_ms):
+            raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
+        size = self.message_bytes
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
+        home = self.global_region
+        if not isinstance(home, int) or isinstance(home, bool) or not 0 <= home < regions:
+            raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
+        names = tuple(self.names) or tuple(map(str, range(regions)))
+        if len(names) != regions or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"names={self.names!r} must be one name for each of the {regions} region(s).")
+        if len(set(names)) < regions:
+            raise ValueError(f"names={self.names!r} must all be different.")
+        object.__setattr__(self, "bandwidths", table)
+        object.__setattr__(self, "worker_speeds", rows)
+        object.__setattr__(self, "names", names)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SimulatedCluster:
+        """Reads a description from a file whose keys are the attributes of this class.
+
+        Args:
+            path: The file. ``global_region`` may be a region's name in it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            TypeError: If a field has the wrong type.
+            ValueError: If the file has an unknown key, lacks one, or has a wrong value.
+        """
+        data = yaml.safe_load(Path(path).read_text())
+        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict):
+            raise ValueError(f"{path} must be a YAML mapping with the keys {', '.join(known)}.")
+        if unknown := sorted(map(str, set(data) - set(known))):
+            raise ValueError(f"{path} has the unknown key(s) {', '.join(unknown)}. Known are {', '.join(known)}.")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in data]:
+            raise ValueError(f"{path} lacks the key(s) {', '.join(missing)}.")
+        home, names = data.get("global_region"), data.get("names") or ()
+        if isinstance(home, str):
+            if home not in names:
+                raise ValueError(f"{path}: global_region={home!r} is none of the names {list(names)}.")
+            data["global_region"] = list(names).index(home)
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    @property
+    def regions(self) -> list[list[int]]:
+        """Global ranks of the workers of each region."""
+        ranks = iter(range(self.num_workers))
+        return [[next(ranks) for _ in speeds] for speeds in self.worker_speeds]
+
+    @property
+    def num_workers(self) -> int:
+        """Workers in all regions."""
+        return sum(map(len, self.worker_speeds))
+
+    @property
+    def region_of(self) -> list[int]:
+        """Index of each worker's region, by rank."""
+        return [region for region, speeds in enumerate(self.worker_speeds) for _ in speeds]
+
+    @property
+    def relative_speeds(self) -> list[float]:
+        """Speed of each worker, by rank; the fastest has 1."""
+        speeds = [speed for region in self.worker_speeds for speed in region]
+        fastest = max(speeds)
+        return [speed / fastest for speed in speeds]
+
+
+def _table(name: str, value: Any) -> tuple[tuple[float, ...], ...]:
+    if not _is_sequence(value) or not all(_is_sequence(row) for row in value):
+        raise TypeError(f"{name}={value!r} must be a list of lists of numbers, one list for each region.")
+    if not value:
+        raise ValueError(f"{name}=[] must have a list for at least one region.")
+    for region, row in enumerate(value):
+        for entry in row:
+            if not _is_positive(entry):
+                raise ValueError(f"{name}: region {region} has {entry!r}; every entry must be a positive number.")
+    return tuple(tuple(float(entry) for entry in row) for row in value)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,0 +1,42 @@
+"""Starts the processes of a simulation.
+
+Rules of this room: one process per described worker, over the devices that there are. What rank 0 recorded comes back
+to the process that called the Trainer.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_halos.simulation.history import Event
+
+if TYPE_CHECKING:
+    from lightning_halos.strategy import HalosStrategy
+
+
+class SimulationLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher, which also brings the history back."""
+
+    _strategy: HalosStrategy
+
+    def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
+        extra: dict[str, Any] = super().get_extra_results(trainer)
+        # In a file, as Lightning does with the weights: the parent reads the queue when its children have ended, and
+        # until then the queue takes no more than a pipe does.
+        path = Path(tempfile.mkdtemp()) / "history.pt"
+        torch.save([vars(event) for event in self._strategy.history], path)
+        return {**extra, "history": str(path), "virtual_seconds": self._strategy.virtual_seconds}
+
+    def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+        super().update_main_process_results(trainer, extra)
+        path = Path(extra["history"])
+        events = torch.load(path, weights_only=True)
+        shutil.rmtree(path.parent)
+        self._strategy._recall([Event(**event) for event in events], extra["virtual_seconds"])

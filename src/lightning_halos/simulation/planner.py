@@ -1,0 +1,476 @@
+"""The plan: what happens on a described cluster under each algorithm, event by event, without a model.
+
+Rules of this room: numbers only, no tensors, no printing. The rules are those of the servers in
+:mod:`lightning_halos.core.servers`; the durations are those of :class:`~lightning_halos.simulation.timing.Timing`. No
+worker ever waits for an exchange between servers, so a worker's pushes are an arithmetic progression, and a server's
+are those of its workers, merged: arrays take the place of an event queue, and one server at a time is enough. Of events
+at the same moment pushes come first, by worker, then updates at the global server, by server, then merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_halos.core.settings import check_count
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.timing import Timing
+from lightning_halos.topology import ServerGroup, Topology
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+ALGORITHMS = {
+    "sync_sgd": "Synchronous SGD",
+    "diloco": "DiLoCo",
+    "diloco_dynamic": "DiLoCo + dynamic steps",
+    "async_local_sgd": "Async-Local-SGD",
+    "halos": "HALoS",
+}
+MS_PER_HOUR = 3.6e6
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What can be set about the algorithms.
+
+    Attributes:
+        local_steps: Local steps per round of the fastest worker under HALoS (``H``).
+        dynamic_local_steps: Whether slower workers run fewer under HALoS.
+        accumulate_updates: Pushes per exchange with the global server (``K``). Default: ``updates_per_worker`` for each
+            worker of the server.
+        updates_per_worker: What that is made of.
+        servers_per_region: Local servers in each region.
+        baseline_local_steps: Local steps per round of Async-Local-SGD, of DiLoCo, and of DiLoCo with dynamic steps.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+
+    local_steps: int = 8
+    dynamic_local_steps: bool = True
+    accumulate_updates: int | None = None
+    updates_per_worker: int = 8
+    servers_per_region: int = 1
+    baseline_local_steps: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("local_steps", "updates_per_worker", "servers_per_region", "baseline_local_steps"):
+            check_count(name, getattr(self, name))
+        if self.accumulate_updates is not None:
+            check_count("accumulate_updates", self.accumulate_updates)
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """How old the models are that updates start from, over all updates of a kind.
+
+    Attributes:
+        count: Number of updates.
+        mean: Mean of the versions that the server went through between an update's start and its arrival.
+        p95: The smallest number of versions that at least 95 % of the updates do not exceed.
+        maximum: The most versions.
+        missed_steps: Mean of the local steps behind these versions.
+    """
+
+    count: int
+    mean: float
+    p95: int
+    maximum: int
+    missed_steps: float
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Updates in the order in which they come to a server; the i-th makes the server's version i + 1.
+
+    Attributes:
+        times: When each arrives, in virtual milliseconds.
+        senders: Who sent it: the worker's rank, or at the global server the index of the local server.
+        staleness: Versions between the model that it started from and its arrival.
+        missed_steps: Local steps behind these versions.
+    """
+
+    times: Floats
+    senders: Ints
+    staleness: Ints
+    missed_steps: Ints
+
+    def until(self, time: float) -> Arrivals:
+        """Those that arrive by a time, in arrays of their own."""
+        stop = int(np.searchsorted(self.times, time, side="right"))
+        return Arrivals(
+            self.times[:stop].copy(),
+            self.senders[:stop].copy(),
+            self.staleness[:stop].copy(),
+            self.missed_steps[:stop].copy(),
+        )
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """The exchanges of a local server with the global server, in their order.
+
+    Attributes:
+        sent: When each update is sent, in virtual milliseconds.
+        arrived: When it is at the global server.
+        merged: When the answer is merged.
+        sent_versions: The local server's version when it sends.
+        merged_versions: And when it merges.
+    """
+
+    sent: Floats
+    arrived: Floats
+    merged: Floats
+    sent_versions: Ints
+    merged_versions: Ints
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The events up to a time.
+
+    Attributes:
+        until_ms: The time, in virtual milliseconds.
+        groups: The servers that workers push to.
+        pushes: Of each of these servers.
+        exchanges: Of each of these servers; none if there is no server above them.
+        updates: What comes to the global server.
+        rounds: When each common round of a synchronous algorithm ends.
+    """
+
+    until_ms: float
+    groups: tuple[ServerGroup, ...] = ()
+    pushes: tuple[Arrivals, ...] = ()
+    exchanges: tuple[Exchanges, ...] = ()
+    updates: Arrivals | None = None
+    rounds: Floats = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an algorithm does on a cluster.
+
+    Attributes:
+        algorithm: One of :data:`ALGORITHMS`.
+        elapsed_ms: The virtual milliseconds that the numbers are about: of a synchronous algorithm, whole rounds.
+        local_steps: Local steps of a round of each worker, by rank.
+        rounds: Rounds that each worker finished.
+        compute_ms: Virtual milliseconds that each worker computes in a round.
+        communication_ms: And for which its messages are under way.
+        waiting_ms: And for which it waits for the slowest worker.
+        bytes_inside: Bytes on links inside regions.
+        bytes_between: Bytes on links between regions.
+        pushes: Staleness of what the workers push.
+        updates: Staleness of what local servers send to the global server; ``None`` without local servers.
+        global_updates: How often the global model changed.
+        sent_share: Share of the pushes up to each local server's last merge that its updates hold; ``None`` without
+            a merge. What comes while an exchange is under way is in no update: the next counts from the merge.
+        accumulate_updates: Pushes per exchange (``K``) of each local server.
+        recording: The events, as far as they were asked for.
+    """
+
+    algorithm: str
+    elapsed_ms: float
+    local_steps: Ints
+    rounds: Ints
+    compute_ms: Floats
+    communication_ms: Floats
+    waiting_ms: Floats
+    bytes_inside: int
+    bytes_between: int
+    pushes: Staleness
+    updates: Staleness | None
+    global_updates: int
+    sent_share: float | None
+    accumulate_updates: tuple[int, ...]
+    recording: Recording
+
+    @property
+    def title(self) -> str:
+        """Name of the algorithm, for people."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def global_steps(self) -> float:
+        """Local steps of finished rounds, divided by the number of workers."""
+        return float((self.rounds * self.local_steps).sum()) / len(self.rounds)
+
+    @property
+    def seconds_per_global_step(self) -> float:
+        """Virtual seconds in which all workers together do one local step per worker."""
+        return self.elapsed_ms / 1e3 / self.global_steps
+
+    @property
+    def updates_per_second(self) -> float:
+        """Changes of the global model per virtual second."""
+        return self.global_updates / (self.elapsed_ms / 1e3)
+
+    @property
+    def worker_shares(self) -> Floats:
+        """Shares of each worker's time (rows) in computing, communicating and waiting (columns)."""
+        parts = np.stack([self.compute_ms, self.communication_ms, self.waiting_ms], axis=1)
+        shares: Floats = parts / parts.sum(axis=1, keepdims=True)
+        return shares
+
+    @property
+    def shares(self) -> Floats:
+        """Shares of all workers' time in computing, communicating and waiting: every worker counts the same."""
+        mean: Floats = self.worker_shares.mean(axis=0)
+        return mean
+
+    @property
+    def round_shares(self) -> Floats:
+        """The same, but every finished round counts the same: workers with short rounds weigh more."""
+        mean: Floats = np.average(self.worker_shares, axis=0, weights=self.rounds)
+        return mean
+
+
+def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> Timing:
+    """Makes the durations on a cluster for a model of a size.
+
+    Args:
+        cluster: The cluster.
+        message_bytes: Bytes of one message with a model in it. Default: the cluster's.
+
+    Raises:
+        ValueError: If the size is wrong, or neither says it.
+    """
+    size = cluster.message_bytes if message_bytes is None else message_bytes
+    if size is None:
+        raise ValueError(
+            "message_bytes is missing: the plan has no model to measure. Give --message-bytes, or write message_bytes"
+            " into the cluster's description: 4 bytes for each trainable parameter."
+        )
+    check_count("message_bytes", size)
+    return Timing(cluster, size)
+
+
+def plan(
+    algorithm: str,
+    timing: Timing,
+    hours: float = 1.0,
+    settings: PlanSettings | None = None,
+    record_ms: float = 0.0,
+) -> Plan:
+    """Simulates an algorithm on a cluster.
+
+    Args:
+        algorithm: One of :data:`ALGORITHMS`.
+        timing: The durations on the cluster.
+        hours: Virtual hours to simulate.
+        settings: The algorithms' settings; default: the defaults.
+        record_ms: Virtual milliseconds from the start whose events are kept in :attr:`Plan.recording`.
+
+    Raises:
+        ValueError: If there is no such algorithm, or nothing is finished in the time.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}.")
+    if not 0 < hours < float("inf"):
+        raise ValueError(f"hours={hours!r} must be a positive number of hours.")
+    settings, horizon = settings or PlanSettings(), hours * MS_PER_HOUR
+    baseline = settings.baseline_local_steps
+    if algorithm == "sync_sgd":
+        return _in_lockstep(algorithm, timing, horizon, timing.local_steps(1, False), record_ms)
+    if algorithm in ("diloco", "diloco_dynamic"):
+        steps = timing.local_steps(baseline, algorithm == "diloco_dynamic")
+        return _in_lockstep(algorithm, timing, horizon, steps, record_ms)
+    if algorithm == "async_local_sgd":
+        everybody = ServerGroup(0, timing.cluster.global_region, tuple(range(timing.cluster.num_workers)))
+        return _with_servers(algorithm, timing, horizon, timing.local_steps(baseline, True), [everybody], [], record_ms)
+    groups = Topology.build(timing.cluster.regions, settings.servers_per_region, timing.cluster.names).groups
+    steps = timing.local_steps(settings.local_steps, settings.dynamic_local_steps)
+    accumulate = [settings.accumulate_updates or settings.updates_per_worker * len(group.ranks) for group in groups]
+    return _with_servers(algorithm, timing, horizon, steps, groups, accumulate, record_ms)
+
+
+def _in_lockstep(algorithm: str, timing: Timing, horizon: float, local_steps: list[int], record_ms: float) -> Plan:
+    """Rounds that end for all workers at once, with an all-reduce."""
+    workers, regions = timing.cluster.num_workers, len(timing.cluster.regions)
+    compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
+    all_reduce = timing.all_reduce()
+    ends = _multiples(float(compute.max()) + all_reduce, horizon)
+    if not len(ends):
+        raise ValueError(_too_short(algorithm, horizon, float(compute.max()) + all_reduce))
+    total = len(ends) * 2 * (workers - 1) * timing.message_bytes
+    between = total * regions // workers if regions > 1 else 0
+    return Plan(
+        algorithm,
+        elapsed_ms=float(ends[-1]),
+        local_steps=np.array(local_steps),
+        rounds=np.full(workers, len(ends)),
+        compute_ms=compute,
+        communication_ms=np.full(workers, all_reduce),
+        waiting_ms=compute.max() - compute,
+        bytes_inside=total - between,
+        bytes_between=between,
+        pushes=Staleness(len(ends) * workers, 0.0, 0, 0, 0.0),
+        updates=None,
+        global_updates=len(ends),
+        sent_share=None,
+        accumulate_updates=(),
+        recording=Recording(record_ms, rounds=ends[: np.searchsorted(ends, record_ms, side="right")].copy()),
+    )
+
+
+def _with_servers(
+    algorithm: str,
+    timing: Timing,
+    horizon: float,
+    local_steps: list[int],
+    groups: Sequence[ServerGroup],
+    accumulate: Sequence[int],
+    record_ms: float,
+) -> Plan:
+    """Servers that apply what comes when it comes; with ``accumulate``, they exchange with a global server."""
+    home, regions = timing.cluster.global_region, timing.cluster.region_of
+    rounds = np.zeros(len(local_steps), dtype=np.int64)
+    durations = np.empty(len(local_steps))
+    crossing, staying = 0, 0  # messages
+    sent, merged = 0, 0  # pushes
+    tally = _Tally()
+    recorded, exchanges, sent_steps = [], [], []
+    for group in groups:
+        times = []
+        for rank in group.ranks:
+            durations[rank] = timing.round(rank, group.region, local_steps[rank])
+            times.append(_multiples(durations[rank], horizon))
+            rounds[rank] = len(times[-1])
+            if regions[rank] == group.region:
+                staying += 2 * len(times[-1])
+            else:
+                crossing += 2 * len(times[-1])
+        steps = [np.full(len(own), local_steps[rank]) for rank, own in zip(group.ranks, times, strict=True)]
+        pushes = _arrive(times, steps, group.ranks)
+        tally.add(pushes)
+        recorded.append(pushes.until(record_ms))
+        if accumulate:
+            there, back = timing.transfer(group.region, home), timing.transfer(home, group.region)
+            own_exchanges = _exchange(pushes.times, accumulate[group.index], there, back)
+            exchanges.append(own_exchanges)
+            done = np.concatenate([[0], np.cumsum(np.array(local_steps)[pushes.senders])])
+            sent_steps.append(np.diff(done[own_exchanges.sent_versions], prepend=0))
+            merges = int((own_exchanges.merged <= horizon).sum())
+            messages = int((own_exchanges.arrived <= horizon).sum()) + merges
+            sent += accumulate[group.index] * merges
+            merged += int(own_exchanges.merged_versions[merges - 1]) if merges else 0
+            if group.region == home:
+                staying += messages
+            else:
+                crossing += messages
+    if not rounds.any():
+        raise ValueError(_too_short(algorithm, horizon, float(durations.min())))
+    updates, update_tally = None, _Tally()
+    if accumulate:
+        updates = _arrive([own.arrived for own in exchanges], sent_steps, range(len(groups))).until(horizon)
+        update_tally.add(updates)
+    compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
+    return Plan(
+        algorithm,
+        elapsed_ms=horizon,
+        local_steps=np.array(local_steps),
+        rounds=rounds,
+        compute_ms=compute,
+        communication_ms=durations - compute,
+        waiting_ms=np.zeros(len(local_steps)),
+        bytes_inside=staying * timing.message_bytes,
+        bytes_between=crossing * timing.message_bytes,
+        pushes=tally.result(),
+        updates=None if updates is None else update_tally.result(),
+        global_updates=int(rounds.sum()) if updates is None else len(updates.times),
+        sent_share=sent / merged if merged else None,
+        accumulate_updates=tuple(accumulate),
+        recording=Recording(
+            record_ms,
+            tuple(groups),
+            tuple(recorded),
+            tuple(_started_by(own, record_ms) for own in exchanges),
+            None if updates is None else updates.until(record_ms),
+        ),
+    )
+
+
+def _multiples(duration: float, horizon: float) -> Floats:
+    """Ends of rounds of a duration, one after the other, up to a time; rounded as repeated addition rounds them."""
+    ends: Floats = np.cumsum(np.full(int(horizon / duration) + 2, duration))
+    return ends[: np.searchsorted(ends, horizon, side="right")]
+
+
+def _arrive(times: Sequence[Floats], steps: Sequence[npt.NDArray[np.int64]], names: Sequence[int]) -> Arrivals:
+    """Merges what several senders send to a server.
+
+    Args:
+        times: Of each sender, when its updates arrive, ascending. Each starts from the answer to the one before.
+        steps: Local steps behind each of these updates.
+        names: What the senders are called.
+    """
+    counts = np.array([len(own) for own in times])
+    when, work = np.concatenate(times), np.concatenate(steps)
+    order = np.argsort(when, kind="stable")
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    started = np.empty_like(position)  # the version that each update started from
+    started[1:] = position[:-1] + 1
+    started[(np.cumsum(counts) - counts)[counts > 0]] = 0
+    done = np.concatenate([[0], np.cumsum(work[order])])
+    missed = done[position] - done[started]
+    senders = np.repeat(np.array(names, dtype=np.int64), counts)
+    return Arrivals(when[order], senders[order], (position - started)[order], missed[order])
+
+
+def _exchange(times: Floats, accumulate: int, there: float, back: float) -> Exchanges:
+    """The exchanges of a server with pushes at these times: one after ``accumulate`` pushes since the last merge."""
+    sent, versions = [], []
+    merged_versions = [0]
+    while (version := merged_versions[-1] + accumulate) <= len(times):
+        sent.append(times[version - 1])
+        versions.append(version)
+        merged_versions.append(int(np.searchsorted(times, sent[-1] + there + back, side="right")))
+    start = np.array(sent, dtype=np.float64)
+    integers = (np.array(versions, dtype=np.int64), np.array(merged_versions[1:], dtype=np.int64))
+    return Exchanges(start, start + there, start + there + back, *integers)
+
+
+def _started_by(exchanges: Exchanges, time: float) -> Exchanges:
+    stop = int(np.searchsorted(exchanges.sent, time, side="right"))
+    return Exchanges(
+        exchanges.sent[:stop],
+        exchanges.arrived[:stop],
+        exchanges.merged[:stop],
+        exchanges.sent_versions[:stop],
+        exchanges.merged_versions[:stop],
+    )
+
+
+def _too_short(algorithm: str, horizon: float, duration: float) -> str:
+    return (
+        f"hours={horizon / MS_PER_HOUR:g} is too short: the first round of {algorithm} ends after"
+        f" {duration / MS_PER_HOUR:.3g} hours. Give at least that."
+    )
+
+
+class _Tally:
+    """Counts how many updates have which staleness, so that no update need be kept."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._missed = 0
+
+    def add(self, arrivals: Arrivals) -> None:
+        counts = np.bincount(arrivals.staleness, minlength=len(self._counts))
+        counts[: len(self._counts)] += self._counts
+        self._counts = counts
+        self._missed += int(arrivals.missed_steps.sum())
+
+    def result(self) -> Staleness:
+        count = int(self._counts.sum())
+        if not count:
+            return Staleness(0, 0.0, 0, 0, 0.0)
+        mean = float(self._counts @ np.arange(len(self._counts))) / count
+        rank = -(-95 * count // 100)  # nearest rank, rounded up
+        p95 = int(np.searchsorted(np.cumsum(self._counts), rank))
+        return Staleness(count, mean, p95, len(self._counts) - 1, self._missed / count)

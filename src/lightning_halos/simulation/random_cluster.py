@@ -1,0 +1,42 @@
+"""Random clusters that look like the paper's, of any size.
+
+Rules of this room: the same seed gives the same cluster. What is drawn, and why so, is said where it is drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_halos.core.settings import check_count
+from lightning_halos.simulation.cluster import SimulatedCluster
+
+# The paper's environment: milliseconds per step of its fastest worker, a Pythia-70M in float32, and a region's network.
+STEP_MS = 238.391
+MESSAGE_BYTES = 281_706_496
+INSIDE_GBPS = 100.0
+
+
+def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> SimulatedCluster:
+    """Draws a cluster in the manner of the paper's environment of 4 regions of 4 workers.
+
+    Speeds are uniform from 0.1 to 1: the paper's 16 are from 0.107 to 0.907 with a mean of 0.56. Bandwidths between
+    regions are log-uniform from 0.1 to 1 Gbit/s and the same both ways: the paper's 6 are from 0.117 to 0.935 with a
+    mean of 0.38. Inside a region there are 100 Gbit/s. The step time and the model are the paper's.
+
+    Args:
+        regions: Number of regions.
+        workers_per_region: Workers in each.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If a number is wrong.
+    """
+    check_count("regions", regions)
+    check_count("workers_per_region", workers_per_region)
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0.")
+    draw = np.random.default_rng(seed)
+    speeds = draw.uniform(0.1, 1.0, (regions, workers_per_region))
+    one_way = np.triu(10 ** draw.uniform(-1.0, 0.0, (regions, regions)), k=1)
+    bandwidths = one_way + one_way.T + INSIDE_GBPS * np.eye(regions)
+    return SimulatedCluster(bandwidths.tolist(), speeds.tolist(), STEP_MS, MESSAGE_BYTES)

@@ -1,0 +1,245 @@
+"""Plans for people and programs: a table, a JSON, a picture.
+
+Rules of this room: nothing is computed here that a plan does not know; only words, units and colours. matplotlib is
+imported where a picture is drawn, so that a table needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_halos.simulation.planner import MS_PER_HOUR, Floats, Plan, Staleness
+from lightning_halos.simulation.timing import Timing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ACTIVITIES = ("computing", "communicating", "waiting")
+_COLOURS = ("#2f7d4f", "#e0a030", "#b9bec6")
+_MOST_ROWS = 32  # of a breakdown by worker; then by region
+_MOST_BARS = 128  # in a panel of the picture
+
+
+def describe(timing: Timing) -> str:
+    """Returns a cluster's size, the model's and the step time, in a line."""
+    cluster = timing.cluster
+    return (
+        f"{cluster.num_workers} workers in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
+        f" model on a link, {cluster.step_ms:g} ms per local step of the fastest worker"
+    )
+
+
+def table(plans: Sequence[Plan], timing: Timing) -> str:
+    """Returns what the plans say, one column for each.
+
+    Args:
+        plans: At least one plan on one cluster.
+        timing: The durations on it.
+    """
+    fastest = min(plan.seconds_per_global_step for plan in plans)
+    measures: list[tuple[str, Callable[[Plan], str]]] = [
+        ("local steps per round", lambda plan: _span(plan.local_steps)),
+        ("pushes per exchange (K)", lambda plan: _span(plan.accumulate_updates)),
+        ("simulated hours", lambda plan: f"{plan.elapsed_ms / MS_PER_HOUR:.3f}"),
+        ("", lambda plan: ""),
+        ("seconds per global step", lambda plan: f"{plan.seconds_per_global_step:.3f}"),
+        ("  times the fastest here", lambda plan: f"{plan.seconds_per_global_step / fastest:.2f}"),
+        ("", lambda plan: ""),
+        ("share of all workers' time: computing", lambda plan: f"{plan.shares[0]:.1%}"),
+        ("  communicating", lambda plan: f"{plan.shares[1]:.1%}"),
+        ("  waiting", lambda plan: f"{plan.shares[2]:.1%}"),
+        ("share of a mean round: computing", lambda plan: f"{plan.round_shares[0]:.1%}"),
+        ("  communicating", lambda plan: f"{plan.round_shares[1]:.1%}"),
+        ("  waiting", lambda plan: f"{plan.round_shares[2]:.1%}"),
+        ("", lambda plan: ""),
+        ("GB inside regions", lambda plan: f"{plan.bytes_inside / 1e9:,.1f}"),
+        ("  per global step", lambda plan: f"{plan.bytes_inside / 1e9 / plan.global_steps:.3f}"),
+        ("GB between regions", lambda plan: f"{plan.bytes_between / 1e9:,.1f}"),
+        ("  per global step", lambda plan: f"{plan.bytes_between / 1e9 / plan.global_steps:.3f}"),
+        ("", lambda plan: ""),
+        ("staleness of pushes: mean", lambda plan: _mean(plan.pushes)),
+        ("  95th percentile", lambda plan: f"{plan.pushes.p95}"),
+        ("  maximum", lambda plan: f"{plan.pushes.maximum}"),
+        ("staleness of region updates: mean", lambda plan: _mean(plan.updates)),
+        ("  95th percentile", lambda plan: _of(plan.updates, "p95")),
+        ("  maximum", lambda plan: _of(plan.updates, "maximum")),
+        ("pushes in region updates", lambda plan: "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"),
+        ("global updates per second", lambda plan: f"{plan.updates_per_second:.4f}"),
+    ]
+    rows = [["", *(plan.algorithm for plan in plans)]]
+    rows += [[name, *(value(plan) for plan in plans)] for name, value in measures]
+    text = f"{describe(timing)}\n\n{align(rows)}"
+    kind, names, groups = _breakdown(timing, _MOST_ROWS)
+    if len(groups) > _MOST_ROWS:
+        return f"{text}\n"
+    rows = [[kind, *(plan.algorithm for plan in plans)]]
+    rows += [
+        [name, *(" / ".join(f"{share:3.0%}" for share in plan.worker_shares[ranks].mean(axis=0)) for plan in plans)]
+        for name, ranks in zip(names, groups, strict=True)
+    ]
+    return f"{text}\n\nThe time of each {kind}, {' / '.join(ACTIVITIES)}:\n\n{align(rows)}\n"
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Aligns cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_json(plans: Sequence[Plan], timing: Timing) -> dict[str, Any]:
+    """Returns all that the plans say, in values that JSON can hold. Names end in their unit.
+
+    Args:
+        plans: Plans on one cluster.
+        timing: The durations on it.
+    """
+    return {"cluster": {**asdict(timing.cluster), "message_bytes": timing.message_bytes}} | {
+        "plans": {plan.algorithm: _plan_as_json(plan, timing) for plan in plans}
+    }
+
+
+def _plan_as_json(plan: Plan, timing: Timing) -> dict[str, Any]:
+    return {
+        "simulated_seconds": plan.elapsed_ms / 1e3,
+        "global_steps": plan.global_steps,
+        "seconds_per_global_step": plan.seconds_per_global_step,
+        "share_of_worker_time": _by_activity(plan.shares),
+        "share_of_round_time": _by_activity(plan.round_shares),
+        "bytes_inside_regions": plan.bytes_inside,
+        "bytes_between_regions": plan.bytes_between,
+        "staleness_of_pushes": asdict(plan.pushes),
+        "staleness_of_region_updates": None if plan.updates is None else asdict(plan.updates),
+        "global_updates": plan.global_updates,
+        "global_updates_per_second": plan.updates_per_second,
+        "share_of_pushes_in_region_updates": plan.sent_share,
+        "accumulate_updates": list(plan.accumulate_updates),
+        "workers": [
+            {
+                "rank": rank,
+                "region": timing.cluster.names[region],
+                "rounds": int(plan.rounds[rank]),
+                "local_steps_per_round": int(plan.local_steps[rank]),
+                "computing_ms_per_round": float(plan.compute_ms[rank]),
+                "communicating_ms_per_round": float(plan.communication_ms[rank]),
+                "waiting_ms_per_round": float(plan.waiting_ms[rank]),
+            }
+            for rank, region in enumerate(timing.cluster.region_of)
+        ],
+    }
+
+
+def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
+    """Draws where the time goes: over all workers, and for each of them, under each plan.
+
+    Args:
+        plans: At least one plan on one cluster.
+        timing: The durations on it.
+        path: The file to write; its suffix says the format.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "A picture needs matplotlib: pip install 'lightning-halos[examples]'. Without --output no picture is drawn."
+        ) from None
+    kind, names, groups = _breakdown(timing, _MOST_BARS)
+    is_detailed = len(groups) <= _MOST_BARS
+    heights = [0.5 * len(plans) + 0.8] + [1.5] * (len(plans) if is_detailed else 0)
+    figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    _draw_overview(plans, axes[0])
+    figure.suptitle(f"Where the workers' time goes\n{describe(timing)}", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", frameon=False)
+    for plan, panel in zip(plans, axes[1:], strict=False):
+        _draw_groups(plan, timing, kind, groups, panel)
+    if is_detailed:
+        _name_bars(axes[-1], kind, names, timing)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_overview(plans: Sequence[Plan], axes: Axes) -> None:
+    rows = np.arange(len(plans))
+    left = np.zeros(len(plans))
+    for index, (activity, colour) in enumerate(zip(ACTIVITIES, _COLOURS, strict=True)):
+        shares = np.array([plan.shares[index] for plan in plans]) * 100
+        axes.barh(rows, shares, left=left, color=colour, label=activity, height=0.7)
+        for row, share in enumerate(shares):
+            if share >= 4:
+                ink = "white" if index == 0 else "black"
+                axes.text(left[row] + share / 2, row, f"{share:.0f} %", ha="center", va="center", color=ink)
+        left += shares
+    for row, plan in enumerate(plans):
+        axes.text(101, row, f"{plan.seconds_per_global_step:.3g} s per global step", va="center")
+    axes.set_yticks(rows, [plan.title for plan in plans])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 124)
+    axes.set_xticks(range(0, 101, 20), [f"{share} %" for share in range(0, 101, 20)])
+    axes.set_title("All workers", fontsize=10, loc="left")
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_groups(plan: Plan, timing: Timing, kind: str, groups: Sequence[Sequence[int]], axes: Axes) -> None:
+    shares = np.array([plan.worker_shares[ranks].mean(axis=0) for ranks in groups]) * 100
+    bottom = np.zeros(len(groups))
+    for index, colour in enumerate(_COLOURS):
+        axes.bar(range(len(groups)), shares[:, index], bottom=bottom, color=colour, width=0.86)
+        bottom += shares[:, index]
+    axes.set_title(f"{plan.title}, each {kind}", fontsize=10, loc="left", pad=3)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylim(0, 100)
+    axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
+    axes.set_xticks([])
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(groups) == timing.cluster.num_workers:
+        for ranks in timing.cluster.regions[1:]:
+            axes.axvline(ranks[0] - 0.5, color="#333333", linewidth=1.2)
+
+
+def _name_bars(axes: Axes, kind: str, names: Sequence[str], timing: Timing) -> None:
+    every = -(-len(names) // _MOST_ROWS)
+    axes.set_xticks(range(0, len(names), every), list(names)[::every], fontsize=8)
+    regions = timing.cluster.names
+    listed = f" (lines part the regions {', '.join(regions)})" if kind == "worker" and len(regions) > 1 else ""
+    axes.set_xlabel(f"{kind}{listed}")
+
+
+def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int]]]:
+    """What to break the time down by: workers if they are few, else regions; their names and ranks."""
+    cluster = timing.cluster
+    if cluster.num_workers > most:
+        return "region", list(cluster.names), cluster.regions
+    return "worker", [str(rank) for rank in range(cluster.num_workers)], [[rank] for rank in range(cluster.num_workers)]
+
+
+def _span(values: Sequence[int] | Any) -> str:
+    if not len(values):
+        return "-"
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _mean(staleness: Staleness | None) -> str:
+    return "-" if staleness is None or not staleness.count else f"{staleness.mean:.2f}"
+
+
+def _of(staleness: Staleness | None, name: str) -> str:
+    return "-" if staleness is None or not staleness.count else str(getattr(staleness, name))
+
+
+def _by_activity(shares: Floats) -> dict[str, float]:
+    return dict(zip(ACTIVITIES, shares.tolist(), strict=True))

@@ -1,0 +1,181 @@
+"""HALoS under many settings: which keep the workers busy at the least staleness?
+
+Rules of this room: it plans and compares. What it compares are times and ages of models, not losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_halos.simulation.planner import Plan, PlanSettings, plan
+from lightning_halos.simulation.report import align, describe
+from lightning_halos.simulation.timing import Timing
+
+LOCAL_STEPS = (2, 4, 8, 16, 32, 64)
+UPDATES_PER_WORKER = (2, 4, 8, 16)
+SERVERS_PER_REGION = (1, 2, 4)
+KEEP = 0.95
+SENT = 0.5
+_COLUMNS = (
+    *("H", "K per worker", "servers/region", "utilization", "s/global step"),
+    *("pushes", "updates", "behind", "sent", "GB", ""),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and what comes of it.
+
+    Attributes:
+        local_steps: ``H``.
+        updates_per_worker: ``K``, for each worker of a server.
+        servers_per_region: Local servers in each region.
+        plan: The plan.
+    """
+
+    local_steps: int
+    updates_per_worker: int
+    servers_per_region: int
+    plan: Plan
+
+    @property
+    def utilization(self) -> float:
+        """Share of the workers' time in which they compute."""
+        return float(self.plan.shares[0])
+
+    @property
+    def behind(self) -> float:
+        """Mean age of what workers start from, in global steps.
+
+        It is the local steps that a push misses of its own server's workers, plus those that a region's update misses
+        of the other servers', divided by the number of workers. Versions would not do to compare settings: one version
+        is H steps at a local server, and K times H at the global one.
+        """
+        assert self.plan.updates is not None
+        return (self.plan.pushes.missed_steps + self.plan.updates.missed_steps) / len(self.plan.rounds)
+
+    @property
+    def sent(self) -> float:
+        """Share of the pushes that updates to the global server hold."""
+        return self.plan.sent_share or 0.0
+
+    @property
+    def traffic(self) -> float:
+        """Gigabytes between regions per global step."""
+        return self.plan.bytes_between / 1e9 / self.plan.global_steps
+
+    def beats(self, other: Trial) -> bool:
+        """Whether it is as good in utilization, staleness and traffic, and better in one of them."""
+        mine, theirs = ((-t.utilization, t.behind, t.traffic) for t in (self, other))
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+def sweep(
+    timing: Timing,
+    hours: float = 1.0,
+    local_steps: Sequence[int] = LOCAL_STEPS,
+    updates_per_worker: Sequence[int] = UPDATES_PER_WORKER,
+    servers_per_region: Sequence[int] = SERVERS_PER_REGION,
+) -> list[Trial]:
+    """Plans HALoS under every combination of settings.
+
+    Args:
+        timing: The durations on the cluster.
+        hours: Virtual hours to simulate of each.
+        local_steps: Values of ``H``.
+        updates_per_worker: Values of ``K``, for each worker of a server.
+        servers_per_region: Numbers of local servers in each region. Those that a region has too few workers for are
+            left out.
+
+    Raises:
+        ValueError: If the time is too short for an exchange with the global server.
+    """
+    smallest = min(map(len, timing.cluster.regions))
+    trials = []
+    for steps in local_steps:
+        for servers in [number for number in servers_per_region if number <= smallest]:
+            for updates in updates_per_worker:
+                settings = PlanSettings(steps, updates_per_worker=updates, servers_per_region=servers)
+                result = plan("halos", timing, hours, settings)
+                if result.sent_share is None:
+                    raise ValueError(
+                        f"hours={hours:g} is too short to compare: with {settings} it has no whole exchange with the"
+                        " global server. Give more hours."
+                    )
+                trials.append(Trial(steps, updates, servers, result))
+    return trials
+
+
+def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) -> Trial | None:
+    """Returns the setting with the least staleness among those that keep utilization high.
+
+    Args:
+        trials: At least one.
+        keep: Share of the best utilization that counts as high.
+        sent: Share of the pushes that updates to the global server must hold. If no setting does, ``None`` is returned.
+    """
+    best = max(trial.utilization for trial in trials)
+    busy = (trial for trial in trials if trial.utilization >= keep * best and trial.sent >= sent)
+    return min(busy, key=lambda trial: trial.behind, default=None)
+
+
+def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
+    """Returns all trials as a table, and what it recommends.
+
+    Args:
+        trials: At least one.
+        timing: The durations on the cluster.
+    """
+    choice = recommend(trials)
+    rows = [list(_COLUMNS)]
+    for trial in trials:
+        result = trial.plan
+        assert result.updates is not None
+        is_best = not any(other.beats(trial) for other in trials)
+        rows.append(
+            [
+                str(trial.local_steps),
+                str(trial.updates_per_worker),
+                str(trial.servers_per_region),
+                f"{trial.utilization:.1%}",
+                f"{result.seconds_per_global_step:.3f}",
+                f"{result.pushes.mean:.2f} ({result.pushes.p95})",
+                f"{result.updates.mean:.2f} ({result.updates.p95})",
+                f"{trial.behind:.1f}",
+                f"{trial.sent:.0%}",
+                f"{trial.traffic:.3f}",
+                ("*" if is_best else " ") + ("<" if trial is choice else " "),
+            ]
+        )
+    return (
+        f"{describe(timing)}\n\n{align(rows)}\n\n"
+        "pushes, updates  staleness in versions, of pushes and of region updates: mean (95th percentile)\n"
+        "behind           the same in global steps, both together, mean\n"
+        "sent             pushes in updates to the global server; the others came while an exchange was under way\n"
+        "GB               between regions, per global step\n"
+        "*                no other setting is as good in utilization, behind and GB, and better in one\n"
+        f"<                the least behind of those with at least {KEEP:.0%} of the best utilization\n"
+        "This is time, not loss: how many local steps and how few exchanges training bears, only training can say.\n\n"
+        f"{_advice(trials)}\n"
+    )
+
+
+def _advice(trials: Sequence[Trial]) -> str:
+    fresh, heard = recommend(trials), recommend(trials, sent=SENT)
+    assert fresh is not None
+    text = f"Busy workers at the least staleness:\n{_describe(fresh)}"
+    if heard is None:
+        return f"{text}\nNo busy setting sends {SENT:.0%} of the pushes to the global server."
+    if heard is not fresh:
+        text += f"\nThe same, with at least {SENT:.0%} of the pushes sent to the global server:\n{_describe(heard)}"
+    return text
+
+
+def _describe(trial: Trial) -> str:
+    return (
+        f"  local_steps={trial.local_steps}, servers_per_region={trial.servers_per_region}, accumulate_updates="
+        f"{trial.updates_per_worker} for each worker of a server\n"
+        f"  utilization {trial.utilization:.1%}, {trial.behind:.1f} global steps behind, {trial.sent:.0%} of the pushes"
+        f" sent, {trial.traffic:.3f} GB between regions per global step"
+    )

@@ -1,0 +1,139 @@
+"""A plan as a timeline in Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing open.
+
+Rules of this room: a process for each region, in it a lane for each server and each worker; the time is virtual. Events
+are written one by one, because there may be millions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_halos.simulation.planner import Plan, Recording
+from lightning_halos.simulation.timing import Timing
+
+Event = dict[str, Any]
+
+_GLOBAL_LANE, _SERVER_LANES, _WORKER_LANES = 1, 10, 100_000
+
+
+def write_trace(plan: Plan, timing: Timing, path: Path) -> None:
+    """Writes the events that a plan recorded.
+
+    Args:
+        plan: A plan that was made with ``record_ms``.
+        timing: The durations on its cluster.
+        path: The JSON file to write.
+    """
+    with path.open("w") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        for index, event in enumerate(events(plan, timing)):
+            file.write((",\n" if index else "") + json.dumps(event))
+        file.write("\n]}\n")
+
+
+def events(plan: Plan, timing: Timing) -> Iterator[Event]:
+    """Yields the events of the trace: names of lanes first, then workers, then servers.
+
+    Args:
+        plan: A plan that was made with ``record_ms``.
+        timing: The durations on its cluster.
+    """
+    yield from _names(plan, timing)
+    regions, limit = timing.cluster.region_of, plan.recording.until_ms
+    for worker, starts in _starts(plan):
+        parts = _parts(plan, worker)
+        for start, following in zip(starts, [*starts[1:], limit], strict=True):
+            begin = start
+            for name, duration in parts:
+                end = min(begin + duration, following)
+                if begin < end:
+                    yield _slice(name, regions[worker], _WORKER_LANES + worker, begin, end)
+                begin = end
+    yield from _servers(plan.recording, timing)
+
+
+def _names(plan: Plan, timing: Timing) -> Iterator[Event]:
+    cluster, groups = timing.cluster, plan.recording.groups
+    for region, name in enumerate(cluster.names):
+        yield from _name("process", region, 0, f"region {name} ({plan.title})")
+    if groups:
+        yield from _name("thread", cluster.global_region, _GLOBAL_LANE, "global server")
+    for group in groups if plan.recording.exchanges else ():
+        yield from _name("thread", group.region, _SERVER_LANES + group.index, f"local server {group.index}")
+    for worker, region in enumerate(cluster.region_of):
+        yield from _name("thread", region, _WORKER_LANES + worker, f"worker {worker}")
+
+
+def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
+    """Workers, and when each starts its rounds."""
+    recording = plan.recording
+    if not recording.groups:
+        for worker in range(len(plan.rounds)):
+            yield worker, [0.0, *recording.rounds.tolist()]
+    for group, pushes in zip(recording.groups, recording.pushes, strict=True):
+        starts: dict[int, list[float]] = {rank: [0.0] for rank in group.ranks}
+        for time, worker in zip(pushes.times.tolist(), pushes.senders.tolist(), strict=True):
+            starts[worker].append(time)
+        yield from starts.items()
+
+
+def _parts(plan: Plan, worker: int) -> list[tuple[str, float]]:
+    """What a worker does in a round, one after the other, and for how many milliseconds."""
+    compute, wait = float(plan.compute_ms[worker]), float(plan.waiting_ms[worker])
+    communication = float(plan.communication_ms[worker])
+    if plan.recording.groups:
+        return [("pull", communication / 2), ("compute", compute), ("push", communication / 2)]
+    return [("compute", compute), ("wait", wait), ("all-reduce", communication)]
+
+
+def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
+    home, limit = timing.cluster.global_region, recording.until_ms
+    for group, pushes in zip(recording.groups, recording.pushes, strict=True):
+        lane = (group.region, _SERVER_LANES + group.index) if recording.exchanges else (home, _GLOBAL_LANE)
+        rows = zip(pushes.times.tolist(), pushes.senders.tolist(), pushes.staleness.tolist(), strict=True)
+        for version, (time, worker, staleness) in enumerate(rows, start=1):
+            details = {"worker": worker, "version": version, "staleness": staleness}
+            yield _instant("push applied", *lane, time, details)
+    for group, own in zip(recording.groups, recording.exchanges, strict=False):
+        lane = (group.region, _SERVER_LANES + group.index)
+        columns = (own.sent, own.arrived, own.merged, own.sent_versions, own.merged_versions)
+        for sent, arrived, merged, version, merged_version in zip(*(c.tolist() for c in columns), strict=True):
+            yield _slice("exchange", *lane, sent, min(merged, limit), {"version": version})
+            yield _slice("update to the global server", *lane, sent, min(arrived, limit))
+            if arrived < limit:
+                yield _slice("answer", *lane, arrived, min(merged, limit))
+            if merged <= limit:
+                yield _instant("merge", *lane, merged, {"version": merged_version})
+    if recording.updates is not None:
+        arrivals = recording.updates
+        rows = zip(arrivals.times.tolist(), arrivals.senders.tolist(), arrivals.staleness.tolist(), strict=True)
+        for version, (time, server, staleness) in enumerate(rows, start=1):
+            details = {"local server": server, "version": version, "staleness": staleness}
+            yield _instant("update applied", home, _GLOBAL_LANE, time, details)
+
+
+def _name(what: str, region: int, lane: int, name: str) -> Iterator[Event]:
+    """The name of a process or thread, and its place among the others."""
+    common = {"ph": "M", "pid": region + 1, "tid": lane}
+    yield {**common, "name": f"{what}_name", "args": {"name": name}}
+    yield {**common, "name": f"{what}_sort_index", "args": {"sort_index": lane or region}}
+
+
+def _slice(name: str, region: int, lane: int, start: float, end: float, details: Event | None = None) -> Event:
+    begin = _nanoseconds(start)
+    duration = (_nanoseconds(end) - begin) / 1e3
+    event = {"ph": "X", "name": name, "pid": region + 1, "tid": lane, "ts": begin / 1e3, "dur": duration}
+    return event | ({"args": details} if details else {})
+
+
+def _instant(name: str, region: int, lane: int, time: float, details: Event) -> Event:
+    ts = _nanoseconds(time) / 1e3
+    return {"ph": "i", "s": "t", "name": name, "pid": region + 1, "tid": lane, "ts": ts, "args": details}
+
+
+def _nanoseconds(milliseconds: float) -> int:
+    """A whole number, so that slices of one lane meet and never overlap by a rounding error."""
+    return round(milliseconds * 1e6)

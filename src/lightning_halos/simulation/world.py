@@ -1,0 +1,209 @@
+"""The simulated world: it takes what workers push, and hands it to the servers in the order of the virtual clock.
+
+Rules of this room: one thread owns the servers and the clock. When a round is due it waits for that round's result and
+for no other, so the order of events never depends on how long anything takes on this machine. Rank 0 looks at the
+world, or tells it something, only while the world waits for rank 0: that is a moment of virtual time, too.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lightning_halos.core.messages import Failure, GlobalModel, Message, Pull, Push
+from lightning_halos.core.schedule import global_step
+from lightning_halos.simulation.history import Event
+from lightning_halos.simulation.rounds import Round, Rounds
+from lightning_halos.simulation.servers import Servers
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.link import Filled, Link, whole
+
+
+class World:
+    """Runs a simulation, in a thread of its own.
+
+    Args:
+        rounds: Who works when.
+        servers: The servers of the algorithm.
+        workers: Number of workers.
+        max_steps: Global steps that were ordered, ``None`` for no limit.
+        done: Local steps of all workers in earlier runs.
+        alarm: Where failures go.
+
+    Attributes:
+        history: All that happened so far.
+        virtual_ms: Virtual milliseconds at which rank 0's present round ends; after training, at which it ended.
+    """
+
+    def __init__(
+        self, rounds: Rounds, servers: Servers, workers: int, max_steps: int | None, done: int, alarm: Alarm
+    ) -> None:
+        self.history: list[Event] = []
+        self.virtual_ms = 0.0
+        self._rounds = rounds
+        self._servers = servers
+        self._servers.record = self.history.append
+        self._workers = workers
+        self._max_steps = max_steps
+        self._done = done
+        self._alarm = alarm
+        self._links: dict[int, Link] = {}
+        self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(workers)]
+        self._moment = threading.Condition()
+        self._waits_for_rank_0 = False
+        self._stop = self._asked_to_stop = False
+        self._plateaus: list[tuple[int, float]] = []
+        self._told = [0] * workers
+        self._metrics: dict[str, float] = {}
+        self._statistics: list[dict[str, Any]] = []
+
+    def attach(self, rank: int, link: Link) -> None:
+        """Connects a worker."""
+        self._links[rank] = link
+        link.start(lambda message, filled: self._on_push(rank, message, filled), self._alarm.fail)
+
+    def start(self) -> None:
+        """Starts the clock, once all workers are connected."""
+        threading.Thread(target=self._guard, name="halos world", daemon=True).start()
+
+    @property
+    def version(self) -> int:
+        """Updates that are in the global model."""
+        return self._servers.version
+
+    @property
+    def steps(self) -> int:
+        """Local steps that all workers have finished in this run."""
+        return self._servers.steps
+
+    def read(self, out: Tensor) -> None:
+        """Copies the global model at the end of rank 0's present round into ``out``; leaves it if there is none."""
+        with self._rank_0_is_due():
+            if self._servers.model is not None:
+                out.copy_(self._servers.model)
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics.
+
+        They learn of it with the first model that they get after rank 0's present round.
+        """
+        with self._rank_0_is_due():
+            self._plateaus += plateaus
+            self._metrics = metrics
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Counters of each local server when rank 0's present round began."""
+        return self._statistics
+
+    @contextmanager
+    def _rank_0_is_due(self) -> Iterator[None]:
+        with self._moment:
+            while not self._waits_for_rank_0:
+                self._alarm.check()
+                self._moment.wait(0.2)
+            yield
+
+    def _on_push(self, rank: int, message: Message, filled: Filled) -> None:
+        if isinstance(message, Failure):
+            self._alarm.told(message)
+            return
+        assert isinstance(message, Push)
+        whole(filled)
+        self._inboxes[rank].put(message)
+
+    def _guard(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self._alarm.fail(error)
+
+    def _run(self) -> None:
+        now, servers = 0.0, self._servers
+        begun = self._begin(range(self._workers), now)
+        for worker in set(range(self._workers)) - begun.keys():
+            self._farewell(worker, now)
+        while not servers.finished:
+            if servers.next_time() <= self._rounds.next_end():
+                now = servers.next_time()
+                servers.advance()
+            else:
+                ended = self._rounds.end()
+                now = ended[0].end
+                self._end(ended)
+        self.virtual_ms = now
+        total = self._done + servers.steps
+        position = global_step(total, self._workers, self._max_steps)
+        self.history.append(Event(now, "end", -1, -1, servers.version, servers.steps))
+        final = GlobalModel(servers.version, True, self._asked_to_stop, position, servers.model)
+        with self._moment:
+            self._waits_for_rank_0 = True
+        for link in self._links.values():
+            link.post(final)
+
+    def _end(self, ended: Sequence[Round]) -> None:
+        """Handles rounds that end together: takes their pushes, answers them, and begins the workers' next rounds."""
+        now = ended[0].end
+        pushes = [self._wait_for(r.worker) for r in ended]
+        self._asked_to_stop = self._asked_to_stop or any(push.stop for push in pushes)
+        self._stop = self._stop or self._asked_to_stop
+        answers = self._servers.receive(ended, pushes)
+        going = [push.worker for push in pushes if not push.final]
+        begun = {} if self._stop else self._begin(going, now)
+        for push, (version, vector) in zip(pushes, answers, strict=True):
+            worker = push.worker
+            if push.final:
+                self._servers.leave(worker, now)
+                continue
+            told, self._told[worker] = self._told[worker], len(self._plateaus)
+            dispatched = begun.get(worker)
+            self._links[worker].post(
+                Pull(
+                    version=version,
+                    local_steps=dispatched.steps if dispatched else 1,
+                    position=dispatched.position if dispatched else self._position,
+                    stop=dispatched is None,
+                    plateaus=self._plateaus[told:],
+                    metrics=self._metrics,
+                    vector=vector,
+                )
+            )
+            if dispatched is None:
+                self._farewell(worker, now)
+
+    def _begin(self, workers: Sequence[int], now: float) -> dict[int, Round]:
+        begun = {r.worker: r for r in self._rounds.begin(workers, now)}
+        if 0 in begun:
+            self.virtual_ms = begun[0].end
+            self._statistics = self._servers.statistics()
+        return begun
+
+    def _farewell(self, worker: int, now: float) -> None:
+        """Takes the last push of a worker that has nothing more to do."""
+        push = self._wait_for(worker)
+        assert push.final, push
+        self._asked_to_stop = self._asked_to_stop or push.stop
+        self._servers.leave(worker, now)
+
+    def _wait_for(self, worker: int) -> Push:
+        with self._moment:
+            self._waits_for_rank_0 = worker == 0
+            self._moment.notify_all()
+        while True:
+            try:
+                push = self._inboxes[worker].get(timeout=1.0)
+                break
+            except queue.Empty:
+                if self._alarm.is_over:
+                    raise
+        with self._moment:
+            self._waits_for_rank_0 = False
+        return push
+
+    @property
+    def _position(self) -> int:
+        return global_step(self._done + self._servers.steps, self._workers, self._max_steps)

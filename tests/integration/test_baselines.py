@@ -1,0 +1,132 @@
+"""The baselines in real processes: the same Trainer flags, the same promises, other algorithms."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
+
+from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import (
+    LOCAL_STEPS,
+    SAMPLES,
+    Toy,
+    assert_no_step_lost,
+    assert_same_model,
+    loader,
+    make_trainer,
+    outcome,
+    state,
+)
+
+STRATEGIES: dict[str, Any] = {
+    "async_local_sgd": partial(AsyncLocalSGDStrategy, local_steps=LOCAL_STEPS, timeout=60),
+    "diloco": partial(DilocoStrategy, local_steps=LOCAL_STEPS, timeout=60),
+    "diloco_dynamic": partial(DilocoStrategy, local_steps=LOCAL_STEPS, dynamic_local_steps=True, timeout=60),
+}
+every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+
+
+class Scheduled(Toy):
+    slow = 3
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.counted(torch.optim.AdamW(self.parameters()))
+        scheduler = OneCycleLR(optimizer, 1e-2, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def trained(name: str, flags: dict[str, Any]) -> Result:
+    module, trainer = Scheduled(), make_trainer(STRATEGIES[name](), **flags)
+    trainer.fit(module, loader(), loader(16))
+    return outcome(trainer, module)
+
+
+@every_strategy
+def test_steps_schedule_and_validation(run: Run, name: str) -> None:
+    results = run(trained, name, {"max_steps": 40, "val_check_interval": 20, "check_val_every_n_epoch": None})
+    total = sum(result["optimizer_steps"] for result in results)
+    assert 40 * 4 <= total <= (40 + LOCAL_STEPS) * 4
+    assert all(result["global_step"] == 40 for result in results)
+    assert all(result["schedules"] == [40] for result in results)
+    assert [result["validated_on"] for result in results] == [[[*range(16)]] * 2, [], [], []]
+    assert all(result["metrics"]["val_loss"] == results[0]["metrics"]["val_loss"] for result in results)
+    assert_no_step_lost(results)
+    assert_same_model(results)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("async_local_sgd", 2.5), ("diloco_dynamic", 1.5), ("diloco", 1.0)])
+def test_who_waits_for_a_slow_worker(run: Run, name: str, ratio: float) -> None:
+    results = run(trained, name, {"max_steps": 40, "limit_val_batches": 0})
+    steps = [result["optimizer_steps"] for result in results]
+    assert min(steps[:3]) >= ratio * steps[3]
+    if ratio == 1.0:
+        assert len(set(steps)) == 1
+
+
+@every_strategy
+def test_max_epochs_uses_every_sample_once_per_epoch(run: Run, name: str) -> None:
+    results = run(trained, name, {"max_epochs": 2})
+    used = sorted(index for result in results for index in result["trained_on"])
+    assert used == sorted([*range(SAMPLES)] * 2)
+    assert all(result["epoch"] == 2 for result in results)
+    assert len(results[0]["validated_on"]) == 2
+    assert_no_step_lost(results)
+    assert_same_model(results)
+
+
+def test_a_round_of_diloco_with_a_rate_of_1_averages_the_workers(run: Run) -> None:
+    results = run(averaged)
+    for name, final in results[0]["state"].items():
+        mean = torch.stack([result["own"][name] for result in results]).mean(0)
+        torch.testing.assert_close(final, mean)
+    assert_same_model(results)
+
+
+def averaged() -> Result:
+    module = Remembering()
+    strategy = DilocoStrategy(local_steps=LOCAL_STEPS, outer_optimizer=partial(torch.optim.SGD, lr=1.0))
+    trainer = make_trainer(strategy, max_steps=LOCAL_STEPS)
+    trainer.fit(module, loader())
+    return outcome(trainer, module, own=module.own)
+
+
+class Remembering(Toy):
+    """Keeps its own weights as the optimizer left them."""
+
+    own: dict[str, torch.Tensor]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.own = state(self)
+
+
+class Failing(Scheduled):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 2 and batch_idx == 6:
+            raise RuntimeError("the cat sat on the keyboard")
+        return super().training_step(batch, batch_idx)
+
+
+def failing(name: str) -> Result:
+    module, trainer = Failing(), make_trainer(STRATEGIES[name](), max_steps=400)
+    trainer.fit(module, loader())
+    return {}
+
+
+@every_strategy
+def test_a_worker_that_raises_ends_the_run(run: Run, name: str) -> None:
+    with pytest.raises(AssertionError, match="the cat sat on the keyboard"):
+        run(failing, name, timeout=60)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="local_steps=0 must be a whole number of at least 1"):
+        DilocoStrategy(local_steps=0)
+    with pytest.raises(TypeError, match="dynamic_local_steps='yes' must be True or False"):
+        DilocoStrategy(dynamic_local_steps="yes")  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_halos.simulation.cluster import SimulatedCluster
+
+from .paper import PAPER, PAPER_FILE
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RIGHT = {"bandwidths": [[10, 1], [2, 10]], "worker_speeds": [[1, 2], [4]], "step_ms": 100}
+
+
+class TestDescription:
+    def test_numbers_workers_region_by_region(self):
+        cluster = SimulatedCluster(**RIGHT)
+        assert cluster.regions == [[0, 1], [2]]
+        assert cluster.region_of == [0, 0, 1]
+        assert cluster.num_workers == 3
+
+    def test_speeds_are_relative_to_the_fastest(self):
+        assert SimulatedCluster(**RIGHT).relative_speeds == [0.25, 0.5, 1.0]
+
+    def test_has_defaults(self):
+        cluster = SimulatedCluster(**RIGHT)
+        assert (cluster.names, cluster.global_region, cluster.message_bytes) == (("0", "1"), 0, None)
+
+    def test_keeps_its_own_copy(self):
+        speeds = [[1, 2], [4]]
+        cluster = SimulatedCluster(RIGHT["bandwidths"], speeds, 100)
+        speeds[0][0] = 99
+        assert cluster.worker_speeds == ((1.0, 2.0), (4.0,))
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"worker_speeds": "fast"}, TypeError, r"worker_speeds='fast' must be a list of lists of numbers"),
+            ({"worker_speeds": [1, 2]}, TypeError, r"worker_speeds=\[1, 2\] must be a list of lists"),
+            ({"worker_speeds": []}, ValueError, r"worker_speeds=\[\] must have a list for at least one region"),
+            ({"worker_speeds": [[1], []]}, ValueError, r"worker_speeds: region 1 has no workers"),
+            ({"worker_speeds": [[1], [0]]}, ValueError, r"worker_speeds: region 1 has 0; .* positive"),
+            ({"worker_speeds": [[1], ["2"]]}, ValueError, r"worker_speeds: region 1 has '2'"),
+            ({"worker_speeds": [[1], [True]]}, ValueError, r"worker_speeds: region 1 has True"),
+            ({"worker_speeds": [[1], [math.inf]]}, ValueError, r"worker_speeds: region 1 has inf"),
+            ({"bandwidths": 10}, TypeError, r"bandwidths=10 must be a list of lists"),
+            ({"bandwidths": [[10]]}, ValueError, r"bandwidths has rows of \[1\] numbers, but .* 2 region"),
+            ({"bandwidths": [[10, 1], [1]]}, ValueError, r"rows of \[2, 1\] numbers.* must be 2 rows of 2"),
+            ({"bandwidths": [[10, -1], [1, 10]]}, ValueError, r"bandwidths: region 0 has -1"),
+            ({"bandwidths": [[10, 1], [math.nan, 10]]}, ValueError, r"bandwidths: region 1 has nan"),
+            ({"step_ms": 0}, ValueError, r"step_ms=0 must be a positive number of milliseconds"),
+            ({"step_ms": "1"}, ValueError, r"step_ms='1' must be a positive number"),
+            ({"message_bytes": 0}, ValueError, r"message_bytes=0 must be a positive whole number, or None"),
+            ({"message_bytes": 1.5}, ValueError, r"message_bytes=1.5 must be a positive whole number"),
+            ({"global_region": 2}, ValueError, r"global_region=2 must be the index of a region, from 0 to 1"),
+            ({"global_region": -1}, ValueError, r"global_region=-1 must be the index"),
+            ({"global_region": True}, ValueError, r"global_region=True must be the index"),
+            ({"names": ["eu"]}, ValueError, r"names=\['eu'\] must be one name for each of the 2 region"),
+            ({"names": ["eu", ""]}, ValueError, r"names=.* must be one name for each"),
+            ({"names": ["eu", 3]}, ValueError, r"names=.* must be one name for each"),
+            ({"names": ["eu", "eu"]}, ValueError, r"names=.* must all be different"),
+        ],
+        ids=str,
+    )
+    def test_refuses_what_is_wrong(self, change, error, message):
+        with pytest.raises(error, match=message):
+            SimulatedCluster(**{**RIGHT, **change})
+
+
+class TestFile:
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(text):
+            path = tmp_path / "cluster.yaml"
+            path.write_text(text)
+            return path
+
+        return write
+
+    def test_of_the_paper_is_its_environment(self):
+        config = json.loads((GOLDEN / "halos_paper_env.json").read_text())["config"]
+        assert [list(row) for row in PAPER.bandwidths] == config["network_bandwidths_gbps"]
+        assert [list(row) for row in PAPER.worker_speeds] == config["worker_speeds"]
+        assert PAPER.step_ms == config["local_step_time_ms"]
+        assert PAPER.message_bytes == config["message_bytes"]
+        assert PAPER.global_region == 0
+        assert SimulatedCluster.from_yaml(str(PAPER_FILE)) == PAPER
+
+    def test_may_name_the_global_region(self, write):
+        path = write(
+            "{bandwidths: [[9, 1], [1, 9]], worker_speeds: [[1], [1]], step_ms: 5, names: [us, eu], global_region: eu}"
+        )
+        cluster = SimulatedCluster.from_yaml(path)
+        assert (cluster.global_region, cluster.names) == (1, ("us", "eu"))
+
+    @pytest.mark.parametrize(
+        ("text", "error", "message"),
+        [
+            ("", ValueError, r"cluster.yaml must be a YAML mapping with the keys bandwidths, worker_speeds, step_ms"),
+            ("[1, 2]", ValueError, r"must be a YAML mapping"),
+            ("{step_ms: 5, speed: 3, 7: 8}", ValueError, r"has the unknown key\(s\) 7, speed\. Known are bandwidths"),
+            ("{step_ms: 5}", ValueError, r"lacks the key\(s\) bandwidths, worker_speeds\."),
+            (
+                "{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, names: [us], global_region: eu}",
+                ValueError,
+                r"global_region='eu' is none of the names \['us'\]",
+            ),
+            ("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: -5}", ValueError, r"cluster.yaml: step_ms=-5"),
+            ("{bandwidths: 9, worker_speeds: [[1]], step_ms: 5}", TypeError, r"cluster.yaml: bandwidths=9"),
+        ],
+    )
+    def test_refuses_what_is_wrong_and_names_itself(self, write, text, error, message):
+        with pytest.raises(error, match=message):
+            SimulatedCluster.from_yaml(write(text))
+
+    def test_must_be_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+            SimulatedCluster.from_yaml(tmp_path / "none.yaml")

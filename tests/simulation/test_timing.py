@@ -1,0 +1,87 @@
+from itertools import permutations
+
+import pytest
+
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.random_cluster import random_cluster
+from lightning_halos.simulation.timing import Timing, _search_ring
+
+from .paper import PAPER
+
+# 1 MB is 8 Mbit: 8 ms at 1 Gbit/s.
+CLUSTER = SimulatedCluster([[8, 4], [2, 1]], [[1, 0.5], [0.3]], step_ms=100)
+TIMING = Timing(CLUSTER, 1_000_000)
+
+
+class TestDurations:
+    def test_of_a_transfer_are_bits_by_the_bandwidth_of_that_direction(self):
+        assert [TIMING.transfer(a, b) for a in (0, 1) for b in (0, 1)] == pytest.approx([1, 2, 4, 8])
+
+    def test_of_computing_are_steps_by_relative_speed(self):
+        assert [TIMING.compute(worker, 3) for worker in range(3)] == pytest.approx([300, 600, 1000])
+
+    def test_of_a_round_are_two_messages_from_the_server_and_the_steps(self):
+        assert TIMING.round(0, 0, 3) == pytest.approx(2 * 1 + 300)
+        assert TIMING.round(2, 0, 3) == pytest.approx(2 * 2 + 1000)  # the link to the worker counts, both ways
+        assert TIMING.round(0, 1, 3) == pytest.approx(2 * 4 + 300)
+
+    def test_of_rounds_differ_for_workers_that_are_alike_in_the_order_of_their_ranks(self):
+        timing = Timing(SimulatedCluster([[1]], [[1, 1, 1]], 100), 1000)
+        rounds = [timing.round(worker, 0, 8) for worker in range(3)]
+        assert rounds[0] < rounds[1] < rounds[2] < rounds[0] + 1e-5
+
+    def test_of_an_all_reduce_are_those_of_a_ring(self):
+        assert TIMING.all_reduce() == pytest.approx(2 * 2 / 3 * 8 / 2)  # 3 workers; the ring's slowest link is 2 Gbit/s
+
+    def test_of_an_all_reduce_of_one_worker_are_none(self):
+        assert Timing(SimulatedCluster([[1]], [[1]], 100), 1000).all_reduce() == 0
+
+    def test_of_an_all_reduce_in_the_papers_environment(self):
+        assert Timing(PAPER, 281_706_496).all_reduce() == pytest.approx(2 * 15 / 16 * 281_706_496 * 8 / 0.127e9 * 1e3)
+
+
+class TestLocalSteps:
+    def test_are_fewer_for_slower_workers_if_dynamic(self):
+        assert TIMING.local_steps(8, dynamic=True) == [8, 4, 3]
+        assert TIMING.local_steps(8, dynamic=False) == [8, 8, 8]
+
+
+class TestRing:
+    def test_in_one_region_is_its_own_network(self):
+        assert Timing(SimulatedCluster([[7]], [[1, 1]], 100), 1000).ring_bandwidth() == 7
+
+    def test_goes_around_slow_links(self):
+        table = [[100, 5, 1, 5], [5, 100, 5, 1], [1, 5, 100, 5], [5, 1, 5, 100]]
+        assert Timing(SimulatedCluster(table, [[1]] * 4, 100), 1000).ring_bandwidth() == 5
+
+    def test_has_a_direction(self):
+        table = [[100, 5, 1], [1, 100, 5], [5, 1, 100]]
+        assert Timing(SimulatedCluster(table, [[1]] * 3, 100), 1000).ring_bandwidth() == 5
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_up_to_8_regions_is_the_best_there_is(self, seed):
+        cluster = random_cluster(6, 1, seed)
+        assert Timing(cluster, 1000).ring_bandwidth() == best_ring(cluster.bandwidths)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_that_a_search_finds_is_the_best_where_all_can_be_tried(self, seed):
+        table = random_cluster(7, 1, seed).bandwidths
+        one_way = [[bandwidth * (1 + a + 7 * b) for b, bandwidth in enumerate(row)] for a, row in enumerate(table)]
+        assert _search_ring(table) == best_ring(table)
+        assert _search_ring(one_way) == best_ring(one_way)
+
+    def test_of_many_regions_is_found_where_there_is_one(self):
+        # Fast links form a single ring, 0, 7, 14 and so on; all other links are slow.
+        table = [[9 if (b - a) % 40 == 7 else 0.1 for b in range(40)] for a in range(40)]
+        assert Timing(SimulatedCluster(table, [[1]] * 40, 100), 1000).ring_bandwidth() == 9
+
+    def test_of_many_regions_goes_around_slow_links(self):
+        cluster = random_cluster(40, 1)
+        fastest = min(max(row[:a] + row[a + 1 :]) for a, row in enumerate(cluster.bandwidths))
+        assert 0.5 < Timing(cluster, 1000).ring_bandwidth() <= fastest  # at best, each region's fastest link
+
+
+def best_ring(table):
+    """The best of all rings, tried one by one."""
+    rings = [(0, *rest) for rest in permutations(range(1, len(table)))]
+    return max(min(table[a][b] for a, b in zip(ring, ring[1:] + ring[:1], strict=True)) for ring in rings)

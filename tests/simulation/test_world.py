@@ -1,0 +1,225 @@
+"""A simulation is a real run under another clock: deterministic, with all that a Trainer does."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_halos import (
+    AsyncLocalSGDStrategy,
+    DilocoStrategy,
+    HalosMonitor,
+    HalosStrategy,
+    SimulatedCluster,
+    SyncSGDStrategy,
+)
+
+WORKERS, SAMPLES, FEATURES, BATCH = 4, 256, 8, 4
+CLUSTER = SimulatedCluster(
+    bandwidths=[[10.0, 0.1], [0.2, 10.0]],
+    worker_speeds=[[1.0, 0.5], [0.8, 0.25]],
+    step_ms=100.0,
+    message_bytes=1_000_000,
+    record_parameters=True,
+)
+STRATEGIES = {
+    "halos": lambda **kwargs: HalosStrategy(simulate=CLUSTER, local_steps=4, accumulate_updates=3, **kwargs),
+    "async_local_sgd": lambda **kwargs: AsyncLocalSGDStrategy(simulate=CLUSTER, local_steps=4, **kwargs),
+    "diloco": lambda **kwargs: DilocoStrategy(simulate=CLUSTER, local_steps=4, **kwargs),
+    "diloco_dynamic": lambda **kwargs: DilocoStrategy(
+        simulate=CLUSTER, local_steps=4, dynamic_local_steps=True, **kwargs
+    ),
+    "sync_sgd": lambda **kwargs: SyncSGDStrategy(simulate=CLUSTER, **kwargs),
+}
+every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+
+
+class Toy(pl.LightningModule):
+    """Linear regression with dropout and BatchNorm, so that every worker's randomness counts.
+
+    Attributes:
+        nap: Seconds that a batch may take longer, at random and not seeded.
+    """
+
+    nap = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
+        self.folder: Path | None = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        time.sleep(self.nap * (time.perf_counter_ns() % 7))
+        if self.folder is not None:
+            with (self.folder / f"samples{self.global_rank}").open("a") as file:
+                file.writelines(f"{self.current_epoch} {index}\n" for index in batch[2].tolist())
+        loss = mse_loss(self.net(batch[0]), batch[1])
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def loader(samples: int = SAMPLES, **kwargs: Any) -> DataLoader[Any]:
+    inputs = torch.randn(samples, FEATURES, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True), torch.arange(samples)), BATCH, **kwargs)
+
+
+def fit(name: str, module: Toy | None = None, data: Any = None, **kwargs: Any) -> tuple[pl.Trainer, Toy]:
+    module = module or Toy()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    strategy = STRATEGIES[name](timeout=60)
+    trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
+    pl.seed_everything(1, verbose=False)
+    trainer.fit(module, data or loader(), loader(32))
+    return trainer, module
+
+
+@every_strategy
+def test_the_result_does_not_depend_on_the_machines_own_timing(name: str) -> None:
+    steady, napping = Toy(), Toy()
+    napping.nap = 0.004
+    first, _ = fit(name, steady, max_steps=30, val_check_interval=10, check_val_every_n_epoch=None)
+    second, _ = fit(name, napping, max_steps=30, val_check_interval=10, check_val_every_n_epoch=None)
+    assert len(first.strategy.history) > 5
+    for one, other in zip(first.strategy.history, second.strategy.history, strict=True):
+        assert {**vars(one), "parameters": None} == {**vars(other), "parameters": None}
+        assert one.parameters is None or torch.equal(one.parameters, other.parameters)
+    for parameter, same in zip(steady.state_dict().values(), napping.state_dict().values(), strict=True):
+        assert torch.equal(parameter, same)
+    assert first.callback_metrics["val_loss"] == second.callback_metrics["val_loss"]
+
+
+@every_strategy
+def test_all_workers_together_take_the_steps_that_were_ordered(name: str) -> None:
+    trainer, _ = fit(name, max_steps=25)
+    assert trainer.strategy.history[-1].kind == "end"
+    assert trainer.strategy.history[-1].steps == 25 * WORKERS
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "sync_sgd"])
+@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}], ids=str)
+def test_every_sample_is_used_once_per_epoch(name: str, flags: dict[str, Any], tmp_path: Path) -> None:
+    module = Toy()
+    module.folder = tmp_path
+    fit(name, module, loader(250, num_workers=0), max_epochs=3, **flags)
+    lines = [line.split() for path in tmp_path.glob("samples*") for line in path.read_text().splitlines()]
+    for epoch in range(3):
+        used = sorted(int(index) for at, index in lines if int(at) == epoch)
+        if "limit_train_batches" in flags:
+            assert len(used) == len(set(used)) == 10 * BATCH * WORKERS
+        else:
+            assert used == list(range(250))
+
+
+def test_dataloader_workers_look_ahead_without_changing_anything() -> None:
+    plain, looking_ahead = Toy(), Toy()
+    fit("halos", plain, max_steps=20)
+    fit("halos", looking_ahead, loader(num_workers=1, multiprocessing_context="fork"), max_steps=20)
+    for parameter, same in zip(plain.state_dict().values(), looking_ahead.state_dict().values(), strict=True):
+        assert torch.equal(parameter, same)
+
+
+class Plain(Toy):
+    """What DDP and a simulation compute alike: without dropout or BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.Linear(4, 1))
+
+
+def test_synchronous_sgd_is_ddp() -> None:
+    torch.manual_seed(3)
+    simulated = Plain()
+    real = Plain()
+    real.load_state_dict(simulated.state_dict())
+    fit("sync_sgd", simulated, max_steps=20, gradient_clip_val=0.5)
+    trainer = pl.Trainer(
+        strategy="ddp_fork",
+        accelerator="cpu",
+        devices=WORKERS,
+        max_steps=20,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    pl.seed_everything(1, verbose=False)
+    trainer.fit(real, loader())
+    for parameter, same in zip(simulated.parameters(), real.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, rtol=1e-5, atol=1e-6)
+
+
+@every_strategy
+def test_loggers_get_the_virtual_time(name: str, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "", "")
+    callbacks = [HalosMonitor()] if name in ("halos", "async_local_sgd") else []
+    trainer, _ = fit(name, max_steps=40, val_check_interval=10, check_val_every_n_epoch=None, logger=logger,
+                     callbacks=callbacks)  # fmt: skip
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    validated = [(int(row["step"]), float(row["virtual_seconds"])) for row in rows if row.get("val_loss")]
+    assert [step for step, _ in validated] == [9, 19, 29, 39]
+    times = [seconds for _, seconds in validated]
+    assert times == sorted(times)
+    assert 0 < times[0] < times[-1] <= trainer.strategy.virtual_seconds * (1 + 1e-6)  # loggers have float32
+    assert trainer.strategy.virtual_seconds == trainer.strategy.history[-1].time / 1e3
+
+
+def test_rank_0_decides_for_everybody(tmp_path: Path) -> None:
+    stopping = EarlyStopping("val_loss", patience=0, mode="max")  # it falls, so this stops at the second validation
+    saving = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer, _ = fit("halos", max_steps=400, val_check_interval=10, check_val_every_n_epoch=None,
+                     callbacks=[stopping, saving], enable_checkpointing=True)  # fmt: skip
+    assert trainer.strategy.history[-1].steps < 60 * WORKERS
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1
+
+
+def test_a_worker_that_raises_ends_the_simulation() -> None:
+    class Broken(Toy):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.global_rank == 2 and batch_idx == 5:
+                raise RuntimeError("the cat sat on the keyboard")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(Exception, match="the cat sat on the keyboard"):
+        fit("halos", Broken(), max_steps=400)
+
+
+class TestErrors:
+    def test_more_regions_than_the_cluster_says(self) -> None:
+        with pytest.raises(ValueError, match=r"regions=2 must be None with simulate=\.\.\."):
+            HalosStrategy(regions=2, simulate=CLUSTER)
+
+    def test_not_a_cluster(self) -> None:
+        with pytest.raises(TypeError, match=r"simulate=<str> must be a SimulatedCluster"):
+            HalosStrategy(simulate="paper.yaml")  # type: ignore[arg-type]
+
+    def test_synchronous_sgd_without_a_cluster(self) -> None:
+        with pytest.raises(ValueError, match="strategy='ddp'"):
+            SyncSGDStrategy()
+
+    def test_several_nodes(self) -> None:
+        with pytest.raises(ValueError, match="num_nodes=1"):
+            pl.Trainer(strategy=HalosStrategy(simulate=CLUSTER), accelerator="cpu", devices=1, num_nodes=2)
