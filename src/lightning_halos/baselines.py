@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore
 from torch.optim import Optimizer
 
-from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings, default_one_server_optimizer
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
-from lightning_halos.simulation.rounds import Rounds, SynchronousRounds
-from lightning_halos.simulation.servers import NoServer, OuterServer, Servers
-from lightning_halos.simulation.timing import Timing
+from lightning_halos.simulation.algorithms import Algorithm, EveryStep, Lockstep
 from lightning_halos.strategy import HalosStrategy, StartMethod
 from lightning_halos.topology import Topology
 from lightning_halos.transport.collectives import Collectives
@@ -145,9 +142,8 @@ class DilocoStrategy(HalosStrategy):
     ) -> WorkerRound:
         assert memory is not None
         assert self._store is not None
-        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
-        budget = StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
-        planner = self._settings.planner(self.world_size, max_steps)
+        budget = self._budget(trainer)
+        planner = self._settings.planner(self.world_size, budget.max_steps)
         fit = self._store.add(f"fits/{self.global_rank}", 1)
         store = PrefixStore(f"lockstep/{fit}", self._store)
         group = make_group(store, "group", self.global_rank, self.world_size, self._timeout)
@@ -161,14 +157,8 @@ class DilocoStrategy(HalosStrategy):
             data.lease(client.leases(size, trainer.current_epoch * size, end))
         return WorkerRound(self.global_rank, planner.local_steps(self.global_rank, budget.total), trainer.global_step)
 
-    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
-        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
-        return SynchronousRounds(timing, local_steps, done, budget)
-
-    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
-        assert memory is not None
-        server = self._settings.outer_server(memory.clone(), shapes)
-        return OuterServer(server, self.world_size, timing.cluster.record_parameters)
+    def _algorithm(self) -> Algorithm:
+        return Lockstep(self._settings)
 
 
 class SyncSGDStrategy(HalosStrategy):
@@ -230,8 +220,5 @@ class SyncSGDStrategy(HalosStrategy):
         super().on_train_end()
         self._synchronize_module()
 
-    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
-        return SynchronousRounds(timing, [1] * self.world_size, done, budget)
-
-    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
-        return NoServer(self.world_size)
+    def _algorithm(self) -> Algorithm:
+        return EveryStep()

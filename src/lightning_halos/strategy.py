@@ -37,16 +37,14 @@ from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import LightningRank, SharedData
+from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.launcher import SimulationLauncher
 from lightning_halos.simulation.process import SimulatedProcess
-from lightning_halos.simulation.rounds import AsynchronousRounds, Rounds
-from lightning_halos.simulation.servers import RegionServers, Servers
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
 from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
-from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, make_group, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
@@ -100,6 +98,9 @@ class HalosStrategy(ParallelStrategy):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value; when the Trainer is made, if the regions do not fit its workers.
     """
+
+    _exchanges_models = True
+    _shares_data = True
 
     def __init__(
         self,
@@ -377,17 +378,13 @@ class HalosStrategy(ParallelStrategy):
         self._collectives.barrier()
         self._training = True
 
-    _exchanges_models = True
-    _shares_data = True
-
     def _start_process(
         self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
     ) -> WorkerRound:
         """Starts this process's servers and links. Returns the worker's first round."""
         assert memory is not None
-        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
-        budget = StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
-        self._process = Process(
+        budget = self._budget(trainer)
+        self._process = process = Process(
             self.global_rank,
             self._topology,
             self._groups,
@@ -400,8 +397,8 @@ class HalosStrategy(ParallelStrategy):
             self._check_interrupted,
         )
         if data is not None:
-            data.lease(self._process.client.leases())
-        planner = self._settings.planner(self.world_size, max_steps)
+            data.lease(process.client.leases())
+        planner = self._settings.planner(self.world_size, budget.max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
         return WorkerRound(self.global_rank, local_steps, trainer.global_step)
 
@@ -411,48 +408,32 @@ class HalosStrategy(ParallelStrategy):
         """Starts the world on rank 0, and a link to it. Returns the worker's first round."""
         cluster = self._cluster
         assert cluster is not None
-        timing = Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize)
-        done, rank = trainer.global_step * self.world_size, self.global_rank
-        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
-        ordered = math.inf if max_steps is None else max_steps * self.world_size - done
         held = math.inf
         if data is not None and trainer.max_epochs not in (None, -1):
             held = (trainer.max_epochs - trainer.current_epoch) * data.steps_per_epoch
-        budget = min(ordered, held)
-
-        def make_world(alarm: Alarm) -> World:
-            servers = self._simulated_servers(timing, memory, vector.shapes)
-            rounds = self._simulated_rounds(timing, done, budget)
-            return World(rounds, servers, self.world_size, max_steps, done, alarm)
-
-        if data is not None:
-            offset = trainer.current_epoch * data.steps_per_epoch - done
-            rounds = self._simulated_rounds(timing, done, budget)
-            data.lease(rounds.leases(rank, data.steps_per_epoch, offset, is_endless=ordered < held))
-        self._process = SimulatedProcess(
-            rank, self.world_size, self._groups, make_world, self._timeout, self._check_interrupted
+        self._process = process = SimulatedProcess(
+            self.global_rank,
+            self._groups,
+            self._algorithm(),
+            Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize),
+            memory,
+            vector.shapes,
+            self._budget(trainer),
+            held,
+            self._timeout,
+            self._check_interrupted,
         )
-        first = self._simulated_rounds(timing, done, budget).begin(range(self.world_size), 0.0)
-        mine = next((r for r in first if r.worker == rank), None)
-        return WorkerRound(rank, mine.steps if mine else 1, mine.position if mine else trainer.global_step)
+        if data is not None:
+            data.lease(process.leases(data.steps_per_epoch, trainer.current_epoch * data.steps_per_epoch))
+        return process.first_round()
 
-    def _simulated_rounds(self, timing: Timing, done: int, budget: float) -> Rounds:
-        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
-        regions = [self._server_region(rank, timing) for rank in range(self.world_size)]
-        return AsynchronousRounds(timing, local_steps, regions, done, budget)
+    def _algorithm(self) -> Algorithm:
+        """What is simulated."""
+        return WithRegions(self._settings, self._topology)
 
-    def _server_region(self, worker: int, timing: Timing) -> int:
-        """Region of a worker's server in the simulated cluster."""
-        return timing.cluster.global_region if self._settings.one_server else self._topology.group_of(worker).region
-
-    def _simulated_servers(self, timing: Timing, memory: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
-        assert memory is not None
-        groups, settings = self._topology.groups, self._settings
-        regions = [self._server_region(rank, timing) for rank in self._topology.leaders]
-        locals_ = [settings.local_server(g.index, len(g.ranks), memory.clone(), shapes) for g in groups]
-        global_ = None if settings.one_server else settings.global_server(len(groups), memory.clone(), shapes)
-        records = timing.cluster.record_parameters
-        return RegionServers(groups, regions, locals_, global_, timing, records)
+    def _budget(self, trainer: pl.Trainer) -> StepBudget:
+        max_steps = trainer.max_steps if trainer.max_steps != -1 else None
+        return StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
 
     def _install(self, trainer: pl.Trainer) -> None:
         """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""

@@ -174,3 +174,11 @@ class TestNextCount:
     def test_stands_still_if_the_target_is_behind(self):
         for shown, target, periods in self.cases():
             assert next_count(target, shown, periods) == target
+
+
+def test_known_steps_are_few_until_a_speed_is_known():
+    planner = RoundPlanner(8, dynamic=True, workers=2)
+    assert planner.known_steps(1) == 1
+    planner.measure(0, 8, 1.0)
+    planner.measure(1, 8, 4.0)
+    assert (planner.known_steps(0), planner.known_steps(1)) == (8, 2)

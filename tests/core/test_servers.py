@@ -1,4 +1,5 @@
 import logging
+import math
 import random
 from functools import partial
 
@@ -7,7 +8,7 @@ import torch
 
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.servers import GlobalServer, LocalServer, all_finite
+from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer, all_finite
 
 plain_sgd = partial(torch.optim.SGD, lr=1.0)  # the model minus the update: numbers that can be read
 
@@ -418,3 +419,38 @@ class TestGlobalServer:
         assert (server.version, reply.version) == (1, 1)
         assert torch.equal(reply.vector, before)
         assert server.finished
+
+
+class TestSynchronousServer:
+    def test_applies_the_mean_of_the_workers_and_gives_the_model_back(self):
+        server = SynchronousServer(torch.zeros(3), partial(torch.optim.SGD, lr=0.5))
+        mean = torch.tensor([1.0, 2.0, 4.0])
+        server.receive(mean)
+        assert server.model.tolist() == [-0.5, -1.0, -2.0]
+        assert mean.tolist() == [-0.5, -1.0, -2.0]
+        assert server.version == 1
+
+    def test_buffers_are_those_of_the_workers(self):
+        server = SynchronousServer(torch.zeros(4), partial(torch.optim.SGD, lr=1.0), [torch.Size([2])])
+        server.receive(torch.tensor([1.0, 1.0, 5.0, 7.0]))
+        assert server.model.tolist() == [-1.0, -1.0, 5.0, 7.0]
+
+    def test_drops_what_would_poison_the_model(self, caplog):
+        server = SynchronousServer(torch.ones(2), partial(torch.optim.SGD, lr=1.0))
+        mean = torch.tensor([math.nan, 1.0])
+        server.receive(mean)
+        assert mean.tolist() == server.model.tolist() == [1.0, 1.0]
+        assert (server.version, server.rejected) == (0, 1)
+        assert "The update of all workers together was dropped" in caplog.text
+
+
+def test_the_only_server_never_exchanges_and_gives_its_whole_model_away_at_the_end():
+    start = torch.tensor([0.1, 0.2, 0.3])
+    server = LocalServer(0, start.clone(), partial(torch.optim.SGD, lr=0.3), None, 0.0)
+    for _ in range(100):
+        _, update = server.receive(push(0.01, -0.02, 0.03, steps=1))
+        assert update is None
+    whole = GlobalServer(torch.zeros(3), partial(torch.optim.SGD, lr=1.0))
+    whole.receive(server.flush())
+    assert torch.equal(whole.model, server.model)
+    assert whole.steps == 100

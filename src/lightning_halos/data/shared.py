@@ -134,7 +134,7 @@ class SharedData:
         loader.batch_sampler.sampler = shared
         combined.limits = None
         fit_loop.max_batches = math.inf
-        restarts = fit_loop.is_resuming or fit_loop.epoch_loop.restarting
+        restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
             iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
 

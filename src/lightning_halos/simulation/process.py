@@ -6,11 +6,20 @@ knows in which world he does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_halos.core.cursor import Lease
+from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.worker import WorkerRound
+from lightning_halos.simulation.algorithms import Algorithm
+from lightning_halos.simulation.rounds import Rounds
+from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -25,9 +34,13 @@ class SimulatedProcess:
 
     Args:
         rank: Global rank of this process.
-        workers: Number of workers.
         groups: Process groups whose ``region`` is all workers.
-        make_world: Makes the world, on rank 0.
+        algorithm: The algorithm.
+        timing: The durations on the cluster.
+        model: The initial model, which stays as it is; ``None`` if no models are exchanged.
+        shapes: Shapes of the parameters in it.
+        budget: The step budget.
+        data: Local steps' worth of data that there is; infinite if it has no end, or the workers do not share it.
         timeout: Seconds of silence after which a peer counts as lost.
         interrupted: Called several times a second while the worker waits; may raise.
 
@@ -40,25 +53,28 @@ class SimulatedProcess:
     def __init__(
         self,
         rank: int,
-        workers: int,
         groups: Groups,
-        make_world: Callable[[Alarm], World],
+        algorithm: Algorithm,
+        timing: Timing,
+        model: Tensor | None,
+        shapes: Sequence[torch.Size],
+        budget: StepBudget,
+        data: float,
         timeout: float,
         interrupted: Callable[[], None],
     ) -> None:
         self.alarm = Alarm(f"rank {rank}")
         self.world: World | None = None
+        self._rank = rank
+        self._workers = budget.workers
+        self._done = budget.total
+        ordered = math.inf if budget.max_steps is None else budget.max_steps * budget.workers - budget.total
+        self._has_more_data = ordered < data
+        self._rounds: Callable[[], Rounds] = partial(algorithm.rounds, timing, budget.total, min(ordered, data))
         link: Link
         if rank == 0:
-            self.world = make_world(self.alarm)
-            link, its = LoopbackLink.pair(_WORLD, "rank 0")
-            self.alarm.links += [link, its]
-            self.world.attach(0, its)
-            for other in range(1, workers):
-                assert groups.region is not None
-                far = GlooLink(groups.region, other, f"rank {other}", timeout)
-                self.alarm.links.append(far)
-                self.world.attach(other, far)
+            self.world = World(self._rounds(), algorithm.servers(timing, model, shapes), budget, self.alarm)
+            link = self._connect(self.world, groups, timeout)
         else:
             assert groups.region is not None
             link = GlooLink(groups.region, 0, _WORLD, timeout)
@@ -67,6 +83,34 @@ class SimulatedProcess:
         self.alarm.watch(timeout)
         if self.world is not None:
             self.world.start()
+
+    def _connect(self, world: World, groups: Groups, timeout: float) -> Link:
+        """Connects all workers with the world. Returns this process's own worker's end."""
+        mine, its = LoopbackLink.pair(_WORLD, "rank 0")
+        self.alarm.links += [mine, its]
+        world.attach(0, its)
+        for rank in range(1, self._workers):
+            assert groups.region is not None
+            link = GlooLink(groups.region, rank, f"rank {rank}", timeout)
+            self.alarm.links.append(link)
+            world.attach(rank, link)
+        return mine
+
+    def first_round(self) -> WorkerRound:
+        """Returns the worker's first round, which begins without a message."""
+        begun = {r.worker: r for r in self._rounds().begin(range(self._workers), 0.0)}
+        if self._rank not in begun:  # there is less data than workers
+            return WorkerRound(self._rank, 1, self._done // self._workers)
+        return WorkerRound(self._rank, begun[self._rank].steps, begun[self._rank].position)
+
+    def leases(self, steps_per_epoch: int, first: int) -> Iterator[Lease]:
+        """Yields the data of the worker's rounds.
+
+        Args:
+            steps_per_epoch: Local steps' worth of data in an epoch.
+            first: Local steps' worth of data before this run, from the first epoch's beginning.
+        """
+        return self._rounds().leases(self._rank, steps_per_epoch, first - self._done, self._has_more_data)
 
     @property
     def has_global_model(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.rounds import Round
 from lightning_halos.simulation.timing import Timing
@@ -91,7 +92,6 @@ class RegionServers(Servers):
         locals_: The local servers.
         global_: The global server, ``None`` for Async-Local-SGD.
         timing: The durations.
-        records_parameters: Whether events have the servers' models.
     """
 
     def __init__(
@@ -101,14 +101,12 @@ class RegionServers(Servers):
         locals_: Sequence[LocalServer],
         global_: GlobalServer | None,
         timing: Timing,
-        records_parameters: bool,
     ) -> None:
         self._groups = groups
         self._regions = regions
         self._locals = locals_
         self._global = global_
         self._timing = timing
-        self._records_parameters = records_parameters
         self._home = timing.cluster.global_region
         self._on_their_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
         self._sent = 0
@@ -195,7 +193,7 @@ class RegionServers(Servers):
     def _note(
         self, now: float, kind: str, server: LocalServer | GlobalServer, index: int, worker: int, stale: int
     ) -> None:
-        parameters = server.model.clone() if self._records_parameters else None
+        parameters = server.model.clone() if self._timing.cluster.record_parameters else None
         self.record(Event(now, kind, index, worker, server.version, self.steps, stale, parameters))
 
 
@@ -207,14 +205,13 @@ class OuterServer(Servers):
 
     Args:
         server: The server.
-        workers: Number of workers.
-        records_parameters: Whether events have the server's model.
+        cluster: The cluster.
     """
 
-    def __init__(self, server: SynchronousServer, workers: int, records_parameters: bool) -> None:
+    def __init__(self, server: SynchronousServer, cluster: SimulatedCluster) -> None:
         self._server = server
-        self._here = set(range(workers))
-        self._records_parameters = records_parameters
+        self._here = set(range(cluster.num_workers))
+        self._records_parameters = cluster.record_parameters
 
     @property
     def model(self) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_halos.core.messages import Failure, GlobalModel, Message, Pull, Push
-from lightning_halos.core.schedule import global_step
+from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.rounds import Round, Rounds
 from lightning_halos.simulation.servers import Servers
@@ -30,9 +30,7 @@ class World:
     Args:
         rounds: Who works when.
         servers: The servers of the algorithm.
-        workers: Number of workers.
-        max_steps: Global steps that were ordered, ``None`` for no limit.
-        done: Local steps of all workers in earlier runs.
+        budget: The step budget when the run begins.
         alarm: Where failures go.
 
     Attributes:
@@ -40,25 +38,21 @@ class World:
         virtual_ms: Virtual milliseconds at which rank 0's present round ends; after training, at which it ended.
     """
 
-    def __init__(
-        self, rounds: Rounds, servers: Servers, workers: int, max_steps: int | None, done: int, alarm: Alarm
-    ) -> None:
+    def __init__(self, rounds: Rounds, servers: Servers, budget: StepBudget, alarm: Alarm) -> None:
         self.history: list[Event] = []
         self.virtual_ms = 0.0
         self._rounds = rounds
         self._servers = servers
         self._servers.record = self.history.append
-        self._workers = workers
-        self._max_steps = max_steps
-        self._done = done
+        self._budget = budget
         self._alarm = alarm
         self._links: dict[int, Link] = {}
-        self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(workers)]
+        self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(budget.workers)]
         self._moment = threading.Condition()
         self._waits_for_rank_0 = False
         self._stop = self._asked_to_stop = False
         self._plateaus: list[tuple[int, float]] = []
-        self._told = [0] * workers
+        self._told = [0] * budget.workers
         self._metrics: dict[str, float] = {}
         self._statistics: list[dict[str, Any]] = []
 
@@ -124,8 +118,8 @@ class World:
 
     def _run(self) -> None:
         now, servers = 0.0, self._servers
-        begun = self._begin(range(self._workers), now)
-        for worker in set(range(self._workers)) - begun.keys():
+        begun = self._begin(range(self._budget.workers), now)
+        for worker in set(range(self._budget.workers)) - begun.keys():
             self._farewell(worker, now)
         while not servers.finished:
             if servers.next_time() <= self._rounds.next_end():
@@ -136,10 +130,8 @@ class World:
                 now = ended[0].end
                 self._end(ended)
         self.virtual_ms = now
-        total = self._done + servers.steps
-        position = global_step(total, self._workers, self._max_steps)
         self.history.append(Event(now, "end", -1, -1, servers.version, servers.steps))
-        final = GlobalModel(servers.version, True, self._asked_to_stop, position, servers.model)
+        final = GlobalModel(servers.version, True, self._asked_to_stop, self._position, servers.model)
         with self._moment:
             self._waits_for_rank_0 = True
         for link in self._links.values():
@@ -206,4 +198,5 @@ class World:
 
     @property
     def _position(self) -> int:
-        return global_step(self._done + self._servers.steps, self._workers, self._max_steps)
+        budget = self._budget
+        return global_step(budget.total + self._servers.steps, budget.workers, budget.max_steps)

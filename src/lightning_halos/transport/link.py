@@ -9,6 +9,7 @@ parts: the first ones are used while the next ones travel and the last ones are 
 from __future__ import annotations
 
 import queue
+import struct
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -188,7 +189,8 @@ class LoopbackLink(Link):
 class GlooLink(Link):
     """A link over a gloo process group.
 
-    A frame is a header (length of the JSON, elements and dtype of the vector), the JSON, and the vector.
+    A message is a frame of fixed size (length of the JSON, elements and dtype of the vector, and as much of the JSON as
+    there is room for), the rest of the JSON, and the vector. Most messages need no more than the frame.
 
     Args:
         group: The process group. This link has the traffic between its own rank and ``rank`` in it to itself.
@@ -198,7 +200,9 @@ class GlooLink(Link):
         memory: Gives the memory that vectors are received into; default: new memory for each.
     """
 
-    _HEADER, _VECTOR = 0, 1  # tags
+    _TEXT, _VECTOR = 0, 1  # tags
+    _HEADER = struct.Struct("<qqq")
+    _FRAME = 1024  # bytes
     _GOODBYE, _ALIVE = -1, -2  # instead of a length of JSON
 
     def __init__(
@@ -222,18 +226,24 @@ class GlooLink(Link):
             try:
                 outgoing = self._outbox.get(timeout=min(10.0, self._timeout / 4))
             except queue.Empty:
-                self._send(torch.tensor([self._ALIVE, 0, 0]), self._HEADER)
+                self._send_frame(self._ALIVE)
                 continue
             if outgoing is None:
-                self._send(torch.tensor([self._GOODBYE, 0, 0]), self._HEADER)
+                self._send_frame(self._GOODBYE)
                 return
             self._send_message(outgoing)
             del outgoing  # with the vector's memory, before the next message is waited for
 
+    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
+        frame = (self._HEADER.pack(length, elements, dtype) + data).ljust(self._FRAME, b"\0")
+        self._send_each([torch.frombuffer(bytearray(frame), dtype=torch.uint8)], self._TEXT)
+
     def _send_message(self, outgoing: _Outgoing) -> None:
         data, vector = wire.encode(outgoing.message), wire.vector_of(outgoing.message)
-        self._send(torch.tensor([len(data), *wire.describe(vector)]), self._HEADER)
-        self._send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self._HEADER)
+        room = self._FRAME - self._HEADER.size
+        self._send_frame(len(data), *wire.describe(vector), data[:room])
+        if len(data) > room:
+            self._send_each([torch.frombuffer(bytearray(data[room:]), dtype=torch.uint8)], self._TEXT)
         if vector is not None:
             self._send_each(_parts_of(vector, outgoing.filled), self._VECTOR)
         if outgoing.sent is not None:
@@ -241,25 +251,26 @@ class GlooLink(Link):
 
     def _receive_all(self, on_message: OnMessage) -> None:
         while True:
-            length, elements, dtype = self._receive(torch.empty(3, dtype=torch.int64), self._HEADER).tolist()
+            frame = self._receive(self._FRAME)
+            length, elements, dtype = self._HEADER.unpack_from(frame)
             if length == self._GOODBYE:
                 return
             if length != self._ALIVE:
-                self._receive_message(length, elements, wire.dtype_of(dtype), on_message)
+                data = frame[self._HEADER.size :][:length]
+                if len(data) < length:
+                    data += self._receive(length - len(data))
+                self._receive_message(data, elements, wire.dtype_of(dtype), on_message)
 
-    def _receive_message(self, length: int, elements: int, dtype: torch.dtype, on_message: OnMessage) -> None:
-        data = bytes(self._receive(torch.empty(length, dtype=torch.uint8), self._HEADER).tolist())
+    def _receive_message(self, data: bytes, elements: int, dtype: torch.dtype, on_message: OnMessage) -> None:
         vector = self._memory(elements, dtype) if elements else None
         filled = iter(()) if vector is None else self._receive_each(torch.split(vector, PART), self._VECTOR)
         on_message(wire.decode(data, vector), filled)
         whole(filled)
 
-    def _send(self, tensor: Tensor, tag: int) -> None:
-        self._send_each([tensor], tag)
-
-    def _receive(self, tensor: Tensor, tag: int) -> Tensor:
-        whole(self._receive_each([tensor], tag))
-        return tensor
+    def _receive(self, size: int) -> bytes:
+        text = torch.empty(size, dtype=torch.uint8)
+        whole(self._receive_each([text], self._TEXT))
+        return bytes(text.tolist())
 
     def _send_each(self, tensors: Iterable[Tensor], tag: int) -> None:
         """Sends tensors, starting with each as soon as there is one."""
