@@ -6,7 +6,6 @@ servers, and when its workers wait for each other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -152,9 +151,7 @@ class DilocoStrategy(HalosStrategy):
         client = LockstepClient(self.global_rank, collectives, server, budget, planner, store)
         self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
         if data is not None:
-            size, epochs = data.steps_per_epoch, trainer.max_epochs
-            end = math.inf if epochs in (None, -1) else epochs * size
-            data.lease(client.leases(size, trainer.current_epoch * size, end))
+            data.start(client.leases(data.steps_per_epoch, data.first, data.end))
         return WorkerRound(self.global_rank, planner.local_steps(self.global_rank, budget.total), trainer.global_step)
 
     def _algorithm(self) -> Algorithm:

@@ -392,12 +392,12 @@ class HalosStrategy(ParallelStrategy):
             memory,
             vector.shapes,
             budget,
-            _cursor(trainer, data),
+            None if data is None else DataCursor(data.steps_per_epoch, data.epochs, data.first),
             self._timeout,
             self._check_interrupted,
         )
         if data is not None:
-            data.lease(process.client.leases())
+            data.start(process.client.leases())
         planner = self._settings.planner(self.world_size, budget.max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
         return WorkerRound(self.global_rank, local_steps, trainer.global_step)
@@ -408,9 +408,6 @@ class HalosStrategy(ParallelStrategy):
         """Starts the world on rank 0, and a link to it. Returns the worker's first round."""
         cluster = self._cluster
         assert cluster is not None
-        held = math.inf
-        if data is not None and trainer.max_epochs not in (None, -1):
-            held = (trainer.max_epochs - trainer.current_epoch) * data.steps_per_epoch
         self._process = process = SimulatedProcess(
             self.global_rank,
             self._groups,
@@ -419,12 +416,12 @@ class HalosStrategy(ParallelStrategy):
             memory,
             vector.shapes,
             self._budget(trainer),
-            held,
+            math.inf if data is None else data.end - data.first,
             self._timeout,
             self._check_interrupted,
         )
         if data is not None:
-            data.lease(process.leases(data.steps_per_epoch, trainer.current_epoch * data.steps_per_epoch))
+            data.start(process.leases(data.steps_per_epoch, data.first))
         return process.first_round()
 
     def _algorithm(self) -> Algorithm:
@@ -627,10 +624,3 @@ class HalosStrategy(ParallelStrategy):
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.received_sigterm:
             raise SIGTERMException
-
-
-def _cursor(trainer: pl.Trainer, data: SharedData | None) -> DataCursor | None:
-    if data is None:
-        return None
-    epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    return DataCursor(data.steps_per_epoch, epochs, trainer.current_epoch)

@@ -69,7 +69,7 @@ class WorkerLoop(Callback):
         self._excluded = 0.0
         self._data = data
         self._clock = clock
-        self._epoch_batches = trainer.num_training_batches
+        self._epoch_batches = trainer.num_training_batches if data is None else data.batches
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self.schedulers = SchedulePosition(

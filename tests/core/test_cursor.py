@@ -27,9 +27,10 @@ def test_no_range_belongs_to_two_epochs():
     assert take_all(DataCursor(5, epochs=2), 3)[:3] == [Lease(0, 0, 3), Lease(0, 3, 2), Lease(1, 0, 3)]
 
 
-def test_a_later_fit_begins_with_a_later_epoch():
-    assert DataCursor(5, epochs=4, epoch=2).take(3) == Lease(2, 0, 3)
-    assert DataCursor(5, epochs=2, epoch=2).take(3) is None
+def test_a_later_fit_begins_where_the_data_was():
+    assert DataCursor(5, epochs=4, first=10).take(3) == Lease(2, 0, 3)
+    assert DataCursor(5, epochs=4, first=13).take(3) == Lease(2, 3, 2)
+    assert DataCursor(5, epochs=2, first=10).take(3) is None
 
 
 def test_without_epochs_there_is_no_end():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -150,6 +151,23 @@ def test_resuming_keeps_the_step_budget(run: Run, tmp_path: Path) -> None:
         assert result["lrs"] == [pytest.approx(1e-2 * 0.5)]
         assert set(result["adam"]) == {firsts[0]["optimizer_steps"] + result["optimizer_steps"]}
     assert_no_step_lost(results)
+    assert_same_model(results)
+
+
+def resumed_epochs(folder: Path) -> Result:
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=24, save_top_k=-1)
+    trainer = make_trainer(max_epochs=3, callbacks=saving, enable_checkpointing=True)
+    trainer.fit(Toy(), loader())
+    module, trainer = Toy(), make_trainer(max_epochs=3)
+    trainer.fit(module, loader(), ckpt_path=folder / "step=24.ckpt")
+    return outcome(trainer, module)
+
+
+def test_resuming_inside_an_epoch_uses_the_rest_of_it(run: Run, tmp_path: Path) -> None:
+    results = run(resumed_epochs, tmp_path)
+    for result in results:
+        assert (result["epoch"], result["global_step"]) == (3, 48)
+    assert sum(result["optimizer_steps"] for result in results) == 24 * 4
     assert_same_model(results)
 
 

@@ -33,12 +33,12 @@ class DataCursor:
     Args:
         steps_per_epoch: Local steps' worth of data in an epoch; the last of an epoch may be smaller.
         epochs: The epoch to end before, ``None`` for no end.
-        epoch: The epoch to begin with.
+        first: Local steps' worth of data to begin after, counted from the first epoch's beginning.
     """
 
-    def __init__(self, steps_per_epoch: int, epochs: int | None = None, epoch: int = 0) -> None:
+    def __init__(self, steps_per_epoch: int, epochs: int | None = None, first: int = 0) -> None:
         self._steps_per_epoch = steps_per_epoch
-        self._next = epoch * steps_per_epoch
+        self._next = first
         self._end = math.inf if epochs is None else epochs * steps_per_epoch
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:

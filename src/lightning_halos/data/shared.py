@@ -81,6 +81,9 @@ class SharedData:
 
     Attributes:
         steps_per_epoch: Local steps' worth of data in an epoch.
+        first: Local steps' worth of data that earlier fits have used, from the first epoch's beginning.
+        end: Local steps' worth of data in all epochs that were ordered; infinite without a number of epochs.
+        epochs: The number of epochs that were ordered, ``None`` without one.
         batches: Batches of an epoch that a worker would get of a fixed shard.
     """
 
@@ -94,6 +97,10 @@ class SharedData:
         if self.batches < len(loader):
             batches = min(batches, self.batches * trainer.world_size)  # limit_train_batches
         self.steps_per_epoch = math.ceil(batches / accumulate)
+        epoch, done = trainer.current_epoch, trainer.global_step * trainer.world_size
+        self.first = min(max(done, epoch * self.steps_per_epoch), (epoch + 1) * self.steps_per_epoch)
+        self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
         self._step_samples = size * accumulate
         self._samples = min(samples, batches * size)
         self._leases: Iterator[Lease]
@@ -115,12 +122,17 @@ class SharedData:
             return None
         return cls(trainer, loaders[0])
 
-    def lease(self, leases: Iterator[Lease]) -> None:
-        """Trains on these leases from the next :meth:`attach` on."""
+    def start(self, leases: Iterator[Lease]) -> None:
+        """Makes the Trainer train on these leases. To be called before the first epoch starts."""
         self._leases = leases
+        self.attach()
+        fit_loop = self._trainer.fit_loop
+        restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
+        if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
+            iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def attach(self) -> None:
-        """Makes the Trainer train on what is leased. To be called when an epoch starts; loaders may have changed."""
+        """Does so with a loader that Lightning has loaded anew. To be called when an epoch starts."""
         fit_loop = self._trainer.fit_loop
         combined = fit_loop._combined_loader
         assert combined is not None
@@ -134,9 +146,6 @@ class SharedData:
         loader.batch_sampler.sampler = shared
         combined.limits = None
         fit_loop.max_batches = math.inf
-        restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
-        if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
-            iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def detach(self) -> None:
         """Gives back what was changed."""
