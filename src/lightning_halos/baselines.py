@@ -6,28 +6,28 @@ servers, and when its workers wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import PrefixStore
-from torch.optim import Optimizer
 
+from lightning_halos.core.cursor import Lease
+from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.settings import Settings, default_one_server_optimizer
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
 from lightning_halos.simulation.algorithms import Algorithm, EveryStep, Lockstep
+from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.strategy import HalosStrategy, StartMethod
 from lightning_halos.topology import Topology
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class AsyncLocalSGDStrategy(HalosStrategy):
@@ -58,7 +58,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         optimizer: OptimizerFactory | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        simulate: Any = None,
+        simulate: SimulatedCluster | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -98,7 +98,8 @@ class DilocoStrategy(HalosStrategy):
         outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
             momentum of 0.9.
         start_method: As in :class:`~lightning_halos.HalosStrategy`.
-        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: Seconds that workers may wait for each other. That includes the round of the slowest, and rank 0's
+            validation.
         simulate: As in :class:`~lightning_halos.HalosStrategy`.
         **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
             ``checkpoint_io``, ``precision_plugin``.
@@ -115,7 +116,7 @@ class DilocoStrategy(HalosStrategy):
         outer_optimizer: OptimizerFactory | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        simulate: Any = None,
+        simulate: SimulatedCluster | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -138,7 +139,7 @@ class DilocoStrategy(HalosStrategy):
 
     def _start_process(
         self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
-    ) -> WorkerRound:
+    ) -> tuple[WorkerRound, Iterator[Lease]]:
         assert memory is not None
         assert self._store is not None
         budget = self._budget(trainer)
@@ -150,9 +151,9 @@ class DilocoStrategy(HalosStrategy):
         server = self._settings.outer_server(memory.clone(), vector.shapes)
         client = LockstepClient(self.global_rank, collectives, server, budget, planner, store)
         self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
-        if data is not None:
-            data.start(client.leases(data.steps_per_epoch, data.first, data.end))
-        return WorkerRound(self.global_rank, planner.local_steps(self.global_rank, budget.total), trainer.global_step)
+        leases = iter(()) if data is None else client.leases(data.steps_per_epoch, data.first, data.end)
+        local_steps = planner.local_steps(self.global_rank, budget.total)
+        return WorkerRound(self.global_rank, local_steps, trainer.global_step), leases
 
     def _algorithm(self) -> Algorithm:
         return Lockstep(self._settings)
@@ -179,7 +180,11 @@ class SyncSGDStrategy(HalosStrategy):
     _shares_data = False  # as with DDP, every worker has a shard
 
     def __init__(
-        self, simulate: Any = None, start_method: StartMethod = "popen", timeout: float = 1800, **kwargs: Any
+        self,
+        simulate: SimulatedCluster | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        **kwargs: Any,
     ) -> None:
         if simulate is None:
             raise ValueError(

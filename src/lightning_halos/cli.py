@@ -129,11 +129,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(text, end="")
     if arguments.output:
         folder = _folder(arguments)
-        save_picture(plans, timing, folder / f"{name}.png")
         _write(folder / f"{name}.txt", f"$ {arguments.command}\n\n{text}")
         _write_json(folder / f"{name}.json", {"command": arguments.command, **as_json(plans, timing)})
         for one in plans:
             write_trace(one, timing, folder / f"{name}-{one.algorithm}.trace.json")
+        save_picture(plans, timing, folder / f"{name}.png")
         print(f"\nSee {folder / name}.* and, in https://ui.perfetto.dev, {folder / name}-*.trace.json")
 
 
@@ -173,7 +173,8 @@ def _timeline_ms(arguments: argparse.Namespace, workers: int) -> float:
         minutes = _TIMELINE_MINUTES * min(1.0, _TIMELINE_WORKERS / workers)
     if minutes <= 0:
         raise ValueError(f"--timeline-minutes {minutes:g} must be positive.")
-    return minutes * _MS_PER_MINUTE
+    hours: float = arguments.hours
+    return min(minutes, 60 * hours) * _MS_PER_MINUTE
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

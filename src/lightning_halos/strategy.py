@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
-from lightning_halos.core.cursor import DataCursor
+from lightning_halos.core.cursor import DataCursor, Lease
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
@@ -201,7 +201,7 @@ class HalosStrategy(ParallelStrategy):
     @property
     def history(self) -> list[Event]:
         """Of a simulation, all events of the last fit so far, by virtual time; only on rank 0, and after the fit."""
-        return self._world.history if self._world is not None else self._history
+        return self._world.seen() if self._world is not None else self._history
 
     @property
     def virtual_seconds(self) -> float:
@@ -369,7 +369,7 @@ class HalosStrategy(ParallelStrategy):
         memory = vector.read(vector.new()) if self._exchanges_models else None
         data = SharedData.find(trainer) if self._shares_data else None
         start = self._start_process if self._cluster is None else self._start_simulation
-        worker_round = start(trainer, vector, memory, data)
+        worker_round, leases = start(trainer, vector, memory, data)
         assert self._process is not None
         client, alarm = self._process.client, self._process.alarm
         clock = (lambda: self.virtual_seconds) if self._world is not None else None
@@ -377,11 +377,13 @@ class HalosStrategy(ParallelStrategy):
         self._install(trainer)
         self._collectives.barrier()
         self._training = True
+        if data is not None:
+            data.start(leases)
 
     def _start_process(
         self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
-    ) -> WorkerRound:
-        """Starts this process's servers and links. Returns the worker's first round."""
+    ) -> tuple[WorkerRound, Iterator[Lease]]:
+        """Starts this process's servers and links. Returns the worker's first round and its data."""
         assert memory is not None
         budget = self._budget(trainer)
         self._process = process = Process(
@@ -396,16 +398,14 @@ class HalosStrategy(ParallelStrategy):
             self._timeout,
             self._check_interrupted,
         )
-        if data is not None:
-            data.start(process.client.leases())
         planner = self._settings.planner(self.world_size, budget.max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
-        return WorkerRound(self.global_rank, local_steps, trainer.global_step)
+        return WorkerRound(self.global_rank, local_steps, trainer.global_step), process.client.leases()
 
     def _start_simulation(
         self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
-    ) -> WorkerRound:
-        """Starts the world on rank 0, and a link to it. Returns the worker's first round."""
+    ) -> tuple[WorkerRound, Iterator[Lease]]:
+        """Starts the world on rank 0, and a link to it. Returns the worker's first round and its data."""
         cluster = self._cluster
         assert cluster is not None
         self._process = process = SimulatedProcess(
@@ -420,9 +420,8 @@ class HalosStrategy(ParallelStrategy):
             self._timeout,
             self._check_interrupted,
         )
-        if data is not None:
-            data.start(process.leases(data.steps_per_epoch, data.first))
-        return process.first_round()
+        leases = iter(()) if data is None else process.leases(data.steps_per_epoch, data.first)
+        return process.first_round(), leases
 
     def _algorithm(self) -> Algorithm:
         """What is simulated."""
@@ -611,7 +610,7 @@ class HalosStrategy(ParallelStrategy):
 
     def _end_process(self, timeout: float) -> None:
         if self._world is not None:
-            self._recall(self._world.history, self._world.virtual_ms / 1e3)
+            self._recall(self._world.seen(), self._world.virtual_ms / 1e3)
         process, self._process = self._process, None
         if process is not None:
             process.close(timeout)

@@ -114,11 +114,16 @@ class WorkerLoop(Callback):
         self._log_time()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_time()
         loop = trainer.fit_loop.epoch_loop
+        epoch: Any = trainer.fit_loop.epoch_progress.current
         if loop.batch_progress.current.ready == 0:
-            # The others took all data of this epoch, but it is over for this worker's schedules, too.
+            # The others took all data of this epoch, but it is over for this worker's schedules, too. Lightning steps
+            # them while the epoch does not count as processed yet.
             loop.batch_progress.is_last_batch = True
+            epoch.processed -= 1
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+            epoch.processed += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.finished:
@@ -236,9 +241,10 @@ class WorkerLoop(Callback):
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         saving = [c._every_n_train_steps for c in callbacks if isinstance(c, ModelCheckpoint)]
-        periods = [period for period in (log_every, self._validation_period, *saving) if period > 0]
-        if not log_every:
+        periods = [period for period in (self._validation_period, *saving) if period > 0]
+        if log_every <= 1:
             return next_count(before, position, periods)
+        periods.append(log_every)
         # Some log at the start of a batch, before the multiple; the end of that batch belongs to the same step.
         if (before + 1) % log_every == 0:
             return before + 1
@@ -260,7 +266,12 @@ class WorkerLoop(Callback):
         next.
         """
         log_every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return {0: 0, log_every - 1: 2}.get(self._shown % log_every, 1) if stands and log_every else 1
+        if not stands or log_every <= 1:
+            return 1
+        behind_multiple = self._shown % log_every
+        if behind_multiple == 0:
+            return 0
+        return 2 if behind_multiple == log_every - 1 else 1
 
     def _schedule_validation(self, before: int) -> None:
         """Validates after ``val_check_interval`` batches of all workers, not of this one."""

@@ -67,6 +67,25 @@ class TestStock:
         stock.add(Lease(0, 0, 6))
         assert stock.serve() == [(1, Lease(0, 0, 4)), (0, Lease(0, 4, 2))]
 
+    def test_orders_more_if_workers_had_to_wait(self):
+        stock = LeaseStock(ahead=8)
+        stock.ask(0, 1)
+        assert stock.order() == 8
+        stock.add(Lease(0, 0, 8))  # for the first order somebody always waits
+        stock.serve()
+        assert stock.order() == 8
+        stock.add(Lease(0, 8, 8))
+        for _ in range(2):
+            stock.ask(0, 15)
+        stock.serve()
+        assert stock.order() == 8
+        stock.ask(0, 1)
+        stock.serve()
+        stock.ask(1, 1)
+        stock.add(Lease(0, 16, 8))
+        stock.serve()
+        assert stock.order() == 16
+
     def test_says_when_there_is_no_more(self):
         stock = LeaseStock(ahead=8)
         stock.add(Lease(0, 0, 1))

@@ -450,7 +450,14 @@ def test_the_only_server_never_exchanges_and_gives_its_whole_model_away_at_the_e
     for _ in range(100):
         _, update = server.receive(push(0.01, -0.02, 0.03, steps=1))
         assert update is None
-    whole = GlobalServer(torch.zeros(3), partial(torch.optim.SGD, lr=1.0))
+    whole = GlobalServer(start, partial(torch.optim.SGD, lr=1.0), from_nothing=True)
     whole.receive(server.flush())
     assert torch.equal(whole.model, server.model)
     assert whole.steps == 100
+
+
+def test_the_only_servers_model_is_given_away_without_a_single_step_too():
+    server = LocalServer(0, torch.tensor([0.1, 0.2]), partial(torch.optim.SGD, lr=0.3), None, 0.0)
+    whole = GlobalServer(torch.zeros(2), partial(torch.optim.SGD, lr=1.0), from_nothing=True)
+    whole.receive(server.flush())
+    assert torch.equal(whole.model, server.model)

@@ -33,6 +33,7 @@ every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
 class Scheduled(Toy):
+    pause = 0.06
     slow = 3
 
     def configure_optimizers(self) -> Any:
@@ -130,3 +131,24 @@ def test_bad_arguments_are_refused() -> None:
         DilocoStrategy(local_steps=0)
     with pytest.raises(TypeError, match="dynamic_local_steps='yes' must be True or False"):
         DilocoStrategy(dynamic_local_steps="yes")  # type: ignore[arg-type]
+
+
+class Stopped(Toy):
+    def on_train_epoch_start(self) -> None:
+        self.trainer.should_stop = True
+
+
+def stopped(name: str) -> Result:
+    module, trainer = Stopped(), make_trainer(STRATEGIES[name](), max_steps=40)
+    trainer.fit(module, loader())
+    return outcome(trainer, module)
+
+
+@every_strategy
+def test_a_fit_without_a_step_keeps_the_model(run: Run, name: str) -> None:
+    results = run(stopped, name)
+    assert sum(result["optimizer_steps"] for result in results) == 0
+    torch.manual_seed(0)
+    first = Toy()
+    assert all(torch.equal(first.state_dict()[key], value) for key, value in results[0]["state"].items())
+    assert_same_model(results)

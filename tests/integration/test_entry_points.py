@@ -111,6 +111,21 @@ def test_the_same_trainer_fits_more_epochs(run: Run) -> None:
     assert_same_model(results)
 
 
+def smaller_data() -> Result:
+    module, trainer = Toy(), make_trainer(max_epochs=1)
+    trainer.fit(module, loader())
+    module.trained_on = []
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, loader(64))
+    return outcome(trainer, module)
+
+
+def test_the_same_trainer_fits_other_data(run: Run) -> None:
+    results = run(smaller_data)
+    used = sorted(index for result in results for index in result["trained_on"])
+    assert used == sorted([*range(64)] * 2)
+
+
 def two_trainers() -> Result:
     first, second = Toy(), Toy()
     trainers = [make_trainer(max_steps=20), make_trainer(halos(regions=1), max_steps=10)]

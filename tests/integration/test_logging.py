@@ -137,3 +137,23 @@ def test_logs_are_over_the_global_step(run: Run, tmp_path: Path, slow: int | Non
     assert steps["mine"] == [19, 39, 59]
     assert steps["lr-SGD"] in ([19, 39, 59], [19, 39])  # the last one if this worker has a batch there
     assert steps["val_loss"] == [29, 59]
+
+
+def logged_every_step(folder: Path) -> Result:
+    module, logger = Decaying(0), CSVLogger(folder, "", "")
+    trainer = make_trainer(max_steps=40, log_every_n_steps=1, logger=logger)
+    trainer.fit(module, loader())
+    logger.save()
+    return outcome(trainer, module)
+
+
+def test_logging_every_step_does_not_move_the_global_step(run: Run, tmp_path: Path) -> None:
+    results = run(logged_every_step, tmp_path)
+    assert_trained(results, max_steps=40)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["mine"]]
+    assert steps == sorted(steps)
+    # Rank 0 is slow: the others make most of the global steps.
+    assert results[0]["optimizer_steps"] < 25
+    assert steps[-1] >= 36

@@ -95,11 +95,13 @@ def fit(name: str, module: Toy | None = None, data: Any = None, **kwargs: Any) -
 
 
 @every_strategy
-def test_the_result_does_not_depend_on_the_machines_own_timing(name: str) -> None:
+def test_the_result_does_not_depend_on_the_machines_own_timing(name: str, tmp_path: Path) -> None:
     steady, napping = Toy(), Toy()
     napping.nap = 0.004
-    first, _ = fit(name, steady, max_steps=30, val_check_interval=10, check_val_every_n_epoch=None)
-    second, _ = fit(name, napping, max_steps=30, val_check_interval=10, check_val_every_n_epoch=None)
+    flags = {"max_steps": 30, "val_check_interval": 10, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+    first, _ = fit(name, steady, **flags, logger=CSVLogger(tmp_path, "", "first"), callbacks=HalosMonitor())
+    second, _ = fit(name, napping, **flags, logger=CSVLogger(tmp_path, "", "second"), callbacks=HalosMonitor())
+    assert (tmp_path / "first" / "metrics.csv").read_text() == (tmp_path / "second" / "metrics.csv").read_text()
     assert len(first.strategy.history) > 5
     for one, other in zip(first.strategy.history, second.strategy.history, strict=True):
         assert {**vars(one), "parameters": None} == {**vars(other), "parameters": None}
@@ -117,18 +119,42 @@ def test_all_workers_together_take_the_steps_that_were_ordered(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "sync_sgd"])
-@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}, {"reload_dataloaders_every_n_epochs": 1}],
+    ids=str,
+)
 def test_every_sample_is_used_once_per_epoch(name: str, flags: dict[str, Any], tmp_path: Path) -> None:
     module = Toy()
     module.folder = tmp_path
-    fit(name, module, loader(250, num_workers=0), max_epochs=3, **flags)
-    lines = [line.split() for path in tmp_path.glob("samples*") for line in path.read_text().splitlines()]
+    fit(name, module, loader(250), max_epochs=3, **flags)
     for epoch in range(3):
-        used = sorted(int(index) for at, index in lines if int(at) == epoch)
+        used = sorted(index for at, index in samples_in(tmp_path) if at == epoch)
         if "limit_train_batches" in flags:
             assert len(used) == len(set(used)) == 10 * BATCH * WORKERS
         else:
             assert used == list(range(250))
+
+
+def samples_in(folder: Path) -> list[tuple[int, int]]:
+    """Epoch and index of every sample that a worker trained on."""
+    lines = [line.split() for path in folder.glob("samples*") for line in path.read_text().splitlines()]
+    return [(int(epoch), int(index)) for epoch, index in lines]
+
+
+class Skipping(Toy):
+    """Skips the rest of its first epoch."""
+
+    def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> int | None:
+        return -1 if (self.current_epoch, batch_idx) == (0, 5) and self.global_rank == 1 else None
+
+
+def test_skipping_the_rest_of_an_epoch_repeats_nothing(tmp_path: Path) -> None:
+    module = Skipping()
+    module.folder = tmp_path
+    fit("halos", module, max_epochs=2)
+    used = samples_in(tmp_path)
+    assert len(used) == len(set(used))
 
 
 def test_dataloader_workers_look_ahead_without_changing_anything() -> None:
@@ -173,9 +199,7 @@ def test_synchronous_sgd_is_ddp() -> None:
 @every_strategy
 def test_loggers_get_the_virtual_time(name: str, tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, "", "")
-    callbacks = [HalosMonitor()] if name in ("halos", "async_local_sgd") else []
-    trainer, _ = fit(name, max_steps=40, val_check_interval=10, check_val_every_n_epoch=None, logger=logger,
-                     callbacks=callbacks)  # fmt: skip
+    trainer, _ = fit(name, max_steps=40, val_check_interval=10, check_val_every_n_epoch=None, logger=logger)
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))

@@ -33,7 +33,8 @@ class HalosMonitor(Callback):
     ``halos/compute_share/rank_0``     of each worker: seconds computing / seconds computing and waiting
     =================================  ==================================================================
 
-    A message between two parts of the same process is no traffic and counts no bytes.
+    A message between two parts of the same process is no traffic and counts no bytes. In real Async-Local-SGD there is
+    one region: all bytes count as inside it.
 
     Raises:
         MisconfigurationException: If the Trainer has another strategy.

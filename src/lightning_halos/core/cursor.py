@@ -72,12 +72,18 @@ def split(first: int, steps: int, steps_per_epoch: int) -> Iterator[Lease]:
 class LeaseStock:
     """A local server's stock of data for its workers. It orders more ahead of need.
 
+    If workers had to wait for an order, the next ones are twice as large: the link is slow for such fast workers.
+
     Args:
-        ahead: Local steps' worth of data below which it orders as many.
+        ahead: Local steps' worth of data below which it orders as many, in the beginning.
     """
+
+    _LARGEST = 64  # times as large as in the beginning
 
     def __init__(self, ahead: int) -> None:
         self._ahead = ahead
+        self._largest = self._LARGEST * ahead
+        self._has_served = False
         self._leases: deque[Lease] = deque()
         self._asked: deque[tuple[int, int]] = deque()
         self._ordered = self._ended = False
@@ -89,6 +95,8 @@ class LeaseStock:
     def add(self, lease: Lease | None) -> None:
         """Takes what was ordered; ``None`` if there is no more."""
         self._ordered = False
+        if self._asked and self._has_served:
+            self._ahead = min(2 * self._ahead, self._largest)
         if lease is None:
             self._ended = True
         else:
@@ -104,6 +112,7 @@ class LeaseStock:
                 continue
             whole = self._leases.popleft()
             steps = min(steps, whole.steps)
+            self._has_served = True
             served.append((worker, Lease(whole.epoch, whole.first, steps)))
             if steps < whole.steps:
                 self._leases.appendleft(Lease(whole.epoch, whole.first + steps, whole.steps - steps))

@@ -44,6 +44,7 @@ class ParameterServer:
         version: Updates applied so far.
         rejected: Updates dropped so far.
         staleness: Of the last applied update: versions between the model that it started from and its arrival.
+        senders: How many senders the server has.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ParameterServer:
         self.staleness = 0
         self._sizes = [shape.numel() for shape in shapes]
         self._num_parameters = sum(self._sizes)
-        self._senders = senders
+        self.senders = senders
         parts = torch.split(model[: self._num_parameters], self._sizes)
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._optimizer = optimizer(self._parameters)
@@ -114,7 +115,7 @@ class ParameterServer:
                 parameter.grad = None
             self._answer(answer, start, stop, reach)
         if is_good:
-            self.model[stop:].lerp_(vector[stop:], 1 / self._senders)
+            self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
         self._answer(answer, stop, self.model.numel(), reach)
 
     def _answer(self, answer: Tensor, start: int, stop: int, reach: Reach) -> None:
@@ -264,6 +265,7 @@ class GlobalServer(ParameterServer):
         optimizer: Makes the global server optimizer from the parameters.
         shapes: Shapes of the parameters in ``model``.
         servers: Number of local servers.
+        from_nothing: Whether there is no initial model, and what comes is a whole one.
 
     Attributes:
         steps: Local steps behind all updates, dropped ones included.
@@ -276,14 +278,16 @@ class GlobalServer(ParameterServer):
         optimizer: OptimizerFactory,
         shapes: Sequence[torch.Size] | None = None,
         servers: int = 1,
+        from_nothing: bool = False,
     ) -> None:
-        super().__init__(model, optimizer, shapes, senders=servers)
+        super().__init__(torch.zeros_like(model) if from_nothing else model, optimizer, shapes, senders=servers)
         self.steps = 0
+        self._from_nothing = from_nothing
         self._flushed: set[int] = set()
 
     @property
     def finished(self) -> bool:
-        return len(self._flushed) == self._senders
+        return len(self._flushed) == self.senders
 
     def receive(self, update: RegionUpdate) -> GlobalModel:
         """Applies a region's accumulated update.
@@ -300,7 +304,7 @@ class GlobalServer(ParameterServer):
         if update.final:
             self._flushed.add(update.server)
         sender = f"the local server {update.server}"
-        is_empty = update.final and update.steps == 0
+        is_empty = update.final and update.steps == 0 and not self._from_nothing
         is_good = not is_empty and self._count(self.fault(update.vector), update.version, sender)
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)

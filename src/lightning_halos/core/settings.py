@@ -80,8 +80,8 @@ class Settings:
             shapes: Shapes of the parameters in it.
         """
         if self.one_server:
-            # It gets the only server's whole model at the end, as an update of nothing.
-            return GlobalServer(torch.zeros_like(model), partial(torch.optim.SGD, lr=1.0), shapes)
+            # It gets the only server's whole model at the end.
+            return GlobalServer(model, partial(torch.optim.SGD, lr=1.0), shapes, from_nothing=True)
         return GlobalServer(model, self.global_optimizer or default_global_optimizer(servers), shapes, servers)
 
     def outer_server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:

@@ -22,6 +22,28 @@ class LightningRank(int):
     """A rank that Lightning gives to the samplers that it makes: so they are known from those of users."""
 
 
+class Leases:
+    """A worker's leases, epoch by epoch, whoever asks.
+
+    Args:
+        leases: The leases, in order.
+    """
+
+    def __init__(self, leases: Iterator[Lease]) -> None:
+        self._leases = leases
+        self._next: Lease | None = None
+
+    def of_epoch(self, epoch: int) -> Iterator[Lease]:
+        """Yields those of an epoch that nobody was given. What is left of earlier epochs is dropped."""
+        while True:
+            self._next = self._next or next(self._leases, None)
+            if self._next is None or self._next.epoch > epoch:
+                return
+            lease, self._next = self._next, None
+            if lease.epoch == epoch:
+                yield lease
+
+
 class SharedSampler(Sampler[int]):
     """Yields the indices of the samples that a worker is leased, epoch after epoch.
 
@@ -29,19 +51,16 @@ class SharedSampler(Sampler[int]):
 
     Args:
         sampler: The sampler that it stands in for: says what is shuffled, and how.
-        leases: The worker's leases, in order.
+        leases: The worker's leases.
         step_samples: Samples in a local step.
         samples: Samples of an epoch that are used.
     """
 
-    def __init__(
-        self, sampler: DistributedSampler[Any], leases: Iterator[Lease], step_samples: int, samples: int
-    ) -> None:
+    def __init__(self, sampler: DistributedSampler[Any], leases: Leases, step_samples: int, samples: int) -> None:
         self._sampler = sampler
         self._leases = leases
         self._step_samples = step_samples
         self._samples = samples
-        self._next: Lease | None = None
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -50,19 +69,10 @@ class SharedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self._order()
-        for lease in self._leases_of_epoch():
+        for lease in self._leases.of_epoch(self._epoch):
             first = lease.first * self._step_samples
             last = min(first + lease.steps * self._step_samples, self._samples)
             yield from order[first:last]
-
-    def _leases_of_epoch(self) -> Iterator[Lease]:
-        epoch = self._epoch
-        while True:
-            self._next = self._next or next(self._leases, None)
-            if self._next is None or self._next.epoch > epoch:
-                return
-            lease, self._next = self._next, None
-            yield lease
 
     def _order(self) -> Any:
         length = len(self._sampler.dataset)  # type: ignore[arg-type]
@@ -81,7 +91,8 @@ class SharedData:
 
     Attributes:
         steps_per_epoch: Local steps' worth of data in an epoch.
-        first: Local steps' worth of data that earlier fits have used, from the first epoch's beginning.
+        first: Local steps' worth of data that earlier fits have used, from the first epoch's beginning. If these had
+            other data, batches or workers, so that their steps do not fit into the present epoch, it begins anew.
         end: Local steps' worth of data in all epochs that were ordered; infinite without a number of epochs.
         epochs: The number of epochs that were ordered, ``None`` without one.
         batches: Batches of an epoch that a worker would get of a fixed shard.
@@ -97,13 +108,15 @@ class SharedData:
         if self.batches < len(loader):
             batches = min(batches, self.batches * trainer.world_size)  # limit_train_batches
         self.steps_per_epoch = math.ceil(batches / accumulate)
-        epoch, done = trainer.current_epoch, trainer.global_step * trainer.world_size
-        self.first = min(max(done, epoch * self.steps_per_epoch), (epoch + 1) * self.steps_per_epoch)
+        begin = trainer.current_epoch * self.steps_per_epoch
+        used = trainer.global_step * trainer.world_size - begin
+        self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
         self._step_samples = size * accumulate
         self._samples = min(samples, batches * size)
-        self._leases: Iterator[Lease]
+        self._length = samples
+        self._leases: Leases
         self._limits = trainer.fit_loop._combined_loader.limits  # type: ignore[union-attr]
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
@@ -123,8 +136,12 @@ class SharedData:
         return cls(trainer, loaders[0])
 
     def start(self, leases: Iterator[Lease]) -> None:
-        """Makes the Trainer train on these leases. To be called before the first epoch starts."""
-        self._leases = leases
+        """Makes the Trainer train on these leases. To be called before the first epoch starts.
+
+        Raises:
+            RuntimeError: See :meth:`attach`.
+        """
+        self._leases = Leases(leases)
         self.attach()
         fit_loop = self._trainer.fit_loop
         restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
@@ -132,13 +149,22 @@ class SharedData:
             iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def attach(self) -> None:
-        """Does so with a loader that Lightning has loaded anew. To be called when an epoch starts."""
+        """Makes a loader that Lightning has loaded anew go on with the leases. To be called when an epoch starts.
+
+        Raises:
+            RuntimeError: If its dataset has another length than the first one.
+        """
         fit_loop = self._trainer.fit_loop
         combined = fit_loop._combined_loader
         assert combined is not None
         (loader,) = combined.flattened
         if isinstance(loader.batch_sampler.sampler, SharedSampler):
             return
+        if len(loader.dataset) != self._length:
+            raise RuntimeError(
+                f"The training dataset has {len(loader.dataset)} samples now, and had {self._length} when training"
+                " started, so the workers cannot share it. Keep its length, or pass a sampler of your own."
+            )
         sampler = loader.batch_sampler.sampler
         shared = SharedSampler(sampler, self._leases, self._step_samples, self._samples)
         shared.set_epoch(self._trainer.current_epoch)

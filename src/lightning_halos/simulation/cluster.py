@@ -63,6 +63,8 @@ class SimulatedCluster:
         home = self.global_region
         if not isinstance(home, int) or isinstance(home, bool) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
+        if isinstance(self.names, str):
+            raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))
         if len(names) != regions or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"names={self.names!r} must be one name for each of the {regions} region(s).")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,7 +112,7 @@ class RegionServers(Servers):
         self._sent = 0
         self._here = {group.index: set(group.ranks) for group in groups}
         self._group_of = {rank: group.index for group in groups for rank in group.ranks}
-        self._counters: list[Counter[str]] = [Counter() for _ in groups]
+        self._counters: list[defaultdict[str, float]] = [defaultdict(float) for _ in groups]
         self._shares: dict[int, float] = {}
 
     @property
@@ -185,7 +185,7 @@ class RegionServers(Servers):
         compute = self._timing.compute(worker, finished.steps)
         counter["staleness_sum"] += stale
         counter["staleness_max"] = max(counter["staleness_max"], stale)
-        counter["round_ms"] += round(compute)
+        counter["round_ms"] += compute
         apart = self._regions[index] != self._timing.cluster.region_of[worker]
         counter[_BYTES[apart]] += 2 * self._timing.message_bytes
         self._shares[worker] = compute / (finished.end - finished.begin)

@@ -36,6 +36,8 @@ class World:
     Attributes:
         history: All that happened so far.
         virtual_ms: Virtual milliseconds at which rank 0's present round ends; after training, at which it ended.
+        version: Updates that were in the global model when rank 0's present round began; after training, all.
+        steps: Local steps that all workers had finished then.
     """
 
     def __init__(self, rounds: Rounds, servers: Servers, budget: StepBudget, alarm: Alarm) -> None:
@@ -55,6 +57,8 @@ class World:
         self._told = [0] * budget.workers
         self._metrics: dict[str, float] = {}
         self._statistics: list[dict[str, Any]] = []
+        self._seen = 0
+        self.version = self.steps = 0
 
     def attach(self, rank: int, link: Link) -> None:
         """Connects a worker."""
@@ -63,17 +67,13 @@ class World:
 
     def start(self) -> None:
         """Starts the clock, once all workers are connected."""
-        threading.Thread(target=self._guard, name="halos world", daemon=True).start()
+        begun = self._begin(range(self._budget.workers), 0.0)
+        idle = sorted(set(range(self._budget.workers)) - begun.keys())
+        threading.Thread(target=self._guard, args=(idle,), name="halos world", daemon=True).start()
 
-    @property
-    def version(self) -> int:
-        """Updates that are in the global model."""
-        return self._servers.version
-
-    @property
-    def steps(self) -> int:
-        """Local steps that all workers have finished in this run."""
-        return self._servers.steps
+    def seen(self) -> list[Event]:
+        """All that had happened when rank 0's present round began; after training, all."""
+        return self.history[: self._seen]
 
     def read(self, out: Tensor) -> None:
         """Copies the global model at the end of rank 0's present round into ``out``; leaves it if there is none."""
@@ -110,27 +110,27 @@ class World:
         whole(filled)
         self._inboxes[rank].put(message)
 
-    def _guard(self) -> None:
+    def _guard(self, idle: Sequence[int]) -> None:
         try:
-            self._run()
+            self._run(idle)
         except Exception as error:
             self._alarm.fail(error)
 
-    def _run(self) -> None:
+    def _run(self, idle: Sequence[int]) -> None:
         now, servers = 0.0, self._servers
-        begun = self._begin(range(self._budget.workers), now)
-        for worker in set(range(self._budget.workers)) - begun.keys():
+        for worker in idle:
             self._farewell(worker, now)
         while not servers.finished:
-            if servers.next_time() <= self._rounds.next_end():
+            if servers.next_time() < self._rounds.next_end():
                 now = servers.next_time()
                 servers.advance()
             else:
                 ended = self._rounds.end()
                 now = ended[0].end
                 self._end(ended)
-        self.virtual_ms = now
         self.history.append(Event(now, "end", -1, -1, servers.version, servers.steps))
+        self.virtual_ms = now
+        self._look()
         final = GlobalModel(servers.version, True, self._asked_to_stop, self._position, servers.model)
         with self._moment:
             self._waits_for_rank_0 = True
@@ -171,8 +171,13 @@ class World:
         begun = {r.worker: r for r in self._rounds.begin(workers, now)}
         if 0 in begun:
             self.virtual_ms = begun[0].end
-            self._statistics = self._servers.statistics()
+            self._look()
         return begun
+
+    def _look(self) -> None:
+        """Keeps what rank 0 may see until its next round, since the world goes on while it looks."""
+        self._statistics = self._servers.statistics()
+        self.version, self.steps, self._seen = self._servers.version, self._servers.steps, len(self.history)
 
     def _farewell(self, worker: int, now: float) -> None:
         """Takes the last push of a worker that has nothing more to do."""

@@ -114,7 +114,7 @@ class GlobalHost:
         elif isinstance(message, LeaseRequest):
             with self._lock:
                 assert self._cursor is not None
-                lease = self._cursor.take(message.steps, sharers=len(self._controls))
+                lease = self._cursor.take(message.steps, sharers=self.server.senders)
                 self._controls[index].post(_grant(lease))
         else:
             assert isinstance(message, Progress)

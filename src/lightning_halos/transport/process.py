@@ -90,7 +90,7 @@ class Process:
     def version(self) -> int:
         """Updates that are in the global model."""
         assert self.global_host is not None
-        return self.global_host.server.version
+        return (self._only_host or self.global_host).server.version
 
     @property
     def steps(self) -> int:
