@@ -1,0 +1,391 @@
+"""How long until the loss is down? A small language model in a simulated cluster, under HALoS and four others.
+
+Rules of this room: every row trains the same model on the same number of samples, and differs in its strategy alone. A
+row is a process of its own and leaves a JSON file of its own, so that one can be made again without the others::
+
+    python benchmarks/time_to_loss.py                        # the rows of the first table
+    python benchmarks/time_to_loss.py --best                 # the rows of the second: each algorithm at its best found
+    python benchmarks/time_to_loss.py --rows halos tuned     # only these
+    python benchmarks/time_to_loss.py --plot-only            # the picture and the tables again, without training
+    python benchmarks/time_to_loss.py --search               # all settings of SEARCH, at half the steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from lightning_halos import (
+    AsyncLocalSGDStrategy,
+    DelayedNesterov,
+    DilocoStrategy,
+    HalosStrategy,
+    SimulatedCluster,
+    SyncSGDStrategy,
+)
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+Settings = dict[str, Any]
+"""An algorithm, and the arguments of its strategy; a server's optimizer as a dictionary of its own arguments."""
+Result = dict[str, Any]
+
+STEPS, SEARCH_STEPS, VALIDATE_EVERY = 600, 300, 25  # global steps: a local step of every worker
+BATCH_SIZE = 8  # sequences in a local step
+MODEL = {"context": 64, "depth": 2, "width": 96, "heads": 4, "lr": 3e-3}  # 57,600 local steps in minutes, on 2 cores
+
+ALGORITHMS: dict[str, Any] = {
+    "halos": HalosStrategy,
+    "async_local_sgd": AsyncLocalSGDStrategy,
+    "diloco_dynamic": partial(DilocoStrategy, dynamic_local_steps=True),
+    "diloco": DilocoStrategy,
+    "sync_sgd": SyncSGDStrategy,
+}
+OPTIMIZERS: dict[str, Any] = {
+    "local_optimizer": DelayedNesterov,
+    "global_optimizer": DelayedNesterov,
+    "optimizer": DelayedNesterov,
+    "outer_optimizer": partial(torch.optim.SGD, nesterov=True),
+}
+
+# The strategies' defaults are the published settings.
+PUBLISHED: dict[str, Settings] = {name: {"algorithm": name} for name in ALGORITHMS}
+# The best that were found; see docs/time-to-loss.md.
+TUNED: dict[str, Settings] = {
+    "tuned": {
+        "algorithm": "halos",
+        "local_steps": 4,
+        "accumulate_updates": 8,
+        "merge_weight": 0.25,
+        "local_optimizer": {"lr": 0.25, "momentum": 0.0, "delay": 1},
+        "global_optimizer": {"lr": 0.5, "momentum": 0.2, "delay": 1},
+    },
+    "async_local_sgd_tuned": {
+        "algorithm": "async_local_sgd",
+        "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1},
+    },
+    "diloco_dynamic_tuned": {
+        "algorithm": "diloco_dynamic",
+        "outer_optimizer": {"lr": 0.7, "momentum": 0.6},
+    },
+    "diloco_tuned": {
+        "algorithm": "diloco",
+        "outer_optimizer": {"lr": 0.7, "momentum": 0.6},
+    },
+}
+ROWS = {**PUBLISHED, **TUNED}
+FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
+SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
+NAMES = {
+    "halos": "HALoS",
+    "tuned": "HALoS, tuned",
+    "async_local_sgd": "Async-Local-SGD",
+    "async_local_sgd_tuned": "Async-Local-SGD, tuned",
+    "diloco_dynamic": "DiLoCo, dynamic steps",
+    "diloco_dynamic_tuned": "DiLoCo, dynamic steps, tuned",
+    "diloco": "DiLoCo",
+    "diloco_tuned": "DiLoCo, tuned",
+    "sync_sgd": "synchronous SGD",
+}
+
+SHORT = {  # an optimizer's arguments are its rate, momentum and delay
+    "local_steps": "H",
+    "accumulate_updates": "K",
+    "merge_weight": "alpha",
+    "local_optimizer": "local",
+    "global_optimizer": "global",
+    "optimizer": "server",
+    "outer_optimizer": "outer",
+}
+
+
+def _halos(
+    h: int, k: int, rate: float, beta: float, delay: int, outer: tuple[float, float, int], alpha: float = 0.25
+) -> Settings:
+    return {
+        "algorithm": "halos",
+        "local_steps": h,
+        "accumulate_updates": k,
+        "merge_weight": alpha,
+        "local_optimizer": {"lr": rate, "momentum": beta, "delay": delay},
+        "global_optimizer": dict(zip(("lr", "momentum", "delay"), outer, strict=True)),
+    }
+
+
+_PAPERS = (0.15, 0.5, 2)
+_DEMOS = (0.5, 0.2, 1)
+SEARCH: list[Settings] = [
+    # HALoS: the paper's settings, a guess, those of the demo, and what each value does
+    _halos(8, 32, 0.2, 0.9, 16, _PAPERS),
+    _halos(4, 8, 0.3, 0.9, 16, _PAPERS),
+    _halos(4, 8, 0.4, 0.3, 4, _DEMOS, alpha=0.5),
+    _halos(4, 8, 0.3, 0.9, 16, _DEMOS, alpha=0.5),
+    _halos(4, 16, 0.4, 0.3, 4, _DEMOS, alpha=0.5),
+    _halos(4, 8, 0.4, 0.6, 4, _DEMOS, alpha=0.5),
+    _halos(4, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.5),
+    _halos(4, 8, 0.4, 0.3, 4, (0.3, 0.0, 1), alpha=0.25),
+    # most of the loss was due to momentum: without it, what is left to choose
+    _halos(4, 8, 0.25, 0.0, 1, (0.3, 0.0, 1), alpha=0.5),
+    _halos(8, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.5),
+    _halos(4, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.25),
+    _halos(4, 8, 0.25, 0.0, 1, (0.8, 0.0, 1), alpha=0.5),
+    # Async-Local-SGD: the same discovery; then fewer and more local steps
+    {"algorithm": "async_local_sgd", "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1}},
+    # DiLoCo: fewer, larger rounds, and other outer rates
+    {"algorithm": "diloco_dynamic", "local_steps": 64},
+    {"algorithm": "diloco_dynamic", "outer_optimizer": {"lr": 0.7, "momentum": 0.6}},
+    {"algorithm": "async_local_sgd", "local_steps": 64, "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1}},
+    {"algorithm": "diloco_dynamic", "local_steps": 64, "outer_optimizer": {"lr": 0.7, "momentum": 0.6}},
+    _halos(4, 8, 0.15, 0.0, 1, _DEMOS, alpha=0.25),
+    _halos(4, 8, 0.4, 0.0, 1, _DEMOS, alpha=0.25),
+]
+
+# ---------------------------------------------------------------------- one row
+
+
+def make_strategy(settings: Settings, cluster: SimulatedCluster) -> HalosStrategy:
+    """Makes a strategy from its settings."""
+    arguments = dict(settings)
+    algorithm = ALGORITHMS[arguments.pop("algorithm")]
+    for name in arguments.keys() & OPTIMIZERS.keys():
+        arguments[name] = partial(OPTIMIZERS[name], **arguments[name])
+    strategy: HalosStrategy = algorithm(simulate=cluster, **arguments)
+    return strategy
+
+
+class LossCurve(L.Callback):
+    """Notes the loss of the global model after each validation, and the virtual time at which this model was there.
+
+    Args:
+        path: The file to write, a line of JSON for each validation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        seconds = strategy.virtual_seconds  # the end of rank 0's present round: servers are read then
+        if isinstance(strategy, (DilocoStrategy, SyncSGDStrategy)) and strategy.history:
+            seconds = strategy.history[-1].time / 1e3  # nothing has happened since: do not blame them for a round
+        with self.path.open("a") as file:
+            print(json.dumps([trainer.global_step, seconds, trainer.callback_metrics["val_loss"].item()]), file=file)
+
+
+def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int) -> Result:
+    """Trains once. Returns the loss over virtual time, and how it came about."""
+    from train_char_lm import ByteGPT, StandardLibrary
+
+    L.seed_everything(seed, verbose=False)
+    strategy = make_strategy(settings, cluster)
+    with tempfile.TemporaryDirectory() as folder:  # the curve is rank 0's, and rank 0 is another process
+        path = Path(folder) / "curve"
+        trainer = L.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            val_check_interval=VALIDATE_EVERY,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            callbacks=[LossCurve(path)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        start = time.perf_counter()
+        trainer.fit(ByteGPT(**MODEL), StandardLibrary(MODEL["context"], BATCH_SIZE))
+        wall = time.perf_counter() - start
+        step, seconds, loss = zip(*map(json.loads, path.read_text().splitlines()), strict=True)
+    return {
+        "settings": settings,
+        "model": MODEL,
+        "global_steps": steps,
+        "samples": strategy.history[-1].steps * BATCH_SIZE,
+        "seed": seed,
+        "wall_seconds": round(wall, 1),
+        "global_step": step,
+        "virtual_hours": [round(s / 3600, 6) for s in seconds],
+        "val_loss": [round(value, 4) for value in loss],
+    }
+
+
+def quiet() -> None:
+    """Leaves out what Lightning says at the start of each of many runs; and no threads within a worker."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # the time of a step must not depend on the values that it computes
+
+
+def write(path: Path, result: Any) -> None:
+    """Writes JSON: a line for each entry."""
+    opening, closing = "[]" if isinstance(result, list) else "{}"
+    entries = (
+        [json.dumps(entry) for entry in result]
+        if isinstance(result, list)
+        else [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    )
+    path.write_text(f"{opening}\n" + ",\n".join(entries) + f"\n{closing}\n")
+
+
+# ---------------------------------------------------------------------- the search
+
+
+def search(args: argparse.Namespace, cluster: SimulatedCluster) -> None:
+    """Tries all settings of ``SEARCH``, of some algorithms or of all, and adds them to what was tried before."""
+    path = args.output / "search.json"
+    tried: list[Result] = json.loads(path.read_text()) if path.exists() else []
+    done = [(entry["settings"], entry["global_steps"], entry["seed"]) for entry in tried]
+    for settings in SEARCH:
+        if (settings, SEARCH_STEPS, args.seed) in done or (args.search and settings["algorithm"] not in args.search):
+            continue
+        result = train(settings, cluster, SEARCH_STEPS, args.seed)
+        kept = {key: result[key] for key in ("settings", "global_steps", "seed", "val_loss")}
+        tried.append({"final_loss": result["val_loss"][-1], "hours": result["virtual_hours"][-1], **kept})
+        write(path, tried)
+        print(f"{result['val_loss'][-1]:.3f}  {result['virtual_hours'][-1]:.4f} h  {json.dumps(settings)}", flush=True)
+
+
+# ---------------------------------------------------------------------- table and picture
+
+
+def time_to(result: Result, target: float) -> float:
+    """Virtual hours until the loss is down at a target: interpolated on the running minimum; nan if it never is."""
+    loss = np.minimum.accumulate(result["val_loss"])
+    is_new = np.diff(loss, prepend=np.inf) < 0
+    return float(np.interp(-target, -loss[is_new], np.array(result["virtual_hours"])[is_new], right=np.nan))
+
+
+def table(results: dict[str, Result], reference: str) -> tuple[str, float]:
+    """Compares rows by the time to the best loss that all of them reach. Returns the table and this loss."""
+    target = max(min(result["val_loss"]) for result in results.values())
+    earlier = [round(target + above, 1) for above in (0.4, 0.2)]  # the ratios depend on where one looks
+    over = f"{'':72}times that of {NAMES[reference]}, to a loss of"
+    heads = "".join(f"{value:10.3f}" for value in (*earlier, target))
+    lines = [over, f"{'':30}{'final loss':>12}{'hours in all':>14}{f'hours to {target:.3f}':>16}{heads}"]
+    for name, result in results.items():
+        ratios = [time_to(result, value) / time_to(results[reference], value) for value in (*earlier, target)]
+        lines.append(
+            f"{NAMES[name]:30}{result['val_loss'][-1]:12.3f}{result['virtual_hours'][-1]:14.4f}"
+            f"{time_to(result, target):16.4f}{''.join(f'{ratio:10.2f}' for ratio in ratios)}"
+        )
+    return "\n".join(lines), target
+
+
+def listing(tried: list[Result]) -> str:
+    """Lists what a search tried, and what came out."""
+    lines = ["final loss   hours in all   settings that are not the default"]
+    for entry in tried:
+        settings = dict(entry["settings"])
+        words = [settings.pop("algorithm")]
+        for name, value in settings.items():
+            shown = "/".join(f"{v:g}" for v in value.values()) if isinstance(value, dict) else f"{value:g}"
+            words.append(f"{SHORT[name]} {shown}")
+        lines.append(f"{entry['final_loss']:10.3f}{entry['hours']:15.4f}   {', '.join(words)}")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Result], target: float, path: Path) -> None:
+    """Draws the loss over virtual hours, and where each row reaches the common loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(target, color="gray", linestyle="--", linewidth=1)
+    base = time_to(results["halos"], target)
+    for name, result in results.items():
+        points = [(h, loss) for h, loss in zip(result["virtual_hours"], result["val_loss"], strict=True) if h > 0]
+        (line,) = axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1.4)
+        hours = time_to(result, target)
+        line.set_label(f"{NAMES[name]} ({hours / base:.3g}x)")
+        axes.plot(hours, target, "o", color=line.get_color(), markersize=7)
+    axes.annotate(
+        f"{target:.2f}: the best that all reach", (0.01, target), xycoords=("axes fraction", "data"),
+        xytext=(0, -13), textcoords="offset points", color="gray",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    lowest = min(min(result["val_loss"]) for result in results.values())
+    axes.set_ylim(lowest - 0.1, target + 1.2)
+    axes.set_xlabel("virtual hours")
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.set_title("A byte-level GPT in the paper's cluster, the same samples for each algorithm")
+    axes.legend(title="time to the dashed line")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=130)
+
+
+def report(output: Path) -> None:
+    """Writes the tables and the picture of the rows that are there, and prints the tables."""
+    results = {name: json.loads(path.read_text()) for name in NAMES if (path := output / f"{name}.json").exists()}
+    first = {name: results[name] for name in FIRST if name in results}
+    second = {name: results[name] for name in SECOND if name in results}
+    texts = []
+    if "halos" in first:
+        text, target = table(first, "halos")
+        minutes = sum(result["wall_seconds"] for result in first.values()) / 60
+        texts.append(f"$ python benchmarks/time_to_loss.py\n\n{text}\n\n{minutes:.1f} minutes of wall-clock time.")
+        plot(first, target, output / "time_to_loss.png")
+    if len(second) == len(SECOND):
+        texts.append(f"$ python benchmarks/time_to_loss.py --best\n\n{table(second, 'tuned')[0]}")
+    if (path := output / "search.json").exists():
+        texts.append(f"$ python benchmarks/time_to_loss.py --search\n\n{listing(json.loads(path.read_text()))}")
+    (output / "table.txt").write_text("\n\n\n".join(texts) + "\n")
+    print("\n\n\n".join(texts))
+
+
+def main() -> int:
+    """Trains the rows, each in a process of its own, and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="train only these")
+    parser.add_argument("--best", action="store_true", help="train the rows of the second table")
+    parser.add_argument("--plot-only", action="store_true", help="train nothing")
+    parser.add_argument("--search", nargs="*", choices=ALGORITHMS, help="try the settings of these algorithms, or all")
+    parser.add_argument("--cluster", type=Path, default=ROOT / "examples/clusters/paper.yaml")
+    parser.add_argument("--steps", type=int, default=STEPS, help="global steps of a row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/time_to_loss", help="the folder of all files")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.row or args.search is not None:
+        quiet()
+        cluster = SimulatedCluster.from_yaml(args.cluster)
+        if args.row:
+            write(args.output / f"{args.row}.json", train(ROWS[args.row], cluster, args.steps, args.seed))
+        else:
+            search(args, cluster)
+        return 0
+
+    failed = []
+    rows = () if args.plot_only else args.rows or (SECOND if args.best else FIRST)
+    for row in rows:
+        print(f"training: {NAMES[row]}", flush=True)
+        if subprocess.run([sys.executable, *sys.argv, "--row", row], stderr=subprocess.STDOUT).returncode:
+            failed.append(row)
+    report(args.output)
+    if failed:
+        print(f"\nThese rows failed: {', '.join(failed)}.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
