@@ -206,15 +206,15 @@ def train(args: argparse.Namespace) -> None:
     """Does one run: trains with ``args.strategy``, writes the loss curve and prints a sample of the model's writing."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the whole text is in memory
     L.seed_everything(args.seed)
-    # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges and less
-    # momentum on the servers.
+    # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges, and no
+    # momentum on the local servers (docs/time-to-loss.md).
     halos = HalosStrategy(
         regions=args.regions,
         local_steps=args.local_steps,
         accumulate_updates=4,
         merge_weight=0.5,
-        local_optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.3, delay=4),
-        global_optimizer=partial(DelayedNesterov, lr=0.5, momentum=0.2, delay=1),
+        local_optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.0, delay=1),
+        global_optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.2, delay=1),
     )
     trainer = L.Trainer(
         strategy=halos if args.strategy == "halos" else args.strategy,
