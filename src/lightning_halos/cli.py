@@ -1,39 +1,19 @@
-"""The command line: ``lightning-halos plan``.
+"""The command line: ``lightning-halos COMMAND``.
 
-Rules of this room: it reads arguments, calls, prints and writes files. What a user got wrong ends in one line on stderr
-and exit status 2, without a traceback. A subcommand is a function that adds its parser, and one that runs it.
+Rules of this room: what a user got wrong ends in one line on stderr and exit status 2, without a traceback. Each
+command is in a file of its own in ``commands``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lightning_halos.simulation.cluster import SimulatedCluster
-    from lightning_halos.simulation.timing import Timing
+from lightning_halos.commands import plan
 
 PROGRAM = "lightning-halos"
-
-_PLAN_EXAMPLES = """\
-examples:
-  lightning-halos plan examples/clusters/paper.yaml
-      where the time would go, under each algorithm
-  lightning-halos plan cluster.yaml --message-bytes 4000000000 --output plans
-      the same for a model of a billion parameters, with a picture, a JSON and timelines for https://ui.perfetto.dev
-  lightning-halos plan cluster.yaml --sweep
-      which local_steps, accumulate_updates and servers_per_region to choose
-  lightning-halos plan --random-cluster 100x100 --algorithm halos
-      10,000 workers
-"""
-_MS_PER_MINUTE = 6e4
-_TIMELINE_MINUTES = 5.0
-_TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in proportion, so that viewers can open it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_plan(commands)
+    for command in (plan,):
+        command.add(commands)
     namespace = parser.parse_args(arguments)
     namespace.command = shlex.join([PROGRAM, *arguments])
     try:
@@ -57,138 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from lightning_halos.simulation.planner import ALGORITHMS
-
-    parser = commands.add_parser(
-        "plan",
-        help="say where the time would go on a cluster, under each algorithm, without training",
-        description="Says where the time would go on a cluster, under each algorithm, without training.",
-        epilog=_PLAN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_plan)
-    where = parser.add_argument_group("the cluster")
-    where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")
-    where.add_argument("--random-cluster", metavar="RxW", help="draw one: R regions of W workers, like the paper's")
-    where.add_argument("--seed", type=int, default=0, help="of --random-cluster (default: 0)")
-    where.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
-    how = parser.add_argument_group("the algorithms")
-    how.add_argument(
-        "--algorithm",
-        action="append",
-        choices=list(ALGORITHMS),
-        help=f"{', '.join(ALGORITHMS)}; may be given again (default: all)",
-        metavar="NAME",
-    )
-    how.add_argument("--local-steps", type=int, default=8, metavar="H", help="of HALoS (default: 8)")
-    how.add_argument("--same-local-steps", action="store_true", help="H of HALoS also for slower workers")
-    how.add_argument("--accumulate-updates", type=int, metavar="K", help="of HALoS (default: 8 per worker of a server)")
-    how.add_argument("--servers-per-region", type=int, default=1, metavar="S", help="of HALoS (default: 1)")
-    how.add_argument(
-        "--baseline-local-steps", type=int, default=32, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
-    )
-    how.add_argument("--sweep", action="store_true", help="vary H, K and the number of servers of HALoS instead")
-    what = parser.add_argument_group("what to simulate and write")
-    what.add_argument("--hours", type=float, default=1.0, help="virtual hours (default: 1)")
-    what.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="also write the table, a picture, a JSON and timelines there"
-    )
-    what.add_argument(
-        "--timeline-minutes",
-        type=float,
-        metavar="M",
-        help=f"length of the timelines (default: {_TIMELINE_MINUTES:g}, with more than {_TIMELINE_WORKERS} workers"
-        " less in proportion)",
-    )
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from lightning_halos.simulation.planner import ALGORITHMS, PlanSettings, make_timing, plan
-    from lightning_halos.simulation.report import as_json, save_picture, table
-    from lightning_halos.simulation.trace import write_trace
-
-    name, cluster = _cluster(arguments)
-    timing = make_timing(cluster, arguments.message_bytes)
-    if arguments.sweep:
-        _sweep(arguments, timing)
-        return
-    settings = PlanSettings(
-        local_steps=arguments.local_steps,
-        dynamic_local_steps=not arguments.same_local_steps,
-        accumulate_updates=arguments.accumulate_updates,
-        servers_per_region=arguments.servers_per_region,
-        baseline_local_steps=arguments.baseline_local_steps,
-    )
-    record_ms = _timeline_ms(arguments, cluster.num_workers) if arguments.output else 0.0
-    algorithms = [algorithm for algorithm in ALGORITHMS if algorithm in (arguments.algorithm or ALGORITHMS)]
-    plans = [plan(algorithm, timing, arguments.hours, settings, record_ms) for algorithm in algorithms]
-    text = table(plans, timing)
-    print(text, end="")
-    if arguments.output:
-        folder = _folder(arguments)
-        _write(folder / f"{name}.txt", f"$ {arguments.command}\n\n{text}")
-        _write_json(folder / f"{name}.json", {"command": arguments.command, **as_json(plans, timing)})
-        for one in plans:
-            write_trace(one, timing, folder / f"{name}-{one.algorithm}.trace.json")
-        save_picture(plans, timing, folder / f"{name}.png")
-        print(f"\nSee {folder / name}.* and, in https://ui.perfetto.dev, {folder / name}-*.trace.json")
-
-
-def _sweep(arguments: argparse.Namespace, timing: Timing) -> None:
-    from lightning_halos.simulation.sweep import sweep, sweep_table
-
-    text = sweep_table(sweep(timing, arguments.hours), timing)
-    print(text, end="")
-    if arguments.output:
-        _write(_folder(arguments) / "sweep.txt", f"$ {arguments.command}\n\n{text}")
-
-
-def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
-    """The cluster, and what to call files about it."""
-    import yaml
-
-    from lightning_halos.simulation.cluster import SimulatedCluster
-    from lightning_halos.simulation.random_cluster import random_cluster
-
-    path, size = arguments.cluster, arguments.random_cluster
-    if (path is None) == (size is None):
-        raise ValueError("give either the file that describes the cluster, or --random-cluster RxW such as 4x4.")
-    if size is None:
-        try:
-            return path.stem, SimulatedCluster.from_yaml(path)
-        except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(str(error) if isinstance(error, TypeError) else f"{path} is no YAML: {error}") from None
-    regions, _, workers = size.partition("x")
-    if not (regions.isdecimal() and workers.isdecimal()):
-        raise ValueError(f"--random-cluster {size} must be RxW, regions and workers in each, such as 4x4.")
-    return f"random-{size}", random_cluster(int(regions), int(workers), arguments.seed)
-
-
-def _timeline_ms(arguments: argparse.Namespace, workers: int) -> float:
-    minutes: float | None = arguments.timeline_minutes
-    if minutes is None:
-        minutes = _TIMELINE_MINUTES * min(1.0, _TIMELINE_WORKERS / workers)
-    if minutes <= 0:
-        raise ValueError(f"--timeline-minutes {minutes:g} must be positive.")
-    hours: float = arguments.hours
-    return min(minutes, 60 * hours) * _MS_PER_MINUTE
-
-
-def _folder(arguments: argparse.Namespace) -> Path:
-    folder: Path = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

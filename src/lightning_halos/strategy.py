@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -156,7 +157,7 @@ class HalosStrategy(ParallelStrategy):
         self._callbacks: list[pl.Callback] | None = None
         self._limit_val_batches: int | float | None = None
         self._worker_model: Tensor | None = None
-        self._validation_began = 0.0
+        self._global_model_since = 0.0
 
     # ------------------------------------------------------------------ who and where
 
@@ -449,22 +450,43 @@ class HalosStrategy(ParallelStrategy):
             self._publish(stepped)
 
     def on_validation_start(self) -> None:
-        if not self._is_training_elsewhere:
+        if self._is_training_elsewhere:
+            self._put_global_model_in()
+
+    def on_validation_end(self) -> None:
+        if self._worker_model is not None:
+            self._put_worker_model_back()
+            self._publish([])
+
+    @contextmanager
+    def global_model(self) -> Iterator[None]:
+        """Makes the module hold the present global model in a ``with`` block, as validation does, to look at it.
+
+        For callbacks of rank 0 while it fits; the other workers train on, and this one's speed does not suffer. In
+        validation and after the fit the module holds the global model already; on other ranks nothing happens.
+        """
+        if not self._is_training_elsewhere or self._worker_model is not None:
+            yield
             return
+        self._put_global_model_in()
+        try:
+            yield
+        finally:
+            self._put_worker_model_back()
+
+    def _put_global_model_in(self) -> None:
         assert self._loop is not None
-        self._validation_began = time.perf_counter()
+        self._global_model_since = time.perf_counter()
         vector = self._loop.vector
         self._worker_model = vector.read(vector.new())
         vector.write(self._read_global_model())
 
-    def on_validation_end(self) -> None:
-        if self._worker_model is None:
-            return
+    def _put_worker_model_back(self) -> None:
         assert self._loop is not None
+        assert self._worker_model is not None
         self._loop.vector.write(self._worker_model)
         self._worker_model = None
-        self._loop.exclude(time.perf_counter() - self._validation_began)
-        self._publish([])
+        self._loop.exclude(time.perf_counter() - self._global_model_since)
 
     @property
     def _is_training_elsewhere(self) -> bool:

@@ -113,6 +113,41 @@ def test_the_global_model_is_validated_and_the_workers_own_goes_on(run: Run) -> 
         assert not torch.equal(weights["net.0.weight"], after["net.0.weight"])
 
 
+class Looking(pl.Callback):
+    """Looks at the global model in the middle of training."""
+
+    def __init__(self) -> None:
+        self.looks: list[list[Any]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        before = state(pl_module)
+        with trainer.strategy.global_model():
+            seen = state(pl_module)
+            saved = trainer.strategy.lightning_module_state_dict()
+        self.looks.append([before, seen, state(pl_module), {name: part.clone() for name, part in saved.items()}])
+
+
+def looked_at() -> Result:
+    module, looking = Toy(), Looking()
+    trainer = make_trainer(max_steps=20, callbacks=[looking])
+    trainer.fit(module, loader())
+    with trainer.strategy.global_model():
+        final = state(module)
+    return outcome(trainer, module, looks=looking.looks, final=final)
+
+
+def test_a_callback_of_rank_0_can_look_at_the_global_model(run: Run) -> None:
+    results = run(looked_at)
+    assert_trained(results, max_steps=20)
+    for rank, result in enumerate(results):
+        for before, seen, after, saved in result["looks"]:
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            assert all(torch.equal(seen[name], saved[name]) for name in seen)
+        other = [not torch.equal(seen["net.0.weight"], before["net.0.weight"]) for before, seen, *_ in result["looks"]]
+        assert any(other) == (rank == 0)
+        assert torch.equal(result["final"]["net.0.weight"], result["state"]["net.0.weight"])
+
+
 class Stagnating(Toy):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated_on[-1] += batch[2].tolist()
