@@ -123,8 +123,8 @@ class Looking(pl.Callback):
         before = state(pl_module)
         with trainer.strategy.global_model():
             seen = state(pl_module)
-            saved = trainer.strategy.lightning_module_state_dict()
-        self.looks.append([before, seen, state(pl_module), {name: part.clone() for name, part in saved.items()}])
+            saved = {name: part.clone() for name, part in trainer.strategy.lightning_module_state_dict().items()}
+        self.looks.append([before, seen, state(pl_module), saved])
 
 
 def looked_at() -> Result:
