@@ -1,0 +1,65 @@
+"""How many lines of code does each baseline add to what it shares with HALoS?
+
+Counts the lines of the classes and functions that only that baseline uses, without docstrings, comments and empty
+lines, and prints them beside those of the whole package. Run: python benchmarks/lines.py
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src/lightning_halos"
+ADDS = {
+    "Async-Local-SGD": {
+        "baselines.py": ["AsyncLocalSGDStrategy"],
+        "core/settings.py": ["default_one_server_optimizer"],
+    },
+    "DiLoCo, in both worlds": {
+        "baselines.py": ["DilocoStrategy"],
+        "core/settings.py": ["default_outer_optimizer"],
+        "core/servers.py": ["SynchronousServer"],
+    },
+    "DiLoCo, real processes": {"transport/lockstep.py": ["LockstepClient", "LockstepProcess"]},
+    "DiLoCo, simulated": {
+        "simulation/algorithms.py": ["Lockstep"],
+        "simulation/servers.py": ["OuterServer"],
+        "simulation/rounds.py": ["SynchronousRounds"],
+    },
+    "synchronous SGD, simulated": {
+        "baselines.py": ["SyncSGDStrategy"],
+        "simulation/algorithms.py": ["EveryStep"],
+        "simulation/servers.py": ["NoServer"],
+    },
+}
+
+
+def code_lines(path: Path) -> set[int]:
+    """Numbers of the lines that are neither empty nor a comment nor part of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    lines = {number for number, line in enumerate(text.splitlines(), start=1) if line.strip()[:1] not in ("", "#")}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines -= set(range(docstring.lineno, (docstring.end_lineno or 0) + 1))
+    return lines
+
+
+def definition_lines(path: Path, names: list[str]) -> int:
+    """Lines of code of the named classes and functions of a file."""
+    found = {node.name: node for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    spans = [range(found[name].lineno, found[name].end_lineno + 1) for name in names]
+    return sum(len(code_lines(path).intersection(span)) for span in spans)
+
+
+def main() -> None:
+    """Counts and prints."""
+    whole = sum(len(code_lines(path)) for path in PACKAGE.rglob("*.py"))
+    for baseline, files in ADDS.items():
+        lines = sum(definition_lines(PACKAGE / file, names) for file, names in files.items())
+        print(f"{baseline:28}{lines:6}  {lines / whole:6.1%} of the package")
+    print(f"{'the whole package':28}{whole:6}")
+
+
+if __name__ == "__main__":
+    main()
