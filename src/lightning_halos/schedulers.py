@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -147,8 +148,11 @@ class SchedulePosition:
             config.frequency = frequency
 
     def _step(self, config: LRSchedulerConfig, times: int, value: float | None = None) -> None:
-        for _ in range(times):
-            self._module.lr_scheduler_step(config.scheduler, value)
+        with warnings.catch_warnings():
+            # Other workers may have taken steps before the first one of this worker's optimizer.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
+            for _ in range(times):
+                self._module.lr_scheduler_step(config.scheduler, value)
 
     def _save(self) -> None:
         if any(self._follows):
