@@ -58,7 +58,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         optimizer: OptimizerFactory | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        simulate: SimulatedCluster | None = None,
+        simulate: SimulatedCluster | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -116,7 +116,7 @@ class DilocoStrategy(HalosStrategy):
         outer_optimizer: OptimizerFactory | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        simulate: SimulatedCluster | None = None,
+        simulate: SimulatedCluster | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -181,7 +181,7 @@ class SyncSGDStrategy(HalosStrategy):
 
     def __init__(
         self,
-        simulate: SimulatedCluster | None = None,
+        simulate: SimulatedCluster | str | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         **kwargs: Any,

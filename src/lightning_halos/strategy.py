@@ -84,8 +84,8 @@ class HalosStrategy(ParallelStrategy):
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
             1800 seconds for each other, since rank 0 may validate then.
-        simulate: A cluster to simulate on this machine: one process per described worker, over the devices of the
-            Trainer, under a virtual clock. Its regions are those of the cluster.
+        simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
+            over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
         accelerator: As in Lightning's strategies.
         parallel_devices: As in Lightning's strategies.
         cluster_environment: As in Lightning's strategies.
@@ -115,7 +115,7 @@ class HalosStrategy(ParallelStrategy):
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        simulate: SimulatedCluster | None = None,
+        simulate: SimulatedCluster | str | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -133,10 +133,12 @@ class HalosStrategy(ParallelStrategy):
         self._settings = Settings(
             local_steps, dynamic_local_steps, accumulate_updates, merge_weight, local_optimizer, global_optimizer
         )
+        if isinstance(simulate, str):
+            simulate = SimulatedCluster.from_yaml(simulate)
         if simulate is not None and not isinstance(simulate, SimulatedCluster):
             raise TypeError(
-                f"simulate=<{type(simulate).__name__}> must be a SimulatedCluster, such as"
-                " SimulatedCluster.from_yaml('examples/clusters/paper.yaml')."
+                f"simulate=<{type(simulate).__name__}> must be a SimulatedCluster, or the path of its file, such as"
+                " 'examples/clusters/paper.yaml'."
             )
         if simulate is not None and regions is not None:
             raise ValueError(f"regions={regions!r} must be None with simulate=...: the cluster says which there are.")

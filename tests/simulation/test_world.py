@@ -237,8 +237,10 @@ class TestErrors:
             HalosStrategy(regions=2, simulate=CLUSTER)
 
     def test_not_a_cluster(self) -> None:
-        with pytest.raises(TypeError, match=r"simulate=<str> must be a SimulatedCluster"):
-            HalosStrategy(simulate="paper.yaml")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"simulate=<int> must be a SimulatedCluster, or the path of its file"):
+            HalosStrategy(simulate=4)  # type: ignore[arg-type]
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+            HalosStrategy(simulate="nowhere.yaml")
 
     def test_synchronous_sgd_without_a_cluster(self) -> None:
         with pytest.raises(ValueError, match="strategy='ddp'"):
