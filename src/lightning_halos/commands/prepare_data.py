@@ -1,0 +1,107 @@
+"""``lightning-halos prepare-data``: from text to tokens on disk."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import get_args
+
+_EXAMPLES = """\
+examples:
+  lightning-halos prepare-data books/*.txt --output tokens/books --tokenizer EleutherAI/pythia-70m
+      one sequence per document: MegatronDataModule("tokens/books", context=...) packs them to any context
+  lightning-halos prepare-data '/usr/lib/python3*/**/*.py' --output tokens/python --train-tokenizer 4096 --context 256
+      with a tokenizer that is trained on the text, packed and shuffled, ready to be read in order
+  lightning-halos prepare-data --dataset wikitext --config wikitext-103-raw-v1 --output tokens/wikitext \\
+      --tokenizer EleutherAI/pythia-70m
+      a dataset of the Hugging Face hub
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the program."""
+    from lightning_halos.data.corpora import SampleBy
+
+    parser = commands.add_parser(
+        "prepare-data",
+        help="tokenize text into Megatron's memory-mapped format",
+        description="Tokenizes text into Megatron's memory-mapped format, PREFIX.idx and PREFIX.bin, and leaves the"
+        " tokenizer beside them, in PREFIX-tokenizer.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_prepare)
+    text = parser.add_argument_group("the text")
+    text.add_argument("files", nargs="*", metavar="INPUT", help="text, .jsonl or .parquet files, globs, or folders")
+    text.add_argument("--dataset", metavar="NAME", help="instead of files, a dataset of the Hugging Face hub")
+    text.add_argument("--config", metavar="NAME", help="the dataset's configuration")
+    text.add_argument("--split", default="train", metavar="NAME", help="the dataset's split (default: train)")
+    text.add_argument("--streaming", action="store_true", help="read the dataset without keeping a copy of it")
+    text.add_argument(
+        "--field", default="text", metavar="NAME", help="where the text is, except in text files (default: text)"
+    )
+    text.add_argument(
+        "--sample-by",
+        choices=get_args(SampleBy),
+        default="document",
+        help="what a document is in text files (default: document, the whole file)",
+    )
+    how = parser.add_argument_group("the tokenizer").add_mutually_exclusive_group(required=True)
+    how.add_argument("--tokenizer", metavar="NAME", help="its folder, or its name on the Hugging Face hub")
+    how.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of so many tokens")
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--output", required=True, metavar="PREFIX", help="path of the files, without .idx and .bin")
+    what.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="pack the documents into sequences of N + 1 tokens (default: a sequence for each document)",
+    )
+    what.add_argument(
+        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="the packed sequences (default: yes)"
+    )
+    what.add_argument("--seed", type=int, default=0, help="of the shuffling (default: 0)")
+    what.add_argument("--threads", type=int, metavar="N", help="of the tokenizer (default: one for each core)")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    for name in ("context", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    if arguments.threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the tokenizer first runs
+
+    from lightning_halos.data.corpora import Corpus
+    from lightning_halos.data.tokenization import write_tokens
+    from lightning_halos.data.tokenizers import load_tokenizer, train_tokenizer
+
+    if bool(arguments.files) == bool(arguments.dataset):
+        raise ValueError("give either INPUT files or --dataset NAME.")
+    corpus = Corpus(
+        arguments.files or None,
+        arguments.dataset,
+        arguments.config,
+        arguments.split,
+        arguments.field,
+        arguments.sample_by,
+        arguments.streaming,
+    )
+    prefix = Path(arguments.output)
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    else:
+        tokenizer = train_tokenizer(corpus.documents(), arguments.train_tokenizer)
+    seed = arguments.seed if arguments.shuffle else None
+    summary = write_tokens(corpus.documents(), tokenizer, prefix, arguments.context, seed)
+    folder = Path(f"{prefix}-tokenizer")
+    tokenizer.save_pretrained(folder)
+    print(f"documents        {summary.documents:,}")
+    print(f"tokens           {summary.tokens:,}")
+    print(f"bytes per token  {summary.text_bytes / summary.tokens:.3f}")
+    print(
+        f"sequences        {summary.sequences:,}" + (f" of {arguments.context + 1} tokens" if arguments.context else "")
+    )
+    print(f"vocabulary       {len(tokenizer):,}")
+    print(f"\n{prefix}.idx, {prefix}.bin, {folder}/")

@@ -1,0 +1,170 @@
+"""Text, wherever it is: local files or a dataset of the Hugging Face hub, through ``datasets``.
+
+Rules of this room: it finds and reads documents. What becomes of them is not its business.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import mimetypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_halos.data.extras import language_package
+
+SampleBy = Literal["document", "paragraph", "line"]
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # anything else is text
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the text is: either files or a dataset.
+
+    Attributes:
+        files: Paths, globs (``**`` reaches any depth) or folders (the text, JSON and Parquet files anywhere in it), all
+            of one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or else text. They may be
+            compressed.
+        dataset: A dataset's name on the Hugging Face hub, or its folder.
+        config: The dataset's configuration.
+        split: The dataset's split.
+        field: Where the text is, in JSON lines, Parquet and datasets.
+        sample_by: What a document is in text files: a whole file (``"document"``), a paragraph, or a line. Whole files
+            are read into memory one by one.
+        streaming: Whether to read a dataset from the hub each time, instead of downloading it once.
+
+    Raises:
+        ValueError: If not exactly one of ``files`` and ``dataset`` is given, or something else is wrong with them.
+        FileNotFoundError: If there is no such file.
+    """
+
+    files: str | Sequence[str] | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    sample_by: SampleBy = "document"
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError(
+                f"files={self.files!r} and dataset={self.dataset!r}: give exactly one, local files or a dataset's name."
+            )
+        if self.sample_by not in get_args(SampleBy):
+            raise ValueError(f"sample_by={self.sample_by!r} must be one of {', '.join(get_args(SampleBy))}.")
+        if self.files:
+            _ = self._kind
+
+    def load(self) -> Any:
+        """Returns the documents as a ``datasets.Dataset`` (a dataset, not streaming) or ``datasets.IterableDataset``.
+
+        Raises:
+            ValueError: If the dataset cannot be reached or does not exist, or has no such configuration, split or
+                field.
+            ModuleNotFoundError: Without the extra ``lm``.
+        """
+        datasets = language_package("datasets")
+        try:
+            if self.dataset:
+                loaded = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=self.streaming)
+            else:
+                kind = self._kind
+                options = {"sample_by": self.sample_by, "encoding_errors": "replace"} if kind == "text" else {}
+                files = [glob.escape(str(path)) for path in self.paths]
+                loaded = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            hint = (
+                " A dataset of the Hugging Face hub needs the network, or an earlier download." if self.dataset else ""
+            )
+            raise ValueError(f"Cannot load {self}: {reason}.{hint}") from error
+        columns = loaded.column_names or list(next(iter(loaded), {}))
+        if self._field not in columns:
+            raise ValueError(f"{self} has no field={self._field!r}. It has: {', '.join(columns) or 'nothing'}.")
+        return loaded.select_columns([self._field])
+
+    def documents(self, loaded: Any = None) -> Iterator[str]:
+        """Yields the text of each document, in order, without the empty ones.
+
+        Args:
+            loaded: What :meth:`load` returned, or made of it. Default: that.
+
+        Raises:
+            ValueError: See :meth:`load`; also if a text is none.
+        """
+        field = self._field
+        for row in self.load() if loaded is None else loaded:
+            text = row[field]
+            if not isinstance(text, str):
+                raise ValueError(f"field={field!r} of {self} holds a {type(text).__name__}, not text: {text!r:.60}.")
+            if text:
+                yield text
+
+    def key(self) -> str:
+        """Returns what identifies the present content: names, sizes and times of files, or a dataset's fingerprint."""
+        if self.dataset:
+            where: Any = self.load()._fingerprint
+        else:
+            where = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in self.paths]
+        return hashlib.sha256(repr((where, self._field, self.sample_by)).encode()).hexdigest()
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files, in order.
+
+        Raises:
+            FileNotFoundError: If there are none of a name.
+        """
+        paths: dict[Path, None] = {}
+        for pattern in [self.files] if isinstance(self.files, str) else self.files or ():
+            found = _find(str(pattern))
+            if not found:
+                raise FileNotFoundError(f"There is no file {pattern}.")
+            paths |= dict.fromkeys(found)
+        return list(paths)
+
+    @property
+    def _field(self) -> str:
+        return "text" if self.files and self._kind == "text" else self.field
+
+    @cached_property
+    def _kind(self) -> str:
+        kinds = {_kind(path): path for path in self.paths}
+        if len(kinds) > 1:
+            examples = ", ".join(f"{kind} ({path.name})" for kind, path in kinds.items())
+            raise ValueError(
+                f"files={self.files!r} are of several kinds: {examples}. Give those of one kind, by a glob."
+            )
+        return next(iter(kinds))
+
+    def __str__(self) -> str:
+        if self.files:
+            return self.files if isinstance(self.files, str) else " ".join(self.files)
+        return ":".join(part for part in (self.dataset, self.config, self.split) if part)
+
+
+def _find(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if _is_readable(file)]
+    elif path.is_file():
+        files = [path]
+    else:
+        files = [file for name in glob.glob(str(path), recursive=True) if (file := Path(name)).is_file()]
+    return sorted(file.resolve() for file in files)
+
+
+def _is_readable(file: Path) -> bool:
+    kind = _kind(file)
+    return file.is_file() and (kind != "text" or (mimetypes.guess_type(file.name)[0] or "").startswith("text/"))
+
+
+def _kind(file: Path) -> str:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
+    return _FORMATS.get(suffixes[-1], "text") if suffixes else "text"

@@ -1,0 +1,328 @@
+r"""Tokens in Megatron's memory-mapped format: ``PREFIX.idx`` and ``PREFIX.bin``.
+
+Rules of this room: bytes and numbers, neither text nor tokenizers. Nothing is read that was not asked for, and a file
+that is not what it should be is refused before training starts.
+
+Format (little-endian), as of ``MMapIndexedDataset`` in Megatron-LM, GPT-NeoX and EleutherAI/pythia. The ``.idx``: 9
+bytes ``MMIDIDX\0\0``, version 1 (8 bytes), data type (1 byte), number of sequences S and of document boundaries D (8
+bytes each), the sequences' lengths in tokens (S of 4 bytes), where they begin in the ``.bin``, in bytes (S of 8), and
+the first sequence of each document, with S at the end (D of 8). The ``.bin``: the tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+import re
+import struct
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_BYTES_PER_SEQUENCE = 4 + 8
+_BYTES_PER_BOUNDARY = 8
+_DTYPES = {
+    code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
+}
+_FLOATS = (6, 7)  # which of them has 4 bytes and which 8 depends on the library that wrote the file
+_LARGE_FILE = b"version https://git-lfs.github.com"  # how the pointer that stands in for a file in Git LFS begins
+_CHUNK = 1 << 20  # numbers of the index to look at in one go
+
+
+class IndexedTokens(Dataset[Tensor]):
+    """Training sequences of a fixed length, from a corpus of tokens in Megatron's format.
+
+    If the corpus' sequences are all of the same length, as in the pre-shuffled Pile of the Pythia suite, each is cut by
+    itself. Otherwise (a corpus of documents) they are read as one stream and cut wherever it comes. What is cut has
+    ``context + 1`` tokens and begins with the last token of the one before, so that a model predicts every token once,
+    except the first of what is cut; the tail that does not fill a context is left out.
+
+    It maps files and loads none of them: memory is that of the batch, whatever the corpus' size. It pickles as its
+    arguments; each process maps the files for itself, the first time it reads.
+
+    Args:
+        prefix: The files' path without ``.idx`` and ``.bin``. The ``.bin`` may also be there in shards, cut at any
+            byte, as it is downloaded: ``PREFIX-00000-of-00020.bin`` and so on.
+        context: Tokens that a model sees at once.
+        as_stored: Whether to hand out tokens in the file's data type (uint16 in the Pile) instead of int64: a quarter
+            of the bytes between processes and devices, for those who convert them later.
+
+    Attributes:
+        dtype: The file's data type.
+        num_tokens: Tokens in the file.
+
+    Raises:
+        FileNotFoundError: If a file or shard is missing.
+        ValueError: If a file is foreign, truncated, or of another version or data type; if the two do not belong
+            together; if the sequences are too short for the context.
+    """
+
+    def __init__(self, prefix: str | Path, context: int, as_stored: bool = False) -> None:
+        if not isinstance(context, int) or isinstance(context, bool) or context < 1:
+            raise ValueError(f"context={context!r} must be a positive number of tokens.")
+        self._arguments = (prefix, context, as_stored)
+        self._context = context
+        path = _without_suffix(Path(prefix))
+        index = _read_index(path)
+        self.dtype, self.num_tokens = index.dtype, index.tokens
+        self._out = index.dtype if as_stored else np.dtype(np.int64)
+        self._row = index.length or index.tokens
+        self._pieces = (self._row - 1) // context
+        if not self._pieces:
+            what = (
+                f"{index.sequences} sequence(s) of {self._row} tokens" if index.length else f"{self._row} tokens in all"
+            )
+            raise ValueError(
+                f"{path}.idx holds {what}, too short for context={context}, which takes {context + 1}."
+                f" Use context={self._row - 1} or less."
+            )
+        self._length = index.tokens // self._row * self._pieces
+        self._files = _data_files(path, index)
+        self._starts = [0, *itertools.accumulate(file.stat().st_size for file in self._files[:-1])]
+        self._maps: list[NDArray[np.uint8]] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Returns a sequence: int64, or as stored, of shape ``[context + 1]``."""
+        row, piece = divmod(range(self._length)[index], self._pieces)
+        tokens = self._read(row * self._row + piece * self._context)
+        return torch.from_numpy(tokens.astype(self._out))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexedTokens, self._arguments
+
+    def _read(self, token: int) -> NDArray[Any]:
+        """The tokens from one on, wherever the shards are cut."""
+        if not self._maps:
+            self._maps = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
+        first = token * self.dtype.itemsize
+        last = first + (self._context + 1) * self.dtype.itemsize
+        shard = bisect.bisect_right(self._starts, first) - 1
+        parts = []
+        while first < last:
+            start, data = self._starts[shard], self._maps[shard]
+            parts.append(data[first - start : last - start])
+            first, shard = start + len(data), shard + 1
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).view(self.dtype)
+
+
+class IndexedTokensWriter:
+    """Writes a corpus of tokens in Megatron's format, one sequence after the other; a context manager.
+
+    The files appear under their names when everything is written, the index last. If an exception leaves the context,
+    nothing stays. Memory: 4 bytes per sequence.
+
+    Args:
+        prefix: The files' path without ``.idx`` and ``.bin``. Files of that name are replaced.
+        dtype: Data type of the tokens: an integer type, at most ``int64``. See :func:`smallest_dtype`.
+
+    Raises:
+        ValueError: If the format has no such data type.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike = np.uint16) -> None:
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        if self._dtype not in _DTYPES.values():
+            names = ", ".join(known.name for known in _DTYPES.values())
+            raise ValueError(f"dtype={np.dtype(dtype).name} must be one of {names}.")
+        self._limits = np.iinfo(self._dtype)
+        path = _without_suffix(Path(prefix))
+        self._paths = [_with(path, suffix) for suffix in (".bin", ".idx")]
+        self._temporary = [file.with_name(f".{file.name}.{os.getpid()}") for file in self._paths]
+        self._sizes = array("i")
+
+    def __enter__(self) -> IndexedTokensWriter:
+        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._bin = self._temporary[0].open("wb")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self._finish(self._bin)
+            if kind is None:
+                with self._temporary[1].open("wb") as file:
+                    self._write_index(file)
+                    self._finish(file)
+                self._paths[1].unlink(missing_ok=True)  # no moment with an index that belongs to other tokens
+                for temporary, path in zip(self._temporary, self._paths, strict=True):
+                    temporary.replace(path)
+        finally:
+            self._bin.close()
+            for temporary in self._temporary:
+                temporary.unlink(missing_ok=True)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that were added."""
+        return len(self._sizes)
+
+    def add(self, tokens: ArrayLike) -> None:
+        """Adds a sequence.
+
+        Args:
+            tokens: Integers, of shape ``[length]``.
+
+        Raises:
+            ValueError: If they are something else, or too large or too small for the data type.
+        """
+        found = np.asarray(tokens)
+        if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"a sequence must be integers of shape [length], not {found.dtype} of shape {list(found.shape)}."
+            )
+        if found.min() < self._limits.min or found.max() > self._limits.max:
+            raise ValueError(
+                f"tokens from {found.min()} to {found.max()} do not fit into {self._dtype.name}. Use a larger dtype."
+            )
+        self._bin.write(found.astype(self._dtype).data)
+        self._sizes.append(found.size)
+
+    def _write_index(self, file: Any) -> None:
+        count, code = len(self._sizes), {dtype: code for code, dtype in _DTYPES.items()}[self._dtype]
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, count, count + 1))
+        sizes = np.frombuffer(self._sizes, np.int32) if count else np.empty(0, np.int32)
+        file.write(sizes.astype("<i4").data)
+        begin = 0
+        for chunk in _chunks(sizes):
+            ends = begin + np.cumsum(chunk, dtype=np.int64) * self._dtype.itemsize
+            file.write(np.concatenate([[begin], ends[:-1]]).astype("<i8").data)
+            begin = int(ends[-1])
+        for first in range(0, count + 1, _CHUNK):
+            file.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").data)
+
+    @staticmethod
+    def _finish(file: Any) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Returns the smallest data type for the tokens of a vocabulary: uint16 as in Pythia's Pile, or int32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What an ``.idx`` says.
+
+    Attributes:
+        dtype: Data type of the tokens.
+        sequences: Their number.
+        tokens: Their lengths' sum.
+        length: The length of each, ``None`` if they differ.
+    """
+
+    dtype: np.dtype[Any]
+    sequences: int
+    tokens: int
+    length: int | None
+
+
+def _read_index(prefix: Path) -> _Index:
+    path = _with(prefix, ".idx")
+    if not path.is_file():
+        if prefix.is_dir():
+            found = ", ".join(str(file.with_suffix("")) for file in sorted(prefix.glob("*.idx"))) or "none in there"
+            raise FileNotFoundError(f"{prefix} is a folder. Give the files' path without .idx and .bin: {found}.")
+        raise FileNotFoundError(f"There is no {path}. The prefix of a corpus is its path without .idx and .bin.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_HEADER.size)
+    _refuse_pointer(path, head)
+    if head[: len(_MAGIC)] != _MAGIC:
+        raise ValueError(
+            f"{path} begins with {head[: len(_MAGIC)]!r}, not with {_MAGIC!r}: it is no index of Megatron's"
+            " memory-mapped format. `lightning-halos prepare-data` makes one of text."
+        )
+    if size < _HEADER.size:
+        raise ValueError(f"{path} ends after {size} bytes, within its header of {_HEADER.size}. Copy it again, whole.")
+    _, version, code, sequences, boundaries = _HEADER.unpack(head)
+    if version != _VERSION:
+        raise ValueError(f"{path} is of version {version} of the format; only version {_VERSION} is known.")
+    if code not in _DTYPES:
+        what = "floating-point numbers, and tokens are integers" if code in _FLOATS else "unknown"
+        raise ValueError(f"{path} has data type {code}, which is {what}. Known: {', '.join(map(str, _DTYPES))}.")
+    whole = _HEADER.size + _BYTES_PER_SEQUENCE * sequences + _BYTES_PER_BOUNDARY * boundaries
+    if size != whole:
+        raise ValueError(
+            f"{path} has {size} bytes, and {whole} by its header ({sequences} sequences): it is truncated or damaged."
+            " Copy it again, whole."
+        )
+    if not sequences:
+        raise ValueError(f"{path} holds no sequence.")
+    dtype = _DTYPES[code]
+    sizes = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
+    shortest, longest = min(int(chunk.min()) for chunk in _chunks(sizes)), max(int(c.max()) for c in _chunks(sizes))
+    tokens = sum(int(chunk.sum(dtype=np.int64)) for chunk in _chunks(sizes))
+    begins = np.memmap(path, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,))
+    end = int(begins[-1]) + int(sizes[-1]) * dtype.itemsize
+    if shortest < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:
+        raise ValueError(
+            f"{path} is damaged: its {sequences} sequences have {tokens * dtype.itemsize} bytes, but end after {end}."
+            " Make or copy it again."
+        )
+    return _Index(dtype, sequences, tokens, longest if shortest == longest else None)
+
+
+def _data_files(prefix: Path, index: _Index) -> list[Path]:
+    """The ``.bin`` or its shards, in order, if they are as large as the index says."""
+    whole = _with(prefix, ".bin")
+    files = [whole] if whole.is_file() else _shards(prefix)
+    for file in files:
+        with file.open("rb") as opened:
+            _refuse_pointer(file, opened.read(len(_LARGE_FILE)))
+    size, expected = sum(file.stat().st_size for file in files), index.tokens * index.dtype.itemsize
+    if size != expected:
+        what = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
+        problem = "truncated, or a part is missing" if size < expected else "too long"
+        raise ValueError(
+            f"{what}: {size} bytes, and {expected} by {prefix.name}.idx ({index.tokens} tokens of {index.dtype.name}):"
+            f" it is {problem}, or the two do not belong together. Copy both again, whole."
+        )
+    return files
+
+
+def _shards(prefix: Path) -> list[Path]:
+    """Numbered from 0 to N-1 or, as the shards of Pythia's Pile, to N."""
+    name = re.compile(re.escape(prefix.name) + r"-(\d+)-of-(\d+)\.bin")
+    found = {int(match[1]): (match, file) for file in prefix.parent.iterdir() if (match := name.fullmatch(file.name))}
+    if not found:
+        raise FileNotFoundError(f"There is neither {prefix}.bin nor shards such as {prefix}-00000-of-00020.bin.")
+    match = next(iter(found.values()))[0]
+    number, digits = int(match[2]), len(match[1])
+    missing = [shard for shard in range(max(number, *found)) if shard not in found]
+    if missing:
+        names = ", ".join(f"{prefix.name}-{shard:0{digits}}-of-{match[2]}.bin" for shard in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FileNotFoundError(f"Of the shards of {prefix}.bin, missing: {names}{more}. Copy them to {prefix.parent}.")
+    return [found[shard][1] for shard in sorted(found)]
+
+
+def _refuse_pointer(path: Path, head: bytes) -> None:
+    if head.startswith(_LARGE_FILE):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Fetch that with `git lfs pull`.")
+
+
+def _chunks(numbers: NDArray[Any]) -> list[NDArray[Any]]:
+    return [numbers[first : first + _CHUNK] for first in range(0, len(numbers), _CHUNK)]
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
+
+
+def _with(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)

@@ -1,0 +1,299 @@
+"""Lightning data modules for pre-training language models.
+
+Rules of this room: each puts together a training and a validation set of token sequences. Loaders are plain, so that
+Lightning gives them its samplers, and the strategy its shared cursor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_halos.data.corpora import Corpus, SampleBy
+from lightning_halos.data.extras import language_package
+from lightning_halos.data.megatron import IndexedTokens
+from lightning_halos.data.stream import PackedStream, hold_out
+from lightning_halos.data.tokenization import write_tokens
+from lightning_halos.data.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CACHE_VERSION = 1  # to be increased when the same text and tokenizer would give other files
+
+
+class TokenDataModule(pl.LightningDataModule, ABC):
+    """Batches of token sequences: ``int64`` tensors of shape ``[batch, context + 1]``.
+
+    A model predicts ``batch[:, 1:]`` from ``batch[:, :-1]``.
+
+    From disk to the device tokens travel in the data type of the files, where they come from files: they become
+    ``int64`` on the device (``on_after_batch_transfer``). Who iterates over a loader without a Trainer calls
+    ``.long()``.
+
+    Args:
+        tokenizer: A tokenizer's folder, or its name on the Hugging Face hub; ``None`` if it is unknown.
+        context: Tokens that a model sees at once.
+        batch_size: Sequences in a batch of one device.
+        val_sequences: Sequences for validation, which are not trained on; 0 for none.
+        num_workers: Worker processes of a ``DataLoader``.
+        shuffle: Whether the training sequences are shuffled, anew in each epoch.
+
+    Attributes:
+        train_dataset: The sequences to train on, after ``setup``.
+        val_dataset: The sequences for validation, after ``setup``.
+    """
+
+    train_dataset: Dataset[Tensor]
+    val_dataset: Dataset[Tensor]
+
+    def __init__(
+        self, tokenizer: str | None, context: int, batch_size: int, val_sequences: int, num_workers: int, shuffle: bool
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("context", context, 1),
+            ("batch_size", batch_size, 1),
+            ("val_sequences", val_sequences, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        self._tokenizer_name = tokenizer
+        self._context = context
+        self._batch_size = batch_size
+        self._val_sequences = val_sequences
+        self._num_workers = num_workers
+        self._shuffle = shuffle
+        self._is_set_up = False
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, ``None`` if it is unknown. It is loaded when it is first asked for."""
+        return None if self._tokenizer_name is None else load_tokenizer(self._tokenizer_name)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of tokens in the tokenizer's vocabulary, ``None`` without a tokenizer."""
+        return None if self.tokenizer is None else len(self.tokenizer)
+
+    @cached_property
+    def bytes_per_token(self) -> float | None:
+        """Mean bytes of text (UTF-8) for which a token of the validation set stands; ``None`` if it cannot be known.
+
+        A loss in nats per token is ``loss / (bytes_per_token * ln 2)`` bits per byte. Special tokens stand for no text.
+        A character that the edge of a sequence divides counts with 3 bytes on each side. Known after ``setup``.
+        """
+        sequences: Any = self.val_dataset
+        if self.tokenizer is None or not len(sequences):
+            return None
+        targets = [sequences[index][1:].tolist() for index in range(len(sequences))]
+        texts = self.tokenizer.batch_decode(targets, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return sum(len(text.encode(errors="replace")) for text in texts) / (len(targets) * self._context)
+
+    @abstractmethod
+    def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+        """Returns the training and the validation set."""
+
+    def setup(self, stage: str) -> None:
+        if not self._is_set_up:
+            self.train_dataset, self.val_dataset = self.load()
+            self._is_set_up = True
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        is_stream = isinstance(self.train_dataset, PackedStream)
+        return self._loader(self.train_dataset, shuffle=None if is_stream else self._shuffle, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
+        return self._loader(self.val_dataset) if self._val_sequences else []
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return batch.long()
+
+    def _loader(self, dataset: Dataset[Tensor], **options: Any) -> DataLoader[Tensor]:
+        return DataLoader(
+            dataset,
+            self._batch_size,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _divide(self, sequences: IndexedTokens) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+        """Takes the last sequences for validation."""
+        first = len(sequences) - self._val_sequences
+        if first < 1:
+            raise ValueError(
+                f"val_sequences={self._val_sequences} leaves nothing to train on: there are {len(sequences)} sequences"
+                " in all."
+            )
+        return Subset(sequences, range(first)), Subset(sequences, range(first, len(sequences)))
+
+
+class MegatronDataModule(TokenDataModule):
+    """Tokens in Megatron's memory-mapped format, such as the pre-shuffled Pile of the Pythia suite.
+
+    Nothing is loaded or copied: processes map the files and share the operating system's page cache. The training
+    sequences are read in order, since what is made for training is shuffled already; the last ones are for validation.
+
+    Args:
+        prefix: The files' path without ``.idx`` and ``.bin``; the ``.bin`` may be in shards. See
+            :class:`IndexedTokens`.
+        context: Tokens that a model sees at once; one less than the sequences have, to use each as it is.
+        batch_size: Sequences in a batch of one device.
+        val_sequences: The last so many sequences are for validation; 0 for none.
+        num_workers: Worker processes of a ``DataLoader``.
+        shuffle: Whether to shuffle the training sequences, anew in each epoch.
+        tokenizer: The tokenizer's folder, or its name on the Hugging Face hub. Default: the folder
+            ``PREFIX-tokenizer``, where ``lightning-halos prepare-data`` leaves it, if there is one.
+
+    Raises:
+        ValueError: If an argument has a wrong value; at ``setup``, as :class:`IndexedTokens`, or if nothing is left to
+            train on.
+        FileNotFoundError: At ``setup``, as :class:`IndexedTokens`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        context: int = 2048,
+        batch_size: int = 8,
+        val_sequences: int = 256,
+        num_workers: int = 2,
+        shuffle: bool = False,
+        tokenizer: str | None = None,
+    ) -> None:
+        beside = Path(f"{prefix}-tokenizer")
+        if tokenizer is None and beside.is_dir():
+            tokenizer = str(beside)
+        super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
+        self._prefix = prefix
+
+    def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+        return self._divide(_indexed_tokens(self._prefix, self._context))
+
+
+class TextDataModule(TokenDataModule):
+    """Text of local files or of a dataset on the Hugging Face hub.
+
+    The text is tokenized once, with an end-of-text token after each document, and kept on disk in Megatron's format, in
+    the cache of ``datasets`` (``HF_DATASETS_CACHE``). The next run with the same text and tokenizer reads that, with
+    any context. Packing loses nothing but the tail: see :class:`IndexedTokens`. The last sequences are for validation.
+
+    With ``streaming=True`` it is tokenized and packed while it is read, again in each epoch, and nothing is kept. The
+    first sequences are for validation then, and the documents that they are made of are left out of the training. Every
+    rank and every ``DataLoader`` worker reads other documents (see :class:`PackedStream`), so the strategy's shared
+    cursor has nothing to do.
+
+    Args:
+        tokenizer: A tokenizer's folder, or its name on the Hugging Face hub.
+        files: Text, JSON-lines or Parquet files: paths, globs or folders. See :class:`Corpus`.
+        dataset: Instead of files, a dataset's name on the Hugging Face hub.
+        config: The dataset's configuration.
+        split: The dataset's split.
+        field: Where the text is, in JSON lines, Parquet and datasets.
+        sample_by: What a document is in text files: ``"document"`` (the whole file), ``"paragraph"`` or ``"line"``.
+        streaming: Whether to tokenize while reading.
+        context: Tokens that a model sees at once.
+        batch_size: Sequences in a batch of one device.
+        val_sequences: Sequences for validation, which are not trained on; 0 for none.
+        num_workers: Worker processes of a ``DataLoader``.
+        shuffle: Whether to shuffle the training sequences, anew in each epoch; when streaming, the documents, within a
+            buffer, in every epoch in the same way.
+        shuffle_buffer: Documents in this buffer.
+        seed: Of the shuffling when streaming. Otherwise it is Lightning's (``seed_everything``).
+
+    Raises:
+        ValueError: If an argument has a wrong value, or the dataset or tokenizer cannot be reached.
+        FileNotFoundError: If there are no such files.
+        ModuleNotFoundError: When it is used, without the extra ``lm``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        files: str | list[str] | None = None,
+        dataset: str | None = None,
+        config: str | None = None,
+        split: str = "train",
+        field: str = "text",
+        sample_by: SampleBy = "document",
+        streaming: bool = False,
+        context: int = 2048,
+        batch_size: int = 8,
+        val_sequences: int = 256,
+        num_workers: int = 2,
+        shuffle: bool = True,
+        shuffle_buffer: int = 10_000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
+        self._corpus = Corpus(files, dataset, config, split, field, sample_by, streaming)
+        self._streaming = streaming
+        self._shuffle_buffer = shuffle_buffer if shuffle else 0
+        self._seed = seed
+
+    def prepare_data(self) -> None:
+        if not self._streaming:
+            prefix = self._cache()
+            if not prefix.with_suffix(".idx").exists():
+                write_tokens(self._corpus.documents(), self._known_tokenizer, prefix)
+
+    def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+        if not self._streaming:
+            return self._divide(_indexed_tokens(self._cache(), self._context))
+        tokenizer = self._known_tokenizer
+        held_out: Sequence[Tensor] = []
+        digests: frozenset[bytes] = frozenset()
+        if self._val_sequences:
+            held_out, digests = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        train = PackedStream(
+            self._corpus, tokenizer, self._context, rank, world_size, self._shuffle_buffer, self._seed, digests
+        )
+        return train, _Sequences(held_out)
+
+    @property
+    def _known_tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _cache(self) -> Path:
+        """Where the tokens are: the same place for the same text and tokenizer."""
+        datasets = language_package("datasets")
+        tokenizer: Any = self._known_tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        key = _digest(
+            [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, vocabulary, tokenizer.eos_token_id]
+        )
+        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning-halos" / key
+
+
+class _Sequences(Dataset[Tensor]):
+    def __init__(self, sequences: Sequence[Tensor]) -> None:
+        self._sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._sequences[index]
+
+
+def _indexed_tokens(prefix: str | Path, context: int) -> IndexedTokens:
+    # Apple's devices know no uint16.
+    return IndexedTokens(prefix, context, as_stored=not torch.backends.mps.is_available())
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]

@@ -1,0 +1,82 @@
+"""Tokenizers: load one, or train one where none can be downloaded.
+
+Rules of this room: what comes out is a tokenizer of the ``transformers`` package, which everything around it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_halos.data.extras import language_package
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+_BYTES = 256
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name: A folder, or a name on the Hugging Face hub such as ``"EleutherAI/pythia-70m"``.
+
+    Raises:
+        ValueError: If there is none of that name, it cannot be reached, or it has no end-of-text token, which is what
+            divides documents.
+        ModuleNotFoundError: Without the extra ``lm``.
+    """
+    transformers = language_package("transformers")
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"Cannot load the tokenizer {name}: {reason} A folder must hold a tokenizer; a name on the Hugging Face hub"
+            " needs the network, or an earlier download. To train one instead: `lightning-halos prepare-data"
+            " --train-tokenizer`."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer {name} has no end-of-text token (eos_token), which divides documents. Set one."
+        )
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Trains a byte-level BPE tokenizer: any text can be written with it, and comes back byte for byte.
+
+    Save it with ``save_pretrained(folder)``; :func:`load_tokenizer` and ``transformers.AutoTokenizer`` load the folder.
+
+    Args:
+        documents: The text. It is read once; the counts of its words are held in memory.
+        vocab_size: Tokens at most: all 256 bytes, ``<|endoftext|>``, and what training adds.
+
+    Raises:
+        ValueError: If the vocabulary is too small for the bytes.
+        ModuleNotFoundError: Without the extra ``lm``.
+    """
+    if vocab_size < _BYTES + 1:
+        raise ValueError(f"vocab_size={vocab_size!r} must be at least {_BYTES + 1}: all bytes and {END_OF_TEXT}.")
+    tokenizers, transformers = language_package("tokenizers"), language_package("transformers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = byte_level
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(documents, trainer)
+    tokenizer: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    return tokenizer
