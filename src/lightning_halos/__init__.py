@@ -7,8 +7,11 @@ Importing this package registers the strategies ``"halos"``, ``"halos_spawn"``, 
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_halos.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
+from lightning_halos.callbacks.evaluation import LMEvalCallback
+from lightning_halos.callbacks.hugging_face import HuggingFaceCheckpoint
 from lightning_halos.callbacks.monitor import HalosMonitor
 from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.strategy import HalosStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
@@ -23,9 +26,12 @@ __all__ = [
     "DilocoStrategy",
     "HalosMonitor",
     "HalosStrategy",
+    "HuggingFaceCheckpoint",
+    "LMEvalCallback",
     "PeerFailedError",
     "PeerLostError",
     "SimulatedCluster",
     "SyncSGDStrategy",
+    "evaluate",
 ]
 __version__ = "0.1.0"

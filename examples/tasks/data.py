@@ -1,0 +1,21 @@
+"""Reads the questions of the local tasks from the files beside this one, from whatever folder lm-eval is run."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+
+def load(files: dict[str, str], subject: str | None = None, **_: Any) -> DatasetDict:
+    """Returns the splits of a task.
+
+    Args:
+        files: The file of JSON lines of each split.
+        subject: Keep only the questions on this subject.
+        **_: What lm-eval passes besides, the task's metadata.
+    """
+    splits = {}
+    for split, file in files.items():
+        rows = Dataset.from_json(str(Path(__file__).with_name(file)))
+        splits[split] = rows if subject is None else rows.filter(lambda row: row["subject"] == subject)
+    return DatasetDict(splits)

@@ -1,0 +1,178 @@
+"""Evaluates the model with lm-eval while it trains.
+
+Rules of this room: only rank 0 evaluates, and nothing about the training changes by it: the weights, the mode of every
+module and the random numbers are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_halos.core.settings import check_count
+from lightning_halos.language.evaluation import check_arguments, find_tasks, loaded_model, run_tasks
+from lightning_halos.language.models import find_language_model, find_tokenizer
+from lightning_halos.language.requirements import require
+from lightning_halos.strategy import HalosStrategy
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
+
+
+class LMEvalCallback(Callback):
+    """Evaluates the model on tasks of lm-eval after the fit, and every so many global steps if asked to.
+
+    Under the halos strategies it is the *global* model that is evaluated, by the worker of rank 0, while the others
+    train on. Under others, such as DDP, they wait for rank 0 in the next step, no longer than the strategy's timeout.
+    The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules.
+
+    The results go to the Trainer's loggers at the present global step, and to ``trainer.callback_metrics`` on rank 0,
+    as ``lm_eval/<task>/<metric>``, such as ``lm_eval/lambada_openai/perplexity``, and their standard errors as
+    ``lm_eval/<task>/<metric>_stderr``. What lm-eval returned last is in the attribute ``results``.
+
+    Args:
+        tasks: Names of tasks or groups of lm-eval, as a list or separated by commas, or paths of YAML files.
+        every_n_steps: Evaluate also when a multiple of so many global steps has been passed. Default: only at the end.
+        at_end: Whether to evaluate the final model when the fit has ended.
+        tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule.
+        submodule: Name of the submodule that is the model, if there are several.
+        include_path: Folder or folders with YAML files that define more tasks.
+        limit: Questions per task; below 1, their share. Default: all.
+        num_fewshot: Solved examples before each question. Default: what each task says.
+        batch_size: Sequences per forward pass, or ``"auto"``: what fits into memory.
+        bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
+        seed: Of what lm-eval draws, such as few-shot examples.
+
+    Raises:
+        FileNotFoundError: If a folder of tasks is not there.
+        MisconfigurationException: When the fit starts, if the strategy shards the model, or there is no tokenizer.
+        ModuleNotFoundError: When the fit starts, if a package of the extra ``lm`` is not installed.
+        OSError: When the fit starts, if the data of a task cannot be had.
+        ValueError: If an argument is wrong; when the fit starts, if there is no such task or no such model.
+    """
+
+    def __init__(
+        self,
+        tasks: str | Sequence[str],
+        every_n_steps: int | None = None,
+        *,
+        at_end: bool = True,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        submodule: str | None = None,
+        include_path: str | Path | Sequence[str | Path] | None = None,
+        limit: int | float | None = None,
+        num_fewshot: int | None = None,
+        batch_size: int | str = 8,
+        bootstrap_iters: int = 1000,
+        seed: int = 1234,
+    ) -> None:
+        self.tasks = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps)
+        elif not at_end:
+            raise ValueError("at_end=False needs every_n_steps=...: otherwise nothing is ever evaluated.")
+        self.every_n_steps = every_n_steps
+        self.at_end = at_end
+        self.results: dict[str, Any] | None = None
+        self._tokenizer = tokenizer
+        self._submodule = submodule
+        self._include_path = include_path
+        self._batch_size = batch_size
+        self._limit = limit
+        self._num_fewshot = num_fewshot
+        self._bootstrap_iters = bootstrap_iters
+        self._seed = seed
+        self._manager: TaskManager | None = None
+        self._passed = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the model, the tokenizer and the tasks, so that what is missing is missed before the training."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise MisconfigurationException(
+                f"LMEvalCallback needs the whole model on rank 0, but {type(trainer.strategy).__name__} shards it."
+                " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ..."
+            )
+        require("transformers", "datasets", "lm_eval", "accelerate")
+        find_language_model(pl_module, self._submodule)
+        self._find_tokenizer(trainer)
+        if trainer.is_global_zero and self._manager is None:
+            with isolate_rng():
+                self._manager = find_tasks(self.tasks, self._include_path)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._passed = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        every, before, step = self.every_n_steps, self._passed, trainer.global_step
+        self._passed = step
+        if every is None or step // every == before // every or (self.at_end and step == trainer.max_steps):
+            return
+        self._evaluate(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.at_end:
+            self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert self._manager is not None
+        _, model = find_language_model(pl_module, self._submodule)
+        with (
+            isolate_rng(),
+            _global_model(trainer),
+            loaded_model(model, self._find_tokenizer(trainer), self._batch_size) as lm,
+            trainer.precision_plugin.forward_context(),
+        ):
+            self.results = run_tasks(
+                lm, self.tasks, self._manager, self._limit, self._num_fewshot, self._bootstrap_iters, self._seed
+            )
+        metrics = flatten(self.results)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        tensors = {name: torch.tensor(value) for name, value in metrics.items()}
+        trainer._logger_connector._callback_metrics.update(tensors)
+
+    def _find_tokenizer(self, trainer: pl.Trainer) -> PreTrainedTokenizerBase:
+        tokenizer = find_tokenizer(self._tokenizer, trainer)
+        if tokenizer is None:
+            raise MisconfigurationException(
+                "LMEvalCallback needs a tokenizer: give it one, LMEvalCallback(..., tokenizer=tokenizer), or the"
+                " datamodule an attribute `tokenizer`."
+            )
+        self._tokenizer = tokenizer
+        return tokenizer
+
+
+def flatten(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in lm-eval's results, by ``lm_eval/<task>/<metric>``.
+
+    lm-eval calls a metric ``<metric>,<filter>``; the filter is only part of the name if it is not ``none``.
+    """
+    metrics = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            if "," in key and isinstance(value, (int, float)):
+                metrics[f"lm_eval/{task}/{key.removesuffix(',none').replace(',', '_')}"] = float(value)
+    return metrics
+
+
+@contextmanager
+def _global_model(trainer: pl.Trainer) -> Iterator[None]:
+    if isinstance(trainer.strategy, HalosStrategy):
+        with trainer.strategy.global_model():
+            yield
+    else:
+        yield

@@ -1,0 +1,143 @@
+"""Puts into checkpoints what turns them into a Hugging Face folder.
+
+Rules of this room: everything it adds is text, numbers and bytes, so that ``torch.load(weights_only=True)`` reads it.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_halos.language.export import RECORD
+from lightning_halos.language.models import find_language_model, find_tokenizer
+from lightning_halos.strategy import HalosStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class HuggingFaceCheckpoint(Callback):
+    """Makes every checkpoint one that ``lightning-halos export`` turns into a Hugging Face folder.
+
+    The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules. What is added to the
+    checkpoint, under the key ``"hugging_face"``, are the contents of the files that ``save_pretrained`` writes of the
+    model's configuration, generation configuration and tokenizer, the model's class and its name in the module, and
+    the training settings, for the model card. No weights: those are in the checkpoint already.
+
+    Args:
+        tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule, if it has
+            one; otherwise ``export`` has to be given one.
+        submodule: Name of the submodule that is the model, if there are several.
+
+    Raises:
+        ModuleNotFoundError: When the fit starts, if transformers is not installed.
+        ValueError: When the fit starts, if the module contains no model, or several and ``submodule`` names none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | None = None, submodule: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.submodule = submodule
+        self._tokenizer_files: dict[str, bytes] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            find_language_model(pl_module, self.submodule)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        name, model = find_language_model(pl_module, self.submodule)
+        files = _files_of(model.config)
+        generation_config = getattr(model, "generation_config", None)
+        if generation_config is not None:
+            files |= _files_of(generation_config)
+        if self._tokenizer_files is None:
+            tokenizer = find_tokenizer(self.tokenizer, trainer)
+            self._tokenizer_files = {} if tokenizer is None else _files_of(tokenizer)
+        checkpoint[RECORD] = {
+            "submodule": name,
+            "architecture": _architecture(model),
+            "files": files,
+            "tokenizer_files": self._tokenizer_files,
+            "training": training_settings(trainer),
+        }
+
+
+def training_settings(trainer: pl.Trainer) -> dict[str, str]:
+    """What a reader of the model card wants to know about the training, by name, as text."""
+    settings: dict[str, Any] = {"Strategy": type(trainer.strategy).__name__, "Workers": trainer.world_size}
+    if isinstance(trainer.strategy, HalosStrategy):
+        settings |= _halos_settings(trainer.strategy)
+    settings |= {
+        "Global steps": trainer.global_step,
+        "max_steps": trainer.max_steps if trainer.max_steps != -1 else None,
+        "max_epochs": trainer.max_epochs if trainer.max_epochs != -1 else None,
+        "Precision": trainer.precision,
+        "Gradient accumulation": trainer.accumulate_grad_batches,
+        "Gradient clipping": trainer.gradient_clip_val,
+    }
+    for index, optimizer in enumerate(trainer.optimizers):
+        settings["Optimizer" if len(trainer.optimizers) == 1 else f"Optimizer {index}"] = describe_optimizer(optimizer)
+    settings["Versions"] = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
+    )
+    return {name: str(value) for name, value in settings.items() if value is not None}
+
+
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """The optimizer's class and the settings of its first group that its constructor was given, as text."""
+    group = optimizer.param_groups[0]
+    # What a scheduler keeps in the group stands first: the rate that it starts from.
+    values = {"lr": group.get("initial_lr", group.get("lr"))}
+    values |= {name: value for name, value in optimizer.defaults.items() if name != "lr" and value is not None}
+    arguments = ", ".join(f"{name}={value}" for name, value in values.items() if not isinstance(value, bool) or value)
+    return f"{type(optimizer).__name__}({arguments})"
+
+
+def _halos_settings(strategy: HalosStrategy) -> dict[str, Any]:
+    topology, values = strategy.topology, strategy._settings
+    sizes = [0] * len(topology.names)
+    for group in topology.groups:
+        sizes[group.region] += len(group.ranks)
+    return {
+        "Regions": ", ".join(f"{name}: {size} worker(s)" for name, size in zip(topology.names, sizes, strict=True)),
+        "Local servers": len(topology.groups),
+        "local_steps": values.local_steps,
+        "dynamic_local_steps": values.dynamic_local_steps,
+        "accumulate_updates": values.accumulate_updates or "default",
+        "merge_weight": values.merge_weight,
+        "local_optimizer": _describe_factory(values.local_optimizer),
+        "global_optimizer": _describe_factory(values.global_optimizer),
+    }
+
+
+def _describe_factory(factory: Callable[[Iterable[nn.Parameter]], Optimizer] | None) -> str:
+    return "default" if factory is None else describe_optimizer(factory([nn.Parameter(torch.zeros(1))]))
+
+
+def _architecture(model: nn.Module) -> str:
+    """The class of transformers that the model is of, or derives from."""
+    import transformers
+
+    for kind in type(model).__mro__:
+        if getattr(transformers, kind.__name__, None) is kind:
+            return str(kind.__name__)
+    return type(model).__name__
+
+
+def _files_of(part: Any) -> dict[str, bytes]:
+    """The files that ``part.save_pretrained`` writes."""
+    with TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

@@ -1,0 +1,135 @@
+"""``lightning-halos evaluate``: benchmark scores of language models, alone or side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+_EXAMPLES = """\
+examples:
+  lightning-halos evaluate checkpoints/last.ckpt --tasks hellaswag,lambada_openai,winogrande,mmlu
+  lightning-halos evaluate EleutherAI/pythia-70m --tasks lambada_openai --device cuda --dtype bfloat16 --batch-size auto
+  lightning-halos evaluate my-model --tasks local_lambada --include-path examples/tasks
+      tasks of your own, or those of this project that need no network
+  lightning-halos evaluate --compare ddp.ckpt halos.ckpt --tasks hellaswag
+      both models, and whether they differ by more than noise
+  lightning-halos evaluate --compare ddp/results.json halos/results.json
+      the same from results that are there already
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a language model on benchmark tasks with lm-eval, or compare several",
+        description="Scores a language model on benchmark tasks with lm-eval, or compares several. Writes results.json"
+        " and results.md.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_evaluate)
+    parser.add_argument(
+        "model", nargs="?", help="a .ckpt file, a folder of a Hugging Face model, or a name on the Hugging Face hub"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="two or more models, or results.json files, to put side by side; differences are to the first",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: evaluation)")
+    what = parser.add_argument_group("the questions")
+    what.add_argument("--tasks", metavar="NAMES", help="tasks or groups of lm-eval, separated by commas")
+    what.add_argument(
+        "--include-path", action="append", metavar="FOLDER", help="a folder that defines more tasks; may be given again"
+    )
+    what.add_argument("--limit", type=_number, metavar="N", help="questions per task; below 1, their share")
+    what.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
+    how = parser.add_argument_group("how to run the model")
+    how.add_argument("--batch-size", type=_batch_size, default=8, metavar="N", help="or auto (default: 8)")
+    how.add_argument("--device", help="such as cuda:0 (default: cuda if there is any, else cpu)")
+    how.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
+    how.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="(default: that of the model)")
+    how.add_argument(
+        "--model-args",
+        metavar="KEY=VALUE,...",
+        default="",
+        help="more for lm-eval's HFLM, such as peft=FOLDER",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if (arguments.model is None) == (arguments.compare is None):
+        raise ValueError("give either a model, or --compare with two or more models or results.json files.")
+    folder = arguments.output or Path("evaluation")
+    if arguments.compare is None:
+        _scores(arguments, arguments.model, folder)
+    else:
+        _compare(arguments, folder)
+
+
+def _scores(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str, Any]:
+    from lightning_halos.language.evaluation import evaluate, results_table, write_results
+    from lightning_halos.language.requirements import require
+
+    if arguments.tasks is None:
+        raise ValueError("--tasks NAMES is missing, such as --tasks hellaswag,lambada_openai,winogrande,mmlu.")
+    require("lm_eval")
+    from lm_eval.utils import simple_parse_args_string
+
+    results = evaluate(
+        model,
+        arguments.tasks,
+        tokenizer=arguments.tokenizer,
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        model_args=simple_parse_args_string(arguments.model_args),
+    )
+    write_results(results, folder)
+    print(f"\n{model}\n\n{results_table(results)}\nWrote {folder / 'results.json'} and {folder / 'results.md'}")
+    return results
+
+
+def _compare(arguments: argparse.Namespace, folder: Path) -> None:
+    from lightning_halos.language.comparison import compare, comparison_json, comparison_table, load_results
+
+    if len(arguments.compare) < 2:
+        raise ValueError("--compare takes two or more models or results.json files.")
+    labels = _labels(arguments.compare)
+    results = [
+        load_results(model) if model.endswith(".json") else _scores(arguments, model, folder / label)
+        for model, label in zip(arguments.compare, labels, strict=True)
+    ]
+    rows = compare(results)
+    table = comparison_table(rows, labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(table, encoding="utf-8")
+    text = json.dumps(comparison_json(rows, labels), indent=1, ensure_ascii=False)
+    (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{table}\nWrote {folder / 'comparison.md'} and {folder / 'comparison.json'}")
+
+
+def _labels(models: list[str]) -> list[str]:
+    """The shortest ends of the models' paths that tell them apart, as names of folders."""
+    paths = [path.parent if path.name == "results.json" else path for path in map(Path, models)]
+    paths = [path.with_suffix("") if path.suffix in (".ckpt", ".json") else path for path in paths]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["-".join(path.parts[-length:]).strip("/") or "results" for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{number}-{path.name}" for number, path in enumerate(paths, start=1)]
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)

@@ -1,0 +1,54 @@
+"""``lightning-halos export``: a Lightning checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_EXAMPLES = """\
+examples:
+  lightning-halos export checkpoints/last.ckpt my-model
+      then AutoModelForCausalLM.from_pretrained("my-model")
+  lightning-halos export last.ckpt my-model --config EleutherAI/pythia-70m --tokenizer EleutherAI/pythia-70m
+      for a checkpoint of a training without the callback HuggingFaceCheckpoint
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "export",
+        help="turn a Lightning checkpoint into a Hugging Face folder",
+        description="Turns a Lightning checkpoint into a Hugging Face folder: safetensors, configuration, generation"
+        " configuration, tokenizer, and a model card with the training settings.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_export)
+    parser.add_argument(
+        "checkpoint", type=Path, help="the .ckpt file, of a training with the callback HuggingFaceCheckpoint"
+    )
+    parser.add_argument("output", type=Path, help="the folder to write")
+    parser.add_argument("--config", metavar="NAME_OR_FOLDER", help="the configuration, if it is not in the file")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: that in the file)")
+    parser.add_argument(
+        "--no-weights-only",
+        dest="weights_only",
+        action="store_false",
+        help="unpickle whatever is in the file; only for files that you trust",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lightning_halos.language.export import export_checkpoint
+
+    output = export_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        config=arguments.config,
+        tokenizer=arguments.tokenizer,
+        weights_only=arguments.weights_only,
+    )
+    print(f"Wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    if not (output / "tokenizer_config.json").exists():
+        print("The checkpoint has no tokenizer. Give one to the callback HuggingFaceCheckpoint, or here: --tokenizer")

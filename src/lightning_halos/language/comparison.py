@@ -1,0 +1,294 @@
+"""Puts the results of several models side by side, and says which differences are within noise.
+
+Rules of this room: numbers that lm-eval made, nothing else; it loads no models and needs none of the extra's packages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+Results = Mapping[str, Any]
+
+# A difference of two equal models is beyond so many standard errors once in twenty times.
+NOISE = 1.96
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a model differs from the first one.
+
+    Attributes:
+        value: The second model's value less the first's; of perplexities, the difference of their natural logarithms.
+        stderr: Its standard error; ``None`` if lm-eval gives none for this metric.
+        paired: Whether the standard error is that of the differences question by question. It is sharper than that of
+            two independent samples, since the questions' own difficulty cancels out.
+        better: Whether the second model's value is the better one, as far as the metric has a better side.
+        logarithmic: Whether it is a difference of logarithms.
+    """
+
+    value: float
+    stderr: float | None
+    paired: bool
+    better: bool | None
+    logarithmic: bool
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether it is at most 1.96 standard errors; ``None`` if there is no standard error."""
+        return None if self.stderr is None else abs(self.value) <= NOISE * self.stderr
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one task or group.
+
+    Attributes:
+        task: Name of the task or group.
+        depth: How deep it is in groups, from 0.
+        metric: The metric; with lm-eval's filter, as in ``"exact_match,strict-match"``, if there is one.
+        higher_is_better: What it says.
+        values: The value and its standard error, of each model.
+        differences: How each model but the first differs from the first.
+    """
+
+    task: str
+    depth: int
+    metric: str
+    higher_is_better: bool | None
+    values: tuple[tuple[float, float | None], ...]
+    differences: tuple[Difference, ...]
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """Reads a ``results.json``, of ``lightning-halos evaluate`` or of lm-eval itself.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
+        raise ValueError(f"{path} does not contain results of `lightning-halos evaluate` or lm-eval.")
+    return results
+
+
+def compare(results: Sequence[Results]) -> list[Comparison]:
+    """Compares models on the tasks, groups and metrics that all of them have.
+
+    The standard error of a difference is, where both models answered the same questions and their answers are in the
+    results, that of the questions' own differences (paired): ``stdev(b_i - a_i) / sqrt(n)``, for a group with the
+    weights of its tasks. Otherwise the models count as independent samples: ``sqrt(stderr_a^2 + stderr_b^2)``.
+    Perplexities are compared by their logarithms, which are means of the questions' negative log-likelihoods.
+
+    Args:
+        results: What ``evaluate`` returned for each model, two or more; each is compared with the first.
+
+    Raises:
+        ValueError: If there are fewer than two, or they have no metric in common.
+    """
+    if len(results) < 2:
+        raise ValueError(f"There are results of {len(results)} model(s): comparing takes at least 2.")
+    rows = []
+    for task, depth in _in_order(results[0]):
+        if any(task not in one["results"] for one in results):
+            continue
+        for key in sorted(_metrics(results[0]["results"][task])):
+            if any(key not in _metrics(one["results"][task]) for one in results):
+                continue
+            rows.append(_compare(results, task, depth, key))
+    if not rows:
+        tasks = "; ".join(", ".join(one["results"]) for one in results)
+        raise ValueError(f"The results have no metric of a task in common. Their tasks are: {tasks}.")
+    return rows
+
+
+def comparison_table(rows: Sequence[Comparison], labels: Sequence[str]) -> str:
+    """A table in Markdown, with how to read it.
+
+    Args:
+        rows: What :func:`compare` returned.
+        labels: A name of each model.
+    """
+    header = ["Task", "Metric", "", *labels]
+    for label in labels[1:]:
+        header += [f"{label} - {labels[0]}", ""]
+    lines = [header, ["---"] * len(header)]
+    last = None
+    for row in rows:
+        arrow = {True: "↑", False: "↓", None: ""}[row.higher_is_better]
+        task = "" if row.task == last else "&nbsp;&nbsp;" * row.depth + row.task
+        last = row.task
+        line = [task, row.metric, arrow, *(_with_error(value, stderr) for value, stderr in row.values)]
+        for difference in row.differences:
+            text = _with_error(difference.value, difference.stderr, signed=True)
+            line += [f"{text} (log)" if difference.logarithmic else text, _verdict(difference)]
+        lines.append(line)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{_legend(rows)}\n"
+
+
+def comparison_json(rows: Sequence[Comparison], labels: Sequence[str]) -> dict[str, Any]:
+    """The same as plain values, for JSON."""
+    shown = []
+    for row in rows:
+        values = {label: {"value": v, "stderr": e} for label, (v, e) in zip(labels, row.values, strict=True)}
+        differences = {
+            label: {**asdict(difference), "within_noise": difference.within_noise}
+            for label, difference in zip(labels[1:], row.differences, strict=True)
+        }
+        shown.append({"task": row.task, "metric": row.metric, "models": values, f"minus {labels[0]}": differences})
+    return {"models": list(labels), "comparisons": shown}
+
+
+def _compare(results: Sequence[Results], task: str, depth: int, key: str) -> Comparison:
+    metric, _, filter_name = key.partition(",")
+    higher = results[0].get("higher_is_better", {}).get(task, {}).get(metric)
+    values = tuple((float(one["results"][task][key]), _stderr(one["results"][task], key)) for one in results)
+    logarithmic = metric.endswith("perplexity")
+    scaled = [_logarithm(value, stderr) if logarithmic else (value, stderr) for value, stderr in values]
+    differences = []
+    for one, (value, stderr) in zip(results[1:], scaled[1:], strict=True):
+        difference = value - scaled[0][0]
+        paired = _paired_stderr(results[0], one, task, key)
+        error = paired
+        if paired is None and stderr is not None and scaled[0][1] is not None:
+            error = math.hypot(stderr, scaled[0][1])
+        better = None if higher is None or difference == 0 else (difference > 0) == higher
+        differences.append(Difference(difference, error, paired is not None, better, logarithmic))
+    name = metric if filter_name in ("", "none") else key
+    return Comparison(task, depth, name, higher, values, tuple(differences))
+
+
+def _paired_stderr(first: Results, second: Results, task: str, key: str) -> float | None:
+    children = first.get("group_subtasks", {}).get(task)
+    if not children:
+        return _paired_stderr_of_task(first, second, task, key)
+    tasks = _leaves(first, task)
+    if tasks != _leaves(second, task):
+        return None
+    weights = _weights(first, task, tasks, key)
+    if weights is None or weights != _weights(second, task, tasks, key):
+        return None
+    total = 0.0
+    for weight, leaf in zip(weights, tasks, strict=True):
+        stderr = _paired_stderr_of_task(first, second, leaf, key)
+        if stderr is None:
+            return None
+        total += (weight * stderr) ** 2
+    return math.sqrt(total)
+
+
+def _paired_stderr_of_task(first: Results, second: Results, task: str, key: str) -> float | None:
+    ours, theirs = _contributions(first, task, key), _contributions(second, task, key)
+    if ours is None or theirs is None or ours.keys() != theirs.keys() or len(ours) < 2:
+        return None
+    return stdev(theirs[question] - ours[question] for question in ours) / math.sqrt(len(ours))
+
+
+def _contributions(results: Results, task: str, key: str) -> dict[tuple[int, str], float] | None:
+    """What every question adds to a metric that is their mean, or to the logarithm of one that is a perplexity.
+
+    ``None`` if the metric is neither: that is seen from its value.
+    """
+    metric, _, filter_name = key.partition(",")
+    values = {}
+    for sample in results.get("samples", {}).get(task, ()):
+        if sample["filter"] == filter_name and metric in sample:
+            if not isinstance(sample[metric], (int, float)):
+                return None
+            values[sample["doc_id"], sample["doc_hash"]] = float(sample[metric])
+    if not values:
+        return None
+    shown = float(results["results"][task][key])
+    if metric.endswith("perplexity"):
+        values, shown = {question: -value for question, value in values.items()}, math.log(shown)
+    return values if math.isclose(fmean(values.values()), shown, rel_tol=1e-6, abs_tol=1e-9) else None
+
+
+def _weights(results: Results, group: str, tasks: Sequence[str], key: str) -> list[float] | None:
+    """The weights of a group's tasks with which its value follows from theirs: by size, or equal ones."""
+    parts = [results["results"].get(task, {}) for task in tasks]
+    if any(not isinstance(part.get(key), (int, float)) or not part.get("sample_len") for part in parts):
+        return None
+    sizes = [part["sample_len"] for part in parts]
+    for weights in ([size / sum(sizes) for size in sizes], [1 / len(sizes)] * len(sizes)):
+        value = sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
+        if math.isclose(value, results["results"][group][key], rel_tol=1e-6, abs_tol=1e-9):
+            return weights
+    return None
+
+
+def _leaves(results: Results, group: str) -> list[str]:
+    children = results.get("group_subtasks", {}).get(group)
+    if not children:
+        return [group]
+    return [leaf for child in sorted(children) for leaf in _leaves(results, child)]
+
+
+def _in_order(results: Results) -> list[tuple[str, int]]:
+    """Tasks and groups with their depth, every group before what is in it."""
+    groups: Mapping[str, Sequence[str]] = results.get("group_subtasks", {})
+    inside = {child for children in groups.values() for child in children}
+    ordered: dict[str, int] = {}
+
+    def visit(name: str, depth: int) -> None:
+        ordered.setdefault(name, depth)
+        for child in sorted(groups.get(name, ())):
+            visit(child, depth + 1)
+
+    for name in [*groups, *results["results"]]:
+        if name not in inside:
+            visit(name, 0)
+    return [(name, depth) for name, depth in ordered.items() if name in results["results"]]
+
+
+def _metrics(values: Mapping[str, Any]) -> list[str]:
+    """The keys of metrics, which lm-eval writes as ``metric,filter``, less their standard errors."""
+    return [
+        key
+        for key, value in values.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def _stderr(values: Mapping[str, Any], key: str) -> float | None:
+    metric, _, filter_name = key.partition(",")
+    stderr = values.get(f"{metric}_stderr,{filter_name}")
+    return float(stderr) if isinstance(stderr, (int, float)) else None
+
+
+def _logarithm(value: float, stderr: float | None) -> tuple[float, float | None]:
+    return math.log(value), None if stderr is None else stderr / value
+
+
+def _with_error(value: float, stderr: float | None, signed: bool = False) -> str:
+    text = f"{value:+.4g}" if signed else f"{value:.4g}"
+    return text if stderr is None else f"{text} ± {stderr:.2g}"
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.within_noise is None:
+        return "no standard error"
+    if difference.within_noise:
+        return "within noise"
+    return {True: "better", False: "worse", None: "different"}[difference.better]
+
+
+def _legend(rows: Sequence[Comparison]) -> str:
+    pairs = [difference.paired for row in rows for difference in row.differences if difference.stderr is not None]
+    kind = "paired, question by question" if all(pairs) else "as of independent samples"
+    if any(pairs) and not all(pairs):
+        unpaired = {row.task for row in rows if any(not one.paired for one in row.differences)}
+        kind = f"paired, question by question (of independent samples for {', '.join(sorted(unpaired))})"
+    return (
+        f"± is one standard error; that of a difference is {kind}. Within noise: at most {NOISE} standard errors. Of"
+        " twenty differences between equal models, one is expected beyond that."
+    )

@@ -1,0 +1,338 @@
+"""Evaluates language models on benchmark tasks, through lm-eval.
+
+Rules of this room: every score comes from lm-eval's ``simple_evaluate`` and its Hugging Face model class ``HFLM``. Here
+is only what leads there and what is written down of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.model_helpers import _ModuleMode
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_halos.language.export import export_checkpoint
+from lightning_halos.language.models import find_tokenizer
+from lightning_halos.language.requirements import require
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Results = dict[str, Any]
+
+_PACKAGES = ("transformers", "datasets", "lm_eval", "accelerate")
+_NEEDS_NETWORK = (
+    "What is not in a local folder comes from the Hugging Face hub, which needs the network, or a copy in the hub's"
+    " cache (HF_HOME) from an earlier run."
+)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    tasks: str | Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 8,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    model_args: Mapping[str, Any] | None = None,
+    bootstrap_iters: int = 1000,
+    seed: int = 1234,
+) -> Results:
+    """Evaluates a model on tasks of lm-eval.
+
+    The state of all random number generators, and the mode and values of a model that is given, are afterwards what
+    they were.
+
+    Args:
+        model: Name on the Hugging Face hub, folder of a Hugging Face model, a Lightning checkpoint (``.ckpt``; see
+            :class:`~lightning_halos.HuggingFaceCheckpoint`), or a model of transformers, evaluated where it is.
+        tasks: Names of tasks or groups of lm-eval, such as ``["hellaswag", "mmlu"]`` or ``"hellaswag,mmlu"``, or paths
+            of YAML files that define tasks.
+        tokenizer: The tokenizer, or its name or folder. Default: that of the model; to be given with a loaded model.
+        include_path: Folder or folders with YAML files that define more tasks.
+        limit: Questions per task; below 1, their share. Default: all.
+        num_fewshot: Solved examples before each question. Default: what each task says, mostly none.
+        batch_size: Sequences per forward pass, or ``"auto"``: what fits into memory.
+        device: Such as ``"cuda:0"``. Default: CUDA if there is any, else CPU.
+        dtype: Of the weights, such as ``"bfloat16"``. Default: that in which they are saved.
+        model_args: Further arguments of lm-eval's ``HFLM``, such as ``{"peft": "my-adapter"}``.
+        bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
+            1000 give it to 2 %.
+        seed: Of what lm-eval draws, such as few-shot examples.
+
+    Returns:
+        The results of ``lm_eval.simple_evaluate``, with the answers to every question in ``"samples"``, and the model's
+        name in ``"model_name"``.
+
+    Raises:
+        FileNotFoundError: If a file or folder is not there.
+        ModuleNotFoundError: If a package of the extra ``lm`` is not installed.
+        OSError: If something has to come from the hub, and there is no network.
+        ValueError: If an argument is wrong, or there is no such task.
+    """
+    names = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
+    require(*_PACKAGES)
+    manager = find_tasks(names, include_path)
+    with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {})) as lm:
+        return run_tasks(lm, names, manager, limit, num_fewshot, bootstrap_iters, seed) | {"model_name": _name(model)}
+
+
+def check_arguments(
+    tasks: str | Sequence[str],
+    limit: int | float | None,
+    num_fewshot: int | None,
+    batch_size: int | str,
+    bootstrap_iters: int,
+    include_path: str | Path | Sequence[str | Path] | None,
+) -> list[str]:
+    """Refuses wrong arguments of :func:`evaluate`, before anything is loaded.
+
+    Returns:
+        The names of the tasks.
+
+    Raises:
+        FileNotFoundError: If a folder of tasks is not there.
+        ValueError: If another argument is wrong.
+    """
+    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for name in names]
+    if not names or not all(names):
+        raise ValueError(f"tasks={tasks!r} must name at least one task, such as 'hellaswag,lambada_openai'.")
+    if limit is not None and (isinstance(limit, bool) or limit <= 0 or (limit > 1 and limit != int(limit))):
+        raise ValueError(f"limit={limit!r} must be a number of questions per task, or a share of them below 1.")
+    if num_fewshot is not None and (isinstance(num_fewshot, bool) or num_fewshot < 0):
+        raise ValueError(f"num_fewshot={num_fewshot!r} must be 0 or more.")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, or 'auto'.")
+    if bootstrap_iters < 1:
+        raise ValueError(f"bootstrap_iters={bootstrap_iters!r} must be a whole number of at least 1.")
+    for folder in _folders(include_path):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"include_path={str(folder)!r} is not a folder with YAML files that define tasks.")
+    return names
+
+
+def find_tasks(names: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> TaskManager:
+    """Finds tasks and their data.
+
+    Args:
+        names: Names of tasks or groups, or paths of YAML files.
+        include_path: Folder or folders with YAML files that define more tasks. If they define all that is asked for,
+            the thousands of tasks that come with lm-eval are not looked through, which takes half a minute.
+
+    Raises:
+        OSError: If the data of a task cannot be had.
+        ValueError: If there is no such task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    folders: list[str | Path] = [str(folder) for folder in _folders(include_path)]
+    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folders or None)
+    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
+    if unknown:
+        raise ValueError(
+            f"There is no task called {', '.join(unknown)}. `lm-eval ls tasks` lists those that come with lm-eval; give"
+            " the folder of others: --include-path FOLDER (include_path=... in Python)."
+        )
+    with _explained(f"the data of {', '.join(names)}"):
+        manager.load(list(names))
+    return manager
+
+
+def run_tasks(
+    lm: HFLM,
+    names: Sequence[str],
+    manager: TaskManager,
+    limit: int | float | None,
+    num_fewshot: int | None,
+    bootstrap_iters: int,
+    seed: int,
+) -> Results:
+    """Runs tasks; sets the seeds of all random number generators. For the arguments see :func:`evaluate`."""
+    from lm_eval import simple_evaluate
+
+    with _without_process_pool():
+        results = simple_evaluate(
+            lm,
+            tasks=list(names),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=bootstrap_iters,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    if results is None:
+        raise ValueError("lm-eval returns results in the process with LOCAL_RANK=0 alone. Evaluate there.")
+    return dict(results)
+
+
+@contextmanager
+def loaded_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, root: nn.Module | None = None
+) -> Iterator[HFLM]:
+    """Lends a loaded model to lm-eval, and puts it back into its mode.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which lm-eval gets a copy of: it may give it a padding token.
+        batch_size: Sequences per forward pass, or ``"auto"``.
+        root: The module whose mode is to be kept. Default: the model.
+    """
+    from copy import deepcopy
+
+    from lm_eval.models.huggingface import HFLM
+
+    mode = _ModuleMode()
+    mode.capture(root or model)
+    hf_logger = logging.getLogger("lm_eval.models.huggingface")
+    level = hf_logger.level
+    hf_logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
+    try:
+        lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
+    finally:
+        hf_logger.setLevel(level)
+    try:
+        yield lm
+    finally:
+        mode.restore(root or model)
+
+
+def write_results(results: Results, folder: str | Path) -> None:
+    """Writes ``results.json`` and ``results.md``.
+
+    Of the answers the JSON keeps what a later comparison needs: which question it was, and its metrics.
+
+    Args:
+        results: What :func:`evaluate` returned.
+        folder: The folder; made if it is not there.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**results, "samples": {task: _essence(samples) for task, samples in results.get("samples", {}).items()}}
+    text = json.dumps(kept, indent=1, default=handle_non_serializable, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    limit = results.get("config", {}).get("limit")
+    note = "" if limit is None else f"\nLimited to {limit} questions per task: not comparable to full results.\n"
+    markdown = f"# {results.get('model_name', 'Results')}\n{note}\n{results_table(results)}"
+    (folder / "results.md").write_text(markdown, encoding="utf-8")
+
+
+def results_table(results: Results) -> str:
+    """lm-eval's table of the results, and of the groups if there are any, in Markdown."""
+    from lm_eval.utils import make_table
+
+    tables = [make_table(results)]
+    if results.get("groups"):
+        tables.append(make_table(results, "groups"))
+    return "\n".join(tables)
+
+
+def _essence(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    identity = ("doc_id", "doc_hash", "filter", "metrics")
+    return [{name: sample[name] for name in (*identity, *sample["metrics"])} for sample in samples]
+
+
+@contextmanager
+def _language_model(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    batch_size: int | str,
+    device: str | None,
+    dtype: str | torch.dtype,
+    model_args: dict[str, Any],
+) -> Iterator[HFLM]:
+    from lm_eval.models.huggingface import HFLM
+
+    if not isinstance(model, (str, Path)):
+        if device is not None or dtype != "auto" or model_args:
+            raise ValueError(
+                f"device={device!r}, dtype={dtype!r} and model_args={model_args!r} are for a model that is loaded here."
+                " A model that is loaded already is evaluated as it is: move it with model.to(...) first."
+            )
+        if tokenizer is None:
+            raise ValueError("tokenizer=None must be the tokenizer of the loaded model.")
+        chosen = find_tokenizer(tokenizer)
+        assert chosen is not None
+        with loaded_model(model, chosen, batch_size) as lm:
+            yield lm
+        return
+    with TemporaryDirectory() as folder:
+        source = str(model)
+        if Path(model).suffix == ".ckpt":
+            source = str(export_checkpoint(model, folder, tokenizer=tokenizer))
+            tokenizer = None
+            if not (Path(folder) / "tokenizer_config.json").exists():
+                raise ValueError(f"{model} has no tokenizer. Give one: --tokenizer NAME_OR_FOLDER (tokenizer=...).")
+        elif Path(model).is_dir():
+            source = str(Path(model).resolve())  # a relative path could be taken for a name on the hub
+        elif Path(model).is_absolute() or str(model).startswith((".", "~")):
+            raise FileNotFoundError(f"{model} is neither a folder of a Hugging Face model nor a .ckpt file.")
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        with _explained(f"the model {model}"):
+            lm = HFLM(
+                pretrained=source,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                device=device or default,
+                dtype=dtype,
+                **model_args,
+            )
+        yield lm
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Says of what the hub cannot give that it needs the network."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"Could not load {what}: {str(error).splitlines()[0]} {_NEEDS_NETWORK}") from error
+
+
+@contextmanager
+def _without_process_pool() -> Iterator[None]:
+    """Keeps lm-eval from forking a pool for its bootstrap: a process that trains has threads and CUDA contexts."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _folders(include_path: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    if include_path is None:
+        return []
+    return [Path(path) for path in ([include_path] if isinstance(include_path, (str, Path)) else include_path)]
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)

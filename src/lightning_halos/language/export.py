@@ -1,0 +1,192 @@
+"""Turns a Lightning checkpoint into a Hugging Face folder.
+
+Rules of this room: it reads one checkpoint and writes one folder; no Trainer, no training. What the checkpoint has to
+contain is put there by :class:`~lightning_halos.HuggingFaceCheckpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_halos.language.models import find_tokenizer
+from lightning_halos.language.requirements import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD = "hugging_face"
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    weights_only: bool = True,
+) -> Path:
+    """Writes the model of a Lightning checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    The folder has the weights as safetensors, in the dtype that they have in the checkpoint, the configuration, the
+    generation configuration, the tokenizer, and a model card with the training settings. Under a halos strategy these
+    are the weights of the global model.
+
+    Args:
+        checkpoint: The ``.ckpt`` file, of a training with :class:`~lightning_halos.HuggingFaceCheckpoint`.
+        output: The folder to write. Files of the same names are overwritten.
+        config: Name or folder of a Hugging Face model whose configuration is the module's, for a checkpoint without
+            that callback.
+        tokenizer: The tokenizer, or its name or folder. Default: that of the checkpoint.
+        weights_only: Refuse to unpickle anything but tensors and plain values. ``False`` for a file that you trust and
+            that contains more, such as hyperparameters of your own classes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ModuleNotFoundError: If transformers is not installed.
+        ValueError: If the checkpoint cannot be read, does not say what its model is, or its weights are those of
+            another model.
+    """
+    require("transformers")
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file. Name a folder to write to.")
+    contents = _read(Path(checkpoint), weights_only)
+    record = contents.get(RECORD)
+    if record is None and config is None:
+        raise ValueError(
+            f"{checkpoint} does not say what its Hugging Face model is. Train with"
+            " Trainer(callbacks=[lightning_halos.HuggingFaceCheckpoint(tokenizer)]); for this checkpoint, give the name"
+            " or folder of a model with the same configuration: --config NAME_OR_FOLDER (config=... in Python)."
+        )
+    record = record or {}
+    weights = {name.replace(_COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
+    with _written(record.get("files", {})) as files:
+        model = _make_model(str(config or files), record.get("architecture"))
+        _load(model, weights, record.get("submodule"), checkpoint)
+        if model.can_generate() and "generation_config.json" in record.get("files", {}):
+            model.generation_config = type(model.generation_config).from_pretrained(files)
+        model.save_pretrained(output)
+    if tokenizer is not None:
+        chosen = find_tokenizer(tokenizer)
+        assert chosen is not None
+        chosen.save_pretrained(output)
+    else:
+        _write_files(record.get("tokenizer_files", {}), output)
+    card = model_card(type(model).__name__, model.num_parameters(), record.get("training", {}))
+    (output / "README.md").write_text(card, encoding="utf-8")
+    return output
+
+
+def model_card(architecture: str, parameters: int, training: Mapping[str, str]) -> str:
+    """The model card: Markdown under a header of metadata in YAML, as the hub reads it.
+
+    Args:
+        architecture: The model's class.
+        parameters: Number of its parameters.
+        training: The training settings, by name.
+    """
+    rows = [("Architecture", architecture), ("Parameters", f"{parameters:,}"), *training.items()]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lightning-halos\n---\n\n"
+        "# Model card\n\n"
+        "Trained with PyTorch Lightning and lightning-halos, exported by `lightning-halos export`.\n\n"
+        f"| Setting | Value |\n|---|---|\n{table}\n"
+    )
+
+
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a checkpoint file of Lightning (.ckpt): there is no such file.")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} cannot be read, or contains more than tensors and plain values:"
+            f" {str(error).splitlines()[0]} If you trust the file, allow that: --no-weights-only"
+            " (weights_only=False in Python)."
+        ) from error
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(contents, dict) or "state_dict" not in contents:
+        raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
+    return contents
+
+
+@contextmanager
+def _written(files: Mapping[str, bytes]) -> Iterator[str]:
+    """A temporary folder with these files."""
+    with TemporaryDirectory() as folder:
+        _write_files(files, Path(folder))
+        yield folder
+
+
+def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    root = folder.resolve()
+    for name, contents in files.items():
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ValueError(f"The checkpoint contains a file {name!r} that would lie outside of {folder}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+
+
+def _make_model(config: str, architecture: str | None) -> Any:
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    model_config = transformers.AutoConfig.from_pretrained(config)
+    name = architecture or next(iter(model_config.architectures or []), None)
+    if name is None:
+        return auto.from_config(model_config)
+    kind: Any = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"The model is a {name}, which is no class of transformers {transformers.__version__}.")
+    return kind(model_config)
+
+
+def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str | None, checkpoint: str | Path) -> None:
+    """Gives the model the weights of the submodule; of the only one that has weights of such names by default."""
+    expected = model.state_dict().keys()
+    if submodule is None:
+        some = next(iter(expected))
+        prefixes = [name.removesuffix(some) for name in weights if name == some or name.endswith(f".{some}")]
+        if len(prefixes) != 1:
+            raise ValueError(
+                f"{checkpoint} has {len(prefixes)} weights called {some}, where a {type(model).__name__} of this"
+                " configuration has one. Give the configuration of the model that was trained."
+            )
+        prefix = prefixes[0]
+    else:
+        name = f"{submodule}.".replace(_COMPILED, "")
+        prefix = "" if name == "." else name
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    if any(".lora_" in name for name in own):
+        raise ValueError(
+            f"{checkpoint} contains adapters of peft, not a whole model. Merge them first and save that"
+            " (model.merge_and_unload().save_pretrained(FOLDER)), or save the adapters (model.save_pretrained(FOLDER))."
+        )
+    differing = [name for name in sorted(own.keys() & expected) if own[name].shape != model.state_dict()[name].shape]
+    missing, unknown = sorted(expected - own.keys()), sorted(own.keys() - expected)
+    if missing or unknown or differing:
+        raise ValueError(
+            f"The weights in {checkpoint} are not those of a {type(model).__name__} of this configuration: missing"
+            f" {json.dumps(missing[:3])}, unknown {json.dumps(unknown[:3])}, of another shape"
+            f" {json.dumps(differing[:3])} ({len(missing)}, {len(unknown)} and {len(differing)} in all). Give the"
+            " configuration of the model that was trained."
+        )
+    model.load_state_dict(own, assign=True)
+    model.tie_weights()

@@ -1,0 +1,88 @@
+"""Finds the Hugging Face model in a LightningModule, and its tokenizer.
+
+Rules of this room: it only looks; it changes and loads nothing but a tokenizer that was named.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_halos.language.requirements import require
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def find_language_model(module: nn.Module, submodule: str | None = None) -> tuple[str, PreTrainedModel]:
+    """Finds the ``transformers.PreTrainedModel`` among the submodules of a module.
+
+    Args:
+        module: The LightningModule.
+        submodule: Name of the submodule that is the model or contains it, such as ``"student"``. Default: the only one
+            there is.
+
+    Returns:
+        The model's name in the module, such as ``"model"``, and the model. A compiled model's own module is named, such
+        as ``"model._orig_mod"``.
+
+    Raises:
+        AttributeError: If there is no such submodule.
+        ModuleNotFoundError: If transformers is not installed.
+        ValueError: If there is no model, or more than one that is not part of another.
+    """
+    require("transformers")
+    from transformers import PreTrainedModel
+
+    root = module if submodule is None else module.get_submodule(submodule)
+    found: dict[str, PreTrainedModel] = {}
+    for name, part in root.named_modules(prefix=submodule or ""):
+        if isinstance(part, PreTrainedModel) and not any(_is_inside(name, outer) for outer in found):
+            found[name] = part
+    where = type(module).__name__ if submodule is None else f"{type(module).__name__}.{submodule}"
+    if not found:
+        raise ValueError(
+            f"{where} contains no transformers.PreTrainedModel. Make one an attribute of the module, such as"
+            " self.model = AutoModelForCausalLM.from_config(config)."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{where} contains {len(found)} models of transformers: {', '.join(found)}. Name the one that is meant,"
+            f" such as submodule={next(iter(found))!r}."
+        )
+    return next(iter(found.items()))
+
+
+def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrainedTokenizerBase | None:
+    """Returns a tokenizer of transformers.
+
+    Args:
+        tokenizer: The tokenizer, its name or folder, or ``None``: the ``tokenizer`` of the Trainer's datamodule.
+        trainer: The Trainer.
+
+    Returns:
+        The tokenizer, ``None`` if there is none.
+
+    Raises:
+        ModuleNotFoundError: If transformers is not installed.
+        TypeError: If it is no tokenizer of transformers.
+    """
+    require("transformers")
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    given = tokenizer
+    if given is None and trainer is not None:
+        given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    if isinstance(given, str):
+        given = AutoTokenizer.from_pretrained(given)
+    if given is not None and not isinstance(given, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer=<{type(given).__name__}> must be a tokenizer of transformers, or its name or folder. One of the"
+            " tokenizers library becomes one as PreTrainedTokenizerFast(tokenizer_object=...)."
+        )
+    return given
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return outer == "" or name == outer or name.startswith(f"{outer}.")
