@@ -284,7 +284,9 @@ def main() -> None:
     parser.add_argument("--strategy", help="do one run only, with this strategy: halos, ddp or another of Lightning's")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--devices", type=int, default=4, help="the number of workers, on each node")
-    parser.add_argument("--num-nodes", type=int, default=1, help="the number of nodes, each started by torchrun or SLURM")
+    parser.add_argument(
+        "--num-nodes", type=int, default=1, help="the number of nodes, each started by torchrun or SLURM"
+    )
     parser.add_argument("--slowdown", type=float, nargs="+", default=[1, 1, 1, 4], help="a factor for each worker")
     parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers over")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
