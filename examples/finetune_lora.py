@@ -28,8 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, Pre
 
 from lightning_halos import DelayedNesterov, HalosMonitor, HalosStrategy
 
-Encode = Callable[[str], list[int]]
-
 
 class LoraTuner(L.LightningModule):
     """A causal language model with frozen weights and trainable adapters (LoRA, arXiv 2106.09685) on its linear layers.
@@ -43,9 +41,7 @@ class LoraTuner(L.LightningModule):
     def __init__(self, model: PreTrainedModel, rank: int = 8, lr: float = 5e-3) -> None:
         super().__init__()
         self.lr = lr
-        adapters = LoraConfig(
-            task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear"
-        )
+        adapters = LoraConfig(task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         self.lm = get_peft_model(model, adapters).train()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -63,7 +59,7 @@ class LoraTuner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def load_model(name: str | None) -> tuple[PreTrainedModel, Encode]:
+def load_model(name: str | None) -> tuple[PreTrainedModel, Callable[[str], list[int]]]:
     """Returns the model of a folder or of the Hugging Face Hub, for ``None`` a small one, and how it encodes text."""
     if name is None:
         config = GPTNeoXConfig(
@@ -80,7 +76,7 @@ def load_model(name: str | None) -> tuple[PreTrainedModel, Encode]:
         ) from None
 
 
-def standard_library(encode: Encode, context: int) -> tuple[TensorDataset, TensorDataset]:
+def standard_library(encode: Callable[[str], list[int]], context: int) -> tuple[TensorDataset, TensorDataset]:
     """Returns the source of the standard library as windows of tokens, and held-out windows to validate on."""
     modules = [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     held_out = "".join(modules[::20])
