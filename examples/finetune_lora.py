@@ -4,7 +4,6 @@ The model's own weights are frozen. Only the adapters are trained, and only they
 regions; the script ends with how many bytes that were. It needs ``pip install "lightning-halos[lm]"``::
 
     python examples/finetune_lora.py --model EleutherAI/pythia-70m --accelerator gpu
-    python examples/finetune_lora.py --model path/to/a/model --strategy ddp
 
 Without ``--model`` nothing is downloaded: a small GPT-NeoX with random weights and bytes as tokens shows the same::
 

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 import transformers
 from filelock import FileLock
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -36,12 +36,12 @@ def get_tokenizer(folder: Path, vocab_size: int = 512) -> transformers.PreTraine
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # torchrun starts all workers at once
         if not folder.exists():
-            special = {"pad_token": "<pad>", "mask_token": "<mask>"}
             bpe = ByteLevelBPETokenizer()
-            bpe.train(
-                [str(path) for path in MODULES], vocab_size, special_tokens=[*special.values()], show_progress=False
+            bpe.train(list(map(str, MODULES)), vocab_size, special_tokens=["<pad>", "<mask>"], show_progress=False)
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", mask_token="<mask>"
             )
-            transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -137,10 +137,8 @@ def main() -> None:
     )
     trainer.fit(model, *loaders(tokenizer, args.batch_size))
     if trainer.is_global_zero:
-        loss, perplexity, found = (
-            trainer.callback_metrics[f"val_{n}"] for n in ("loss", "perplexity", "masked_accuracy")
-        )
-        print(f"Validation loss: {loss:.3f} nats per masked token, perplexity: {perplexity:.1f}, found: {found:.1%}")
+        metrics = trainer.callback_metrics
+        print(*(f"{name}: {metrics[name]:.3f}" for name in metrics if name.startswith("val_")), sep="\n")
         fill = transformers.pipeline("fill-mask", model=model.lm, tokenizer=tokenizer)
         for gap in GAPS:
             guesses = [guess["token_str"] for guess in fill(gap.format(tokenizer.mask_token), top_k=4)]
