@@ -10,7 +10,8 @@ demo: $(READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and
 	$(BIN)/python examples/train_char_lm.py
 
 test: $(READY)  ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 3 -m "not alone"
+	$(BIN)/pytest -m alone
 
 lint: $(READY)  ## style, format and types
 	$(BIN)/ruff check .

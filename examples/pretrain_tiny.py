@@ -47,8 +47,9 @@ def improvements(comparison: Path) -> dict[str, float]:
     found = {}
     for row in json.loads(comparison.read_text())["comparisons"]:
         if row["task"] == "local_lambada":
-            (difference,) = row["minus untrained"].values()
-            found[row["metric"]] = abs(difference["value"]) / difference["stderr"] * (1 if difference["better"] else -1)
+            difference = row["minus untrained"]["trained"]
+            errors = abs(difference["value"]) / difference["stderr"] if difference["stderr"] else 0.0
+            found[row["metric"]] = errors if difference["better"] else -errors
     return found
 
 

@@ -47,6 +47,7 @@ def epochs(number: int, servers: int, data_workers: int, drop_last: bool, flags:
     return outcome(trainer, module, epochs=module.epochs, batches=trainer.num_training_batches)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("servers", "data_workers", "drop_last", "flags"),
     [(1, 0, False, {}), (2, 1, False, {}), (1, 0, True, {}), (1, 1, False, {"accumulate_grad_batches": 3})],

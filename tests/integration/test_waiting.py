@@ -21,6 +21,8 @@ from tests.integration.toys import (
     outcome,
 )
 
+pytestmark = pytest.mark.alone
+
 
 class Straggling(Toy):
     """One worker is 4 times slower. All log as users do who know DDP."""
