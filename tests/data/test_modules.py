@@ -1,0 +1,219 @@
+"""Data modules: batches, validation, the cache, streams, and the shared cursor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor
+
+from lightning_halos.data import IndexedTokensWriter, MegatronDataModule, TextDataModule, load_tokenizer, modules
+from tests.data.conftest import text
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import FEATURES, Toy, assert_no_step_lost, make_trainer, outcome
+
+CONTEXT = 15
+SEQUENCES = 104
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> str:
+    """A corpus whose sequences consist of their own number."""
+    with IndexedTokensWriter(tmp_path / "numbered") as writer:
+        for number in range(SEQUENCES):
+            writer.add(np.full(CONTEXT + 1, number))
+    return str(tmp_path / "numbered")
+
+
+def first_tokens(loader: Any) -> list[int]:
+    return [int(token) for batch in loader for token in batch[:, 0].long()]
+
+
+def set_up(data: Any) -> Any:
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+class TestMegatron:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_reads_in_order_and_keeps_the_last_sequences_for_validation(self, numbered: str, workers: int) -> None:
+        data = set_up(MegatronDataModule(numbered, CONTEXT, 8, val_sequences=5, num_workers=workers))
+        assert first_tokens(data.train_dataloader()) == list(range(96))  # of 99: whole batches
+        assert first_tokens(data.val_dataloader()) == list(range(99, 104))
+
+    def test_shuffles_if_asked_to(self, numbered: str) -> None:
+        data = set_up(MegatronDataModule(numbered, CONTEXT, 9, val_sequences=5, num_workers=0, shuffle=True))
+        first, second = first_tokens(data.train_dataloader()), first_tokens(data.train_dataloader())
+        assert sorted(first) == sorted(second) == list(range(99))
+        assert first != second
+
+    def test_batches_are_narrow_between_processes_and_int64_for_the_module(self, numbered: str) -> None:
+        data = set_up(MegatronDataModule(numbered, CONTEXT, 8, val_sequences=0, num_workers=0))
+        batch = next(iter(data.train_dataloader()))
+        assert (batch.dtype, batch.shape) == (torch.uint16, (8, CONTEXT + 1))
+        seen: list[Tensor] = []
+        module = Reading(seen)
+        make_trainer("auto", devices=1, max_steps=2).fit(module, datamodule=data)
+        assert {batch.dtype for batch in seen} == {torch.int64}
+        assert torch.equal(seen[0], batch.long())
+
+    def test_the_tokenizer_lies_beside_the_tokens(self, numbered: str, tokenizer: str) -> None:
+        unknown = set_up(MegatronDataModule(numbered, CONTEXT, val_sequences=5))
+        assert (unknown.tokenizer, unknown.vocab_size, unknown.bytes_per_token) == (None, None, None)
+        os.symlink(tokenizer, f"{numbered}-tokenizer")
+        data = MegatronDataModule(numbered, CONTEXT, val_sequences=5)
+        assert data.vocab_size == 300
+        assert data.tokenizer.eos_token == "<|endoftext|>"
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("context", 0), ("batch_size", 0), ("val_sequences", -1), ("num_workers", 1.5)]
+    )
+    def test_wrong_values(self, numbered: str, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name}={value} must be an integer of at least"):
+            MegatronDataModule(numbered, **{name: value})
+
+    def test_too_many_sequences_for_validation(self, numbered: str) -> None:
+        with pytest.raises(ValueError, match="val_sequences=104 leaves nothing to train on: there are 104"):
+            MegatronDataModule(numbered, CONTEXT, val_sequences=104).setup("fit")
+
+    def test_from_a_configuration_file(self, numbered: str, tmp_path: Path) -> None:
+        settings = {"class_path": "lightning_halos.data.MegatronDataModule", "init_args": {"prefix": numbered}}
+        (tmp_path / "config.yaml").write_text(json.dumps({"data": settings}))
+        cli = LightningCLI(BoringModel, run=False, args=["--config", str(tmp_path / "config.yaml")])
+        assert isinstance(cli.datamodule, MegatronDataModule)
+        text_settings = ["--data=lightning_halos.data.TextDataModule", "--data.tokenizer=t", f"--data.files={__file__}"]
+        cli = LightningCLI(BoringModel, run=False, args=[*text_settings, "--data.streaming=true"])
+        assert isinstance(cli.datamodule, TextDataModule)
+
+
+class Reading(Toy):
+    """Keeps its batches, and notes the first token of each of their sequences."""
+
+    def __init__(self, seen: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(self.pause)
+        self.trained_on += batch[:, 0].tolist()
+        if self.seen is not None:
+            self.seen.append(batch)
+        return self.net(batch[:, :FEATURES] / SEQUENCES).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validated_on[-1] += batch[:, 0].tolist()
+
+    def on_train_end(self) -> None:
+        if hasattr(self.trainer.strategy, "round"):
+            super().on_train_end()
+
+
+def shared(prefix: str) -> Result:
+    module, trainer = Reading(), make_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=MegatronDataModule(prefix, CONTEXT, 4, val_sequences=8, num_workers=1))
+    return outcome(trainer, module)
+
+
+def test_workers_of_halos_share_the_sequences_of_an_epoch(run: Run, numbered: str) -> None:
+    results = run(shared, numbered)
+    used = Counter(index for result in results for index in result["trained_on"])
+    assert used == Counter(dict.fromkeys(range(96), 2))
+    assert results[0]["validated_on"] == [list(range(96, 104))] * 2
+    assert_no_step_lost(results)
+
+
+class TestText:
+    def test_the_second_run_does_not_tokenize_again(
+        self, corpus: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write = Mock(wraps=modules.write_tokens)
+        monkeypatch.setattr(modules, "write_tokens", write)
+
+        def batches(context: int) -> list[list[int]]:
+            data = TextDataModule(tokenizer, str(corpus), context=context, batch_size=1, val_sequences=2, num_workers=0)
+            set_up(data)
+            return [batch[0].tolist() for batch in [*data.train_dataloader(), *data.val_dataloader()]]
+
+        first = batches(32)
+        assert sorted(batches(32)) == sorted(first)
+        batches(64)
+        assert write.call_count == 1
+        (corpus / "12.txt").write_text(text(12))
+        try:
+            assert len(batches(32)) > len(first)
+        finally:
+            (corpus / "12.txt").unlink()
+        assert write.call_count == 2
+
+    def test_bytes_per_token_of_the_validation_set(self, corpus: Path, tokenizer: str) -> None:
+        data = set_up(TextDataModule(tokenizer, str(corpus), context=32, val_sequences=10, num_workers=0))
+        targets = [data.val_dataset[index][1:].long() for index in range(10)]
+        decode: Any = load_tokenizer(tokenizer).decode
+        size = sum(len(decode(target, skip_special_tokens=True).encode()) for target in targets)
+        assert data.bytes_per_token == size / (10 * 32)
+        assert 1.5 < data.bytes_per_token < 5
+
+    def test_stream_leaves_the_documents_of_the_validation_set_out(self, corpus: Path, tokenizer: str) -> None:
+        data = set_up(
+            TextDataModule(
+                tokenizer, str(corpus), streaming=True, context=32, batch_size=1, val_sequences=3, num_workers=0
+            )
+        )
+        validation = in_documents(tokenizer, data.val_dataloader())
+        training = in_documents(tokenizer, data.train_dataloader())
+        assert len(list(data.val_dataloader())) == 3
+        assert validation
+        assert training == set(range(12)) - validation
+
+    @pytest.mark.parametrize("ranks", [1, 2, 3])
+    def test_ranks_and_data_loader_workers_read_different_documents(
+        self, corpus: Path, tokenizer: str, ranks: int
+    ) -> None:
+        found: list[set[int]] = []
+        for rank in range(ranks):
+            data = TextDataModule(
+                tokenizer, str(corpus), streaming=True, context=8, batch_size=1, val_sequences=0, num_workers=2
+            )
+            data.trainer = Mock(global_rank=rank, world_size=ranks)
+            data.setup("fit")
+            found.append(in_documents(tokenizer, data.train_dataloader()))
+        assert sorted(document for documents in found for document in documents) == list(range(12))
+
+    def test_stream_is_shuffled_in_the_same_way_each_time(self, corpus: Path, tokenizer: str) -> None:
+        def order(**options: Any) -> list[int]:
+            data = TextDataModule(
+                tokenizer,
+                str(corpus),
+                streaming=True,
+                context=8,
+                batch_size=1,
+                val_sequences=0,
+                num_workers=0,
+                **options,
+            )
+            return [token for batch in set_up(data).train_dataloader() for token in batch[0, 1:].tolist()]
+
+        assert order() == order() != order(seed=1) != order(shuffle=False)
+
+    def test_too_many_sequences_for_validation(self, corpus: Path, tokenizer: str) -> None:
+        with pytest.raises(ValueError, match="val_sequences=9999 is more than the"):
+            TextDataModule(tokenizer, str(corpus), streaming=True, context=8, val_sequences=9999).setup("fit")
+
+
+def in_documents(tokenizer: str, loader: Any) -> set[int]:
+    """The numbers of the documents of which the batches have text."""
+    decoded: Any = load_tokenizer(tokenizer).batch_decode([batch[0].tolist() for batch in loader])
+    return {int(number) for number in re.findall(r"<(\d\d)>", " ".join(decoded))}

@@ -1,0 +1,167 @@
+"""Text: where it is, its tokenizer, and the sequences that are made of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lightning_halos.data import Corpus, IndexedTokens, load_tokenizer, train_tokenizer, write_tokens
+from lightning_halos.data.tokenization import pack
+from tests.data.conftest import text
+
+DOCUMENTS = [text(number) for number in range(12)]
+
+
+class TestCorpus:
+    def test_a_text_file_is_a_document(self, corpus: Path) -> None:
+        assert list(Corpus(f"{corpus}/*.txt").documents()) == DOCUMENTS
+        assert list(Corpus([f"{corpus}/03.txt", f"{corpus}/01.txt"]).documents()) == [DOCUMENTS[3], DOCUMENTS[1]]
+
+    def test_a_folder_is_its_text_files_at_any_depth(self, corpus: Path, tmp_path: Path) -> None:
+        (tmp_path / "in" / "deep").mkdir(parents=True)
+        (tmp_path / "in" / "module.py").write_text("x = 1\n")
+        (tmp_path / "in" / "deep" / "module.pyc").write_bytes(b"\xff\x00")
+        (tmp_path / "in" / "deep" / "notes.txt").write_text("one\n\ntwo\n")
+        assert list(Corpus(str(tmp_path / "in")).documents()) == ["one\n\ntwo\n", "x = 1\n"]
+        assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="paragraph").documents()) == ["one", "two\n"]
+        assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="line").documents()) == ["one", "two"]
+
+    @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+    def test_json_lines_and_parquet(self, tmp_path: Path, kind: str) -> None:
+        path, rows = tmp_path / f"part.{kind}", [{"body": document, "id": 1} for document in DOCUMENTS]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+        assert list(Corpus(str(path), field="body").documents()) == DOCUMENTS
+        with pytest.raises(ValueError, match=r"has no field='text'. It has: body, id"):
+            Corpus(str(path)).load()
+        with pytest.raises(ValueError, match=r"field='id' of .* holds a int, not text: 1"):
+            list(Corpus(str(path), field="id").documents())
+
+    def test_what_is_wrong_is_said(self, corpus: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="give exactly one"):
+            Corpus()
+        with pytest.raises(ValueError, match="give exactly one"):
+            Corpus("a.txt", "wikitext")
+        with pytest.raises(FileNotFoundError, match=r"There is no file nowhere/\*\.txt"):
+            Corpus("nowhere/*.txt")
+        with pytest.raises(ValueError, match="sample_by='word' must be one of document, paragraph, line"):
+            Corpus(str(corpus), sample_by="word")  # type: ignore[arg-type]
+        (tmp_path / "a.jsonl").write_text("{}")
+        with pytest.raises(ValueError, match=r"several kinds: text \(11.txt\), json \(a.jsonl\)"):
+            Corpus([str(corpus), str(tmp_path / "a.jsonl")])
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_dataset_of_the_hub_needs_the_network(self, streaming: bool) -> None:
+        with pytest.raises(ValueError, match=r"Cannot load EleutherAI/lambada_openai:test.*needs the network"):
+            Corpus(dataset="EleutherAI/lambada_openai", split="test", streaming=streaming).load()
+
+    def test_a_dataset_in_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "test.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+        corpus = Corpus(dataset=str(tmp_path / "set"), split="test")
+        assert list(corpus.documents()) == ["one", "two"]
+        assert corpus.key() == Corpus(dataset=str(tmp_path / "set"), split="test").key()
+        with pytest.raises(ValueError, match=r"Cannot load .*:nothing"):
+            Corpus(dataset=str(tmp_path / "set"), split="nothing").load()
+
+
+class TestTokenizer:
+    def test_any_text_comes_back(self, tokenizer: str) -> None:
+        loaded = load_tokenizer(tokenizer)
+        for original in [*DOCUMENTS, " a\n\n\tb ,c  !", "🤗\x00é"]:
+            assert loaded.decode(loaded(original)["input_ids"]) == original
+        assert len(loaded) == 300
+        assert loaded.eos_token == "<|endoftext|>"
+
+    def test_training_makes_it_shorter(self, tokenizer: str) -> None:
+        assert len(load_tokenizer(tokenizer)(DOCUMENTS[0])["input_ids"]) < len(DOCUMENTS[0]) / 2
+
+    def test_what_is_wrong_is_said(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="vocab_size=256 must be at least 257"):
+            train_tokenizer(DOCUMENTS, 256)
+        with pytest.raises(ValueError, match=r"Cannot load the tokenizer EleutherAI/pythia-70m: .* needs the network"):
+            load_tokenizer("EleutherAI/pythia-70m")
+        with pytest.raises(ValueError, match=r"Cannot load the tokenizer .*A folder must hold a tokenizer"):
+            load_tokenizer(tmp_path)
+
+    def test_one_without_end_of_text_is_refused(self, tokenizer: str, tmp_path: Path) -> None:
+        loaded = load_tokenizer(tokenizer)
+        loaded.eos_token = None
+        loaded.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has no end-of-text token"):
+            load_tokenizer(tmp_path)
+
+
+def stream(tokenizer: str) -> list[int]:
+    """All documents' tokens with an end-of-text token after each."""
+    loaded: Any = load_tokenizer(tokenizer)
+    return [token for one in DOCUMENTS for token in [*loaded(one)["input_ids"], loaded.eos_token_id]]
+
+
+class TestPacking:
+    @pytest.mark.parametrize("context", [1, 5, 64])
+    def test_nothing_is_lost_but_the_tail(self, context: int) -> None:
+        lengths = [3, 1, 200, 2, 64, 65, 7]
+        tokens = iter(range(sum(lengths)))
+        sequences = list(pack([[next(tokens) for _ in range(length)] for length in lengths], context))
+        assert {len(sequence) for sequence in sequences} == {context + 1}
+        assert np.concatenate([sequence[1:] for sequence in sequences]).tolist() == [
+            *range(1, (sum(lengths) - 1) // context * context + 1)
+        ]
+
+    def test_documents_are_written_one_by_one(self, tokenizer: str, tmp_path: Path) -> None:
+        summary = write_tokens(DOCUMENTS, load_tokenizer(tokenizer), tmp_path / "tokens")
+        expected = stream(tokenizer)
+        tokens = IndexedTokens(tmp_path / "tokens", context=len(expected) - 1)
+        assert tokens[0].tolist() == expected
+        assert (summary.documents, summary.sequences, summary.tokens) == (12, 12, len(expected))
+        assert summary.text_bytes == sum(len(document.encode()) for document in DOCUMENTS)
+
+    def test_packed_sequences_are_shuffled_by_the_seed(self, tokenizer: str, tmp_path: Path) -> None:
+        def written(name: str, seed: int | None) -> list[list[int]]:
+            write_tokens(DOCUMENTS, load_tokenizer(tokenizer), tmp_path / name, context=20, seed=seed)
+            return [sequence.tolist() for sequence in IndexedTokens(tmp_path / name, context=20)]
+
+        ordered, shuffled = written("ordered", None), written("shuffled", 1)
+        assert ordered == [sequence.tolist() for sequence in pack([stream(tokenizer)], 20)]
+        assert shuffled != ordered
+        assert sorted(shuffled) == sorted(ordered)
+        assert shuffled == written("again", 1) != written("other", 2)
+        assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
+
+    def test_too_little_text(self, tokenizer: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="There is no text"):
+            write_tokens([], load_tokenizer(tokenizer), tmp_path / "tokens")
+        with pytest.raises(ValueError, match="tokens, too few for context=5000"):
+            write_tokens(DOCUMENTS, load_tokenizer(tokenizer), tmp_path / "tokens", context=5000)
+        assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_package_imports_none_of_the_extra() -> None:
+    code = """
+import sys
+import lightning.pytorch  # imports torchmetrics, which imports transformers where that is installed
+before = set(sys.modules)
+import lightning_halos.data
+print({"transformers", "datasets", "tokenizers", "lm_eval", "peft"} & (set(sys.modules) - before))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-halos\[lm\]"'):
+        Corpus(str(corpus)).load()
