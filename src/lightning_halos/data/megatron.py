@@ -11,18 +11,19 @@ the first sequence of each document, with S at the end (D of 8). The ``.bin``: t
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import os
 import re
 import struct
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -90,33 +91,53 @@ class IndexedTokens(Dataset[Tensor]):
         self._length = index.tokens // self._row * self._pieces
         self._files = _data_files(path, index)
         self._starts = [0, *itertools.accumulate(file.stat().st_size for file in self._files[:-1])]
-        self._maps: list[NDArray[np.uint8]] = []
+        self._shards: list[NDArray[np.uint8]] = []
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
         """Returns a sequence: int64, or as stored, of shape ``[context + 1]``."""
-        row, piece = divmod(range(self._length)[index], self._pieces)
-        tokens = self._read(row * self._row + piece * self._context)
-        return torch.from_numpy(tokens.astype(self._out))
+        return self.__getitems__([range(self._length)[index]])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """Returns the sequences of a batch, read in one go: what a ``DataLoader`` calls."""
+        rows, pieces = np.divmod(np.asarray(indices, np.int64), self._pieces)
+        tokens = self._read((rows * self._row + pieces * self._context) * self.dtype.itemsize).view(self.dtype)
+        return list(torch.from_numpy(tokens.astype(self._out, copy=False)).unbind())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IndexedTokens, self._arguments
 
-    def _read(self, token: int) -> NDArray[Any]:
-        """The tokens from one on, wherever the shards are cut."""
-        if not self._maps:
-            self._maps = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
-        first = token * self.dtype.itemsize
-        last = first + (self._context + 1) * self.dtype.itemsize
-        shard = bisect.bisect_right(self._starts, first) - 1
-        parts = []
-        while first < last:
-            start, data = self._starts[shard], self._maps[shard]
-            parts.append(data[first - start : last - start])
-            first, shard = start + len(data), shard + 1
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).view(self.dtype)
+    def _read(self, firsts: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bytes of sequences, by the byte at which each begins, wherever the shards are cut."""
+        if not self._shards:
+            self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
+        shards = np.searchsorted(self._starts, firsts, "right") - 1
+        size = (self._context + 1) * self.dtype.itemsize
+        if shards.min() == shards.max():  # as most are: a copy less
+            begins, data = firsts - self._starts[shards[0]], self._shards[shards[0]]
+            if begins.max() + size <= len(data):
+                return sliding_window_view(data, size)[begins]
+        read = np.empty((len(firsts), size), np.uint8)
+        for shard in np.unique(shards):
+            chosen = np.flatnonzero(shards == shard)
+            begins, data = firsts[chosen] - self._starts[shard], self._shards[shard]
+            is_whole = begins + size <= len(data)
+            if is_whole.any():
+                read[chosen[is_whole]] = sliding_window_view(data, size)[begins[is_whole]]
+            for row in chosen[~is_whole]:
+                read[row] = self._join(int(firsts[row]), size)
+        return read
+
+    def _join(self, first: int, size: int) -> NDArray[np.uint8]:
+        """So many bytes from one on, from several shards."""
+        shard, parts = int(np.searchsorted(self._starts, first, "right")) - 1, []
+        while size > 0:
+            begin = first - self._starts[shard]
+            parts.append(self._shards[shard][begin : begin + size])
+            first, size, shard = first + len(parts[-1]), size - len(parts[-1]), shard + 1
+        return np.concatenate(parts)
 
 
 class IndexedTokensWriter:

@@ -1,0 +1,127 @@
+"""Does reading tokens keep up? Gigabytes a second of a corpus in Megatron's format, from the page cache.
+
+    reading    batches of the corpus, shuffled, gathered in one process: what a DataLoader worker does besides collating
+    loader     the same through a DataLoader with 2 workers, as uint16, which is how a data module hands them to the device
+    ready      the same DataLoader over tensors that are in memory already: what it costs to hand batches over
+    int64      the DataLoader of `loader`, with tokens that become int64 before they are handed over
+    copying    2 processes that copy as many bytes in memory
+
+Bytes are those of the file (uint16). Rounds of all measurements alternate, and each counts with its best, since what else
+the machine does only slows. Exits with 1 if `loader` is below 1 GB/s and also below 0.8 of `ready`, which is then the limit.
+Run: python benchmarks/tokens.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_halos.data import IndexedTokens, IndexedTokensWriter
+
+LIMIT = 1.0  # GB/s through the DataLoader
+READY_LIMIT = 0.8  # of a DataLoader that reads nothing
+WORKERS = 2
+CONTEXT = 2048
+GIGABYTE = 1e9
+
+
+class Ready(Dataset[Tensor]):
+    """A batch's worth of sequences, for any indices."""
+
+    def __init__(self, sequences: int) -> None:
+        self.sequences = sequences
+        self.row = torch.zeros(CONTEXT + 1, dtype=torch.uint16)
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [self.row] * len(indices)
+
+
+def through_loader(dataset: Any, order: list[int], batch_size: int) -> float:
+    """Seconds for all batches, without those to start the workers."""
+    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=WORKERS, persistent_workers=True)
+    for _ in loader:
+        pass
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - start
+
+
+def reading(tokens: IndexedTokens, order: list[int], batch_size: int) -> float:
+    start = time.perf_counter()
+    for first in range(0, len(order), batch_size):
+        tokens.__getitems__(order[first : first + batch_size])
+    return time.perf_counter() - start
+
+
+def copying(size: int) -> float:
+    """Seconds in which processes copy so many bytes together."""
+    with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
+        return max(pool.map(copy, [size // WORKERS] * WORKERS, chunksize=1))
+
+
+def copy(size: int) -> float:
+    block = 1 << 20
+    source, target = np.ones(64 * block, np.uint8), np.empty(block, np.uint8)
+    start = time.perf_counter()
+    for number in range(size // block):
+        place = number % 64 * block
+        target[:] = source[place : place + block]
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Measure, print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=1 << 16, help="of 2049 tokens (default: 65536)")
+    parser.add_argument("--batch-size", type=int, default=256, help="sequences in a batch (default: 256)")
+    parser.add_argument("--rounds", type=int, default=7, help="of all measurements (default: 7)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "tokens"
+        with IndexedTokensWriter(prefix) as writer:
+            row = np.random.default_rng(0).integers(0, 50_000, CONTEXT + 1, np.uint16)
+            for _ in range(arguments.sequences):
+                writer.add(row)
+        stored = IndexedTokens(prefix, CONTEXT, as_stored=True)
+        order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0)).tolist()
+        size, batch_size = len(stored) * (CONTEXT + 1) * stored.dtype.itemsize, arguments.batch_size
+        measurements: dict[str, Callable[[], float]] = {
+            "reading": lambda: reading(stored, order, batch_size),
+            "loader": lambda: through_loader(stored, order, batch_size),
+            "ready": lambda: through_loader(Ready(len(order)), order, batch_size),
+            "int64": lambda: through_loader(IndexedTokens(prefix, CONTEXT), order, batch_size),
+            "copying": lambda: copying(size),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in measurements}
+        for _ in range(arguments.rounds):
+            for name, measure in measurements.items():
+                seconds[name].append(measure())
+    rates = {name: size / min(times) / GIGABYTE for name, times in seconds.items()}
+    print(f"{size / GIGABYTE:.2f} GB in {len(order)} sequences, {batch_size} in a batch, {WORKERS} workers")
+    for name, rate in rates.items():
+        print(f"{name:10} {rate:6.2f} GB/s")
+    share = rates["loader"] / rates["ready"]
+    good = rates["loader"] >= LIMIT or share >= READY_LIMIT
+    print(f"loader / ready   {share:.2f}   loader / copying   {rates['loader'] / rates['copying']:.2f}", end="")
+    print(f"   {'ok' if good else 'FAILED'}: at least {LIMIT:g} GB/s, or {READY_LIMIT:g} of ready")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
