@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_halos.core.settings import check_count
-from lightning_halos.language.evaluation import check_arguments, find_tasks, loaded_model, run_tasks
+from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
 from lightning_halos.language.models import find_language_model, find_tokenizer
 from lightning_halos.language.requirements import require
 from lightning_halos.strategy import HalosStrategy
@@ -104,10 +104,10 @@ class LMEvalCallback(Callback):
                 f"LMEvalCallback needs the whole model on rank 0, but {type(trainer.strategy).__name__} shards it."
                 " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ..."
             )
-        require("transformers", "datasets", "lm_eval", "accelerate")
         find_language_model(pl_module, self._submodule)
         self._find_tokenizer(trainer)
         if trainer.is_global_zero and self._manager is None:
+            require(*PACKAGES)
             with isolate_rng():
                 self._manager = find_tasks(self.tasks, self._include_path)
 

@@ -47,7 +47,7 @@ class HuggingFaceCheckpoint(Callback):
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | None = None, submodule: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.submodule = submodule
-        self._tokenizer_files: dict[str, bytes] | None = None
+        self._tokenizer_files: dict[str, str | bytes] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -135,9 +135,17 @@ def _architecture(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def _files_of(part: Any) -> dict[str, bytes]:
-    """The files that ``part.save_pretrained`` writes."""
+def _files_of(part: Any) -> dict[str, str | bytes]:
+    """The files that ``part.save_pretrained`` writes: text, or bytes where they are no text."""
     with TemporaryDirectory() as folder:
         part.save_pretrained(folder)
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        return {path.relative_to(folder).as_posix(): _read(path) for path in paths}
+
+
+def _read(path: Path) -> str | bytes:
+    contents = path.read_bytes()
+    try:
+        return contents.decode("utf-8")
+    except UnicodeDecodeError:
+        return contents

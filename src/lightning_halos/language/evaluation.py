@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 
-_PACKAGES = ("transformers", "datasets", "lm_eval", "accelerate")
+PACKAGES = ("transformers", "datasets", "lm_eval", "accelerate")
 _NEEDS_NETWORK = (
     "What is not in a local folder comes from the Hugging Face hub, which needs the network, or a copy in the hub's"
     " cache (HF_HOME) from an earlier run."
@@ -86,10 +86,13 @@ def evaluate(
         ValueError: If an argument is wrong, or there is no such task.
     """
     names = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
-    require(*_PACKAGES)
-    manager = find_tasks(names, include_path)
-    with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {})) as lm:
-        return run_tasks(lm, names, manager, limit, num_fewshot, bootstrap_iters, seed) | {"model_name": _name(model)}
+    require(*PACKAGES)
+    language_model = _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {}))
+    with isolate_rng():
+        manager = find_tasks(names, include_path)
+        with language_model as lm:
+            results = run_tasks(lm, names, manager, limit, num_fewshot, bootstrap_iters, seed)
+    return results | {"model_name": _name(model)}
 
 
 def check_arguments(

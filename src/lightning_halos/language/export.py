@@ -115,9 +115,8 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} cannot be read, or contains more than tensors and plain values:"
-            f" {str(error).splitlines()[0]} If you trust the file, allow that: --no-weights-only"
-            " (weights_only=False in Python)."
+            f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file, allow"
+            " that: --no-weights-only (weights_only=False in Python)."
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
@@ -127,21 +126,21 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _written(files: Mapping[str, bytes]) -> Iterator[str]:
+def _written(files: Mapping[str, str | bytes]) -> Iterator[str]:
     """A temporary folder with these files."""
     with TemporaryDirectory() as folder:
         _write_files(files, Path(folder))
         yield folder
 
 
-def _write_files(files: Mapping[str, bytes], folder: Path) -> None:
+def _write_files(files: Mapping[str, str | bytes], folder: Path) -> None:
     root = folder.resolve()
     for name, contents in files.items():
         path = (root / name).resolve()
         if not path.is_relative_to(root):
             raise ValueError(f"The checkpoint contains a file {name!r} that would lie outside of {folder}.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(contents)
+        path.write_bytes(contents.encode("utf-8") if isinstance(contents, str) else contents)
 
 
 def _make_model(config: str, architecture: str | None) -> Any:

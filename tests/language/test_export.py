@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoXForCausalLM
+
+from lightning_halos import HuggingFaceCheckpoint
+from lightning_halos.cli import main
+from lightning_halos.language.export import export_checkpoint
+from lightning_halos.language.models import find_language_model
+from tests.language.models import VOCABULARY, LanguageModule, config, loader
+
+TOKENS = torch.arange(3 * 32).reshape(3, 32) % VOCABULARY
+
+
+def save(module: pl.LightningModule, folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> Path:
+    """Trains a little and saves a checkpoint."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, enable_model_summary=False, callbacks=list(callbacks), **quiet, **kwargs
+    )
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(input_ids=TOKENS).logits
+    return result
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_exported_model_computes_what_the_trained_one_does(tmp_path: Path, tied: bool) -> None:
+    module = LanguageModule(tied)
+    checkpoint = save(module, tmp_path, HuggingFaceCheckpoint())
+    loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, tmp_path / "out"))
+    assert type(loaded) is GPTNeoXForCausalLM
+    assert torch.equal(logits(loaded), logits(module.lm))
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+def test_the_folder_has_everything_that_a_model_on_the_hub_has(tmp_path: Path, tokenizer: str) -> None:
+    module = LanguageModule()
+    module.lm.generation_config = GenerationConfig(max_new_tokens=7, do_sample=True, temperature=0.5)
+    checkpoint = save(module, tmp_path, HuggingFaceCheckpoint(tokenizer), gradient_clip_val=0.25)
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    with safe_open(out / "model.safetensors", framework="pt") as weights:
+        assert torch.equal(weights.get_tensor("gpt_neox.embed_in.weight"), module.lm.gpt_neox.embed_in.weight)
+    text = "def main() -> None:"
+    assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(tokenizer)(text)
+    generation = GenerationConfig.from_pretrained(out)
+    assert (generation.max_new_tokens, generation.do_sample, generation.temperature) == (7, True, 0.5)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for row in (
+        "| Architecture | GPTNeoXForCausalLM |",
+        "| Global steps | 2 |",
+        "| Gradient clipping | 0.25 |",
+        "| Optimizer | AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01",
+    ):
+        assert row in card
+
+
+def test_the_checkpoint_stays_one_that_needs_no_pickled_code(tmp_path: Path, tokenizer: str) -> None:
+    checkpoint = save(LanguageModule(), tmp_path, HuggingFaceCheckpoint(tokenizer))
+    contents = torch.load(checkpoint, weights_only=True)
+    assert contents["hugging_face"]["submodule"] == "lm"
+    assert "tokenizer.json" in contents["hugging_face"]["tokenizer_files"]
+
+
+def test_weights_keep_their_dtype(tmp_path: Path) -> None:
+    module = LanguageModule()
+    checkpoint = save(module, tmp_path, HuggingFaceCheckpoint(), precision="bf16-true")
+    loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, tmp_path / "out"), dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, module.lm.state_dict()[name].bfloat16())
+
+
+def test_names_that_compiling_changes_are_put_right(tmp_path: Path) -> None:
+    module = LanguageModule()
+    expected = logits(module.lm)
+    module.lm = torch.compile(module.lm)  # nothing is compiled before it is called
+    assert find_language_model(module)[0] == "lm._orig_mod"
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[HuggingFaceCheckpoint()]
+    )
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+    loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "compiled.ckpt", tmp_path / "out"))
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_without_the_callback_a_configuration_is_asked_for_and_enough(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = LanguageModule()
+    checkpoint = save(module, tmp_path)
+    command = ["export", str(checkpoint), str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "HuggingFaceCheckpoint" in (error := capsys.readouterr().err)
+    assert "--config" in error
+    config().save_pretrained(tmp_path / "config")
+    assert main([*command, "--config", str(tmp_path / "config"), "--tokenizer", tokenizer]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(module.lm))
+    config(width=32).save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="of another shape"):
+        export_checkpoint(checkpoint, tmp_path / "other", config=tmp_path / "config")
+
+
+def test_one_of_several_models_is_named(tmp_path: Path) -> None:
+    class Distilling(LanguageModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = GPTNeoXForCausalLM(config()).requires_grad_(False)
+
+    with pytest.raises(ValueError, match="2 models of transformers: lm, teacher"):
+        save(Distilling(), tmp_path, HuggingFaceCheckpoint())
+    module = Distilling()
+    checkpoint = save(module, tmp_path, HuggingFaceCheckpoint(submodule="teacher"))
+    loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(module.teacher))
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        export_checkpoint(tmp_path / "nothing.ckpt", tmp_path / "out")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt"):
+        export_checkpoint(tmp_path / "text.ckpt", tmp_path / "out")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="no state_dict"):
+        export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")
+    torch.save({"state_dict": {}, "hyper_parameters": LanguageModule}, tmp_path / "code.ckpt")
+    with pytest.raises(ValueError, match="weights_only=False"):
+        export_checkpoint(tmp_path / "code.ckpt", tmp_path / "out")
+
+
+def test_a_checkpoint_writes_into_its_folder_alone(tmp_path: Path) -> None:
+    checkpoint = save(LanguageModule(), tmp_path, HuggingFaceCheckpoint())
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["hugging_face"]["tokenizer_files"] = {"../outside": ""}
+    torch.save(contents, checkpoint)
+    with pytest.raises(ValueError, match="outside of"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "outside").exists()
