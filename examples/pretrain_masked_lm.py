@@ -63,12 +63,7 @@ def loaders(tokenizer: transformers.PreTrainedTokenizerBase, batch_size: int) ->
 
 
 class MaskedLM(L.LightningModule):
-    """A model that predicts masked tokens.
-
-    Args:
-        model: Predicts the tokens.
-        lr: The peak learning rate, reached after a tenth of the training steps.
-    """
+    """Trains a model of transformers to predict masked tokens, with ``lr`` as the peak of the learning rate."""
 
     def __init__(self, model: transformers.PreTrainedModel, lr: float = 3e-3) -> None:
         super().__init__()
@@ -113,7 +108,10 @@ def main() -> None:
     L.seed_everything(0)
     tokenizer = get_tokenizer(args.tokenizer)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.ModernBertConfig(len(tokenizer), max_position_embeddings=CONTEXT, pad_token_id=0, **size)
+    special = {"pad_token_id": 0, **dict.fromkeys(["bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"])}
+    config = transformers.ModernBertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **size, **special
+    )
     model = MaskedLM(transformers.ModernBertForMaskedLM(config))
     # As in train_char_lm.py: a run of a few hundred steps wants frequent exchanges and little momentum.
     halos = HalosStrategy(
