@@ -3,7 +3,7 @@
 The model's own weights are frozen. Only the adapters are trained, and only they travel, to the servers and between
 regions; the script ends with how many bytes that were. It needs ``pip install "lightning-halos[lm]"``::
 
-    python examples/finetune_lora.py --model EleutherAI/pythia-70m --accelerator gpu
+    python examples/finetune_lora.py --model EleutherAI/pythia-70m --lr 5e-4 --accelerator gpu
 
 Without ``--model`` nothing is downloaded: a small GPT-NeoX with random weights and bytes as tokens shows the same::
 
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,7 +50,7 @@ class LoraTuner(L.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", self.lm(input_ids=batch[0], labels=batch[0]).loss, prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
@@ -101,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, or a name on the Hugging Face Hub such as EleutherAI/pythia-70m")
     parser.add_argument("--rank", type=int, default=8, help="the rank of the adapters")
+    parser.add_argument("--lr", type=float, default=5e-3, help="the peak learning rate")
     parser.add_argument("--strategy", default="halos", help="halos, ddp, auto or another of Lightning's")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--devices", type=int, default=4, help="the number of workers")
@@ -116,7 +116,7 @@ def main() -> None:
     L.seed_everything(0)
     language_model, encode = load_model(args.model)
     train, val = standard_library(encode, context=64)
-    model = LoraTuner(language_model, args.rank)
+    model = LoraTuner(language_model, args.rank, args.lr)
     # As in train_char_lm.py: a run of a few hundred steps wants frequent exchanges and little momentum.
     halos = HalosStrategy(
         regions=args.regions,

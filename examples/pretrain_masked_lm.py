@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="halos", help="halos, ddp, auto or another of Lightning's")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--devices", type=int, default=4, help="the number of workers")
+    parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers over")
     parser.add_argument("--max-steps", type=int, default=600)
     parser.add_argument("--val-every", type=int, default=100, help="the steps between validations")
     parser.add_argument("--batch-size", type=int, default=16, help="the windows of text in the batch of a worker")
@@ -115,7 +116,7 @@ def main() -> None:
     model = MaskedLM(transformers.ModernBertForMaskedLM(config))
     # As in train_char_lm.py: a run of a few hundred steps wants frequent exchanges and little momentum.
     halos = HalosStrategy(
-        regions=2,
+        regions=args.regions,
         local_steps=4,
         accumulate_updates=4,
         merge_weight=0.5,
