@@ -66,7 +66,7 @@ def main() -> None:
     text = Path(sysconfig.get_path("stdlib")) / "*.py"
     limit = [] if args.limit is None else ["--limit", args.limit]
 
-    run("lightning-halos", "prepare-data", text, "--output", tokens, "--train-tokenizer", 1024, "--context", 128)
+    run("lightning-halos", "prepare-data", text, "--output", tokens, "--train-tokenizer", 4096, "--context", 64)
     run(
         *("python", EXAMPLES / "pretrain_pythia.py", "fit", "--config", EXAMPLES / "pythia/tiny.yaml"),
         *("--data.prefix", tokens, "--trainer.logger.init_args.save_dir", logs, "--trainer.max_steps", args.max_steps),
