@@ -22,6 +22,7 @@ bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and 
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/plan_scale.py
+	$(BIN)/python benchmarks/tokens.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,14 +1,15 @@
 """Does reading tokens keep up? Gigabytes a second of a corpus in Megatron's format, from the page cache.
 
-    reading    batches of the corpus, shuffled, gathered in one process: what a DataLoader worker does besides collating
-    loader     the same through a DataLoader with 2 workers, as uint16, which is how a data module hands them to the device
+    reading    batches of the corpus, shuffled, read and collated in one process, per second of processor time: what a
+               DataLoader worker does besides handing them over
+    loader     the same through a DataLoader with 2 workers, as uint16, which is how a data module hands them over
     ready      the same DataLoader over tensors that are in memory already: what it costs to hand batches over
     int64      the DataLoader of `loader`, with tokens that become int64 before they are handed over
     copying    2 processes that copy as many bytes in memory
 
-Bytes are those of the file (uint16). Rounds of all measurements alternate, and each counts with its best, since what else
-the machine does only slows. Exits with 1 if `loader` is below 1 GB/s and also below 0.8 of `ready`, which is then the limit.
-Run: python benchmarks/tokens.py
+Bytes are those of the file (uint16). Rounds of all measurements alternate, and each counts with its best, since what
+else the machine does only slows. Exits with 1 if `loader` is below 1 GB/s and also below 0.8 of `ready`, which is then
+the limit. Run: python benchmarks/tokens.py
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_halos.data import IndexedTokens, IndexedTokensWriter
 
@@ -37,7 +38,7 @@ GIGABYTE = 1e9
 
 
 class Ready(Dataset[Tensor]):
-    """A batch's worth of sequences, for any indices."""
+    """A sequence in memory, for any index."""
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences
@@ -50,22 +51,25 @@ class Ready(Dataset[Tensor]):
         return [self.row] * len(indices)
 
 
-def through_loader(dataset: Any, order: list[int], batch_size: int) -> float:
-    """Seconds for all batches, without those to start the workers."""
+def through_loader(dataset: Any, order: list[int], batch_size: int) -> Callable[[], float]:
+    """Returns what takes the seconds for all batches, with workers that stay."""
     loader = DataLoader(dataset, batch_size, sampler=order, num_workers=WORKERS, persistent_workers=True)
-    for _ in loader:
-        pass
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - start
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        return time.perf_counter() - start
+
+    return measure
 
 
 def reading(tokens: IndexedTokens, order: list[int], batch_size: int) -> float:
-    start = time.perf_counter()
+    """Processor seconds to read and collate all batches in this process."""
+    start = time.process_time()
     for first in range(0, len(order), batch_size):
-        tokens.__getitems__(order[first : first + batch_size])
-    return time.perf_counter() - start
+        default_collate(tokens.__getitems__(order[first : first + batch_size]))
+    return time.process_time() - start
 
 
 def copying(size: int) -> float:
@@ -75,6 +79,7 @@ def copying(size: int) -> float:
 
 
 def copy(size: int) -> float:
+    """Seconds in which a process copies so many bytes."""
     block = 1 << 20
     source, target = np.ones(64 * block, np.uint8), np.empty(block, np.uint8)
     start = time.perf_counter()
@@ -87,9 +92,9 @@ def copy(size: int) -> float:
 def main() -> int:
     """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=1 << 16, help="of 2049 tokens (default: 65536)")
+    parser.add_argument("--sequences", type=int, default=1 << 14, help="of 2049 tokens (default: 16384)")
     parser.add_argument("--batch-size", type=int, default=256, help="sequences in a batch (default: 256)")
-    parser.add_argument("--rounds", type=int, default=7, help="of all measurements (default: 7)")
+    parser.add_argument("--rounds", type=int, default=40, help="of all measurements (default: 40)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,9 +108,9 @@ def main() -> int:
         size, batch_size = len(stored) * (CONTEXT + 1) * stored.dtype.itemsize, arguments.batch_size
         measurements: dict[str, Callable[[], float]] = {
             "reading": lambda: reading(stored, order, batch_size),
-            "loader": lambda: through_loader(stored, order, batch_size),
-            "ready": lambda: through_loader(Ready(len(order)), order, batch_size),
-            "int64": lambda: through_loader(IndexedTokens(prefix, CONTEXT), order, batch_size),
+            "loader": through_loader(stored, order, batch_size),
+            "ready": through_loader(Ready(len(order)), order, batch_size),
+            "int64": through_loader(IndexedTokens(prefix, CONTEXT), order, batch_size),
             "copying": lambda: copying(size),
         }
         seconds: dict[str, list[float]] = {name: [] for name in measurements}

@@ -152,7 +152,11 @@ class TestShards:
         write(prefix, documents())
         whole = [sequence.tolist() for sequence in IndexedTokens(prefix, CONTEXT)]
         shard(prefix, sizes, len(sizes) + (not named_by_their_last))
-        assert [sequence.tolist() for sequence in IndexedTokens(prefix, CONTEXT)] == whole
+        tokens = IndexedTokens(prefix, CONTEXT)
+        assert [sequence.tolist() for sequence in tokens] == whole
+        backwards = list(range(len(whole)))[::-1]
+        (batch,) = DataLoader(tokens, batch_size=len(whole), sampler=backwards)
+        assert batch.tolist() == whole[::-1]
 
     @pytest.mark.parametrize("missing", [0, 1, 2])
     def test_a_missing_one_is_named_or_missed(self, prefix: Path, missing: int) -> None:

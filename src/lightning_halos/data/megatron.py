@@ -118,7 +118,8 @@ class IndexedTokens(Dataset[Tensor]):
         if shards.min() == shards.max():  # as most are: a copy less
             begins, data = firsts - self._starts[shards[0]], self._shards[shards[0]]
             if begins.max() + size <= len(data):
-                return sliding_window_view(data, size)[begins]
+                whole: NDArray[np.uint8] = sliding_window_view(data, size)[begins]
+                return whole
         read = np.empty((len(firsts), size), np.uint8)
         for shard in np.unique(shards):
             chosen = np.flatnonzero(shards == shard)
@@ -286,8 +287,9 @@ def _read_index(prefix: Path) -> _Index:
         raise ValueError(f"{path} holds no sequence.")
     dtype = _DTYPES[code]
     sizes = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
-    shortest, longest = min(int(chunk.min()) for chunk in _chunks(sizes)), max(int(c.max()) for c in _chunks(sizes))
-    tokens = sum(int(chunk.sum(dtype=np.int64)) for chunk in _chunks(sizes))
+    looks = [(int(chunk.min()), int(chunk.max()), int(chunk.sum(dtype=np.int64))) for chunk in _chunks(sizes)]
+    least, most, sums = zip(*looks, strict=True)
+    shortest, longest, tokens = min(least), max(most), sum(sums)
     begins = np.memmap(path, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,))
     end = int(begins[-1]) + int(sizes[-1]) * dtype.itemsize
     if shortest < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:

@@ -61,7 +61,7 @@ class PackedStream(IterableDataset[Tensor]):
         self._documents: Any = distributed.split_dataset_by_node(documents, rank, world_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if get_worker_info() is not None:  # a forked process, and the tokenizer's threads may have run before the fork
+        if get_worker_info() is not None:  # one of several processes already, and maybe forked from one with threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         texts = self._corpus.documents(self._documents)
         kept = (text for text in texts if not self._leave_out or digest(text) not in self._leave_out)
