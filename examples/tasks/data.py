@@ -1,9 +1,16 @@
-"""Reads the questions of the local tasks from the files beside this one, from whatever folder lm-eval is run."""
+"""Reads the questions of the local tasks from the files beside this one, from whatever folder lm-eval is run.
+
+How a question becomes requests is said by lm-eval's own functions for the benchmarks.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
+from lm_eval.tasks.hellaswag.utils import process_docs
+from lm_eval.tasks.winogrande.preprocess_winogrande import doc_to_choice, doc_to_target, doc_to_text
+
+__all__ = ["doc_to_choice", "doc_to_target", "doc_to_text", "load", "process_docs"]
 
 
 def load(files: dict[str, str], subject: str | None = None, **_: Any) -> DatasetDict:

@@ -115,8 +115,8 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file, allow"
-            " that: --no-weights-only (weights_only=False in Python)."
+            f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file,"
+            " allow that: --no-weights-only (weights_only=False in Python)."
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
