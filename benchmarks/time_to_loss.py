@@ -180,8 +180,9 @@ class LossCurve(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
         seconds = strategy.virtual_seconds  # the end of rank 0's present round: servers are read then
-        if isinstance(strategy, (DilocoStrategy, SyncSGDStrategy)) and strategy.history:
-            seconds = strategy.history[-1].time / 1e3  # nothing has happened since: do not blame them for a round
+        if isinstance(strategy, (DilocoStrategy, SyncSGDStrategy)):
+            # Nothing has happened since the last event: do not blame them for a round.
+            seconds = strategy.history[-1].time / 1e3 if strategy.history else 0.0
         with self.path.open("a") as file:
             print(json.dumps([trainer.global_step, seconds, trainer.callback_metrics["val_loss"].item()]), file=file)
 
