@@ -21,8 +21,8 @@ def global_server(model=(0.0, 0.0), optimizer=plain_sgd, **options):
     return GlobalServer(torch.tensor(model), optimizer, **options)
 
 
-def push(*values, worker=0, version=0, steps=8):
-    return Push(worker, version, steps, batches=steps, seconds=1.0, vector=torch.tensor(values))
+def push(*values, worker=0, version=0, steps=8, number=0):
+    return Push(worker, version, steps, batches=steps, seconds=1.0, vector=torch.tensor(values), number=number)
 
 
 def update(*values, server=0, version=0, steps=16, final=False):
@@ -281,6 +281,56 @@ def test_all_finite_is_exact(dtype):
             assert not all_finite(bad)
 
 
+class TestRepetition:
+    """See also test_properties.py."""
+
+    def test_a_push_that_comes_again_is_answered_with_the_present_model_and_not_applied(self, caplog):
+        server = local_server(k=9)
+        server.receive(push(1.0, 0.0, number=1))
+        server.receive(push(1.0, 0.0, worker=7, number=1))  # another worker counts for itself
+        model, sent = server.receive(push(1.0, 0.0, number=1))
+        assert model.tolist() == server.model.tolist() == [-2, 0]
+        assert (server.version, sent) == (2, None)
+        assert "Update 1 of worker 0 came again." in caplog.text
+        assert server.flush().steps == 2 * 8
+
+    def test_pushes_without_a_number_are_all_new(self):
+        server = local_server(k=9)
+        for _ in range(3):
+            server.receive(push(1.0, 0.0))
+        assert server.version == 3
+
+    def test_the_answer_to_an_earlier_exchange_is_not_merged(self):
+        server, center = local_server(k=1, alpha=1.0), global_server(servers=2)
+        replies = []
+        for value in (1.0, 2.0):
+            _, sent = server.receive(push(value, 0.0))
+            replies.append(center.receive(sent))
+            server.merge(replies[0])
+        assert server.merges == 1
+        assert server.exchanging
+        server.merge(replies[1])
+        assert server.merges == 2
+
+
+class TestState:
+    """See also test_properties.py, where servers restart from their state at any moment."""
+
+    def test_of_a_server_of_another_model_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"a server of 3 elements of torch.float32, but this server's model has 2 of"
+        ):
+            global_server().load_state_dict(global_server((0.0, 0.0, 0.0)).state_dict())
+
+    def test_of_a_flushed_server_says_so(self):
+        flushed, server = local_server(k=1), local_server(k=1)
+        flushed.receive(push(1.0, 0.0))
+        flushed.flush()
+        server.load_state_dict(flushed.state_dict())
+        server.merge(answer(5.0, 5.0))
+        assert server.model.tolist() == [-1, 0]
+
+
 class TestBuffers:
     """Two parameters, then two buffers."""
 
@@ -310,6 +360,7 @@ class TestBuffers:
 
     def test_merge_like_parameters(self):
         server = local_server((0.0, 0.0, 10.0, 20.0), k=1, alpha=0.25, shapes=self.shapes)
+        server.receive(push(0.0, 0.0, 10.0, 20.0))
         server.merge(answer(0.0, 4.0, 14.0, 20.0))
         assert server.model.tolist() == [0, 1, 11, 20]
 

@@ -49,6 +49,15 @@ def test_a_push_says_whose_it_is_what_it_started_from_and_how_long_the_worker_wa
     assert push.vector is vector
 
 
+def test_rounds_are_numbered_from_1():
+    round_ = WorkerRound(0, local_steps=1)
+    numbers = []
+    for _ in range(3):
+        numbers.append(round_.push(None).number)
+        round_.receive(pull(), waited=0.0)
+    assert numbers == [1, 2, 3]
+
+
 def test_the_next_round_starts_from_nothing():
     round_ = WorkerRound(0, local_steps=1)
     round_.compute(steps=1, seconds=1.0)

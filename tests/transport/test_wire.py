@@ -11,12 +11,12 @@ from lightning_halos.transport import wire
 
 VECTOR = torch.arange(3.0)
 MESSAGES = [
-    messages.Push(3, 17, 8, 7, 1.5, 0.25, True, True, VECTOR),
+    messages.Push(3, 17, 8, 7, 1.5, 0.25, True, True, VECTOR, 12),
     messages.Push(0, 0, 0, 0, 0.0),
     messages.Pull(17, 8, 40, True, [(0, 1.5), (1, -2.0)], {"val_loss": 0.5}, VECTOR),
     messages.Pull(0, 1, 0, False),
-    messages.RegionUpdate(2, 5, 256, True, True, VECTOR),
-    messages.GlobalModel(6, True, True, 100, VECTOR),
+    messages.RegionUpdate(2, 5, 256, True, True, VECTOR, 3),
+    messages.GlobalModel(6, True, True, 100, VECTOR, 3),
     messages.Progress(1, 8, 3.5, True, {"updates": 3, "compute_share": {"0": 0.75}}),
     messages.Status(1000, 4.25, True, [(0, 1.5)], {"val_loss": 0.5}, 24),
     messages.LeaseRequest(12),

@@ -3,6 +3,9 @@
 Rules of this room: plain data, no behaviour. A message has at most one tensor, ``vector``; every other field can be
 written as JSON, so that no pickle ever crosses a link.
 
+Links keep the order of messages. A sender that cannot know whether a message arrived may send it again: a :class:`Push`
+and a :class:`RegionUpdate` have a number, so that a server applies each once, and answers it as often as it comes.
+
 A ``vector`` is the flat form of what travels of a model (see :mod:`lightning_halos.core.vector`): first the trainable
 parameters, then the averaged buffers. Whoever sends a vector gives it away: the receiver may write into it, and the
 servers do, to answer without a second copy.
@@ -31,6 +34,7 @@ class Push:
         final: Whether the worker takes part in no further round.
         vector: The pseudo-gradient (start minus end), then the worker's buffers. ``None`` if there was no local step
             since the last push.
+        number: Which of the worker's rounds this is, from 1; 0 if rounds are not numbered, and each push is new.
     """
 
     worker: int
@@ -42,6 +46,7 @@ class Push:
     stop: bool = False
     final: bool = False
     vector: Tensor | None = None
+    number: int = 0
 
 
 @dataclass
@@ -79,6 +84,7 @@ class RegionUpdate:
         final: Whether this is the local server's last update.
         stop: Of a final update: whether one of the server's workers asked for the whole run to stop.
         vector: The accumulated update (model at the last merge minus model now), then the local server's buffers.
+        number: Which of the local server's updates this is, from 1; 0 if they are not numbered, and each is new.
     """
 
     server: int
@@ -87,6 +93,7 @@ class RegionUpdate:
     final: bool = False
     stop: bool = False
     vector: Tensor | None = None
+    number: int = 0
 
 
 @dataclass
@@ -99,6 +106,7 @@ class GlobalModel:
         stopped: Of a final model: whether somebody asked for the run to stop.
         position: Of a final model: global steps of the whole run.
         vector: The global model.
+        number: The number of the update that this answers.
     """
 
     version: int
@@ -106,6 +114,7 @@ class GlobalModel:
     stopped: bool = False
     position: int = 0
     vector: Tensor | None = None
+    number: int = 0
 
 
 @dataclass

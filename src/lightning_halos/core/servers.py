@@ -2,14 +2,17 @@
 
 Rules of this room: a server takes one message and returns the messages that answer it. It does not know who carries
 them, when, or whether the world is real. It owns its model and nobody else writes to it. What would poison the model is
-dropped, counted and warned about; the sender goes on from the server's model.
+dropped, counted and warned about; the sender goes on from the server's model. What comes again is answered again, and
+never applied twice.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +58,7 @@ class ParameterServer:
         self.version = 0
         self.rejected = 0
         self.staleness = 0
+        self._received: dict[int, int] = {}
         self._sizes = [shape.numel() for shape in shapes]
         self._num_parameters = sum(self._sizes)
         self.senders = senders
@@ -79,6 +83,45 @@ class ParameterServer:
         if vector.shape != self.model.shape:
             return f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
         return None if finite else "it has NaN or infinite values"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that an equal server needs to go on as this one would: tensors, numbers and dicts of them.
+
+        The tensors are this server's own: copy them before it receives anything.
+        """
+        return {
+            "model": self.model,
+            "version": self.version,
+            "rejected": self.rejected,
+            "staleness": self.staleness,
+            "received": dict(self._received),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on as the server of a :meth:`state_dict` would have. Keeps no tensor of it.
+
+        Raises:
+            ValueError: If it is that of a server of another model.
+        """
+        model = state["model"]
+        if model.shape != self.model.shape or model.dtype != self.model.dtype:
+            raise ValueError(
+                f"The state is that of a server of {model.numel()} elements of {model.dtype}, but this server's model"
+                f" has {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
+            )
+        self.model.copy_(model)
+        self.version, self.rejected, self.staleness = state["version"], state["rejected"], state["staleness"]
+        self._received = dict(state["received"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+    def _is_new(self, number: int, sender: int, name: str) -> bool:
+        """Takes note of the number of a sender's update. Returns whether it comes for the first time."""
+        if 0 < number <= self._received.get(sender, 0):
+            log.warning("Update %d of %s came again. It is answered again, but not applied twice.", number, name)
+            return False
+        self._received[sender] = number
+        return True
 
     def _count(self, fault: str | None, version: int, sender: str) -> bool:
         """Counts an update, which started from a version of the model. Returns whether it is to be applied."""
@@ -164,11 +207,12 @@ class LocalServer(ParameterServer):
         self.exchanging = False
         self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
         self._merge_weight = merge_weight
-        # What this server has said or been told: the model as it was last sent or merged.
-        self._base = torch.zeros_like(model) if accumulate_updates is None else model.clone()
+        # What this server has said or been told: the model as it was last sent or merged. None after the flush.
+        self._base: Tensor | None = torch.zeros_like(model) if accumulate_updates is None else model.clone()
         self._merged_at = 0
         self._steps = 0
         self._global_version = 0
+        self._number = 0
 
     def receive(self, push: Push) -> tuple[Tensor | None, RegionUpdate | None]:
         """Applies a push.
@@ -182,11 +226,10 @@ class LocalServer(ParameterServer):
         """
         if push.vector is None:
             return None, None
-        fault = self.fault(push.vector)
-        answer = self.accept(push, fault)
-        return answer, self.apply(push, fault, answer)
+        answer, is_good = self.accept(push, self.fault(push.vector))
+        return answer, self.apply(push, is_good, answer)
 
-    def accept(self, push: Push, fault: str | None) -> Tensor:
+    def accept(self, push: Push, fault: str | None) -> tuple[Tensor, bool]:
         """Counts a push that :meth:`apply` applies: from here on ``version`` is that of the answer.
 
         Args:
@@ -194,27 +237,29 @@ class LocalServer(ParameterServer):
             fault: The :meth:`fault` of its vector.
 
         Returns:
-            The memory for the answer.
+            The memory for the answer, and whether the push is to be applied: it is new and would not poison the model.
         """
         assert push.vector is not None
-        self._steps += push.steps
-        self._count(fault, push.version, f"worker {push.worker}")
-        return self._memory(push.vector)
+        is_good = False
+        if self._is_new(push.number, push.worker, name := f"worker {push.worker}"):
+            self._steps += push.steps
+            is_good = self._count(fault, push.version, name)
+        return self._memory(push.vector), is_good
 
-    def apply(self, push: Push, fault: str | None, answer: Tensor, reach: Reach = nobody) -> RegionUpdate | None:
-        """Applies a push, unless it would poison the model, and answers it.
+    def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> RegionUpdate | None:
+        """Applies a push, if it is to be applied, and answers it.
 
         Args:
             push: The push.
-            fault: The :meth:`fault` of its vector.
-            answer: What :meth:`accept` returned. It becomes the model for the worker to go on from.
+            is_good: Whether it is to be applied, as :meth:`accept` said.
+            answer: The memory that :meth:`accept` returned. It becomes the model for the worker to go on from.
             reach: Told how much of the answer is done.
 
         Returns:
             What to send to the global server, if anything.
         """
         assert push.vector is not None
-        self._apply(push.vector, fault is None, answer, reach)
+        self._apply(push.vector, is_good, answer, reach)
         if self.exchanging or self.version - self._merged_at < self._accumulate_updates:
             return None
         self.exchanging = True
@@ -223,11 +268,13 @@ class LocalServer(ParameterServer):
         return update
 
     def merge(self, reply: GlobalModel) -> None:
-        """Merges the global model that came back.
+        """Merges the global model that came back, unless what is unanswered is nothing, something else, or the last.
 
         Args:
             reply: The global server's answer to what :meth:`receive` returned. Its vector is not kept.
         """
+        if self._base is None or not self.exchanging or reply.number not in (0, self._number):
+            return
         assert reply.vector is not None
         self.exchanging = False
         self.model.lerp_(reply.vector, self._merge_weight)
@@ -239,7 +286,8 @@ class LocalServer(ParameterServer):
     def flush(self, stop: bool = False) -> RegionUpdate:
         """Returns what the global server does not have yet: the last that this server does.
 
-        Nothing is lost if the last exchange is still unanswered: then it is what was added since that was sent.
+        Nothing is lost if the last exchange is still unanswered: then it is what was added since that was sent. The
+        answer to that is not merged any more.
 
         Args:
             stop: Whether one of the workers asked for the whole run to stop.
@@ -248,13 +296,33 @@ class LocalServer(ParameterServer):
         update.final, update.stop = True, stop
         return update
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "merges": self.merges,
+            "exchanging": self.exchanging,
+            "base": self._base,
+            "merged_at": self._merged_at,
+            "steps": self._steps,
+            "global_version": self._global_version,
+            "number": self._number,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.merges, self.exchanging = state["merges"], state["exchanging"]
+        self._base = None if state["base"] is None else state["base"].clone()
+        self._merged_at, self._steps = state["merged_at"], state["steps"]
+        self._global_version, self._number = state["global_version"], state["number"]
+
     def _take(self) -> RegionUpdate:
         """Returns what has accumulated, in the memory of what it is counted from."""
-        vector = self._base.sub_(self.model)
+        assert self._base is not None
+        vector, self._base = self._base.sub_(self.model), None
         vector[self._num_parameters :] = self.model[self._num_parameters :]
-        del self._base
         steps, self._steps = self._steps, 0
-        return RegionUpdate(self.index, self._global_version, steps, vector=vector)
+        self._number += 1
+        return RegionUpdate(self.index, self._global_version, steps, vector=vector, number=self._number)
 
 
 class GlobalServer(ParameterServer):
@@ -300,15 +368,23 @@ class GlobalServer(ParameterServer):
             The global model, for the region to merge.
         """
         assert update.vector is not None
-        self.steps += update.steps
-        if update.final:
-            self._flushed.add(update.server)
-        sender = f"the local server {update.server}"
-        is_empty = update.final and update.steps == 0 and not self._from_nothing
-        is_good = not is_empty and self._count(self.fault(update.vector), update.version, sender)
+        is_good = False
+        if self._is_new(update.number, update.server, name := f"the local server {update.server}"):
+            self.steps += update.steps
+            if update.final:
+                self._flushed.add(update.server)
+            is_empty = update.final and update.steps == 0 and not self._from_nothing
+            is_good = not is_empty and self._count(self.fault(update.vector), update.version, name)
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)
-        return GlobalModel(self.version, vector=answer)
+        return GlobalModel(self.version, vector=answer, number=update.number)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "flushed": sorted(self._flushed)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.steps, self._flushed = state["steps"], set(state["flushed"])
 
 
 class SynchronousServer(ParameterServer):

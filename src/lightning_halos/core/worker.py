@@ -24,6 +24,7 @@ class WorkerRound:
         stopped: Whether the servers said that the run is over.
         rate: Global steps per batch of this worker in the round before; 1 in the first round.
         total_steps: Local steps that this worker has pushed.
+        number: Rounds that this worker has pushed.
     """
 
     def __init__(self, worker: int, local_steps: int, position: int = 0) -> None:
@@ -33,6 +34,7 @@ class WorkerRound:
         self.stopped = False
         self.rate = 1.0
         self.total_steps = 0
+        self.number = 0
         self._local_steps = local_steps
         self._version = 0
         self._steps = 0
@@ -74,8 +76,18 @@ class WorkerRound:
             final: Take part in no further round.
         """
         self.total_steps += self._steps
+        self.number += 1
         return Push(
-            self.worker, self._version, self._steps, self.batches, self._seconds, self._waited, stop, final, vector
+            worker=self.worker,
+            version=self._version,
+            steps=self._steps,
+            batches=self.batches,
+            seconds=self._seconds,
+            waited=self._waited,
+            stop=stop,
+            final=final,
+            vector=vector,
+            number=self.number,
         )
 
     def receive(self, pull: Pull, waited: float) -> None:

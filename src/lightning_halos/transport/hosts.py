@@ -270,8 +270,8 @@ class RegionHost:
             if not push.final:
                 self._workers[rank].post(self._pull(rank))
             return None
-        answer = self.server.accept(push, fault)
-        if fault is None:
+        answer, is_good = self.server.accept(push, fault)
+        if is_good:
             self._staleness_sum += self.server.staleness
             self._staleness_max = max(self._staleness_max, self.server.staleness)
         with Filling(answer) as filling:
@@ -279,7 +279,7 @@ class RegionHost:
                 pull = self._pull(rank)
                 pull.vector = answer
                 self._workers[rank].post(pull, filling, sent=lambda: self._slot.give_back(vector))
-            update = self.server.apply(push, fault, answer, filling.reach)
+            update = self.server.apply(push, is_good, answer, filling.reach)
         if push.final:
             self._slot.give_back(vector)
         return update

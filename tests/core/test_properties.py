@@ -1,0 +1,406 @@
+"""What holds for every topology and every order of messages, though messages are lost and repeated and servers restart.
+
+The network of this test keeps the order of what a sender sends, as links do, but loses messages and brings them again,
+however late; a sender without an answer sends again. Servers restart from their own state. Beside the real servers run
+plain ones, in lists of Python's floats, which get every update exactly once: they have to agree at every moment.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lightning_halos.core.cursor import DataCursor, LeaseStock
+from lightning_halos.core.messages import GlobalModel, Pull, Push, RegionUpdate
+from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.schedule import RoundPlanner, StepBudget
+from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.core.worker import WorkerRound
+
+START = [1.0, -2.0, 10.0]  # two parameters and a buffer
+SHAPES = [torch.Size([2])]
+LOCAL_STEPS = 4
+somewhere = st.integers(0, 10_000)  # which of those that there are
+
+
+class PlainServer:
+    """A server in plain arithmetic: Delayed Nesterov as its docstring has it, and the mean of the buffers."""
+
+    def __init__(self, start: list[float], senders: int, lr: float, momentum: float, delay: int) -> None:
+        self.model, self.senders, self.version = list(start), senders, 0
+        self.lr, self.beta, self.d = lr, momentum, delay
+        self.m, self.delta = [0.0, 0.0], [0.0, 0.0]
+
+    def apply(self, update: list[float]) -> None:
+        self.version += 1
+        lr, beta, d, p, g = self.lr, self.beta, self.d, self.model, update
+        for i in range(2):
+            self.delta[i] += g[i]
+            if self.version % d:
+                p[i] -= lr * g[i]
+            else:
+                self.m[i] = beta * self.m[i] + self.delta[i] / d
+                p[i] -= lr * d * (beta * self.m[i] + g[i] / d)
+                self.delta[i] = 0.0
+        p[2] += (g[2] - p[2]) / self.senders
+
+
+class PlainLocalServer(PlainServer):
+    """Accumulation and merge in plain arithmetic."""
+
+    def __init__(self, start: list[float], k: int | None, alpha: float, **options: Any) -> None:
+        super().__init__(start, **options)
+        self.base = [0.0] * 3 if k is None else list(start)
+        self.k, self.alpha, self.merged_at = k, alpha, 0
+        self.steps = self.sent = 0
+        self.exchanging = False
+
+    def wants_to_send(self) -> bool:
+        return self.k is not None and not self.exchanging and self.version - self.merged_at >= self.k
+
+    def take(self) -> tuple[list[float], int]:
+        accumulated = [self.base[0] - self.model[0], self.base[1] - self.model[1], self.model[2]]
+        self.base, steps, self.steps = list(self.model), self.steps, 0
+        self.sent += 1
+        return accumulated, steps
+
+    def merge(self, model: list[float]) -> None:
+        self.model = [(1 - self.alpha) * mine + self.alpha * its for mine, its in zip(self.model, model, strict=True)]
+        self.base, self.merged_at, self.exchanging = list(self.model), self.version, False
+
+
+Sender = tuple[str, int]
+"""``("worker", rank)`` or ``("server", index)``."""
+
+
+@dataclass
+class Wire:
+    """What one sender sends. It keeps the order, but every message may be lost and repeated.
+
+    Attributes:
+        sent: All messages so far, in their order.
+        arrived: How many of them came at least once.
+        answered: How many of them the sender has an answer to.
+        copies: Indices of what is on its way.
+    """
+
+    sent: list[Push | RegionUpdate] = field(default_factory=list)
+    arrived: int = 0
+    answered: int = 0
+    copies: list[int] = field(default_factory=list)
+
+    @property
+    def waits(self) -> bool:
+        return self.answered < len(self.sent)
+
+    @property
+    def deliverable(self) -> list[int]:
+        return [index for index in self.copies if index <= self.arrived]
+
+    def send(self, message: Push | RegionUpdate) -> None:
+        self.copies.append(len(self.sent))
+        self.sent.append(message)
+
+    def deliver(self, index: int) -> tuple[Push | RegionUpdate, bool]:
+        """Returns a copy of a message, and whether it comes for the first time."""
+        self.copies.remove(index)
+        is_first = index == self.arrived
+        self.arrived += is_first
+        return copy.deepcopy(self.sent[index]), is_first
+
+
+@dataclass
+class Answer:
+    """An answer on its way, and the plain server's model when it was given."""
+
+    to: Sender
+    number: int
+    message: Pull | GlobalModel
+    plain: list[float]
+
+
+class Network(RuleBasedStateMachine):
+    """Workers, local servers and the global server, and everything that can happen between them."""
+
+    @initialize(
+        groups=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        k=st.integers(1, 4),
+        alpha=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+        momenta=st.tuples(*[st.sampled_from([0.0, 0.5])] * 2),
+        delays=st.tuples(*[st.integers(1, 3)] * 2),
+        max_steps=st.none() | st.integers(1, 30),
+        only_one=st.booleans(),
+    )
+    def build(self, groups, k, alpha, momenta, delays, max_steps, only_one) -> None:
+        only_one = only_one and len(groups) == 1  # Async-Local-SGD
+        self.only_one, k, workers = only_one, None if only_one else k, sum(groups)
+        local = {"lr": 0.5, "momentum": momenta[0], "delay": delays[0]}
+        above = (
+            {"lr": 1.0, "momentum": 0.0, "delay": 1}
+            if only_one
+            else {"lr": 0.25, "momentum": momenta[1], "delay": delays[1]}
+        )
+        self.make_local = lambda index: LocalServer(
+            index,
+            torch.tensor(START, dtype=torch.float64),
+            partial(DelayedNesterov, **local),
+            k,
+            alpha,
+            SHAPES,
+            groups[index],
+        )
+        self.make_global = lambda: GlobalServer(
+            torch.tensor(START, dtype=torch.float64),
+            partial(DelayedNesterov, **above),
+            SHAPES,
+            len(groups),
+            from_nothing=only_one,
+        )
+        self.servers = [self.make_local(index) for index in range(len(groups))]
+        self.center = self.make_global()
+        self.plain = [PlainLocalServer(START, k, alpha, senders=group, **local) for group in groups]
+        self.plain_center = PlainServer([0.0] * 3 if only_one else START, len(groups), **above)
+        self.home = [index for index, group in enumerate(groups) for _ in range(group)]
+        self.budget, self.ordered = StepBudget(workers, max_steps), max_steps
+        self.planner = RoundPlanner(LOCAL_STEPS, True, workers, max_steps)
+        self.rounds = [WorkerRound(rank, self.planner.local_steps(rank, 0)) for rank in range(workers)]
+        self.present = [{w for w in range(workers) if self.home[w] == index} for index in range(len(groups))]
+        self.good, self.bad = [0] * len(groups), [0] * len(groups)
+        self.wires: dict[Sender, Wire] = {("worker", rank): Wire() for rank in range(workers)}
+        self.wires |= {("server", index): Wire() for index in range(len(groups))}
+        self.answers: list[Answer] = []
+
+    # ------------------------------------------------------------------ what can happen
+
+    @rule(which=somewhere, values=st.tuples(*[st.integers(-8, 8)] * 3), seconds=st.integers(1, 4), chance=somewhere)
+    def a_worker_finishes_a_round(self, which, values, seconds, chance) -> None:
+        idle = [w for group in self.present for w in group if not self.wires["worker", w].waits]
+        if not idle:
+            return
+        worker = idle[which % len(idle)]
+        round_, is_bad, is_last = self.rounds[worker], chance % 8 == 0, chance % 16 == 1
+        if round_.stopped:
+            self._leave(worker)
+            return
+        while not round_.over:
+            round_.compute(steps=1, seconds=seconds)
+        vector = torch.tensor([float("nan") if is_bad else values[0], *values[1:]], dtype=torch.float64)
+        self.wires["worker", worker].send(round_.push(vector, final=is_last))
+
+    @rule(which=somewhere)
+    def a_message_arrives(self, which) -> None:
+        if possible := [(wire, index) for wire in self.wires.values() for index in wire.deliverable]:
+            self._arrive(*possible[which % len(possible)])
+
+    @rule(which=somewhere)
+    def an_answer_arrives(self, which) -> None:
+        if self.answers:
+            self._take_answer(self.answers.pop(which % len(self.answers)))
+
+    @rule(which=somewhere)
+    def a_message_is_sent_again(self, which) -> None:
+        if sent := [(wire, index) for wire in self.wires.values() for index in range(len(wire.sent))]:
+            wire, index = sent[which % len(sent)]
+            wire.copies.append(index)
+
+    @rule(which=somewhere)
+    def an_answer_comes_twice(self, which) -> None:
+        if self.answers:
+            self.answers.append(copy.deepcopy(self.answers[which % len(self.answers)]))
+
+    @rule(which=somewhere)
+    def something_is_lost(self, which) -> None:
+        if places := [place for place in (*(wire.copies for wire in self.wires.values()), self.answers) if place]:
+            place = places[which % len(places)]
+            place.pop(which % len(place))
+
+    @rule(which=somewhere)
+    def a_local_server_restarts(self, which) -> None:
+        index = which % len(self.servers)
+        state = _through_a_file(self.servers[index].state_dict())
+        self.servers[index] = self.make_local(index)
+        self.servers[index].load_state_dict(state)
+
+    @rule()
+    def the_global_server_restarts(self) -> None:
+        state = _through_a_file(self.center.state_dict())
+        self.center = self.make_global()
+        self.center.load_state_dict(state)
+
+    # ------------------------------------------------------------------ what holds at every moment
+
+    @invariant()
+    def no_update_is_lost_or_applied_twice(self) -> None:
+        for server, plain, good, bad in zip(self.servers, self.plain, self.good, self.bad, strict=True):
+            assert (server.version, server.rejected) == (good, bad)
+            assert server.model.tolist() == pytest.approx(plain.model)
+        assert self.center.version == self.plain_center.version
+        assert self.center.model.tolist() == pytest.approx(self.plain_center.model)
+
+    @invariant()
+    def steps_are_conserved(self) -> None:
+        arrived = on_their_way = 0
+        for (kind, _), wire in self.wires.items():
+            if kind == "worker":
+                arrived += sum(push.steps for push in wire.sent[: wire.arrived])
+            else:
+                on_their_way += sum(update.steps for update in wire.sent[wire.arrived :])
+        kept = sum(server.state_dict()["steps"] for server in self.servers)
+        assert self.center.steps + on_their_way + kept == self.budget.total == arrived
+
+    @invariant()
+    def the_budget_is_kept(self) -> None:
+        if self.ordered is not None:
+            assert self.budget.total <= len(self.rounds) * (self.ordered + LOCAL_STEPS)
+            assert self.budget.position <= self.ordered
+
+    # ------------------------------------------------------------------ and in the end
+
+    def teardown(self) -> None:
+        if not hasattr(self, "rounds"):
+            return
+        for worker, index in enumerate(self.home):
+            self._send_until_answered(("worker", worker))
+            if worker in self.present[index]:
+                self._leave(worker)
+        for index in range(len(self.servers)):
+            self._send_until_answered(("server", index))
+        self.no_update_is_lost_or_applied_twice()
+        self.steps_are_conserved()
+        assert self.center.finished
+        assert self.center.steps == sum(round_.total_steps for round_ in self.rounds)
+
+    # ------------------------------------------------------------------ how
+
+    def _send_until_answered(self, sender: Sender) -> None:
+        wire = self.wires[sender]
+        while wire.waits:
+            wire.copies.append(wire.answered)
+            self._arrive(wire, wire.answered)
+            self._take_answer(self.answers.pop())
+
+    def _arrive(self, wire: Wire, index: int) -> None:
+        message, is_first = wire.deliver(index)
+        if isinstance(message, Push):
+            self._push(message, is_first)
+        else:
+            self._update(message, is_first)
+
+    def _push(self, push: Push, is_first: bool) -> None:
+        index, values = self.home[push.worker], push.vector.tolist()
+        server, plain = self.servers[index], self.plain[index]
+        is_good = bool(push.vector.isfinite().all())
+        vector, update = server.receive(push)
+        if is_first:
+            self.budget.total += push.steps
+            self.planner.measure(push.worker, push.batches, push.seconds)
+            plain.steps += push.steps
+            self.good[index] += is_good
+            self.bad[index] += not is_good
+            if is_good:
+                plain.apply(values)
+        assert vector.tolist() == pytest.approx(plain.model)
+        assert (update is not None) == (is_first and plain.wants_to_send())
+        if update is not None:
+            plain.exchanging = True
+            self._send(index, update)
+        local_steps = self.planner.local_steps(push.worker, self.budget.total)
+        pull = Pull(server.version, local_steps, self.budget.position, self.budget.exhausted, vector=vector)
+        self.answers.append(Answer(("worker", push.worker), push.number, pull, plain.model))
+        if push.final and is_first:
+            self._leave(push.worker)
+
+    def _leave(self, worker: int) -> None:
+        index = self.home[worker]
+        self.present[index].remove(worker)
+        if not self.present[index]:
+            self._send(index, self.servers[index].flush())
+
+    def _send(self, index: int, update: RegionUpdate) -> None:
+        accumulated, steps = self.plain[index].take()
+        assert update.vector.tolist() == pytest.approx(accumulated)
+        assert update.steps == steps
+        self.wires["server", index].send(update)
+
+    def _update(self, update: RegionUpdate, is_first: bool) -> None:
+        values, plain = update.vector.tolist(), self.plain_center
+        reply = self.center.receive(update)
+        if is_first and (update.steps or not update.final or self.only_one):
+            plain.apply(values)
+        assert reply.vector.tolist() == pytest.approx(plain.model)
+        self.answers.append(Answer(("server", update.server), update.number, reply, list(plain.model)))
+
+    def _take_answer(self, answer: Answer) -> None:
+        (_, who), wire = answer.to, self.wires[answer.to]
+        is_awaited = answer.number == wire.answered + 1
+        if isinstance(answer.message, GlobalModel):
+            server, plain = self.servers[who], self.plain[who]
+            merges = server.merges
+            server.merge(answer.message)
+            is_merged = is_awaited and plain.exchanging and bool(self.present[who])
+            assert server.merges == merges + is_merged
+            if is_merged:
+                plain.merge(answer.plain)
+        elif is_awaited:
+            self.rounds[who].receive(answer.message, waited=0.0)
+        wire.answered = max(wire.answered, answer.number)
+
+
+def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a state that was written and read without unpickling anything but tensors and plain values."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+TestNetwork = Network.TestCase
+TestNetwork.settings = settings(max_examples=80, stateful_step_count=50)
+
+
+@given(
+    steps_per_epoch=st.integers(1, 12),
+    epochs=st.integers(1, 3),
+    first=st.integers(0, 15),
+    ahead=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    order=st.lists(st.tuples(st.booleans(), somewhere, st.integers(1, 6)), max_size=60),
+)
+def test_all_data_is_leased_once_whoever_asks_when(steps_per_epoch, epochs, first, ahead, order) -> None:
+    cursor, stocks = DataCursor(steps_per_epoch, epochs, first), [LeaseStock(steps) for steps in ahead]
+    granted: list[tuple[int, Any]] = []  # on their way to the stocks
+    leased, ended = [], set()
+
+    def settle(index: int) -> None:
+        for worker, lease in stocks[index].serve():
+            ended.update([] if lease else [worker])
+            leased.extend((lease.epoch, lease.first + step) for step in range(lease.steps if lease else 0))
+        if steps := stocks[index].order():
+            granted.append((index, cursor.take(steps, sharers=len(stocks))))
+
+    def arrive(which: int) -> None:
+        index, lease = granted.pop(which % len(granted))
+        stocks[index].add(lease)
+        settle(index)
+
+    for is_question, which, steps in order:
+        if is_question:
+            stocks[which % len(stocks)].ask(which % len(stocks), steps)
+            settle(which % len(stocks))
+        elif granted:
+            arrive(which)
+    while len(ended) < len(stocks):
+        for index in set(range(len(stocks))) - ended:
+            stocks[index].ask(index, 1)
+            settle(index)
+        while granted:
+            arrive(0)
+    assert sorted(leased) == [divmod(step, steps_per_epoch) for step in range(first, epochs * steps_per_epoch)]
