@@ -25,6 +25,8 @@ from lightning_halos.core.settings import default_global_optimizer, default_loca
         ({"accumulate_updates": -1}, "accumulate_updates=-1 must be a whole number of at least 1"),
         ({"merge_weight": 1.5}, r"merge_weight=1.5 must be a number from 0 .* to 1"),
         ({"merge_weight": float("nan")}, "merge_weight=nan must be a number from 0"),
+        ({"max_norm_ratio": 1}, r"max_norm_ratio=1 must be None \(no limit\) or a number above 1, such as 10"),
+        ({"max_norm_ratio": "10"}, "max_norm_ratio='10' must be None"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"timeout": "long"}, "timeout='long' must be a positive number of seconds"),
         ({"start_method": "forkserver"}, "start_method='forkserver' must be one of"),

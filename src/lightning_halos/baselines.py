@@ -40,6 +40,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
         optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
             0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
+        max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
         start_method: As in :class:`~lightning_halos.HalosStrategy`.
         timeout: As in :class:`~lightning_halos.HalosStrategy`.
         simulate: As in :class:`~lightning_halos.HalosStrategy`.
@@ -56,6 +57,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         local_steps: int = 32,
         dynamic_local_steps: bool = True,
         optimizer: OptimizerFactory | None = None,
+        max_norm_ratio: float | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         simulate: SimulatedCluster | str | None = None,
@@ -64,6 +66,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         super().__init__(
             local_steps=local_steps,
             dynamic_local_steps=dynamic_local_steps,
+            max_norm_ratio=max_norm_ratio,
             start_method=start_method,
             timeout=timeout,
             simulate=simulate,
@@ -83,6 +86,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
             self._settings.dynamic_local_steps,
             local_optimizer=self._optimizer or default_one_server_optimizer(len(workers)),
             one_server=True,
+            max_norm_ratio=self._settings.max_norm_ratio,
         )
         return Topology.build([workers], servers_per_region=1)
 

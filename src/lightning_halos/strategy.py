@@ -81,6 +81,9 @@ class HalosStrategy(ParallelStrategy):
             rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server.
         global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
             local servers, momentum 0.5, and a delay of half the local servers.
+        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 that its
+            local server got, once it got 16. Default: ``None``, no limit. Pushes with NaN or infinite values are
+            always dropped.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
             1800 seconds for each other, since rank 0 may validate then.
@@ -113,6 +116,7 @@ class HalosStrategy(ParallelStrategy):
         merge_weight: float = 0.25,
         local_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        max_norm_ratio: float | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         simulate: SimulatedCluster | str | None = None,
@@ -131,7 +135,13 @@ class HalosStrategy(ParallelStrategy):
         if start_method not in get_args(StartMethod):
             raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
         self._settings = Settings(
-            local_steps, dynamic_local_steps, accumulate_updates, merge_weight, local_optimizer, global_optimizer
+            local_steps,
+            dynamic_local_steps,
+            accumulate_updates,
+            merge_weight,
+            local_optimizer,
+            global_optimizer,
+            max_norm_ratio=max_norm_ratio,
         )
         if isinstance(simulate, str):
             simulate = SimulatedCluster.from_yaml(simulate)

@@ -32,7 +32,7 @@ class Model(L.LightningModule):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         self.batches += 1
         time.sleep(0.02)
-        if self.global_rank == rank and self.batches == 30:
+        if self.global_rank == rank and (self.batches == 30 or (self.batches > 30 and fault == "huge")):
             self.misbehave()
         return self.layer(batch[0]).square().mean()
 
@@ -40,9 +40,9 @@ class Model(L.LightningModule):
         (folder / "fault").touch()
         if fault == "raise":
             raise ValueError("a mistake in the user's code")
-        if fault == "nan":
+        if fault in ("nan", "huge"):
             with torch.no_grad():
-                self.layer.weight.fill_(float("nan"))
+                self.layer.weight.fill_({"nan": float("nan"), "huge": 1e6}[fault])
         elif fault != "none":
             os.kill(os.getpid(), getattr(signal, fault))
 
@@ -52,12 +52,19 @@ class Model(L.LightningModule):
 
 if __name__ == "__main__":
     timeout = 15 if fault == "SIGSTOP" else 120
-    strategy = HalosStrategy(regions=2, accumulate_updates=2, timeout=timeout, start_method=start_method)
+    strategy = HalosStrategy(
+        regions=2,
+        local_steps=2 if fault == "huge" else 8,
+        accumulate_updates=2,
+        max_norm_ratio=10 if fault == "huge" else None,
+        timeout=timeout,
+        start_method=start_method,
+    )
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=4,
-        max_steps=60 if fault == "nan" else 100_000,
+        max_steps=60 if fault in ("nan", "huge") else 100_000,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -65,5 +72,5 @@ if __name__ == "__main__":
     )
     model = Model()
     trainer.fit(model, DataLoader(TensorDataset(torch.randn(4096, 8)), batch_size=4))
-    is_finite = bool(torch.isfinite(model.layer.weight).all())
-    print(f"END {trainer.global_rank} {trainer.global_step} {is_finite}", flush=True)
+    is_sound = bool((model.layer.weight.abs() < 100).all())
+    print(f"END {trainer.global_rank} {trainer.global_step} {is_sound}", flush=True)

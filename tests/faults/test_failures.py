@@ -135,11 +135,18 @@ def test_sigterm_to_one_process_ends_all(start, rank: int) -> None:
     run.wait_until_all_ended(since=run.wait_for_fault())
 
 
-def test_an_update_with_nan_is_dropped_with_a_warning_and_the_run_goes_on(start) -> None:
-    run = start("popen", 1, "nan")
+@pytest.mark.parametrize(
+    ("fault", "warning"),
+    [
+        ("nan", "The update of rank 1 (region 0) was dropped: it has NaN or infinite values."),
+        ("huge", "The last 3 updates of rank 1 (region 0) were all dropped, this one because its norm of "),
+    ],
+)
+def test_a_poisonous_update_is_dropped_with_a_warning_and_the_run_goes_on(start, fault: str, warning: str) -> None:
+    run = start("popen", 1, fault)
     run.wait_for_fault()
-    assert run.process.wait(60) == 0
-    assert "The update of worker 1 was dropped: it has NaN or infinite values." in run.text
+    assert run.process.wait(90) == 0
+    assert warning in run.text
     assert sorted(line for line in run.text.splitlines() if line.startswith("END")) == [
         f"END {rank} 60 True" for rank in range(4)
     ]

@@ -25,6 +25,7 @@ class HalosMonitor(Callback):
     ``halos/staleness_max``            the largest so far
     ``halos/updates``                  pushes that local servers applied
     ``halos/rejected``                 pushes that local servers dropped
+    ``halos/rejected/rank_0``          of each worker, once there were any
     ``halos/merges``                   global models that local servers merged
     ``halos/global_updates``           region updates that the global server applied
     ``halos/bytes_within_regions``     bytes between workers and servers, inside regions
@@ -63,6 +64,7 @@ class HalosMonitor(Callback):
         quiet["halos/staleness_max"] = float(max(s["staleness_max"] for s in statistics))
         quiet["halos/global_updates"] = float(strategy.servers.version)
         for server in statistics:
+            quiet |= {f"halos/rejected/rank_{rank}": float(count) for rank, count in server["rejected_of"].items()}
             quiet |= {f"halos/compute_share/rank_{rank}": share for rank, share in server["compute_share"].items()}
         pl_module.log_dict(shown, prog_bar=True, rank_zero_only=True)
         pl_module.log_dict(quiet, rank_zero_only=True)

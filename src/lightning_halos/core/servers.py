@@ -12,7 +12,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.outliers import NormLimit
 from lightning_halos.core.vector import PART, Reach, nobody
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,20 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 # Optimizers that treat every parameter by itself and leave those without a gradient alone: a step may be made portion
 # by portion. Others may look at all parameters at once.
 _BY_PARAMETER = (DelayedNesterov, torch.optim.SGD)
+
+_REPEATED = 3  # updates of one sender that are dropped in a row before it is named, and again after 6, 12, ...
+
+
+class Finding(NamedTuple):
+    """What a look at an update has found.
+
+    Attributes:
+        fault: What is wrong with it whatever came before, ``None`` if nothing is.
+        norm: Euclidean norm of its parameters' part.
+    """
+
+    fault: str | None
+    norm: float
 
 
 class ParameterServer:
@@ -41,24 +56,33 @@ class ParameterServer:
         shapes: Shapes of the parameters in ``model``; default: one flat parameter and no buffers. What is behind them
             are buffers.
         senders: How many senders the server has; each one's buffers enter the server's with the weight ``1 / senders``.
+        max_norm_ratio: Drop an update whose norm is more than this many times the median of the last ones; see
+            :class:`~lightning_halos.core.outliers.NormLimit`. ``None``: there is no such limit.
 
     Attributes:
         model: The model now.
         version: Updates applied so far.
-        rejected: Updates dropped so far.
+        rejections: Updates dropped so far, by sender.
         staleness: Of the last applied update: versions between the model that it started from and its arrival.
         senders: How many senders the server has.
     """
 
     def __init__(
-        self, model: Tensor, optimizer: OptimizerFactory, shapes: Sequence[torch.Size] | None = None, senders: int = 1
+        self,
+        model: Tensor,
+        optimizer: OptimizerFactory,
+        shapes: Sequence[torch.Size] | None = None,
+        senders: int = 1,
+        max_norm_ratio: float | None = None,
     ) -> None:
         shapes = [model.shape] if shapes is None else shapes
         self.model = model
         self.version = 0
-        self.rejected = 0
+        self.rejections: dict[int, int] = {}
         self.staleness = 0
         self._received: dict[int, int] = {}
+        self._dropped_in_a_row: dict[int, int] = {}
+        self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
         self._num_parameters = sum(self._sizes)
         self.senders = senders
@@ -67,22 +91,31 @@ class ParameterServer:
         self._optimizer = optimizer(self._parameters)
         self._portions = _portions(self._sizes) if type(self._optimizer) in _BY_PARAMETER else [slice(len(self._sizes))]
 
-    def fault(self, vector: Tensor, filled: Iterable[int] | None = None) -> str | None:
-        """Returns what is wrong with an update, ``None`` if it is good. Reads nothing that an update changes.
+    @property
+    def rejected(self) -> int:
+        """Updates dropped so far."""
+        return sum(self.rejections.values())
+
+    def inspect(self, vector: Tensor, filled: Iterable[int] | None = None) -> Finding:
+        """Looks at an update, in one pass over its memory. Reads nothing that an update changes.
 
         Args:
             vector: The update.
             filled: Says again and again how many elements of it are there, while it arrives. Default: they all are.
         """
-        there, finite = 0, True
+        there, finite, norm, end = 0, True, 0.0, self._num_parameters
         for stop in [vector.numel()] if filled is None else filled:
-            finite = all_finite(vector[there:stop]) and finite
-            there = stop
-        if vector.dtype != self.model.dtype:
-            return f"its dtype is {vector.dtype}, the model's is {self.model.dtype}"
+            parameters, buffers = vector[there : min(stop, end)], vector[max(there, end) : stop]
+            part = norm_of(parameters)
+            # Squares overflow before the values do.
+            finite = (math.isfinite(part) or all_finite(parameters)) and all_finite(buffers) and finite
+            norm, there = math.hypot(norm, part), stop
+        fault = None if finite else "it has NaN or infinite values"
         if vector.shape != self.model.shape:
-            return f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
-        return None if finite else "it has NaN or infinite values"
+            fault = f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
+        if vector.dtype != self.model.dtype:
+            fault = f"its dtype is {vector.dtype}, the model's is {self.model.dtype}"
+        return Finding(fault, norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that an equal server needs to go on as this one would: tensors, numbers and dicts of them.
@@ -92,9 +125,11 @@ class ParameterServer:
         return {
             "model": self.model,
             "version": self.version,
-            "rejected": self.rejected,
+            "rejections": dict(self.rejections),
             "staleness": self.staleness,
             "received": dict(self._received),
+            "dropped_in_a_row": dict(self._dropped_in_a_row),
+            "norms": [] if self._norm_limit is None else list(self._norm_limit.norms),
             "optimizer": self._optimizer.state_dict(),
         }
 
@@ -111,8 +146,11 @@ class ParameterServer:
                 f" has {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
             )
         self.model.copy_(model)
-        self.version, self.rejected, self.staleness = state["version"], state["rejected"], state["staleness"]
-        self._received = dict(state["received"])
+        self.version, self.staleness = state["version"], state["staleness"]
+        self.rejections, self._received = dict(state["rejections"]), dict(state["received"])
+        self._dropped_in_a_row = dict(state["dropped_in_a_row"])
+        if self._norm_limit is not None:
+            self._norm_limit.load(state["norms"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     def _is_new(self, number: int, sender: int, name: str) -> bool:
@@ -123,19 +161,35 @@ class ParameterServer:
         self._received[sender] = number
         return True
 
-    def _count(self, fault: str | None, version: int, sender: str) -> bool:
+    def _count(self, finding: Finding, version: int, sender: int, name: str) -> bool:
         """Counts an update, which started from a version of the model. Returns whether it is to be applied."""
+        fault = finding.fault
+        if fault is None and self._norm_limit is not None:
+            fault = self._norm_limit.fault(finding.norm)
         if fault is None:
             self.staleness = self.version - version
             self.version += 1
+            self._dropped_in_a_row.pop(sender, None)
             return True
-        self.rejected += 1
-        log.warning(
-            "The update of %s was dropped: %s. It goes on from the server's model (%d dropped so far).",
-            sender,
-            fault,
-            self.rejected,
-        )
+        self.rejections[sender] = self.rejections.get(sender, 0) + 1
+        in_a_row = self._dropped_in_a_row[sender] = self._dropped_in_a_row.get(sender, 0) + 1
+        repeats, rest = divmod(in_a_row, _REPEATED)
+        if in_a_row < _REPEATED:
+            log.warning(
+                "The update of %s was dropped: %s. It goes on from the server's model (%d dropped so far).",
+                name,
+                fault,
+                self.rejected,
+            )
+        elif not rest and repeats.bit_count() == 1:
+            log.warning(
+                "The last %d updates of %s were all dropped, this one because %s. Its steps count, but nothing that it"
+                " computes enters the model. Look at its loss, its data and its device; clip gradients or lower the"
+                " learning rate; or take it out of the run.",
+                in_a_row,
+                name,
+                fault,
+            )
         return False
 
     def _memory(self, vector: Tensor) -> Tensor:
@@ -185,6 +239,8 @@ class LocalServer(ParameterServer):
         merge_weight: Weight of the global model in a merge (``alpha``).
         shapes: Shapes of the parameters in ``model``.
         workers: Number of workers of this server.
+        max_norm_ratio: See :class:`ParameterServer`.
+        describe: Names a worker of a global rank in warnings.
 
     Attributes:
         merges: Global models merged so far.
@@ -200,9 +256,12 @@ class LocalServer(ParameterServer):
         merge_weight: float,
         shapes: Sequence[torch.Size] | None = None,
         workers: int = 1,
+        max_norm_ratio: float | None = None,
+        describe: Callable[[int], str] = "worker {}".format,
     ) -> None:
-        super().__init__(model, optimizer, shapes, senders=workers)
+        super().__init__(model, optimizer, shapes, workers, max_norm_ratio)
         self.index = index
+        self._describe = describe
         self.merges = 0
         self.exchanging = False
         self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
@@ -226,24 +285,24 @@ class LocalServer(ParameterServer):
         """
         if push.vector is None:
             return None, None
-        answer, is_good = self.accept(push, self.fault(push.vector))
+        answer, is_good = self.accept(push, self.inspect(push.vector))
         return answer, self.apply(push, is_good, answer)
 
-    def accept(self, push: Push, fault: str | None) -> tuple[Tensor, bool]:
+    def accept(self, push: Push, finding: Finding) -> tuple[Tensor, bool]:
         """Counts a push that :meth:`apply` applies: from here on ``version`` is that of the answer.
 
         Args:
             push: A finished round, with a vector.
-            fault: The :meth:`fault` of its vector.
+            finding: What :meth:`inspect` found in its vector.
 
         Returns:
             The memory for the answer, and whether the push is to be applied: it is new and would not poison the model.
         """
         assert push.vector is not None
         is_good = False
-        if self._is_new(push.number, push.worker, name := f"worker {push.worker}"):
+        if self._is_new(push.number, push.worker, name := self._describe(push.worker)):
             self._steps += push.steps
-            is_good = self._count(fault, push.version, name)
+            is_good = self._count(finding, push.version, push.worker, name)
         return self._memory(push.vector), is_good
 
     def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> RegionUpdate | None:
@@ -374,7 +433,7 @@ class GlobalServer(ParameterServer):
             if update.final:
                 self._flushed.add(update.server)
             is_empty = update.final and update.steps == 0 and not self._from_nothing
-            is_good = not is_empty and self._count(self.fault(update.vector), update.version, name)
+            is_good = not is_empty and self._count(self.inspect(update.vector), update.version, update.server, name)
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)
         return GlobalModel(self.version, vector=answer, number=update.number)
@@ -406,8 +465,13 @@ class SynchronousServer(ParameterServer):
             mean: The mean of the workers' pseudo-gradients, then that of their buffers. It becomes the model to go on
                 from.
         """
-        is_good = self._count(self.fault(mean), self.version, "all workers together")
+        is_good = self._count(self.inspect(mean), self.version, 0, "all workers together")
         self._apply(mean, is_good, mean)
+
+
+def norm_of(vector: Tensor) -> float:
+    """Euclidean norm of a vector; infinite or NaN if it has such values, or its squares overflow."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in torch.split(vector, PART)))
 
 
 def all_finite(vector: Tensor) -> bool:

@@ -6,7 +6,8 @@ right. Nothing here knows processes or Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ class Settings:
     local_optimizer: OptimizerFactory | None = None
     global_optimizer: OptimizerFactory | None = None
     one_server: bool = False
+    max_norm_ratio: float | None = None
 
     def __post_init__(self) -> None:
         check_count("local_steps", self.local_steps)
@@ -50,6 +52,13 @@ class Settings:
             raise ValueError(
                 f"merge_weight={self.merge_weight!r} must be a number from 0 (ignore the global model) to 1 (take it)."
             )
+        if self.max_norm_ratio is not None and not (
+            _is_number(self.max_norm_ratio) and 1 < self.max_norm_ratio < math.inf
+        ):
+            raise ValueError(
+                f"max_norm_ratio={self.max_norm_ratio!r} must be None (no limit) or a number above 1, such as 10: how"
+                " many times the median norm an update may have."
+            )
         for name in ("local_optimizer", "global_optimizer"):
             factory = getattr(self, name)
             if factory is not None and (isinstance(factory, Optimizer) or not callable(factory)):
@@ -58,7 +67,9 @@ class Settings:
                     " `lambda params: DelayedNesterov(params, lr=0.2)`."
                 )
 
-    def local_server(self, index: int, workers: int, model: Tensor, shapes: Sequence[torch.Size]) -> LocalServer:
+    def local_server(
+        self, index: int, workers: int, model: Tensor, shapes: Sequence[torch.Size], describe: Callable[[int], str]
+    ) -> LocalServer:
         """Makes a local server.
 
         Args:
@@ -66,10 +77,21 @@ class Settings:
             workers: Number of its workers. ``accumulate_updates`` is 8 times that by default.
             model: The initial model, which the server owns from here on.
             shapes: Shapes of the parameters in it.
+            describe: Names a worker of a global rank in warnings.
         """
         optimizer = self.local_optimizer or default_local_optimizer(workers)
         accumulate = None if self.one_server else self.accumulate_updates or 8 * workers
-        return LocalServer(index, model, optimizer, accumulate, self.merge_weight, shapes, workers)
+        return LocalServer(
+            index,
+            model,
+            optimizer,
+            accumulate,
+            self.merge_weight,
+            shapes,
+            workers,
+            self.max_norm_ratio,
+            describe,
+        )
 
     def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer:
         """Makes the global server.

@@ -57,7 +57,8 @@ class WithRegions(Algorithm):
         assert model is not None
         groups, settings = self._topology.groups, self._settings
         regions = [self._region(timing, group.leader) for group in groups]
-        locals_ = [settings.local_server(g.index, len(g.ranks), model.clone(), shapes) for g in groups]
+        describe = self._topology.describe
+        locals_ = [settings.local_server(g.index, len(g.ranks), model.clone(), shapes, describe) for g in groups]
         global_ = None if settings.one_server else settings.global_server(len(groups), model.clone(), shapes)
         return RegionServers(groups, regions, locals_, global_, timing)
 

@@ -169,7 +169,9 @@ class RegionServers(Servers):
             shares = {str(rank): self._shares[rank] for rank in group.ranks if rank in self._shares}
             counted = {name: counter[name] for name in ("staleness_sum", "staleness_max", *_BYTES)}
             own = {"updates": server.version, "rejected": server.rejected, "merges": server.merges}
-            found.append({**own, **counted, "round_seconds": counter["round_ms"] / 1e3, "compute_share": shares})
+            dropped = {str(rank): count for rank, count in server.rejections.items()}
+            of_each = {"rejected_of": dropped, "compute_share": shares}
+            found.append({**own, **counted, "round_seconds": counter["round_ms"] / 1e3, **of_each})
         return found
 
     def _send(self, now: float, index: int, update: RegionUpdate) -> None:

@@ -28,7 +28,7 @@ from lightning_halos.core.messages import (
     Status,
 )
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
-from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.core.servers import Finding, GlobalServer, LocalServer
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Filled, Filling, Link, Slot, whole
 
@@ -243,7 +243,7 @@ class RegionHost:
             self._control.post(LeaseRequest(steps))
 
     def _on_push(self, rank: int, push: Push, filled: Filled) -> None:
-        fault = None if push.vector is None else self.server.fault(push.vector, filled)
+        finding = None if push.vector is None else self.server.inspect(push.vector, filled)
         with self._lock:
             self._asked_to_stop = self._asked_to_stop or push.stop
             self._counted += push.steps
@@ -252,7 +252,7 @@ class RegionHost:
             self._planner.measure(rank, push.batches, push.seconds)
             self._computed[rank] = self._computed.get(rank, 0.0) + push.seconds
             self._waited[rank] = self._waited.get(rank, 0.0) + push.waited
-            update = self._answer(rank, push, fault)
+            update = self._answer(rank, push, finding)
             self._control.post(
                 Progress(self.server.index, push.steps, self._planner.fastest_here, push.stop, self._counters())
             )
@@ -263,14 +263,14 @@ class RegionHost:
                 if len(self._finished) == self._num_workers:
                     self._send(self.server.flush(self._asked_to_stop))
 
-    def _answer(self, rank: int, push: Push, fault: str | None) -> RegionUpdate | None:
+    def _answer(self, rank: int, push: Push, finding: Finding | None) -> RegionUpdate | None:
         """Applies a push. Its answer leaves while it is made."""
         vector = push.vector
-        if vector is None:
+        if vector is None or finding is None:
             if not push.final:
                 self._workers[rank].post(self._pull(rank))
             return None
-        answer, is_good = self.server.accept(push, fault)
+        answer, is_good = self.server.accept(push, finding)
         if is_good:
             self._staleness_sum += self.server.staleness
             self._staleness_max = max(self._staleness_max, self.server.staleness)
@@ -349,6 +349,7 @@ class RegionHost:
         return {
             "updates": self.server.version,
             "rejected": self.server.rejected,
+            "rejected_of": {str(rank): count for rank, count in self.server.rejections.items()},
             "merges": self.server.merges,
             "staleness_sum": self._staleness_sum,
             "staleness_max": self._staleness_max,

@@ -128,7 +128,7 @@ class Process:
         """Starts the local server. Returns this process's own worker's end of a link to it."""
         topology, group = self._topology, self._topology.group_of(self._rank)
         host = RegionHost(
-            settings.local_server(group.index, len(group.ranks), model.clone(), shapes),
+            settings.local_server(group.index, len(group.ranks), model.clone(), shapes, topology.describe),
             settings.planner(budget.workers, budget.max_steps),
             len(group.ranks),
             copy.copy(budget),
