@@ -216,13 +216,9 @@ class Network:
     def restart(self) -> None:
         index = self.draw.randrange(len(self.servers) + 1)
         if index == len(self.servers):
-            state = _through_a_file(self.center.state_dict())
-            self.center = self.make_global()
-            self.center.load_state_dict(state)
+            self.center = _restarted(self.center, self.make_global())
         else:
-            state = _through_a_file(self.servers[index].state_dict())
-            self.servers[index] = self.make_local(index)
-            self.servers[index].load_state_dict(state)
+            self.servers[index] = _restarted(self.servers[index], self.make_local(index))
 
     # ------------------------------------------------------------------ what holds at every moment
 
@@ -358,12 +354,14 @@ class Network:
         wire.answered = max(wire.answered, answer.number)
 
 
-def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    """What is left of a state that was written and read without unpickling anything but tensors and plain values."""
+def _restarted(old: Any, new: Any) -> Any:
+    """A new server in the place of an old one, from what that has left in a file of tensors and plain values."""
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save([old.state_dict(), old.received], file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    state, new.received = torch.load(file, weights_only=True)
+    new.load_state_dict(state)
+    return new
 
 
 @settings(max_examples=60)

@@ -64,6 +64,8 @@ class ParameterServer:
         version: Updates applied so far.
         rejections: Updates dropped so far, by sender.
         staleness: Of the last applied update: versions between the model that it started from and its arrival.
+        received: Number of the last update of each sender. No part of the state: in a run that resumes all senders are
+            new and count from 1. A server that restarts among senders that go on needs it, too.
         senders: How many senders the server has.
     """
 
@@ -80,7 +82,7 @@ class ParameterServer:
         self.version = 0
         self.rejections: dict[int, int] = {}
         self.staleness = 0
-        self._received: dict[int, int] = {}
+        self.received: dict[int, int] = {}
         self._dropped_in_a_row: dict[int, int] = {}
         self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
@@ -127,7 +129,6 @@ class ParameterServer:
             "version": self.version,
             "rejections": dict(self.rejections),
             "staleness": self.staleness,
-            "received": dict(self._received),
             "dropped_in_a_row": dict(self._dropped_in_a_row),
             "norms": [] if self._norm_limit is None else list(self._norm_limit.norms),
             "optimizer": self._optimizer.state_dict(),
@@ -147,7 +148,7 @@ class ParameterServer:
             )
         self.model.copy_(model)
         self.version, self.staleness = state["version"], state["staleness"]
-        self.rejections, self._received = dict(state["rejections"]), dict(state["received"])
+        self.rejections = dict(state["rejections"])
         self._dropped_in_a_row = dict(state["dropped_in_a_row"])
         if self._norm_limit is not None:
             self._norm_limit.load(state["norms"])
@@ -155,10 +156,10 @@ class ParameterServer:
 
     def _is_new(self, number: int, sender: int, name: str) -> bool:
         """Takes note of the number of a sender's update. Returns whether it comes for the first time."""
-        if 0 < number <= self._received.get(sender, 0):
+        if 0 < number <= self.received.get(sender, 0):
             log.warning("Update %d of %s came again. It is answered again, but not applied twice.", number, name)
             return False
-        self._received[sender] = number
+        self.received[sender] = number
         return True
 
     def _count(self, finding: Finding, version: int, sender: int, name: str) -> bool:
