@@ -46,8 +46,9 @@ from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
 from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
-from lightning_halos.transport.groups import Groups, make_group, open_store
+from lightning_halos.transport.groups import Groups, add, make_group, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
@@ -55,7 +56,6 @@ from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
 AnyProcess = Process | SimulatedProcess | LockstepProcess
 StartMethod = Literal["popen", "spawn", "fork"]
 
-_AT_THE_EDGES = 1800.0  # seconds that workers may wait for each other before and after training, at least
 _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 
 
@@ -300,8 +300,9 @@ class HalosStrategy(ParallelStrategy):
         environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
         self._store = open_store(environment.main_address, environment.main_port, rank, size, self._timeout)
         # Rank 0 may validate the final model while the others wait for it.
-        world = make_group(self._store, "world", rank, size, max(self._timeout, _AT_THE_EDGES))
-        self._collectives = Collectives(world, self._check_interrupted)
+        world = make_group(self._store, "world", rank, size, max(self._timeout, AT_THE_EDGES))
+        calls = PrefixStore("calls", self._store)
+        self._collectives = Collectives(world, self._check_interrupted, calls, self._describe)
         if self._cluster is not None:
             everybody = Topology.build([range(size)], servers_per_region=1)
             self._groups = Groups(self._store, everybody, rank, self._timeout)
@@ -350,13 +351,13 @@ class HalosStrategy(ParallelStrategy):
 
     def _make_default_group(self) -> None:
         assert self._store is not None
-        number = int(self._store.add(f"default/{self.global_rank}", 1))
+        number = add(self._store, f"default/{self.global_rank}", 1, self._timeout, self._check_interrupted)
         dist.init_process_group(
             "gloo",
             store=PrefixStore(f"default/{number}", self._store),
             rank=self.global_rank,
             world_size=self.world_size,
-            timeout=timedelta(seconds=max(self._timeout, _AT_THE_EDGES)),
+            timeout=timedelta(seconds=max(self._timeout, AT_THE_EDGES)),
         )
         self._made_default_group = True
 
@@ -651,7 +652,11 @@ class HalosStrategy(ParallelStrategy):
 
     @property
     def _here(self) -> str:
-        return self._topology.describe(self.global_rank)
+        return self._describe(self.global_rank)
+
+    def _describe(self, rank: int) -> str:
+        """Names a worker; without its region as long as nobody knows the regions."""
+        return self._topology.describe(rank) if hasattr(self, "_topology") else f"rank {rank}"
 
     def _check_interrupted(self) -> None:
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None

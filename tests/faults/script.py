@@ -1,7 +1,7 @@
 """A fit of 4 workers in 2 regions in which one rank misbehaves; run by test_failures.py.
 
-Usage: script.py FOLDER START_METHOD RANK FAULT. Every process writes its PID into FOLDER; RANK writes the file "fault"
-right before it misbehaves after a few steps.
+Usage: script.py FOLDER START_METHOD RANK FAULT STRATEGY. Every process writes its PID into FOLDER; RANK writes the file
+"fault" right before it misbehaves after a few steps.
 """
 
 import os
@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_halos import HalosStrategy
+from lightning_halos import DilocoStrategy, HalosStrategy
 
 folder, start_method, rank, fault = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ class Model(L.LightningModule):
 
 
 if __name__ == "__main__":
-    timeout = 15 if fault == "SIGSTOP" else 120
+    timeout = 8 if fault == "SIGSTOP" else 120
     strategy = HalosStrategy(
         regions=2,
         local_steps=2 if fault == "huge" else 8,
@@ -60,6 +60,8 @@ if __name__ == "__main__":
         timeout=timeout,
         start_method=start_method,
     )
+    if sys.argv[5] == "diloco":
+        strategy = DilocoStrategy(local_steps=4, timeout=timeout, start_method=start_method)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",

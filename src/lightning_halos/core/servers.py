@@ -397,7 +397,8 @@ class GlobalServer(ParameterServer):
 
     Attributes:
         steps: Local steps behind all updates, dropped ones included.
-        finished: Whether every local server has sent its last update.
+        flushed: Indices of the local servers that have sent their last update.
+        finished: Whether all have.
     """
 
     def __init__(
@@ -411,11 +412,11 @@ class GlobalServer(ParameterServer):
         super().__init__(torch.zeros_like(model) if from_nothing else model, optimizer, shapes, senders=servers)
         self.steps = 0
         self._from_nothing = from_nothing
-        self._flushed: set[int] = set()
+        self.flushed: set[int] = set()
 
     @property
     def finished(self) -> bool:
-        return len(self._flushed) == self.senders
+        return len(self.flushed) == self.senders
 
     def receive(self, update: RegionUpdate) -> GlobalModel:
         """Applies a region's accumulated update.
@@ -432,7 +433,7 @@ class GlobalServer(ParameterServer):
         if self._is_new(update.number, update.server, name := f"the local server {update.server}"):
             self.steps += update.steps
             if update.final:
-                self._flushed.add(update.server)
+                self.flushed.add(update.server)
             is_empty = update.final and update.steps == 0 and not self._from_nothing
             is_good = not is_empty and self._count(self.inspect(update.vector), update.version, update.server, name)
         answer = self._memory(update.vector)
@@ -440,11 +441,11 @@ class GlobalServer(ParameterServer):
         return GlobalModel(self.version, vector=answer, number=update.number)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self.steps, "flushed": sorted(self._flushed)}
+        return {**super().state_dict(), "steps": self.steps, "flushed": sorted(self.flushed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.steps, self._flushed = state["steps"], set(state["flushed"])
+        self.steps, self.flushed = state["steps"], set(state["flushed"])
 
 
 class SynchronousServer(ParameterServer):

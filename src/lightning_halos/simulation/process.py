@@ -73,7 +73,7 @@ class SimulatedProcess:
         self._rounds: Callable[[], Rounds] = partial(algorithm.rounds, timing, budget.total, min(ordered, data))
         link: Link
         if rank == 0:
-            self.world = World(self._rounds(), algorithm.servers(timing, model, shapes), budget, self.alarm)
+            self.world = World(self._rounds(), algorithm.servers(timing, model, shapes), budget, self.alarm, timeout)
             link = self._connect(self.world, groups, timeout)
         else:
             assert groups.region is not None

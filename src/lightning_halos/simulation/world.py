@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,7 @@ class World:
         servers: The servers of the algorithm.
         budget: The step budget when the run begins.
         alarm: Where failures go.
+        timeout: Seconds that a worker may take for a round.
 
     Attributes:
         history: All that happened so far.
@@ -40,7 +42,7 @@ class World:
         steps: Local steps that all workers had finished then.
     """
 
-    def __init__(self, rounds: Rounds, servers: Servers, budget: StepBudget, alarm: Alarm) -> None:
+    def __init__(self, rounds: Rounds, servers: Servers, budget: StepBudget, alarm: Alarm, timeout: float) -> None:
         self.history: list[Event] = []
         self.virtual_ms = 0.0
         self._rounds = rounds
@@ -48,6 +50,7 @@ class World:
         self._servers.record = self.history.append
         self._budget = budget
         self._alarm = alarm
+        self._timeout = timeout
         self._links: dict[int, Link] = {}
         self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(budget.workers)]
         self._moment = threading.Condition()
@@ -190,13 +193,16 @@ class World:
         with self._moment:
             self._waits_for_rank_0 = worker == 0
             self._moment.notify_all()
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
-                push = self._inboxes[worker].get(timeout=1.0)
+                push = self._inboxes[worker].get(timeout=min(1.0, self._timeout))
                 break
             except queue.Empty:
                 if self._alarm.is_over:
                     raise
+                if time.monotonic() > deadline:
+                    raise self._alarm.lost(self._links[worker].peer, "finish its round", self._timeout) from None
         with self._moment:
             self._waits_for_rank_0 = False
         return push

@@ -15,10 +15,11 @@ import traceback
 
 from lightning_halos.core.messages import Failure
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
-from lightning_halos.transport.link import Link
+from lightning_halos.transport.link import Link, since
 
 _GRACE = 3.0  # seconds in which the peer that failed can print its own traceback first
 _LIMIT = 20.0  # seconds after which a process that does not react is ended
+_MOST = 8  # peers in an error message
 
 
 class Alarm:
@@ -28,12 +29,13 @@ class Alarm:
         here: Who this process is, for the peers' error messages.
 
     Attributes:
+        here: Who this process is.
         links: All links of this process.
     """
 
     def __init__(self, here: str) -> None:
+        self.here = here
         self.links: list[Link] = []
-        self._here = here
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._since = 0.0
@@ -50,7 +52,26 @@ class Alarm:
     def fail(self, error: Exception) -> None:
         """A link lost its peer, or one of this process's servers failed."""
         reason = str(error) if isinstance(error, PeerLostError) else describe(error)
-        self._ring(error, Failure(self._here, reason))
+        self._ring(error, Failure(self.here, reason))
+
+    def lost(self, peer: str, what: str, timeout: float) -> PeerLostError:
+        """Returns the error for a wait that lasted too long. It says of all peers when they were last heard of.
+
+        Args:
+            peer: Who was waited for.
+            what: What for, as in "the peer did not ...".
+            timeout: Seconds that the wait lasted.
+        """
+        heard: dict[str, float | None] = {}
+        for link in self.links:
+            if link.is_remote:
+                heard[link.peer] = max(filter(None, (link.heard, heard.get(link.peer))), default=None)
+        longest_first = sorted(heard.items(), key=lambda item: item[1] or 0.0)
+        told = "; ".join(f"{name} {since(time)}" for name, time in longest_first[:_MOST])
+        return PeerLostError(
+            f"{peer} did not {what} for {timeout:g} s, and {self.here} waited for it (HalosStrategy(timeout=...))."
+            + (f" Last heard of: {told}." if told else "")
+        )
 
     def told(self, failure: Failure) -> None:
         """A peer said that it, or a peer of its, failed."""
@@ -58,7 +79,7 @@ class Alarm:
 
     def raised(self, reason: str) -> None:
         """The main thread of this process failed: the peers are told."""
-        self._ring(None, Failure(self._here, reason))
+        self._ring(None, Failure(self.here, reason))
 
     def off(self) -> None:
         """Ignores failures from here on: the run is over."""
@@ -104,7 +125,7 @@ class Alarm:
             for link in self.links:
                 seconds, what = link.silence(now)
                 if seconds > timeout:
-                    self.fail(PeerLostError(f"{link.peer} did not {what} for {timeout:g} s."))
+                    self.fail(self.lost(link.peer, what, timeout))
 
     def _ring(self, error: Exception | None, failure: Failure) -> None:
         with self._lock:
@@ -123,7 +144,7 @@ class Alarm:
     def _end_process(self) -> None:
         if self._off or hasattr(sys, "ps1"):
             return
-        print(f"{self._here} ends, because it did not react for {_LIMIT:g} s to: {self._error}", file=sys.stderr)
+        print(f"{self.here} ends, because it did not react for {_LIMIT:g} s to: {self._error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 

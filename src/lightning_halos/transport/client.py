@@ -6,7 +6,6 @@ SIGTERM from it.
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +26,12 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.vector import Reach
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Filled, Filling, Link
 
 T = TypeVar("T")
+
+AT_THE_EDGES = 1800.0
+"""Seconds that workers may wait for each other before and after training, at least: rank 0 may validate then."""
 
 
 class WorkerClient:
@@ -72,7 +73,7 @@ class WorkerClient:
         return message, self._filled(message.vector)
 
     def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
-        """Pushes for the last time and waits for the final global model, for as long as the others are alive.
+        """Pushes for the last time and waits for the final global model, for as long as there is news of the others.
 
         Args:
             push: The push.
@@ -82,12 +83,13 @@ class WorkerClient:
             The final model. Its vector arrives while the second value is iterated over.
 
         Raises:
-            PeerLostError: If a peer disappeared or fell silent.
+            PeerLostError: If a peer disappeared or fell silent, or nobody goes on for 1800 seconds at least.
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
-        # Others may take long to finish, or rank 0 to validate. That all of them are alive is watched on every link.
-        while not isinstance(message := self._wait("send the final model", self._inbox, math.inf), GlobalModel):
+        # While others go on there is news again and again. That all of them are alive is watched on every link.
+        patience, what = max(self._timeout, AT_THE_EDGES), "send the final model, or news of others that go on"
+        while not isinstance(message := self._wait(what, self._inbox, patience), GlobalModel):
             assert isinstance(message, Status)
         return message, self._filled(message.vector)
 
@@ -120,7 +122,8 @@ class WorkerClient:
             yield (there := message)
 
     def _wait(self, what: str, inbox: queue.SimpleQueue[T], timeout: float | None = None) -> T:
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        timeout = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + timeout
         while True:
             self._alarm.check()
             self._interrupted()
@@ -129,10 +132,7 @@ class WorkerClient:
             except queue.Empty:
                 pass
             if time.monotonic() > deadline:
-                raise PeerLostError(
-                    f"{self._link.peer} did not {what} within timeout={self._timeout:g} s. Raise HalosStrategy(timeout="
-                    "...) if that can be right."
-                )
+                raise self._alarm.lost(self._link.peer, what, timeout)
 
     def _on_message(self, message: Message, filled: Filled) -> None:
         if isinstance(message, Failure):

@@ -1,20 +1,24 @@
 """Collectives over all workers, for the times when they are in step: before and after the training loop.
 
-Rules of this room: host memory, a time limit for everything, no pickle.
+Rules of this room: host memory, a time limit for everything, no pickle. When a collective fails, those who were waiting
+in it find out who was not.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
 
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import interruptible
+from lightning_halos.transport.link import since
 
 _OPERATIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -24,6 +28,7 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
+_ROLL_CALL = 3.0  # seconds in which all who were waiting can say so
 
 
 class Collectives:
@@ -32,15 +37,27 @@ class Collectives:
     Args:
         group: The group of all workers.
         interrupted: Called several times a second while waiting; may raise.
+        store: A store of all workers, for these collectives alone. It is used when one fails.
+        describe: Names a worker of a global rank in errors.
     """
 
-    def __init__(self, group: dist.ProcessGroup, interrupted: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        interrupted: Callable[[], None],
+        store: Store,
+        describe: Callable[[int], str],
+    ) -> None:
         self._group = group
         self._interrupted = interrupted
+        self._store = store
+        self._describe = describe
+        self._calls = 0
+        self._completed: float | None = None
 
     def barrier(self) -> None:
         """Waits until all workers are here."""
-        self._wait(lambda: self._group.barrier())
+        self._wait("come to a barrier", lambda: self._group.barrier())
 
     def reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Reduces a tensor over all workers.
@@ -64,14 +81,14 @@ class Collectives:
             host = host.float()
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(_OPERATIONS[name])
-        self._wait(lambda: self._group.allreduce([host], options))
+        self._wait("give a tensor to a reduction", lambda: self._group.allreduce([host], options))
         return (host / self._group.size() if is_mean else host).to(tensor.device)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all workers, stacked by rank, on the tensor's device."""
         host = tensor.detach().cpu().contiguous()
         parts = [torch.empty_like(host) for _ in range(self._group.size())]
-        self._wait(lambda: self._group.allgather([parts], [host]))
+        self._wait("give a tensor to a gathering", lambda: self._group.allgather([parts], [host]))
         return torch.stack(parts).to(tensor.device)
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
@@ -80,7 +97,9 @@ class Collectives:
         options = dist.BroadcastOptions()
         options.rootRank = source
         # gloo knows few dtypes, but bytes are bytes.
-        self._wait(lambda: self._group.broadcast([host.view(-1).view(torch.uint8)], options))
+        self._wait(
+            "take part in a broadcast", lambda: self._group.broadcast([host.view(-1).view(torch.uint8)], options)
+        )
         if self._group.rank() != source:
             tensor.detach().copy_(host)
 
@@ -118,14 +137,37 @@ class Collectives:
         """Returns the texts of all workers, by rank."""
         return [str(self.broadcast_object(text, source)) for source in range(self._group.size())]
 
-    def _wait(self, start: Callable[[], dist.Work]) -> None:
+    def _wait(self, what: str, start: Callable[[], dist.Work]) -> None:
+        self._calls += 1
         try:
             interruptible(lambda: start().wait(), self._interrupted)
         except RuntimeError as error:
             raise PeerLostError(
-                "A collective over all workers failed: a worker has ended, or did not arrive within the time limit"
-                f" (HalosStrategy(timeout=...)). {error}"
+                f"{self._describe(self._group.rank())} waited for all workers to {what}. {self._missing()} All were"
+                f" last heard of {since(self._completed)}. The limit is HalosStrategy(timeout=...). {error}"
             ) from error
+        self._completed = time.monotonic()
+
+    def _missing(self) -> str:
+        """Says who was not waiting in the collective that failed."""
+        rank, size = self._group.rank(), self._group.size()
+
+        def call_the_roll() -> list[int]:
+            self._store.set(f"{self._calls}/{rank}", "")
+            deadline = time.monotonic() + _ROLL_CALL
+            while True:
+                missing = [other for other in range(size) if not self._store.check([f"{self._calls}/{other}"])]
+                if not missing or time.monotonic() > deadline:
+                    return missing
+                time.sleep(0.1)
+
+        try:
+            missing = interruptible(call_the_roll, self._interrupted, 2 * _ROLL_CALL)
+        except (RuntimeError, TimeoutError):
+            return f"{self._describe(0)}, or torchrun on the first node, has ended or does not run any more."
+        if not missing:
+            return "All of them came, but a connection between them broke."
+        return f"Did not come, or has ended: {', '.join(map(self._describe, missing))}."
 
 
 def is_broadcastable(value: Any) -> bool:

@@ -8,8 +8,10 @@ for workers that take other numbers of steps.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -64,8 +66,17 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
         rank: This process's rank in the group.
         size: Number of processes in the group.
         timeout: Seconds that an operation may take.
+
+    Raises:
+        PeerLostError: If the others do not come in time.
     """
-    group = ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+    try:
+        group = ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"Process {rank} of {size} of the process group {name!r} did not meet the others within timeout={timeout:g}"
+            f" s. Do all of them run, and can they reach each other? {error}"
+        ) from None
     return cast(ProcessGroup, group)  # torch's stubs do not know that it has a process group's methods
 
 
@@ -95,12 +106,38 @@ class Groups:
             self.control = make_group(store, "control", leaders.index(rank), len(leaders), timeout)
 
 
-def interruptible(run: Callable[[], T], interrupted: Callable[[], None]) -> T:
+def add(store: Store, key: str, amount: int, timeout: float, interrupted: Callable[[], None]) -> int:
+    """Adds to a number in a store that all processes share, and returns it.
+
+    Args:
+        store: The store. By itself it would wait without a limit for a process that is stopped.
+        key: Name of the number, which is 0 at first.
+        amount: What to add.
+        timeout: Seconds to wait for the store.
+        interrupted: Called several times a second meanwhile; may raise.
+
+    Raises:
+        PeerLostError: If the store does not answer in time, or is gone.
+    """
+    try:
+        return interruptible(lambda: int(store.add(key, amount)), interrupted, timeout)
+    except (TimeoutError, DistError) as error:
+        raise PeerLostError(
+            f"The store that all processes share did not count {key!r} within timeout={timeout:g} s. It is in the"
+            f" process of rank 0, or under torchrun in the agent of the first node: does that still run? {error}"
+        ) from None
+
+
+def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout: float = math.inf) -> T:
     """Runs something that blocks without letting it keep Ctrl-C or SIGTERM from the main thread.
 
     Args:
         run: What blocks. It runs in another thread.
         interrupted: Called several times a second meanwhile; may raise.
+        timeout: Seconds that it may take. Default: it has a limit of its own.
+
+    Raises:
+        TimeoutError: If it takes longer.
     """
     outcome: list[T] = []
     errors: list[BaseException] = []
@@ -113,8 +150,11 @@ def interruptible(run: Callable[[], T], interrupted: Callable[[], None]) -> T:
 
     thread = threading.Thread(target=target, name="halos collective", daemon=True)
     thread.start()
+    deadline = time.monotonic() + timeout
     while thread.is_alive():
         interrupted()
+        if time.monotonic() > deadline:
+            raise TimeoutError
         thread.join(0.2)
     if errors:
         raise errors[0]

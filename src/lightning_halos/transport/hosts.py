@@ -131,7 +131,9 @@ class GlobalHost:
             if just_stopped:
                 self._tell_all()
             else:
-                self._tell(index)
+                # Who has finished waits for the others, and wants to know that they go on.
+                for server in {index, *self.server.flushed}:
+                    self._tell(server)
 
     def _tell(self, index: int) -> None:
         self._controls[index].post(

@@ -85,13 +85,18 @@ class Link(ABC):
     """One end of a link.
 
     Attributes:
+        is_remote: Whether the peer may be in another process, so that it can disappear.
         peer: Who is at the other end, for error messages.
         bytes_sent: Bytes that this end has put on the network.
         bytes_received: Bytes that this end has taken off the network.
+        heard: When the peer last gave a sign of life, by ``time.monotonic``; ``None`` before it gave any.
     """
+
+    is_remote = True
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
+        self.heard: float | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         self._outbox: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
@@ -158,6 +163,8 @@ class Link(ABC):
 
 class LoopbackLink(Link):
     """A link between two parts of the same process. Vectors change hands, without a copy."""
+
+    is_remote = False
 
     def __init__(self, peer: str) -> None:
         super().__init__(peer)
@@ -288,6 +295,7 @@ class GlooLink(Link):
         with self._naming_peer():
             for tensor, work in [(tensor, self._group.recv([tensor], self._rank, tag)) for tensor in tensors]:
                 self._wait(work, "say anything")
+                self.heard = time.monotonic()
                 self.bytes_received += tensor.nbytes
                 there += tensor.numel()
                 yield there
@@ -305,7 +313,21 @@ class GlooLink(Link):
         except RuntimeError as error:
             if isinstance(error, PeerLostError):
                 raise
-            raise PeerLostError(f"{self.peer} disappeared: its connection is closed.") from None
+            raise PeerLostError(
+                f"{self.peer} disappeared: its connection is closed. Last heard of {since(self.heard)}."
+            ) from None
+
+
+def since(heard: float | None) -> str:
+    """Says how long ago a peer was heard of, in an error.
+
+    Args:
+        heard: When, by ``time.monotonic``; ``None`` if never.
+    """
+    if heard is None:
+        return "never"
+    seconds = time.monotonic() - heard
+    return f"{seconds:.1f} s ago, at {time.strftime('%H:%M:%S', time.localtime(time.time() - seconds))}"
 
 
 def whole(filled: Filled) -> None:

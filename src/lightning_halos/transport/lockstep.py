@@ -7,6 +7,7 @@ and nobody to ask. It offers what :class:`~lightning_halos.transport.process.Pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_halos.core.servers import SynchronousServer
 from lightning_halos.core.vector import Reach, nobody
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.groups import add
 from lightning_halos.transport.link import Filled
 
 
@@ -33,6 +35,8 @@ class LockstepClient:
         budget: The step budget.
         planner: Decides the workers' local steps.
         store: A store of all workers: counts the data that was handed out.
+        timeout: Seconds to wait for the store.
+        interrupted: Called several times a second while waiting for it; may raise.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class LockstepClient:
         budget: StepBudget,
         planner: RoundPlanner,
         store: Store,
+        timeout: float,
+        interrupted: Callable[[], None],
     ) -> None:
         self.server = server
         self.budget = budget
@@ -50,7 +56,7 @@ class LockstepClient:
         self._rank = rank
         self._collectives = collectives
         self._planner = planner
-        self._store = store
+        self._add = partial(add, store, "leased", timeout=timeout, interrupted=interrupted)
         self._stopped = False
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
@@ -92,10 +98,13 @@ class LockstepClient:
             steps_per_epoch: Local steps' worth of data in an epoch.
             first: Local steps' worth of data before this run, from the first epoch's beginning.
             end: Local steps' worth of data at which to end, from the first epoch's beginning; may be infinite.
+
+        Raises:
+            PeerLostError: If the store does not answer in time.
         """
         while True:
             wanted = self._planner.known_steps(self._rank)
-            start = first + self._store.add("leased", wanted) - wanted
+            start = first + self._add(wanted) - wanted
             if start >= end:
                 return
             yield from split(start, int(min(wanted, end - start)), steps_per_epoch)

@@ -1,0 +1,211 @@
+"""No wait is without a limit, and its end says who waited for whom, for what, and who was heard of when."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from lightning_halos.core.messages import GlobalModel, Progress, Push, Status
+from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.simulation.world import World
+from lightning_halos.transport import client
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.client import WorkerClient
+from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.groups import add, interruptible, make_group
+from lightning_halos.transport.hosts import GlobalHost
+from lightning_halos.transport.link import Link, LoopbackLink
+
+
+class Peer(Link):
+    """A link to another process that was last heard of at a given time."""
+
+    def __init__(self, name: str, seconds_ago: float | None) -> None:
+        super().__init__(name)
+        self.heard = None if seconds_ago is None else time.monotonic() - seconds_ago
+
+    def _send_all(self, on_message: object) -> None: ...
+
+    def _receive_all(self, on_message: object) -> None: ...
+
+
+def ignore(*_: object) -> None: ...
+
+
+class TestLost:
+    def test_says_when_every_peer_was_heard_of_the_most_silent_first(self) -> None:
+        alarm = Alarm("rank 0 (region eu)")
+        alarm.links += [Peer("rank 1", 0.3), Peer("rank 2", 40), Peer("rank 3", None), Peer("rank 2", 7)]
+        alarm.links += LoopbackLink.pair("itself", "itself")
+        error = alarm.lost("rank 3", "say anything", 30)
+        assert re.fullmatch(
+            r"rank 3 did not say anything for 30 s, and rank 0 \(region eu\) waited for it"
+            r" \(HalosStrategy\(timeout=...\)\)\. Last heard of: rank 3 never;"
+            r" rank 2 7\.\d s ago, at \d\d:\d\d:\d\d; rank 1 0\.\d s ago, at \d\d:\d\d:\d\d\.",
+            str(error),
+        )
+
+    def test_does_not_name_thousands(self) -> None:
+        alarm = Alarm("rank 0")
+        alarm.links += [Peer(f"rank {rank}", rank) for rank in range(1, 100)]
+        text = str(alarm.lost("rank 99", "say anything", 30))
+        assert len(re.findall("s ago", text)) == 8
+        assert "rank 99 99" in text
+
+
+class Worker:
+    """A worker's client, and the other end of its link."""
+
+    def __init__(self, timeout: float) -> None:
+        mine, self.server = LoopbackLink.pair("its server", "rank 1")
+        self.client = WorkerClient(mine, Alarm("rank 1"), timeout, ignore)
+        self.server.start(ignore, ignore)
+
+    def push(self) -> Push:
+        return Push(1, 0, 0, 0, 0.0, final=True)
+
+
+def test_a_push_that_nobody_answers() -> None:
+    worker = Worker(timeout=0.3)
+    with pytest.raises(PeerLostError, match=r"its server did not answer a push for 0.3 s, and rank 1 waited for it"):
+        worker.client.exchange(worker.push(), ignore)
+
+
+def test_a_final_model_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "AT_THE_EDGES", 0.5)
+    worker = Worker(timeout=0.1)
+    with pytest.raises(PeerLostError, match=r"its server did not send the final model, or news .* for 0.5 s"):
+        worker.client.finish(worker.push(), ignore)
+
+
+def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "AT_THE_EDGES", 0.8)
+    worker = Worker(timeout=0.1)
+
+    def others_go_on() -> None:
+        for _ in range(5):
+            time.sleep(0.3)
+            worker.server.post(Status(0, 0.0, False))
+        worker.server.post(GlobalModel(1, True, vector=torch.zeros(1)))
+
+    threading.Thread(target=others_go_on, daemon=True).start()
+    final, _ = worker.client.finish(worker.push(), ignore)
+    assert final.final
+
+
+def test_a_region_that_has_finished_hears_that_others_go_on() -> None:
+    server = GlobalServer(torch.zeros(1), partial(torch.optim.SGD, lr=1.0), servers=2)
+    host = GlobalHost(server, StepBudget(2), None, Alarm("rank 0"))
+    news, controls = [threading.Event(), threading.Event()], []
+    for index in range(2):
+        (models, _), (control, mine) = LoopbackLink.pair("a", "b"), LoopbackLink.pair("a", "b")
+        host.attach(index, models, control)
+        mine.start(lambda message, _, index=index: news[index].set(), ignore)
+        controls.append(mine)
+    controls[0].post(Progress(0, 1, 1.0))
+    assert news[0].wait(10)
+    assert not news[1].is_set(), "it trains, and hears when it has something to say"
+    local = LocalServer(1, torch.zeros(1), partial(torch.optim.SGD, lr=1.0), 1, 0.5)
+    server.receive(local.flush())
+    controls[0].post(Progress(0, 1, 1.0))
+    assert news[1].wait(10)
+
+
+def test_a_worker_of_a_simulation_that_hangs() -> None:
+    world = World(None, type("Servers", (), {})(), StepBudget(4), Alarm("rank 0"), timeout=0.3)
+    _, its = LoopbackLink.pair("the world", "rank 3")
+    world.attach(3, its)
+    with pytest.raises(PeerLostError, match=r"rank 3 did not finish its round for 0.3 s, and rank 0 waited for it"):
+        world._wait_for(3)
+
+
+def test_whatever_blocks() -> None:
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        interruptible(lambda: time.sleep(60), ignore, timeout=0.3)
+    assert time.monotonic() - begin < 10
+
+
+@contextmanager
+def stopped_store() -> Iterator[TCPStore]:
+    """A store in a process that is stopped without closing its connections."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def host() -> None:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        theirs.send(store.port)
+        time.sleep(300)
+
+    process = context.Process(target=host, daemon=True)
+    process.start()
+    try:
+        assert ours.poll(60)
+        store = TCPStore("127.0.0.1", ours.recv(), timeout=timedelta(seconds=2))
+        assert store.add("before", 2) == 2
+        os.kill(process.pid, signal.SIGSTOP)
+        yield store
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_store_whose_process_is_stopped() -> None:
+    with (
+        stopped_store() as store,
+        pytest.raises(
+            PeerLostError, match=r"did not count 'leased' within timeout=0.5 s. It is in the process of rank 0"
+        ),
+    ):
+        add(store, "leased", 1, 0.5, ignore)
+
+
+def test_a_process_group_that_nobody_else_comes_to() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(PeerLostError, match=r"Process 0 of 2 of the process group 'models' did not meet the others"):
+        make_group(store, "models", 0, 2, 0.5)
+
+
+def test_a_collective_that_one_does_not_come_to() -> None:
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    texts: dict[int, str] = {}
+
+    def work(rank: int) -> None:
+        store = TCPStore("127.0.0.1", master.port)
+        group = make_group(store, "world", rank, 3, 2.0)
+        collectives = Collectives(group, ignore, store, "worker {}".format)
+        collectives.barrier()
+        try:
+            if rank != 1:
+                collectives.reduce(torch.ones(1), "sum")
+        except PeerLostError as error:
+            texts[rank] = str(error)
+        ends.wait(60)
+
+    ends = threading.Barrier(3)
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert texts.keys() == {0, 2}
+    for rank, text in texts.items():
+        assert text.startswith(
+            f"worker {rank} waited for all workers to give a tensor to a reduction."
+            " Did not come, or has ended: worker 1."
+        )
+        assert re.search(r"All were last heard of \d\.\d s ago", text)
