@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def fit(name: str, module: Toy | None = None, data: Any = None, **kwargs: Any) -
     module = module or Toy()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    strategy = STRATEGIES[name](timeout=60)
+    options = {key: kwargs.pop(key) for key in ["max_norm_ratio"] if key in kwargs}
+    strategy = STRATEGIES[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
     trainer.fit(module, data or loader(), loader(32))
@@ -229,6 +231,35 @@ def test_a_worker_that_raises_ends_the_simulation() -> None:
 
     with pytest.raises(Exception, match="the cat sat on the keyboard"):
         fit("halos", Broken(), max_steps=400)
+
+
+class Spoiled(Toy):
+    """One worker's device goes wrong after a while."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.global_rank == 3 and self.global_step > 60:
+            with torch.no_grad():
+                self.net[0].weight.fill_(1e6)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_one_worker_spoils_is_kept_out_of_the_model_and_the_worker_is_named(tmp_path: Path) -> None:
+    log = logging.getLogger("lightning_halos")
+    log.addHandler(to_file := logging.FileHandler(tmp_path / "log"))
+    try:
+        trainer, module = fit("halos", Spoiled(), max_steps=100, max_norm_ratio=10)
+    finally:
+        log.removeHandler(to_file)
+        to_file.close()
+    text = (tmp_path / "log").read_text()
+    assert "The last 3 updates of rank 3 (region 1) were all dropped, this one because its norm of " in text
+    assert trainer.strategy.history[-1].steps == 100 * WORKERS
+    assert _largest(module) < 100
+    assert _largest(fit("halos", Spoiled(), max_steps=100)[1]) > 1000, "without the limit"
+
+
+def _largest(module: nn.Module) -> float:
+    return max(float(parameter.abs().max()) for parameter in module.parameters())
 
 
 class TestErrors:
