@@ -5,6 +5,11 @@ examples train on the top-level modules, its files. The committed questions came
 
     python examples/make_tasks.py
 
+With ``--training-text`` it writes text of the same kind to train on instead, from the top-level modules and from the
+language reference of ``help()``::
+
+    python examples/make_tasks.py --training-text text.txt
+
 The tasks have the formats of four benchmarks that language models are measured with: HellaSwag, LAMBADA, WinoGrande and
 MMLU. Right answers are what stood in the text. For what the benchmarks ask beyond that, see docs/evaluation.md.
 """
@@ -19,6 +24,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 SUBJECTS = {
@@ -49,6 +55,13 @@ def passages(package: str) -> Iterator[Passage]:
             if is_prose and text not in seen:
                 seen.add(text)
                 yield package, sentences
+
+
+def training_text() -> Iterator[str]:
+    """Reads docstrings and comments of the library's top-level modules, and what ``help()`` knows of the language."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield from filter(str.strip, (*_docstrings(path), *_comments(path)))
+    yield from topics.values()
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -99,7 +112,7 @@ def last_words(texts: list[Passage]) -> Iterator[Row]:
         for end in range(1, len(sentences) + 1):
             text = " ".join(sentences[max(0, end - 3) : end]).rstrip(".!?")
             *before, word = text.split(" ")
-            if len(before) >= 12 and _WORD.fullmatch(word):
+            if len(before) >= 12 and word.isalpha():
                 yield {"text": text}
                 break
 
@@ -166,7 +179,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tasks", help="the folder to write to")
     parser.add_argument("--questions", type=int, default=240, help="per task, where the text has so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training-text", type=Path, metavar="FILE", help="write text to train on, and no questions")
     args = parser.parse_args()
+    if args.training_text:
+        args.training_text.parent.mkdir(parents=True, exist_ok=True)
+        args.training_text.write_text("\n\n".join(training_text()), encoding="utf-8")
+        return
 
     chance = random.Random(args.seed)
     texts = {
@@ -186,7 +204,7 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     write("hellaswag.jsonl", endings(everything, chance), args.questions)
-    write("lambada.jsonl", last_words(everything), 4 * args.questions)  # small models are seldom right
+    write("lambada.jsonl", last_words(everything), 8 * args.questions)  # small models are seldom right
     write("winogrande.jsonl", blanks(everything, common, chance), args.questions)
     mmlu = {subject: list(missing_words(subject, some, common, chance)) for subject, some in texts.items()}
     for rows in mmlu.values():

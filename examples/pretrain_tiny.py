@@ -1,6 +1,6 @@
 """From text to an evaluated language model: runs the commands of docs/pretraining.md, one after the other.
 
-A tokenizer and a small GPT-NeoX are trained on the source of Python's standard library, the model by 4 workers in 2
+A tokenizer and a small GPT-NeoX are trained on the prose in Python's standard library, the model by 4 workers in 2
 regions under HALoS. Then it is exported, and answers lm-eval's questions beside the same model untrained::
 
     python examples/pretrain_tiny.py
@@ -15,7 +15,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent
@@ -57,16 +56,18 @@ def main() -> None:
     """Runs all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("tiny"), help="the folder of everything that is made")
-    parser.add_argument("--max-steps", type=int, default=300, help="global steps of the training")
+    parser.add_argument("--max-steps", type=int, default=500, help="global steps of the training")
     parser.add_argument("--limit", type=int, help="answer only so many questions of each task")
     args = parser.parse_args()
     out: Path = args.output
     tokens, logs, trained, untrained = out / "tokens", out / "run", out / "trained", out / "untrained"
-    # The tasks are made of the library's packages: the top-level modules are what the model may see.
-    text = Path(sysconfig.get_path("stdlib")) / "*.py"
     limit = [] if args.limit is None else ["--limit", args.limit]
 
-    run("lightning-halos", "prepare-data", text, "--output", tokens, "--train-tokenizer", 4096, "--context", 64)
+    run("python", EXAMPLES / "make_tasks.py", "--training-text", out / "text.txt")
+    run(
+        *("lightning-halos", "prepare-data", out / "text.txt", "--output", tokens),
+        *("--train-tokenizer", 2048, "--context", 64),
+    )
     run(
         *("python", EXAMPLES / "pretrain_pythia.py", "fit", "--config", EXAMPLES / "pythia/tiny.yaml"),
         *("--data.prefix", tokens, "--trainer.logger.init_args.save_dir", logs, "--trainer.max_steps", args.max_steps),

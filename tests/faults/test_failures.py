@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 SCRIPT = Path(__file__).with_name("script.py")
 STARTUP = 240.0  # seconds for four processes to import torch on a busy machine
 LIMIT = 30.0  # seconds within which a failure has to have ended the whole run

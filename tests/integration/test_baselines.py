@@ -24,8 +24,6 @@ from tests.integration.toys import (
     state,
 )
 
-pytestmark = pytest.mark.alone
-
 STRATEGIES: dict[str, Any] = {
     "async_local_sgd": partial(AsyncLocalSGDStrategy, local_steps=LOCAL_STEPS, timeout=60),
     "diloco": partial(DilocoStrategy, local_steps=LOCAL_STEPS, timeout=60),
