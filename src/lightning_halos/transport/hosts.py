@@ -48,7 +48,7 @@ class GlobalHost:
         self.budget = budget
         self._cursor = cursor
         self._alarm = alarm
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may save a checkpoint while the main thread reads
         self._models: dict[int, Link] = {}
         self._controls: dict[int, Link] = {}
         self._fastest: dict[int, float] = {}
@@ -186,7 +186,7 @@ class RegionHost:
         self._alarm = alarm
         self._within_region = within_region
         self._stock = stock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may save a checkpoint while the main thread reads
         self._counted = 0
         self._workers: dict[int, Link] = {}
         self._models: Link

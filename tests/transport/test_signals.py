@@ -1,0 +1,43 @@
+"""A signal may come while the main thread looks at the global model, and its handler may look at it, too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import os, signal, threading, time
+import torch
+from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.servers import GlobalServer
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.hosts import GlobalHost
+
+model = torch.zeros(4_000_000)
+server = GlobalServer(model, lambda params: torch.optim.SGD(params, lr=1.0))
+host = GlobalHost(server, StepBudget(1), None, Alarm("here"))
+handled = []
+# Lightning saves a checkpoint like this when SLURM announces the end of a job.
+signal.signal(signal.SIGUSR1, lambda *_: handled.append(host.read(torch.empty_like(model))))
+
+def send():
+    for _ in range(100):
+        time.sleep(0.003)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+sender = threading.Thread(target=send)
+sender.start()
+out = torch.empty_like(model)
+while sender.is_alive():
+    host.read(out)
+print(len(handled) > 0)
+"""
+
+
+def test_a_handler_reads_the_global_model_while_it_is_read() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, stdout=subprocess.PIPE, timeout=60, check=True, text=True
+    )
+    assert done.stdout.strip() == "True"
