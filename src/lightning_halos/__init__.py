@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_halos.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
 from lightning_halos.callbacks.monitor import HalosMonitor
+from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.strategy import HalosStrategy
@@ -19,6 +20,7 @@ del strategy
 
 __all__ = [
     "AsyncLocalSGDStrategy",
+    "CheckpointError",
     "DelayedNesterov",
     "DilocoStrategy",
     "HalosMonitor",

@@ -31,6 +31,8 @@ class Push:
         final: Whether the worker takes part in no further round.
         vector: The pseudo-gradient (start minus end), then the worker's buffers. ``None`` if there was no local step
             since the last push.
+        data: The data that the worker trained on since its last push, as
+            :class:`~lightning_halos.core.cursor.Spans`, if the workers share it.
     """
 
     worker: int
@@ -42,6 +44,7 @@ class Push:
     stop: bool = False
     final: bool = False
     vector: Tensor | None = None
+    data: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -118,6 +121,7 @@ class Progress:
         fastest: Local steps per second of its fastest worker.
         stop: Whether one of its workers asks for the whole run to stop.
         statistics: Counters for monitoring, by name.
+        data: The data that its workers trained on; see :class:`Push`.
     """
 
     server: int
@@ -125,6 +129,7 @@ class Progress:
     fastest: float
     stop: bool = False
     statistics: dict[str, Any] = field(default_factory=dict)
+    data: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -175,6 +180,41 @@ class LeaseGrant:
 
 
 @dataclass
+class Marker:
+    """Divides what is before a save from what is after it, on every link that it travels on (Chandy and Lamport).
+
+    The global server sends it to the local servers, these send it back, and to their workers. Whoever gets it first
+    keeps its state as it is at that moment.
+
+    Attributes:
+        save: Which save.
+        folder: Where its shards are written.
+    """
+
+    save: str
+    folder: str
+
+
+@dataclass
+class ShardWritten:
+    """Somebody tells rank 0 that its part of a save is on the disk, or that it could not be written.
+
+    Attributes:
+        save: Which save.
+        name: Name of the file.
+        size: Bytes of the file.
+        sha256: Checksum of the file.
+        error: What went wrong; empty if nothing did.
+    """
+
+    save: str
+    name: str
+    size: int = 0
+    sha256: str = ""
+    error: str = ""
+
+
+@dataclass
 class Failure:
     """Somebody tells its peers that the run cannot go on.
 
@@ -187,4 +227,16 @@ class Failure:
     reason: str
 
 
-Message = Push | Pull | RegionUpdate | GlobalModel | Progress | Status | LeaseRequest | LeaseGrant | Failure
+Message = (
+    Push
+    | Pull
+    | RegionUpdate
+    | GlobalModel
+    | Progress
+    | Status
+    | LeaseRequest
+    | LeaseGrant
+    | Marker
+    | ShardWritten
+    | Failure
+)

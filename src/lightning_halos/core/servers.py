@@ -7,9 +7,11 @@ dropped, counted and warned about; the sender goes on from the server's model.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,40 @@ class ParameterServer:
         if vector.shape != self.model.shape:
             return f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
         return None if finite else "it has NaN or infinite values"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of all that a server in its place needs to go on: tensors and plain values."""
+        return {
+            "model": self.model.clone(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizer_type": type(self._optimizer).__name__,
+            "version": self.version,
+            "rejected": self.rejected,
+            "senders": self.senders,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`.
+
+        If that server had another number of senders, its momentum is kept, but not its rates: this server's own are for
+        its number of senders. Momentum windows begin anew then.
+
+        Raises:
+            ValueError: If it is the state of another model or of another server optimizer.
+        """
+        if state["model"].shape != self.model.shape:
+            raise ValueError(f"its model has {state['model'].numel()} elements, this one has {self.model.numel()}")
+        if state["optimizer_type"] != (mine := type(self._optimizer).__name__):
+            raise ValueError(f"its server optimizer is {state['optimizer_type']}, this one is {mine}")
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if state["senders"] != self.senders:
+            for group, values in zip(self._optimizer.param_groups, own, strict=True):
+                group.update(values)
+            if isinstance(self._optimizer, DelayedNesterov):
+                self._optimizer.restart_windows()
+        self.model.copy_(state["model"])
+        self.version, self.rejected = state["version"], state["rejected"]
 
     def _count(self, fault: str | None, version: int, sender: str) -> bool:
         """Counts an update, which started from a version of the model. Returns whether it is to be applied."""
@@ -165,7 +201,7 @@ class LocalServer(ParameterServer):
         self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
         self._merge_weight = merge_weight
         # What this server has said or been told: the model as it was last sent or merged.
-        self._base = torch.zeros_like(model) if accumulate_updates is None else model.clone()
+        self._base: Tensor | None = self._begin()
         self._merged_at = 0
         self._steps = 0
         self._global_version = 0
@@ -231,6 +267,7 @@ class LocalServer(ParameterServer):
         assert reply.vector is not None
         self.exchanging = False
         self.model.lerp_(reply.vector, self._merge_weight)
+        assert self._base is not None
         self._base.copy_(self.model)
         self._merged_at = self.version
         self._global_version = reply.version
@@ -248,11 +285,48 @@ class LocalServer(ParameterServer):
         update.final, update.stop = True, stop
         return update
 
+    def settle(self, model: Tensor) -> None:
+        """Takes the final global model as its own after :meth:`flush`, so that a later run can go on from there.
+
+        Args:
+            model: The final global model. It is copied.
+        """
+        self.model.copy_(model)
+        self._base = self._begin()
+        self._merged_at = self.version
+        self.exchanging = False
+
+    def state_dict(self) -> dict[str, Any]:
+        # After the flush there is nothing that the global server does not have, and no answer to wait for.
+        is_flushed = self._base is None
+        return {
+            **super().state_dict(),
+            "base": self._begin() if self._base is None else self._base.clone(),
+            "merged_at": self._merged_at,
+            "merges": self.merges,
+            "steps": self._steps,
+            "exchanging": self.exchanging and not is_flushed,
+            "global_version": self._global_version,
+            "parameters": self._num_parameters,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._base = state["base"].clone()
+        self._merged_at, self.merges = state["merged_at"], state["merges"]
+        self._steps, self.exchanging = state["steps"], state["exchanging"]
+        self._global_version = state["global_version"]
+
+    def _begin(self) -> Tensor:
+        """What the next update is counted from: the model, or nothing if the only update is the whole model."""
+        return torch.zeros_like(self.model) if self._accumulate_updates == math.inf else self.model.clone()
+
     def _take(self) -> RegionUpdate:
         """Returns what has accumulated, in the memory of what it is counted from."""
+        assert self._base is not None
         vector = self._base.sub_(self.model)
         vector[self._num_parameters :] = self.model[self._num_parameters :]
-        del self._base
+        self._base = None
         steps, self._steps = self._steps, 0
         return RegionUpdate(self.index, self._global_version, steps, vector=vector)
 
@@ -270,6 +344,7 @@ class GlobalServer(ParameterServer):
     Attributes:
         steps: Local steps behind all updates, dropped ones included.
         finished: Whether every local server has sent its last update.
+        flushed: Which have.
     """
 
     def __init__(
@@ -283,11 +358,11 @@ class GlobalServer(ParameterServer):
         super().__init__(torch.zeros_like(model) if from_nothing else model, optimizer, shapes, senders=servers)
         self.steps = 0
         self._from_nothing = from_nothing
-        self._flushed: set[int] = set()
+        self.flushed: set[int] = set()
 
     @property
     def finished(self) -> bool:
-        return len(self._flushed) == self.senders
+        return len(self.flushed) == self.senders
 
     def receive(self, update: RegionUpdate) -> GlobalModel:
         """Applies a region's accumulated update.
@@ -302,13 +377,26 @@ class GlobalServer(ParameterServer):
         assert update.vector is not None
         self.steps += update.steps
         if update.final:
-            self._flushed.add(update.server)
+            self.flushed.add(update.server)
         sender = f"the local server {update.server}"
         is_empty = update.final and update.steps == 0 and not self._from_nothing
         is_good = not is_empty and self._count(self.fault(update.vector), update.version, sender)
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)
         return GlobalModel(self.version, vector=answer)
+
+
+def unsent(index: int, state: Mapping[str, Any]) -> RegionUpdate:
+    """Returns what the global server does not have yet of a local server, as :meth:`LocalServer.flush` would.
+
+    Args:
+        index: Index of the local server.
+        state: Its state; see :meth:`LocalServer.state_dict`.
+    """
+    model, parameters = state["model"], state["parameters"]
+    vector = state["base"] - model
+    vector[parameters:] = model[parameters:]
+    return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 
 
 class SynchronousServer(ParameterServer):
