@@ -267,7 +267,7 @@ class Shards:
             raise CheckpointError(" ".join(dict.fromkeys(reasons)))
         if self.resume is not None and strategy.global_rank > 0:
             if self.resume.worker:
-                put_worker_state(checkpoint, self.resume.worker)
+                put_worker_state(checkpoint, self.resume.worker, _trainer(strategy).max_epochs)
             elif strategy.global_rank >= found.manifest.workers:
                 forget_optimizers(checkpoint)
         return checkpoint

@@ -39,24 +39,35 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
     return {name: to_host(value) for name, value in state.items()}
 
 
-def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
+def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None) -> None:
     """Makes a ``.ckpt`` file's content, which is rank 0's, that of another worker.
 
     Args:
         checkpoint: The content of the file. It is changed.
         state: The worker's state; see :func:`worker_state`.
+        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
     mine = {name: value for name, value in state.items() if name in checkpoint}
     callbacks = {**checkpoint.get("callbacks", {}), **mine.pop("callbacks", {})}
     checkpoint.update(mine)
     checkpoint["callbacks"] = callbacks
-    if "loops" in mine:
+    if "loops" in mine and _has_ended(mine["loops"]["fit_loop"], max_epochs):
+        # The data of its last round may have to be used again, so that it takes part once more, where rank 0 is.
+        checkpoint["loops"] = {"fit_loop": fit_loop}
+    elif "loops" in mine:
         # The global step is that of the run, which is what rank 0 showed.
         loop = copy.deepcopy(mine["loops"]["fit_loop"])
         checkpoint["loops"] = {"fit_loop": loop}
         for name in (*_STEPS, "epoch_loop.state_dict"):
             loop[name] = fit_loop[name]
+
+
+def _has_ended(fit_loop: dict[str, Any], max_epochs: int | None) -> bool:
+    """Whether a worker was in the last batch of its last epoch."""
+    ends_epoch = fit_loop["epoch_loop.batch_progress"]["is_last_batch"]
+    processed = fit_loop["epoch_progress"]["current"]["processed"]
+    return bool(max_epochs not in (None, -1) and processed + ends_epoch >= max_epochs)
 
 
 def forget_optimizers(checkpoint: dict[str, Any]) -> None:
