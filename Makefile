@@ -21,6 +21,7 @@ lint: $(READY)  ## style, format and types
 bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and fails beyond its limit
 	$(BIN)/python benchmarks/optimizer.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/plan_scale.py
 	$(BIN)/python benchmarks/tokens.py
 

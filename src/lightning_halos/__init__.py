@@ -10,6 +10,7 @@ from lightning_halos.baselines import AsyncLocalSGDStrategy, DilocoStrategy, Syn
 from lightning_halos.callbacks.evaluation import LMEvalCallback
 from lightning_halos.callbacks.hugging_face import HuggingFaceCheckpoint
 from lightning_halos.callbacks.monitor import HalosMonitor
+from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -22,6 +23,7 @@ del strategy
 
 __all__ = [
     "AsyncLocalSGDStrategy",
+    "CheckpointError",
     "DelayedNesterov",
     "DilocoStrategy",
     "HalosMonitor",

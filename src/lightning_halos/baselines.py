@@ -15,6 +15,7 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from torch import Tensor
 from torch.distributed import PrefixStore
 
+from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.settings import Settings, default_one_server_optimizer
@@ -133,6 +134,8 @@ class DilocoStrategy(HalosStrategy):
             **kwargs,
         )
 
+    _has_servers = False  # but a replica of one in every worker
+
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Registers ``"diloco"``."""
@@ -142,11 +145,16 @@ class DilocoStrategy(HalosStrategy):
         return Topology.build(regions, 1, names)
 
     def _start_process(
-        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+        self,
+        trainer: pl.Trainer,
+        vector: ModelVector,
+        memory: Tensor | None,
+        data: SharedData | None,
+        resume: Resume | None,
     ) -> tuple[WorkerRound, Iterator[Lease]]:
         assert memory is not None
         assert self._store is not None
-        budget = self._budget(trainer)
+        budget = self._budget(trainer, resume)
         planner = self._settings.planner(self.world_size, budget.max_steps)
         fit = add(self._store, f"fits/{self.global_rank}", 1, self._timeout, self._check_interrupted)
         store = PrefixStore(f"lockstep/{fit}", self._store)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -141,6 +141,27 @@ class SchedulePosition:
         """
         for index, value in history[len(self.history) :]:
             self._step(self._configs[index], 1, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of where the schedulers were at the last pull, and of what happened to them since."""
+        return copy.deepcopy(
+            {
+                "position": self._position,
+                "counts": self._counts,
+                "states": self._states if any(self._follows) else [],
+                "groups": self._groups if any(self._follows) else [],
+                "plateaus": self._plateaus,
+                "history": self.history,
+            }
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`. The schedulers themselves are restored by others."""
+        state = copy.deepcopy(dict(state))
+        self._position, self._counts = state["position"], state["counts"]
+        self._states, self._groups = state["states"], state["groups"]
+        self._plateaus = [(index, value) for index, value in state["plateaus"]]
+        self.history = [(index, value) for index, value in state["history"]]
 
     def release(self) -> None:
         """Lets Lightning step the schedulers again as it was told."""

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -21,6 +23,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
@@ -32,12 +35,16 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
 
-from lightning_halos.core.cursor import DataCursor, Lease
+from lightning_halos.checkpoint.errors import CheckpointError
+from lightning_halos.checkpoint.files import AtomicCheckpointIO
+from lightning_halos.checkpoint.resume import Resume
+from lightning_halos.core.cursor import DataCursor, Lease, Spans
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import LightningRank, SharedData
+from lightning_halos.shards import Shards, rebuild
 from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
@@ -52,6 +59,7 @@ from lightning_halos.transport.groups import Groups, add, make_group, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
+from lightning_halos.worker_state import set_random_state
 
 AnyProcess = Process | SimulatedProcess | LockstepProcess
 StartMethod = Literal["popen", "spawn", "fork"]
@@ -104,6 +112,7 @@ class HalosStrategy(ParallelStrategy):
     """
 
     _exchanges_models = True
+    _has_servers = True  # in processes of their own, whose state checkpoints keep
     _shares_data = True
 
     def __init__(
@@ -126,7 +135,13 @@ class HalosStrategy(ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            AtomicCheckpointIO() if checkpoint_io is None else checkpoint_io,
+            precision_plugin,
+        )
         check_regions(regions)
         for count in servers_per_region if isinstance(servers_per_region, list) else [servers_per_region]:
             check_count("servers_per_region", count)
@@ -170,6 +185,7 @@ class HalosStrategy(ParallelStrategy):
         self._limit_val_batches: int | float | None = None
         self._worker_model: Tensor | None = None
         self._global_model_since = 0.0
+        self._shards = Shards(self)
 
     # ------------------------------------------------------------------ who and where
 
@@ -369,6 +385,13 @@ class HalosStrategy(ParallelStrategy):
         trainer = self.lightning_module.trainer
         self._synchronize_module()
         vector = ModelVector(self.lightning_module, all_parameters=unfreezes(trainer.callbacks))  # type: ignore[attr-defined]
+        resume, self._shards.resume, self._shards.ended = self._shards.resume, None, None
+        if resume is not None and resume.manifest.model != vector.identity:
+            raise CheckpointError(
+                f"The checkpoint is of another model: {resume.manifest.model} travelled of it, and of this one"
+                f" {vector.identity}. Train the same module with the same parameters frozen, or remove the folder of"
+                " its shards to go on from its .ckpt file alone."
+            )
         elements = torch.tensor(vector.num_elements)
         if (
             self._collectives.reduce(elements, "max") != elements
@@ -383,23 +406,59 @@ class HalosStrategy(ParallelStrategy):
         memory = vector.read(vector.new()) if self._exchanges_models else None
         data = SharedData.find(trainer) if self._shares_data else None
         start = self._start_process if self._cluster is None else self._start_simulation
-        worker_round, leases = start(trainer, vector, memory, data)
+        worker_round, leases = start(trainer, vector, memory, data, resume)
         assert self._process is not None
         client, alarm = self._process.client, self._process.alarm
         clock = (lambda: self.virtual_seconds) if self._world is not None else None
-        self._loop = WorkerLoop(trainer, vector, memory, worker_round, client, alarm, limit, data, clock)
+        state = {} if resume is None else resume.worker
+        self._loop = WorkerLoop(
+            trainer,
+            vector,
+            memory if state.get("memory") is None else state["memory"],
+            worker_round,
+            client,
+            alarm,
+            limit,
+            data,
+            clock,
+            self._shards.write_own,
+            state,
+            [] if resume is None else resume.manifest.plateaus,
+            repeats=self._cluster is not None,
+        )
+        if resume is not None:
+            self._loop.show_metrics(resume.manifest.metrics)
         self._install(trainer)
         self._collectives.barrier()
         self._training = True
+        self._loop.take_up()
+        # To begin an epoch's data draws a random number: after this state, if it was kept at the end of one.
+        if state.get("ends_epoch"):
+            set_random_state(state["random"])
         if data is not None:
             data.start(leases)
+        if "random" in state and not state.get("ends_epoch"):
+            set_random_state(state["random"])
 
     def _start_process(
-        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+        self,
+        trainer: pl.Trainer,
+        vector: ModelVector,
+        memory: Tensor | None,
+        data: SharedData | None,
+        resume: Resume | None,
     ) -> tuple[WorkerRound, Iterator[Lease]]:
         """Starts this process's servers and links. Returns the worker's first round and its data."""
         assert memory is not None
-        budget = self._budget(trainer)
+        budget = self._budget(trainer, resume)
+        done = self._done(data, resume)
+        if resume is not None:
+            if not resume.fits and self.is_global_zero:
+                rebuild(resume, memory, vector.shapes, self._settings, budget.total)
+            self._share_model(memory, resume)
+            vector.write(memory)
+            if not vector.lossless:
+                vector.read(memory)
         self._process = process = Process(
             self.global_rank,
             self._topology,
@@ -408,20 +467,70 @@ class HalosStrategy(ParallelStrategy):
             memory,
             vector.shapes,
             budget,
-            None if data is None else DataCursor(data.steps_per_epoch, data.epochs, data.first),
+            None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done)),
             self._timeout,
             self._check_interrupted,
+            self._shards.saves,
+            done,
+            resume,
         )
         planner = self._settings.planner(self.world_size, budget.max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
-        return WorkerRound(self.global_rank, local_steps, trainer.global_step), process.client.leases()
+        position = trainer.global_step if resume is None else budget.position
+        return WorkerRound(self.global_rank, local_steps, position), process.client.leases()
+
+    def _share_model(self, memory: Tensor, resume: Resume) -> None:
+        """Gives the workers the model that they go on from: that of their server, or the global one if that is new."""
+        assert self._collectives is not None
+        if resume.server is not None:
+            memory.copy_(resume.server["server"]["model"])
+        if not resume.fits:
+            self._collectives.broadcast_(memory)
+        elif self._groups.region is not None:
+            assert self._store is not None
+            group = self._topology.group_of(self.global_rank)
+            calls = PrefixStore(f"calls/region/{group.index}", self._store)
+            Collectives(
+                self._groups.region, self._check_interrupted, calls, lambda rank: self._describe(group.ranks[rank])
+            ).broadcast_(memory)
+
+    def _done(self, data: SharedData | None, resume: Resume | None) -> Spans:
+        """The data that was trained on before."""
+        if data is None:
+            return Spans()
+        if resume is not None and resume.manifest.data == data.identity:
+            return Spans(resume.manifest.done)
+        if resume is not None and resume.manifest.data is not None:
+            rank_zero_warn(
+                f"The checkpoint was saved with other training data ({resume.manifest.data}, now {data.identity}):"
+                " which samples of this epoch were used is not known."
+            )
+        return Spans([(0, data.first)] if data.first else [])
 
     def _start_simulation(
-        self, trainer: pl.Trainer, vector: ModelVector, memory: Tensor | None, data: SharedData | None
+        self,
+        trainer: pl.Trainer,
+        vector: ModelVector,
+        memory: Tensor | None,
+        data: SharedData | None,
+        resume: Resume | None,
     ) -> tuple[WorkerRound, Iterator[Lease]]:
         """Starts the world on rank 0, and a link to it. Returns the worker's first round and its data."""
         cluster = self._cluster
         assert cluster is not None
+        budget = self._budget(trainer, resume)
+        running, offset, used = None, 0 if data is None else data.first - budget.total, 0
+        if resume is not None:
+            world = resume.manifest.world
+            assert world is not None
+            running = world["rounds"]
+            if data is not None and resume.manifest.data == data.identity:
+                offset = world["offset"]
+            if running is not None:
+                budget.total = world["base"]
+                used = resume.worker.get("used", self._planned(running))
+            if "model" in resume.worker:
+                vector.write(resume.worker["model"])
         self._process = process = SimulatedProcess(
             self.global_rank,
             self._groups,
@@ -429,21 +538,35 @@ class HalosStrategy(ParallelStrategy):
             Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize),
             memory,
             vector.shapes,
-            self._budget(trainer),
-            math.inf if data is None else data.end - data.first,
+            budget,
+            math.inf if data is None else data.end - budget.total - offset,
             self._timeout,
             self._check_interrupted,
+            self._shards.saves,
+            offset,
+            running,
+            None if resume is None else resume.globals,
         )
-        leases = iter(()) if data is None else process.leases(data.steps_per_epoch, data.first)
+        leases = iter(()) if data is None else process.leases(data.steps_per_epoch, used)
         return process.first_round(), leases
 
     def _algorithm(self) -> Algorithm:
         """What is simulated."""
         return WithRegions(self._settings, self._topology)
 
-    def _budget(self, trainer: pl.Trainer) -> StepBudget:
+    @property
+    def _algorithm_name(self) -> str:
+        return f"{type(self).__name__}{'' if self._cluster is None else ' in a simulated cluster'}"
+
+    def _budget(self, trainer: pl.Trainer, resume: Resume | None) -> StepBudget:
         max_steps = trainer.max_steps if trainer.max_steps != -1 else None
-        return StepBudget(self.world_size, max_steps, total=trainer.global_step * self.world_size)
+        total = trainer.global_step * self.world_size
+        if resume is not None:
+            # With other workers the global step stays, since schedules follow it.
+            was = resume.manifest
+            step = was.total // was.workers
+            total = was.total if was.workers == self.world_size else step * self.world_size
+        return StepBudget(self.world_size, max_steps, total)
 
     def _install(self, trainer: pl.Trainer) -> None:
         """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
@@ -529,6 +652,62 @@ class HalosStrategy(ParallelStrategy):
             state.update({name: part for name, part in parts.items() if name in state})
         return state
 
+    def _planned(self, rounds: dict[str, Any]) -> int:
+        """Local steps of this worker's round in a simulation's checkpoint: it has computed all of it."""
+        return sum(steps for worker, _, _, _, steps, _ in rounds["running"] if worker == self.global_rank)
+
+    @property
+    def _keeps_servers(self) -> bool:
+        """Whether there are servers whose state is worth keeping."""
+        return self._exchanges_models if self._cluster is not None else self._has_servers
+
+    @property
+    def _keeps_shards(self) -> bool:
+        """Whether checkpoints have shards now: not without servers, nor when the run has failed."""
+        if not self._keeps_servers:
+            return False
+        return not self._process.alarm.has_failed if self._process is not None else self._shards.ended is not None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint: see ``docs/checkpoints.md``. While it fits only rank 0 does, and nobody waits.
+
+        Raises:
+            OSError: If it cannot be written after the fit. While it fits that is a warning.
+        """
+
+        def write(content: dict[str, Any], path: Path) -> None:
+            self.checkpoint_io.save_checkpoint(content, path)
+
+        if not self._keeps_shards or not self._shards.belong_to(checkpoint, filepath, storage_options):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif not self._training:
+            self._shards.save_together(checkpoint, Path(filepath), write)
+        elif self._is_training_elsewhere:
+            self._shards.save_while_training(checkpoint, Path(filepath), write)
+        elif self.is_global_zero:
+            self._shards.save_at_end(checkpoint, Path(filepath), write)
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        if self.is_global_zero:
+            self._shards.remove(Path(filepath), partial(self.checkpoint_io.remove_checkpoint, filepath))
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint. For a fit, what is this worker's own is in the place of rank 0's.
+
+        Raises:
+            CheckpointError: If it is half-written or damaged.
+        """
+
+        def read(path: _PATH) -> dict[str, Any]:
+            return super(HalosStrategy, self).load_checkpoint(path, weights_only)
+
+        checkpoint = read(checkpoint_path)
+        assert self.lightning_module is not None
+        is_fit = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if not is_fit or not self._keeps_servers:
+            return checkpoint
+        return self._shards.load(Path(checkpoint_path), checkpoint, read)
+
     def on_train_end(self) -> None:
         assert self._loop is not None
         assert self._collectives is not None
@@ -537,6 +716,8 @@ class HalosStrategy(ParallelStrategy):
         self._training = False
         self._restore(trainer)
         self._share_decisions(trainer)
+        if self._keeps_shards:
+            self._shards.end_fit(self._timeout)
         self._loop = None
         self._end_process(self._timeout)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.schedule import next_count
 from lightning_halos.core.vector import ModelVector, Reach
 from lightning_halos.core.worker import WorkerRound
@@ -25,6 +26,10 @@ from lightning_halos.transport.alarm import Alarm, describe
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.link import Filled
 from lightning_halos.transport.lockstep import LockstepClient
+from lightning_halos.worker_state import random_state, set_random_state, to_host, worker_state
+
+Keep = Callable[[Marker, dict[str, Any]], None]
+"""Writes a worker's shard: which save, and the state."""
 
 
 class WorkerLoop(Callback):
@@ -41,6 +46,11 @@ class WorkerLoop(Callback):
         limit: Global steps of the whole run, ``None`` if unknown.
         data: The training data, if the workers share it.
         clock: Of a simulation, tells the virtual time in seconds, on rank 0.
+        keep: Writes this worker's shard of a save.
+        state: What to go on from; see :meth:`state`.
+        plateaus: All that rank 0's plateau schedulers were stepped with until that was kept.
+        repeats: Whether shards keep the round too, so that it can be taken up again exactly where it was: in
+            simulations, where the servers wait for it.
     """
 
     def __init__(
@@ -54,6 +64,10 @@ class WorkerLoop(Callback):
         limit: int | None,
         data: SharedData | None,
         clock: Callable[[], float] | None,
+        keep: Keep,
+        state: Mapping[str, Any],
+        plateaus: Sequence[tuple[int, float]],
+        repeats: bool,
     ) -> None:
         self.round = worker_round
         self.finished = False
@@ -80,7 +94,18 @@ class WorkerLoop(Callback):
             limit,
             self._decides,
         )
-        self.schedulers.pull(worker_round.position, [])
+        self._keep = keep
+        self._repeats = repeats
+        self._random: dict[str, Any] | None = None
+        self._plateaus: Sequence[tuple[int, float]] = []
+        self._push = state.get("push")
+        if state:
+            self.schedulers.load_state_dict(state["schedulers"])
+            self._plateaus = plateaus[len(self.schedulers.history) :]
+        if "round" in state:
+            self.round.load_state_dict(state["round"])
+        else:
+            self._pull(worker_round.position, [])
         self._mark = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,8 +123,12 @@ class WorkerLoop(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         now = time.perf_counter()
+        if self._data is not None:
+            self._data.count_batch(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
         self.round.compute(trainer.global_step - self._steps_before, now - self._mark - self._excluded)
         self._excluded = 0.0
+        if self._repeats and self._decides:
+            self._random = random_state()
         if self._wants_to_stop():
             self.finish(stop=True)
         elif self._is_last_batch():
@@ -109,6 +138,11 @@ class WorkerLoop(Callback):
         else:
             self._show(self.round.global_step)
         self._mark = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # When a simulation resumes from the batch before it, Lightning leaves this validation out: it must not matter.
+        if self._random is not None:
+            set_random_state(self._random)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_time()
@@ -143,18 +177,56 @@ class WorkerLoop(Callback):
             stop: Ask for the whole run to stop.
         """
         self._refuse_newly_trainable()
-        push = self.round.push(self._memory if self.round.has_steps else None, stop, final=True)
-        final, filled = self._client.finish(push, self._fill)
+        memory = self._memory if self.round.has_steps else None
+        self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
+
+    def take_up(self) -> None:
+        """Takes up the round where a simulation's checkpoint has it: its result goes to the servers once more."""
+        if self._push is None:
+            return
+        push, self._push = Push(**self._push), None
+        if push.final:
+            self._finish(push, _filled)
+        else:
+            self._exchange(push, _filled)
+
+    def _finish(self, push: Push, fill: Callable[[Reach], object]) -> None:
+        final, filled = self._client.finish(push, fill)
+        self._keep_state(push)
         if final.vector is not None:
             self.vector.write(final.vector, filled)
         self._alarm.off()
         self.finished = True
         trainer = self._trainer
-        self.schedulers.pull(final.position, [])
+        self._pull(final.position, [])
         self._show(final.position, is_final=True)
         # Lightning ends by itself at max_steps and max_epochs; otherwise somebody asked for the end.
         trainer.should_stop = trainer.should_stop or final.stopped
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
+
+    @property
+    def data_identity(self) -> dict[str, int | None] | None:
+        """What identifies the shared training data; ``None`` if the workers do not share any."""
+        return None if self._data is None else self._data.identity
+
+    def own_state(self) -> dict[str, Any]:
+        """Of :meth:`state`, what is not in the ``.ckpt`` file that rank 0 writes at the same time."""
+        state = self._position()
+        if self._repeats:
+            used = 0 if self._data is None else self._data.used_steps
+            state |= {"round": self.round.state_dict(), "used": used, "memory": to_host(self._memory)}
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """Returns a copy of what a later fit of this worker goes on from."""
+        return {**worker_state(self._trainer), **self._position()}
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "schedulers": self.schedulers.state_dict(),
+            "random": random_state(),
+            "ends_epoch": self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+        }
 
     def show_metrics(self, metrics: dict[str, float]) -> None:
         """Puts the metrics of rank 0 into ``trainer.callback_metrics``."""
@@ -176,19 +248,40 @@ class WorkerLoop(Callback):
 
     def _next_round(self) -> None:
         self._refuse_newly_trainable()
+        self._exchange(self.round.push(self._memory, data=self._take_used()), self._fill)
+
+    def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
         posted = time.perf_counter()
-        push = self.round.push(self._memory)
-        pull, filled = self._client.exchange(push, self._fill)
+        pull, filled = self._client.exchange(push, fill)
+        self._keep_state(push)
         if pull.vector is not None:
             self._load(pull.vector, filled)
         self.round.receive(pull, waited=time.perf_counter() - posted)
-        self.schedulers.pull(pull.position, pull.plateaus)
+        self._pull(pull.position, pull.plateaus)
         if not self._decides:
             self.show_metrics(pull.metrics)
         if self.round.stopped:
             self.finish(stop=False)
         else:
             self._show(pull.position)
+
+    def _take_used(self) -> list[tuple[int, int]]:
+        return [] if self._data is None else self._data.take_used()
+
+    def _pull(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
+        missed, self._plateaus = self._plateaus, []
+        self.schedulers.pull(position, [*missed, *plateaus])
+
+    def _keep_state(self, push: Push) -> None:
+        """Takes care of the saves whose marker came before the answer to this worker's push."""
+        markers, self._client.markers = self._client.markers, []
+        for marker in markers:
+            if self._decides:  # kept its state when it began the save
+                continue
+            state = self.state()
+            if self._repeats:
+                state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
+            self._keep(marker, state)
 
     def _refuse_newly_trainable(self) -> None:
         if names := self.vector.newly_trainable(self._module):
@@ -222,7 +315,7 @@ class WorkerLoop(Callback):
         before = self._shown
         if is_final:
             self._shown = position
-        else:
+        elif not loop._should_accumulate():  # what saves at a global step must find no half-finished step
             last = sys.maxsize if trainer.max_steps == -1 else trainer.max_steps - 1
             self._shown = min(self._next_shown(position), last)
         if self._module.automatic_optimization:
@@ -294,6 +387,10 @@ class WorkerLoop(Callback):
         accumulate = self._trainer.accumulate_grad_batches
         numbers = (batch % epoch + 1 for batch in range(before * accumulate, self._shown * accumulate))
         return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
+
+
+def _filled(reach: Reach) -> None:
+    """For a push whose vector is complete already."""
 
 
 def without_deciding(callbacks: list[Callback]) -> list[Callback]:

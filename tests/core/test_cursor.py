@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, split
+from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans, split
 
 
 def parts(leases):
@@ -28,9 +28,32 @@ def test_no_range_belongs_to_two_epochs():
 
 
 def test_a_later_fit_begins_where_the_data_was():
-    assert DataCursor(5, epochs=4, first=10).take(3) == Lease(2, 0, 3)
-    assert DataCursor(5, epochs=4, first=13).take(3) == Lease(2, 3, 2)
-    assert DataCursor(5, epochs=2, first=10).take(3) is None
+    assert DataCursor(5, epochs=4, done=Spans([(0, 10)])).take(3) == Lease(2, 0, 3)
+    assert DataCursor(5, epochs=4, done=Spans([(0, 13)])).take(3) == Lease(2, 3, 2)
+    assert DataCursor(5, epochs=2, done=Spans([(0, 10)])).take(3) is None
+
+
+def test_what_is_done_is_not_handed_out():
+    done = Spans([(0, 4), (6, 7), (10, 13), (19, 20)])
+    leases = take_all(DataCursor(10, epochs=2, done=done), 4)
+    assert parts(leases) == [(0, 4), (0, 5), (0, 7), (0, 8), (0, 9), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spans_are_the_union_of_what_was_added(seed):
+    dice = random.Random(seed)
+    spans, expected = Spans(), set()
+    for _ in range(30):
+        start = dice.randrange(60)
+        stop = start + dice.randint(1, 8)
+        spans.add([(start, stop)])
+        expected |= set(range(start, stop))
+    assert {step for start, stop in spans for step in range(start, stop)} == expected
+    assert all(stop < start for (_, stop), (start, _) in zip(list(spans), list(spans)[1:], strict=False))
+    for first in range(70):
+        start, stop = spans.missing(first)
+        assert start == min(step for step in range(first, 200) if step not in expected)
+        assert stop == min([step for step in expected if step > start], default=float("inf"))
 
 
 def test_without_epochs_there_is_no_end():

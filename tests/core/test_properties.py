@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_halos.core.cursor import DataCursor, LeaseStock
+from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.messages import GlobalModel, Pull, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
@@ -217,7 +217,7 @@ class Network:
         index = self.draw.randrange(len(self.servers) + 1)
         if index == len(self.servers):
             self.center = _restarted(self.center, self.make_global())
-        else:
+        elif self.present[index]:  # after its last update, the state of a server is that of one that begins anew
             self.servers[index] = _restarted(self.servers[index], self.make_local(index))
 
     # ------------------------------------------------------------------ what holds at every moment
@@ -392,7 +392,10 @@ def test_servers_agree_with_plain_arithmetic_whatever_is_lost_repeated_or_restar
     order=st.lists(st.tuples(st.booleans(), somewhere, st.integers(1, 6)), max_size=60),
 )
 def test_all_data_is_leased_once_whoever_asks_when(steps_per_epoch, epochs, first, ahead, order) -> None:
-    cursor, stocks = DataCursor(steps_per_epoch, epochs, first), [LeaseStock(steps) for steps in ahead]
+    cursor, stocks = (
+        DataCursor(steps_per_epoch, epochs, Spans([(0, first)] if first else [])),
+        [LeaseStock(steps) for steps in ahead],
+    )
     granted: list[tuple[int, Any]] = []  # on their way to the stocks
     leased, ended = [], set()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.messages import Message, Pull, Push, Status
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import LocalServer
@@ -23,7 +24,7 @@ class Region:
     def __init__(self, max_steps: int) -> None:
         server = LocalServer(0, torch.zeros(1), partial(torch.optim.SGD, lr=1.0), 100, 0.5)
         planner, budget = RoundPlanner(8, False, 2, max_steps), StepBudget(2, max_steps)
-        host = RegionHost(server, planner, 1, budget, Slot(1, torch.float32), Alarm("here"), False, None)
+        host = RegionHost(server, planner, 1, budget, Slot(1, torch.float32), Alarm("here"), False, None, Saves())
         (models, _), (control, self.control), (worker, self.worker) = (LoopbackLink.pair("a", "b") for _ in range(3))
         self.pulls: queue.SimpleQueue[Message] = queue.SimpleQueue()
         host.connect(models, control)

@@ -84,7 +84,9 @@ def loader(samples: int = SAMPLES, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True), torch.arange(samples)), BATCH, **kwargs)
 
 
-def fit(name: str, module: Toy | None = None, data: Any = None, **kwargs: Any) -> tuple[pl.Trainer, Toy]:
+def fit(
+    name: str, module: Toy | None = None, data: Any = None, ckpt_path: Path | None = None, **kwargs: Any
+) -> tuple[pl.Trainer, Toy]:
     module = module or Toy()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -92,7 +94,7 @@ def fit(name: str, module: Toy | None = None, data: Any = None, **kwargs: Any) -
     strategy = STRATEGIES[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
-    trainer.fit(module, data or loader(), loader(32))
+    trainer.fit(module, data or loader(), loader(32), ckpt_path=ckpt_path)
     return trainer, module
 
 

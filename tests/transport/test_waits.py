@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.cursor import Spans
 from lightning_halos.core.messages import GlobalModel, Progress, Push, Status
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer
@@ -109,7 +111,7 @@ def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: p
 
 def test_a_region_that_has_finished_hears_that_others_go_on() -> None:
     server = GlobalServer(torch.zeros(1), partial(torch.optim.SGD, lr=1.0), servers=2)
-    host = GlobalHost(server, StepBudget(2), None, Alarm("rank 0"))
+    host = GlobalHost(server, StepBudget(2), None, Alarm("rank 0"), Saves(), Spans())
     news, controls = [threading.Event(), threading.Event()], []
     for index in range(2):
         (models, _), (control, mine) = LoopbackLink.pair("a", "b"), LoopbackLink.pair("a", "b")
@@ -126,7 +128,7 @@ def test_a_region_that_has_finished_hears_that_others_go_on() -> None:
 
 
 def test_a_worker_of_a_simulation_that_hangs() -> None:
-    world = World(None, type("Servers", (), {})(), StepBudget(4), Alarm("rank 0"), timeout=0.3)
+    world = World(None, type("Servers", (), {})(), StepBudget(4), Alarm("rank 0"), 0.3, Saves(), 0)
     _, its = LoopbackLink.pair("the world", "rank 3")
     world.attach(3, its)
     with pytest.raises(PeerLostError, match=r"rank 3 did not finish its round for 0.3 s, and rank 0 waited for it"):

@@ -11,16 +11,18 @@ from lightning_halos.transport import wire
 
 VECTOR = torch.arange(3.0)
 MESSAGES = [
-    messages.Push(3, 17, 8, 7, 1.5, 0.25, True, True, VECTOR, 12),
+    messages.Push(3, 17, 8, 7, 1.5, 0.25, True, True, VECTOR, 12, [(3, 5)]),
     messages.Push(0, 0, 0, 0, 0.0),
     messages.Pull(17, 8, 40, True, [(0, 1.5), (1, -2.0)], {"val_loss": 0.5}, VECTOR),
     messages.Pull(0, 1, 0, False),
     messages.RegionUpdate(2, 5, 256, True, True, VECTOR, 3),
     messages.GlobalModel(6, True, True, 100, VECTOR, 3),
-    messages.Progress(1, 8, 3.5, True, {"updates": 3, "compute_share": {"0": 0.75}}),
+    messages.Progress(1, 8, 3.5, True, {"updates": 3, "compute_share": {"0": 0.75}}, [(0, 3), (7, 9)]),
     messages.Status(1000, 4.25, True, [(0, 1.5)], {"val_loss": 0.5}, 24),
     messages.LeaseRequest(12),
     messages.LeaseGrant(1, 40, 12),
+    messages.Marker("0a1b", "/checkpoints/last/0a1b"),
+    messages.ShardWritten("0a1b", "worker-3.pt", 17, "ff", "no space left"),
     messages.Failure("rank 3 (region eu)", 'Traceback:\n  "naïve" ✗'),
 ]
 
@@ -30,10 +32,9 @@ def over_the_wire(message):
 
 
 def as_received(message):
-    """JSON has no tuples: the pairs of `plateaus` come as lists."""
-    if hasattr(message, "plateaus"):
-        return dataclasses.replace(message, plateaus=[[*pair] for pair in message.plateaus])
-    return message
+    """JSON has no tuples: the pairs of `plateaus` and `data` come as lists."""
+    pairs = [name for name in ("plateaus", "data") if hasattr(message, name)]
+    return dataclasses.replace(message, **{name: [[*pair] for pair in getattr(message, name)] for name in pairs})
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)

@@ -7,8 +7,9 @@ step is a step whoever takes it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -27,18 +28,52 @@ class Lease:
     steps: int
 
 
+class Spans:
+    """A set of data: ranges of local steps' worth, counted from the first epoch's beginning.
+
+    Args:
+        spans: Beginnings and ends (exclusive), in any order; they may touch.
+    """
+
+    def __init__(self, spans: Iterable[Sequence[int]] = ()) -> None:
+        self._spans: list[tuple[int, int]] = []
+        self.add(spans)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yields the beginnings and ends, in order, with something missing between any two."""
+        return iter(self._spans)
+
+    def add(self, spans: Iterable[Sequence[int]]) -> None:
+        """Takes ranges into the set."""
+        for start, stop in spans:
+            first = bisect_left(self._spans, start, key=lambda span: span[1])
+            last = bisect_right(self._spans, stop, key=lambda span: span[0])
+            if first < last:
+                start, stop = min(start, self._spans[first][0]), max(stop, self._spans[last - 1][1])
+            self._spans[first:last] = [(start, stop)]
+
+    def missing(self, first: int) -> tuple[int, float]:
+        """Returns the next range from ``first`` on that is not in the set."""
+        for start, stop in self._spans[bisect_right(self._spans, first, key=lambda span: span[1]) :]:
+            if first < start:
+                return first, start
+            first = stop
+        return first, math.inf
+
+
 class DataCursor:
     """Hands out the data of epoch after epoch, every part once.
 
     Args:
         steps_per_epoch: Local steps' worth of data in an epoch; the last of an epoch may be smaller.
         epochs: The epoch to end before, ``None`` for no end.
-        first: Local steps' worth of data to begin after, counted from the first epoch's beginning.
+        done: The data that needs not to be handed out, since earlier fits have used it.
     """
 
-    def __init__(self, steps_per_epoch: int, epochs: int | None = None, first: int = 0) -> None:
+    def __init__(self, steps_per_epoch: int, epochs: int | None = None, done: Spans | None = None) -> None:
         self._steps_per_epoch = steps_per_epoch
-        self._next = first
+        self._done = done or Spans()
+        self._next = 0
         self._end = math.inf if epochs is None else epochs * steps_per_epoch
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:
@@ -52,8 +87,10 @@ class DataCursor:
         Returns:
             The range, ``None`` if there is no data left.
         """
+        self._next, gap = self._done.missing(self._next)
         if self._next >= self._end:
             return None
+        steps = int(min(steps, gap - self._next))
         fair = math.ceil((self._end - self._next) / (2 * sharers)) if self._end < math.inf else steps
         lease = next(split(self._next, max(1, min(steps, fair)), self._steps_per_epoch))
         self._next += lease.steps

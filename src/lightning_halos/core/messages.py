@@ -35,6 +35,8 @@ class Push:
         vector: The pseudo-gradient (start minus end), then the worker's buffers. ``None`` if there was no local step
             since the last push.
         number: Which of the worker's rounds this is, from 1; 0 if rounds are not numbered, and each push is new.
+        data: The data that the worker trained on since its last push, as
+            :class:`~lightning_halos.core.cursor.Spans`, if the workers share it.
     """
 
     worker: int
@@ -47,6 +49,7 @@ class Push:
     final: bool = False
     vector: Tensor | None = None
     number: int = 0
+    data: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -127,6 +130,7 @@ class Progress:
         fastest: Local steps per second of its fastest worker.
         stop: Whether one of its workers asks for the whole run to stop.
         statistics: Counters for monitoring, by name.
+        data: The data that its workers trained on; see :class:`Push`.
     """
 
     server: int
@@ -134,6 +138,7 @@ class Progress:
     fastest: float
     stop: bool = False
     statistics: dict[str, Any] = field(default_factory=dict)
+    data: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -184,6 +189,41 @@ class LeaseGrant:
 
 
 @dataclass
+class Marker:
+    """Divides what is before a save from what is after it, on every link that it travels on (Chandy and Lamport).
+
+    The global server sends it to the local servers, these send it back, and to their workers. Whoever gets it first
+    keeps its state as it is at that moment.
+
+    Attributes:
+        save: Which save.
+        folder: Where its shards are written.
+    """
+
+    save: str
+    folder: str
+
+
+@dataclass
+class ShardWritten:
+    """Somebody tells rank 0 that its part of a save is on the disk, or that it could not be written.
+
+    Attributes:
+        save: Which save.
+        name: Name of the file.
+        size: Bytes of the file.
+        sha256: Checksum of the file.
+        error: What went wrong; empty if nothing did.
+    """
+
+    save: str
+    name: str
+    size: int = 0
+    sha256: str = ""
+    error: str = ""
+
+
+@dataclass
 class Failure:
     """Somebody tells its peers that the run cannot go on.
 
@@ -196,4 +236,16 @@ class Failure:
     reason: str
 
 
-Message = Push | Pull | RegionUpdate | GlobalModel | Progress | Status | LeaseRequest | LeaseGrant | Failure
+Message = (
+    Push
+    | Pull
+    | RegionUpdate
+    | GlobalModel
+    | Progress
+    | Status
+    | LeaseRequest
+    | LeaseGrant
+    | Marker
+    | ShardWritten
+    | Failure
+)

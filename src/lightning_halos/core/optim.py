@@ -130,6 +130,13 @@ class DelayedNesterov(Optimizer):
                 self._update(parameters, group, phase, with_momentum, with_delta)
         return loss
 
+    def restart_windows(self) -> None:
+        """Lets a new window begin with the next update. The momentum stays as it is."""
+        for state in self.state.values():
+            state["step"] = 0
+            if "delta" in state:
+                state["delta"].zero_()
+
     def _count(self, p: Tensor, group: dict[str, Any]) -> tuple[int, bool, bool]:
         """Counts an update. Returns its number in the window, and whether it needs a momentum and a delta."""
         state = self.state[p]

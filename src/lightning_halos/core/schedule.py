@@ -6,8 +6,9 @@ Rules of this room: numbers only, no tensors, no clock. Seconds come in as argum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 def dynamic_local_steps(local_steps: int, speed: float, fastest: float) -> int:
@@ -98,6 +99,15 @@ class RoundPlanner:
     def hear_of(self, fastest: float) -> None:
         """Learns the speed of the fastest worker of all regions."""
         self._fastest_elsewhere = fastest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was measured and heard."""
+        return {"speeds": dict(self._speeds), "fastest_elsewhere": self._fastest_elsewhere}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`."""
+        self._speeds = dict(state["speeds"])
+        self._fastest_elsewhere = state["fastest_elsewhere"]
 
     def known_steps(self, worker: int) -> int:
         """Local steps of a round of a worker whose speed is known; 1 before the first measurement."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,25 +120,27 @@ class ParameterServer:
         return Finding(fault, norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that an equal server needs to go on as this one would: tensors, numbers and dicts of them.
-
-        The tensors are this server's own: copy them before it receives anything.
-        """
+        """Returns a copy of all that an equal server needs to go on as this one would: tensors and plain values."""
         return {
-            "model": self.model,
+            "model": self.model.clone(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizer_type": type(self._optimizer).__name__,
             "version": self.version,
             "rejections": dict(self.rejections),
             "staleness": self.staleness,
+            "senders": self.senders,
             "dropped_in_a_row": dict(self._dropped_in_a_row),
             "norms": [] if self._norm_limit is None else list(self._norm_limit.norms),
-            "optimizer": self._optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the server of a :meth:`state_dict` would have. Keeps no tensor of it.
 
+        If that server had another number of senders, its momentum is kept, but not its rates: this server's own are for
+        its number of senders. Momentum windows begin anew then.
+
         Raises:
-            ValueError: If it is that of a server of another model.
+            ValueError: If it is the state of another model or of another server optimizer.
         """
         model = state["model"]
         if model.shape != self.model.shape or model.dtype != self.model.dtype:
@@ -146,13 +148,21 @@ class ParameterServer:
                 f"The state is that of a server of {model.numel()} elements of {model.dtype}, but this server's model"
                 f" has {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
             )
+        if state["optimizer_type"] != (mine := type(self._optimizer).__name__):
+            raise ValueError(f"its server optimizer is {state['optimizer_type']}, this one is {mine}")
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if state["senders"] != self.senders:
+            for group, values in zip(self._optimizer.param_groups, own, strict=True):
+                group.update(values)
+            if isinstance(self._optimizer, DelayedNesterov):
+                self._optimizer.restart_windows()
         self.model.copy_(model)
         self.version, self.staleness = state["version"], state["staleness"]
         self.rejections = dict(state["rejections"])
         self._dropped_in_a_row = dict(state["dropped_in_a_row"])
         if self._norm_limit is not None:
             self._norm_limit.load(state["norms"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     def _is_new(self, number: int, sender: int, name: str) -> bool:
         """Takes note of the number of a sender's update. Returns whether it comes for the first time."""
@@ -268,7 +278,7 @@ class LocalServer(ParameterServer):
         self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
         self._merge_weight = merge_weight
         # What this server has said or been told: the model as it was last sent or merged. None after the flush.
-        self._base: Tensor | None = torch.zeros_like(model) if accumulate_updates is None else model.clone()
+        self._base: Tensor | None = self._begin()
         self._merged_at = 0
         self._steps = 0
         self._global_version = 0
@@ -338,6 +348,7 @@ class LocalServer(ParameterServer):
         assert reply.vector is not None
         self.exchanging = False
         self.model.lerp_(reply.vector, self._merge_weight)
+        assert self._base is not None
         self._base.copy_(self.model)
         self._merged_at = self.version
         self._global_version = reply.version
@@ -356,24 +367,42 @@ class LocalServer(ParameterServer):
         update.final, update.stop = True, stop
         return update
 
+    def settle(self, model: Tensor) -> None:
+        """Takes the final global model as its own after :meth:`flush`, so that a later run can go on from there.
+
+        Args:
+            model: The final global model. It is copied.
+        """
+        self.model.copy_(model)
+        self._base = self._begin()
+        self._merged_at = self.version
+        self.exchanging = False
+
     def state_dict(self) -> dict[str, Any]:
+        # After the flush there is nothing that the global server does not have, and no answer to wait for.
+        is_flushed = self._base is None
         return {
             **super().state_dict(),
-            "merges": self.merges,
-            "exchanging": self.exchanging,
-            "base": self._base,
+            "base": self._begin() if self._base is None else self._base.clone(),
             "merged_at": self._merged_at,
+            "merges": self.merges,
             "steps": self._steps,
+            "exchanging": self.exchanging and not is_flushed,
             "global_version": self._global_version,
+            "parameters": self._num_parameters,
             "number": self._number,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.merges, self.exchanging = state["merges"], state["exchanging"]
-        self._base = None if state["base"] is None else state["base"].clone()
-        self._merged_at, self._steps = state["merged_at"], state["steps"]
+        self._base = state["base"].clone()
+        self._merged_at, self.merges = state["merged_at"], state["merges"]
+        self._steps, self.exchanging = state["steps"], state["exchanging"]
         self._global_version, self._number = state["global_version"], state["number"]
+
+    def _begin(self) -> Tensor:
+        """What the next update is counted from: the model, or nothing if the only update is the whole model."""
+        return torch.zeros_like(self.model) if self._accumulate_updates == math.inf else self.model.clone()
 
     def _take(self) -> RegionUpdate:
         """Returns what has accumulated, in the memory of what it is counted from."""
@@ -443,9 +472,22 @@ class GlobalServer(ParameterServer):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "steps": self.steps, "flushed": sorted(self.flushed)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.steps, self.flushed = state["steps"], set(state["flushed"])
+
+
+def unsent(index: int, state: Mapping[str, Any]) -> RegionUpdate:
+    """Returns what the global server does not have yet of a local server, as :meth:`LocalServer.flush` would.
+
+    Args:
+        index: Index of the local server.
+        state: Its state; see :meth:`LocalServer.state_dict`.
+    """
+    model, parameters = state["model"], state["parameters"]
+    vector = state["base"] - model
+    vector[parameters:] = model[parameters:]
+    return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 
 
 class SynchronousServer(ParameterServer):

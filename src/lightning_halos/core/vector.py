@@ -7,6 +7,7 @@ floating-point buffers (BatchNorm's running statistics). Frozen parameters and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class ModelVector:
         self.shapes = [_real(p).shape for p in self._parameters]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
         self.num_elements = self.num_parameters + sum(_real(b).numel() for b in self._averaged())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in another module whose vectors mean the same."""
+        return {"elements": self.num_elements, "parameters": self.num_parameters, "dtype": str(self.dtype)}
 
     def new(self) -> Tensor:
         """Returns an uninitialized vector on the host."""

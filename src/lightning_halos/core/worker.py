@@ -5,6 +5,9 @@ Rules of this room: no tensors are computed here and no time is taken; the drive
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from lightning_halos.core.messages import Pull, Push
@@ -67,13 +70,20 @@ class WorkerRound:
         self._steps += steps
         self.batches += steps > 0
 
-    def push(self, vector: Tensor | None, stop: bool = False, final: bool = False) -> Push:
+    def push(
+        self,
+        vector: Tensor | None,
+        stop: bool = False,
+        final: bool = False,
+        data: Sequence[tuple[int, int]] = (),
+    ) -> Push:
         """Ends the round.
 
         Args:
             vector: The pseudo-gradient and the buffers; ``None`` if there was no local step.
             stop: Ask for the whole run to stop.
             final: Take part in no further round.
+            data: The data that was trained on in it.
         """
         self.total_steps += self._steps
         self.number += 1
@@ -88,7 +98,16 @@ class WorkerRound:
             final=final,
             vector=vector,
             number=self.number,
+            data=list(data),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns how far the round is."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`."""
+        vars(self).update(state)
 
     def receive(self, pull: Pull, waited: float) -> None:
         """Begins the next round.

@@ -7,7 +7,8 @@ of the ``DistributedSampler`` that Lightning put into a user's ``DataLoader``, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
-from lightning_halos.core.cursor import Lease
+from lightning_halos.core.cursor import Lease, Spans
 
 
 class LightningRank(int):
@@ -32,16 +33,36 @@ class Leases:
     def __init__(self, leases: Iterator[Lease]) -> None:
         self._leases = leases
         self._next: Lease | None = None
+        self._first_epoch: int | None = None
+        self._epoch: int | None = None
+        self._given: deque[Lease] = deque()
 
     def of_epoch(self, epoch: int) -> Iterator[Lease]:
-        """Yields those of an epoch that nobody was given. What is left of earlier epochs is dropped."""
+        """Yields those of an epoch that nobody was given. What is left of earlier epochs is dropped.
+
+        In the first epoch of a fit nothing is dropped: rounds that were in flight when a checkpoint was saved, at the
+        end of an epoch, are run again in the next one.
+        """
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._given.clear()
         while True:
             self._next = self._next or next(self._leases, None)
             if self._next is None or self._next.epoch > epoch:
                 return
             lease, self._next = self._next, None
-            if lease.epoch == epoch:
+            if lease.epoch == epoch or epoch == self._first_epoch:
+                self._given.append(lease)
                 yield lease
+
+    def use(self) -> tuple[int, int]:
+        """Takes note that the next local step's worth was trained on. Returns its epoch, and where in it it is."""
+        lease = self._given.popleft()
+        if lease.steps > 1:
+            self._given.appendleft(Lease(lease.epoch, lease.first + 1, lease.steps - 1))
+        return lease.epoch, lease.first
 
 
 class SharedSampler(Sampler[int]):
@@ -62,24 +83,26 @@ class SharedSampler(Sampler[int]):
         self._step_samples = step_samples
         self._samples = samples
         self._epoch = 0
+        self._order: tuple[int, Sequence[int]] = (-1, ())
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, as in torch's ``DistributedSampler``."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = self._order()
         for lease in self._leases.of_epoch(self._epoch):
             first = lease.first * self._step_samples
             last = min(first + lease.steps * self._step_samples, self._samples)
-            yield from order[first:last]
+            yield from self._order_of(lease.epoch)[first:last]
 
-    def _order(self) -> Any:
+    def _order_of(self, epoch: int) -> Sequence[int]:
         length = len(self._sampler.dataset)  # type: ignore[arg-type]
         if not self._sampler.shuffle:
             return range(length)
-        generator = torch.Generator().manual_seed(self._sampler.seed + self._epoch)
-        return torch.randperm(length, generator=generator).tolist()
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._sampler.seed + epoch)
+            self._order = epoch, torch.randperm(length, generator=generator).tolist()
+        return self._order[1]
 
 
 class SharedData:
@@ -113,7 +136,11 @@ class SharedData:
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
+        self._accumulate = accumulate
+        self._window = 0
+        self._used = Spans()
         self._step_samples = size * accumulate
+        self._seed = loader.sampler.seed if loader.sampler.shuffle else None  # type: ignore[attr-defined]
         self._samples = min(samples, batches * size)
         self._length = samples
         self._leases: Leases
@@ -145,8 +172,44 @@ class SharedData:
         self.attach()
         fit_loop = self._trainer.fit_loop
         restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
+        if fit_loop.epoch_loop.restarting and fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # Saved in the last batch of an epoch: a new one begins. Without a number of batches Lightning cannot tell.
+            fit_loop.epoch_loop.restarting = False
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
             iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+    @property
+    def identity(self) -> dict[str, int | None]:
+        """What must be the same in a later fit, so that a part of the data is the same samples then."""
+        return {
+            "steps_per_epoch": self.steps_per_epoch,
+            "step_samples": self._step_samples,
+            "samples": self._length,
+            "seed": self._seed,
+        }
+
+    def count_batch(self, ends_epoch: bool) -> None:
+        """Takes note of a batch that was trained on.
+
+        Args:
+            ends_epoch: Whether it is the last of the worker's epoch.
+        """
+        self._window += 1
+        if self._window == self._accumulate or ends_epoch:
+            self._window = 0
+            epoch, first = self._leases.use()
+            start = epoch * self.steps_per_epoch + first
+            self._used.add([(start, start + 1)])
+
+    @property
+    def used_steps(self) -> int:
+        """Local steps' worth of data that were trained on since :meth:`take_used`."""
+        return sum(stop - start for start, stop in self._used)
+
+    def take_used(self) -> list[tuple[int, int]]:
+        """Returns the data that was trained on since the last call."""
+        used, self._used = self._used, Spans()
+        return list(used)
 
     def attach(self) -> None:
         """Makes a loader that Lightning has loaded anew go on with the leases. To be called when an epoch starts.

@@ -7,14 +7,16 @@ knows in which world he does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.cursor import Lease
+from lightning_halos.core.messages import Marker
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.algorithms import Algorithm
@@ -43,6 +45,10 @@ class SimulatedProcess:
         data: Local steps' worth of data that there is; infinite if it has no end, or the workers do not share it.
         timeout: Seconds of silence after which a peer counts as lost.
         interrupted: Called several times a second while the worker waits; may raise.
+        saves: The saves under way.
+        offset: What to add to local steps that were handed out, so that they count from the first epoch's beginning.
+        rounds: The rounds to go on from; ``None`` if the run begins with new ones.
+        state: The servers to go on from.
 
     Attributes:
         alarm: Where failures go.
@@ -62,6 +68,10 @@ class SimulatedProcess:
         data: float,
         timeout: float,
         interrupted: Callable[[], None],
+        saves: Saves,
+        offset: int = 0,
+        rounds: Mapping[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.alarm = Alarm(f"rank {rank}")
         self.world: World | None = None
@@ -70,10 +80,17 @@ class SimulatedProcess:
         self._done = budget.total
         ordered = math.inf if budget.max_steps is None else budget.max_steps * budget.workers - budget.total
         self._has_more_data = ordered < data
-        self._rounds: Callable[[], Rounds] = partial(algorithm.rounds, timing, budget.total, min(ordered, data))
+        self._offset = offset
+        self._make_rounds = partial(algorithm.rounds, timing, budget.total, min(ordered, data))
+        self._running = rounds
         link: Link
         if rank == 0:
-            self.world = World(self._rounds(), algorithm.servers(timing, model, shapes), budget, self.alarm, timeout)
+            servers = algorithm.servers(timing, model, shapes)
+            if state is not None:
+                servers.load_state_dict(state)
+                if rounds is None:
+                    servers.steps = 0  # those are in the budget
+            self.world = World(self._rounds(), servers, budget, self.alarm, timeout, saves, offset)
             link = self._connect(self.world, groups, timeout)
         else:
             assert groups.region is not None
@@ -96,21 +113,48 @@ class SimulatedProcess:
             world.attach(rank, link)
         return mine
 
+    def _rounds(self) -> Rounds:
+        rounds = self._make_rounds()
+        if self._running is not None:
+            rounds.load_state_dict(self._running)
+        return rounds
+
+    def save(self, marker: Marker) -> None:
+        """Keeps the world as it is at the end of rank 0's present round."""
+        assert self.world is not None
+        self.world.save(marker)
+
+    def settle(self, model: Tensor) -> None:
+        """Lets the servers take the final model, when the run is over."""
+        if self.world is not None:
+            self.world.settle()
+
+    def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """What a later run goes on from, when this one is over: of a local server nothing, the world has them all."""
+        return None, None if self.world is None else self.world.state()
+
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: local steps, the data that was handed out, and the clock."""
+        assert self.world is not None
+        return self.world.progress()
+
     def first_round(self) -> WorkerRound:
         """Returns the worker's first round, which begins without a message."""
+        if self._running is not None:  # the worker has its round already
+            return WorkerRound(self._rank, 1, self._done // self._workers)
         begun = {r.worker: r for r in self._rounds().begin(range(self._workers), 0.0)}
         if self._rank not in begun:  # there is less data than workers
             return WorkerRound(self._rank, 1, self._done // self._workers)
         return WorkerRound(self._rank, begun[self._rank].steps, begun[self._rank].position)
 
-    def leases(self, steps_per_epoch: int, first: int) -> Iterator[Lease]:
+    def leases(self, steps_per_epoch: int, done: int = 0) -> Iterator[Lease]:
         """Yields the data of the worker's rounds.
 
         Args:
             steps_per_epoch: Local steps' worth of data in an epoch.
-            first: Local steps' worth of data before this run, from the first epoch's beginning.
+            done: Local steps of the worker's first round that it has done already.
         """
-        return self._rounds().leases(self._rank, steps_per_epoch, first - self._done, self._has_more_data)
+        return self._rounds().leases(self._rank, steps_per_epoch, self._offset, self._has_more_data, done)
 
     @property
     def has_global_model(self) -> bool:

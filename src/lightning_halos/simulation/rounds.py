@@ -6,11 +6,13 @@ computes. So everybody who asks gets the same rounds: the servers, and each work
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.simulation.timing import Timing
@@ -52,6 +54,30 @@ class Rounds(ABC):
         self._local_steps = local_steps
         self._next = first
         self._end = first + budget
+        self._is_restored = False
+
+    @property
+    @abstractmethod
+    def running(self) -> list[Round]:
+        """The rounds that are under way, in the order in which they end."""
+
+    @abstractmethod
+    def run_again(self, rounds: Sequence[Round]) -> None:
+        """Takes rounds that are under way from another moment."""
+
+    def state_dict(self, ending: Sequence[Round] = ()) -> dict[str, Any]:
+        """Returns who works now, and what was handed out.
+
+        Args:
+            ending: Rounds that were taken out, and whose end is not handled yet.
+        """
+        return {"next": self._next, "running": [dataclasses.astuple(r) for r in (*ending, *self.running)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`."""
+        self._next = state["next"]
+        self.run_again([Round(*fields) for fields in state["running"]])
+        self._is_restored = True
 
     @abstractmethod
     def begin(self, workers: Sequence[int], now: float) -> list[Round]:
@@ -74,13 +100,15 @@ class Rounds(ABC):
         """Ends the rounds of :meth:`next_end`, and returns them in the order in which they are to be handled."""
 
     def all(self) -> Iterator[Round]:
-        """All rounds, in the order of dispatch, if nobody stops the run."""
-        yield from self.begin(range(len(self._local_steps)), 0.0)
+        """All rounds, in the order of dispatch, if nobody stops the run; first those that are under way already."""
+        yield from self.running if self._is_restored else self.begin(range(len(self._local_steps)), 0.0)
         while self.next_end() < math.inf:
             ended = self.end()
             yield from self.begin([r.worker for r in ended], ended[0].end)
 
-    def leases(self, worker: int, steps_per_epoch: int, offset: int, is_endless: bool) -> Iterator[Lease]:
+    def leases(
+        self, worker: int, steps_per_epoch: int, offset: int, is_endless: bool, done: int = 0
+    ) -> Iterator[Lease]:
         """The data of one worker's rounds.
 
         Args:
@@ -88,11 +116,14 @@ class Rounds(ABC):
             steps_per_epoch: Local steps' worth of data in an epoch.
             offset: What to add to :attr:`Round.first`, so that it counts from the first epoch's beginning.
             is_endless: Whether there is more data after the last round: somebody may look ahead.
+            done: Local steps of the worker's first round that it has done already.
         """
         last = None
         for dispatched in self.all():
             if dispatched.worker == worker:
-                for last in split(dispatched.first + offset, dispatched.steps, steps_per_epoch):
+                first, steps = dispatched.first + offset + done, dispatched.steps - done
+                done = 0
+                for last in split(first, steps, steps_per_epoch):
                     yield last
         while is_endless and last is not None:
             yield last
@@ -131,6 +162,14 @@ class AsynchronousRounds(Rounds):
         self._server_regions = server_regions
         self._running: list[tuple[float, int, Round]] = []
 
+    @property
+    def running(self) -> list[Round]:
+        return [dispatched for *_, dispatched in sorted(self._running)]
+
+    def run_again(self, rounds: Sequence[Round]) -> None:
+        self._running = [(r.end, r.worker, r) for r in rounds]
+        heapq.heapify(self._running)
+
     def begin(self, workers: Sequence[int], now: float) -> list[Round]:
         begun = []
         for worker in workers:
@@ -163,6 +202,13 @@ class SynchronousRounds(Rounds):
         super().__init__(timing, local_steps, first, budget)
         self._running: list[Round] = []
         self._all_reduce = timing.all_reduce() if len(local_steps) > 1 else 0.0
+
+    @property
+    def running(self) -> list[Round]:
+        return list(self._running)
+
+    def run_again(self, rounds: Sequence[Round]) -> None:
+        self._running = list(rounds)
 
     def begin(self, workers: Sequence[int], now: float) -> list[Round]:
         workers = sorted(workers)

@@ -10,7 +10,7 @@ import heapq
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,30 @@ class Servers(ABC):
 
         Raises:
             NotImplementedError: If there are no such messages.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of all servers and of what is on its way between them: tensors and plain values.
+
+        Raises:
+            NotImplementedError: If there are no servers.
+        """
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`.
+
+        Raises:
+            NotImplementedError: If there are no servers.
+        """
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Lets all servers take the final global model, so that a later run can go on from there.
+
+        Raises:
+            NotImplementedError: If there are no servers.
         """
         raise NotImplementedError
 
@@ -174,6 +198,44 @@ class RegionServers(Servers):
             found.append({**own, **counted, "round_seconds": counter["round_ms"] / 1e3, **of_each})
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "locals": [server.state_dict() for server in self._locals],
+            "global": None if self._global is None else self._global.state_dict(),
+            "flushed": [] if self._global is None else sorted(self._global.flushed),
+            "on_their_way": [
+                (arrival, number, index, type(message).__name__, _fields(message))
+                for arrival, number, index, message in self._on_their_way
+            ],
+            "sent": self._sent,
+            "here": {index: sorted(ranks) for index, ranks in self._here.items()},
+            "counters": [dict(counter) for counter in self._counters],
+            "shares": dict(self._shares),
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for server, saved in zip(self._locals, state["locals"], strict=True):
+            server.load_state_dict(saved)
+        if self._global is not None:
+            self._global.load_state_dict(state["global"])
+            self._global.flushed = set(state["flushed"])
+        self._on_their_way = [
+            (arrival, number, index, _KINDS[kind](**fields))
+            for arrival, number, index, kind, fields in state["on_their_way"]
+        ]
+        self._sent, self.steps, self._shares = state["sent"], state["steps"], dict(state["shares"])
+        self._here = {index: set(ranks) for index, ranks in state["here"].items()}
+        self._counters = [defaultdict(float, counter) for counter in state["counters"]]
+
+    def settle(self) -> None:
+        for server in self._locals:
+            server.settle(self.model.clone())
+        if self._global is not None:
+            self._global.flushed = set()
+        self._on_their_way = []
+        self._here = {group.index: set(group.ranks) for group in self._groups}
+
     def _send(self, now: float, index: int, update: RegionUpdate) -> None:
         self._counters[index][_BYTES[self._regions[index] != self._home]] += 2 * self._timing.message_bytes
         self._post(now + self._timing.transfer(self._regions[index], self._home), index, update)
@@ -200,6 +262,12 @@ class RegionServers(Servers):
 
 
 _BYTES = ("bytes_within_regions", "bytes_between_regions")
+_KINDS: dict[str, type[RegionUpdate | GlobalModel]] = {"RegionUpdate": RegionUpdate, "GlobalModel": GlobalModel}
+
+
+def _fields(message: RegionUpdate | GlobalModel) -> dict[str, Any]:
+    assert message.vector is not None
+    return {**vars(message), "vector": message.vector.clone()}
 
 
 class OuterServer(Servers):
@@ -212,7 +280,8 @@ class OuterServer(Servers):
 
     def __init__(self, server: SynchronousServer, cluster: SimulatedCluster) -> None:
         self._server = server
-        self._here = set(range(cluster.num_workers))
+        self._all = range(cluster.num_workers)
+        self._here = set(self._all)
         self._records_parameters = cluster.record_parameters
 
     @property
@@ -241,6 +310,16 @@ class OuterServer(Servers):
 
     def leave(self, worker: int, now: float) -> None:
         self._here.remove(worker)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"server": self._server.state_dict(), "here": sorted(self._here), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._server.load_state_dict(state["server"])
+        self._here, self.steps = set(state["here"]), state["steps"]
+
+    def settle(self) -> None:
+        self._here = set(self._all)
 
 
 class NoServer(Servers):

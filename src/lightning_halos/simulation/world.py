@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_halos.core.messages import Failure, GlobalModel, Message, Pull, Push
+from lightning_halos.checkpoint.manifest import GLOBAL
+from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.messages import Failure, GlobalModel, Marker, Message, Pull, Push, ShardWritten
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.rounds import Round, Rounds
@@ -34,6 +36,8 @@ class World:
         budget: The step budget when the run begins.
         alarm: Where failures go.
         timeout: Seconds that a worker may take for a round.
+        saves: The saves under way.
+        offset: What to add to :attr:`Round.first`, so that it counts from the first epoch's beginning.
 
     Attributes:
         history: All that happened so far.
@@ -42,7 +46,16 @@ class World:
         steps: Local steps that all workers had finished then.
     """
 
-    def __init__(self, rounds: Rounds, servers: Servers, budget: StepBudget, alarm: Alarm, timeout: float) -> None:
+    def __init__(
+        self,
+        rounds: Rounds,
+        servers: Servers,
+        budget: StepBudget,
+        alarm: Alarm,
+        timeout: float,
+        saves: Saves,
+        offset: int,
+    ) -> None:
         self.history: list[Event] = []
         self.virtual_ms = 0.0
         self._rounds = rounds
@@ -51,6 +64,9 @@ class World:
         self._budget = budget
         self._alarm = alarm
         self._timeout = timeout
+        self._saves = saves
+        self._offset = offset
+        self._ending: Sequence[Round] = ()
         self._links: dict[int, Link] = {}
         self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(budget.workers)]
         self._moment = threading.Condition()
@@ -70,9 +86,49 @@ class World:
 
     def start(self) -> None:
         """Starts the clock, once all workers are connected."""
-        begun = self._begin(range(self._budget.workers), 0.0)
-        idle = sorted(set(range(self._budget.workers)) - begun.keys())
+        running = {r.worker: r for r in self._rounds.running}
+        if running:
+            idle = []
+            self.virtual_ms = running[0].end
+            self._look()
+        else:
+            begun = self._begin(range(self._budget.workers), 0.0)
+            idle = sorted(set(range(self._budget.workers)) - begun.keys())
         threading.Thread(target=self._guard, args=(idle,), name="halos world", daemon=True).start()
+
+    def save(self, marker: Marker) -> None:
+        """Keeps the servers and the clock as they are at the end of rank 0's present round, but for its push.
+
+        All workers are in a round then. Each keeps what it has when that round is computed, and the round's result.
+        """
+        with self._rank_0_is_due():
+            rounds, state = self._rounds.state_dict(self._ending), self._servers.state_dict()
+            for rank, link in self._links.items():
+                if rank > 0:
+                    link.post(marker)
+            progress = self.progress()
+        self._saves.know(marker.save, **{**progress, "world": {**self._clock(), "rounds": rounds}})
+        self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
+
+    def settle(self) -> None:
+        """Lets the servers take the final model, when the run is over."""
+        self._servers.settle()
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from, when this one is over and settled."""
+        return self._servers.state_dict()
+
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: local steps, the data that was handed out, and the clock."""
+        done = self._rounds.state_dict()["next"] + self._offset
+        return {
+            "total": self._budget.total + self._servers.steps,
+            "done": [(0, done)] if done else [],
+            "world": {**self._clock(), "rounds": None},
+        }
+
+    def _clock(self) -> dict[str, Any]:
+        return {"base": self._budget.total, "offset": self._offset}
 
     def seen(self) -> list[Event]:
         """All that had happened when rank 0's present round began; after training, all."""
@@ -109,6 +165,9 @@ class World:
         if isinstance(message, Failure):
             self._alarm.told(message)
             return
+        if isinstance(message, ShardWritten):
+            self._saves.written(message)
+            return
         assert isinstance(message, Push)
         whole(filled)
         self._inboxes[rank].put(message)
@@ -143,7 +202,9 @@ class World:
     def _end(self, ended: Sequence[Round]) -> None:
         """Handles rounds that end together: takes their pushes, answers them, and begins the workers' next rounds."""
         now = ended[0].end
+        self._ending = ended
         pushes = [self._wait_for(r.worker) for r in ended]
+        self._ending = ()
         self._asked_to_stop = self._asked_to_stop or any(push.stop for push in pushes)
         self._stop = self._stop or self._asked_to_stop
         answers = self._servers.receive(ended, pushes)

@@ -39,7 +39,7 @@ class Alarm:
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._since = 0.0
-        self._off = False
+        self._off = self._failed = False
 
     def watch(self, timeout: float) -> None:
         """Notices a peer that stopped without closing its connection. Returns at once.
@@ -91,6 +91,11 @@ class Alarm:
         """Whether the run is over, or cannot go on."""
         return self._off or self._error is not None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the run cannot go on."""
+        return self._failed
+
     def check(self) -> None:
         """Raises the failure, if there is one.
 
@@ -131,6 +136,7 @@ class Alarm:
         with self._lock:
             if self._off or self._error is not None:
                 return
+            self._failed = True
             self._error, self._since = error, time.monotonic()
             self._off = error is None
         for link in self.links:

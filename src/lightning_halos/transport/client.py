@@ -19,9 +19,11 @@ from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
     LeaseRequest,
+    Marker,
     Message,
     Pull,
     Push,
+    ShardWritten,
     Status,
 )
 from lightning_halos.core.vector import Reach
@@ -42,6 +44,10 @@ class WorkerClient:
         alarm: Where failures go.
         timeout: Seconds that a wait may last without news.
         interrupted: Called several times a second while waiting; may raise.
+
+    Attributes:
+        markers: The saves that this worker's state since the last push belongs to. Whoever takes care of one takes it
+            out.
     """
 
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
@@ -49,6 +55,7 @@ class WorkerClient:
         self._alarm = alarm
         self._timeout = timeout
         self._interrupted = interrupted
+        self.markers: list[Marker] = []
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
@@ -68,7 +75,8 @@ class WorkerClient:
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
-        message = self._wait("answer a push", self._inbox)
+        while isinstance(message := self._wait("answer a push", self._inbox), Marker):
+            self.markers.append(message)
         assert isinstance(message, Pull)
         return message, self._filled(message.vector)
 
@@ -90,7 +98,10 @@ class WorkerClient:
         # While others go on there is news again and again. That all of them are alive is watched on every link.
         patience, what = max(self._timeout, AT_THE_EDGES), "send the final model, or news of others that go on"
         while not isinstance(message := self._wait(what, self._inbox, patience), GlobalModel):
-            assert isinstance(message, Status)
+            if isinstance(message, Marker):
+                self.markers.append(message)
+            else:
+                assert isinstance(message, Status)
         return message, self._filled(message.vector)
 
     def leases(self) -> Iterator[Lease]:
@@ -104,6 +115,10 @@ class WorkerClient:
         while (grant := self._wait("lease data", self._grants)).steps:
             self._link.post(LeaseRequest())
             yield Lease(grant.epoch, grant.first, grant.steps)
+
+    def tell(self, message: ShardWritten) -> None:
+        """Tells rank 0 what became of this worker's part of a save."""
+        self._link.post(message)
 
     def _push(self, push: Push, fill: Callable[[Reach], object]) -> None:
         if push.vector is None:

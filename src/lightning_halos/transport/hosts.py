@@ -9,28 +9,67 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock
+from lightning_halos.checkpoint.manifest import GLOBAL, server_shard
+from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.messages import (
     Failure,
     GlobalModel,
     LeaseGrant,
     LeaseRequest,
+    Marker,
     Message,
     Progress,
     Pull,
     Push,
     RegionUpdate,
+    ShardWritten,
     Status,
 )
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import Finding, GlobalServer, LocalServer
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Filled, Filling, Link, Slot, whole
+
+
+@dataclass
+class Cut:
+    """A consistent state of all servers, while it is taken (Chandy and Lamport, "Distributed Snapshots", 1985).
+
+    What a local server sent before the marker passed it, and the global server got after it was marked itself, belongs
+    to the state: on the link for models that is an update at most, on the link for control it is progress.
+
+    Attributes:
+        marker: Which save.
+        server: State of the global server.
+        applied: Local steps behind the updates in it.
+        total: Local steps that all workers had finished.
+        done: The data that they trained on.
+        updates: Updates that were on their way.
+        models: Local servers whose marker has not come back yet on the link for models.
+        controls: Those of which it has not on the link for control.
+    """
+
+    marker: Marker
+    server: dict[str, Any]
+    applied: int
+    total: int
+    done: Spans
+    models: set[int]
+    controls: set[int]
+    updates: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the global server goes on from."""
+        return {"server": self.server, "applied": self.applied, "updates": self.updates}
 
 
 class GlobalHost:
@@ -41,9 +80,21 @@ class GlobalHost:
         budget: The step budget.
         cursor: Hands out the training data; ``None`` if the workers do not share any.
         alarm: Where failures go.
+        saves: The saves under way.
+        done: The data that was trained on before.
+        state: What to go on from; see :class:`Cut`. Without a server in it that begins anew.
     """
 
-    def __init__(self, server: GlobalServer, budget: StepBudget, cursor: DataCursor | None, alarm: Alarm) -> None:
+    def __init__(
+        self,
+        server: GlobalServer,
+        budget: StepBudget,
+        cursor: DataCursor | None,
+        alarm: Alarm,
+        saves: Saves,
+        done: Spans,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.server = server
         self.budget = budget
         self._cursor = cursor
@@ -54,6 +105,17 @@ class GlobalHost:
         self._fastest: dict[int, float] = {}
         self._statistics: dict[int, dict[str, Any]] = {}
         self._initial_total = budget.total
+        self._saves = saves
+        self._done = done
+        self._cuts: dict[str, Cut] = {}
+        self._on_their_way: dict[int, list[dict[str, Any]]] = {}
+        if state is not None:
+            if state["server"] is not None:
+                server.load_state_dict(state["server"])
+                server.steps, server.flushed = 0, set()  # the steps so far are in the total, and all take part anew
+            self._initial_total = state["applied"]
+            for update in state["updates"]:
+                self._on_their_way.setdefault(update["server"], []).append(update)
         self._counted: dict[int, int] = {}
         self._stop = self._asked_to_stop = False
         self._plateaus: list[tuple[int, float]] = []
@@ -68,8 +130,34 @@ class GlobalHost:
             control: Link for progress and status, which must not queue behind a model.
         """
         self._models[index], self._controls[index] = models, control
+        self._go_on(index, self._on_their_way.pop(index, []))
         models.start(lambda message, filled: self._on_update(index, message, filled), self._alarm.fail)
         control.start(lambda message, _: self._on_control(index, message), self._alarm.fail)
+
+    def save(self, marker: Marker) -> None:
+        """Keeps the state of all servers and workers as it is now, or as it was sent by now. Does not wait for it."""
+        with self._lock:
+            self._cuts[marker.save] = Cut(
+                marker,
+                self.server.state_dict(),
+                self._initial_total + self.server.steps,
+                self.budget.total,
+                Spans(self._done),
+                set(self._models),
+                set(self._controls),
+            )
+            for link in self._models.values():
+                link.post(marker)
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from, when this one is over."""
+        applied = self._initial_total + self.server.steps
+        return {"server": self.server.state_dict(), "applied": applied, "updates": []}
+
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: local steps, and the data that was trained on."""
+        with self._lock:
+            return {"total": self.budget.total, "done": list(self._done)}
 
     def publish(self, plateaus: list[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
@@ -92,9 +180,15 @@ class GlobalHost:
         if isinstance(message, Failure):
             self._alarm.told(message)
             return
+        if isinstance(message, Marker):
+            self._on_marker(message, lambda cut: cut.models.discard(index))
+            return
         assert isinstance(message, RegionUpdate)
         whole(filled)
         with self._lock:
+            for cut in self._cuts.values():
+                if index in cut.models:
+                    cut.updates.append({**vars(message), "vector": _copy(message.vector)})
             self._asked_to_stop = self._asked_to_stop or message.stop
             answer = self.server.receive(message)
             finished = self.server.finished
@@ -108,9 +202,32 @@ class GlobalHost:
                 for link in self._models.values():
                     link.post(final)
 
+    def _go_on(self, index: int, updates: list[dict[str, Any]]) -> None:
+        """Applies what was on its way when the checkpoint was saved. After a final one nobody waits for an answer."""
+        waits = not any(update["final"] for update in updates)
+        for update in updates:
+            answer = self.server.receive(RegionUpdate(**{**update, "final": False, "vector": _copy(update["vector"])}))
+            if waits:
+                self._models[index].post(answer)
+
+    def _on_marker(self, marker: Marker, note: Callable[[Cut], None]) -> None:
+        """A marker came back. The state is known when all have."""
+        with self._lock:
+            cut = self._cuts[marker.save]
+            note(cut)
+            if cut.models or cut.controls:
+                return
+            del self._cuts[marker.save]
+        self._saves.know(marker.save, total=cut.total, done=list(cut.done))
+        self._saves.writer.shard(marker, GLOBAL, cut.state, self._saves.written)
+
     def _on_control(self, index: int, message: Message) -> None:
         if isinstance(message, Failure):
             self._alarm.told(message)
+        elif isinstance(message, Marker):
+            self._on_marker(message, lambda cut: cut.controls.discard(index))
+        elif isinstance(message, ShardWritten):
+            self._saves.written(message)
         elif isinstance(message, LeaseRequest):
             with self._lock:
                 assert self._cursor is not None
@@ -123,6 +240,11 @@ class GlobalHost:
     def _on_progress(self, index: int, message: Progress) -> None:
         with self._lock:
             self.budget.total += message.steps
+            self._done.add(message.data)
+            for cut in self._cuts.values():
+                if index in cut.controls:
+                    cut.total += message.steps
+                    cut.done.add(message.data)
             self._counted[index] = self._counted.get(index, 0) + message.steps
             self._fastest[index] = message.fastest
             self._statistics[index] = message.statistics
@@ -165,6 +287,8 @@ class RegionHost:
         alarm: Where failures go.
         within_region: Whether the global server is in the same region, for counting bytes.
         stock: The workers' training data; ``None`` if they do not share any.
+        saves: What this process writes.
+        state: What to go on from; see :meth:`state`.
     """
 
     def __init__(
@@ -177,8 +301,11 @@ class RegionHost:
         alarm: Alarm,
         within_region: bool,
         stock: LeaseStock | None,
+        saves: Saves,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.server = server
+        self._saves = saves
         self._planner = planner
         self._num_workers = workers
         self._budget = budget
@@ -200,6 +327,23 @@ class RegionHost:
         self._staleness_sum = self._staleness_max = 0
         self._computed: dict[int, float] = {}
         self._waited: dict[int, float] = {}
+        if state is not None:
+            server.load_state_dict(state["server"])
+            if server.exchanging:
+                self._sent.put(torch.empty_like(server.model))  # memory for the answer that is still to come
+            planner.load_state_dict(state["speeds"])
+            self._staleness_sum, self._staleness_max = state["staleness"]
+            self._computed, self._waited = dict(state["computed"]), dict(state["waited"])
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what a later run goes on from: the server, and what is known of its workers."""
+        return {
+            "server": self.server.state_dict(),
+            "speeds": self._planner.state_dict(),
+            "staleness": [self._staleness_sum, self._staleness_max],
+            "computed": dict(self._computed),
+            "waited": dict(self._waited),
+        }
 
     def connect(self, models: Link, control: Link) -> None:
         """Uses these links to the global server; see :meth:`GlobalHost.attach`. To be called before :meth:`attach`."""
@@ -231,6 +375,8 @@ class RegionHost:
                 assert self._stock is not None
                 self._stock.ask(rank, self._planner.known_steps(rank))
                 self._lease()
+        elif isinstance(message, ShardWritten):
+            self._control.post(message)
         else:
             assert isinstance(message, Push)
             self._on_push(rank, message, filled)
@@ -256,7 +402,9 @@ class RegionHost:
             self._waited[rank] = self._waited.get(rank, 0.0) + push.waited
             update = self._answer(rank, push, finding)
             self._control.post(
-                Progress(self.server.index, push.steps, self._planner.fastest_here, push.stop, self._counters())
+                Progress(
+                    self.server.index, push.steps, self._planner.fastest_here, push.stop, self._counters(), push.data
+                )
             )
             if update is not None:
                 self._send(update)
@@ -308,6 +456,9 @@ class RegionHost:
         if isinstance(message, Failure):
             self._alarm.told(message)
             return
+        if isinstance(message, Marker):
+            self._on_marker(message)
+            return
         assert isinstance(message, GlobalModel)
         whole(filled)
         if message.final:
@@ -318,6 +469,13 @@ class RegionHost:
             # What was sent last is not merged once the region is flushed: the final model follows.
             if len(self._finished) < self._num_workers:
                 self.server.merge(message)
+
+    def _on_marker(self, marker: Marker) -> None:
+        with self._lock:
+            state = self.state()
+            for link in (self._models, self._control, *self._workers.values()):
+                link.post(marker)
+        self._saves.writer.shard(marker, server_shard(self.server.index), state, self._control.post)
 
     def _on_control(self, message: Message) -> None:
         if isinstance(message, Failure):
@@ -360,6 +518,11 @@ class RegionHost:
             "round_seconds": sum(self._computed.values()),
             "compute_share": shares,
         }
+
+
+def _copy(vector: Tensor | None) -> Tensor:
+    assert vector is not None
+    return vector.clone()
 
 
 def _grant(lease: Lease | None) -> LeaseGrant:

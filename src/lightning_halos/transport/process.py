@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_halos.core.cursor import DataCursor, LeaseStock
+from lightning_halos.checkpoint.resume import Resume
+from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
+from lightning_halos.core.messages import Marker
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
 from lightning_halos.topology import Topology
@@ -40,6 +43,9 @@ class Process:
             share any.
         timeout: Seconds that any wait for a peer may last.
         interrupted: Called several times a second while the worker waits; may raise.
+        saves: The saves under way.
+        done: The data that was trained on before.
+        resume: What to go on from.
 
     Attributes:
         alarm: Where failures go.
@@ -59,6 +65,9 @@ class Process:
         cursor: DataCursor | None,
         timeout: float,
         interrupted: Callable[[], None],
+        saves: Saves | None = None,
+        done: Spans | None = None,
+        resume: Resume | None = None,
     ) -> None:
         self.alarm = Alarm(topology.describe(rank))
         self.global_host: GlobalHost | None = None
@@ -67,10 +76,19 @@ class Process:
         self._topology = topology
         self._groups = groups
         self._timeout = timeout
+        self._saves = saves or Saves()
+        self._resume = resume
+        self._region_host: RegionHost | None = None
         group = topology.group_of(rank)
         if rank == 0:
             server = settings.global_server(len(topology.groups), model.clone(), shapes)
-            self.global_host = GlobalHost(server, copy.copy(budget), cursor, self.alarm)
+            # With a single local server, that has the whole model, and the global server nothing until the end.
+            state = None if resume is None else resume.globals
+            if state is not None and settings.one_server:
+                state = {**state, "server": None}
+            self.global_host = GlobalHost(
+                server, copy.copy(budget), cursor, self.alarm, self._saves, done or Spans(), state
+            )
         link: Link
         if rank == group.leader:
             stock = None if cursor is None else LeaseStock(settings.local_steps * len(group.ranks))
@@ -113,6 +131,30 @@ class Process:
         assert self.global_host is not None
         return self.global_host.statistics()
 
+    def save(self, marker: Marker) -> None:
+        """Keeps the state of all servers and workers as it is now; they write it in the background."""
+        assert self.global_host is not None
+        self.global_host.save(marker)
+
+    def settle(self, model: Tensor) -> None:
+        """Lets this process's local server take the final global model, when the run is over."""
+        if self._region_host is not None:
+            self._region_host.server.settle(model)
+
+    def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """What a later run goes on from, when this one is over and settled.
+
+        Returns:
+            The state of this process's local server, and of the global server; ``None`` for what it does not host.
+        """
+        server = None if self._region_host is None else self._region_host.state()
+        return server, None if self.global_host is None else self.global_host.state()
+
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: local steps, and the data that was trained on."""
+        assert self.global_host is not None
+        return self.global_host.progress()
+
     def close(self, timeout: float) -> None:
         """Says goodbye to all peers and waits for theirs, for so many seconds at most."""
         self.alarm.close(timeout)
@@ -136,7 +178,10 @@ class Process:
             self.alarm,
             group.region == topology.group_of(0).region,
             stock,
+            self._saves,
+            None if self._resume is None else self._resume.server,
         )
+        self._region_host = host
         if settings.one_server:
             self._only_host = host
         here, there = f"the server of {topology.describe(self._rank)}", f"the global server of {topology.describe(0)}"

@@ -25,6 +25,8 @@ _KINDS: dict[str, type[Message]] = {
         messages.Status,
         messages.LeaseRequest,
         messages.LeaseGrant,
+        messages.Marker,
+        messages.ShardWritten,
         messages.Failure,
     )
 }

@@ -1,0 +1,80 @@
+"""Writes in the background, one thing after the other.
+
+Rules of this room: whoever hands something over never waits. A disk that is slower than the saves makes saves fail, not
+training stand still.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_halos.checkpoint import files
+from lightning_halos.core.messages import Marker, ShardWritten
+
+_WAITING = 12  # writes that may wait: each holds a copy of its state in memory
+
+Tell = Callable[[ShardWritten], None]
+
+
+class Writer:
+    """A thread that writes. It ends with its process."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def shard(self, marker: Marker, name: str, state: Any, tell: Tell) -> None:
+        """Writes a shard in the background.
+
+        Args:
+            marker: Which save, and where.
+            name: Name of the file.
+            state: What to write. Nobody may change it from here on.
+            tell: Told how it went, in the background or at once.
+        """
+        if not self.submit(lambda: tell(write_shard(marker, name, state))):
+            reason = "it was skipped, because the disk is slower than the saves: save less often"
+            tell(ShardWritten(marker.save, name, error=reason))
+
+    def submit(self, job: Callable[[], None]) -> bool:
+        """Does something after all that waits. Returns whether there was room for it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
+            self._thread.start()
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until all is written. Returns whether it is, within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while self._jobs.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not self._jobs.unfinished_tasks
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job()
+            finally:
+                del job
+                self._jobs.task_done()
+
+
+def write_shard(marker: Marker, name: str, state: Any) -> ShardWritten:
+    """Writes a shard. Returns how it went."""
+    path = Path(marker.folder) / name
+    try:
+        written = files.write_state(path, state)
+    except Exception as error:  # a save must not end the run, whatever an object raises while it is written
+        reason = error if isinstance(error, OSError) else f"{path} could not be written: {error}"
+        return ShardWritten(marker.save, name, error=str(reason))
+    return ShardWritten(marker.save, name, written.size, written.sha256)

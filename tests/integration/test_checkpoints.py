@@ -1,0 +1,240 @@
+"""A run that was stopped goes on with all its state."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_halos import CheckpointError
+from lightning_halos.checkpoint.manifest import NAME, Manifest
+from lightning_halos.checkpoint.resume import newest_whole
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
+
+WHOLE = {"global.pt", NAME, *(f"worker-{rank}.pt" for rank in range(4)), *(f"server-{index}.pt" for index in range(2))}
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a checkpoint, which has one save in its folder."""
+    (folder,) = path.with_suffix("").iterdir()
+    assert {file.name for file in folder.iterdir()} == WHOLE
+    return Manifest.read((folder / NAME).read_text(), folder / NAME)
+
+
+class Noting(Toy):
+    """Takes note of the epoch of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[int] = []
+        self.first_state: dict[str, Any] = {}
+        self.first_lr = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not self.first_state:
+            (adam,) = self.trainer.optimizers
+            self.first_state = {"steps": [int(state["step"]) for state in adam.state.values()]}
+        self.epochs += [self.current_epoch] * len(batch[2])
+        return super().training_step(batch, batch_idx)
+
+
+def saving(folder: Path, every: int, **kwargs: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, **kwargs)
+
+
+def interrupted_and_resumed(folder: Path, step: int, flags: dict[str, Any]) -> Result:
+    trainer = make_trainer(callbacks=saving(folder, step), enable_checkpointing=True, **flags)
+    first = Noting()
+    trainer.fit(first, loader(shuffle=True))
+    module, trainer = Noting(), make_trainer(**flags)
+    trainer.fit(module, loader(shuffle=True), ckpt_path=folder / f"step={step}.ckpt")
+    return outcome(trainer, module, epochs=module.epochs, first=module.first_state, steps=first.optimizer_steps)
+
+
+def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
+    results = run(interrupted_and_resumed, tmp_path, 24, {"max_epochs": 3})
+    manifest = manifest_of(tmp_path / "step=24.ckpt")
+    done = sum(stop - start for start, stop in manifest.done)
+    assert 0 < done == manifest.total
+    assert abs(done - 24 * 4) <= 2 * 4 * 4
+    used = Counter(index for result in results for index in result["trained_on"])
+    assert sum(used.values()) == 4 * (3 * 64 - done)  # what was in flight is run again, and nothing else
+    assert max(used.values()) <= 3
+    for result in results:
+        assert (result["global_step"], result["epoch"]) == (48, 3)
+        assert all(steps > 0 for steps in result["first"]["steps"])
+    assert_same_model(results)
+
+
+def saved_with(folder: Path, flags: dict[str, Any]) -> Result:
+    module, trainer = Noting(), make_trainer(callbacks=saving(folder, 24), enable_checkpointing=True, **flags)
+    trainer.fit(module, loader(shuffle=True))
+    return outcome(trainer, module)
+
+
+def resumed_with(folder: Path, regions: Any, flags: dict[str, Any]) -> Result:
+    module = Noting()
+    workers = sum(map(len, regions))
+    trainer = make_trainer(halos(regions=regions), devices=workers, **flags)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(shuffle=True), ckpt_path=folder / "step=24.ckpt")
+    said = [str(warning.message) for warning in caught if "are kept" in str(warning.message)]
+    return outcome(trainer, module, first=module.first_state, said=said)
+
+
+@pytest.mark.parametrize("regions", [[[0, 1, 2, 3]], [[0], [1, 2]], [[0, 1], [2], [3, 4]]], ids=str)
+def test_a_run_resumes_with_other_workers_and_regions(run: Run, tmp_path: Path, regions: list[list[int]]) -> None:
+    run(saved_with, tmp_path, {"max_epochs": 2})
+    done = sum(stop - start for start, stop in manifest_of(tmp_path / "step=24.ckpt").done)
+    workers = sum(map(len, regions))
+    results = run(resumed_with, tmp_path, regions, {"max_epochs": 2}, workers=workers)
+    used = Counter(index for result in results for index in result["trained_on"])
+    assert sum(used.values()) == 4 * (2 * 64 - done)
+    assert max(used.values()) <= 2
+    for rank, result in enumerate(results):
+        assert bool(result["first"]["steps"]) == (rank < 4)  # new workers begin afresh
+        assert len(result["said"]) == (rank == 0)
+    assert "not kept: the local servers' momentum" in results[0]["said"][0]
+    assert_same_model(results)
+
+
+class Wider(Toy):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 1))
+
+
+class PartlyFrozen(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+def refused(folder: Path, module: Toy, path: Any = "step=20.ckpt", **flags: Any) -> str:
+    trainer = make_trainer(halos(regions=[[0], [1]]), devices=2, max_steps=30, **flags)
+    try:
+        trainer.fit(module, loader(), ckpt_path=folder / path)
+    except (CheckpointError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def gone_wrong(folder: Path) -> Result:
+    """Several mishaps, one after the other, with two workers."""
+    flags = {"devices": 2, "max_steps": 20, "enable_checkpointing": True}
+    make_trainer(halos(regions=[[0], [1]]), callbacks=saving(folder, 10), **flags).fit(Toy(), loader())
+    trainer = make_trainer(halos(regions=[[0], [1]]), callbacks=saving(folder, 10), **flags)
+    trainer.strategy.setup_environment()
+
+    errors = {"other_model": refused(folder, Wider()), "other_part": refused(folder, PartlyFrozen())}
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        (shard,) = (folder / "step=20").glob("*/worker-1.pt")
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1] + b"x")
+    trainer.strategy.barrier()
+    errors["damaged"] = refused(folder, Toy())
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        shard.write_bytes(whole)
+        shutil.copy(folder / "step=20.ckpt", folder / "last.ckpt")
+        (folder / "step=20" / shard.parent.name / NAME).unlink()
+    trainer.strategy.barrier()
+    errors["half_written"] = refused(folder, Toy())
+    trainer.strategy.barrier()
+
+    last = ModelCheckpoint(folder, save_last=True, every_n_epochs=1, save_top_k=0)
+    trainer = make_trainer(
+        halos(regions=[[0], [1]]), devices=2, max_steps=11, callbacks=last, enable_checkpointing=True
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Toy(), loader(), ckpt_path="last")
+    skipped = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
+    return {"errors": errors, "skipped": skipped, "from": str(trainer.ckpt_path)}
+
+
+def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path: Path) -> None:
+    results = run(gone_wrong, tmp_path, workers=2)
+    for result in results:
+        errors = result["errors"]
+        assert "Error(s) in loading state_dict for Wider" in errors["other_model"]  # Lightning's own
+        assert errors["other_part"].startswith("CheckpointError: The checkpoint is of another model: ")
+        assert errors["damaged"].startswith("CheckpointError: ")
+        assert "worker-1.pt is damaged: its checksum is" in errors["damaged"]
+        assert errors["half_written"].startswith(f"CheckpointError: {tmp_path / 'step=20.ckpt'} is half-written")
+        assert str(tmp_path / "step=10.ckpt") in errors["half_written"]  # what to take instead
+        assert result["from"] == str(tmp_path / "step=10.ckpt")
+    (skipped,) = results[0]["skipped"]
+    assert skipped.startswith(f"{tmp_path / 'last.ckpt'} is skipped, and {tmp_path / 'step=10.ckpt'} is used instead.")
+
+
+def on_a_full_disk(folder: Path) -> Result:
+    module, checkpoints = Toy(), ModelCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=1)
+    trainer = make_trainer(
+        halos(regions=[[0], [1]]),
+        devices=2,
+        max_steps=40,
+        callbacks=[checkpoints, FillsDisk(folder)],
+        enable_checkpointing=True,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader())
+    said = [str(warning.message) for warning in caught if "is not whole" in str(warning.message)]
+    return outcome(trainer, module, said=said)
+
+
+class FillsDisk(pl.Callback):
+    """From the time when the first checkpoint is whole, rank 1 cannot write its shards any more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and list(self.folder.glob(f"step=10/*/{NAME}")):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    def on_fit_end(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_ends_neither_the_run_nor_the_older_checkpoint(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    results = run(on_a_full_disk, folder, workers=2)
+    assert [result["global_step"] for result in results] == [40, 40]
+    assert_same_model(results)
+    assert results[0]["said"]
+    assert all("-1.pt could not be written" in text and "File too large" in text for text in results[0]["said"])
+    assert len(list(folder.glob(f"*/*/{NAME}"))) >= 1  # a whole one is left
+    whole = newest_whole(folder / "last.ckpt")
+    assert whole is not None
+    assert torch.load(whole, weights_only=True)["state_dict"].keys() == results[0]["state"].keys()
+
+
+def test_the_file_is_an_ordinary_checkpoint_of_lightnings(run: Run, tmp_path: Path) -> None:
+    results = run(saved_with, tmp_path, {"max_steps": 24})
+    path = tmp_path / "step=24.ckpt"
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    loaded = Toy.load_from_checkpoint(path, weights_only=True).state_dict()
+    for name, tensor in results[0]["state"].items():
+        assert torch.equal(weights[name], tensor)
+        assert torch.equal(loaded[name], tensor)
+    module = Noting()
+    module.on_train_end = lambda: None  # type: ignore[method-assign]
+    trainer = make_trainer("auto", devices=1, max_steps=26)
+    trainer.fit(module, loader(), ckpt_path=path)
+    assert (trainer.global_step, len(module.trained_on)) == (26, 8)

@@ -1,0 +1,53 @@
+"""A simulated run that was stopped and resumed ends bit for bit where one ends that was not stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.simulation.test_world import Toy, fit, loader
+
+
+def run(name: str, folder: Path | None = None, every: int = 0, **flags: Any) -> dict[str, torch.Tensor]:
+    """Runs a simulation, and saves every so many global steps. Returns the final model."""
+    if folder is not None:
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)
+        flags |= {"callbacks": saving, "enable_checkpointing": True}
+    return fit(name, Toy(), loader(shuffle=True), **flags)[1].state_dict()
+
+
+def resume(name: str, path: Path, **flags: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(12345)
+    return fit(name, Toy(), loader(shuffle=True), **flags, ckpt_path=path)[1].state_dict()
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for key in one:
+        if one[key].is_floating_point():
+            assert torch.equal(one[key], other[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "every"),
+    [
+        ("halos", {"max_steps": 20}, 4),
+        ("halos", {"max_epochs": 2, "accumulate_grad_batches": 2}, 5),
+        ("async_local_sgd", {"max_steps": 14}, 7),
+        ("diloco", {"max_steps": 14}, 7),
+        ("diloco_dynamic", {"max_epochs": 1}, 6),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_stopped_ends_where_it_would_have(
+    tmp_path: Path, name: str, flags: dict[str, Any], every: int
+) -> None:
+    expected = run(name, tmp_path, every, **flags)
+    assert_equal(expected, run(name, **flags))  # saving changes nothing
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert paths
+    for path in paths:
+        assert_equal(expected, resume(name, path, **flags))
