@@ -147,7 +147,9 @@ class TokensPerSecond(L.Callback):
 def main() -> None:
     """Runs the command line."""
     torch.set_float32_matmul_precision("high")
-    LightningCLI(Pythia, subclass_mode_data=True, auto_configure_optimizers=False)
+    LightningCLI(
+        Pythia, subclass_mode_data=True, auto_configure_optimizers=False, save_config_kwargs={"overwrite": True}
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tests.integration.toys import (
     state,
 )
 
-TIMEOUT = 120
+TIMEOUT = 240
 SCRIPT = ["-m", "tests.integration.script"]
 
 

@@ -30,6 +30,8 @@ from lightning_halos.transport.groups import add, interruptible, make_group
 from lightning_halos.transport.hosts import GlobalHost
 from lightning_halos.transport.link import Link, LoopbackLink
 
+pytestmark = pytest.mark.alone
+
 
 class Peer(Link):
     """A link to another process that was last heard of at a given time."""
