@@ -39,7 +39,7 @@ Passage = tuple[str, list[str]]  # a package, and consecutive sentences from it
 _SENTENCE = re.compile(r"[A-Z`'\"(].{20,240}?[.!?](?= |$)")
 _WORD = re.compile(r"(?<![\w.-])[A-Za-z]{4,}(?![\w(-]|\.\w)")  # no parts of identifiers
 _PLAIN = re.compile(r"[A-Za-z0-9 ,;:.!?'\"()/_=*`-]+")
-_NO_PROSE = re.compile(r">>>|\b(?:X{3}|TO[D]O|FIX[M]E)\b")  # examples of code, and notes of the authors to themselves
+_NO_PROSE = re.compile(r">>>|X{3}|TO[D]O|FIX[M]E")  # examples of code, and notes of the authors to themselves
 _COMMON = 150  # so many of the most frequent words are no answers: "with" fits nearly everywhere
 
 
