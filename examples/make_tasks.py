@@ -39,6 +39,7 @@ Passage = tuple[str, list[str]]  # a package, and consecutive sentences from it
 _SENTENCE = re.compile(r"[A-Z`'\"(].{20,240}?[.!?](?= |$)")
 _WORD = re.compile(r"(?<![\w.-])[A-Za-z]{4,}(?![\w(-]|\.\w)")  # no parts of identifiers
 _PLAIN = re.compile(r"[A-Za-z0-9 ,;:.!?'\"()/_=*`-]+")
+_NO_PROSE = re.compile(r">>>|X{3}|TO[D]O|FIX[M]E")  # examples of code, and notes of the authors to themselves
 _COMMON = 150  # so many of the most frequent words are no answers: "with" fits nearly everywhere
 
 
@@ -51,7 +52,7 @@ def passages(package: str) -> Iterator[Passage]:
         for paragraph in (*_docstrings(path), *_comments(path)):
             text = " ".join(paragraph.split())
             sentences = _SENTENCE.findall(text)
-            is_prose = _PLAIN.fullmatch(text) and " ".join(sentences) == text and ">>>" not in text
+            is_prose = _PLAIN.fullmatch(text) and " ".join(sentences) == text and not _NO_PROSE.search(text)
             if is_prose and text not in seen:
                 seen.add(text)
                 yield package, sentences

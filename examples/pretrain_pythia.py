@@ -148,7 +148,11 @@ def main() -> None:
     """Runs the command line."""
     torch.set_float32_matmul_precision("high")
     LightningCLI(
-        Pythia, subclass_mode_data=True, auto_configure_optimizers=False, save_config_kwargs={"overwrite": True}
+        Pythia,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        trainer_defaults={"callbacks": [TokensPerSecond()]},
+        save_config_kwargs={"overwrite": True},
     )
 
 

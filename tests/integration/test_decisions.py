@@ -37,6 +37,7 @@ def validated(slow: int | None, flags: dict[str, Any]) -> Result:
 
 
 # An epoch has 16 batches. The last number is how often DDP validates.
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("flags", "validations"),
     [
