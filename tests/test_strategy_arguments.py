@@ -28,6 +28,7 @@ from lightning_halos.core.settings import default_global_optimizer, default_loca
         ({"max_norm_ratio": 1}, r"max_norm_ratio=1 must be None \(no limit\) or a number above 1, such as 10"),
         ({"max_norm_ratio": "10"}, "max_norm_ratio='10' must be None"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
+        ({"grace_time": -1}, "grace_time=-1 must be a positive number of seconds"),
         ({"timeout": "long"}, "timeout='long' must be a positive number of seconds"),
         ({"start_method": "forkserver"}, "start_method='forkserver' must be one of"),
         ({"regions": 0}, "regions=0 must be at least 1"),

@@ -27,7 +27,13 @@ from lightning_halos.core.servers import unsent
 from lightning_halos.core.settings import Settings
 from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.transport.process import Process
-from lightning_halos.worker_state import forget_optimizers, put_worker_state, random_state, worker_state
+from lightning_halos.worker_state import (
+    forget_optimizers,
+    put_worker_state,
+    random_state,
+    take_part_again,
+    worker_state,
+)
 
 if TYPE_CHECKING:
     from lightning_halos.strategy import HalosStrategy
@@ -265,9 +271,12 @@ class Shards:
             reason = str(error)
         if reasons := [text for text in collectives.gather_texts(reason) if text]:
             raise CheckpointError(" ".join(dict.fromkeys(reasons)))
+        max_epochs = _trainer(strategy).max_epochs
+        if self.resume is not None and found.manifest.data_remains(max_epochs):
+            take_part_again(checkpoint, max_epochs)
         if self.resume is not None and strategy.global_rank > 0:
             if self.resume.worker:
-                put_worker_state(checkpoint, self.resume.worker, _trainer(strategy).max_epochs)
+                put_worker_state(checkpoint, self.resume.worker, max_epochs)
             elif strategy.global_rank >= found.manifest.workers:
                 forget_optimizers(checkpoint)
         return checkpoint

@@ -44,6 +44,7 @@ from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import LightningRank, SharedData
+from lightning_halos.preemption import Preemption
 from lightning_halos.shards import Shards, rebuild
 from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -53,6 +54,7 @@ from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
 from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, add, make_group, open_store
@@ -95,6 +97,8 @@ class HalosStrategy(ParallelStrategy):
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
             1800 seconds for each other, since rank 0 may validate then.
+        grace_time: Seconds that the processes have after one of them got SIGTERM, to save a checkpoint and end; see
+            ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds by default.
         simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
             over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
         accelerator: As in Lightning's strategies.
@@ -128,6 +132,7 @@ class HalosStrategy(ParallelStrategy):
         max_norm_ratio: float | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
+        grace_time: float = 25,
         simulate: SimulatedCluster | str | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -145,8 +150,9 @@ class HalosStrategy(ParallelStrategy):
         check_regions(regions)
         for count in servers_per_region if isinstance(servers_per_region, list) else [servers_per_region]:
             check_count("servers_per_region", count)
-        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout!r} must be a positive number of seconds.")
+        for name, seconds in (("timeout", timeout), ("grace_time", grace_time)):
+            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+                raise ValueError(f"{name}={seconds!r} must be a positive number of seconds.")
         if start_method not in get_args(StartMethod):
             raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
         self._settings = Settings(
@@ -172,6 +178,7 @@ class HalosStrategy(ParallelStrategy):
         self._servers_per_region = servers_per_region
         self._start_method = start_method
         self._timeout = float(timeout)
+        self._grace_time = float(grace_time)
         self._num_nodes = 1
         self._store: Store | None = None
         self._collectives: Collectives | None = None
@@ -179,6 +186,7 @@ class HalosStrategy(ParallelStrategy):
         self._training = False
         self._loop: WorkerLoop | None = None
         self._process: AnyProcess | None = None
+        self._preemption: Preemption | None = None
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
         self._callbacks: list[pl.Callback] | None = None
@@ -409,6 +417,8 @@ class HalosStrategy(ParallelStrategy):
         worker_round, leases = start(trainer, vector, memory, data, resume)
         assert self._process is not None
         client, alarm = self._process.client, self._process.alarm
+        saves = self._shards.saves if self.is_global_zero else None
+        self._preemption = Preemption(trainer, alarm, self._grace_time, saves)
         clock = (lambda: self.virtual_seconds) if self._world is not None else None
         state = {} if resume is None else resume.worker
         self._loop = WorkerLoop(
@@ -424,6 +434,7 @@ class HalosStrategy(ParallelStrategy):
             self._shards.write_own,
             state,
             [] if resume is None else resume.manifest.plateaus,
+            self._preemption,
             repeats=self._cluster is not None,
         )
         if resume is not None:
@@ -678,6 +689,8 @@ class HalosStrategy(ParallelStrategy):
         def write(content: dict[str, Any], path: Path) -> None:
             self.checkpoint_io.save_checkpoint(content, path)
 
+        if self._preemption is not None and self._preemption.saved is not None and not self._keeps_shards:
+            return  # what callbacks save of an interrupted run would have no shards, and be newer than what has
         if not self._keeps_shards or not self._shards.belong_to(checkpoint, filepath, storage_options):
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif not self._training:
@@ -718,6 +731,8 @@ class HalosStrategy(ParallelStrategy):
         self._share_decisions(trainer)
         if self._keeps_shards:
             self._shards.end_fit(self._timeout)
+        if self._preemption is not None:
+            self._preemption.forget()
         self._loop = None
         self._end_process(self._timeout)
 
@@ -748,6 +763,8 @@ class HalosStrategy(ParallelStrategy):
         """Gives back every attribute of the Trainer that the training loop needed otherwise."""
         if self._loop is not None:
             self._loop.restore()
+        if self._preemption is not None:
+            self._preemption.release()
         if self._callbacks is not None:
             trainer.callbacks, self._callbacks = self._callbacks, None  # type: ignore[attr-defined]
 
@@ -805,6 +822,8 @@ class HalosStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ the end
 
     def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and exception.code is None:
+            exception.code = EXIT_CODE  # Lightning's own would be a success to whoever starts the run again
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
         if trainer is not None:
             self._restore(trainer)
@@ -817,6 +836,7 @@ class HalosStrategy(ParallelStrategy):
                 trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         self._training = False
         self._loop = None
+        self._preemption = None
         self._worker_model = None
         self._end_process(_GOODBYE)
         if self._made_default_group:
@@ -842,4 +862,7 @@ class HalosStrategy(ParallelStrategy):
     def _check_interrupted(self) -> None:
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.received_sigterm:
-            raise SIGTERMException
+            raise SIGTERMException(EXIT_CODE)
+        # A simulation saves at the end of rank 0's round, and not while that waits.
+        if self._training and self._preemption is not None and self._cluster is None:
+            self._preemption.check()

@@ -21,6 +21,7 @@ from lightning_halos.core.schedule import next_count
 from lightning_halos.core.vector import ModelVector, Reach
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
+from lightning_halos.preemption import Preemption
 from lightning_halos.schedulers import SchedulePosition
 from lightning_halos.transport.alarm import Alarm, describe
 from lightning_halos.transport.client import WorkerClient
@@ -49,6 +50,7 @@ class WorkerLoop(Callback):
         keep: Writes this worker's shard of a save.
         state: What to go on from; see :meth:`state`.
         plateaus: All that rank 0's plateau schedulers were stepped with until that was kept.
+        preemption: What is done about SIGTERM.
         repeats: Whether shards keep the round too, so that it can be taken up again exactly where it was: in
             simulations, where the servers wait for it.
     """
@@ -67,6 +69,7 @@ class WorkerLoop(Callback):
         keep: Keep,
         state: Mapping[str, Any],
         plateaus: Sequence[tuple[int, float]],
+        preemption: Preemption,
         repeats: bool,
     ) -> None:
         self.round = worker_round
@@ -95,6 +98,7 @@ class WorkerLoop(Callback):
             self._decides,
         )
         self._keep = keep
+        self._preemption = preemption
         self._repeats = repeats
         self._random: dict[str, Any] | None = None
         self._plateaus: Sequence[tuple[int, float]] = []
@@ -102,6 +106,8 @@ class WorkerLoop(Callback):
         if state:
             self.schedulers.load_state_dict(state["schedulers"])
             self._plateaus = plateaus[len(self.schedulers.history) :]
+        if isinstance(client, WorkerClient):
+            client.keep = self._keep_state
         if "round" in state:
             self.round.load_state_dict(state["round"])
         else:
@@ -114,18 +120,21 @@ class WorkerLoop(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._alarm.check()
+        self._preemption.check()
         self._steps_before = trainer.global_step
         self.schedulers.before_batch(self.round.batches)
         self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._alarm.check()
+        self._preemption.check()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         now = time.perf_counter()
         if self._data is not None:
             self._data.count_batch(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
-        self.round.compute(trainer.global_step - self._steps_before, now - self._mark - self._excluded)
+        stepped = trainer.global_step - self._steps_before
+        self.round.compute(stepped, now - self._mark - self._excluded)
         self._excluded = 0.0
         if self._repeats and self._decides:
             self._random = random_state()
@@ -133,7 +142,7 @@ class WorkerLoop(Callback):
             self.finish(stop=True)
         elif self._is_last_batch():
             self.finish(stop=False)
-        elif self.round.over:
+        elif self.round.over or (stepped and self._ends_rounds_early):
             self._next_round()
         else:
             self._show(self.round.global_step)
@@ -192,7 +201,6 @@ class WorkerLoop(Callback):
 
     def _finish(self, push: Push, fill: Callable[[Reach], object]) -> None:
         final, filled = self._client.finish(push, fill)
-        self._keep_state(push)
         if final.vector is not None:
             self.vector.write(final.vector, filled)
         self._alarm.off()
@@ -253,7 +261,6 @@ class WorkerLoop(Callback):
     def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
         posted = time.perf_counter()
         pull, filled = self._client.exchange(push, fill)
-        self._keep_state(push)
         if pull.vector is not None:
             self._load(pull.vector, filled)
         self.round.receive(pull, waited=time.perf_counter() - posted)
@@ -272,16 +279,14 @@ class WorkerLoop(Callback):
         missed, self._plateaus = self._plateaus, []
         self.schedulers.pull(position, [*missed, *plateaus])
 
-    def _keep_state(self, push: Push) -> None:
-        """Takes care of the saves whose marker came before the answer to this worker's push."""
-        markers, self._client.markers = self._client.markers, []
-        for marker in markers:
-            if self._decides:  # kept its state when it began the save
-                continue
-            state = self.state()
-            if self._repeats:
-                state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
-            self._keep(marker, state)
+    def _keep_state(self, marker: Marker, push: Push) -> None:
+        """Keeps the state for a save whose marker came before the answer to this worker's push."""
+        if self._decides:  # kept its state when it began the save
+            return
+        state = self.state()
+        if self._repeats:
+            state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
+        self._keep(marker, state)
 
     def _refuse_newly_trainable(self) -> None:
         if names := self.vector.newly_trainable(self._module):
@@ -300,6 +305,11 @@ class WorkerLoop(Callback):
         self.vector.write(self._memory, filled)
         if not self.vector.lossless:
             self.vector.read(self._memory)
+
+    @property
+    def _ends_rounds_early(self) -> bool:
+        """Whether a round ends before it is over, because a save waits for it; a simulation's rounds are planned."""
+        return self._preemption.is_due and not self._repeats
 
     def _wants_to_stop(self) -> bool:
         return self._trainer.should_stop and self._trainer.fit_loop._can_stop_early

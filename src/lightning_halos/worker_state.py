@@ -63,6 +63,18 @@ def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epoc
             loop[name] = fit_loop[name]
 
 
+def take_part_again(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
+    """Makes rank 0, if it has ended, take the data that others had not trained on when they were stopped.
+
+    Args:
+        checkpoint: The content of a ``.ckpt`` file. It is changed.
+        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    if _has_ended(fit_loop, max_epochs):
+        fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
 def _has_ended(fit_loop: dict[str, Any], max_epochs: int | None) -> bool:
     """Whether a worker was in the last batch of its last epoch."""
     ends_epoch = fit_loop["epoch_loop.batch_progress"]["is_last_batch"]

@@ -128,7 +128,7 @@ def test_a_peer_that_disappears_is_named_by_rank_and_region(start, rank: int, na
         (2, "halos", r"server of rank 2 \(region 1\) did not [a-z ]+ for 8 s, and rank [03] \(region [01]\) waited"),
         (0, "halos", r"server of rank 0 \(region 0\) did not [a-z ]+ for 8 s, and rank [12] \(region [01]\) waited"),
         (2, "diloco", r"Did not come, or has ended: rank 2 \(region 0\)\."),
-        (0, "diloco", r"rank 0 \(region 0\), or torchrun on the first node, has ended or does not run any more"),
+        (0, "diloco", r"rank 0 \(region 0\) has ended or does not run any more"),
     ],
     ids=["a worker", "the leader of a region", "rank 0", "a worker of DiLoCo", "rank 0 of DiLoCo"],
 )

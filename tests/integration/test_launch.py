@@ -64,41 +64,8 @@ def test_sigterm_to_one_process_ends_all(tmp_path: Path) -> None:
         wait_until(lambda: all(path.exists() and path.read_text() for path in files))
         processes = [int(path.read_text()) for path in files]
         os.kill(processes[2], signal.SIGTERM)
-        assert process.wait(30) != 0
+        assert process.wait(30) == 128 + signal.SIGTERM
         wait_until(lambda: not any(map(is_running, processes)), limit=10)
-
-
-class Terminated(Toy):
-    def __init__(self, victim: int) -> None:
-        super().__init__()
-        self.victim = victim
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.global_rank == self.victim and self.optimizer_steps == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().training_step(batch, batch_idx)
-
-
-def terminated(victim: int) -> Result:
-    trainer = make_trainer(max_steps=100_000)
-    try:
-        trainer.fit(Terminated(victim), loader())
-    except BaseException as error:
-        return {"error": type(error).__name__, "text": str(error), "status": trainer.state.status.value}
-    return {}
-
-
-# Rank 0 has the global server, rank 2 a local one, rank 3 none.
-@pytest.mark.parametrize("victim", [0, 2, 3])
-def test_sigterm_ends_the_run_everywhere(run: Run, victim: int) -> None:
-    results = run(terminated, victim, timeout=60)
-    for rank, result in enumerate(results):
-        assert result["status"] == "interrupted"
-        if rank == victim:
-            assert result["error"] == "SIGTERMException"
-        else:
-            assert result["error"] in ("PeerFailedError", "PeerLostError")
-            assert f"rank {victim}" in result["text"]
 
 
 def wait_until(condition: Callable[[], bool], limit: float = TIMEOUT) -> None:

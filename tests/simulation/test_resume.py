@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing import ProcessExitedException
 
 from tests.simulation.test_world import Toy, fit, loader
 
@@ -51,3 +54,28 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(
     assert paths
     for path in paths:
         assert_equal(expected, resume(name, path, **flags))
+
+
+class Preempted(Toy):
+    """One process gets SIGTERM in mid-run."""
+
+    def __init__(self, victim: int) -> None:
+        super().__init__()
+        self.victim = victim
+        self.batches = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        if self.global_rank == self.victim and self.batches == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_preempted_simulation_goes_on_where_it_was(tmp_path: Path, victim: int) -> None:
+    flags = {"callbacks": ModelCheckpoint(tmp_path), "enable_checkpointing": True, "max_steps": 20}
+    expected = run("halos", max_steps=20)
+    with pytest.raises(ProcessExitedException) as ended:
+        fit("halos", Preempted(victim), loader(shuffle=True), **flags)
+    assert ended.value.exit_code == 128 + signal.SIGTERM
+    assert_equal(expected, resume("halos", tmp_path / "last-preempted.ckpt", max_steps=20))

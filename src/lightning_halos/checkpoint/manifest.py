@@ -70,6 +70,12 @@ class Manifest:
         """Number of workers."""
         return sum(map(len, self.groups))
 
+    def data_remains(self, max_epochs: int | None) -> bool:
+        """Whether there is data in so many epochs (``None`` or -1: no limit) that was not trained on."""
+        if self.data is None or max_epochs in (None, -1):
+            return False
+        return sum(stop - start for start, stop in self.done) < int(max_epochs * self.data["steps_per_epoch"])
+
     def write(self, folder: Path) -> None:
         """Writes it, atomically.
 

@@ -20,7 +20,7 @@ KEY = "lightning_halos"
 """What a ``.ckpt`` file with shards has in addition: ``{"save": ..., "version": ...}``."""
 
 _WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to go on from the global model alone."
-_LAST = re.compile(r"last(-v?\d+)?\.ckpt")
+_LAST = re.compile(r"last.*\.ckpt")
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,25 @@ class Saves:
         deadline = time.monotonic() + timeout
         while any(not save.failed for _, save in self._open(but)) and time.monotonic() < deadline:
             time.sleep(0.01)
+        self.give_up(timeout, but)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a save that is not whole yet and may become so."""
+        return any(not save.failed for _, save in self._open())
+
+    def give_up(self, timeout: float, but: Sequence[Save] = ()) -> None:
+        """Ends all saves that are not whole, with a warning.
+
+        Args:
+            timeout: Seconds that was waited for them, for the warning.
+            but: Saves that go on.
+        """
         for number, save in self._open(but):
             self.fail(number, f"{', '.join(sorted(save.expected)) or NAME} did not come within {timeout:g} s")
             self._end(number)
 
-    def _open(self, but: Sequence[Save]) -> list[tuple[str, Save]]:
+    def _open(self, but: Sequence[Save] = ()) -> list[tuple[str, Save]]:
         with self._lock:
             return [(number, save) for number, save in self._saves.items() if save not in but]
 

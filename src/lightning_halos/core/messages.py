@@ -224,6 +224,11 @@ class ShardWritten:
 
 
 @dataclass
+class Preempted:
+    """Somebody tells its peers that the run is to save a checkpoint and end, because its machine is taken away."""
+
+
+@dataclass
 class Failure:
     """Somebody tells its peers that the run cannot go on.
 
@@ -247,5 +252,7 @@ Message = (
     | LeaseGrant
     | Marker
     | ShardWritten
+    | Preempted
+    | Preempted
     | Failure
 )

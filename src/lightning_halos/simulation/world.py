@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import GLOBAL
 from lightning_halos.checkpoint.saves import Saves
-from lightning_halos.core.messages import Failure, GlobalModel, Marker, Message, Pull, Push, ShardWritten
+from lightning_halos.core.messages import Failure, GlobalModel, Marker, Message, Preempted, Pull, Push, ShardWritten
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.rounds import Round, Rounds
@@ -162,7 +162,7 @@ class World:
             yield
 
     def _on_push(self, rank: int, message: Message, filled: Filled) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
             return
         if isinstance(message, ShardWritten):

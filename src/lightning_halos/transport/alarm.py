@@ -2,20 +2,24 @@
 
 Rules of this room: links and hosts report here from any thread; the main thread asks :meth:`Alarm.check` wherever it
 works or waits. The first failure counts, is passed on to all peers, and closes all links, so that no thread is left
-waiting when the process ends.
+waiting when the process ends. That the run is to end is passed on in the same way, and closes nothing.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 
-from lightning_halos.core.messages import Failure
+from lightning_halos.core.messages import Failure, Preempted
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 from lightning_halos.transport.link import Link, since
+
+EXIT_CODE = 128 + signal.SIGTERM
+"""Of a process that SIGTERM has ended: not a success, so that torchrun and SLURM start again."""
 
 _GRACE = 3.0  # seconds in which the peer that failed can print its own traceback first
 _LIMIT = 20.0  # seconds after which a process that does not react is ended
@@ -31,11 +35,13 @@ class Alarm:
     Attributes:
         here: Who this process is.
         links: All links of this process.
+        preempted_since: When this process learned that the run is to save a checkpoint and end, by ``time.monotonic``.
     """
 
     def __init__(self, here: str) -> None:
         self.here = here
         self.links: list[Link] = []
+        self.preempted_since: float | None = None
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._since = 0.0
@@ -73,9 +79,21 @@ class Alarm:
             + (f" Last heard of: {told}." if told else "")
         )
 
-    def told(self, failure: Failure) -> None:
-        """A peer said that it, or a peer of its, failed."""
-        self._ring(PeerFailedError(f"{failure.origin} failed: {failure.reason}"), failure)
+    def told(self, news: Failure | Preempted) -> None:
+        """A peer said that it, or a peer of its, failed or is preempted."""
+        if isinstance(news, Preempted):
+            self.preempt()
+        else:
+            self._ring(PeerFailedError(f"{news.origin} failed: {news.reason}"), news)
+
+    def preempt(self) -> None:
+        """The run is to save a checkpoint and end: all peers are told."""
+        with self._lock:
+            if self._off or self._error is not None or self.preempted_since is not None:
+                return
+            self.preempted_since = time.monotonic()
+        for link in self.links:
+            link.post(Preempted())
 
     def raised(self, reason: str) -> None:
         """The main thread of this process failed: the peers are told."""
@@ -103,9 +121,13 @@ class Alarm:
             PeerLostError: A peer disappeared or fell silent.
             PeerFailedError: A peer failed. It gets a few seconds to say so itself before this is raised.
             Exception: A server of this process failed.
+            SystemExit: A peer has ended because the run is preempted.
         """
         if self._error is None or self._off:
             return
+        if self.preempted_since is not None:
+            self.off()
+            raise SystemExit(EXIT_CODE)
         if isinstance(self._error, PeerFailedError) and time.monotonic() - self._since < _GRACE:
             return
         self.off()

@@ -21,6 +21,7 @@ from lightning_halos.core.messages import (
     LeaseRequest,
     Marker,
     Message,
+    Preempted,
     Pull,
     Push,
     ShardWritten,
@@ -46,8 +47,7 @@ class WorkerClient:
         interrupted: Called several times a second while waiting; may raise.
 
     Attributes:
-        markers: The saves that this worker's state since the last push belongs to. Whoever takes care of one takes it
-            out.
+        keep: Keeps this worker's state for a save, as it is after a push that is not answered yet.
     """
 
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class WorkerClient:
         self._alarm = alarm
         self._timeout = timeout
         self._interrupted = interrupted
-        self.markers: list[Marker] = []
+        self.keep: Callable[[Marker, Push], None] = lambda marker, push: None
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
@@ -76,7 +76,7 @@ class WorkerClient:
         """
         self._push(push, fill)
         while isinstance(message := self._wait("answer a push", self._inbox), Marker):
-            self.markers.append(message)
+            self.keep(message, push)
         assert isinstance(message, Pull)
         return message, self._filled(message.vector)
 
@@ -99,7 +99,7 @@ class WorkerClient:
         patience, what = max(self._timeout, AT_THE_EDGES), "send the final model, or news of others that go on"
         while not isinstance(message := self._wait(what, self._inbox, patience), GlobalModel):
             if isinstance(message, Marker):
-                self.markers.append(message)
+                self.keep(message, push)
             else:
                 assert isinstance(message, Status)
         return message, self._filled(message.vector)
@@ -150,7 +150,7 @@ class WorkerClient:
                 raise self._alarm.lost(self._link.peer, what, timeout)
 
     def _on_message(self, message: Message, filled: Filled) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
             return
         if isinstance(message, LeaseGrant):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
 
-from torch.distributed import DistError, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+from torch.distributed import DistError, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_halos.topology import Topology
@@ -26,12 +26,14 @@ T = TypeVar("T")
 
 _stores: dict[tuple[str, int], Store] = {}
 _count = itertools.count()
+_PORT = "halos/port"  # of the store that rank 0 hosts
+_PATIENCE = 3.0  # seconds for a connection, before the port is asked for anew
 
 
 def open_store(address: str, port: int, rank: int, world_size: int, timeout: float) -> Store:
     """Returns a store that all processes share, with keys of its own for every call.
 
-    Every process must make the same calls in the same order. Under torchrun the agent's store is used.
+    Every process must make the same calls in the same order.
 
     Args:
         address: Address of the process with rank 0.
@@ -47,14 +49,48 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         # A store lives as long as its process: a second Trainer finds it again.
         try:
-            found = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))
+            store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                store = _store_of_this_start(store, address, rank, timeout)
         except DistError as error:
             raise PeerLostError(
                 f"Rank {rank} did not meet the other {world_size - 1} process(es) at {address}:{port} within"
                 f" timeout={timeout:g} s. Do all of them run, and can they reach that address? {error}"
             ) from None
-        _stores[address, port] = found[0]
+        _stores[address, port] = store
     return PrefixStore(f"halos/{next(_count)}", _stores[address, port])
+
+
+def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) -> Store:
+    """Returns a store that rank 0 hosts.
+
+    torchrun's own outlives the workers: when these start again, they would find what the dead ones left in it.
+
+    Args:
+        agent: torchrun's store.
+        address: Address of the process with rank 0.
+        rank: Global rank of this process.
+        timeout: Seconds to wait for rank 0.
+
+    Raises:
+        DistError: If rank 0 does not come in time.
+    """
+    limit = timedelta(seconds=timeout)
+    if rank == 0:
+        own = TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        agent.set(_PORT, str(own.port))
+        return own
+    deadline = time.monotonic() + timeout
+    while True:
+        port = int(agent.get(_PORT))
+        try:
+            own = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(_PATIENCE, timeout)))
+        except DistError:  # it may be the port of a rank 0 that has ended
+            if time.monotonic() > deadline:
+                raise
+            continue
+        own.set_timeout(limit)
+        return own
 
 
 def make_group(store: Store, name: str, rank: int, size: int, timeout: float) -> ProcessGroup:
@@ -124,7 +160,7 @@ def add(store: Store, key: str, amount: int, timeout: float, interrupted: Callab
     except (TimeoutError, DistError) as error:
         raise PeerLostError(
             f"The store that all processes share did not count {key!r} within timeout={timeout:g} s. It is in the"
-            f" process of rank 0, or under torchrun in the agent of the first node: does that still run? {error}"
+            f" process of rank 0: does that still run? {error}"
         ) from None
 
 

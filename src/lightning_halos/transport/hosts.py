@@ -26,6 +26,7 @@ from lightning_halos.core.messages import (
     LeaseRequest,
     Marker,
     Message,
+    Preempted,
     Progress,
     Pull,
     Push,
@@ -177,7 +178,7 @@ class GlobalHost:
             return list(self._statistics.values())
 
     def _on_update(self, index: int, message: Message, filled: Filled) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
             return
         if isinstance(message, Marker):
@@ -222,7 +223,7 @@ class GlobalHost:
         self._saves.writer.shard(marker, GLOBAL, cut.state, self._saves.written)
 
     def _on_control(self, index: int, message: Message) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
         elif isinstance(message, Marker):
             self._on_marker(message, lambda cut: cut.controls.discard(index))
@@ -368,7 +369,7 @@ class RegionHost:
         link.start(lambda message, filled: self._on_message(rank, message, filled), self._alarm.fail)
 
     def _on_message(self, rank: int, message: Message, filled: Filled) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
         elif isinstance(message, LeaseRequest):
             with self._lock:
@@ -453,7 +454,7 @@ class RegionHost:
         )
 
     def _on_model(self, message: Message, filled: Filled) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
             return
         if isinstance(message, Marker):
@@ -478,7 +479,7 @@ class RegionHost:
         self._saves.writer.shard(marker, server_shard(self.server.index), state, self._control.post)
 
     def _on_control(self, message: Message) -> None:
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Preempted):
             self._alarm.told(message)
         elif isinstance(message, LeaseGrant):
             with self._lock:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lightning_halos.core.cursor import Lease, split
-from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push
+from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import SynchronousServer
 from lightning_halos.core.vector import Reach, nobody
@@ -52,7 +52,6 @@ class LockstepClient:
     ) -> None:
         self.server = server
         self.budget = budget
-        self.markers: list[Marker] = []
         self.published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})
         self._rank = rank
         self._collectives = collectives

@@ -27,6 +27,7 @@ _KINDS: dict[str, type[Message]] = {
         messages.LeaseGrant,
         messages.Marker,
         messages.ShardWritten,
+        messages.Preempted,
         messages.Failure,
     )
 }

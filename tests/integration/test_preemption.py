@@ -1,0 +1,200 @@
+"""SIGTERM: the run saves a checkpoint, ends as a process does that was told to, and goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lightning_halos.checkpoint.manifest import NAME, Manifest
+from lightning_halos.checkpoint.resume import newest_whole
+from tests.integration.conftest import Run
+from tests.integration.harness import Result, load_results
+from tests.integration.script import Script
+from tests.integration.test_launch import ending, start
+from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
+
+PREEMPTED = "last-preempted.ckpt"
+
+
+class Terminated(Toy):
+    """Its process gets SIGTERM in mid-run.
+
+    Attributes:
+        victim: Rank of the process, ``None`` if there is none.
+        where: The hook in which the signal comes.
+    """
+
+    def __init__(self, victim: int | None, where: str = "training_step") -> None:
+        super().__init__()
+        self.victim = victim
+        self.where = where
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.strike("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.strike("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def strike(self, where: str) -> None:
+        if self.global_rank == self.victim and self.optimizer_steps >= 9 and where == self.where:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.victim = None
+
+
+def preempted(module: Terminated, folder: Path, strategy: dict[str, Any], flags: dict[str, Any]) -> Result:
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+    callbacks = [saving, *flags.pop("callbacks", [])]
+    trainer = make_trainer(halos(**strategy), callbacks=callbacks, enable_checkpointing=True, max_epochs=3, **flags)
+    begin = time.monotonic()
+    try:
+        trainer.fit(module, loader(shuffle=True), loader(16))
+    except SystemExit as end:
+        seconds = time.monotonic() - begin
+        return {"code": end.code, "status": trainer.state.status.value, "seconds": seconds}
+    return {}
+
+
+def resumed(folder: Path, flags: dict[str, Any]) -> Result:
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+    module, trainer = Toy(), make_trainer(callbacks=saving, enable_checkpointing=True, max_epochs=3, **flags)
+    trainer.fit(module, loader(shuffle=True), loader(16), ckpt_path="last")
+    return outcome(trainer, module)
+
+
+def manifest_of(path: Path) -> Manifest:
+    (folder,) = path.with_suffix("").iterdir()
+    return Manifest.read((folder / NAME).read_text(), folder / NAME)
+
+
+def assert_goes_on(run: Run, folder: Path, **flags: Any) -> None:
+    """The run resumes from what was saved, and every sample is used as often as it should be."""
+    done = sum(stop - start for start, stop in manifest_of(folder / PREEMPTED).done)
+    results = run(resumed, folder, flags)
+    used = Counter(index for result in results for index in result["trained_on"])
+    assert done > 0
+    assert sum(used.values()) == 4 * (3 * 64 - done)
+    assert [result["global_step"] for result in results] == [48] * 4
+    assert_same_model(results)
+    assert not (folder / PREEMPTED).exists()
+
+
+# Rank 0 has the global server, rank 2 a local one, rank 3 none.
+@pytest.mark.parametrize("victim", [0, 2, 3])
+def test_sigterm_to_any_process_saves_and_ends_all(run: Run, tmp_path: Path, victim: int) -> None:
+    results = run(preempted, Terminated(victim), tmp_path, {}, {})
+    assert [(result["code"], result["status"]) for result in results] == [(143, "interrupted")] * 4
+    assert_goes_on(run, tmp_path)
+
+
+def test_while_rank_0_validates(run: Run, tmp_path: Path) -> None:
+    flags = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    results = run(preempted, Terminated(0, "validation_step"), tmp_path, {}, dict(flags))
+    assert [result["code"] for result in results] == [143] * 4
+    assert_goes_on(run, tmp_path, **flags)
+
+
+class Last(Terminated):
+    """Its process sleeps in the last epoch, until the others have used the rest of the data, and then gets SIGTERM."""
+
+    def strike(self, where: str) -> None:
+        if self.global_rank == self.victim and self.current_epoch == 2:
+            time.sleep(3)
+            super().strike(where)
+
+
+def test_while_the_others_have_finished_and_wait(run: Run, tmp_path: Path) -> None:
+    results = run(preempted, Last(1), tmp_path, {}, {})
+    assert [result["code"] for result in results] == [143] * 4
+    assert_goes_on(run, tmp_path)
+
+
+def test_what_callbacks_save_does_not_stand_in_the_way(run: Run, tmp_path: Path) -> None:
+    flags = {"callbacks": [OnExceptionCheckpoint(tmp_path)]}
+    run(preempted, Terminated(3), tmp_path, {}, flags)
+    assert not (tmp_path / "on_exception.ckpt").exists()
+    assert_goes_on(run, tmp_path)
+
+
+class Asleep(Terminated):
+    """Rank 1 is in a batch that lasts longer than the grace time when rank 0 gets the signal."""
+
+    def strike(self, where: str) -> None:
+        if self.global_rank == 1 and self.optimizer_steps == 10:
+            time.sleep(6)
+        if self.optimizer_steps >= 16:
+            super().strike(where)
+
+
+def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path) -> None:
+    results = run(preempted, Asleep(0), tmp_path, {"grace_time": 2.0}, {})
+    assert [result["code"] for result in results] == [143] * 4
+    assert results[0]["seconds"] < 9
+    assert "worker-1.pt did not come within 2 s" in (tmp_path / "log0").read_text()
+    older = newest_whole(tmp_path / PREEMPTED)
+    results = run(resumed, tmp_path, {})
+    assert f"{older} is used instead" in (tmp_path / "log0").read_text()
+    assert_same_model(results)
+
+
+def unsaved(victim: int) -> Result:
+    trainer = make_trainer(max_steps=100_000)
+    try:
+        trainer.fit(Terminated(victim), loader())
+    except SystemExit as end:
+        return {"code": end.code}
+    return {}
+
+
+def test_without_checkpoints_the_run_just_ends(run: Run, tmp_path: Path) -> None:
+    assert [result["code"] for result in run(unsaved, 3)] == [143] * 4
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--max-restarts=1"]
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM"])
+def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
+    arguments = [*TORCHRUN, "-m", "tests.integration.test_preemption", tmp_path, fault]
+    with ending(start(*arguments, folder=tmp_path)) as process:
+        assert process.wait(240) == 0, (tmp_path / "log").read_text()[-4000:]
+    results = load_results(tmp_path, 4)
+    used = sum(len(result["trained_on"]) for result in results)
+    assert 0 < used < 4 * 3 * 64  # the second part of the run
+    assert [result["global_step"] for result in results] == [48] * 4
+    assert_same_model(results)
+    assert "Restoring states from the checkpoint path" in (tmp_path / "log").read_text()
+
+
+class Restarted(Script):
+    """Rank 3 gets a signal in mid-run, at the first start."""
+
+    def __init__(self, folder: Path, fault: str) -> None:
+        super().__init__(folder)
+        self.fault = fault
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if is_first and self.global_rank == 3 and self.optimizer_steps == 24:
+            os.kill(os.getpid(), getattr(signal, self.fault))
+        return super().training_step(batch, batch_idx)
+
+
+def main(folder: str, fault: str) -> None:
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_last=True)
+    trainer = make_trainer(callbacks=saving, enable_checkpointing=True, max_epochs=3)
+    trainer.fit(Restarted(Path(folder), fault), loader(shuffle=True), ckpt_path="last")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
