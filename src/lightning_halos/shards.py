@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +49,22 @@ class Shards:
         strategy: The strategy.
 
     Attributes:
-        saves: The saves under way.
         resume: What the next fit goes on from.
         ended: What is left of the last fit: its servers, and where its schedulers were.
     """
 
     def __init__(self, strategy: HalosStrategy) -> None:
-        self.saves = Saves()
         self.resume: Resume | None = None
         self.ended: tuple[Process | SimulatedProcess, dict[str, Any], Manifest] | None = None
         self._strategy = strategy
         self._at_end: list[Save] = []
 
     # ------------------------------------------------------------------ saving
+
+    @cached_property
+    def saves(self) -> Saves:
+        """The saves under way: made in the process that trains, since locks cannot be sent to it."""
+        return Saves()
 
     def belong_to(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> bool:
         """Whether a checkpoint is to have shards: not if it has the weights only, or is not on a disk."""
