@@ -1,4 +1,7 @@
-"""A user's training script: ``python -m tests.integration.script FOLDER START_METHOD MAX_STEPS``."""
+"""A user's training script: ``python -m tests.integration.script FOLDER START_METHOD MAX_STEPS``.
+
+It has two workers only, because to import Lightning is most of what a new process does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 from tests.integration.harness import save_result
 from tests.integration.toys import Toy, halos, loader, make_trainer, outcome
+
+WORKERS = 2
 
 
 class Script(Toy):
@@ -26,7 +31,7 @@ class Script(Toy):
 
 def main(folder: str, start_method: str, max_steps: str) -> None:
     module = Script(Path(folder))
-    trainer = make_trainer(halos(start_method=start_method), max_steps=int(max_steps))
+    trainer = make_trainer(halos(start_method=start_method), devices=WORKERS, max_steps=int(max_steps))
     trainer.fit(module, loader())
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_halos import HalosStrategy
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, ending, free_port, lightning_environments, load_results
-from tests.integration.script import Script
+from tests.integration.script import WORKERS, Script
 from tests.integration.toys import (
     LOCAL_STEPS,
     Toy,
@@ -33,6 +33,7 @@ from tests.integration.toys import (
 
 TIMEOUT = 240
 SCRIPT = ["-m", "tests.integration.script"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORKERS}"]
 
 
 def start(*arguments: Any, folder: Path) -> subprocess.Popen[bytes]:
@@ -49,21 +50,21 @@ def start(*arguments: Any, folder: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize(
     ("launcher", "start_method"),
-    [([], "popen"), ([], "spawn"), (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"], "popen")],
+    [([], "popen"), ([], "spawn"), (TORCHRUN, "popen")],
     ids=["popen", "spawn", "torchrun"],
 )
 def test_script(tmp_path: Path, launcher: list[str], start_method: str) -> None:
     with ending(start(*launcher, *SCRIPT, tmp_path, start_method, 20, folder=tmp_path)) as process:
         assert process.wait(TIMEOUT) == 0, (tmp_path / "log").read_text()[-4000:]
-    assert_trained(load_results(tmp_path, 4), max_steps=20)
+    assert_trained(load_results(tmp_path, WORKERS), max_steps=20)
 
 
 def test_sigterm_to_one_process_ends_all(tmp_path: Path) -> None:
     with ending(start(*SCRIPT, tmp_path, "popen", 100_000, folder=tmp_path)) as process:
-        files = [tmp_path / f"pid{rank}" for rank in range(4)]
+        files = [tmp_path / f"pid{rank}" for rank in range(WORKERS)]
         wait_until(lambda: all(path.exists() and path.read_text() for path in files))
         processes = [int(path.read_text()) for path in files]
-        os.kill(processes[2], signal.SIGTERM)
+        os.kill(processes[1], signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
         wait_until(lambda: not any(map(is_running, processes)), limit=10)
 

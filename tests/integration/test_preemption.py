@@ -17,8 +17,8 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.resume import newest_whole
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, load_results
-from tests.integration.script import Script
-from tests.integration.test_launch import ending, start
+from tests.integration.script import WORKERS, Script
+from tests.integration.test_launch import TORCHRUN, ending, start
 from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
 
 PREEMPTED = "last-preempted.ckpt"
@@ -160,24 +160,23 @@ def test_without_checkpoints_the_run_just_ends(run: Run, tmp_path: Path) -> None
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--max-restarts=1"]
-
-
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM"])
 def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
-    arguments = [*TORCHRUN, "-m", "tests.integration.test_preemption", tmp_path, fault]
+    arguments = [*TORCHRUN, "--max-restarts=1", "-m", "tests.integration.test_preemption", tmp_path, fault]
     with ending(start(*arguments, folder=tmp_path)) as process:
         assert process.wait(240) == 0, (tmp_path / "log").read_text()[-4000:]
-    results = load_results(tmp_path, 4)
+    results = load_results(tmp_path, WORKERS)
     used = sum(len(result["trained_on"]) for result in results)
     assert 0 < used < 4 * 3 * 64  # the second part of the run
-    assert [result["global_step"] for result in results] == [48] * 4
+    assert [result["global_step"] for result in results] == [96] * WORKERS
+    final = manifest_of(tmp_path / "last.ckpt")
+    assert (final.total, final.done) == (3 * 64, [(0, 3 * 64)])
     assert_same_model(results)
     assert "Restoring states from the checkpoint path" in (tmp_path / "log").read_text()
 
 
 class Restarted(Script):
-    """Rank 3 gets a signal in mid-run, at the first start."""
+    """Rank 1 gets a signal in mid-run, at the first start."""
 
     def __init__(self, folder: Path, fault: str) -> None:
         super().__init__(folder)
@@ -185,14 +184,14 @@ class Restarted(Script):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if is_first and self.global_rank == 3 and self.optimizer_steps == 24:
+        if is_first and self.global_rank == 1 and self.optimizer_steps == 24:
             os.kill(os.getpid(), getattr(signal, self.fault))
         return super().training_step(batch, batch_idx)
 
 
 def main(folder: str, fault: str) -> None:
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_last=True)
-    trainer = make_trainer(callbacks=saving, enable_checkpointing=True, max_epochs=3)
+    trainer = make_trainer(callbacks=saving, devices=WORKERS, enable_checkpointing=True, max_epochs=3)
     trainer.fit(Restarted(Path(folder), fault), loader(shuffle=True), ckpt_path="last")
 
 

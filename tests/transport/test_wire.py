@@ -23,6 +23,7 @@ MESSAGES = [
     messages.LeaseGrant(1, 40, 12),
     messages.Marker("0a1b", "/checkpoints/last/0a1b"),
     messages.ShardWritten("0a1b", "worker-3.pt", 17, "ff", "no space left"),
+    messages.Preempted(),
     messages.Failure("rank 3 (region eu)", 'Traceback:\n  "naïve" ✗'),
 ]
 
