@@ -45,8 +45,8 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         start_method: As in :class:`~lightning_halos.HalosStrategy`.
         timeout: As in :class:`~lightning_halos.HalosStrategy`.
         simulate: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
-            ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -106,8 +106,8 @@ class DilocoStrategy(HalosStrategy):
         timeout: Seconds that workers may wait for each other. That includes the round of the slowest, and rank 0's
             validation.
         simulate: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
-            ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -182,8 +182,8 @@ class SyncSGDStrategy(HalosStrategy):
         simulate: The cluster.
         start_method: As in :class:`~lightning_halos.HalosStrategy`.
         timeout: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
-            ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
 
     Raises:
         TypeError: If an argument has the wrong type.
