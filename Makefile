@@ -4,14 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
 	$(BIN)/python examples/train_char_lm.py
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/pytest -n 3 -m "not alone"
-	$(BIN)/pytest -m alone
+test: $(READY)  ## the test suite
+	$(BIN)/pytest -n 3 -m "not alone and not slow"
+	$(BIN)/pytest -m "alone and not slow"
+
+test-all: test  ## and what takes long
+	$(BIN)/pytest -m slow
 
 lint: $(READY)  ## style, format and types
 	$(BIN)/ruff check .

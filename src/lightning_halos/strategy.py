@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
@@ -691,6 +691,8 @@ class HalosStrategy(ParallelStrategy):
 
         if self._preemption is not None and self._preemption.saved is not None and not self._keeps_shards:
             return  # what callbacks save of an interrupted run would have no shards, and be newer than what has
+        if self._training and not self._keeps_shards:
+            self._end_failed_run()
         if not self._keeps_shards or not self._shards.belong_to(checkpoint, filepath, storage_options):
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif not self._training:
@@ -699,6 +701,12 @@ class HalosStrategy(ParallelStrategy):
             self._shards.save_while_training(checkpoint, Path(filepath), write)
         elif self.is_global_zero:
             self._shards.save_at_end(checkpoint, Path(filepath), write)
+
+    def _end_failed_run(self) -> None:
+        """Raises the failure instead of saving without shards, but not in callbacks that save because of it."""
+        assert self.lightning_module is not None
+        if self._process is not None and self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._process.alarm.check(wait=True)
 
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero:

@@ -133,6 +133,19 @@ def test_a_shard_that_cannot_be_written_is_a_warning_and_the_older_checkpoint_st
     assert not old.exists()  # now it is replaced
 
 
+def test_an_older_checkpoint_stays_if_the_newer_one_has_failed_by_the_time_it_is_to_be_removed(tmp_path: Path) -> None:
+    old = tmp_path / "step=1.ckpt"
+    saves = whole(old)
+    begin(saves, tmp_path / "step=2.ckpt")
+    with pytest.warns(UserWarning, match=r"step=2.ckpt is not whole"):
+        saves.flush(0.0)
+    saves.remove(old, old.unlink)
+    assert usable(old)
+    complete(saves, third := begin(saves, tmp_path / "step=3.ckpt"))
+    assert usable(third.path)
+    assert not old.exists()
+
+
 def test_a_shard_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
     saves = Saves()
     save = begin(saves, tmp_path / "step=1.ckpt")

@@ -1,175 +1,177 @@
-"""What happens when a worker fails, disappears, falls silent or is interrupted: real processes, real signals."""
+"""What a failure looks like to whoever reads the log, and what a run does not end for."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).with_name("script.py")
-STARTUP = 240.0  # seconds for four processes to import torch on a busy machine
+from lightning_halos import DilocoStrategy
+from lightning_halos.transport import alarm
+from tests.integration.harness import End, Result, end_workers, ending, lightning_environments, load_results
+from tests.integration.test_launch import SCRIPT, is_running, start, wait_until
+from tests.integration.toys import SAMPLES, WORKERS, Toy, halos, loader, make_trainer
+
 LIMIT = 30.0  # seconds within which a failure has to have ended the whole run
-SILENCE = 8.0  # the script's HalosStrategy(timeout=...) for a peer that falls silent
+SILENCE = 5.0  # HalosStrategy(timeout=...), for a peer that falls silent
+ENDLESS = 100_000
 
 
-class Run:
-    """A run of the script in a process group of its own."""
+class Misbehaving(Toy):
+    """One rank misbehaves after a few steps, once or, with values that are too large, again and again."""
 
-    def __init__(self, folder: Path, start_method: str, rank: int, fault: str, strategy: str) -> None:
-        self.folder = folder
-        self.output = folder / "output"
-        with self.output.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder), start_method, str(rank), fault, strategy],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def __init__(self, folder: Path, rank: int, fault: str) -> None:
+        super().__init__()
+        self.started = folder / "started"
+        self.rank = rank
+        self.fault = fault
 
-    def wait_for_fault(self) -> float:
-        """Waits until the rank misbehaves. Returns the time."""
-        deadline = time.monotonic() + STARTUP
-        while not (self.folder / "fault").exists():
-            assert time.monotonic() < deadline, f"The run did not get going:\n{self.text}"
-            assert self.process.poll() is None, f"The run ended early:\n{self.text}"
-            time.sleep(0.05)
-        return time.monotonic()
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        is_due = self.optimizer_steps == 20 or (self.optimizer_steps > 20 and self.fault == "huge")
+        if self.global_rank == self.rank and is_due:
+            self.misbehave()
+        return super().training_step(batch, batch_idx)
 
-    def pid(self, rank: int) -> int:
-        return int((self.folder / f"pid_{rank}").read_text())
+    def misbehave(self) -> None:
+        self.started.touch()
+        if self.fault == "raise":
+            raise ValueError("a mistake in the user's code")
+        if self.fault in ("nan", "huge"):
+            with torch.no_grad():
+                self.net[0].weight.fill_({"nan": float("nan"), "huge": 1e6}[self.fault])
+        elif self.fault != "none":
+            os.kill(os.getpid(), getattr(signal, self.fault))
 
-    def wait_until_all_ended(self, since: float) -> None:
-        """Waits until no process of the run is left."""
-        self.wait_until_ended(range(4), since)
-        self.process.wait(max(0.1, since + LIMIT - time.monotonic()))
-
-    def wait_until_ended(self, ranks: Iterable[int], since: float) -> None:
-        """Waits until these processes of the run are gone."""
-        pids = [self.pid(rank) for rank in ranks]
-        while any(_is_running(pid) for pid in pids):
-            assert time.monotonic() < since + LIMIT, f"Still running after {LIMIT} s:\n{self.text}"
-            self.process.poll()
-            time.sleep(0.1)
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def end(self) -> None:
-        """Ends whatever is left of the run."""
-        for signum in (signal.SIGCONT, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, signum)
-            except ProcessLookupError:
-                return
-        self.process.wait(10)
+    def configure_optimizers(self) -> Any:
+        return self.counted(torch.optim.SGD(self.parameters(), lr=0.01))
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+def misbehaving(folder: Path, rank: int, fault: str, strategy: str, settings: dict[str, Any], steps: int) -> Result:
+    log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)  # one of all processes, as on a terminal
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    alarm._GRACE = 1.0
+    module = Misbehaving(folder, rank, fault)
+    trainer = make_trainer({"halos": halos, "diloco": DilocoStrategy}[strategy](**settings), max_steps=steps)
+    trainer.fit(module, loader(SAMPLES))
+    is_sound = all(bool((parameter.abs() < 100).all()) for parameter in module.parameters())
+    return {"global_step": trainer.global_step, "is_sound": is_sound}
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[object]:
-    runs: list[Run] = []
-
-    def start(start_method: str, rank: int, fault: str, strategy: str = "halos") -> Run:
-        runs.append(Run(tmp_path, start_method, rank, fault, strategy))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.end()
+def ends(
+    folder: Path,
+    rank: int,
+    fault: str,
+    strategy: str = "halos",
+    steps: int = ENDLESS,
+    environments: list[dict[str, str]] | None = None,
+    stopped: tuple[int, ...] = (),
+    meanwhile: Any = lambda pids: None,
+    **settings: Any,
+) -> tuple[list[End], str]:
+    """Runs until all have ended. Returns how they did, and what they printed."""
+    ended = end_workers(
+        misbehaving,
+        folder,
+        rank,
+        fault,
+        strategy,
+        settings,
+        steps,
+        folder=folder,
+        environments=environments or lightning_environments(WORKERS),
+        timeout=60,
+        patience=LIMIT,
+        stopped=stopped,
+        meanwhile=meanwhile,
+    )
+    return ended, (folder / "log").read_text(errors="replace")
 
 
 @pytest.mark.parametrize(
-    ("start_method", "rank"),
-    [("popen", 0), ("popen", 2), ("popen", 3), ("fork", 3)],
+    ("rank", "environments", "settings"),
+    [
+        (0, None, {}),
+        (2, None, {}),
+        (3, None, {}),
+        (3, [{}], {"start_method": "fork"}),
+    ],
     ids=["rank 0", "the leader of a region", "a worker", "a forked worker"],
 )
-def test_an_error_in_one_worker_ends_the_run_with_its_traceback_first(start, start_method: str, rank: int) -> None:
-    run = start(start_method, rank, "raise")
-    run.wait_until_all_ended(since=run.wait_for_fault())
-    mistake = run.text.find("ValueError: a mistake in the user's code")
-    assert mistake >= 0
-    assert run.process.returncode != 0
-    others = run.text.find("PeerFailedError")
-    assert others == -1 or mistake < others
-    assert "PeerLostError" not in run.text
-
-
-@pytest.mark.parametrize(
-    ("rank", "name"), [(2, "rank 2 (region 1)"), (3, "rank 3 (region 1)"), (0, "rank 0 (region 0)")]
-)
-def test_a_peer_that_disappears_is_named_by_rank_and_region(start, rank: int, name: str) -> None:
-    run = start("popen", rank, "SIGKILL")
-    since = run.wait_for_fault()
-    run.wait_until_all_ended(since)
-    assert run.process.returncode != 0
-    assert f"{name} disappeared" in run.text or f"{name} failed" in run.text
-
-
-@pytest.mark.parametrize(
-    ("rank", "strategy", "named"),
-    [
-        (3, "halos", r"rank 3 \(region 1\) did not say anything for 8 s, and rank 2 \(region 1\) waited for it"),
-        # Who waits for an answer may notice it first, or who waits for any sign of life.
-        (2, "halos", r"server of rank 2 \(region 1\) did not [a-z ]+ for 8 s, and rank [03] \(region [01]\) waited"),
-        (0, "halos", r"server of rank 0 \(region 0\) did not [a-z ]+ for 8 s, and rank [12] \(region [01]\) waited"),
-        (2, "diloco", r"Did not come, or has ended: rank 2 \(region 0\)\."),
-        (0, "diloco", r"rank 0 \(region 0\) has ended or does not run any more"),
-    ],
-    ids=["a worker", "the leader of a region", "rank 0", "a worker of DiLoCo", "rank 0 of DiLoCo"],
-)
-def test_a_peer_that_stops_without_a_word_is_named_within_the_time_limit(
-    start, rank: int, strategy: str, named: str
+def test_an_error_in_one_worker_ends_the_run_with_its_traceback_first(
+    tmp_path: Path, rank: int, environments: list[dict[str, str]] | None, settings: dict[str, Any]
 ) -> None:
-    run = start("fork", rank, "SIGSTOP", strategy)
-    since = run.wait_for_fault()
-    run.wait_until_ended([other for other in range(4) if other != rank], since + SILENCE)
-    os.kill(run.pid(rank), signal.SIGCONT)  # else torch.multiprocessing waits 30 s before it kills it
-    run.wait_until_all_ended(time.monotonic())
-    assert re.search(named, run.text)
-    assert re.search(r"[Ll]ast heard of.* s ago, at \d\d:\d\d:\d\d", run.text)
-
-
-@pytest.mark.parametrize("start_method", ["popen", "fork"])
-def test_ctrl_c_ends_all_processes(start, start_method: str) -> None:
-    run = start(start_method, 0, "none")
-    since = run.wait_for_fault()
-    os.killpg(run.process.pid, signal.SIGINT)
-    run.wait_until_all_ended(since)
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_sigterm_to_one_process_ends_all(start, rank: int) -> None:
-    run = start("popen", rank, "SIGTERM")
-    run.wait_until_all_ended(since=run.wait_for_fault())
+    ended, text = ends(tmp_path, rank, "raise", environments=environments, **settings)
+    assert [(end.code, end.left) for end in ended] == [(1, False)] * len(ended)
+    mistake, others = text.find("ValueError: a mistake in the user's code"), text.find("PeerFailedError")
+    assert mistake >= 0
+    assert others == -1 or mistake < others
+    assert "PeerLostError" not in text
 
 
 @pytest.mark.parametrize(
-    ("fault", "warning"),
+    ("rank", "named"),
     [
-        ("nan", "The update of rank 1 (region 0) was dropped: it has NaN or infinite values."),
-        ("huge", "The last 3 updates of rank 1 (region 0) were all dropped, this one because its norm of "),
+        (2, r"Did not come, or has ended: rank 2 \(region 0\)\."),
+        (0, r"rank 0 \(region 0\) has ended or does not run any more"),
+    ],
+    ids=["a worker", "rank 0"],
+)
+def test_a_peer_of_diloco_that_stops_without_a_word_is_named_within_the_time_limit(
+    tmp_path: Path, rank: int, named: str
+) -> None:
+    ended, text = ends(tmp_path, rank, "SIGSTOP", "diloco", stopped=(rank,), local_steps=4, timeout=SILENCE)
+    assert [end.code for end in ended] == [None if number == rank else 1 for number in range(WORKERS)]
+    assert re.search(named, text)
+    assert re.search(r"[Ll]ast heard of.* s ago, at \d\d:\d\d:\d\d", text)
+
+
+def test_ctrl_c_ends_all_forked_processes(tmp_path: Path) -> None:
+    interrupted: list[int] = []
+
+    def interrupt(pids: list[int]) -> None:
+        if (tmp_path / "started").exists() and not interrupted:
+            os.killpg(pids[0], signal.SIGINT)
+            interrupted.extend(pids)
+
+    (end,), _ = ends(tmp_path, 0, "none", environments=[{}], meanwhile=interrupt, start_method="fork")
+    assert interrupted
+    assert (end.code, end.left) == (1, False)
+
+
+def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
+    with ending(start(*SCRIPT, tmp_path, "popen", ENDLESS, folder=tmp_path)) as process:
+        files = [tmp_path / f"pid{rank}" for rank in range(WORKERS)]
+        wait_until(lambda: all(path.exists() and path.read_text() for path in files))
+        processes = [int(path.read_text()) for path in files]
+        begin = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(LIMIT) == 1
+        wait_until(lambda: not any(map(is_running, processes)), limit=begin + LIMIT - time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings", "warning"),
+    [
+        ("nan", {}, "The update of rank 1 (region 0) was dropped: it has NaN or infinite values."),
+        (
+            "huge",
+            {"local_steps": 2, "accumulate_updates": 2, "max_norm_ratio": 10},
+            "The last 3 updates of rank 1 (region 0) were all dropped, this one because its norm of ",
+        ),
     ],
 )
-def test_a_poisonous_update_is_dropped_with_a_warning_and_the_run_goes_on(start, fault: str, warning: str) -> None:
-    run = start("popen", 1, fault)
-    run.wait_for_fault()
-    assert run.process.wait(90) == 0
-    assert warning in run.text
-    assert sorted(line for line in run.text.splitlines() if line.startswith("END")) == [
-        f"END {rank} 60 True" for rank in range(4)
-    ]
+def test_a_poisonous_update_is_dropped_with_a_warning_and_the_run_goes_on(
+    tmp_path: Path, fault: str, settings: dict[str, Any], warning: str
+) -> None:
+    ended, text = ends(tmp_path, 1, fault, steps=60, **settings)
+    assert [end.code for end in ended] == [0] * WORKERS, text
+    assert warning in text
+    assert load_results(tmp_path, WORKERS) == [{"global_step": 60, "is_sound": True}] * WORKERS

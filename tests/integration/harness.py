@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +30,89 @@ Result = dict[str, Any]
 Scenario = Callable[..., Result]
 
 
+@dataclass(frozen=True)
+class End:
+    """How a worker process ended.
+
+    Attributes:
+        code: Its exit code, negative if that was a signal; ``None`` if it had to be killed.
+        at: When it ended, by ``time.monotonic``.
+        log: What it printed.
+        left: Whether processes of its are left, without it.
+    """
+
+    code: int | None
+    at: float
+    log: str
+    left: bool
+
+
 def run_workers(
     scenario: Scenario, *args: Any, folder: Path, environments: list[dict[str, str]], timeout: float
 ) -> list[Result]:
     """Runs ``scenario(*args)`` in a process for each environment. Returns what it returned there, in their order."""
-    workers = len(environments)
+    ends = end_workers(scenario, *args, folder=folder, environments=environments, timeout=timeout)
+    if any(end.code != 0 for end in ends):
+        logs = "\n".join(f"--- process {number}\n{end.log[-4000:]}" for number, end in enumerate(ends))
+        codes = [end.code for end in ends]
+        raise AssertionError(f"The processes ended with {codes} (None: not within {timeout:g} s).\n{logs}")
+    return load_results(folder, len(environments))
+
+
+def end_workers(
+    scenario: Scenario,
+    *args: Any,
+    folder: Path,
+    environments: list[dict[str, str]],
+    timeout: float,
+    patience: float = 10,
+    stopped: Collection[int] = (),
+    meanwhile: Callable[[list[int]], object] = lambda pids: None,
+) -> list[End]:
+    """Runs ``scenario(*args)`` in a process for each environment, until all have ended. Returns how they did.
+
+    What ``scenario`` returned is saved; see :func:`load_results`.
+
+    Args:
+        scenario: What to run.
+        args: Its arguments.
+        folder: Where it runs.
+        environments: What to set in the environment of each process.
+        timeout: Seconds that it may take.
+        patience: Seconds that the others have when one has failed.
+        stopped: Processes that are not waited for, since they will be stopped.
+        meanwhile: Called again and again with the processes' ids.
+    """
+    workers = range(len(environments))
     processes = [
         _context.Process(target=_work, args=(number, environment, folder, timeout, scenario, args))
         for number, environment in enumerate(environments)
     ]
+    codes: dict[int, int] = {}
+    ended: dict[int, float] = {}
     try:
         for process in processes:
             process.start()
+        pids = [process.pid for process in processes if process.pid is not None]
         deadline = time.monotonic() + timeout
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            if any(process.exitcode not in (None, 0) for process in processes):
-                deadline = min(deadline, time.monotonic() + 10)
+        while set(workers) - codes.keys() - set(stopped) and time.monotonic() < deadline:
+            for number in workers:
+                if number not in codes and (code := processes[number].exitcode) is not None:
+                    codes[number], ended[number] = code, time.monotonic()
+                    if code != 0:
+                        deadline = min(deadline, time.monotonic() + patience)
+            meanwhile(pids)
             time.sleep(0.02)
     finally:
-        codes = [process.exitcode for process in processes]
+        left = {number for number in codes if _has_group(processes[number].pid)}
         for process in processes:
             if process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
-    if codes != [0] * workers:
-        logs = "\n".join(f"--- process {number}\n{_log(folder, number)}" for number in range(workers))
-        raise AssertionError(f"The processes ended with {codes} (None: not within {timeout:g} s).\n{logs}")
-    return load_results(folder, workers)
+    now = time.monotonic()
+    return [End(codes.get(number), ended.get(number, now), _log(folder, number), number in left) for number in workers]
 
 
 def load_results(folder: Path, workers: int) -> list[Result]:
@@ -112,4 +167,14 @@ def _work(
 
 def _log(folder: Path, number: int) -> str:
     path = folder / f"log{number}"
-    return path.read_text(errors="replace")[-4000:] if path.exists() else "(no log)"
+    return path.read_text(errors="replace") if path.exists() else "(no log)"
+
+
+def _has_group(pid: int | None) -> bool:
+    """Whether there are processes in the group of one that has ended."""
+    assert pid is not None
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -184,6 +184,30 @@ def test_a_process_group_that_nobody_else_comes_to() -> None:
         make_group(store, "models", 0, 2, 0.5)
 
 
+def test_a_collective_that_one_leaves_names_nobody_else() -> None:
+    """Most wait for another one than the one that has ended, and must learn of it from those who do."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    texts: dict[int, str] = {}
+
+    def work(rank: int) -> None:
+        store = TCPStore("127.0.0.1", master.port)
+        collectives = Collectives(make_group(store, "world", rank, 6, 60.0), ignore, store, "worker {}".format)
+        collectives.barrier()
+        try:
+            if rank != 3:
+                collectives.barrier()
+        except PeerLostError as error:
+            texts[rank] = str(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert texts.keys() == set(range(6)) - {3}
+    assert all("Did not come, or has ended: worker 3." in text for text in texts.values()), texts
+
+
 def test_a_collective_that_one_does_not_come_to() -> None:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     texts: dict[int, str] = {}

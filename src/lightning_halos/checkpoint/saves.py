@@ -75,6 +75,7 @@ class Saves:
         self._lock = threading.RLock()  # a signal's handler may save while the main thread does
         self._saves: dict[str, Save] = {}
         self._kept: list[Path] = []
+        self._last_failed = False
 
     def begin(self, path: Path, manifest: Manifest, expected: set[str]) -> Save:
         """Begins a save.
@@ -90,7 +91,11 @@ class Saves:
         path = path.absolute()
         number = uuid.uuid4().hex[:12]
         folder = folder_of(path) / number
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError:
+            self._last_failed = True
+            raise
         written_to = folder / path.name if path.exists() else path
         manifest = replace(manifest, save=number, shards={})
         save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected))
@@ -146,6 +151,9 @@ class Saves:
             if newest is not None and newest.path != path:
                 newest.removals.append(path)
                 return
+            if newest is None and self._last_failed:
+                self._kept.append(path)
+                return
         remove_file()
         remove_shards(path)
 
@@ -187,8 +195,7 @@ class Saves:
             if save is None or save.expected or not (save.is_known or save.failed):
                 return
             if save.failed:
-                del self._saves[number]
-                self._kept += save.removals
+                self._end(number)
                 return
         if not self.writer.submit(lambda: self._finish(number, save)):
             self.fail(number, "the disk is slower than the saves: save less often")
@@ -213,7 +220,10 @@ class Saves:
     def _end(self, number: str) -> None:
         with self._lock:
             save = self._saves.pop(number, None)
-            if save is not None and save.failed:
+            if save is None:
+                return
+            self._last_failed = save.failed
+            if save.failed:
                 self._kept += save.removals
 
 

@@ -114,8 +114,11 @@ class Alarm:
         """Whether the run cannot go on."""
         return self._failed
 
-    def check(self) -> None:
+    def check(self, wait: bool = False) -> None:
         """Raises the failure, if there is one.
+
+        Args:
+            wait: Whether to give the peer that failed its time here, since this process must not go on.
 
         Raises:
             PeerLostError: A peer disappeared or fell silent.
@@ -128,8 +131,11 @@ class Alarm:
         if self.preempted_since is not None:
             self.off()
             raise SystemExit(EXIT_CODE)
-        if isinstance(self._error, PeerFailedError) and time.monotonic() - self._since < _GRACE:
-            return
+        remaining = self._since + _GRACE - time.monotonic()
+        if isinstance(self._error, PeerFailedError) and remaining > 0:
+            if not wait:
+                return
+            time.sleep(remaining)
         self.off()
         raise self._error
 
@@ -158,8 +164,8 @@ class Alarm:
         with self._lock:
             if self._off or self._error is not None:
                 return
-            self._failed = True
             self._error, self._since = error, time.monotonic()
+            self._failed = True
             self._off = error is None
         for link in self.links:
             link.post(failure)

@@ -36,6 +36,8 @@ T = TypeVar("T")
 AT_THE_EDGES = 1800.0
 """Seconds that workers may wait for each other before and after training, at least: rank 0 may validate then."""
 
+_NEWS = 2.0  # seconds that the news of a silent peer may take: whoever watches its link can name it, and is first
+
 
 class WorkerClient:
     """Gives rounds to the local server.
@@ -138,7 +140,7 @@ class WorkerClient:
 
     def _wait(self, what: str, inbox: queue.SimpleQueue[T], timeout: float | None = None) -> T:
         timeout = self._timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout + _NEWS
         while True:
             self._alarm.check()
             self._interrupted()
@@ -146,7 +148,7 @@ class WorkerClient:
                 return inbox.get(timeout=0.2)
             except queue.Empty:
                 pass
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not self._alarm.has_failed:
                 raise self._alarm.lost(self._link.peer, what, timeout)
 
     def _on_message(self, message: Message, filled: Filled) -> None:

@@ -48,12 +48,17 @@ class Collectives:
         store: Store,
         describe: Callable[[int], str],
     ) -> None:
-        self._group = group
+        self._groups = [group]
+        self._rank, self._size = group.rank(), group.size()
         self._interrupted = interrupted
         self._store = store
         self._describe = describe
         self._calls = 0
         self._completed: float | None = None
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        return self._groups[0]
 
     def barrier(self) -> None:
         """Waits until all workers are here."""
@@ -82,12 +87,12 @@ class Collectives:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(_OPERATIONS[name])
         self._wait("give a tensor to a reduction", lambda: self._group.allreduce([host], options))
-        return (host / self._group.size() if is_mean else host).to(tensor.device)
+        return (host / self._size if is_mean else host).to(tensor.device)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all workers, stacked by rank, on the tensor's device."""
         host = tensor.detach().cpu().contiguous()
-        parts = [torch.empty_like(host) for _ in range(self._group.size())]
+        parts = [torch.empty_like(host) for _ in range(self._size)]
         self._wait("give a tensor to a gathering", lambda: self._group.allgather([parts], [host]))
         return torch.stack(parts).to(tensor.device)
 
@@ -100,7 +105,7 @@ class Collectives:
         self._wait(
             "take part in a broadcast", lambda: self._group.broadcast([host.view(-1).view(torch.uint8)], options)
         )
-        if self._group.rank() != source:
+        if self._rank != source:
             tensor.detach().copy_(host)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
@@ -114,7 +119,7 @@ class Collectives:
             TypeError: If it is anything else. Nothing is pickled.
         """
         tensors: list[Tensor] = []
-        data = json.dumps(_pack(value, tensors)).encode() if self._group.rank() == source else b""
+        data = json.dumps(_pack(value, tensors)).encode() if self._rank == source else b""
         length = torch.tensor([len(data)])
         self.broadcast_(length, source)
         body = (
@@ -123,7 +128,7 @@ class Collectives:
             else torch.empty(int(length), dtype=torch.uint8)
         )
         self.broadcast_(body, source)
-        if self._group.rank() != source:
+        if self._rank != source:
             packed = json.loads(bytes(body.tolist()))
             result = _unpack(packed, tensors)
         else:
@@ -135,26 +140,31 @@ class Collectives:
 
     def gather_texts(self, text: str) -> list[str]:
         """Returns the texts of all workers, by rank."""
-        return [str(self.broadcast_object(text, source)) for source in range(self._group.size())]
+        return [str(self.broadcast_object(text, source)) for source in range(self._size)]
 
     def _wait(self, what: str, start: Callable[[], dist.Work]) -> None:
         self._calls += 1
+        if not self._groups:
+            raise PeerLostError(f"{self._describe(self._rank)} cannot wait for all workers to {what}: some are lost.")
         try:
             interruptible(lambda: start().wait(), self._interrupted)
         except RuntimeError as error:
+            # This closes its connections: who waits for this process, and not for the missing one, notices it, too.
+            self._groups.clear()
             raise PeerLostError(
-                f"{self._describe(self._group.rank())} waited for all workers to {what}. {self._missing()} All were"
+                f"{self._describe(self._rank)} waited for all workers to {what}. {self._missing()} All were"
                 f" last heard of {since(self._completed)}. The limit is HalosStrategy(timeout=...). {error}"
             ) from error
         self._completed = time.monotonic()
 
     def _missing(self) -> str:
         """Says who was not waiting in the collective that failed."""
-        rank, size = self._group.rank(), self._group.size()
+        rank, size = self._rank, self._size
 
         def call_the_roll() -> list[int]:
             self._store.set(f"{self._calls}/{rank}", "")
-            deadline = time.monotonic() + _ROLL_CALL
+            # The store is in the process of rank 0, so that must not leave before the others have read it.
+            deadline = time.monotonic() + _ROLL_CALL * (1.5 if rank == 0 else 1)
             while True:
                 missing = [other for other in range(size) if not self._store.check([f"{self._calls}/{other}"])]
                 if not missing or time.monotonic() > deadline:

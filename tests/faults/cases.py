@@ -1,0 +1,52 @@
+"""All cases: who, what and when.
+
+Rules of this room: names only, as they stand in the docs' table. What is done to a victim is in ``victim``, how a case
+is run and looked at in ``outcomes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+VICTIMS = {"a worker": 3, "a region's leader": 2, "rank 0": 0}
+"""Ranks of 4 workers in 2 regions."""
+
+FAULTS = ("exception", "SIGKILL", "SIGSTOP", "SIGTERM")
+
+START, ROUND, EXCHANGE, VALIDATION, CHECKPOINT, END = MOMENTS = (
+    "at start-up",
+    "inside a round",
+    "inside an exchange between regions",
+    "while rank 0 validates",
+    "while a checkpoint is written",
+    "at the end",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, and where and when it strikes."""
+
+    moment: str
+    fault: str
+    victim: str
+
+    @property
+    def rank(self) -> int:
+        return VICTIMS[self.victim]
+
+    def __str__(self) -> str:
+        return f"{self.fault} in {self.victim} {self.moment}"
+
+
+CASES = [Case(*names) for names in product(MOMENTS, FAULTS, VICTIMS)]
+
+# Every pair of fault and victim, and every pair of moment and fault; but a stopped process, which is noticed only after a
+# time limit, at three moments.
+COVERING = [
+    Case(moment, fault, list(VICTIMS)[(row + column) % len(VICTIMS)])
+    for row, moment in enumerate(MOMENTS)
+    for column, fault in enumerate(FAULTS)
+    if fault != "SIGSTOP" or row < 3
+]
