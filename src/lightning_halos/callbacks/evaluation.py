@@ -19,9 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_halos.core.settings import check_count
+from lightning_halos.extras import language_package
 from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
 from lightning_halos.language.models import find_language_model, find_tokenizer
-from lightning_halos.language.requirements import require
 from lightning_halos.strategy import HalosStrategy
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class LMEvalCallback(Callback):
         find_language_model(pl_module, self._submodule)
         self._find_tokenizer(trainer)
         if trainer.is_global_zero and self._manager is None:
-            require(*PACKAGES)
+            for package in PACKAGES:
+                language_package(package)
             with isolate_rng():
                 self._manager = find_tasks(self.tasks, self._include_path)
 

@@ -72,12 +72,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _scores(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str, Any]:
+    from lightning_halos.extras import language_package
     from lightning_halos.language.evaluation import evaluate, results_table, write_results
-    from lightning_halos.language.requirements import require
 
     if arguments.tasks is None:
         raise ValueError("--tasks NAMES is missing, such as --tasks hellaswag,lambada_openai,winogrande,mmlu.")
-    require("lm_eval")
+    language_package("lm_eval")
     from lm_eval.utils import simple_parse_args_string
 
     results = evaluate(

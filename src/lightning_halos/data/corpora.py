@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_halos.data.extras import language_package
+from lightning_halos.extras import language_package
 
 SampleBy = Literal["document", "paragraph", "line"]
 

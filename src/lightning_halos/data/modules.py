@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_halos.data.corpora import Corpus, SampleBy
-from lightning_halos.data.extras import language_package
 from lightning_halos.data.megatron import IndexedTokens
 from lightning_halos.data.stream import PackedStream, hold_out
 from lightning_halos.data.tokenization import write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer
+from lightning_halos.extras import language_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_halos.data.corpora import Corpus
-from lightning_halos.data.extras import language_package
 from lightning_halos.data.tokenization import pack, tokenize
+from lightning_halos.extras import language_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

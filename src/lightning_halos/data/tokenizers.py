@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_halos.data.extras import language_package
+from lightning_halos.extras import language_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,21 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             divides documents.
         ModuleNotFoundError: Without the extra ``lm``.
     """
+    tokenizer = fetch_tokenizer(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer {name} has no end-of-text token (eos_token), which divides documents. Set one."
+        )
+    return tokenizer
+
+
+def fetch_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer of any kind; see :func:`load_tokenizer`.
+
+    Raises:
+        ValueError: If there is none of that name, or it cannot be reached.
+        ModuleNotFoundError: Without the extra ``lm``.
+    """
     transformers = language_package("transformers")
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(name))
@@ -39,10 +54,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             " needs the network, or an earlier download. To train one instead: `lightning-halos prepare-data"
             " --train-tokenizer`."
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"The tokenizer {name} has no end-of-text token (eos_token), which divides documents. Set one."
-        )
     return tokenizer
 
 

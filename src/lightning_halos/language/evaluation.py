@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities.model_helpers import _ModuleMode
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
+from lightning_halos.extras import language_package
 from lightning_halos.language.export import export_checkpoint
 from lightning_halos.language.models import find_tokenizer
-from lightning_halos.language.requirements import require
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -86,7 +85,8 @@ def evaluate(
         ValueError: If an argument is wrong, or there is no such task.
     """
     names = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
-    require(*PACKAGES)
+    for package in PACKAGES:
+        language_package(package)
     language_model = _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {}))
     with isolate_rng():
         manager = find_tasks(names, include_path)
@@ -190,23 +190,20 @@ def run_tasks(
 
 
 @contextmanager
-def loaded_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, root: nn.Module | None = None
-) -> Iterator[HFLM]:
+def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Iterator[HFLM]:
     """Lends a loaded model to lm-eval, and puts it back into its mode.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer, which lm-eval gets a copy of: it may give it a padding token.
         batch_size: Sequences per forward pass, or ``"auto"``.
-        root: The module whose mode is to be kept. Default: the model.
     """
     from copy import deepcopy
 
     from lm_eval.models.huggingface import HFLM
 
     mode = _ModuleMode()
-    mode.capture(root or model)
+    mode.capture(model)
     hf_logger = logging.getLogger("lm_eval.models.huggingface")
     level = hf_logger.level
     hf_logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
@@ -217,7 +214,7 @@ def loaded_model(
     try:
         yield lm
     finally:
-        mode.restore(root or model)
+        mode.restore(model)
 
 
 def write_results(results: Results, folder: str | Path) -> None:

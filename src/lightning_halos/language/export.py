@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_halos.extras import language_package
 from lightning_halos.language.models import find_tokenizer
-from lightning_halos.language.requirements import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def export_checkpoint(
         ValueError: If the checkpoint cannot be read, does not say what its model is, or its weights are those of
             another model.
     """
-    require("transformers")
+    language_package("transformers")
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file. Name a folder to write to.")
@@ -69,7 +69,8 @@ def export_checkpoint(
         raise ValueError(
             f"{checkpoint} does not say what its Hugging Face model is. Train with"
             " Trainer(callbacks=[lightning_halos.HuggingFaceCheckpoint(tokenizer)]); for this checkpoint, give the name"
-            " or folder of a model with the same configuration: --config NAME_OR_FOLDER (config=... in Python)."
+            " or folder of a model with the same configuration: lightning-halos export --config NAME_OR_FOLDER"
+            " (config=... in Python)."
         )
     record = record or {}
     weights = {name.replace(_COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
@@ -116,7 +117,7 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file,"
-            " allow that: --no-weights-only (weights_only=False in Python)."
+            " allow that: lightning-halos export --no-weights-only (weights_only=False in Python)."
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error

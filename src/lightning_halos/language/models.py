@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_halos.language.requirements import require
+from lightning_halos.data.tokenizers import fetch_tokenizer
+from lightning_halos.extras import language_package
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -32,7 +33,7 @@ def find_language_model(module: nn.Module, submodule: str | None = None) -> tupl
         ModuleNotFoundError: If transformers is not installed.
         ValueError: If there is no model, or more than one that is not part of another.
     """
-    require("transformers")
+    language_package("transformers")
     from transformers import PreTrainedModel
 
     root = module if submodule is None else module.get_submodule(submodule)
@@ -67,15 +68,16 @@ def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrai
     Raises:
         ModuleNotFoundError: If transformers is not installed.
         TypeError: If it is no tokenizer of transformers.
+        ValueError: If there is none of that name, or it cannot be reached.
     """
-    require("transformers")
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    language_package("transformers")
+    from transformers import PreTrainedTokenizerBase
 
     given = tokenizer
     if given is None and trainer is not None:
         given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     if isinstance(given, str):
-        given = AutoTokenizer.from_pretrained(given)
+        given = fetch_tokenizer(given)
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(
             f"tokenizer=<{type(given).__name__}> must be a tokenizer of transformers, or its name or folder. One of the"
