@@ -206,3 +206,28 @@ def test_nothing_is_said_when_all_is_well(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole(tmp_path / "step=1.ckpt")
+
+
+@pytest.mark.parametrize("older_first", [True, False])
+def test_saves_of_the_same_name_that_overlap(tmp_path: Path, older_first: bool) -> None:
+    saves, path = Saves(), tmp_path / "last.ckpt"
+    older, newer = begin(saves, path), begin(saves, path)
+    for save, other in [(older, newer), (newer, older)] if older_first else [(newer, older), (older, newer)]:
+        saves.know(save.marker.save, total=7)
+        for name in NAMES:
+            saves.written(write_shard(save.marker, name, {"value": 1}))
+        saves.flush(10, but=[other])
+        assert usable(path)
+    assert path.read_text() == newer.marker.save
+    assert (newer.folder / NAME).is_file()
+
+
+def test_what_users_keep_in_a_folder_of_that_name_stays(tmp_path: Path) -> None:
+    saves, path = Saves(), tmp_path / "step=1.ckpt"
+    other = tmp_path / "step=1" / "exported" / "model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    complete(saves, begin(saves, path))
+    complete(saves, begin(saves, path))
+    saves.remove(path, path.unlink)
+    assert [*path.with_suffix("").rglob("*")] == [other.parent, other]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -24,6 +25,9 @@ from lightning_halos.checkpoint.files import Written
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.writer import Writer
 from lightning_halos.core.messages import Marker, ShardWritten
+
+
+_SAVE = re.compile("[0-9a-f]{12}")
 
 
 def folder_of(path: Path) -> Path:
@@ -100,7 +104,7 @@ class Saves:
         manifest = replace(manifest, save=number, shards={})
         save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected))
         with self._lock:
-            for other in self._saves.values():
+            for other in list(self._saves.values()):
                 other.removals = [old for old in other.removals if old != path]
             self._kept = [old for old in self._kept if old != path]
             self._saves[number] = save
@@ -202,8 +206,14 @@ class Saves:
             self._end(number)
 
     def _finish(self, number: str, save: Save) -> None:
+        with self._lock:
+            if number not in self._saves:  # a newer one of the same name was whole first
+                files.remove_folder(save.folder)
+                return
+            same = [name for name, other in self._saves.items() if other.path == save.path]
+            newer = same[same.index(number) + 1 :]
         try:
-            finish(save)
+            finish(save, but=newer)
         except OSError as error:
             self.fail(number, str(error))
             self._end(number)
@@ -211,6 +221,8 @@ class Saves:
         with self._lock:
             removals = self._kept + save.removals
             self._kept = []
+            for older in same[: same.index(number)]:
+                removals += self._saves.pop(older).removals if older in self._saves else []
         for path in removals:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -227,8 +239,12 @@ class Saves:
                 self._kept += save.removals
 
 
-def finish(save: Save) -> None:
+def finish(save: Save, but: Sequence[str] = ()) -> None:
     """Makes a save whole: writes its manifest, and puts its ``.ckpt`` file in the place of an older one.
+
+    Args:
+        save: The save.
+        but: Names of newer saves of the same file, which stay. The shards of older ones are removed.
 
     Raises:
         OSError: If that cannot be written.
@@ -237,12 +253,21 @@ def finish(save: Save) -> None:
     if save.written_to != save.path:
         os.replace(save.written_to, save.path)
         files.bring_to_disk(save.path.parent)
-    for other in folder_of(save.path).iterdir():
-        if other != save.folder:
+    for other in _save_folders(save.path):
+        if other != save.folder and other.name not in but:
             files.remove_folder(other)
 
 
 def remove_shards(path: Path) -> None:
     """Removes the shards of a ``.ckpt`` file, if it has any and is not just another name of one."""
-    if not path.is_symlink():
-        files.remove_folder(folder_of(path))
+    if path.is_symlink():
+        return
+    for folder in _save_folders(path):
+        files.remove_folder(folder)
+    with contextlib.suppress(OSError):  # it is not there, or holds something else
+        folder_of(path).rmdir()
+
+
+def _save_folders(path: Path) -> list[Path]:
+    """The folders of a ``.ckpt`` file's saves; what else is in the folder of its name is not ours."""
+    return [folder for folder in folder_of(path).glob("*") if _SAVE.fullmatch(folder.name) and folder.is_dir()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ class Writer:
     """A thread that writes. It ends with its process."""
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(_WAITING)
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # a signal's handler may put, too
         self._thread: threading.Thread | None = None
 
     def shard(self, marker: Marker, name: str, state: Any, tell: Tell) -> None:
@@ -46,27 +45,16 @@ class Writer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
             self._thread.start()
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
+        if self._jobs.qsize() >= _WAITING:
             return False
+        self._jobs.put(job)
         return True
-
-    def flush(self, timeout: float) -> bool:
-        """Waits until all is written. Returns whether it is, within ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        while self._jobs.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return not self._jobs.unfinished_tasks
 
     def _run(self) -> None:
         while True:
             job = self._jobs.get()
-            try:
-                job()
-            finally:
-                del job
-                self._jobs.task_done()
+            job()
+            del job  # with the state that it holds, before the next one is waited for
 
 
 def write_shard(marker: Marker, name: str, state: Any) -> ShardWritten:
