@@ -6,14 +6,17 @@ whoever learns of it tells all peers, so that the signal may come to any process
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -21,7 +24,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
 
-_NAME = "last-preempted.ckpt"  # so that ckpt_path="last" finds it
+_LATER = 3.0  # seconds that the others leave rank 0, so that it can say what is missing
 
 
 class Preemption:
@@ -30,7 +33,7 @@ class Preemption:
     Args:
         trainer: The Trainer.
         alarm: Passes the news on to the peers.
-        grace_time: Seconds from the signal to the end of the process, at most.
+        grace_time: Seconds from the signal until rank 0 gives up; the others leave it 3 more.
         saves: The saves under way; ``None`` if this process does not begin any.
 
     Attributes:
@@ -38,12 +41,12 @@ class Preemption:
     """
 
     def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float, saves: Saves | None) -> None:
-        self.saved: Path | None = None
+        self.saved: str | None = None
         self._trainer = trainer
         self._alarm = alarm
         self._grace_time = grace_time
         self._saves = saves
-        self._signalled = False
+        self._signalled: float | None = None
         self._previous: Any = None
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGTERM)
@@ -52,7 +55,7 @@ class Preemption:
     @property
     def is_due(self) -> bool:
         """Whether the run is to end."""
-        return self._signalled or self._alarm.preempted_since is not None
+        return self._signalled is not None or self._alarm.preempted_since is not None
 
     def check(self) -> None:
         """Saves, if the run is to end and this process begins saves; ends the process once the save is whole.
@@ -62,19 +65,23 @@ class Preemption:
         Raises:
             SIGTERMException: With the exit code of a process that SIGTERM has ended.
         """
-        if self._signalled:
-            self._alarm.preempt()
+        if self._signalled is not None:
+            if self._alarm.is_over:  # all have finished: there is nothing more to save, and nobody to tell
+                raise SIGTERMException(EXIT_CODE)
+            self._alarm.preempt(self._signalled)
         if (since := self._alarm.preempted_since) is None:
             return
-        is_late = time.monotonic() > since + self._grace_time
-        if self._saves is not None:
-            if self.saved is None and not is_late:
-                self._save()
-            if is_late:
-                self._saves.give_up(self._grace_time)
-            if not self._saves.under_way:
+        seconds = time.monotonic() - since
+        if self._saves is None:
+            if seconds > self._grace_time + _LATER:
                 raise SIGTERMException(EXIT_CODE)
-        elif is_late:
+            return
+        is_late = seconds > self._grace_time
+        if self.saved is None and not is_late:
+            self._save()
+        if is_late:
+            self._saves.give_up(self._grace_time)
+        if not self._saves.under_way:
             raise SIGTERMException(EXIT_CODE)
 
     def release(self) -> None:
@@ -82,11 +89,12 @@ class Preemption:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
+            self._trainer._signal_connector.received_sigterm |= self._signalled is not None
 
     def forget(self) -> None:
-        """Removes what was saved when an earlier run was preempted, now that the run has ended by itself."""
+        """Removes the checkpoint of an earlier preemption, when the run that went on from it has ended by itself."""
         path = preemption_path(self._trainer)
-        if self._saves is not None and not self.is_due and path is not None and path.exists():
+        if self._saves is not None and not self.is_due and path is not None and path == str(self._trainer.ckpt_path):
             self._trainer.strategy.remove_checkpoint(path)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -94,7 +102,8 @@ class Preemption:
             self._previous(number, frame)  # Lightning passes the signal on to the processes that it launched
         # Lightning would end this process at once, before the others have written their shards.
         self._trainer._signal_connector.received_sigterm = False
-        self._signalled = True
+        if self._signalled is None:
+            self._signalled = time.monotonic()
 
     def _save(self) -> None:
         path = preemption_path(self._trainer)
@@ -106,16 +115,46 @@ class Preemption:
         self._trainer.save_checkpoint(path)
 
 
-def preemption_path(trainer: pl.Trainer) -> Path | None:
+def preemption_path(trainer: pl.Trainer) -> str | None:
     """Where a checkpoint is saved when the run is preempted.
 
     Args:
         trainer: The Trainer.
 
     Returns:
-        A file beside those of the first ``ModelCheckpoint``; ``None`` if the Trainer has none.
+        A file beside those of the first ``ModelCheckpoint``, which ``ckpt_path="last"`` finds; ``None`` if the Trainer
+        has none.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-            return Path(callback.dirpath).absolute() / _NAME
+            folder = str(callback.dirpath)
+            if _is_local_file_protocol(folder):
+                folder = os.path.abspath(folder)
+            return f"{folder}/{callback.CHECKPOINT_NAME_LAST}-preempted{callback.FILE_EXTENSION}"
     return None
+
+
+@dataclass
+class OutlivingSigterm:
+    """Starts a DataLoader worker that outlives the SIGTERM which its whole process group gets.
+
+    Its training process still wants batches from it, until the checkpoint is saved.
+
+    Attributes:
+        seconds: How long it goes on at most.
+        worker_init_fn: What else it starts with.
+    """
+
+    seconds: float
+    worker_init_fn: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        """Runs in the DataLoader worker when it starts."""
+        signal.signal(signal.SIGTERM, self._handle)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker)
+
+    def _handle(self, *_: object) -> None:
+        end = threading.Timer(self.seconds, os._exit, (0,))
+        end.daemon = True
+        end.start()

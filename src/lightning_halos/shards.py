@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
-from lightning_halos.checkpoint.resume import KEY, Found, Resume, find, is_last, newest_whole
+from lightning_halos.checkpoint.resume import KEY, Found, Resume, find, is_last, whole_ones
 from lightning_halos.checkpoint.saves import Save, Saves
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
@@ -111,12 +112,12 @@ class Shards:
         if reason:
             raise OSError(reason)
 
-    def remove(self, path: Path, remove_file: Callable[[], None]) -> None:
+    def remove(self, path: str | PathLike[str], remove_file: Callable[[], None]) -> None:
         """Removes a checkpoint with its shards, as soon as what replaces it is whole."""
-        if path.is_symlink() or not _is_local_file_protocol(str(path)):
+        if not _is_local_file_protocol(str(path)) or Path(path).is_symlink():
             remove_file()
         else:
-            self.saves.remove(path, remove_file)
+            self.saves.remove(Path(path), remove_file)
 
     def write_own(self, marker: Marker, state: dict[str, Any]) -> None:
         """Writes this worker's shard of a save, in the background."""
@@ -152,7 +153,7 @@ class Shards:
     def _write(self, save: Save, checkpoint: dict[str, Any], write: Write) -> None:
         try:
             write(checkpoint, save.written_to)
-        except OSError as error:
+        except Exception as error:  # a save must not end the run, whatever an object raises while it is written
             self.saves.fail(save.marker.save, f"{save.path} could not be written: {error}")
 
     def _write_together(self, save: Save | None, reason: str) -> str:
@@ -292,11 +293,14 @@ class Shards:
         try:
             return path, find(path, _save_of(checkpoint))
         except CheckpointError as error:
-            other = newest_whole(path) if is_last(path) else None
-            if other is None:
-                raise
-            rank_zero_warn(f"{path} is skipped, and {other} is used instead. {error}")
-            return other, find(other, _save_of(read(other)))
+            for other in whole_ones(path) if is_last(path) else []:
+                try:
+                    found = find(other, _save_of(read(other)))
+                except CheckpointError:
+                    continue
+                rank_zero_warn(f"{path} is skipped, and {other} is used instead. {error}")
+                return other, found
+            raise
 
     def _read(self, found: Found) -> Resume | None:
         """Reads what is this process's."""

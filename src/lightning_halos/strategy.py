@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.fabric.utilities.types import _PATH
@@ -34,6 +35,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import AtomicCheckpointIO
@@ -44,7 +46,7 @@ from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import LightningRank, SharedData
-from lightning_halos.preemption import Preemption
+from lightning_halos.preemption import OutlivingSigterm, Preemption
 from lightning_halos.shards import Shards, rebuild
 from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -97,8 +99,9 @@ class HalosStrategy(ParallelStrategy):
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
             1800 seconds for each other, since rank 0 may validate then.
-        grace_time: Seconds that the processes have after one of them got SIGTERM, to save a checkpoint and end; see
-            ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds by default.
+        grace_time: Seconds after SIGTERM that saving a checkpoint may take; all processes have ended 5 seconds later,
+            or after the batch that they are in. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30
+            seconds by default.
         simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
             over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
         accelerator: As in Lightning's strategies.
@@ -132,7 +135,7 @@ class HalosStrategy(ParallelStrategy):
         max_norm_ratio: float | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
-        grace_time: float = 25,
+        grace_time: float = 20,
         simulate: SimulatedCluster | str | None = None,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -387,6 +390,13 @@ class HalosStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ training
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Lets DataLoader workers outlive SIGTERM, as the process that they work for does."""
+        if isinstance(dataloader, DataLoader) and not isinstance(dataloader.worker_init_fn, OutlivingSigterm):
+            _auto_add_worker_init_fn(dataloader, self.global_rank)  # which Lightning does next, where there is none yet
+            dataloader.worker_init_fn = OutlivingSigterm(self._grace_time, dataloader.worker_init_fn)
+        return dataloader
+
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         assert self._collectives is not None
@@ -621,6 +631,18 @@ class HalosStrategy(ParallelStrategy):
         finally:
             self._put_worker_model_back()
 
+    def check(self) -> None:
+        """Ends this process if it has to: the run has failed, or has saved a checkpoint after SIGTERM.
+
+        For callbacks that take long while it fits, to call now and then. Batches do it by themselves.
+
+        Raises:
+            RuntimeError: If the run has failed.
+            SystemExit: After SIGTERM.
+        """
+        if self._loop is not None:
+            self._loop.check()
+
     def _put_global_model_in(self) -> None:
         assert self._loop is not None
         self._global_model_since = time.perf_counter()
@@ -710,7 +732,7 @@ class HalosStrategy(ParallelStrategy):
 
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.is_global_zero:
-            self._shards.remove(Path(filepath), partial(self.checkpoint_io.remove_checkpoint, filepath))
+            self._shards.remove(filepath, partial(self.checkpoint_io.remove_checkpoint, filepath))
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint. For a fit, what is this worker's own is in the place of rank 0's.
@@ -871,6 +893,9 @@ class HalosStrategy(ParallelStrategy):
         trainer = self.lightning_module._trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.received_sigterm:
             raise SIGTERMException(EXIT_CODE)
-        # A simulation saves at the end of rank 0's round, and not while that waits.
-        if self._training and self._preemption is not None and self._cluster is None:
+        if self._preemption is None:
+            return
+        if not self._training and self._preemption.is_due:
+            raise SIGTERMException(EXIT_CODE)
+        if self._cluster is None:  # a simulation saves at the end of rank 0's round, and not while that waits
             self._preemption.check()

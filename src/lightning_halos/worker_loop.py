@@ -118,16 +118,19 @@ class WorkerLoop(Callback):
         if self._data is not None:
             self._data.attach()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def check(self) -> None:
+        """Raises what must end this process now: a failure, or SIGTERM when all is saved."""
         self._alarm.check()
         self._preemption.check()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.check()
         self._steps_before = trainer.global_step
         self.schedulers.before_batch(self.round.batches)
         self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._alarm.check()
-        self._preemption.check()
+        self.check()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         now = time.perf_counter()

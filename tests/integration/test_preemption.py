@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.resume import newest_whole
+from lightning_halos.transport.errors import PeerLostError
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, load_results
 from tests.integration.script import WORKERS, Script
@@ -51,13 +52,15 @@ class Terminated(Toy):
             self.victim = None
 
 
-def preempted(module: Terminated, folder: Path, strategy: dict[str, Any], flags: dict[str, Any]) -> Result:
+def preempted(
+    module: Terminated, folder: Path, strategy: dict[str, Any], flags: dict[str, Any], num_workers: int = 0
+) -> Result:
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
     callbacks = [saving, *flags.pop("callbacks", [])]
     trainer = make_trainer(halos(**strategy), callbacks=callbacks, enable_checkpointing=True, max_epochs=3, **flags)
     begin = time.monotonic()
     try:
-        trainer.fit(module, loader(shuffle=True), loader(16))
+        trainer.fit(module, loader(shuffle=True, num_workers=num_workers), loader(16))
     except SystemExit as end:
         seconds = time.monotonic() - begin
         return {"code": end.code, "status": trainer.state.status.value, "seconds": seconds}
@@ -118,6 +121,46 @@ def test_while_the_others_have_finished_and_wait(run: Run, tmp_path: Path) -> No
     assert_goes_on(run, tmp_path)
 
 
+class Group(Terminated):
+    """All processes of the victim's group get the signal, as from torchrun: its DataLoader's workers, too."""
+
+    def strike(self, where: str) -> None:
+        if self.global_rank == self.victim and self.optimizer_steps == 9:
+            os.killpg(os.getpid(), signal.SIGTERM)
+            self.victim = None
+
+
+def test_with_dataloader_workers_that_get_the_signal_too(run: Run, tmp_path: Path) -> None:
+    results = run(preempted, Group(0), tmp_path, {}, {}, 1)
+    assert [result["code"] for result in results] == [143] * 4
+    assert_goes_on(run, tmp_path)
+
+
+class Late(Terminated):
+    """Rank 0 gets the signal when all have finished, while it validates the final model."""
+
+    def strike(self, where: str) -> None:
+        if where == "validation_step" and self.trainer.global_step == 48:
+            super().strike(where)
+
+
+def test_when_all_have_finished(run: Run, tmp_path: Path) -> None:
+    results = run(late, tmp_path)
+    assert results[0]["code"] == 143
+    assert results[0]["seconds"] < 20
+
+
+def late(folder: Path) -> Result:
+    module = Late(0, "validation_step")
+    trainer = make_trainer(max_epochs=3, check_val_every_n_epoch=3)
+    begin = time.monotonic()
+    try:
+        trainer.fit(module, loader(), loader(16))
+    except (SystemExit, PeerLostError) as end:
+        return {"code": getattr(end, "code", 1), "seconds": time.monotonic() - begin}
+    return {}
+
+
 def test_what_callbacks_save_does_not_stand_in_the_way(run: Run, tmp_path: Path) -> None:
     flags = {"callbacks": [OnExceptionCheckpoint(tmp_path)]}
     run(preempted, Terminated(3), tmp_path, {}, flags)
@@ -126,19 +169,23 @@ def test_what_callbacks_save_does_not_stand_in_the_way(run: Run, tmp_path: Path)
 
 
 class Asleep(Terminated):
-    """Rank 1 is in a batch that lasts longer than the grace time when rank 0 gets the signal."""
+    """Rank 1 is in a batch that lasts longer than the grace time when the victim gets the signal."""
+
+    is_rested = False
 
     def strike(self, where: str) -> None:
-        if self.global_rank == 1 and self.optimizer_steps == 10:
-            time.sleep(6)
-        if self.optimizer_steps >= 16:
+        if self.global_rank == 1 and self.trainer.global_step >= 12 and not self.is_rested:
+            self.is_rested = True
+            time.sleep(8)
+        if self.trainer.global_step >= 18:
             super().strike(where)
 
 
-def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path) -> None:
-    results = run(preempted, Asleep(0), tmp_path, {"grace_time": 2.0}, {})
+@pytest.mark.parametrize("victim", [0, 3])
+def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) -> None:
+    results = run(preempted, Asleep(victim), tmp_path, {"grace_time": 2.0}, {})
     assert [result["code"] for result in results] == [143] * 4
-    assert results[0]["seconds"] < 9
+    assert results[0]["seconds"] < 12
     assert "worker-1.pt did not come within 2 s" in (tmp_path / "log0").read_text()
     older = newest_whole(tmp_path / PREEMPTED)
     results = run(resumed, tmp_path, {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -18,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lightning_halos
 from lightning_halos import HuggingFaceCheckpoint, LMEvalCallback
 from lightning_halos.callbacks.evaluation import flatten
+from lightning_halos.checkpoint.manifest import NAME
 from lightning_halos.language.export import export_checkpoint
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -95,6 +99,33 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
     card = (tmp_path / "out" / "README.md").read_text()
     for row in ("| Regions | 0: 2 worker(s), 1: 2 worker(s) |", "| local_steps | 4 |", "| accumulate_updates | 4 |"):
         assert row in card
+
+
+class Terminated(LMEvalCallback):
+    """SIGTERM comes while it evaluates."""
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super()._evaluate(trainer, pl_module)
+
+
+def terminated(folder: str, tokenizer: str) -> Result:
+    module = TimedModule()
+    callback = Terminated("local_lambada", every_n_steps=20, tokenizer=tokenizer, **FEW)
+    trainer = make_trainer(
+        halos(), callbacks=[callback, ModelCheckpoint(folder)], max_steps=10_000, enable_checkpointing=True
+    )
+    try:
+        trainer.fit(module, loader())
+    except SystemExit as end:
+        return {"code": end.code, "hooks": len(module.lm._forward_pre_hooks)}
+    return {}
+
+
+def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(run: Run, tmp_path: Path, tokenizer: str) -> None:
+    results = run(terminated, str(tmp_path), tokenizer, timeout=120)
+    assert results == [{"code": 143, "hooks": 0}] * 4
+    assert list((tmp_path / "last-preempted").glob(f"*/{NAME}"))
 
 
 def train(folder: Path, *callbacks: pl.Callback) -> tuple[dict[str, Tensor], pl.Trainer, LanguageModule]:

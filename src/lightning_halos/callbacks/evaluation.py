@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_halos.core.settings import check_count
 from lightning_halos.extras import language_package
@@ -133,7 +134,7 @@ class LMEvalCallback(Callback):
         _, model = find_language_model(pl_module, self._submodule)
         with (
             isolate_rng(),
-            _global_model(trainer),
+            _global_model(trainer, model),
             loaded_model(model, self._find_tokenizer(trainer), self._batch_size) as lm,
             trainer.precision_plugin.forward_context(),
         ):
@@ -171,9 +172,15 @@ def flatten(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _global_model(trainer: pl.Trainer) -> Iterator[None]:
-    if isinstance(trainer.strategy, HalosStrategy):
-        with trainer.strategy.global_model():
-            yield
-    else:
+def _global_model(trainer: pl.Trainer, model: nn.Module) -> Iterator[None]:
+    """Lets ``model`` be that of all workers, and the evaluation end as soon as the run has to."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, HalosStrategy):
         yield
+        return
+    hook = model.register_forward_pre_hook(lambda *_: strategy.check())
+    try:
+        with strategy.global_model():
+            yield
+    finally:
+        hook.remove()

@@ -20,7 +20,7 @@ KEY = "lightning_halos"
 """What a ``.ckpt`` file with shards has in addition: ``{"save": ..., "version": ...}``."""
 
 _WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to go on from the global model alone."
-_LAST = re.compile(r"last.*\.ckpt")
+_LAST = re.compile(r"(last.*|hpc_ckpt_\d+)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,17 @@ def find(path: Path, save: str) -> Found | None:
 
 
 def is_last(path: Path) -> bool:
-    """Whether ``ckpt_path="last"`` would look at a file of this name."""
+    """Whether ``ckpt_path="last"`` or Lightning in SLURM would choose a file of this name."""
     return _LAST.fullmatch(path.name) is not None
 
 
 def newest_whole(path: Path) -> Path | None:
     """The newest whole checkpoint beside a ``.ckpt`` file, ``None`` if there is none."""
+    return next(iter(whole_ones(path)), None)
+
+
+def whole_ones(path: Path) -> list[Path]:
+    """The checkpoints beside a ``.ckpt`` file that have a manifest, the newest first."""
     manifests = sorted(path.parent.glob(f"*/*/{NAME}"), key=lambda one: one.stat().st_mtime, reverse=True)
     files = [one.parent.parent.with_name(f"{one.parent.parent.name}.ckpt") for one in manifests]
-    return next((file for file in files if file.is_file() and file.resolve() != path.resolve()), None)
+    return [file for file in files if file.is_file() and file.resolve() != path.resolve()]

@@ -26,7 +26,6 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.writer import Writer
 from lightning_halos.core.messages import Marker, ShardWritten
 
-
 _SAVE = re.compile("[0-9a-f]{12}")
 
 

@@ -35,7 +35,7 @@ class Alarm:
     Attributes:
         here: Who this process is.
         links: All links of this process.
-        preempted_since: When this process learned that the run is to save a checkpoint and end, by ``time.monotonic``.
+        preempted_since: When this process got SIGTERM or learned that another one did, by ``time.monotonic``.
     """
 
     def __init__(self, here: str) -> None:
@@ -86,12 +86,16 @@ class Alarm:
         else:
             self._ring(PeerFailedError(f"{news.origin} failed: {news.reason}"), news)
 
-    def preempt(self) -> None:
-        """The run is to save a checkpoint and end: all peers are told."""
+    def preempt(self, since: float | None = None) -> None:
+        """The run is to save a checkpoint and end: all peers are told.
+
+        Args:
+            since: When the signal came, by ``time.monotonic``. Default: now.
+        """
         with self._lock:
             if self._off or self._error is not None or self.preempted_since is not None:
                 return
-            self.preempted_since = time.monotonic()
+            self.preempted_since = time.monotonic() if since is None else since
         for link in self.links:
             link.post(Preempted())
 
@@ -128,7 +132,7 @@ class Alarm:
         """
         if self._error is None or self._off:
             return
-        if self.preempted_since is not None:
+        if self.preempted_since is not None and isinstance(self._error, (PeerFailedError, PeerLostError)):
             self.off()
             raise SystemExit(EXIT_CODE)
         remaining = self._since + _GRACE - time.monotonic()
@@ -180,7 +184,7 @@ class Alarm:
             return
         print(f"{self.here} ends, because it did not react for {_LIMIT:g} s to: {self._error}", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(1 if self.preempted_since is None else EXIT_CODE)
 
 
 def describe(error: BaseException) -> str:

@@ -138,6 +138,9 @@ class GlobalHost:
     def save(self, marker: Marker) -> None:
         """Keeps the state of all servers and workers as it is now, or as it was sent by now. Does not wait for it."""
         with self._lock:
+            if self.server.finished:
+                self._saves.fail(marker.save, "the run has ended meanwhile")
+                return
             self._cuts[marker.save] = Cut(
                 marker,
                 self.server.state_dict(),
