@@ -42,8 +42,8 @@ class Case:
 
 CASES = [Case(*names) for names in product(MOMENTS, FAULTS, VICTIMS)]
 
-# Every pair of fault and victim, and every pair of moment and fault; but a stopped process, which is noticed only after a
-# time limit, at three moments.
+# Every pair of fault and victim, and every pair of moment and fault; but a stopped process, which is noticed only after
+# a time limit, at three moments.
 COVERING = [
     Case(moment, fault, list(VICTIMS)[(row + column) % len(VICTIMS)])
     for row, moment in enumerate(MOMENTS)
