@@ -10,7 +10,7 @@ demo: $(READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and
 	$(BIN)/python examples/train_char_lm.py
 
 test: $(READY)  ## the test suite
-	$(BIN)/pytest -n 3 -m "not alone and not slow"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not slow"
 	$(BIN)/pytest -m "alone and not slow"
 
 test-all: test  ## and what takes long

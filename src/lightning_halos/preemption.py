@@ -55,7 +55,16 @@ class Preemption:
     @property
     def is_due(self) -> bool:
         """Whether the run is to end."""
-        return self._signalled is not None or self._alarm.preempted_since is not None
+        return self._since is not None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is no more time for a save."""
+        return self._since is not None and time.monotonic() - self._since > self._grace_time
+
+    @property
+    def _since(self) -> float | None:
+        return self._alarm.preempted_since if self._signalled is None else self._signalled
 
     def check(self) -> None:
         """Saves, if the run is to end and this process begins saves; ends the process once the save is whole.
@@ -65,23 +74,30 @@ class Preemption:
         Raises:
             SIGTERMException: With the exit code of a process that SIGTERM has ended.
         """
-        if self._signalled is not None:
-            if self._alarm.is_over:  # all have finished: there is nothing more to save, and nobody to tell
-                raise SIGTERMException(EXIT_CODE)
-            self._alarm.preempt(self._signalled)
-        if (since := self._alarm.preempted_since) is None:
+        if (since := self._since) is None:
             return
-        seconds = time.monotonic() - since
-        if self._saves is None:
-            if seconds > self._grace_time + _LATER:
+        self._alarm.preempt(since)
+        if self._alarm.is_over:  # the run is at its end, and nobody waits for a save
+            self.end_if_late()
+        elif self._saves is None:
+            if time.monotonic() - since > self._grace_time + _LATER:
                 raise SIGTERMException(EXIT_CODE)
-            return
-        is_late = seconds > self._grace_time
-        if self.saved is None and not is_late:
-            self._save()
-        if is_late:
+        elif self.is_late:
             self._saves.give_up(self._grace_time)
-        if not self._saves.under_way:
+            raise SIGTERMException(EXIT_CODE)
+        else:
+            if self.saved is None:
+                self._save()
+            if not self._saves.under_way:
+                raise SIGTERMException(EXIT_CODE)
+
+    def end_if_late(self) -> None:
+        """Ends the process if the end of the run takes too long.
+
+        Raises:
+            SIGTERMException: If it does.
+        """
+        if self.is_late:
             raise SIGTERMException(EXIT_CODE)
 
     def release(self) -> None:

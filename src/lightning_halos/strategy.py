@@ -763,6 +763,7 @@ class HalosStrategy(ParallelStrategy):
             self._shards.end_fit(self._timeout)
         if self._preemption is not None:
             self._preemption.forget()
+            self._preemption.release()
         self._loop = None
         self._end_process(self._timeout)
 
@@ -793,8 +794,6 @@ class HalosStrategy(ParallelStrategy):
         """Gives back every attribute of the Trainer that the training loop needed otherwise."""
         if self._loop is not None:
             self._loop.restore()
-        if self._preemption is not None:
-            self._preemption.release()
         if self._callbacks is not None:
             trainer.callbacks, self._callbacks = self._callbacks, None  # type: ignore[attr-defined]
 
@@ -866,7 +865,9 @@ class HalosStrategy(ParallelStrategy):
                 trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         self._training = False
         self._loop = None
-        self._preemption = None
+        if self._preemption is not None:
+            self._preemption.release()
+            self._preemption = None
         self._worker_model = None
         self._end_process(_GOODBYE)
         if self._made_default_group:
@@ -895,7 +896,7 @@ class HalosStrategy(ParallelStrategy):
             raise SIGTERMException(EXIT_CODE)
         if self._preemption is None:
             return
-        if not self._training and self._preemption.is_due:
-            raise SIGTERMException(EXIT_CODE)
-        if self._cluster is None:  # a simulation saves at the end of rank 0's round, and not while that waits
+        if self._training and self._cluster is None:
             self._preemption.check()
+        else:  # a simulation saves at the end of rank 0's round, and not while that waits
+            self._preemption.end_if_late()

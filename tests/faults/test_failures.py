@@ -15,6 +15,7 @@ import torch
 
 from lightning_halos import DilocoStrategy
 from lightning_halos.transport import alarm
+from tests.integration import script
 from tests.integration.harness import End, Result, end_workers, ending, lightning_environments, load_results
 from tests.integration.test_launch import SCRIPT, is_running, start, wait_until
 from tests.integration.toys import SAMPLES, WORKERS, Toy, halos, loader, make_trainer
@@ -148,7 +149,7 @@ def test_ctrl_c_ends_all_forked_processes(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     with ending(start(*SCRIPT, tmp_path, "popen", ENDLESS, folder=tmp_path)) as process:
-        files = [tmp_path / f"pid{rank}" for rank in range(WORKERS)]
+        files = [tmp_path / f"pid{rank}" for rank in range(script.WORKERS)]
         wait_until(lambda: all(path.exists() and path.read_text() for path in files))
         processes = [int(path.read_text()) for path in files]
         begin = time.monotonic()

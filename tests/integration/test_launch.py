@@ -50,7 +50,7 @@ def start(*arguments: Any, folder: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize(
     ("launcher", "start_method"),
-    [([], "popen"), ([], "spawn"), (TORCHRUN, "popen")],
+    [([], "popen"), ([], "spawn"), pytest.param(TORCHRUN, "popen", marks=pytest.mark.slow)],
     ids=["popen", "spawn", "torchrun"],
 )
 def test_script(tmp_path: Path, launcher: list[str], start_method: str) -> None:

@@ -137,11 +137,12 @@ def test_with_dataloader_workers_that_get_the_signal_too(run: Run, tmp_path: Pat
 
 
 class Late(Terminated):
-    """Rank 0 gets the signal when all have finished, while it validates the final model."""
+    """Rank 0 gets the signal when all have finished, and validates the final model for longer than the grace time."""
 
     def strike(self, where: str) -> None:
         if where == "validation_step" and self.trainer.global_step == 48:
             super().strike(where)
+            time.sleep(1)
 
 
 def test_when_all_have_finished(run: Run, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_when_all_have_finished(run: Run, tmp_path: Path) -> None:
 
 def late(folder: Path) -> Result:
     module = Late(0, "validation_step")
-    trainer = make_trainer(max_epochs=3, check_val_every_n_epoch=3)
+    trainer = make_trainer(halos(grace_time=1.5), max_epochs=3, check_val_every_n_epoch=3)
     begin = time.monotonic()
     try:
         trainer.fit(module, loader(), loader(16))
@@ -207,7 +208,7 @@ def test_without_checkpoints_the_run_just_ends(run: Run, tmp_path: Path) -> None
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("fault", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
     arguments = [*TORCHRUN, "--max-restarts=1", "-m", "tests.integration.test_preemption", tmp_path, fault]
     with ending(start(*arguments, folder=tmp_path)) as process:
@@ -217,7 +218,7 @@ def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -
     assert 0 < used < 4 * 3 * 64  # the second part of the run
     assert [result["global_step"] for result in results] == [96] * WORKERS
     final = manifest_of(tmp_path / "last.ckpt")
-    assert (final.total, final.done) == (3 * 64, [(0, 3 * 64)])
+    assert (final.total, final.done) == (3 * 64, [[0, 3 * 64]])
     assert_same_model(results)
     assert "Restoring states from the checkpoint path" in (tmp_path / "log").read_text()
 
