@@ -147,6 +147,7 @@ def test_ctrl_c_ends_all_forked_processes(tmp_path: Path) -> None:
     assert (end.code, end.left) == (1, False)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     with ending(start(*SCRIPT, tmp_path, "popen", ENDLESS, folder=tmp_path)) as process:
         files = [tmp_path / f"pid{rank}" for rank in range(script.WORKERS)]

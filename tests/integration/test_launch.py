@@ -59,6 +59,7 @@ def test_script(tmp_path: Path, launcher: list[str], start_method: str) -> None:
     assert_trained(load_results(tmp_path, WORKERS), max_steps=20)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_ends_all(tmp_path: Path) -> None:
     with ending(start(*SCRIPT, tmp_path, "popen", 100_000, folder=tmp_path)) as process:
         files = [tmp_path / f"pid{rank}" for rank in range(WORKERS)]

@@ -182,7 +182,7 @@ class Asleep(Terminated):
             super().strike(where)
 
 
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) -> None:
     results = run(preempted, Asleep(victim), tmp_path, {"grace_time": 2.0}, {})
     assert [result["code"] for result in results] == [143] * 4

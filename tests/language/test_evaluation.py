@@ -167,9 +167,12 @@ def test_what_only_the_hub_has_needs_the_network(
 def test_the_package_itself_needs_nothing_of_the_extra() -> None:
     program = """
 import sys
-for name in ("datasets", "lm_eval", "accelerate"):
+for name in ("datasets", "lm_eval", "accelerate", "peft"):
     sys.modules[name] = None
-import lightning_halos
+import lightning.pytorch  # imports torchmetrics, which imports transformers where that is installed
+before = set(sys.modules)
+import lightning_halos, lightning_halos.data
+assert not {"transformers", "tokenizers"} & (set(sys.modules) - before)
 try:
     lightning_halos.evaluate("model", "hellaswag")
 except ModuleNotFoundError as error:
