@@ -56,7 +56,7 @@ def main() -> None:
     """Runs all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("tiny"), help="the folder of everything that is made")
-    parser.add_argument("--max-steps", type=int, default=700, help="global steps of the training")
+    parser.add_argument("--max-steps", type=int, default=500, help="global steps of the training")
     parser.add_argument("--limit", type=int, help="answer only so many questions of each task")
     args = parser.parse_args()
     out: Path = args.output
