@@ -59,8 +59,8 @@ def test_validation_runs_on_rank_0_as_often_as_under_ddp(
     whole, sanity = list(range(HELD_OUT)), [[0, 1, 2, 3]] if "num_sanity_val_steps" in flags else []
     count = len(first["validated_on"]) - len(sanity)
     assert first["validated_on"] == sanity + [whole] * count
-    # What falls due together is one: where this worker's data of an epoch ends before that of others, and where these go
-    # on for more than a quarter of a short epoch while it is in one of its slow batches.
+    # What falls due together is one: where this worker's data of an epoch ends before that of others, and where these
+    # go on for more than a quarter of a short epoch while it is in one of its slow batches.
     at_least = validations if flags.get("val_check_interval") != 0.25 else validations - 1 if slow is None else 1
     assert at_least <= count <= validations
     for other in others:
