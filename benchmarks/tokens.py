@@ -8,8 +8,8 @@
     copying    2 processes that copy as many bytes in memory
 
 Bytes are those of the file (uint16). Rounds of all measurements alternate, and each counts with its best, since what
-else the machine does only slows. Exits with 1 if `loader` is below 1 GB/s and also below 0.8 of `ready`, which is then
-the limit. Run: python benchmarks/tokens.py
+else the machine does only slows. Exits with 1 if `loader` is below 1 GB/s, unless that is the DataLoader's own limit:
+`ready` is below it, too, and `reading` is not. Run: python benchmarks/tokens.py
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_halos.data import IndexedTokens, IndexedTokensWriter
 
-LIMIT = 1.0  # GB/s through the DataLoader
-READY_LIMIT = 0.8  # of a DataLoader that reads nothing
+LIMIT = 1.0  # GB/s
 WORKERS = 2
 CONTEXT = 2048
 GIGABYTE = 1e9
@@ -121,10 +120,10 @@ def main() -> int:
     print(f"{size / GIGABYTE:.2f} GB in {len(order)} sequences, {batch_size} in a batch, {WORKERS} workers")
     for name, rate in rates.items():
         print(f"{name:10} {rate:6.2f} GB/s")
-    share = rates["loader"] / rates["ready"]
-    good = rates["loader"] >= LIMIT or share >= READY_LIMIT
-    print(f"loader / ready   {share:.2f}   loader / copying   {rates['loader'] / rates['copying']:.2f}", end="")
-    print(f"   {'ok' if good else 'FAILED'}: at least {LIMIT:g} GB/s, or {READY_LIMIT:g} of ready")
+    good = rates["loader"] >= LIMIT or rates["ready"] < LIMIT <= rates["reading"]
+    shares = "   ".join(f"loader / {name}   {rates['loader'] / rates[name]:.2f}" for name in ("ready", "copying"))
+    verdict = "ok" if good else "FAILED"
+    print(f"{shares}   {verdict}: at least {LIMIT:g} GB/s, or what reads nothing (ready) is slower than that")
     return 0 if good else 1
 
 
