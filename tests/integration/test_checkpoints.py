@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_halos import CheckpointError
+from lightning_halos import AsyncLocalSGDStrategy, CheckpointError
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.resume import newest_whole
 from tests.integration.conftest import Run
@@ -74,6 +74,32 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     assert max(used.values()) <= 3
     for result in results:
         assert (result["global_step"], result["epoch"]) == (48, 3)
+        assert all(steps > 0 for steps in result["first"]["steps"])
+    assert_same_model(results)
+
+
+def one_server_interrupted_and_resumed(folder: Path) -> Result:
+    flags: dict[str, Any] = {"max_epochs": 2}
+    trainer = make_trainer(
+        AsyncLocalSGDStrategy(local_steps=4, timeout=60),
+        callbacks=saving(folder, 16),
+        enable_checkpointing=True,
+        **flags,
+    )
+    trainer.fit(Noting(), loader(shuffle=True))
+    module, trainer = Noting(), make_trainer(AsyncLocalSGDStrategy(local_steps=4, timeout=60), **flags)
+    trainer.fit(module, loader(shuffle=True), ckpt_path=folder / "step=16.ckpt")
+    return outcome(trainer, module, first=module.first_state)
+
+
+def test_a_run_with_one_server_resumes(run: Run, tmp_path: Path) -> None:
+    results = run(one_server_interrupted_and_resumed, tmp_path)
+    (folder,) = (tmp_path / "step=16").iterdir()
+    assert {file.name for file in folder.iterdir()} == WHOLE - {"server-1.pt"}
+    done = sum(stop - start for start, stop in Manifest.read((folder / NAME).read_text(), folder / NAME).done)
+    assert sum(len(result["trained_on"]) for result in results) == 4 * (2 * 64 - done) > 0
+    for result in results:
+        assert result["global_step"] == 32
         assert all(steps > 0 for steps in result["first"]["steps"])
     assert_same_model(results)
 
