@@ -63,11 +63,11 @@ def timed() -> Result:
     return fit(Toy(), max_time={"seconds": 1})
 
 
+@pytest.mark.alone
 def test_max_time_ends_all(run: Run) -> None:
     results = run(timed)
     assert len({result["global_step"] for result in results}) == 1
-    # A stop notice takes a while on a busy machine.
-    assert max(result["optimizer_steps"] for result in results) < 2 / PAUSE + 2 * LOCAL_STEPS
+    assert max(result["optimizer_steps"] for result in results) < 1 / PAUSE + 2 * LOCAL_STEPS
     assert_no_step_lost(results)
     assert_same_model(results)
 

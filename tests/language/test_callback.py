@@ -52,7 +52,7 @@ class TimedModule(LanguageModule):
         self.times: list[float] = []
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.15)  # an evaluation takes less than the others' way to the next one
         self.times.append(time.monotonic())
         return super().training_step(tokens, batch_idx)
 
@@ -80,7 +80,7 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
     results = run(evaluating, str(tmp_path), tokenizer, timeout=120)
     assert_same_model(results)
     spans = results[0]["spans"]
-    assert len(spans) in (2, 3)  # after 20 and 40 steps, if the others are not past these by then, and at the end
+    assert len(spans) == 3  # after 20 and 40 steps, and at the end
     for start, end in spans[:-1]:
         for other in results[1:]:
             assert any(start < moment < end for moment in other["times"])
@@ -89,9 +89,7 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
         rows = [row for row in csv.DictReader(file) if row["lm_eval/local_lambada/perplexity"]]
     steps = [int(row["step"]) for row in rows]
     assert steps[-1] == 60
-    passed = [step // 20 for step in steps]
-    assert passed == sorted(set(passed))
-    assert len(passed) == len(spans)
+    assert [step // 20 for step in steps] == [1, 2, 3]
     assert float(rows[-1]["lm_eval/local_lambada/acc"]) == results[0]["after"]["lm_eval/local_lambada/acc"]
     loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "last.ckpt", tmp_path / "out"))
     for name, weight in loaded.state_dict().items():
