@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
-from lightning_halos.checkpoint.resume import KEY, Found, Resume, find, is_last, whole_ones
+from lightning_halos.checkpoint.places import is_last, whole_ones
+from lightning_halos.checkpoint.resume import KEY, Found, Resume, find
 from lightning_halos.checkpoint.saves import Save, Saves
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
@@ -59,6 +60,7 @@ class Shards:
         self.ended: tuple[Process | SimulatedProcess, dict[str, Any], Manifest] | None = None
         self._strategy = strategy
         self._at_end: list[Save] = []
+        self._skipped: dict[Path, tuple[int, Write]] = {}
 
     # ------------------------------------------------------------------ saving
 
@@ -72,24 +74,27 @@ class Shards:
         return "optimizer_states" in checkpoint and storage_options is None and _is_local_file_protocol(str(path))
 
     def save_while_training(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves on rank 0, while the others go on. What goes wrong is a warning."""
-        strategy = self._strategy
-        process, loop = strategy._process, strategy._loop
-        assert isinstance(process, Process | SimulatedProcess)
-        assert loop is not None
-        if (save := self._begin(checkpoint, path)) is None:
+        """Saves on rank 0, while the others go on. What goes wrong is a warning.
+
+        With too many saves under way this one gets no shards. If the training ends without a further step, it is made
+        anew then.
+        """
+        preemption = self._strategy._preemption
+        is_skipped = self.saves.is_full and not (preemption is not None and preemption.is_due)
+        if (save := self._begin(checkpoint, path, set() if is_skipped else self._names())) is None:
             return
-        state = loop.own_state()
-        if isinstance(process, SimulatedProcess):
-            own = strategy._worker_model
-            state["model"] = loop.vector.read(loop.vector.new()) if own is None else own.clone()
-        process.save(save.marker)
-        self.saves.writer.shard(save.marker, worker_shard(0), state, self.saves.written)
-        self._write(save, checkpoint, write)
+        if is_skipped:
+            self._skipped[path] = checkpoint["global_step"], write
+            reason = "too many earlier ones are not, since rounds or a disk take longer than the time between saves"
+            self.saves.fail(save.marker.save, reason)
+        else:
+            self._keep_states(save.marker)
+        if not is_skipped or save.written_to == save.path:
+            self._write(save, checkpoint, write)
 
     def save_at_end(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0, when its training is over: the shards follow when all workers are in step."""
-        if save := self._begin(checkpoint, path):
+        if save := self._begin(checkpoint, path, self._names()):
             self._write(save, checkpoint, write)
             self._at_end.append(save)
 
@@ -106,6 +111,7 @@ class Shards:
                 save = self.saves.begin(path, self.ended[2], self._names())
                 checkpoint[KEY] = {"save": save.marker.save, "version": save.manifest.version}
                 write(checkpoint, save.written_to)
+                self.saves.file_written(save.marker.save)
             except OSError as error:
                 reason = f"{path} could not be written: {error}"
         reason = self._write_together(save, reason)
@@ -117,6 +123,7 @@ class Shards:
         if not _is_local_file_protocol(str(path)) or Path(path).is_symlink():
             remove_file()
         else:
+            self._skipped.pop(Path(path), None)
             self.saves.remove(Path(path), remove_file)
 
     def write_own(self, marker: Marker, state: dict[str, Any]) -> None:
@@ -134,6 +141,7 @@ class Shards:
         assert strategy._collectives is not None
         if strategy.is_global_zero:
             self.saves.flush(timeout, but=self._at_end)
+            self._save_skipped()
         process.settle(loop.vector.read(loop.vector.new()))
         self.ended = process, {"schedulers": loop.schedulers.state_dict()}, self._manifest()
         for _ in range(strategy._collectives.broadcast_object(len(self._at_end))):
@@ -141,9 +149,30 @@ class Shards:
             if reason := self._write_together(save, ""):
                 rank_zero_warn(f"A checkpoint is not whole: {reason}. Older checkpoints are kept.")
 
-    def _begin(self, checkpoint: dict[str, Any], path: Path) -> Save | None:
+    def _keep_states(self, marker: Marker) -> None:
+        """Asks everybody for their shards, and writes rank 0's."""
+        process, loop = self._strategy._process, self._strategy._loop
+        assert isinstance(process, Process | SimulatedProcess)
+        assert loop is not None
+        state = loop.own_state()
+        if isinstance(process, SimulatedProcess):
+            own = self._strategy._worker_model
+            state["model"] = loop.vector.read(loop.vector.new()) if own is None else own.clone()
+        process.save(marker)
+        self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
+
+    def _save_skipped(self) -> None:
+        """Makes the checkpoints that were skipped and that the training has ended with."""
+        trainer = _trainer(self._strategy)
+        for path, (step, write) in list(self._skipped.items()):
+            if step == trainer.global_step:
+                self.save_at_end(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path, write)
+        self._skipped = {}
+
+    def _begin(self, checkpoint: dict[str, Any], path: Path, expected: set[str]) -> Save | None:
+        self._skipped.pop(path, None)
         try:
-            save = self.saves.begin(path, self._manifest(), self._names())
+            save = self.saves.begin(path, self._manifest(), expected)
         except OSError as error:
             rank_zero_warn(f"The checkpoint {path} could not be written: {error}. Training goes on.")
             return None
@@ -155,6 +184,8 @@ class Shards:
             write(checkpoint, save.written_to)
         except Exception as error:  # a save must not end the run, whatever an object raises while it is written
             self.saves.fail(save.marker.save, f"{save.path} could not be written: {error}")
+        else:
+            self.saves.file_written(save.marker.save)
 
     def _write_together(self, save: Save | None, reason: str) -> str:
         """All workers write their shards of a save of rank 0's. Returns what went wrong, on all ranks."""

@@ -6,7 +6,7 @@ that the servers decide, and it gives back every attribute of the Trainer that i
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,6 +82,9 @@ class WorkerLoop(Callback):
         self._module = trainer.lightning_module
         self._decides = trainer.is_global_zero
         self._shown = trainer.global_step
+        self._data_end = math.inf
+        if data is not None:
+            self._data_end = self._shown + (data.end - data.first) / trainer.world_size
         self._steps_before = 0
         self._excluded = 0.0
         self._data = data
@@ -323,14 +326,17 @@ class WorkerLoop(Callback):
         return bool(is_last_epoch and fit_loop.epoch_loop._num_ready_batches_reached())
 
     def _show(self, position: int, is_final: bool = False) -> None:
-        """Makes the Trainer's global step the run's. Lightning's own end at ``max_steps`` is the run's end, too."""
+        """Makes the Trainer's global step the run's.
+
+        Only the end of the run is its last step: Lightning's own end, and what saves or validates then, come with it.
+        """
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         before = self._shown
         if is_final:
             self._shown = position
         elif not loop._should_accumulate():  # what saves at a global step must find no half-finished step
-            last = sys.maxsize if trainer.max_steps == -1 else trainer.max_steps - 1
-            self._shown = min(self._next_shown(position), last)
+            end = min(self._data_end, math.inf if trainer.max_steps == -1 else trainer.max_steps)
+            self._shown = max(before, int(min(self._next_shown(position), end - 1)))
         if self._module.automatic_optimization:
             loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
         else:

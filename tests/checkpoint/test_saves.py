@@ -3,13 +3,15 @@
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.resume import find, is_last, newest_whole
+from lightning_halos.checkpoint.places import is_last, newest_whole
+from lightning_halos.checkpoint.resume import find
 from lightning_halos.checkpoint.saves import Save, Saves
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.messages import ShardWritten
@@ -21,14 +23,15 @@ NAMES = {"global.pt", "worker-0.pt"}
 def begin(saves: Saves, path: Path) -> Save:
     save = saves.begin(path, MANIFEST, NAMES)
     save.written_to.write_text(save.marker.save)
+    saves.file_written(save.marker.save)
     return save
 
 
-def complete(saves: Saves, save: Save) -> None:
+def complete(saves: Saves, save: Save, but: Sequence[Save] = ()) -> None:
     saves.know(save.marker.save, total=7, done=[(0, 7)])
     for name in NAMES:
         saves.written(write_shard(save.marker, name, {"value": 1}))
-    saves.flush(10)
+    saves.flush(10, but)
 
 
 def whole(path: Path) -> Saves:
@@ -75,6 +78,33 @@ def test_a_file_of_the_same_name_is_replaced_when_the_new_one_is_whole(tmp_path:
     assert path.read_text() == save.marker.save != first
     assert usable(path)
     assert [folder.name for folder in (tmp_path / "last").iterdir()] == [save.marker.save]  # nothing piles up
+
+
+def test_the_file_may_be_written_after_all_shards(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    saves = whole(path)
+    save = saves.begin(path, MANIFEST, NAMES)
+    saves.know(save.marker.save, total=9)
+    for name in NAMES:
+        saves.written(write_shard(save.marker, name, {"value": 1}))
+    saves.flush(0.2, but=[save])
+    assert path.read_text() != save.marker.save
+    save.written_to.write_text(save.marker.save)
+    saves.file_written(save.marker.save)
+    saves.flush(10)
+    assert path.read_text() == save.marker.save
+    assert usable(path)
+    assert [folder.name for folder in (tmp_path / "last").iterdir()] == [save.marker.save]
+
+
+def test_a_last_one_is_not_there_before_it_is_whole_if_there_is_no_other(tmp_path: Path) -> None:
+    saves, path = Saves(), tmp_path / "last.ckpt"
+    save = begin(saves, path)
+    assert not path.exists()
+    complete(saves, save)
+    assert usable(path)
+    begin(saves, tmp_path / "last-v1.ckpt")
+    assert (tmp_path / "last-v1.ckpt").exists()  # a run that wants it goes on from last.ckpt, with a warning
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "step=2.ckpt"])
@@ -144,6 +174,33 @@ def test_an_older_checkpoint_stays_if_the_newer_one_has_failed_by_the_time_it_is
     complete(saves, third := begin(saves, tmp_path / "step=3.ckpt"))
     assert usable(third.path)
     assert not old.exists()
+
+
+def test_an_older_checkpoint_stays_if_the_newest_failed_though_another_became_whole(tmp_path: Path) -> None:
+    old = tmp_path / "step=1.ckpt"
+    saves = whole(old)
+    second, third = begin(saves, tmp_path / "step=2.ckpt"), begin(saves, tmp_path / "step=3.ckpt")
+    for name in NAMES:
+        saves.written(ShardWritten(third.marker.save, name, 1, "0"))
+    with pytest.warns(UserWarning, match=r"step=3.ckpt is not whole: the disk burns"):
+        saves.fail(third.marker.save, "the disk burns")
+    saves.remove(old, old.unlink)
+    saves.remove(second.path, second.path.unlink)
+    complete(saves, second)
+    assert usable(second.path)
+    saves.remove(third.path, third.path.unlink)
+    complete(saves, begin(saves, tmp_path / "step=4.ckpt"))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step=4", "step=4.ckpt"]
+
+
+def test_so_many_saves_are_under_way_at_most(tmp_path: Path) -> None:
+    saves = Saves()
+    under_way = []
+    while not saves.is_full:
+        under_way.append(begin(saves, tmp_path / f"step={len(under_way)}.ckpt"))
+    assert len(under_way) == 8
+    complete(saves, under_way[0], but=under_way[1:])
+    assert not saves.is_full
 
 
 def test_a_shard_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
@@ -220,6 +277,30 @@ def test_saves_of_the_same_name_that_overlap(tmp_path: Path, older_first: bool) 
         assert usable(path)
     assert path.read_text() == newer.marker.save
     assert (newer.folder / NAME).is_file()
+
+
+def test_a_save_that_begins_while_an_older_one_of_its_name_becomes_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves, path = whole(tmp_path / "last.ckpt"), tmp_path / "last.ckpt"
+    write, newer = Manifest.write, []
+
+    def begin_another(manifest: Manifest, folder: Path) -> None:
+        write(manifest, folder)
+        newer.append(begin(saves, path))
+
+    older = begin(saves, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", begin_another)
+        saves.know(older.marker.save, total=7)
+        for name in NAMES:
+            saves.written(write_shard(older.marker, name, {"value": 1}))
+        while path.read_text() != older.marker.save or saves._saves.keys() != {newer[0].marker.save}:
+            time.sleep(0.01)
+    assert usable(path)
+    complete(saves, newer[0])
+    assert path.read_text() == newer[0].marker.save
+    assert usable(path)
 
 
 def test_what_users_keep_in_a_folder_of_that_name_stays(tmp_path: Path) -> None:

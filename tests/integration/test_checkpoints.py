@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import nn
 
 from lightning_halos import AsyncLocalSGDStrategy, CheckpointError
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.resume import newest_whole
+from lightning_halos.checkpoint.places import newest_whole
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
@@ -249,6 +251,41 @@ def test_a_full_disk_ends_neither_the_run_nor_the_older_checkpoint(run: Run, tmp
     whole = newest_whole(folder / "last.ckpt")
     assert whole is not None
     assert torch.load(whole, weights_only=True)["state_dict"].keys() == results[0]["state"].keys()
+
+
+def on_a_slow_disk(folder: Path) -> Result:
+    fsync = os.fsync
+    os.fsync = lambda handle: (time.sleep(0.05), fsync(handle))[1]
+    checkpoints = saving(folder, 1, save_last=True)
+    trainer = make_trainer(
+        halos(regions=[[0], [1]]), devices=2, max_epochs=1, callbacks=checkpoints, enable_checkpointing=True
+    )
+    module = Toy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader())
+    said = [str(warning.message) for warning in caught if "is not whole" in str(warning.message)]
+    return outcome(trainer, module, said=said)
+
+
+def test_on_a_slow_disk_checkpoints_are_left_out_but_never_the_final_one(run: Run, tmp_path: Path) -> None:
+    results = run(on_a_slow_disk, tmp_path, workers=2)
+    said = results[0]["said"]
+    assert said
+    assert all("too many earlier ones are not" in text for text in said)
+    skipped = {path for path in tmp_path.glob("step=*.ckpt") if not list(path.with_suffix("").glob(f"*/{NAME}"))}
+    assert {str(path) for path in skipped} <= {text.split()[2] for text in said}
+    for name in ("step=32.ckpt", "last.ckpt"):
+        manifest, *others = [
+            Manifest.read(path.read_text(), path) for path in (tmp_path / name).with_suffix("").glob(f"*/{NAME}")
+        ]
+        assert not others
+        assert (manifest.total, manifest.done) == (64, [[0, 64]])
+        content = torch.load(tmp_path / name, weights_only=True)
+        assert content["lightning_halos"]["save"] == manifest.save
+        assert content["global_step"] == 32
+        for key, tensor in results[0]["state"].items():
+            assert torch.equal(content["state_dict"][key], tensor)
 
 
 def test_the_file_is_an_ordinary_checkpoint_of_lightnings(run: Run, tmp_path: Path) -> None:

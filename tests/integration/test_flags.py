@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, GradientAccumulationScheduler
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, GradientAccumulationScheduler
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -18,6 +19,7 @@ from tests.integration.toys import (
     assert_same_model,
     assert_trained,
     fit,
+    halos,
     loader,
     make_trainer,
     outcome,
@@ -49,6 +51,34 @@ def flagged(flags: dict[str, Any]) -> Result:
 )
 def test_steps(run: Run, flags: dict[str, Any], steps: int) -> None:
     assert_trained(run(flagged, flags), max_steps=steps)
+
+
+class Watching(Checkpoint):
+    """Takes note of the global step when checkpoints are saved."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seen.append(trainer.global_step)
+
+
+def with_a_slow_worker(flags: dict[str, Any]) -> Result:
+    module, watching = Toy(), Watching()
+    module.slow = 0
+    strategy = halos(local_steps=8, dynamic_local_steps=False)
+    return {
+        **fit(module, strategy=strategy, callbacks=watching, enable_checkpointing=True, **flags),
+        "seen": watching.seen,
+    }
+
+
+@pytest.mark.parametrize("flags", [{"max_epochs": 3}, {"max_steps": 48}], ids=str)
+def test_the_global_step_never_runs_past_the_end(run: Run, flags: dict[str, Any]) -> None:
+    """A slow worker's grows by several per batch, at a rate that drops when the others have no more data."""
+    result = run(with_a_slow_worker, flags)[0]
+    assert result["seen"] == sorted(result["seen"])
+    assert result["seen"][-1] == result["global_step"] == 48
 
 
 def accumulating_later() -> Result:

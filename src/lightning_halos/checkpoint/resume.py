@@ -6,7 +6,6 @@ file and says what to do.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import read_state
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.saves import folder_of
+from lightning_halos.checkpoint.places import folder_of, newest_whole
 
 KEY = "lightning_halos"
 """What a ``.ckpt`` file with shards has in addition: ``{"save": ..., "version": ...}``."""
 
 _WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to go on from the global model alone."
-_LAST = re.compile(r"(last.*|hpc_ckpt_\d+)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,3 @@ def find(path: Path, save: str) -> Found | None:
     if found.save != save:
         raise CheckpointError(f"{manifest} belongs to another save ({found.save}) than {path} ({save}). {_WHAT_TO_DO}")
     return Found(folder, found)
-
-
-def is_last(path: Path) -> bool:
-    """Whether ``ckpt_path="last"`` or Lightning in SLURM would choose a file of this name."""
-    return _LAST.fullmatch(path.name) is not None
-
-
-def newest_whole(path: Path) -> Path | None:
-    """The newest whole checkpoint beside a ``.ckpt`` file, ``None`` if there is none."""
-    return next(iter(whole_ones(path)), None)
-
-
-def whole_ones(path: Path) -> list[Path]:
-    """The checkpoints beside a ``.ckpt`` file that have a manifest, the newest first."""
-    manifests = sorted(path.parent.glob(f"*/*/{NAME}"), key=lambda one: one.stat().st_mtime, reverse=True)
-    files = [one.parent.parent.with_name(f"{one.parent.parent.name}.ckpt") for one in manifests]
-    return [file for file in files if file.is_file() and file.resolve() != path.resolve()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 import uuid
@@ -23,15 +22,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_halos.checkpoint import files
 from lightning_halos.checkpoint.files import Written
 from lightning_halos.checkpoint.manifest import NAME, Manifest
+from lightning_halos.checkpoint.places import folder_of, is_last, newest_whole, save_folders
 from lightning_halos.checkpoint.writer import Writer
 from lightning_halos.core.messages import Marker, ShardWritten
 
-_SAVE = re.compile("[0-9a-f]{12}")
-
-
-def folder_of(path: Path) -> Path:
-    """The folder of a ``.ckpt`` file's shards: of the same name, beside it. Each save has one of its own in there."""
-    return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}.shards")
+_MOST = 8  # saves under way at once, whose shards may all wait for a disk
+_WAITING = 12  # writes of rank 0 that may wait: each holds a copy of its state in memory
 
 
 @dataclass
@@ -40,14 +36,18 @@ class Save:
 
     Attributes:
         path: The ``.ckpt`` file.
-        written_to: Where it is until the save is whole: the file itself, unless it was there before.
+        written_to: Where it is until the save is whole: the file itself, if its name is free and it may
+            be seen half-written.
         marker: Which save, and where its shards are.
         manifest: What the manifest will be.
         expected: Names of the shards that are not written yet.
         shards: Those that are.
+        is_written: Whether the file is.
         is_known: Whether the manifest says how far the run was.
+        is_finishing: Whether all is there that makes it whole.
         failed: Whether something went wrong.
-        removals: What to remove when it is whole.
+        older: Folders of older saves of this name, which are removed when it is whole.
+        removals: Other checkpoints that are.
     """
 
     path: Path
@@ -55,8 +55,11 @@ class Save:
     marker: Marker
     manifest: Manifest
     expected: set[str]
+    older: list[Path]
     shards: dict[str, Written] = field(default_factory=dict)
+    is_written: bool = False
     is_known: bool = False
+    is_finishing: bool = False
     failed: bool = False
     removals: list[Path] = field(default_factory=list)
 
@@ -78,7 +81,13 @@ class Saves:
         self._lock = threading.RLock()  # a signal's handler may save while the main thread does
         self._saves: dict[str, Save] = {}
         self._kept: list[Path] = []
-        self._last_failed = False
+        self._lacks_newest = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many saves are under way as may be: rounds or a disk take longer than the time between saves."""
+        with self._lock:
+            return len(self._saves) >= _MOST or self.writer.waiting >= _WAITING
 
     def begin(self, path: Path, manifest: Manifest, expected: set[str]) -> Save:
         """Begins a save.
@@ -86,7 +95,7 @@ class Saves:
         Args:
             path: The ``.ckpt`` file.
             manifest: What is known by now. The save gets a name of its own.
-            expected: Names of the shards that belong to it.
+            expected: Names of the shards that are to come.
 
         Raises:
             OSError: If its folder cannot be made.
@@ -94,20 +103,31 @@ class Saves:
         path = path.absolute()
         number = uuid.uuid4().hex[:12]
         folder = folder_of(path) / number
+        older = save_folders(path)
         try:
             folder.mkdir(parents=True)
         except OSError:
-            self._last_failed = True
+            self._lacks_newest = True
             raise
-        written_to = folder / path.name if path.exists() else path
+        # A first one that is half-written would keep the run from beginning anew.
+        is_later = path.exists() or (is_last(path) and newest_whole(path) is None)
+        written_to = folder / path.name if is_later else path
         manifest = replace(manifest, save=number, shards={})
-        save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected))
+        save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected), older)
         with self._lock:
             for other in list(self._saves.values()):
                 other.removals = [old for old in other.removals if old != path]
-            self._kept = [old for old in self._kept if old != path]
+            save.removals = [old for old in self._kept if old != path]
+            self._kept, self._lacks_newest = [], False
             self._saves[number] = save
         return save
+
+    def file_written(self, number: str) -> None:
+        """Takes note that the ``.ckpt`` file of a save is on the disk."""
+        with self._lock:
+            if save := self._saves.get(number):
+                save.is_written = True
+        self._complete(number)
 
     def know(self, number: str, **facts: Any) -> None:
         """Takes what the manifest of a save did not say when it began."""
@@ -140,6 +160,7 @@ class Saves:
         rank_zero_warn(
             f"The checkpoint {save.path} is not whole: {reason}. Training goes on, and older checkpoints are kept."
         )
+        self._complete(number)
 
     def remove(self, path: Path, remove_file: Callable[[], None]) -> None:
         """Removes a checkpoint, as soon as the save that replaces it is whole.
@@ -151,11 +172,11 @@ class Saves:
         path = path.absolute()
         with self._lock:
             newest = next(reversed(self._saves.values()), None)
+            if self._lacks_newest:
+                self._kept.append(path)
+                return
             if newest is not None and newest.path != path:
                 newest.removals.append(path)
-                return
-            if newest is None and self._last_failed:
-                self._kept.append(path)
                 return
         remove_file()
         remove_shards(path)
@@ -185,7 +206,8 @@ class Saves:
             but: Saves that go on.
         """
         for number, save in self._open(but):
-            self.fail(number, f"{', '.join(sorted(save.expected)) or NAME} did not come within {timeout:g} s")
+            missing = sorted(save.expected) or [NAME if save.is_written else save.path.name]
+            self.fail(number, f"{', '.join(missing)} did not come within {timeout:g} s")
             self._end(number)
 
     def _open(self, but: Sequence[Save] = ()) -> list[tuple[str, Save]]:
@@ -195,55 +217,55 @@ class Saves:
     def _complete(self, number: str) -> None:
         with self._lock:
             save = self._saves.get(number)
-            if save is None or save.expected or not (save.is_known or save.failed):
+            if save is None or save.expected:
                 return
             if save.failed:
                 self._end(number)
-                return
-        if not self.writer.submit(lambda: self._finish(number, save)):
-            self.fail(number, "the disk is slower than the saves: save less often")
-            self._end(number)
+            elif save.is_written and save.is_known and not save.is_finishing:
+                save.is_finishing = True
+                self.writer.submit(lambda: self._finish(number, save))
 
     def _finish(self, number: str, save: Save) -> None:
         with self._lock:
             if number not in self._saves:  # a newer one of the same name was whole first
                 files.remove_folder(save.folder)
                 return
-            same = [name for name, other in self._saves.items() if other.path == save.path]
-            newer = same[same.index(number) + 1 :]
         try:
-            finish(save, but=newer)
+            finish(save)
         except OSError as error:
             self.fail(number, str(error))
-            self._end(number)
             return
-        with self._lock:
-            removals = self._kept + save.removals
-            self._kept = []
-            for older in same[: same.index(number)]:
-                removals += self._saves.pop(older).removals if older in self._saves else []
-        for path in removals:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            remove_shards(path)
+        while removals := self._take_removals(save):
+            for path in removals:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                remove_shards(path)
         self._end(number)
+
+    def _take_removals(self, save: Save) -> list[Path]:
+        """Takes what is to be removed now that a save is whole. Older saves of the same name end with that."""
+        with self._lock:
+            same = [number for number, other in self._saves.items() if other.path == save.path]
+            older = [self._saves.pop(number) for number in same[: same.index(save.marker.save)]]
+            removals = [path for one in (save, *older) for path in one.removals]
+            save.removals = []
+            return removals
 
     def _end(self, number: str) -> None:
         with self._lock:
+            newest = next(reversed(self._saves), None)
             save = self._saves.pop(number, None)
-            if save is None:
+            if save is None or not save.failed:
                 return
-            self._last_failed = save.failed
-            if save.failed:
+            if newest == number:
+                self._lacks_newest = True
                 self._kept += save.removals
+            elif newest is not None:
+                self._saves[newest].removals += save.removals
 
 
-def finish(save: Save, but: Sequence[str] = ()) -> None:
-    """Makes a save whole: writes its manifest, and puts its ``.ckpt`` file in the place of an older one.
-
-    Args:
-        save: The save.
-        but: Names of newer saves of the same file, which stay. The shards of older ones are removed.
+def finish(save: Save) -> None:
+    """Makes a save whole: writes its manifest, puts its ``.ckpt`` file in the place of an older one, and removes that.
 
     Raises:
         OSError: If that cannot be written.
@@ -252,21 +274,15 @@ def finish(save: Save, but: Sequence[str] = ()) -> None:
     if save.written_to != save.path:
         os.replace(save.written_to, save.path)
         files.bring_to_disk(save.path.parent)
-    for other in _save_folders(save.path):
-        if other != save.folder and other.name not in but:
-            files.remove_folder(other)
+    for folder in save.older:
+        files.remove_folder(folder)
 
 
 def remove_shards(path: Path) -> None:
     """Removes the shards of a ``.ckpt`` file, if it has any and is not just another name of one."""
     if path.is_symlink():
         return
-    for folder in _save_folders(path):
+    for folder in save_folders(path):
         files.remove_folder(folder)
     with contextlib.suppress(OSError):  # it is not there, or holds something else
         folder_of(path).rmdir()
-
-
-def _save_folders(path: Path) -> list[Path]:
-    """The folders of a ``.ckpt`` file's saves; what else is in the folder of its name is not ours."""
-    return [folder for folder in folder_of(path).glob("*") if _SAVE.fullmatch(folder.name) and folder.is_dir()]

@@ -1,7 +1,6 @@
 """Writes in the background, one thing after the other.
 
-Rules of this room: whoever hands something over never waits. A disk that is slower than the saves makes saves fail, not
-training stand still.
+Rules of this room: whoever hands something over never waits. That not too much piles up is up to who begins saves.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from typing import Any
 from lightning_halos.checkpoint import files
 from lightning_halos.core.messages import Marker, ShardWritten
 
-_WAITING = 12  # writes that may wait: each holds a copy of its state in memory
-
 Tell = Callable[[ShardWritten], None]
 
 
@@ -27,6 +24,11 @@ class Writer:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # a signal's handler may put, too
         self._thread: threading.Thread | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Number of writes that wait."""
+        return self._jobs.qsize()
+
     def shard(self, marker: Marker, name: str, state: Any, tell: Tell) -> None:
         """Writes a shard in the background.
 
@@ -34,21 +36,16 @@ class Writer:
             marker: Which save, and where.
             name: Name of the file.
             state: What to write. Nobody may change it from here on.
-            tell: Told how it went, in the background or at once.
+            tell: Told how it went, in the background.
         """
-        if not self.submit(lambda: tell(write_shard(marker, name, state))):
-            reason = "it was skipped, because the disk is slower than the saves: save less often"
-            tell(ShardWritten(marker.save, name, error=reason))
+        self.submit(lambda: tell(write_shard(marker, name, state)))
 
-    def submit(self, job: Callable[[], None]) -> bool:
-        """Does something after all that waits. Returns whether there was room for it."""
+    def submit(self, job: Callable[[], None]) -> None:
+        """Does something after all that waits."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
             self._thread.start()
-        if self._jobs.qsize() >= _WAITING:
-            return False
         self._jobs.put(job)
-        return True
 
     def _run(self) -> None:
         while True:
