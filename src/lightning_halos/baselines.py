@@ -27,7 +27,7 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.strategy import HalosStrategy, StartMethod
 from lightning_halos.topology import Topology
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import add, make_group
+from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
 
 
@@ -156,14 +156,13 @@ class DilocoStrategy(HalosStrategy):
         assert self._store is not None
         budget = self._budget(trainer, resume)
         planner = self._settings.planner(self.world_size, budget.max_steps)
-        fit = add(self._store, f"fits/{self.global_rank}", 1, self._timeout, self._check_interrupted)
+        assert self._collectives is not None
+        fit = self._collectives.count(f"fits/{self.global_rank}", 1, self._timeout)
         store = PrefixStore(f"lockstep/{fit}", self._store)
         group = make_group(store, "group", self.global_rank, self.world_size, self._timeout)
         collectives = Collectives(group, self._check_interrupted, PrefixStore("calls", store), self._topology.describe)
         server = self._settings.outer_server(memory.clone(), vector.shapes)
-        client = LockstepClient(
-            self.global_rank, collectives, server, budget, planner, store, self._timeout, self._check_interrupted
-        )
+        client = LockstepClient(self.global_rank, collectives, server, budget, planner, self._timeout)
         self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
         leases = iter(()) if data is None else client.leases(data.steps_per_epoch, data.first, data.end)
         local_steps = planner.local_steps(self.global_rank, budget.total)

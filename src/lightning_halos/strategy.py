@@ -59,7 +59,7 @@ from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, 
 from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
-from lightning_halos.transport.groups import Groups, add, make_group, open_store
+from lightning_halos.transport.groups import Groups, make_group, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
@@ -378,7 +378,8 @@ class HalosStrategy(ParallelStrategy):
 
     def _make_default_group(self) -> None:
         assert self._store is not None
-        number = add(self._store, f"default/{self.global_rank}", 1, self._timeout, self._check_interrupted)
+        assert self._collectives is not None
+        number = self._collectives.count(f"default/{self.global_rank}", 1, self._timeout)
         dist.init_process_group(
             "gloo",
             store=PrefixStore(f"default/{number}", self._store),

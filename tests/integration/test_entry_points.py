@@ -178,6 +178,7 @@ def resumed_epochs(folder: Path) -> Result:
     return outcome(trainer, module)
 
 
+@pytest.mark.alone
 def test_resuming_inside_an_epoch_uses_the_rest_of_it(run: Run, tmp_path: Path) -> None:
     results = run(resumed_epochs, tmp_path)
     for result in results:

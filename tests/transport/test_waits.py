@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.cursor import Spans
@@ -28,7 +28,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import add, interruptible, make_group
+from lightning_halos.transport.groups import interruptible, make_group
 from lightning_halos.transport.hosts import GlobalHost
 from lightning_halos.transport.link import Link, LoopbackLink
 
@@ -169,13 +169,16 @@ def stopped_store() -> Iterator[TCPStore]:
 
 
 def test_a_store_whose_process_is_stopped() -> None:
-    with (
-        stopped_store() as store,
-        pytest.raises(
-            PeerLostError, match=r"did not count 'leased' within timeout=0.5 s. It is in the process of rank 0"
-        ),
-    ):
-        add(store, "leased", 1, 0.5, ignore)
+    group = make_group(HashStore(), "world", 0, 1, 60.0)
+    with stopped_store() as store:
+        collectives = Collectives(group, ignore, store, "worker {}".format)
+        collectives.barrier()
+        with pytest.raises(
+            PeerLostError,
+            match=r"worker 0 got no answer from the store .*, to count 'leased', within timeout=0.5 s. worker 0 has ended"
+            r" or does not run any more: it is in its process. All were last heard of \d\.\d s ago",
+        ):
+            collectives.count("leased", 1, 0.5)
 
 
 def test_a_process_group_that_nobody_else_comes_to() -> None:

@@ -253,6 +253,5 @@ Message = (
     | Marker
     | ShardWritten
     | Preempted
-    | Preempted
     | Failure
 )

@@ -37,7 +37,7 @@ class Collectives:
     Args:
         group: The group of all workers.
         interrupted: Called several times a second while waiting; may raise.
-        store: A store of all workers, for these collectives alone. It is used when one fails.
+        store: A store of all workers, for these collectives alone. It counts, and it is used when a collective fails.
         describe: Names a worker of a global rank in errors.
     """
 
@@ -141,6 +141,26 @@ class Collectives:
     def gather_texts(self, text: str) -> list[str]:
         """Returns the texts of all workers, by rank."""
         return [str(self.broadcast_object(text, source)) for source in range(self._size)]
+
+    def count(self, key: str, amount: int, timeout: float) -> int:
+        """Adds to a number that all workers share, and returns it. Waits for no other worker.
+
+        Args:
+            key: Name of the number, which is 0 at first.
+            amount: What to add.
+            timeout: Seconds to wait for the store, which by itself would wait without a limit.
+
+        Raises:
+            PeerLostError: If the store does not answer in time, or is gone.
+        """
+        try:
+            return interruptible(lambda: int(self._store.add(key, amount)), self._interrupted, timeout)
+        except (TimeoutError, dist.DistError) as error:
+            raise PeerLostError(
+                f"{self._describe(self._rank)} got no answer from the store that all processes share, to count {key!r},"
+                f" within timeout={timeout:g} s. {self._describe(0)} has ended or does not run any more: it is in its"
+                f" process. All were last heard of {since(self._completed)}. {error}"
+            ) from None
 
     def _wait(self, what: str, start: Callable[[], dist.Work]) -> None:
         self._calls += 1

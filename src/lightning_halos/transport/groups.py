@@ -142,28 +142,6 @@ class Groups:
             self.control = make_group(store, "control", leaders.index(rank), len(leaders), timeout)
 
 
-def add(store: Store, key: str, amount: int, timeout: float, interrupted: Callable[[], None]) -> int:
-    """Adds to a number in a store that all processes share, and returns it.
-
-    Args:
-        store: The store. By itself it would wait without a limit for a process that is stopped.
-        key: Name of the number, which is 0 at first.
-        amount: What to add.
-        timeout: Seconds to wait for the store.
-        interrupted: Called several times a second meanwhile; may raise.
-
-    Raises:
-        PeerLostError: If the store does not answer in time, or is gone.
-    """
-    try:
-        return interruptible(lambda: int(store.add(key, amount)), interrupted, timeout)
-    except (TimeoutError, DistError) as error:
-        raise PeerLostError(
-            f"The store that all processes share did not count {key!r} within timeout={timeout:g} s. It is in the"
-            f" process of rank 0: does that still run? {error}"
-        ) from None
-
-
 def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout: float = math.inf) -> T:
     """Runs something that blocks without letting it keep Ctrl-C or SIGTERM from the main thread.
 

@@ -7,12 +7,10 @@ and nobody to ask. It offers what :class:`~lightning_halos.transport.process.Pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
 
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
@@ -21,7 +19,6 @@ from lightning_halos.core.servers import SynchronousServer
 from lightning_halos.core.vector import Reach, nobody
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import add
 from lightning_halos.transport.link import Filled
 
 
@@ -34,9 +31,7 @@ class LockstepClient:
         server: The server of the rounds.
         budget: The step budget.
         planner: Decides the workers' local steps.
-        store: A store of all workers: counts the data that was handed out.
-        timeout: Seconds to wait for the store.
-        interrupted: Called several times a second while waiting for it; may raise.
+        timeout: Seconds to wait for the store that counts the data.
     """
 
     def __init__(
@@ -46,9 +41,7 @@ class LockstepClient:
         server: SynchronousServer,
         budget: StepBudget,
         planner: RoundPlanner,
-        store: Store,
         timeout: float,
-        interrupted: Callable[[], None],
     ) -> None:
         self.server = server
         self.budget = budget
@@ -56,7 +49,7 @@ class LockstepClient:
         self._rank = rank
         self._collectives = collectives
         self._planner = planner
-        self._add = partial(add, store, "leased", timeout=timeout, interrupted=interrupted)
+        self._timeout = timeout
         self._stopped = False
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
@@ -104,7 +97,7 @@ class LockstepClient:
         """
         while True:
             wanted = self._planner.known_steps(self._rank)
-            start = first + self._add(wanted) - wanted
+            start = first + self._collectives.count("leased", wanted, self._timeout) - wanted
             if start >= end:
                 return
             yield from split(start, int(min(wanted, end - start)), steps_per_epoch)
