@@ -108,9 +108,11 @@ class Preemption:
             self._trainer._signal_connector.received_sigterm |= self._signalled is not None
 
     def forget(self) -> None:
-        """Removes the checkpoint of an earlier preemption, when the run that went on from it has ended by itself."""
-        path = preemption_path(self._trainer)
-        if self._saves is not None and not self.is_due and path is not None and path == str(self._trainer.ckpt_path):
+        """Removes the checkpoint of an earlier preemption, when the run that resumed after it has ended by itself."""
+        path, resumed = preemption_path(self._trainer), self._trainer.ckpt_path
+        if self._saves is None or self.is_due or path is None or resumed is None:
+            return
+        if os.path.dirname(path) == os.path.dirname(os.path.abspath(resumed)) and os.path.exists(path):
             self._trainer.strategy.remove_checkpoint(path)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -60,7 +60,13 @@ class Shards:
         self.ended: tuple[Process | SimulatedProcess, dict[str, Any], Manifest] | None = None
         self._strategy = strategy
         self._at_end: list[Save] = []
-        self._skipped: dict[Path, tuple[int, Write]] = {}
+
+    def start_fit(self) -> Resume | None:
+        """Forgets what an earlier fit has left, if that failed. Returns what to go on from."""
+        resume, self.resume, self.ended = self.resume, None, None
+        self._at_end = []
+        vars(self).pop("saves", None)
+        return resume
 
     # ------------------------------------------------------------------ saving
 
@@ -76,15 +82,13 @@ class Shards:
     def save_while_training(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0, while the others go on. What goes wrong is a warning.
 
-        With too many saves under way this one gets no shards. If the training ends without a further step, it is made
-        anew then.
+        With too many saves under way this one gets no shards.
         """
         preemption = self._strategy._preemption
         is_skipped = self.saves.is_full and not (preemption is not None and preemption.is_due)
         if (save := self._begin(checkpoint, path, set() if is_skipped else self._names())) is None:
             return
         if is_skipped:
-            self._skipped[path] = checkpoint["global_step"], write
             reason = "too many earlier ones are not, since rounds or a disk take longer than the time between saves"
             self.saves.fail(save.marker.save, reason)
         else:
@@ -123,7 +127,6 @@ class Shards:
         if not _is_local_file_protocol(str(path)) or Path(path).is_symlink():
             remove_file()
         else:
-            self._skipped.pop(Path(path), None)
             self.saves.remove(Path(path), remove_file)
 
     def write_own(self, marker: Marker, state: dict[str, Any]) -> None:
@@ -140,8 +143,7 @@ class Shards:
         assert loop is not None
         assert strategy._collectives is not None
         if strategy.is_global_zero:
-            self.saves.flush(timeout, but=self._at_end)
-            self._save_skipped()
+            self.saves.flush(timeout, self._at_end, strategy._check_interrupted)
         process.settle(loop.vector.read(loop.vector.new()))
         self.ended = process, {"schedulers": loop.schedulers.state_dict()}, self._manifest()
         for _ in range(strategy._collectives.broadcast_object(len(self._at_end))):
@@ -161,16 +163,7 @@ class Shards:
         process.save(marker)
         self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
 
-    def _save_skipped(self) -> None:
-        """Makes the checkpoints that were skipped and that the training has ended with."""
-        trainer = _trainer(self._strategy)
-        for path, (step, write) in list(self._skipped.items()):
-            if step == trainer.global_step:
-                self.save_at_end(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path, write)
-        self._skipped = {}
-
     def _begin(self, checkpoint: dict[str, Any], path: Path, expected: set[str]) -> Save | None:
-        self._skipped.pop(path, None)
         try:
             save = self.saves.begin(path, self._manifest(), expected)
         except OSError as error:
@@ -204,8 +197,8 @@ class Shards:
                     reason = reason or message.error
                     self.saves.written(message)
                 self.saves.know(save.marker.save, **process.progress())
-                self.saves.flush(strategy._timeout, but=self._at_end)
-                reason = reason or ("" if (save.folder / NAME).is_file() else f"{save.path} could not be written")
+                self.saves.flush(strategy._timeout, self._at_end, strategy._check_interrupted)
+                reason = reason or (f"{save.path} could not be written" if save.failed else "")
         elif save is not None:
             self.saves.fail(save.marker.save, reason)
             self.saves.flush(0.0, but=self._at_end)

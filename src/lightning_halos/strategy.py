@@ -404,7 +404,7 @@ class HalosStrategy(ParallelStrategy):
         trainer = self.lightning_module.trainer
         self._synchronize_module()
         vector = ModelVector(self.lightning_module, all_parameters=unfreezes(trainer.callbacks))  # type: ignore[attr-defined]
-        resume, self._shards.resume, self._shards.ended = self._shards.resume, None, None
+        resume = self._shards.start_fit()
         if resume is not None and resume.manifest.model != vector.identity:
             raise CheckpointError(
                 f"The checkpoint is of another model: {resume.manifest.model} travelled of it, and of this one"
@@ -446,6 +446,7 @@ class HalosStrategy(ParallelStrategy):
             state,
             [] if resume is None else resume.manifest.plateaus,
             self._preemption,
+            self._end(trainer, data, resume),
             repeats=self._cluster is not None,
         )
         if resume is not None:
@@ -590,6 +591,17 @@ class HalosStrategy(ParallelStrategy):
             total = was.total if was.workers == self.world_size else step * self.world_size
         return StepBudget(self.world_size, max_steps, total)
 
+    def _end(self, trainer: pl.Trainer, data: SharedData | None, resume: Resume | None) -> float:
+        """Global steps at which the run ends by itself; infinite if only somebody can end it."""
+        ends = [math.inf if trainer.max_steps == -1 else float(trainer.max_steps)]
+        if data is not None:
+            total, used = self._budget(trainer, resume).total, data.first
+            if resume is not None and resume.manifest.data == data.identity:
+                world, done = resume.manifest.world, resume.manifest.done
+                used = sum(stop - start for start, stop in done) if world is None else total + world["offset"]
+            ends.append((total + data.end - used) / self.world_size)
+        return min(ends)
+
     def _install(self, trainer: pl.Trainer) -> None:
         """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
         assert self._loop is not None
@@ -712,7 +724,8 @@ class HalosStrategy(ParallelStrategy):
         def write(content: dict[str, Any], path: Path) -> None:
             self.checkpoint_io.save_checkpoint(content, path)
 
-        if self._preemption is not None and self._preemption.saved is not None and not self._keeps_shards:
+        is_preempted = self._preemption is not None and self._preemption.saved is not None
+        if is_preempted and self._keeps_servers and not self._keeps_shards:
             return  # what callbacks save of an interrupted run would have no shards, and be newer than what has
         if self._training and not self._keeps_shards:
             self._end_failed_run()

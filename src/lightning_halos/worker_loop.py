@@ -6,7 +6,6 @@ that the servers decide, and it gives back every attribute of the Trainer that i
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +50,7 @@ class WorkerLoop(Callback):
         state: What to go on from; see :meth:`state`.
         plateaus: All that rank 0's plateau schedulers were stepped with until that was kept.
         preemption: What is done about SIGTERM.
+        end: Global steps at which the run ends by itself; may be infinite.
         repeats: Whether shards keep the round too, so that it can be taken up again exactly where it was: in
             simulations, where the servers wait for it.
     """
@@ -70,6 +70,7 @@ class WorkerLoop(Callback):
         state: Mapping[str, Any],
         plateaus: Sequence[tuple[int, float]],
         preemption: Preemption,
+        end: float,
         repeats: bool,
     ) -> None:
         self.round = worker_round
@@ -82,9 +83,7 @@ class WorkerLoop(Callback):
         self._module = trainer.lightning_module
         self._decides = trainer.is_global_zero
         self._shown = trainer.global_step
-        self._data_end = math.inf
-        if data is not None:
-            self._data_end = self._shown + (data.end - data.first) / trainer.world_size
+        self._end = end
         self._steps_before = 0
         self._excluded = 0.0
         self._data = data
@@ -335,8 +334,7 @@ class WorkerLoop(Callback):
         if is_final:
             self._shown = position
         elif not loop._should_accumulate():  # what saves at a global step must find no half-finished step
-            end = min(self._data_end, math.inf if trainer.max_steps == -1 else trainer.max_steps)
-            self._shown = max(before, int(min(self._next_shown(position), end - 1)))
+            self._shown = max(before, int(min(self._next_shown(position), self._end - 1)))
         if self._module.automatic_optimization:
             loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
         else:

@@ -55,17 +55,32 @@ def test_a_whole_checkpoint(tmp_path: Path) -> None:
     assert (found.manifest.total, found.manifest.done) == (7, [[0, 7]])
 
 
-def test_the_file_is_there_at_once_and_half_written_until_all_shards_are(tmp_path: Path) -> None:
+def test_the_first_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    """Half-written, it would keep a run from beginning anew: there is nothing else to go on from."""
     saves, path = Saves(), tmp_path / "step=1.ckpt"
     save = begin(saves, path)
-    assert path.exists()
     saves.know(save.marker.save, total=7)
     saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
-    with pytest.raises(CheckpointError, match=r"step=1.ckpt is half-written: .*manifest.json is missing"):
-        find(path, path.read_text())
+    assert not path.exists()
     saves.written(write_shard(save.marker, "worker-0.pt", {"value": 1}))
     saves.flush(10)
     assert usable(path)
+
+
+def test_a_later_file_is_there_at_once_and_half_written_until_all_shards_are(tmp_path: Path) -> None:
+    saves, path = whole(tmp_path / "step=1.ckpt"), tmp_path / "step=2.ckpt"
+    save = begin(saves, path)
+    assert path.exists()
+    with pytest.raises(CheckpointError, match=r"step=2.ckpt is half-written: .*manifest.json is missing"):
+        find(path, path.read_text())
+    complete(saves, save)
+    assert usable(path)
+
+
+def test_a_file_of_slurm_is_there_at_once(tmp_path: Path) -> None:
+    """Lightning goes by the name of its folder, and would not find the file."""
+    begin(Saves(), tmp_path / "hpc_ckpt_1.ckpt")
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
 
 
 def test_a_file_of_the_same_name_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -95,16 +110,6 @@ def test_the_file_may_be_written_after_all_shards(tmp_path: Path) -> None:
     assert path.read_text() == save.marker.save
     assert usable(path)
     assert [folder.name for folder in (tmp_path / "last").iterdir()] == [save.marker.save]
-
-
-def test_a_last_one_is_not_there_before_it_is_whole_if_there_is_no_other(tmp_path: Path) -> None:
-    saves, path = Saves(), tmp_path / "last.ckpt"
-    save = begin(saves, path)
-    assert not path.exists()
-    complete(saves, save)
-    assert usable(path)
-    begin(saves, tmp_path / "last-v1.ckpt")
-    assert (tmp_path / "last-v1.ckpt").exists()  # a run that wants it goes on from last.ckpt, with a warning
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "step=2.ckpt"])
@@ -214,6 +219,34 @@ def test_a_shard_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_p
     assert time.monotonic() - start < 5
 
 
+def test_a_wait_for_saves_can_be_interrupted(tmp_path: Path) -> None:
+    saves = Saves()
+    begin(saves, tmp_path / "step=1.ckpt")
+
+    def interrupted() -> None:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        saves.flush(60, interrupted=interrupted)
+
+
+def test_a_save_that_is_given_up_while_it_becomes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves, write = Saves(), Manifest.write
+
+    def late(manifest: Manifest, folder: Path) -> None:
+        write(manifest, folder)
+        with pytest.warns(UserWarning, match="did not come within 0 s"):
+            saves.give_up(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", late)
+        complete(saves, begin(saves, tmp_path / "step=1.ckpt"))
+        while not (tmp_path / "step=1.ckpt").exists():
+            time.sleep(0.01)
+    complete(saves, begin(saves, tmp_path / "step=2.ckpt"))
+    assert usable(tmp_path / "step=2.ckpt")
+
+
 def test_another_name_of_a_checkpoint_is_the_same_checkpoint(tmp_path: Path) -> None:
     whole(tmp_path / "step=1.ckpt")
     (tmp_path / "last.ckpt").symlink_to("step=1.ckpt")
@@ -254,6 +287,8 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         whole(tmp_path / f"step={number}.ckpt")
         time.sleep(0.02)
     begin(Saves(), tmp_path / "last.ckpt")
+    (tmp_path / "step=3" / "0").mkdir(parents=True)
+    (tmp_path / "step=3" / "0" / NAME).symlink_to("what is removed meanwhile")
     assert newest_whole(tmp_path / "last.ckpt") == tmp_path / "step=2.ckpt"
     assert newest_whole(tmp_path / "step=2.ckpt") == tmp_path / "step=1.ckpt"
     assert [is_last(Path(name)) for name in ("last.ckpt", "last-v1.ckpt", "step=1.ckpt")] == [True, True, False]

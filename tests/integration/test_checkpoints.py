@@ -23,7 +23,7 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import newest_whole
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import Toy, Watching, assert_same_model, halos, loader, make_trainer, outcome
 
 WHOLE = {"global.pt", NAME, *(f"worker-{rank}.pt" for rank in range(4)), *(f"server-{index}.pt" for index in range(2))}
 
@@ -56,13 +56,37 @@ def saving(folder: Path, every: int, **kwargs: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, **kwargs)
 
 
+class Counting(pl.Callback):
+    """Counts this worker's batches. Notes the count, and the metrics of rank 0, at the first batch of a fit."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.at_start: tuple[int, list[str]] | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.at_start = self.at_start or (self.batches, list(trainer.callback_metrics))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches = state["batches"]
+
+
 def interrupted_and_resumed(folder: Path, step: int, flags: dict[str, Any]) -> Result:
-    trainer = make_trainer(callbacks=saving(folder, step), enable_checkpointing=True, **flags)
+    flags = {"val_check_interval": 10, "check_val_every_n_epoch": None, **flags}
+    counting = Counting()
+    trainer = make_trainer(callbacks=[saving(folder, step), counting], enable_checkpointing=True, **flags)
     first = Noting()
-    trainer.fit(first, loader(shuffle=True))
-    module, trainer = Noting(), make_trainer(**flags)
-    trainer.fit(module, loader(shuffle=True), ckpt_path=folder / f"step={step}.ckpt")
-    return outcome(trainer, module, epochs=module.epochs, first=module.first_state, steps=first.optimizer_steps)
+    trainer.fit(first, loader(shuffle=True), loader(16))
+    counted, counting = counting.batches, Counting()
+    module, trainer = Noting(), make_trainer(callbacks=counting, **flags)
+    trainer.fit(module, loader(shuffle=True), loader(16), ckpt_path=folder / f"step={step}.ckpt")
+    more = {"first": module.first_state, "counted": counted, "at_start": counting.at_start}
+    return outcome(trainer, module, epochs=module.epochs, **more)
 
 
 def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
@@ -77,6 +101,9 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     for result in results:
         assert (result["global_step"], result["epoch"]) == (48, 3)
         assert all(steps > 0 for steps in result["first"]["steps"])
+        batches, metrics = result["at_start"]
+        assert 0 < batches < result["counted"]
+        assert "val_loss" in metrics
     assert_same_model(results)
 
 
@@ -113,14 +140,16 @@ def saved_with(folder: Path, flags: dict[str, Any]) -> Result:
 
 
 def resumed_with(folder: Path, regions: Any, flags: dict[str, Any]) -> Result:
-    module = Noting()
+    module, watching = Noting(), Watching()
     workers = sum(map(len, regions))
-    trainer = make_trainer(halos(regions=regions), devices=workers, **flags)
+    trainer = make_trainer(
+        halos(regions=regions), devices=workers, callbacks=watching, enable_checkpointing=True, **flags
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, loader(shuffle=True), ckpt_path=folder / "step=24.ckpt")
     said = [str(warning.message) for warning in caught if "are kept" in str(warning.message)]
-    return outcome(trainer, module, first=module.first_state, said=said)
+    return outcome(trainer, module, first=module.first_state, said=said, seen=watching.seen)
 
 
 @pytest.mark.parametrize("regions", [[[0, 1, 2, 3]], [[0], [1, 2]], [[0, 1], [2], [3, 4]]], ids=str)
@@ -136,6 +165,9 @@ def test_a_run_resumes_with_other_workers_and_regions(run: Run, tmp_path: Path, 
         assert bool(result["first"]["steps"]) == (rank < 4)  # new workers begin afresh
         assert len(result["said"]) == (rank == 0)
     assert "not kept: the local servers' momentum" in results[0]["said"][0]
+    end = results[0]["global_step"]
+    assert results[0]["seen"][-1] == end
+    assert any(24 < step < end for step in results[0]["seen"])
     assert_same_model(results)
 
 
@@ -191,7 +223,22 @@ def gone_wrong(folder: Path) -> Result:
         warnings.simplefilter("always")
         trainer.fit(Toy(), loader(), ckpt_path="last")
     skipped = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
-    return {"errors": errors, "skipped": skipped, "from": str(trainer.ckpt_path)}
+    found = {"errors": errors, "skipped": skipped, "from": str(trainer.ckpt_path)}
+
+    if trainer.is_global_zero:
+        (folder / "blocked.ckpt").mkdir()
+        (folder / "elsewhere").mkdir()
+        shutil.copy(folder / "step=10.ckpt", folder / "elsewhere")
+    trainer.strategy.barrier()
+    try:
+        trainer.save_checkpoint(folder / "blocked.ckpt")
+    except OSError as error:
+        errors["blocked"] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        errors["without_shards"] = refused(folder, Toy(), "elsewhere/step=10.ckpt")
+    without = [str(warning.message) for warning in caught if "has no folder of shards" in str(warning.message)]
+    return {**found, "without_shards": without}
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path: Path) -> None:
@@ -205,6 +252,9 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path
         assert errors["half_written"].startswith(f"CheckpointError: {tmp_path / 'step=20.ckpt'} is half-written")
         assert str(tmp_path / "step=10.ckpt") in errors["half_written"]  # what to take instead
         assert result["from"] == str(tmp_path / "step=10.ckpt")
+        assert errors["blocked"] == f"{tmp_path / 'blocked.ckpt'} could not be written"
+        assert errors["without_shards"] == ""  # it goes on from the global model
+    assert len(results[0]["without_shards"]) == 1
     (skipped,) = results[0]["skipped"]
     assert skipped.startswith(f"{tmp_path / 'last.ckpt'} is skipped, and {tmp_path / 'step=10.ckpt'} is used instead.")
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, GradientAccumulationScheduler
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -15,6 +14,7 @@ from tests.integration.toys import (
     LOCAL_STEPS,
     PAUSE,
     Toy,
+    Watching,
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
@@ -51,16 +51,6 @@ def flagged(flags: dict[str, Any]) -> Result:
 )
 def test_steps(run: Run, flags: dict[str, Any], steps: int) -> None:
     assert_trained(run(flagged, flags), max_steps=steps)
-
-
-class Watching(Checkpoint):
-    """Takes note of the global step when checkpoints are saved."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self.seen.append(trainer.global_step)
 
 
 def with_a_slow_worker(flags: dict[str, Any]) -> Result:

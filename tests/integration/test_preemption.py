@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
+from lightning_halos import DilocoStrategy
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import newest_whole
 from lightning_halos.transport.errors import PeerLostError
@@ -180,19 +181,21 @@ def test_what_callbacks_save_does_not_stand_in_the_way(run: Run, tmp_path: Path)
 class Asleep(Terminated):
     """Rank 1 is in a batch that lasts longer than the grace time when the victim gets the signal."""
 
-    is_rested = False
+    def __init__(self, victim: int, folder: Path) -> None:
+        super().__init__(victim)
+        self.sign = folder / "asleep"
 
     def strike(self, where: str) -> None:
-        if self.global_rank == 1 and self.trainer.global_step >= 12 and not self.is_rested:
-            self.is_rested = True
+        if self.global_rank == 1 and self.trainer.global_step >= 12 and not self.sign.exists():
+            self.sign.touch()
             time.sleep(8)
-        if self.trainer.global_step >= 18:
+        if self.sign.exists():
             super().strike(where)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) -> None:
-    results = run(preempted, Asleep(victim), tmp_path, {"grace_time": 2.0}, {})
+    results = run(preempted, Asleep(victim, tmp_path), tmp_path, {"grace_time": 2.0}, {})
     assert [result["code"] for result in results] == [143] * 4
     assert results[0]["seconds"] < 12
     assert "worker-1.pt did not come within 2 s" in (tmp_path / "log0").read_text()
@@ -200,6 +203,28 @@ def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) ->
     results = run(resumed, tmp_path, {})
     assert f"{older} is used instead" in (tmp_path / "log0").read_text()
     assert_same_model(results)
+
+
+def preempted_diloco(folder: Path) -> Result:
+    trainer = make_trainer(
+        DilocoStrategy(local_steps=4, timeout=60),
+        devices=2,
+        callbacks=ModelCheckpoint(folder),
+        enable_checkpointing=True,
+        max_epochs=3,
+    )
+    try:
+        trainer.fit(Terminated(0), loader())
+    except (SystemExit, PeerLostError) as end:
+        return {"code": getattr(end, "code", 1)}
+    return {}
+
+
+def test_diloco_saves_what_rank_0_has(run: Run, tmp_path: Path) -> None:
+    assert run(preempted_diloco, tmp_path, workers=2)[0]["code"] == 143
+    saved = torch.load(tmp_path / PREEMPTED, weights_only=True)
+    assert saved["global_step"] > 0
+    assert saved["state_dict"].keys() == Toy().state_dict().keys()
 
 
 def unsaved(victim: int) -> Result:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,6 +82,16 @@ class Toy(pl.LightningModule):
 
     def _count(self, *_: Any) -> None:
         self.optimizer_steps += 1
+
+
+class Watching(Checkpoint):
+    """Takes note of the global step when checkpoints are saved."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen.append(trainer.global_step)
 
 
 def halos(**kwargs: Any) -> HalosStrategy:

@@ -22,7 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_halos.checkpoint import files
 from lightning_halos.checkpoint.files import Written
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.places import folder_of, is_last, newest_whole, save_folders
+from lightning_halos.checkpoint.places import folder_of, is_hpc, newest_whole, save_folders
 from lightning_halos.checkpoint.writer import Writer
 from lightning_halos.core.messages import Marker, ShardWritten
 
@@ -82,6 +82,7 @@ class Saves:
         self._saves: dict[str, Save] = {}
         self._kept: list[Path] = []
         self._lacks_newest = False
+        self._folders_with_whole_ones: set[Path] = set()
 
     @property
     def is_full(self) -> bool:
@@ -103,14 +104,14 @@ class Saves:
         path = path.absolute()
         number = uuid.uuid4().hex[:12]
         folder = folder_of(path) / number
-        older = save_folders(path)
         try:
+            older = save_folders(path)
             folder.mkdir(parents=True)
+            # If the first one were seen half-written, a run could neither go on from it nor begin anew.
+            is_later = path.exists() or (not is_hpc(path) and self._is_first(path))
         except OSError:
             self._lacks_newest = True
             raise
-        # A first one that is half-written would keep the run from beginning anew.
-        is_later = path.exists() or (is_last(path) and newest_whole(path) is None)
         written_to = folder / path.name if is_later else path
         manifest = replace(manifest, save=number, shards={})
         save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected), older)
@@ -181,15 +182,17 @@ class Saves:
         remove_file()
         remove_shards(path)
 
-    def flush(self, timeout: float, but: Sequence[Save] = ()) -> None:
+    def flush(self, timeout: float, but: Sequence[Save] = (), interrupted: Callable[[], None] = lambda: None) -> None:
         """Waits until saves are whole, or have failed; warns of those that are not within ``timeout`` seconds.
 
         Args:
             timeout: Seconds.
             but: Saves that are not waited for.
+            interrupted: Called many times a second meanwhile; may raise.
         """
         deadline = time.monotonic() + timeout
         while any(not save.failed for _, save in self._open(but)) and time.monotonic() < deadline:
+            interrupted()
             time.sleep(0.01)
         self.give_up(timeout, but)
 
@@ -225,6 +228,11 @@ class Saves:
                 save.is_finishing = True
                 self.writer.submit(lambda: self._finish(number, save))
 
+    def _is_first(self, path: Path) -> bool:
+        if path.parent not in self._folders_with_whole_ones and newest_whole(path) is not None:
+            self._folders_with_whole_ones.add(path.parent)
+        return path.parent not in self._folders_with_whole_ones
+
     def _finish(self, number: str, save: Save) -> None:
         with self._lock:
             if number not in self._saves:  # a newer one of the same name was whole first
@@ -235,6 +243,7 @@ class Saves:
         except OSError as error:
             self.fail(number, str(error))
             return
+        self._folders_with_whole_ones.add(save.path.parent)
         while removals := self._take_removals(save):
             for path in removals:
                 with contextlib.suppress(OSError):
@@ -246,8 +255,9 @@ class Saves:
         """Takes what is to be removed now that a save is whole. Older saves of the same name end with that."""
         with self._lock:
             same = [number for number, other in self._saves.items() if other.path == save.path]
-            older = [self._saves.pop(number) for number in same[: same.index(save.marker.save)]]
-            removals = [path for one in (save, *older) for path in one.removals]
+            number = save.marker.save
+            older = same[: same.index(number)] if number in same else []  # it may have been given up meanwhile
+            removals = [path for one in (save, *map(self._saves.pop, older)) for path in one.removals]
             save.removals = []
             return removals
 
