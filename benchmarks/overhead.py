@@ -4,6 +4,8 @@
                  bare gloo send and receive of the same bytes between the same two
     throughput   steps per second of two workers of one region, against two independent Trainers side by side, for the
                  model of examples/train_char_lm.py
+    monitor      steps per second of two workers with HalosMonitor, a logger and the progress bar, against the same
+                 without HalosMonitor
     memory       peak memory that a leader has beyond its own training, in multiples of a 40M-parameter model
 
 Prints each number and exits with 1 if one is beyond its limit. Run: python benchmarks/overhead.py [MEASUREMENT ...]
@@ -12,6 +14,7 @@ Prints each number and exits with 1 if one is beyond its limit. Run: python benc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -29,10 +32,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_halos import HalosStrategy
+from lightning_halos import HalosMonitor, HalosStrategy
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
 from lightning_halos.core.vector import ModelVector
@@ -45,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 ROUND_TRIP_LIMIT = 2.0  # times the bare send and receive
 THROUGHPUT_LIMIT = 0.95  # of the independent Trainers' steps per second
+MONITOR_LIMIT = 0.98  # of the steps per second without it
 MEMORY_LIMIT = 6.0  # models, for a leader of 4 workers
 
 ROUND_TRIPS = 31
@@ -144,20 +149,39 @@ class Stamps(L.Callback):
         self.times.append(time.monotonic())  # the same clock in all processes
 
 
-def throughput_process(folder: Path) -> None:
-    """Two processes take turns at being the workers of a region and being on their own."""
+def stamped_fit(*callbacks: L.Callback, **flags: Any) -> str:
+    """Trains the demo's model. Returns when each batch ended, as JSON."""
     from train_char_lm import ByteGPT, StandardLibrary
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # the time of a step must not depend on the values that it computes
+    stamps = Stamps()
+    trainer = L.Trainer(**{**QUIET, **flags}, max_steps=STEPS, callbacks=[stamps, *callbacks])
+    trainer.fit(ByteGPT(), StandardLibrary())
+    return json.dumps(stamps.times)
+
+
+def throughput_process(folder: Path) -> None:
+    """Two processes take turns at being the workers of a region and being on their own."""
     for fit in range(FITS):
         halos = HalosStrategy(regions=1, local_steps=8)
         for name, strategy, devices in ("halos", halos, 2), ("alone", "auto", 1):
-            stamps = Stamps()
-            trainer = L.Trainer(strategy=strategy, devices=devices, **QUIET, max_steps=STEPS, callbacks=[stamps])
-            trainer.fit(ByteGPT(), StandardLibrary())
-            (folder / f"{name}-{fit}-{halos.global_rank}").write_text(json.dumps(stamps.times))
+            times = stamped_fit(strategy=strategy, devices=devices)
+            (folder / f"{name}-{fit}-{halos.global_rank}").write_text(times)
         halos.barrier()
+
+
+def monitor_process(folder: Path) -> None:
+    """The two workers of a region train with the callback and without it, in turns; the order changes each time."""
+    kinds: list[tuple[str, list[L.Callback]]] = [("with it", [HalosMonitor()]), ("without", [])]
+    for fit in range(FITS):
+        for name, callbacks in kinds[:: 1 if fit % 2 else -1]:
+            halos = HalosStrategy(regions=1, local_steps=8)
+            logger = CSVLogger(folder, name="logs", version=f"{name}-{fit}")
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # where the bar would be
+                times = stamped_fit(*callbacks, strategy=halos, devices=2, logger=logger, enable_progress_bar=True)
+            (folder / f"{name}-{fit}-{halos.global_rank}").write_text(times)
+            halos.barrier()
 
 
 def steps_per_second(paths: list[Path]) -> float:
@@ -167,19 +191,30 @@ def steps_per_second(paths: list[Path]) -> float:
     return sum(start < stamp <= end for times in processes for stamp in times) / (end - start)
 
 
-def throughput() -> bool:
-    """Prints steps per second with and without HALoS. Returns whether they are within the limit."""
+def compare(measurement: str, kind: str, other: str, limit: float) -> bool:
+    """Prints the steps per second of two kinds of fits. Returns whether the ratio of pairs is within the limit."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run("throughput", folder)
-        halos, alone = (
-            [steps_per_second([folder / f"{kind}-{fit}-{rank}" for rank in range(2)]) for fit in range(FITS)]
-            for kind in ("halos", "alone")
+        run(measurement, folder)
+        these, those = (
+            [steps_per_second([folder / f"{one}-{fit}-{rank}" for rank in range(2)]) for fit in range(FITS)]
+            for one in (kind, other)
         )
-    low, share, high = quantiles([with_ / without for with_, without in zip(halos, alone, strict=True)])
+    low, share, high = quantiles([this / that for this, that in zip(these, those, strict=True)])
     spread = f"(quartiles {low:.1%} and {high:.1%})"
-    print(f"throughput    {median(halos):5.1f} /s   alone {median(alone):5.1f} /s   {share:6.1%} {spread}", end="")
-    return verdict(share >= THROUGHPUT_LIMIT, f"at least {THROUGHPUT_LIMIT:.0%}")
+    speeds = f"{median(these):5.1f} /s   {other} {median(those):5.1f} /s"
+    print(f"{measurement:14}{speeds}   {share:6.1%} {spread}", end="")
+    return verdict(share >= limit, f"at least {limit:.0%}")
+
+
+def throughput() -> bool:
+    """Prints steps per second with and without HALoS. Returns whether they are within the limit."""
+    return compare("throughput", "halos", "alone", THROUGHPUT_LIMIT)
+
+
+def monitor() -> bool:
+    """Prints steps per second with and without HalosMonitor. Returns whether they are within the limit."""
+    return compare("monitor", "with it", "without", MONITOR_LIMIT)
 
 
 # ---------------------------------------------------------------------- memory
@@ -240,10 +275,16 @@ def memory() -> bool:
 
 # ---------------------------------------------------------------------- the runs
 
-MEASUREMENTS: dict[str, Callable[[], bool]] = {"round-trip": round_trip, "throughput": throughput, "memory": memory}
+MEASUREMENTS: dict[str, Callable[[], bool]] = {
+    "round-trip": round_trip,
+    "throughput": throughput,
+    "monitor": monitor,
+    "memory": memory,
+}
 PROCESSES: dict[str, Callable[[Path], None]] = {
     "round-trip": round_trip_process,
     "throughput": throughput_process,
+    "monitor": monitor_process,
     "memory-alone": partial(memory_process, regions=None),
     "memory-apart": partial(memory_process, regions=APART),
     "memory-together": partial(memory_process, regions=TOGETHER),

@@ -127,9 +127,9 @@ def _halos(
 
 
 _PAPERS = (0.15, 0.5, 2)
-_DEMOS = (0.5, 0.2, 1)
+_DEMOS = (0.5, 0.2, 1)  # which the demo had when these were tried
 SEARCH: list[Settings] = [
-    # HALoS: the paper's settings, a guess, those of the demo, and what each value does
+    # HALoS: the paper's settings, a guess, those that the demo had, and what each value does
     _halos(8, 32, 0.2, 0.9, 16, _PAPERS),
     _halos(4, 8, 0.3, 0.9, 16, _PAPERS),
     _halos(4, 8, 0.4, 0.3, 4, _DEMOS, alpha=0.5),
@@ -143,13 +143,14 @@ SEARCH: list[Settings] = [
     _halos(8, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.5),
     _halos(4, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.25),
     _halos(4, 8, 0.25, 0.0, 1, (0.8, 0.0, 1), alpha=0.5),
-    # Async-Local-SGD: the same discovery; then fewer and more local steps
+    # Async-Local-SGD: the same discovery
     {"algorithm": "async_local_sgd", "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1}},
-    # DiLoCo: fewer, larger rounds, and other outer rates
+    # DiLoCo: fewer, larger rounds, and less outer momentum, alone and together; larger rounds of Async-Local-SGD too
     {"algorithm": "diloco_dynamic", "local_steps": 64},
     {"algorithm": "diloco_dynamic", "outer_optimizer": {"lr": 0.7, "momentum": 0.6}},
     {"algorithm": "async_local_sgd", "local_steps": 64, "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1}},
     {"algorithm": "diloco_dynamic", "local_steps": 64, "outer_optimizer": {"lr": 0.7, "momentum": 0.6}},
+    # HALoS: a lower and a higher local rate
     _halos(4, 8, 0.15, 0.0, 1, _DEMOS, alpha=0.25),
     _halos(4, 8, 0.4, 0.0, 1, _DEMOS, alpha=0.25),
 ]

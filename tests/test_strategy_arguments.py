@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_halos
-from lightning_halos import DelayedNesterov, HalosMonitor, HalosStrategy
+from lightning_halos import AsyncLocalSGDStrategy, DelayedNesterov, DilocoStrategy, HalosMonitor, HalosStrategy
 from lightning_halos.core.settings import default_global_optimizer, default_local_optimizer
 
 
@@ -77,6 +77,17 @@ def test_the_strategies_are_registered(name: str, start_method: str) -> None:
     trainer = L.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False)
     assert isinstance(trainer.strategy, HalosStrategy)
     assert trainer.strategy._start_method == start_method
+
+
+@pytest.mark.parametrize(("name", "kind"), [("diloco", DilocoStrategy), ("async_local_sgd", AsyncLocalSGDStrategy)])
+def test_the_baselines_are_registered(name: str, kind: type[HalosStrategy]) -> None:
+    trainer = L.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False)
+    assert type(trainer.strategy) is kind
+
+
+def test_synchronous_sgd_by_name_says_what_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"'sync_sgd' is for simulations. Pass SyncSGDStrategy\(simulate=cluster\)"):
+        L.Trainer(strategy="sync_sgd", accelerator="cpu", devices=2, logger=False)
 
 
 def test_the_defaults_for_4_regions_of_4_workers_are_the_papers_values() -> None:

@@ -34,7 +34,8 @@ from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
 class AsyncLocalSGDStrategy(HalosStrategy):
     """Asynchronous local SGD with one server for everybody (arXiv 2401.09135).
 
-    As HALoS without its hierarchy: every worker exchanges with the server on rank 0, over whatever link there is.
+    As HALoS without its hierarchy: every worker exchanges with the server on rank 0, over whatever link there is. In a
+    real run the server takes in one push at a time, so a worker behind a slow link holds up the others meanwhile.
 
     Args:
         local_steps: Local steps per round (``H``).

@@ -1,4 +1,4 @@
-"""Packages that only language models need.
+"""Packages that only some of the package needs: language models, and pictures.
 
 Rules of this room: imports, when something needs them and not before.
 """
@@ -15,12 +15,25 @@ def language_package(name: str) -> Any:
     Raises:
         ModuleNotFoundError: If it is not installed; says how to install it.
     """
+    return _package(name, "Language models need it", "lm")
+
+
+def picture_package(name: str) -> Any:
+    """Imports a package of the extra ``examples`` that draws.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; says how to install it.
+    """
+    return _package(name, "The picture of plan --output needs it", "examples")
+
+
+def _package(name: str, why: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.partition(".")[0]:
             raise
         raise ModuleNotFoundError(
-            f'{error.name} is not installed. Language models need it: pip install "lightning-halos[lm]".',
+            f'{error.name} is not installed. {why}: pip install "lightning-halos[{extra}]".',
             name=error.name,
         ) from None

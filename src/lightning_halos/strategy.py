@@ -556,6 +556,7 @@ class HalosStrategy(ParallelStrategy):
                 vector.write(resume.worker["model"])
         self._process = process = SimulatedProcess(
             self.global_rank,
+            self._topology.describe,
             self._groups,
             self._algorithm(),
             Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize),

@@ -1,7 +1,8 @@
 """The published simulator of HALoS and its baselines on the toy problem, written a second time from its formulas.
 
 Rules of this room: numpy and the standard library only; nothing of lightning_halos and no torch. What the toy problem
-is says the design, section 4. `delayed_nesterov.lr` of a configuration is `lr * delay` of ours.
+is says the design, section 4. `delayed_nesterov.lr` of a configuration is `lr * delay` of ours. A worker keeps the
+state of its optimizer from round to round, and the schedule has the say over its rate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import numpy as np
 
 Config = dict[str, Any]
 Vector = np.ndarray
+
+OPTIMIZERS = {"delayed_nesterov": ("lr", "beta", "buffer_size", "c"), "sgd": ("lr", "momentum", "nesterov")}
+SCHEDULE = "cosine_decay_after_linear_warmup"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Event:
 
 def record(config: Config, at_least: int = 0) -> list[Event]:
     """The events until the GPS has counted `total_local_steps`, and `at_least` so many."""
+    check(config)
     events: list[Event] = []
     for event in {"halos": halos, "async_local_sgd": async_local_sgd, "diloco": diloco}[config["algorithm"]](config):
         events.append(event)
@@ -44,11 +49,24 @@ def record(config: Config, at_least: int = 0) -> list[Event]:
     raise AssertionError("a simulation has no end")
 
 
+def check(config: Config) -> None:
+    """Refuses optimizers and schedules whose rules are not written here, instead of following others."""
+    for name in ("worker_optimizer", "local_optimizer", "global_optimizer", "outer_optimizer"):
+        if name in config:
+            kind, allowed = config[name]["opt_type"], ("sgd",) if name == "worker_optimizer" else tuple(OPTIMIZERS)
+            assert kind in allowed, f"{name}: the opt_type {kind!r} is not known here, only {', '.join(allowed)}"
+            unknown = config[name].keys() - {"opt_type", *OPTIMIZERS[kind]}
+            assert not unknown, f"{name}: {', '.join(sorted(unknown))} of {kind} is not known here"
+    kind = config["worker_lr_schedule"]["lr_type"]
+    assert kind == SCHEDULE, f"worker_lr_schedule: the lr_type {kind!r} is not known here, only {SCHEDULE}"
+
+
 def halos(config: Config) -> Iterator[Event]:
     """All events by virtual time. They go on when the GPS has all its steps and applies nothing more."""
     homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
     rounds = local_steps(config)
     speeds = relative_speeds(config)
+    train = [trainer(config) for _ in homes]
     size = config["workers_per_lps"]
     workers = [range(lps * size, (lps + 1) * size) for lps in range(config["num_lps"])]
     regions = [homes[group[0]] for group in workers]
@@ -71,7 +89,7 @@ def halos(config: Config) -> Iterator[Event]:
         nonlocal cursor
         compute = config["local_step_time_ms"] * rounds[worker] / speeds[worker]
         end = now + 2 * link(regions[lps], homes[worker]) + compute + worker * 1e-6
-        later(end, "push", lps, worker, theta[lps] - train(config, theta[lps], cursor, rounds[worker]))
+        later(end, "push", lps, worker, theta[lps] - train[worker](theta[lps], cursor, rounds[worker]))
         cursor += rounds[worker] * config["local_batch_size"]
 
     for lps, group in enumerate(workers):
@@ -106,6 +124,7 @@ def async_local_sgd(config: Config) -> Iterator[Event]:
     """All events by virtual time. The only server is the GPS, in region 0."""
     homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
     rounds, speeds, apply = local_steps(config), relative_speeds(config), optimizer(config["global_optimizer"])
+    train = [trainer(config) for _ in homes]
     theta, version, steps, cursor = initial(), 0, 0, 0
     queue: list[tuple[float, int, Vector]] = []
 
@@ -113,7 +132,7 @@ def async_local_sgd(config: Config) -> Iterator[Event]:
         nonlocal cursor
         compute = config["local_step_time_ms"] * rounds[worker] / speeds[worker]
         end = now + 2 * link_ms(config, 0, homes[worker]) + compute + worker * 1e-6
-        heapq.heappush(queue, (end, worker, theta - train(config, theta, cursor, rounds[worker])))
+        heapq.heappush(queue, (end, worker, theta - train[worker](theta, cursor, rounds[worker])))
         cursor += rounds[worker] * config["local_batch_size"]
 
     for worker in range(len(homes)):
@@ -130,6 +149,7 @@ def diloco(config: Config) -> Iterator[Event]:
     """All rounds. Workers with equally many steps also start from the same position of the schedule."""
     rounds, speeds, apply = local_steps(config), relative_speeds(config), optimizer(config["outer_optimizer"])
     workers, table = len(rounds), config["network_bandwidths_gbps"]
+    train = [trainer(config) for _ in rounds]
     rings = [
         min(table[a][b] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True))
         for ring in itertools.permutations(range(len(table)))
@@ -140,10 +160,10 @@ def diloco(config: Config) -> Iterator[Event]:
     theta, version, steps, cursor, now = initial(), 0, 0, 0, 0.0
     while True:
         total = np.zeros(6)
-        for own in rounds:
+        for worker, own in enumerate(rounds):
             start = cursor // config["global_batch_size"]
             position = start - start % own if len(set(rounds)) == 1 else start
-            total += theta - train(config, theta, cursor, own, position)
+            total += theta - train[worker](theta, cursor, own, position)
             cursor += own * config["local_batch_size"]
         now += compute + exchange
         theta, version, steps = apply(theta, total / workers), version + 1, steps + sum(rounds)
@@ -183,15 +203,20 @@ def learning_rate(schedule: Config, step: int) -> float:
     return bottom
 
 
-def train(config: Config, weight: Vector, start: int, steps: int, position: int | None = None) -> Vector:
-    """The weight after a round that starts at index `start` of the data."""
-    size = config["local_batch_size"]
-    position = start // config["global_batch_size"] if position is None else position
-    for step in range(steps):
-        first = start + step * size
-        mean = sum(sample(index) for index in range(first, first + size)) / size
-        weight = weight - learning_rate(config["worker_lr_schedule"], position + step + 1) * (weight - mean)
-    return weight
+def trainer(config: Config) -> Callable[..., Vector]:
+    """A worker."""
+    size, apply = config["local_batch_size"], sgd(config["worker_optimizer"])
+
+    def train(weight: Vector, start: int, steps: int, position: int | None = None) -> Vector:
+        """The weight after a round that starts at index `start` of the data."""
+        position = start // config["global_batch_size"] if position is None else position
+        for step in range(steps):
+            first = start + step * size
+            mean = sum(sample(index) for index in range(first, first + size)) / size
+            weight = apply(weight, weight - mean, learning_rate(config["worker_lr_schedule"], position + step + 1))
+        return weight
+
+    return train
 
 
 def optimizer(config: Config) -> Callable[[Vector, Vector], Vector]:
@@ -213,11 +238,11 @@ def delayed_nesterov(config: Config) -> Callable[[Vector, Vector], Vector]:
     return apply
 
 
-def sgd(config: Config) -> Callable[[Vector, Vector], Vector]:
-    lr, momentum, nesterov = config["lr"], config.get("momentum", 0.0), config.get("nesterov", False)
+def sgd(config: Config) -> Callable[..., Vector]:
+    momentum, nesterov = config.get("momentum", 0.0), config.get("nesterov", False)
     m = np.zeros(6)
 
-    def apply(p: Vector, g: Vector) -> Vector:
+    def apply(p: Vector, g: Vector, lr: float = config["lr"]) -> Vector:
         nonlocal m
         m = momentum * m + g
         return p - lr * (g + momentum * m if nesterov else m)

@@ -47,12 +47,29 @@ def test_there_is_something_to_reproduce():
         {"local_optimizer": {"opt_type": "sgd", "lr": 0.3, "momentum": 0.5, "nesterov": True}},
         {"global_optimizer": {"opt_type": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
         {"local_optimizer": {"opt_type": "sgd", "lr": 0.3}, "global_optimizer": {"opt_type": "sgd", "lr": 0.7}},
+        {"worker_optimizer": {"opt_type": "sgd", "lr": 0.05, "momentum": 0.6, "nesterov": True}},
+        {"worker_optimizer": {"opt_type": "sgd", "lr": 0.05, "momentum": 0.6}},
     ],
     ids=str,
 )
 def test_the_servers_reproduce_two_regions_with(change):
     config = TWO_REGIONS | change
     replay(config, reference.record(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"worker_optimizer": {"opt_type": "adamw", "lr": 1e-3}}, "worker_optimizer: the opt_type 'adamw'"),
+        ({"local_optimizer": {"opt_type": "adam", "lr": 1e-3}}, "local_optimizer: the opt_type 'adam'"),
+        ({"worker_optimizer": {"opt_type": "sgd", "lr": 0.1, "weight_decay": 0.1}}, "weight_decay of sgd"),
+        ({"worker_lr_schedule": {"lr_type": "constant", "max_lr": 0.05}}, "worker_lr_schedule: the lr_type 'constant'"),
+    ],
+    ids=str,
+)
+def test_what_the_rules_do_not_say_is_refused(change, message):
+    with pytest.raises(AssertionError, match=f"{message}.* is not known here"):
+        golden.record_of({"config": TWO_REGIONS | change})
 
 
 def test_the_first_round_of_the_reference_is_what_a_pocket_calculator_gives():
@@ -222,13 +239,13 @@ class Cluster:
 
 
 class Worker:
-    """A worker of the toy problem: a module, torch's SGD on its loss, and the package's round and vector."""
+    """A worker of the toy problem: a module, its optimizer on its loss, and the package's round and vector."""
 
     def __init__(self, rank, config):
         self.rank = rank
         self.config = config
         self.module = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(6, dtype=torch.float64))})
-        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.0)
+        self.optimizer = golden.optimizer(config["worker_optimizer"])(self.module.parameters())
         self.vector = ModelVector(self.module)
         self.round = WorkerRound(rank, 0)
 

@@ -61,6 +61,7 @@ def test_steps_schedule_and_validation(run: Run, name: str) -> None:
     assert_same_model(results)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("name", "ratio"), [("async_local_sgd", 2.5), ("diloco_dynamic", 1.5), ("diloco", 1.0)])
 def test_who_waits_for_a_slow_worker(run: Run, name: str, ratio: float) -> None:
     results = run(trained, name, {"max_steps": 40, "limit_val_batches": 0})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_halos import HalosMonitor
@@ -28,7 +31,9 @@ def monitored() -> Result:
 def test_the_monitor_logs_what_the_run_did(run: Run, tmp_path: Path) -> None:
     results = run(monitored)
     assert_trained(results, max_steps=40, round_steps=LOCAL_STEPS)
-    assert sorted(results[0]["shown"]) == ["halos/global_step", "halos/staleness"]
+    scalars = ("global_step", "staleness", "updates", "merges", "bytes_within_regions", "bytes_between_regions")
+    shares = [f"compute_share/rank_{rank}" for rank in range(WORKERS)]
+    assert set(results[0]["shown"]) == {f"halos/{name}" for name in (*scalars, "round_seconds", *shares)}
     with (tmp_path / "logs" / "metrics.csv").open() as file:
         rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if row["halos/updates"]]
     steps = [float(row["halos/global_step"]) for row in rows]
@@ -48,3 +53,20 @@ def test_the_monitor_logs_what_the_run_did(run: Run, tmp_path: Path) -> None:
     assert last["halos/round_seconds"] > 0
     for rank in range(WORKERS):
         assert 0 < last[f"halos/compute_share/rank_{rank}"] <= 1
+    shares = [last[f"halos/compute_share/rank_{rank}"] for rank in range(WORKERS)]
+    assert last["halos/compute_share_min"] == min(shares)
+
+
+@pytest.mark.parametrize("workers", [8, 9])
+def test_the_progress_bar_has_room_for_8_workers(workers: int) -> None:
+    shares = {str(rank): 1 - rank / 10 for rank in range(workers)}
+    counters = defaultdict(float, rejected_of={}, compute_share=shares)
+    servers = SimpleNamespace(statistics=lambda: [counters], version=1)
+    strategy = SimpleNamespace(servers=servers, round=SimpleNamespace(batches=0))
+    trainer = SimpleNamespace(strategy=strategy, global_step=1, world_size=workers)
+    shown: dict[str, float] = {}
+    module = SimpleNamespace(log_dict=lambda values, prog_bar=False, **_: shown.update(values if prog_bar else {}))
+    HalosMonitor().on_train_batch_start(trainer, module)  # type: ignore[arg-type]
+    shown = {name: value for name, value in shown.items() if "compute_share" in name}
+    each = {f"halos/compute_share/rank_{rank}": share for rank, share in shares.items()}
+    assert shown == (each if workers == 8 else {"halos/compute_share_min": pytest.approx(0.2)})

@@ -10,7 +10,16 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, Reduce
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import Toy, assert_no_step_lost, assert_trained, loader, make_trainer, outcome
+from tests.integration.toys import (
+    LOCAL_STEPS,
+    Toy,
+    assert_no_step_lost,
+    assert_same_model,
+    assert_trained,
+    loader,
+    make_trainer,
+    outcome,
+)
 
 STEPS = 40
 
@@ -84,6 +93,7 @@ def test_one_cycle_over_epochs(run: Run) -> None:
         assert result["schedules"] == [32]
         assert result["global_step"] == 32
     assert_no_step_lost(results)
+    assert_same_model(results)
 
 
 class ByEpoch(Toy):
@@ -99,9 +109,13 @@ def by_epoch() -> Result:
 
 
 def test_schedule_by_epoch(run: Run) -> None:
-    for result in run(by_epoch):
+    results = run(by_epoch)
+    for result in results:
         assert result["schedules"] == [3]
         assert result["lrs"] == [pytest.approx(1e-2 / 8)]
+        assert result["global_step"] == 48
+    assert_no_step_lost(results)
+    assert_same_model(results)
 
 
 class Plateau(Toy):
@@ -143,3 +157,7 @@ def test_plateau_is_decided_by_rank_0(run: Run, config: dict[str, Any], flags: d
     results = run(plateau, config, flags)
     assert len(results[0]["validated_on"]) == 4
     assert [result["lrs"] for result in results] == [[pytest.approx(last)]] * 4
+    assert [result["global_step"] for result in results] == [64] * 4
+    assert 64 * 4 <= sum(result["optimizer_steps"] for result in results) <= (64 + 2 * LOCAL_STEPS) * 4
+    assert_no_step_lost(results)
+    assert_same_model(results)

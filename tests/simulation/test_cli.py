@@ -1,4 +1,3 @@
-import builtins
 import json
 import subprocess
 import sys
@@ -158,19 +157,14 @@ class TestOutput:
         assert {e["name"] for e in instants} == {"push applied", "update applied", "merge"}
         assert all(e["ts"] <= 60e6 for e in instants)
 
-    def test_without_matplotlib_says_how_to_get_it(self, run, tmp_path, monkeypatch):
-        real = builtins.__import__
-
-        def without(name, *rest, **more):
-            if name.startswith("matplotlib"):
-                raise ModuleNotFoundError("No module named 'matplotlib'")
-            return real(name, *rest, **more)
-
-        monkeypatch.setattr(builtins, "__import__", without)
+    def test_without_matplotlib_says_how_to_get_it_before_anything_is_written(self, run, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert run(*SMALL)[0] == 0  # the table needs none
-        status, _, err = run(*SMALL, "--output", str(tmp_path))
-        assert status == 2
-        assert "pip install 'lightning-halos[examples]'" in err
+        status, out, err = run(*SMALL, "--output", str(tmp_path / "plans"))
+        assert (status, out) == (2, "")
+        assert 'matplotlib is not installed. The picture of plan --output needs it: pip install "light' in err
+        assert '"lightning-halos[examples]"' in err
+        assert not list(tmp_path.iterdir())
 
 
 class TestSweep:

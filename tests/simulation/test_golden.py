@@ -48,7 +48,7 @@ class Toy(pl.LightningModule):
         return 0.5 * (self.weight - batch.mean(0)).square().sum()
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer = golden.optimizer(self.config["worker_optimizer"] | {"lr": 1.0})(self.parameters())
         schedule = self.config["worker_lr_schedule"]
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: reference.learning_rate(schedule, step + 1)
@@ -148,6 +148,7 @@ UNEVEN = {
         UNEVEN | {"dynamic_local_steps": True, "local_steps": 5, "accumulation": 3},
         {"local_optimizer": {"opt_type": "sgd", "lr": 0.3, "momentum": 0.5, "nesterov": True}},
         {"global_optimizer": {"opt_type": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
+        {"worker_optimizer": {"opt_type": "sgd", "lr": 0.05, "momentum": 0.6, "nesterov": True}},
         UNEVEN | {"algorithm": "async_local_sgd"},
         UNEVEN | {"algorithm": "diloco", "outer_optimizer": {"opt_type": "sgd", "lr": 0.7}},
         UNEVEN

@@ -43,6 +43,8 @@ STRATEGIES = {
     ),
     "sync_sgd": lambda **kwargs: SyncSGDStrategy(simulate=CLUSTER, **kwargs),
 }
+NAMED = ["rank 0 (region 0)", "rank 1 (region 0)", "rank 2 (region 1)", "rank 3 (region 1)"]
+WORLD = "the simulated world of rank 0 (region 0)"
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -227,11 +229,14 @@ def test_rank_0_decides_for_everybody(tmp_path: Path) -> None:
 def test_a_worker_that_raises_ends_the_simulation() -> None:
     class Broken(Toy):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            alarm = self.trainer.strategy._process.alarm
+            if self.global_rank == 0:  # what its errors would call the others
+                assert {link.peer for link in alarm.links} == {WORLD, *NAMED}
             if self.global_rank == 2 and batch_idx == 5:
-                raise RuntimeError("the cat sat on the keyboard")
+                raise RuntimeError(f"the cat sat on the keyboard of {alarm.here}")
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(Exception, match="the cat sat on the keyboard"):
+    with pytest.raises(Exception, match=r"the cat sat on the keyboard of rank 2 \(region 1\)"):
         fit("halos", Broken(), max_steps=400)
 
 

@@ -11,31 +11,39 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-_SUMS = ("updates", "rejected", "merges", "bytes_within_regions", "bytes_between_regions", "round_seconds")
+_SUMS = ("updates", "merges", "bytes_within_regions", "bytes_between_regions", "round_seconds")
+_MOST_SHARES = 8  # on the progress bar, which is one line
 
 
 class HalosMonitor(Callback):
     """Logs how a HALoS run is going, through any logger and on the progress bar.
 
-    Rank 0 logs, at the start of each of its rounds, what the local servers reported last:
+    Rank 0 logs, at the start of each of its rounds, what the local servers reported last. The progress bar shows what
+    has a star:
 
-    =================================  ==================================================================
-    ``halos/global_step``              local steps of all workers / workers (progress bar)
-    ``halos/staleness``                mean versions between pull and push so far (progress bar)
-    ``halos/staleness_max``            the largest so far
-    ``halos/updates``                  pushes that local servers applied
-    ``halos/rejected``                 pushes that local servers dropped
-    ``halos/rejected/rank_0``          of each worker, once there were any
-    ``halos/merges``                   global models that local servers merged
-    ``halos/global_updates``           region updates that the global server applied
-    ``halos/bytes_within_regions``     bytes between workers and servers, inside regions
-    ``halos/bytes_between_regions``    bytes between regions
-    ``halos/round_seconds``            seconds that all workers together spent computing rounds
-    ``halos/compute_share/rank_0``     of each worker: seconds computing / seconds computing and waiting
-    =================================  ==================================================================
+    ===================================  ==================================================================
+    ``halos/global_step`` *              local steps of all workers / workers
+    ``halos/staleness`` *                mean versions between pull and push so far
+    ``halos/staleness_max``              the largest so far
+    ``halos/updates`` *                  pushes that local servers applied
+    ``halos/rejected``                   pushes that local servers dropped
+    ``halos/rejected/rank_0``            of each worker, once there were any
+    ``halos/merges`` *                   global models that local servers merged
+    ``halos/global_updates``             region updates that the global server applied
+    ``halos/bytes_within_regions`` *     bytes between workers and servers, inside regions
+    ``halos/bytes_between_regions`` *    bytes between regions
+    ``halos/round_seconds`` *            seconds that all workers together spent computing rounds
+    ``halos/compute_share/rank_0`` *     of each worker: seconds computing / seconds computing and waiting
+    ``halos/compute_share_min``          the smallest of these; with more than 8 workers the progress bar
+                                         shows it instead of them
+    ===================================  ==================================================================
 
-    A message between two parts of the same process is no traffic and counts no bytes. In real Async-Local-SGD there is
-    one region: all bytes count as inside it.
+    In a real run a message between two parts of the same process is no traffic and counts no bytes, and under
+    Async-Local-SGD there is one region: all bytes count as inside it. In a simulation every push, pull and exchange
+    counts with the cluster's message size, between regions where worker and server are in two, also under
+    Async-Local-SGD; seconds are virtual, and a worker's share is that of its last round.
+
+    DiLoCo and synchronous SGD have no local servers that count anything: under them nothing is logged.
 
     Raises:
         MisconfigurationException: If the Trainer has another strategy.
@@ -60,11 +68,19 @@ class HalosMonitor(Callback):
             "halos/staleness": sum(s["staleness_sum"] for s in statistics)
             / max(1, sum(s["updates"] for s in statistics)),
         }
-        quiet = {f"halos/{name}": float(sum(s[name] for s in statistics)) for name in _SUMS}
-        quiet["halos/staleness_max"] = float(max(s["staleness_max"] for s in statistics))
-        quiet["halos/global_updates"] = float(strategy.servers.version)
+        shown |= {f"halos/{name}": float(sum(s[name] for s in statistics)) for name in _SUMS}
+        quiet = {
+            "halos/rejected": float(sum(s["rejected"] for s in statistics)),
+            "halos/staleness_max": float(max(s["staleness_max"] for s in statistics)),
+            "halos/global_updates": float(strategy.servers.version),
+        }
+        shares: dict[str, float] = {}
         for server in statistics:
             quiet |= {f"halos/rejected/rank_{rank}": float(count) for rank, count in server["rejected_of"].items()}
-            quiet |= {f"halos/compute_share/rank_{rank}": share for rank, share in server["compute_share"].items()}
+            shares |= {f"halos/compute_share/rank_{rank}": share for rank, share in server["compute_share"].items()}
+        smallest = {"halos/compute_share_min": min(shares.values())} if shares else {}
+        each_is_shown = trainer.world_size <= _MOST_SHARES
+        shown |= shares if each_is_shown else smallest
+        quiet |= smallest if each_is_shown else shares
         pl_module.log_dict(shown, prog_bar=True, rank_zero_only=True)
         pl_module.log_dict(quiet, rank_zero_only=True)

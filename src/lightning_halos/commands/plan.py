@@ -75,6 +75,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from lightning_halos.extras import picture_package
     from lightning_halos.simulation.planner import ALGORITHMS, PlanSettings, make_timing, plan
     from lightning_halos.simulation.report import as_json, save_picture, table
     from lightning_halos.simulation.trace import write_trace
@@ -84,6 +85,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.sweep:
         _sweep(arguments, timing)
         return
+    if arguments.output:
+        picture_package("matplotlib")  # before an hour is simulated and half of the files are written
     settings = PlanSettings(
         local_steps=arguments.local_steps,
         dynamic_local_steps=not arguments.same_local_steps,

@@ -16,9 +16,10 @@ class Event:
 
     Attributes:
         time: Virtual milliseconds.
-        kind: ``"push"``: a worker's round was applied by its local server; ``"update"``: a local server's update was
-            applied by the global server; ``"merge"``: a local server merged the global model; ``"round"``: all workers
-            finished a synchronous round; ``"end"``: the final model is there.
+        kind: ``"push"``: a worker's round arrived at its local server, which applied it or, with NaN for example,
+            dropped it; ``"update"``: a local server's update arrived at the global server, at the end also an empty
+            one; ``"merge"``: a local server merged the global model; ``"round"``: all workers finished a synchronous
+            round; ``"end"``: the final model is there. ``version`` shows what was applied: it is one more then.
         server: Index of the local server, also of the sender of an update; -1 where there is only the global server.
         worker: Global rank of the worker of a push; -1 otherwise.
         version: Updates that the server has applied.

@@ -28,14 +28,13 @@ from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
-_WORLD = "the simulated world of rank 0"
-
 
 class SimulatedProcess:
     """The links of one process of a simulation, during one fit.
 
     Args:
         rank: Global rank of this process.
+        describe: Names a worker in errors, by rank and region.
         groups: Process groups whose ``region`` is all workers.
         algorithm: The algorithm.
         timing: The durations on the cluster.
@@ -59,6 +58,7 @@ class SimulatedProcess:
     def __init__(
         self,
         rank: int,
+        describe: Callable[[int], str],
         groups: Groups,
         algorithm: Algorithm,
         timing: Timing,
@@ -73,9 +73,10 @@ class SimulatedProcess:
         rounds: Mapping[str, Any] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.alarm = Alarm(f"rank {rank}")
+        self.alarm = Alarm(describe(rank))
         self.world: World | None = None
         self._rank = rank
+        self._describe = describe
         self._workers = budget.workers
         self._done = budget.total
         ordered = math.inf if budget.max_steps is None else budget.max_steps * budget.workers - budget.total
@@ -94,7 +95,7 @@ class SimulatedProcess:
             link = self._connect(self.world, groups, timeout)
         else:
             assert groups.region is not None
-            link = GlooLink(groups.region, 0, _WORLD, timeout)
+            link = GlooLink(groups.region, 0, self._world_of_rank_0, timeout)
             self.alarm.links.append(link)
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
@@ -103,15 +104,19 @@ class SimulatedProcess:
 
     def _connect(self, world: World, groups: Groups, timeout: float) -> Link:
         """Connects all workers with the world. Returns this process's own worker's end."""
-        mine, its = LoopbackLink.pair(_WORLD, "rank 0")
+        mine, its = LoopbackLink.pair(self._world_of_rank_0, self._describe(0))
         self.alarm.links += [mine, its]
         world.attach(0, its)
         for rank in range(1, self._workers):
             assert groups.region is not None
-            link = GlooLink(groups.region, rank, f"rank {rank}", timeout)
+            link = GlooLink(groups.region, rank, self._describe(rank), timeout)
             self.alarm.links.append(link)
             world.attach(rank, link)
         return mine
+
+    @property
+    def _world_of_rank_0(self) -> str:
+        return f"the simulated world of {self._describe(0)}"
 
     def _rounds(self) -> Rounds:
         rounds = self._make_rounds()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_halos.extras import picture_package
 from lightning_halos.simulation.planner import MS_PER_HOUR, Floats, Plan, Staleness
 from lightning_halos.simulation.timing import Timing
 
@@ -150,16 +151,10 @@ def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
     Raises:
         ModuleNotFoundError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "A picture needs matplotlib: pip install 'lightning-halos[examples]'. Without --output no picture is drawn."
-        ) from None
     kind, names, groups = _breakdown(timing, _MOST_BARS)
     is_detailed = len(groups) <= _MOST_BARS
     heights = [0.5 * len(plans) + 0.8] + [1.5] * (len(plans) if is_detailed else 0)
-    figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
+    figure = picture_package("matplotlib.figure").Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_overview(plans, axes[0])
     figure.suptitle(f"Where the workers' time goes\n{describe(timing)}", fontsize=11)
