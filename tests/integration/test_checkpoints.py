@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_halos import AsyncLocalSGDStrategy, CheckpointError
@@ -107,18 +108,30 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     assert_same_model(results)
 
 
+class Scaled(Noting):
+    """Notes the scale of the losses at its first batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        plugin = self.trainer.precision_plugin
+        assert isinstance(plugin, MixedPrecision)
+        assert plugin.scaler is not None
+        self.first_state.setdefault("scale", plugin.scaler.get_scale())
+        return loss
+
+
 def one_server_interrupted_and_resumed(folder: Path) -> Result:
-    flags: dict[str, Any] = {"max_epochs": 2}
-    trainer = make_trainer(
-        AsyncLocalSGDStrategy(local_steps=4, timeout=60),
-        callbacks=saving(folder, 16),
-        enable_checkpointing=True,
-        **flags,
-    )
-    trainer.fit(Noting(), loader(shuffle=True))
-    module, trainer = Noting(), make_trainer(AsyncLocalSGDStrategy(local_steps=4, timeout=60), **flags)
-    trainer.fit(module, loader(shuffle=True), ckpt_path=folder / "step=16.ckpt")
-    return outcome(trainer, module, first=module.first_state)
+    """Under Async-Local-SGD, with scaled losses of 16 bits."""
+
+    def trainer(scale: float, **kwargs: Any) -> pl.Trainer:
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+        strategy = AsyncLocalSGDStrategy(local_steps=4, timeout=60)
+        return make_trainer(strategy, plugins=precision, max_epochs=2, **kwargs)
+
+    trainer(64.0, callbacks=saving(folder, 16), enable_checkpointing=True).fit(Noting(), loader(shuffle=True))
+    module, resumed = Scaled(), trainer(2.0)
+    resumed.fit(module, loader(shuffle=True), ckpt_path=folder / "step=16.ckpt")
+    return outcome(resumed, module, first=module.first_state)
 
 
 def test_a_run_with_one_server_resumes(run: Run, tmp_path: Path) -> None:
@@ -130,6 +143,7 @@ def test_a_run_with_one_server_resumes(run: Run, tmp_path: Path) -> None:
     for result in results:
         assert result["global_step"] == 32
         assert all(steps > 0 for steps in result["first"]["steps"])
+        assert result["first"]["scale"] == 64.0
     assert_same_model(results)
 
 
