@@ -1,9 +1,9 @@
-"""Pre-trains a language model of the Pythia suite (GPT-NeoX) under HALoS.
+r"""Pre-trains a language model of the Pythia suite (GPT-NeoX) under HALoS.
 
 Every setting is in a YAML file of ``examples/pythia``, and any of them can be given on the command line::
 
     python examples/pretrain_pythia.py fit --config examples/pythia/tiny.yaml
-    python examples/pretrain_pythia.py fit --config examples/pythia/paper.yaml --config examples/pythia/70m.yaml \\
+    python examples/pretrain_pythia.py fit --config examples/pythia/paper.yaml --config examples/pythia/70m.yaml \
         --data.prefix /data/pile/document
 
 ``--help`` lists them all. docs/pretraining.md goes from a corpus to an evaluated model.
