@@ -100,7 +100,7 @@ class Pythia(L.LightningModule):
         self.val_loss.update(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), targets.numel())
         self.val_perplexity.update(logits, targets)
         self.log("val_loss", self.val_loss, prog_bar=True)
-        self.log("val_perplexity", self.val_perplexity)
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
