@@ -1,9 +1,10 @@
-"""Pre-trains a language model of the Pythia suite (GPT-NeoX) under HALoS.
+r"""Pre-trains a language model of the Pythia suite (GPT-NeoX) under HALoS.
 
 Every setting is in a YAML file of ``examples/pythia``, and any of them can be given on the command line::
 
     python examples/pretrain_pythia.py fit --config examples/pythia/tiny.yaml
-    python examples/pretrain_pythia.py fit --config examples/pythia/70m.yaml --data.prefix /data/pile/document
+    python examples/pretrain_pythia.py fit --config examples/pythia/paper.yaml --config examples/pythia/70m.yaml \
+        --data.prefix /data/pile/document
 
 ``--help`` lists them all. docs/pretraining.md goes from a corpus to an evaluated model.
 """
@@ -35,7 +36,8 @@ class Pythia(L.LightningModule):
         lr: Peak learning rate.
         betas: Of AdamW.
         weight_decay: Of AdamW, for matrices only: not for biases and LayerNorm.
-        warmup_steps: Global steps in which the learning rate rises to its peak. Default: a hundredth of all.
+        warmup_steps: Global steps in which the learning rate rises to its peak; 0 for none. Default: a hundredth of
+            all.
         final_lr: The learning rate in the end, after a cosine, as a share of ``lr``.
         gradient_checkpointing: Compute activations anew in the backward pass, instead of keeping them in memory.
         compile: Let ``torch.compile`` compile the model.
@@ -69,7 +71,7 @@ class Pythia(L.LightningModule):
         if pretrained is not None:
             self.model = AutoModelForCausalLM.from_pretrained(
                 pretrained, revision=revision, attn_implementation=attention, dtype=torch.float32
-            )
+            ).train()  # loaded models are in evaluation mode, without dropout and gradient checkpointing
         else:
             self.model = GPTNeoXForCausalLM(GPTNeoXConfig(**(architecture or {}), attn_implementation=attention))
         if gradient_checkpointing:
@@ -98,7 +100,7 @@ class Pythia(L.LightningModule):
         self.val_loss.update(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), targets.numel())
         self.val_perplexity.update(logits, targets)
         self.log("val_loss", self.val_loss, prog_bar=True)
-        self.log("val_perplexity", self.val_perplexity)
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
@@ -112,9 +114,10 @@ class Pythia(L.LightningModule):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.hparams["weight_decay"]},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], betas=self.hparams["betas"], fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], betas=self.hparams["betas"])
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup: int = self.hparams["warmup_steps"] or max(1, steps // 100)
+        given: int | None = self.hparams["warmup_steps"]
+        warmup = max(1, steps // 100) if given is None else given
         final: float = self.hparams["final_lr"]
 
         def factor(step: int) -> float:

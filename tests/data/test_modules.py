@@ -74,6 +74,7 @@ class TestMegatron:
         unknown = set_up(MegatronDataModule(numbered, CONTEXT, val_sequences=5))
         assert (unknown.tokenizer, unknown.vocab_size, unknown.bytes_per_token) == (None, None, None)
         os.symlink(tokenizer, f"{numbered}-tokenizer")
+        assert MegatronDataModule(f"{numbered}.idx", CONTEXT, val_sequences=5).vocab_size == 300
         data = MegatronDataModule(numbered, CONTEXT, val_sequences=5)
         assert data.vocab_size == 300
         assert data.tokenizer.eos_token == "<|endoftext|>"

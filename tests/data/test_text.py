@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec.compression
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +36,16 @@ class TestCorpus:
         assert list(Corpus(str(tmp_path / "in")).documents()) == ["one\n\ntwo\n", "x = 1\n"]
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="paragraph").documents()) == ["one", "two\n"]
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="line").documents()) == ["one", "two"]
+
+    def test_a_folders_text_may_be_compressed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for suffix, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
+            (tmp_path / f"notes.txt.{suffix}").write_bytes(compress(suffix.encode()))
+        assert list(Corpus(str(tmp_path)).documents()) == ["bz2", "gz", "xz"]
+        (tmp_path / "notes.txt.zst").touch()
+        assert [path.suffix for path in Corpus(str(tmp_path)).paths] == [".bz2", ".gz", ".xz", ".zst"]
+        monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+        with pytest.raises(ModuleNotFoundError, match="pip install zstandard"):
+            Corpus(str(tmp_path)).load()
 
     @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
     def test_json_lines_and_parquet(self, tmp_path: Path, kind: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import os
 import signal
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,6 +172,19 @@ def test_the_tokenizer_of_the_datamodule_is_found(tmp_path: Path, tokenizer: str
     trainer = make_trainer("auto", devices=1, max_steps=1, callbacks=[callback])
     trainer.fit(LanguageModule(), data)
     assert callback.results is not None
+
+
+def test_the_final_model_is_evaluated_where_it_was_trained(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LanguageModule()
+    device = torch.device("cpu", 0)  # is the CPU, by a name that nothing else uses
+    done: list[str] = []
+    to = module.lm.to
+    monkeypatch.setattr(module.lm, "to", lambda device: (done.append(str(device)), to(device)))
+    callback = LMEvalCallback("local_lambada", tokenizer=tokenizer, **FEW)
+    trainer = make_trainer(SingleDeviceStrategy(device), devices=1, max_steps=1, callbacks=[callback])
+    module.lm.register_forward_hook(lambda *_: done.append("forward") if trainer.global_step == 1 else None)
+    trainer.fit(module, loader())
+    assert [key for key, _ in groupby(done)] == ["cpu:0", "forward", "cpu"]
 
 
 def test_arguments_that_evaluate_nothing_are_refused() -> None:

@@ -6,18 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, PreTrainedTokenizerBase
 
 import lightning_halos
 from lightning_halos import HuggingFaceCheckpoint
 from lightning_halos.cli import main
 from lightning_halos.language.comparison import compare
+from lightning_halos.language.evaluation import write_results
 from tests.language.models import CONTEXT, TASKS, LanguageModule, config, source
 from tests.language.test_export import save
 
@@ -34,13 +37,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> str:
     return str(path)
 
 
-def test_all_four_formats_from_any_folder(
-    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_all_four_formats_from_any_folder_with_every_option(
+    folder: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tasks = "local_hellaswag,local_lambada,local_winogrande,local_mmlu"
-    assert main(["evaluate", folder, "--tasks", tasks, *FEW, "--output", "scores"]) == 0
+    options = ["--num-fewshot", "1", "--batch-size", "2", "--device", "cpu", "--dtype", "bfloat16"]
+    options += ["--model-args", "max_length=100", "--tokenizer", tokenizer]
+    with patch.object(HFLM, "__init__", autospec=True, side_effect=HFLM.__init__) as loading:
+        assert main(["evaluate", folder, "--tasks", tasks, *FEW, *options, "--output", "scores"]) == 0
+    given = {"tokenizer": tokenizer, "batch_size": 2, "device": "cpu", "dtype": "bfloat16", "max_length": 100}
+    assert given.items() <= loading.call_args.kwargs.items()
     results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert results["config"]["model_dtype"] == "torch.bfloat16"
+    assert set(results["n-shot"].values()) == {1}
     assert {(task, key) for task, values in results["results"].items() for key in values if key.endswith("r,none")} >= {
         ("local_hellaswag", "acc_stderr,none"),
         ("local_hellaswag", "acc_norm_stderr,none"),
@@ -55,6 +65,11 @@ def test_all_four_formats_from_any_folder(
     assert "Limited to 3 questions per task" in markdown
     for shown in (markdown, capsys.readouterr().out):
         assert "|local_winogrande|" in shown
+
+
+def test_a_share_of_the_questions_is_called_one(tmp_path: Path) -> None:
+    write_results({"results": {}, "versions": {}, "n-shot": {}, "config": {"limit": 0.1}}, tmp_path)
+    assert "Limited to a share of 0.1 of each task's questions" in (tmp_path / "results.md").read_text()
 
 
 def test_a_checkpoint_a_folder_and_a_model_score_alike(tmp_path: Path, tokenizer: str) -> None:

@@ -6,15 +6,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoXForCausalLM
 
 from lightning_halos import HuggingFaceCheckpoint
+from lightning_halos.callbacks.hugging_face import describe_optimizer
 from lightning_halos.cli import main
 from lightning_halos.language.export import export_checkpoint
 from lightning_halos.language.models import find_language_model
-from tests.language.models import VOCABULARY, LanguageModule, config, loader
+from tests.language.models import TASKS, VOCABULARY, LanguageModule, config, loader
 
 TOKENS = torch.arange(3 * 32).reshape(3, 32) % VOCABULARY
 
@@ -67,6 +69,32 @@ def test_the_folder_has_everything_that_a_model_on_the_hub_has(tmp_path: Path, t
         "| Optimizer | AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01",
     ):
         assert row in card
+
+
+def test_the_card_has_the_settings_of_each_group_of_parameters() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "weight_decay": decay} for decay in (0.1, 0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
+    described = describe_optimizer(optimizer)
+    assert described.startswith("AdamW(lr=0.5, betas=(0.9, 0.999), eps=1e-08, weight_decay=[0.1, 0.0]")
+
+
+def test_a_tokenizer_that_does_not_exist_is_missed_before_the_training(tmp_path: Path) -> None:
+    module = LanguageModule()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ValueError, match="nowhere"):
+        save(module, tmp_path, HuggingFaceCheckpoint(str(tmp_path / "nowhere")))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_adapters_alone_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = LanguageModule()
+    module.lm = get_peft_model(module.lm, LoraConfig(r=2, target_modules=["query_key_value"]))
+    checkpoint = str(save(module, tmp_path, HuggingFaceCheckpoint()))
+    evaluating = ["evaluate", checkpoint, "--tasks", "local_lambada", "--include-path", str(TASKS)]
+    for command in (["export", checkpoint, str(tmp_path / "out")], evaluating):
+        assert main(command) == 2
+        assert "contains adapters of peft, not a whole model. Merge them first" in capsys.readouterr().err
 
 
 def test_the_checkpoint_stays_one_that_needs_no_pickled_code(tmp_path: Path, tokenizer: str) -> None:

@@ -135,6 +135,7 @@ class LMEvalCallback(Callback):
         with (
             isolate_rng(),
             _global_model(trainer, model),
+            _on_device(model, trainer.strategy.root_device),
             loaded_model(model, self._find_tokenizer(trainer), self._batch_size) as lm,
             trainer.precision_plugin.forward_context(),
         ):
@@ -169,6 +170,17 @@ def flatten(results: Mapping[str, Any]) -> dict[str, float]:
             if "," in key and isinstance(value, (int, float)):
                 metrics[f"lm_eval/{task}/{key.removesuffix(',none').replace(',', '_')}"] = float(value)
     return metrics
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Lends a device to ``model``: before ``on_fit_end`` the strategy's teardown has put it into the CPU's memory."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
 
 
 @contextmanager

@@ -41,7 +41,9 @@ class HuggingFaceCheckpoint(Callback):
 
     Raises:
         ModuleNotFoundError: When the fit starts, if transformers is not installed.
-        ValueError: When the fit starts, if the module contains no model, or several and ``submodule`` names none.
+        TypeError: When the fit starts, if the tokenizer is none of transformers.
+        ValueError: When the fit starts, if the module contains no model, or several and ``submodule`` names none; or if
+            there is no tokenizer of that name, or it cannot be reached.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | None = None, submodule: str | None = None) -> None:
@@ -52,6 +54,8 @@ class HuggingFaceCheckpoint(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             find_language_model(pl_module, self.submodule)
+            if trainer.is_global_zero:
+                self._find_tokenizer_files(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -61,16 +65,19 @@ class HuggingFaceCheckpoint(Callback):
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             files |= _files_of(generation_config)
-        if self._tokenizer_files is None:
-            tokenizer = find_tokenizer(self.tokenizer, trainer)
-            self._tokenizer_files = {} if tokenizer is None else _files_of(tokenizer)
         checkpoint[RECORD] = {
             "submodule": name,
             "architecture": _architecture(model),
             "files": files,
-            "tokenizer_files": self._tokenizer_files,
+            "tokenizer_files": self._find_tokenizer_files(trainer),
             "training": training_settings(trainer),
         }
+
+    def _find_tokenizer_files(self, trainer: pl.Trainer) -> dict[str, str | bytes]:
+        if self._tokenizer_files is None:
+            tokenizer = find_tokenizer(self.tokenizer, trainer)
+            self._tokenizer_files = {} if tokenizer is None else _files_of(tokenizer)
+        return self._tokenizer_files
 
 
 def training_settings(trainer: pl.Trainer) -> dict[str, str]:
@@ -95,13 +102,14 @@ def training_settings(trainer: pl.Trainer) -> dict[str, str]:
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:
-    """The optimizer's class and the settings of its first group that its constructor was given, as text."""
-    group = optimizer.param_groups[0]
-    # What a scheduler keeps in the group stands first: the rate that it starts from.
-    values = {"lr": group.get("initial_lr", group.get("lr"))}
-    values |= {name: value for name, value in optimizer.defaults.items() if name != "lr" and value is not None}
-    arguments = ", ".join(f"{name}={value}" for name, value in values.items() if not isinstance(value, bool) or value)
-    return f"{type(optimizer).__name__}({arguments})"
+    """The optimizer's class and the settings that its constructor knows, as text: a list where its groups differ."""
+    settings = {}
+    for name in ("lr", *(name for name in optimizer.defaults if name != "lr")):
+        # What a scheduler keeps in the groups stands first: the rate that it starts from.
+        values = [group.get(f"initial_{name}", group.get(name)) for group in optimizer.param_groups]
+        settings[name] = values[0] if all(value == values[0] for value in values) else values
+    shown = (f"{name}={value}" for name, value in settings.items() if value is not None and value is not False)
+    return f"{type(optimizer).__name__}({', '.join(shown)})"
 
 
 def _halos_settings(strategy: HalosStrategy) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import mimetypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,9 +67,11 @@ class Corpus:
         Raises:
             ValueError: If the dataset cannot be reached or does not exist, or has no such configuration, split or
                 field.
-            ModuleNotFoundError: Without the extra ``lm``.
+            ModuleNotFoundError: Without the extra ``lm``, and without ``zstandard`` if there are ``.zst`` files.
         """
         datasets = language_package("datasets")
+        if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in _compressions():
+            raise ModuleNotFoundError(f"{self}: files that end in .zst need a package: pip install zstandard")
         try:
             if self.dataset:
                 loaded = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=self.streaming)
@@ -149,6 +151,12 @@ class Corpus:
         return ":".join(part for part in (self.dataset, self.config, self.split) if part)
 
 
+def _compressions() -> Collection[str]:
+    """What ``datasets`` can decompress here, by fsspec's names."""
+    compressions: Collection[str] = language_package("fsspec.compression").compr
+    return compressions
+
+
 def _find(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -162,9 +170,13 @@ def _find(pattern: str) -> list[Path]:
 
 def _is_readable(file: Path) -> bool:
     kind = _kind(file)
-    return file.is_file() and (kind != "text" or (mimetypes.guess_type(file.name)[0] or "").startswith("text/"))
+    plain, _ = mimetypes.guess_type(_without_compression(file).name)
+    return file.is_file() and (kind != "text" or (plain or "").startswith("text/"))
 
 
 def _kind(file: Path) -> str:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSIONS]
-    return _FORMATS.get(suffixes[-1], "text") if suffixes else "text"
+    return _FORMATS.get(_without_compression(file).suffix, "text")
+
+
+def _without_compression(file: Path) -> Path:
+    return file.with_suffix("") if file.suffix in _COMPRESSIONS else file  # mimetypes does not know all of them

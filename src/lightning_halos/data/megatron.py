@@ -74,7 +74,7 @@ class IndexedTokens(Dataset[Tensor]):
             raise ValueError(f"context={context!r} must be a positive number of tokens.")
         self._arguments = (prefix, context, as_stored)
         self._context = context
-        path = _without_suffix(Path(prefix))
+        path = without_suffix(Path(prefix))
         index = _read_index(path)
         self.dtype, self.num_tokens = index.dtype, index.tokens
         self._out = index.dtype if as_stored else np.dtype(np.int64)
@@ -161,7 +161,7 @@ class IndexedTokensWriter:
             names = ", ".join(known.name for known in _DTYPES.values())
             raise ValueError(f"dtype={np.dtype(dtype).name} must be one of {names}.")
         self._limits = np.iinfo(self._dtype)
-        path = _without_suffix(Path(prefix))
+        path = without_suffix(Path(prefix))
         self._paths = [_with(path, suffix) for suffix in (".bin", ".idx")]
         self._temporary = [file.with_name(f".{file.name}.{os.getpid()}") for file in self._paths]
         self._sizes = array("i")
@@ -343,7 +343,8 @@ def _chunks(numbers: NDArray[Any]) -> list[NDArray[Any]]:
     return [numbers[first : first + _CHUNK] for first in range(0, len(numbers), _CHUNK)]
 
 
-def _without_suffix(path: Path) -> Path:
+def without_suffix(path: Path) -> Path:
+    """Returns the prefix, also if it is one of the files that was given."""
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_halos.data.corpora import Corpus, SampleBy
-from lightning_halos.data.megatron import IndexedTokens
+from lightning_halos.data.megatron import IndexedTokens, without_suffix
 from lightning_halos.data.stream import PackedStream, hold_out
 from lightning_halos.data.tokenization import write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer
@@ -172,7 +172,7 @@ class MegatronDataModule(TokenDataModule):
         shuffle: bool = False,
         tokenizer: str | None = None,
     ) -> None:
-        beside = Path(f"{prefix}-tokenizer")
+        beside = Path(f"{without_suffix(Path(prefix))}-tokenizer")
         if tokenizer is None and beside.is_dir():
             tokenizer = str(beside)
         super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class PackedStream(IterableDataset[Tensor]):
     """Sequences of ``context + 1`` tokens from a corpus that is read as it goes: int64, of shape ``[context + 1]``.
 
-    Every rank and every worker of its ``DataLoader`` reads other documents and packs them by itself. Where the corpus
-    has at least as many files as there are workers in all, each reads its own files; with fewer files than ranks, every
-    rank reads all documents and drops those of others; with fewer files than workers of a ``DataLoader``, some of these
-    have nothing to do.
+    Every rank and every worker of its ``DataLoader`` gets other documents and packs them by itself. If the number of
+    files is a multiple of that of ranks, each rank reads its own files; otherwise every rank reads all documents and
+    drops those of others. The files that a rank reads are divided among the workers of its ``DataLoader``: with fewer
+    files than workers, some of these have nothing to do.
 
     Args:
         corpus: The text.

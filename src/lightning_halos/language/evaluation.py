@@ -234,7 +234,10 @@ def write_results(results: Results, folder: str | Path) -> None:
     text = json.dumps(kept, indent=1, default=handle_non_serializable, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     limit = results.get("config", {}).get("limit")
-    note = "" if limit is None else f"\nLimited to {limit} questions per task: not comparable to full results.\n"
+    note = ""
+    if limit is not None:
+        amount = f"a share of {limit} of each task's questions" if limit < 1 else f"{limit} questions per task"
+        note = f"\nLimited to {amount}: not comparable to full results.\n"
     markdown = f"# {results.get('model_name', 'Results')}\n{note}\n{results_table(results)}"
     (folder / "results.md").write_text(markdown, encoding="utf-8")
 
