@@ -133,7 +133,10 @@ class TestSequences:
         assert len(stream) - 1 - len(predicted) < context  # the tail
         assert tokens[0][0] == stream[0]
 
-    @pytest.mark.parametrize(("start_method", "workers", "as_stored"), [("fork", 2, True), ("spawn", 1, False)])
+    @pytest.mark.parametrize(
+        ("start_method", "workers", "as_stored"),
+        [("fork", 2, True), pytest.param("spawn", 1, False, marks=pytest.mark.slow)],
+    )
     def test_data_loader_workers(self, prefix: Path, start_method: str, workers: int, as_stored: bool) -> None:
         stream = write(prefix, equal_sequences(64))
         tokens = IndexedTokens(prefix, CONTEXT, as_stored)

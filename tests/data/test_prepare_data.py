@@ -85,6 +85,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 def test_as_a_command(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_halos.cli", "prepare-data", f"{corpus}/0*.txt"]
     options = ["--train-tokenizer", "260", "--output", tmp_path / "tokens"]

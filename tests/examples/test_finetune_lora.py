@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from peft import PeftModel
 
@@ -49,6 +50,7 @@ def test_only_adapters_are_trained_travel_and_are_saved(example: Example, tmp_pa
     assert all(torch.equal(tensor, end[f"lm.{name}"]) for name, tensor in loaded.items())
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_fetched_needs_the_network(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLES / SCRIPT, "--model", "EleutherAI/pythia-70m"],

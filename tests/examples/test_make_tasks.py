@@ -27,6 +27,7 @@ def _filled(row: dict[str, Any]) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the questions and the text are those of Python 3.11")
 def test_no_question_stands_in_the_training_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -139,9 +139,10 @@ def _assert_adds_up(results: list[Result], steps: int) -> None:
 
 
 def _whole(checkpoints: Path) -> dict[str, Manifest]:
-    """The manifests of all whole checkpoints."""
-    manifests = checkpoints.glob(f"*/*/{NAME}")
-    return {path.parent.parent.name: Manifest.read(path.read_text(), path) for path in manifests}
+    """The manifests of all whole checkpoints: whose file is there, too."""
+    manifests = {path.parent.parent.name: path for path in checkpoints.glob(f"*/*/{NAME}")}
+    there = {name: path for name, path in manifests.items() if (checkpoints / f"{name}.ckpt").is_file()}
+    return {name: Manifest.read(path.read_text(), path) for name, path in there.items()}
 
 
 def struck(case: Case, folder: Path) -> Result:

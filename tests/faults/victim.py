@@ -104,7 +104,9 @@ class Victim(Toy):
     @property
     def _is_ready(self) -> bool:
         try:
-            return self.case.moment == START or any(self.checkpoints.glob(f"*/*/{NAME}"))
+            manifests = self.checkpoints.glob(f"*/*/{NAME}")
+            files = (self.checkpoints / f"{path.parent.parent.name}.ckpt" for path in manifests)
+            return self.case.moment == START or any(file.is_file() for file in files)
         except FileNotFoundError:  # just removed, since a newer one is whole
             return True
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
+    PAUSE,
     SAMPLES,
     Toy,
     assert_no_step_lost,
@@ -43,6 +44,7 @@ class Noting(Toy):
 
 def epochs(number: int, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]) -> Result:
     module, trainer = Noting(), make_trainer(halos(servers_per_region=servers), max_epochs=number, **flags)
+    module.pause = 3 * PAUSE  # so that it does not matter who begins a little later
     trainer.fit(module, loader(SAMPLES + 10, shuffle=True, num_workers=data_workers, drop_last=drop_last))
     return outcome(trainer, module, epochs=module.epochs, batches=trainer.num_training_batches)
 

@@ -50,7 +50,11 @@ def start(*arguments: Any, folder: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize(
     ("launcher", "start_method"),
-    [([], "popen"), ([], "spawn"), pytest.param(TORCHRUN, "popen", marks=pytest.mark.slow)],
+    [
+        pytest.param([], "popen", marks=pytest.mark.slow),  # which examples/pretrain_tiny.py, for one, starts with
+        ([], "spawn"),
+        pytest.param(TORCHRUN, "popen", marks=pytest.mark.slow),
+    ],
     ids=["popen", "spawn", "torchrun"],
 )
 def test_script(tmp_path: Path, launcher: list[str], start_method: str) -> None:

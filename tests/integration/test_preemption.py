@@ -269,7 +269,7 @@ class Restarted(Script):
             if self.global_rank == 1 and is_whole(self.folder / "last.ckpt"):
                 os.kill(os.getpid(), getattr(signal, self.fault))
                 self.fault = "SIGCHLD"  # which nobody minds
-            time.sleep(0.2)
+            time.sleep(0.1)
         return super().training_step(batch, batch_idx)
 
 

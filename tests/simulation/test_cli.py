@@ -230,6 +230,7 @@ class TestErrors:
             assert "usage: lightning-halos" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_as_a_module_and_shows_an_example_in_its_help():
     command = [sys.executable, "-m", "lightning_halos.cli", "plan", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
