@@ -77,6 +77,33 @@ def test_a_later_file_is_there_at_once_and_half_written_until_all_shards_are(tmp
     assert usable(path)
 
 
+@pytest.mark.parametrize("is_written_first", [True, False])
+def test_a_file_is_there_when_another_one_is_whole(tmp_path: Path, is_written_first: bool) -> None:
+    """A link named last.ckpt leads to it: leading to nothing, it would make a run begin anew."""
+    saves, path = Saves(), tmp_path / "step=2.ckpt"
+    first, second = begin(saves, tmp_path / "step=1.ckpt"), saves.begin(path, MANIFEST, NAMES)
+    if not is_written_first:
+        complete(saves, first, [second])
+    second.written_to.write_text(second.marker.save)
+    saves.file_written(second.marker.save)
+    if is_written_first:
+        assert not path.exists()
+        complete(saves, first, [second])
+    assert path.exists()
+    assert newest_whole(path) == first.path
+    complete(saves, second)
+    assert usable(path)
+
+
+def test_the_file_of_a_first_save_that_fails_is_there(tmp_path: Path) -> None:
+    saves, path = Saves(), tmp_path / "step=1.ckpt"
+    begin(saves, path)
+    with pytest.warns(UserWarning, match=r"step=1.ckpt is not whole"):
+        saves.flush(0.0)
+    with pytest.raises(CheckpointError, match="half-written"):
+        find(path, path.read_text())
+
+
 def test_a_file_of_slurm_is_there_at_once(tmp_path: Path) -> None:
     """Lightning goes by the name of its folder, and would not find the file."""
     begin(Saves(), tmp_path / "hpc_ckpt_1.ckpt")

@@ -96,7 +96,7 @@ class Saves:
         Args:
             path: The ``.ckpt`` file.
             manifest: What is known by now. The save gets a name of its own.
-            expected: Names of the shards that are to come.
+            expected: Names of the shards that are to come; none of a save that fails at once.
 
         Raises:
             OSError: If its folder cannot be made.
@@ -108,7 +108,7 @@ class Saves:
             older = save_folders(path)
             folder.mkdir(parents=True)
             # If the first one were seen half-written, a run could neither go on from it nor begin anew.
-            is_later = path.exists() or (not is_hpc(path) and self._is_first(path))
+            is_later = path.exists() or (bool(expected) and not is_hpc(path) and not self._has_whole_one(path))
         except OSError:
             self._lacks_newest = True
             raise
@@ -128,6 +128,7 @@ class Saves:
         with self._lock:
             if save := self._saves.get(number):
                 save.is_written = True
+                self._show(save)
         self._complete(number)
 
     def know(self, number: str, **facts: Any) -> None:
@@ -228,10 +229,20 @@ class Saves:
                 save.is_finishing = True
                 self.writer.submit(lambda: self._finish(number, save))
 
-    def _is_first(self, path: Path) -> bool:
+    def _has_whole_one(self, path: Path) -> bool:
+        """Whether there is a whole checkpoint in the folder of a ``.ckpt`` file."""
         if path.parent not in self._folders_with_whole_ones and newest_whole(path) is not None:
             self._folders_with_whole_ones.add(path.parent)
-        return path.parent not in self._folders_with_whole_ones
+        return path.parent in self._folders_with_whole_ones
+
+    def _show(self, save: Save) -> None:
+        """Lets a file be seen before its save is whole: if there is another to go on from, or it never will be."""
+        is_due = save.failed or save.path.parent in self._folders_with_whole_ones
+        is_hidden = save.is_written and save.written_to != save.path and not save.path.exists()
+        if is_due and is_hidden:
+            with contextlib.suppress(OSError):
+                os.replace(save.written_to, save.path)
+                save.written_to = save.path
 
     def _finish(self, number: str, save: Save) -> None:
         with self._lock:
@@ -243,7 +254,11 @@ class Saves:
         except OSError as error:
             self.fail(number, str(error))
             return
-        self._folders_with_whole_ones.add(save.path.parent)
+        with self._lock:
+            self._folders_with_whole_ones.add(save.path.parent)
+            for other in self._saves.values():
+                if other.path.parent == save.path.parent:
+                    self._show(other)
         while removals := self._take_removals(save):
             for path in removals:
                 with contextlib.suppress(OSError):
@@ -267,6 +282,7 @@ class Saves:
             save = self._saves.pop(number, None)
             if save is None or not save.failed:
                 return
+            self._show(save)
             if newest == number:
                 self._lacks_newest = True
                 self._kept += save.removals
