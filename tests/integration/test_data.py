@@ -52,7 +52,12 @@ def epochs(number: int, servers: int, data_workers: int, drop_last: bool, flags:
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("servers", "data_workers", "drop_last", "flags"),
-    [(1, 0, False, {}), (2, 1, False, {}), (1, 0, True, {}), (1, 1, False, {"accumulate_grad_batches": 3})],
+    [
+        (1, 0, False, {}),
+        pytest.param(2, 1, False, {}, marks=pytest.mark.slow),
+        pytest.param(1, 0, True, {}, marks=pytest.mark.slow),
+        (1, 1, False, {"accumulate_grad_batches": 3}),
+    ],
     ids=str,
 )
 def test_max_epochs_uses_every_sample_once_per_epoch(

@@ -42,8 +42,10 @@ def flagged(flags: dict[str, Any]) -> Result:
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, 11),  # 64 batches in steps of 3; DDP fills up each worker's
         ({"max_steps": 20, "use_distributed_sampler": False}, 20),
         ({"max_steps": 20, "reload_dataloaders_every_n_epochs": 1}, 20),
-        ({"max_steps": 20, "profiler": "simple", "detect_anomaly": True}, 20),
-        ({"max_steps": 20, "enable_progress_bar": True, "enable_model_summary": True}, 20),
+        pytest.param({"max_steps": 20, "profiler": "simple", "detect_anomaly": True}, 20, marks=pytest.mark.slow),
+        pytest.param(
+            {"max_steps": 20, "enable_progress_bar": True, "enable_model_summary": True}, 20, marks=pytest.mark.slow
+        ),
         ({"max_steps": 20, "enable_checkpointing": True, "logger": True}, 20),
         ({"max_steps": 20, "log_every_n_steps": 0}, 20),
     ],
