@@ -27,7 +27,7 @@ pytestmark = pytest.mark.alone
 class Straggling(Toy):
     """One worker is 4 times slower. All log as users do who know DDP."""
 
-    pause = 0.06
+    pause = 0.12
     slow = 3
 
     def __init__(self) -> None:
