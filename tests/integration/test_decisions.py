@@ -55,7 +55,7 @@ def validated(slow: int | None, flags: dict[str, Any]) -> Result:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("slow", [None, 0])
+@pytest.mark.parametrize("slow", [pytest.param(None, marks=pytest.mark.slow), 0])
 def test_validation_runs_on_rank_0_as_often_as_under_ddp(
     run: Run, flags: dict[str, Any], validations: int, slow: int | None
 ) -> None:

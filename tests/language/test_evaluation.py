@@ -179,6 +179,7 @@ def test_what_only_the_hub_has_needs_the_network(
     assert "needs the network" in error
 
 
+@pytest.mark.slow
 def test_the_package_itself_needs_nothing_of_the_extra() -> None:
     program = """
 import sys

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import os, signal, threading, time
 import torch
@@ -37,6 +39,7 @@ print(len(handled) > 0)
 """
 
 
+@pytest.mark.slow
 def test_a_handler_reads_the_global_model_while_it_is_read() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
