@@ -36,8 +36,8 @@ class Save:
 
     Attributes:
         path: The ``.ckpt`` file.
-        written_to: Where it is until the save is whole: the file itself, if its name is free and it may
-            be seen half-written.
+        written_to: Where it is until the save is whole: the file itself, if its name is free and it may be seen
+            half-written.
         marker: Which save, and where its shards are.
         manifest: What the manifest will be.
         expected: Names of the shards that are not written yet.
@@ -108,11 +108,11 @@ class Saves:
             older = save_folders(path)
             folder.mkdir(parents=True)
             # If the first one were seen half-written, a run could neither go on from it nor begin anew.
-            is_later = path.exists() or (bool(expected) and not is_hpc(path) and not self._has_whole_one(path))
+            is_hidden = path.exists() or (bool(expected) and not is_hpc(path) and not self._has_whole_one(path))
         except OSError:
             self._lacks_newest = True
             raise
-        written_to = folder / path.name if is_later else path
+        written_to = folder / path.name if is_hidden else path
         manifest = replace(manifest, save=number, shards={})
         save = Save(path, written_to, Marker(number, str(folder)), manifest, set(expected), older)
         with self._lock:
