@@ -74,10 +74,11 @@ class HalosMonitor(Callback):
             "halos/staleness_max": float(max(s["staleness_max"] for s in statistics)),
             "halos/global_updates": float(strategy.servers.version),
         }
-        shares: dict[str, float] = {}
+        computing: dict[str, float] = {}
         for server in statistics:
             quiet |= {f"halos/rejected/rank_{rank}": float(count) for rank, count in server["rejected_of"].items()}
-            shares |= {f"halos/compute_share/rank_{rank}": share for rank, share in server["compute_share"].items()}
+            computing |= server["compute_share"]
+        shares = {f"halos/compute_share/rank_{rank}": computing[rank] for rank in sorted(computing, key=int)}
         smallest = {"halos/compute_share_min": min(shares.values())} if shares else {}
         each_is_shown = trainer.world_size <= _MOST_SHARES
         shown |= shares if each_is_shown else smallest
