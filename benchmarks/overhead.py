@@ -39,9 +39,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_halos import HalosMonitor, HalosStrategy
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
+from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.topology import Topology
 from lightning_halos.transport.groups import Groups, make_group
 from lightning_halos.transport.process import Process
 

@@ -6,7 +6,6 @@ Importing this package registers the strategies ``"halos"``, ``"halos_spawn"``, 
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_halos.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
 from lightning_halos.callbacks.evaluation import LMEvalCallback
 from lightning_halos.callbacks.hugging_face import HuggingFaceCheckpoint
 from lightning_halos.callbacks.monitor import HalosMonitor
@@ -14,7 +13,8 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.strategy import HalosStrategy
+from lightning_halos.training.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
+from lightning_halos.training.strategy import HalosStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 
 for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):

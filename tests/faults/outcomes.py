@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_halos import strategy
 from lightning_halos.checkpoint.manifest import NAME, Manifest
+from lightning_halos.training import strategy
 from lightning_halos.transport import alarm, collectives
 from tests.faults.cases import CHECKPOINT, END, START, Case
 from tests.faults.victim import FULL, MISTAKE, Victim

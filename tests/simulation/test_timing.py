@@ -2,8 +2,8 @@ from itertools import permutations
 
 import pytest
 
+from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.random_cluster import random_cluster
 from lightning_halos.simulation.timing import Timing, _search_ring
 
 from .paper import PAPER

@@ -23,7 +23,7 @@ from lightning_halos.core.settings import check_count
 from lightning_halos.extras import language_package
 from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
 from lightning_halos.language.models import find_language_model, find_tokenizer
-from lightning_halos.strategy import HalosStrategy
+from lightning_halos.training.strategy import HalosStrategy
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.language.export import RECORD
 from lightning_halos.language.models import find_language_model, find_tokenizer
-from lightning_halos.strategy import HalosStrategy
+from lightning_halos.training.strategy import HalosStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in prop
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the program."""
-    from lightning_halos.simulation.planner import ALGORITHMS
+    from lightning_halos.planning.planner import ALGORITHMS
 
     parser = commands.add_parser(
         "plan",
@@ -76,9 +76,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from lightning_halos.extras import picture_package
-    from lightning_halos.simulation.planner import ALGORITHMS, PlanSettings, make_timing, plan
-    from lightning_halos.simulation.report import as_json, save_picture, table
-    from lightning_halos.simulation.trace import write_trace
+    from lightning_halos.planning.planner import ALGORITHMS, PlanSettings, make_timing, plan
+    from lightning_halos.planning.report import as_json, save_picture, table
+    from lightning_halos.planning.trace import write_trace
 
     name, cluster = _cluster(arguments)
     timing = make_timing(cluster, arguments.message_bytes)
@@ -110,7 +110,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace, timing: Timing) -> None:
-    from lightning_halos.simulation.sweep import sweep, sweep_table
+    from lightning_halos.planning.sweep import sweep, sweep_table
 
     text = sweep_table(sweep(timing, arguments.hours), timing)
     print(text, end="")
@@ -122,8 +122,8 @@ def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     """The cluster, and what to call files about it."""
     import yaml
 
+    from lightning_halos.planning.random_cluster import random_cluster
     from lightning_halos.simulation.cluster import SimulatedCluster
-    from lightning_halos.simulation.random_cluster import random_cluster
 
     path, size = arguments.cluster, arguments.random_cluster
     if (path is None) == (size is None):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.settings import Settings
+from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.rounds import AsynchronousRounds, Rounds, SynchronousRounds
 from lightning_halos.simulation.servers import NoServer, OuterServer, RegionServers, Servers
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.topology import Topology
 
 
 class Algorithm(ABC):

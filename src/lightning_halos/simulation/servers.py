@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.core.topology import ServerGroup
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.rounds import Round
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.topology import ServerGroup
 
 Answer = tuple[int, Tensor | None]
 """Version and vector of the model for a worker to go on from."""

@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 from torch.distributed import DistError, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
-from lightning_halos.topology import Topology
+from lightning_halos.core.topology import Topology
 from lightning_halos.transport.errors import PeerLostError
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.messages import Marker
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
-from lightning_halos.topology import Topology
+from lightning_halos.core.topology import Topology
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups

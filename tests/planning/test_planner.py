@@ -13,13 +13,12 @@ import torch
 from lightning_halos.core.messages import Push
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.core.topology import ServerGroup, Topology
+from lightning_halos.planning.planner import ALGORITHMS, MS_PER_HOUR, PlanSettings, make_timing, plan
+from lightning_halos.planning.random_cluster import random_cluster
+from lightning_halos.planning.sweep import Trial, recommend, sweep, sweep_table
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.planner import ALGORITHMS, MS_PER_HOUR, PlanSettings, make_timing, plan
-from lightning_halos.simulation.random_cluster import random_cluster
-from lightning_halos.simulation.sweep import Trial, recommend, sweep, sweep_table
-from lightning_halos.topology import ServerGroup, Topology
-
-from .paper import PAPER
+from tests.simulation.paper import PAPER
 
 UNEQUAL = SimulatedCluster(  # asymmetric links, regions of 2, 5 and 3, the global server in none of the ends
     bandwidths=[[10, 0.3, 0.05], [1.5, 20, 0.4], [0.2, 0.8, 5]],

@@ -19,13 +19,13 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.settings import Settings, default_one_server_optimizer
+from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
 from lightning_halos.simulation.algorithms import Algorithm, EveryStep, Lockstep
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.strategy import HalosStrategy, StartMethod
-from lightning_halos.topology import Topology
+from lightning_halos.training.strategy import HalosStrategy, StartMethod
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess

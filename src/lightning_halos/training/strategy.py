@@ -43,27 +43,27 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings, check_count
+from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import LightningRank, SharedData
-from lightning_halos.preemption import OutlivingSigterm, Preemption
-from lightning_halos.shards import Shards, rebuild
 from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
-from lightning_halos.simulation.launcher import SimulationLauncher
 from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
-from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.preemption import OutlivingSigterm, Preemption
+from lightning_halos.training.shards import Shards, rebuild
+from lightning_halos.training.worker_loop import WorkerLoop, unfreezes, without_deciding
+from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, make_group, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
-from lightning_halos.worker_loop import WorkerLoop, unfreezes, without_deciding
-from lightning_halos.worker_state import set_random_state
 
 AnyProcess = Process | SimulatedProcess | LockstepProcess
 StartMethod = Literal["popen", "spawn", "fork"]

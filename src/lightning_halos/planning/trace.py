@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.simulation.planner import Plan, Recording
+from lightning_halos.planning.planner import Plan, Recording
 from lightning_halos.simulation.timing import Timing
 
 Event = dict[str, Any]

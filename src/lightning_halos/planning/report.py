@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_halos.extras import picture_package
-from lightning_halos.simulation.planner import MS_PER_HOUR, Floats, Plan, Staleness
+from lightning_halos.planning.planner import MS_PER_HOUR, Floats, Plan, Staleness
 from lightning_halos.simulation.timing import Timing
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from lightning_halos.core.schedule import next_count
 from lightning_halos.core.vector import ModelVector, Reach
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
-from lightning_halos.preemption import Preemption
-from lightning_halos.schedulers import SchedulePosition
+from lightning_halos.training.preemption import Preemption
+from lightning_halos.training.schedulers import SchedulePosition
+from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
 from lightning_halos.transport.alarm import Alarm, describe
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.link import Filled
 from lightning_halos.transport.lockstep import LockstepClient
-from lightning_halos.worker_state import random_state, set_random_state, to_host, worker_state
 
 Keep = Callable[[Marker, dict[str, Any]], None]
 """Writes a worker's shard: which save, and the state."""

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
-from lightning_halos.schedulers import SchedulePosition
+from lightning_halos.training.schedulers import SchedulePosition
 
 
 class Module(pl.LightningModule):

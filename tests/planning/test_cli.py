@@ -5,9 +5,8 @@ import sys
 import pytest
 
 from lightning_halos.cli import main
-from lightning_halos.simulation.planner import ALGORITHMS
-
-from .paper import PAPER_FILE
+from lightning_halos.planning.planner import ALGORITHMS
+from tests.simulation.paper import PAPER_FILE
 
 PAPER = str(PAPER_FILE)
 SMALL = ["--random-cluster", "2x3", "--hours", "0.1"]

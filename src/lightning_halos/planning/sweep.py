@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_halos.simulation.planner import Plan, PlanSettings, plan
-from lightning_halos.simulation.report import align, describe
+from lightning_halos.planning.planner import Plan, PlanSettings, plan
+from lightning_halos.planning.report import align, describe
 from lightning_halos.simulation.timing import Timing
 
 LOCAL_STEPS = (2, 4, 8, 16, 32, 64)

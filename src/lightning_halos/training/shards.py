@@ -29,17 +29,17 @@ from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
 from lightning_halos.core.servers import unsent
 from lightning_halos.core.settings import Settings
 from lightning_halos.simulation.process import SimulatedProcess
-from lightning_halos.transport.process import Process
-from lightning_halos.worker_state import (
+from lightning_halos.training.worker_state import (
     forget_optimizers,
     put_worker_state,
     random_state,
     take_part_again,
     worker_state,
 )
+from lightning_halos.transport.process import Process
 
 if TYPE_CHECKING:
-    from lightning_halos.strategy import HalosStrategy
+    from lightning_halos.training.strategy import HalosStrategy
 
 Write = Callable[[dict[str, Any], Path], None]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_halos.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
 
 
 @pytest.fixture(autouse=True)

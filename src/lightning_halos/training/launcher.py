@@ -18,7 +18,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_halos.simulation.history import Event
 
 if TYPE_CHECKING:
-    from lightning_halos.strategy import HalosStrategy
+    from lightning_halos.training.strategy import HalosStrategy
 
 
 class SimulationLauncher(_MultiProcessingLauncher):

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_halos.core.settings import check_count
+from lightning_halos.core.topology import ServerGroup, Topology
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.topology import ServerGroup, Topology
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
