@@ -1,22 +1,29 @@
-"""The golden files: where they are, and what they hold.
+"""The golden recordings: runs of the published simulator of HALoS and its baselines, event by event.
 
-Rules of this room: a file that holds recorded events is read leniently, since their exact form is not known to us, and
-is the truth. The files that the project was given hold a name and a configuration only; then the record is that of
-`reference.py`.
+Each file says in `recorded_with` how it was made, and in `fields` what each field means. A file is read exactly: one
+that lacks a field, or has one that is not known here, is an error. `HALOS_GOLDEN_DIR` names another folder.
+
+A recording holds until its global server has counted `total_local_steps`. The published program ends there and drops
+what its local servers have accumulated; this package flushes, so that no step is lost.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_halos.core.optim import DelayedNesterov
 
-from . import reference
+from .reference import Config, Event
 
 SHIPPED = Path(__file__).parent.parent / "golden"
 FOLDER = Path(os.environ.get("HALOS_GOLDEN_DIR", SHIPPED))
@@ -24,59 +31,58 @@ FILES = sorted(FOLDER.glob("*.json"))
 
 PARAMETERS, MILLISECONDS = 1e-9, 1e-6  # tolerances
 
-
-def load(path):
-    return json.loads(Path(path).read_text())
-
-
-def record_of(data):
-    """The events of a file, those of the reference if it holds none, and the vectors that may be the final ones."""
-    times, vectors, finals = read(data)
-    record = reference.record(data["config"], at_least=len(times))
-    if times:
-        name = data.get("name")
-        assert len(times) == len(record), f"{name} holds {len(times)} events, but the rules give {len(record)}"
-        for number, (event, time) in enumerate(zip(record, times, strict=True)):
-            assert abs(event.time - time) < MILLISECONDS, f"event {number} is at {time} ms, but by the rules: {event}"
-        record = [dataclasses.replace(e, parameters=np.array(v)) for e, v in zip(record, vectors, strict=True)]
-    return record, finals
+_TOP = {"name", "config", "recorded_with", "fields", "initial_parameters", "events", "final_parameters",
+        "final_version", "final_steps"}  # fmt: skip
+_ALWAYS = {"index", "virtual_time_ms", "kind", "server", "lps", "worker", "version", "steps", "parameters"}
+_DATA = {"local_steps", "first_sample", "end_sample", "lr_position"}
+_FIELDS = {
+    ("halos", "push"): _ALWAYS | _DATA | {"start_time_ms", "merged_version", "sends_update"},
+    ("halos", "update"): _ALWAYS | {"local_steps"},
+    ("halos", "merge"): _ALWAYS | {"merged_version"},
+    ("async_local_sgd", "push"): _ALWAYS | _DATA | {"start_time_ms"},
+    ("diloco", "round"): _ALWAYS | _DATA,
+}
 
 
-def read(data):
-    """Times, parameters of every event, and the vectors that may be the final ones; empty if nothing was recorded.
+@dataclass(frozen=True)
+class Recording:
+    """What a file holds."""
 
-    A time is the latest number under a key that contains "time", "t" or "ms"; the parameters of an event are the one
-    list of 6 numbers somewhere in it; final ones are under a top-level key that contains "final".
+    name: str
+    config: Config
+    events: list[Event]
+
+
+def load(path: Path) -> Recording:
+    """Reads a recording.
+
+    Raises:
+        ValueError: If it has no events, or they are not those of a complete recording. The error names the file.
     """
-    times, parameters = [], []
-    for number, event in enumerate(data.get("events", [])):
-        moments = [value for key, value in event.items() if is_time(key) and is_number(value)]
-        found = list(vectors_in(event))
-        assert moments, f"event {number} of the record has no time: {event}"
-        assert len(found) == 1, f"event {number} of the record does not have exactly one list of 6 numbers: {event}"
-        times.append(max(moments))
-        parameters.append(found[0])
-    finals = [vector for key, value in data.items() if "final" in key.lower() for vector in vectors_in(value)]
-    return times, parameters, finals
+    try:
+        return _recording(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete recording: {error}") from error
 
 
-def is_time(key):
-    return "time" in key.lower() or not {"t", "ms"}.isdisjoint(key.lower().split("_"))
+def assert_equal(got: Sequence[Event], wanted: Sequence[Event]) -> None:
+    """Fails at the first event that is not equal: times within 1e-6 ms, parameters within 1e-9, the rest exactly."""
+    for number, (mine, theirs) in enumerate(zip(got, wanted, strict=False)):
+        for field in dataclasses.fields(Event):
+            name, have, want = field.name, getattr(mine, field.name), getattr(theirs, field.name)
+            if name == "parameters":
+                distance = float(np.abs(have - want).max())
+                is_equal = distance < PARAMETERS
+            elif name in ("time", "start") and have is not None and want is not None:
+                is_equal = abs(have - want) < MILLISECONDS
+            else:
+                is_equal = have == want
+            assert is_equal, f"event {number} of {theirs.kind}: {name} is {have}, but the record has {want}"
+    assert len(got) == len(wanted), f"there are {len(got)} events, but the record has {len(wanted)}"
 
 
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def vectors_in(value):
-    if isinstance(value, list) and len(value) == 6 and all(map(is_number, value)):
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from vectors_in(part)
-
-
-def optimizer(config):
+def optimizer(config: Config) -> Callable[..., torch.optim.Optimizer]:
+    """Makes this package's optimizer of a configuration."""
     config = dict(config)
     if config.pop("opt_type") == "sgd":
         return partial(torch.optim.SGD, **config)
@@ -88,3 +94,56 @@ def optimizer(config):
         delay=delay,
         activation=config.get("c", 0.0),
     )
+
+
+def _recording(data: dict[str, Any]) -> Recording:
+    _check_fields("the file", data.keys(), _TOP)
+    config = data["config"]
+    if not data["events"]:
+        raise ValueError("it has no events")
+    events = [_event(config["algorithm"], number, event) for number, event in enumerate(data["events"])]
+    last, before = events[-1], max((event.steps for event in events[:-1]), default=0)
+    if not before < config["total_local_steps"] <= last.steps:
+        raise ValueError(
+            f"it ends at {last.steps} steps, and has {before} before; {config['total_local_steps']} end it"
+        )
+    final = data["final_version"], data["final_steps"], data["final_parameters"]
+    if final != (last.version, last.steps, last.parameters.tolist()):
+        raise ValueError("its final version, steps and parameters are not those of its last event")
+    if np.abs(np.array(data["initial_parameters"]) - np.linspace(-1.0, 1.0, 6)).max() >= PARAMETERS:
+        raise ValueError(f"its initial parameters are {data['initial_parameters']}, not those of the toy problem")
+    return Recording(data["name"], config, events)
+
+
+def _event(algorithm: str, number: int, event: dict[str, Any]) -> Event:
+    lps, kind = event["lps"], event["kind"]
+    _check_fields(f"event {number}", event.keys(), _FIELDS[algorithm, kind])
+    if event["index"] != number:
+        raise ValueError(f"event {number} has the index {event['index']}")
+    server = "server" if algorithm != "halos" else "gps" if kind == "update" else f"lps{lps}"
+    if event["server"] != server:
+        raise ValueError(f"event {number}, a {kind} of lps {lps}, is at {event['server']}, not at {server}")
+    position = event.get("lr_position")
+    if isinstance(position, dict):
+        position = tuple(position[f"worker{worker}"] for worker in range(len(position)))
+    return Event(
+        time=event["virtual_time_ms"],
+        kind=kind,
+        lps=lps,
+        worker=event["worker"],
+        version=event["version"],
+        steps=event["steps"],
+        parameters=np.array(event["parameters"]),
+        local_steps=event.get("local_steps"),
+        start=event.get("start_time_ms"),
+        samples=(event["first_sample"], event["end_sample"]) if "first_sample" in event else None,
+        position=position,
+        merged_version=event.get("merged_version"),
+        sends_update=event.get("sends_update"),
+    )
+
+
+def _check_fields(place: str, found: Any, wanted: set[str]) -> None:
+    if found != wanted:
+        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+        raise ValueError(f"{place} lacks the fields {missing}, and has the unknown fields {unknown}")

@@ -1,8 +1,9 @@
 """The published simulator of HALoS and its baselines on the toy problem, written a second time from its formulas.
 
-Rules of this room: numpy and the standard library only; nothing of lightning_halos and no torch. What the toy problem
-is says the design, section 4. `delayed_nesterov.lr` of a configuration is `lr * delay` of ours. A worker keeps the
-state of its optimizer from round to round, and the schedule has the say over its rate.
+It is independent of what it checks: it uses NumPy and the standard library, nothing of lightning_halos and no torch.
+Sample `i` is `sin(0.37 i + [0..5])`, the loss `0.5 |weight - mean of the batch|^2`, the initial weight
+`linspace(-1, 1, 6)`. `lr` of a configuration's delayed_nesterov is `lr * delay` of ours. A worker keeps the state of
+its optimizer from round to round, and the schedule decides its rate.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SCHEDULE = "cosine_decay_after_linear_warmup"
 
 @dataclass(frozen=True)
 class Event:
-    """What happened, and the server that it happened to, afterwards."""
+    """What happened, and the server that it happened to, afterwards. The recordings' `fields` say more about each."""
 
     time: float  # virtual milliseconds
     kind: str  # "push": a round ended at its LPS; "update": an LPS's update came to the GPS; "merge": the answer came;
@@ -34,17 +35,23 @@ class Event:
     lps: int  # of a push, update or merge; else -1
     worker: int  # of a push; else -1
     version: int  # updates that the server has applied
-    steps: int  # local steps that the GPS has counted
+    steps: int  # local steps that the global server, or the only one, has counted
     parameters: Vector
+    local_steps: int | None = None  # of a push, update or round: what it brings
+    start: float | None = None  # of a push: when its round was dispatched
+    samples: tuple[int, int] | None = None  # of a push or round: first index of its data, and the one after the last
+    position: int | tuple[int, ...] | None = None  # of a push or, by worker, of a round: where the LR schedule began
+    merged_version: int | None = None  # of an LPS: its version at its last merge
+    sends_update: bool | None = None  # of a push to an LPS
 
 
-def record(config: Config, at_least: int = 0) -> list[Event]:
-    """The events until the GPS has counted `total_local_steps`, and `at_least` so many."""
+def record(config: Config) -> list[Event]:
+    """The events until the global server, or the only one, has counted `total_local_steps`."""
     check(config)
     events: list[Event] = []
     for event in {"halos": halos, "async_local_sgd": async_local_sgd, "diloco": diloco}[config["algorithm"]](config):
         events.append(event)
-        if event.steps >= config["total_local_steps"] and len(events) >= at_least:
+        if event.steps >= config["total_local_steps"]:
             return events
     raise AssertionError("a simulation has no end")
 
@@ -62,21 +69,20 @@ def check(config: Config) -> None:
 
 
 def halos(config: Config) -> Iterator[Event]:
-    """All events by virtual time. They go on when the GPS has all its steps and applies nothing more."""
+    """All events by virtual time."""
     homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
     rounds = local_steps(config)
-    speeds = relative_speeds(config)
     train = [trainer(config) for _ in homes]
     size = config["workers_per_lps"]
     workers = [range(lps * size, (lps + 1) * size) for lps in range(config["num_lps"])]
     regions = [homes[group[0]] for group in workers]
+    dispatcher = Dispatcher(config, [regions[worker // size] for worker in range(len(homes))])
 
     gps, gps_apply, gps_version, gps_steps = initial(), optimizer(config["global_optimizer"]), 0, 0
     theta = [initial() for _ in workers]
     apply = [optimizer(config["local_optimizer"]) for _ in workers]
     merged = [initial() for _ in workers]
     version, merged_at, unsent_steps = ([0] * len(workers) for _ in range(3))
-    cursor = 0
     queue: list[tuple[float, int, str, int, int, Any]] = []
     numbers = iter(range(10**9))
 
@@ -86,11 +92,9 @@ def halos(config: Config) -> Iterator[Event]:
         heapq.heappush(queue, (time, next(numbers), kind, lps, worker, load))
 
     def dispatch(now: float, lps: int, worker: int) -> None:
-        nonlocal cursor
-        compute = config["local_step_time_ms"] * rounds[worker] / speeds[worker]
-        end = now + 2 * link(regions[lps], homes[worker]) + compute + worker * 1e-6
-        later(end, "push", lps, worker, theta[lps] - train[worker](theta[lps], cursor, rounds[worker]))
-        cursor += rounds[worker] * config["local_batch_size"]
+        end, facts = dispatcher.dispatch(now, worker)
+        gradient = theta[lps] - train[worker](theta[lps], facts["samples"][0], rounds[worker])
+        later(end, "push", lps, worker, (gradient, facts))
 
     for lps, group in enumerate(workers):
         for worker in group:
@@ -98,51 +102,49 @@ def halos(config: Config) -> Iterator[Event]:
     while True:
         now, _, kind, lps, worker, load = heapq.heappop(queue)
         if kind == "push":
-            theta[lps] = apply[lps](theta[lps], load)
+            gradient, facts = load
+            theta[lps] = apply[lps](theta[lps], gradient)
             version[lps] += 1
             unsent_steps[lps] += rounds[worker]
-            if version[lps] == merged_at[lps] + config["accumulation"]:
+            if sends := version[lps] == merged_at[lps] + config["accumulation"]:
                 update = (merged[lps] - theta[lps], unsent_steps[lps])
                 later(now + link(regions[lps], 0), "update", lps, -1, update)
                 unsent_steps[lps] = 0
             dispatch(now, lps, worker)
-            yield Event(now, kind, lps, worker, version[lps], gps_steps, theta[lps])
+            facts = {**facts, "merged_version": merged_at[lps], "sends_update": sends}
+            yield Event(now, kind, lps, worker, version[lps], gps_steps, theta[lps], **facts)
         elif kind == "update":
             gradient, steps = load
-            if gps_steps < config["total_local_steps"]:
-                gps, gps_version, gps_steps = gps_apply(gps, gradient), gps_version + 1, gps_steps + steps
+            gps, gps_version, gps_steps = gps_apply(gps, gradient), gps_version + 1, gps_steps + steps
             later(now + link(0, regions[lps]), "merge", lps, -1, gps)
-            yield Event(now, kind, lps, -1, gps_version, gps_steps, gps)
+            yield Event(now, kind, lps, -1, gps_version, gps_steps, gps, local_steps=steps)
         else:
             alpha = config["merge_weight"]
             theta[lps] = merged[lps] = (1 - alpha) * theta[lps] + alpha * load
             merged_at[lps] = version[lps]
-            yield Event(now, kind, lps, -1, version[lps], gps_steps, theta[lps])
+            yield Event(now, kind, lps, -1, version[lps], gps_steps, theta[lps], merged_version=version[lps])
 
 
 def async_local_sgd(config: Config) -> Iterator[Event]:
     """All events by virtual time. The only server is the GPS, in region 0."""
-    homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
-    rounds, speeds, apply = local_steps(config), relative_speeds(config), optimizer(config["global_optimizer"])
-    train = [trainer(config) for _ in homes]
-    theta, version, steps, cursor = initial(), 0, 0, 0
-    queue: list[tuple[float, int, Vector]] = []
+    rounds, apply = local_steps(config), optimizer(config["global_optimizer"])
+    dispatcher = Dispatcher(config, [0] * len(rounds))
+    train = [trainer(config) for _ in rounds]
+    theta, version, steps = initial(), 0, 0
+    queue: list[tuple[float, int, Vector, dict[str, Any]]] = []
 
     def dispatch(now: float, worker: int) -> None:
-        nonlocal cursor
-        compute = config["local_step_time_ms"] * rounds[worker] / speeds[worker]
-        end = now + 2 * link_ms(config, 0, homes[worker]) + compute + worker * 1e-6
-        heapq.heappush(queue, (end, worker, theta - train[worker](theta, cursor, rounds[worker])))
-        cursor += rounds[worker] * config["local_batch_size"]
+        end, facts = dispatcher.dispatch(now, worker)
+        gradient = theta - train[worker](theta, facts["samples"][0], rounds[worker])
+        heapq.heappush(queue, (end, worker, gradient, facts))
 
-    for worker in range(len(homes)):
+    for worker in range(len(rounds)):
         dispatch(0.0, worker)
     while True:
-        now, worker, gradient = heapq.heappop(queue)
-        if steps < config["total_local_steps"]:
-            theta, version, steps = apply(theta, gradient), version + 1, steps + rounds[worker]
+        now, worker, gradient, facts = heapq.heappop(queue)
+        theta, version, steps = apply(theta, gradient), version + 1, steps + rounds[worker]
         dispatch(now, worker)
-        yield Event(now, "push", 0, worker, version, steps, theta)
+        yield Event(now, "push", 0, worker, version, steps, theta, **facts)
 
 
 def diloco(config: Config) -> Iterator[Event]:
@@ -159,15 +161,38 @@ def diloco(config: Config) -> Iterator[Event]:
     compute = max(config["local_step_time_ms"] * r / s for r, s in zip(rounds, speeds, strict=True))
     theta, version, steps, cursor, now = initial(), 0, 0, 0, 0.0
     while True:
-        total = np.zeros(6)
+        total, begin, positions = np.zeros(6), cursor, []
         for worker, own in enumerate(rounds):
-            start = cursor // config["global_batch_size"]
-            position = start - start % own if len(set(rounds)) == 1 else start
-            total += theta - train[worker](theta, cursor, own, position)
+            position = cursor // config["global_batch_size"]
+            positions.append(position - position % own if len(set(rounds)) == 1 else position)
+            total += theta - train[worker](theta, cursor, own, positions[-1])
             cursor += own * config["local_batch_size"]
         now += compute + exchange
         theta, version, steps = apply(theta, total / workers), version + 1, steps + sum(rounds)
-        yield Event(now, "round", -1, -1, version, steps, theta)
+        facts: dict[str, Any] = {"samples": (begin, cursor), "position": tuple(positions)}
+        yield Event(now, "round", -1, -1, version, steps, theta, local_steps=sum(rounds), **facts)
+
+
+class Dispatcher:
+    """Hands out the data of asynchronous rounds, and knows when they end."""
+
+    def __init__(self, config: Config, servers: list[int]) -> None:
+        """Takes the region of each worker's server."""
+        self.config = config
+        self.servers = servers
+        self.homes = [region for region, speeds in enumerate(config["worker_speeds"]) for _ in speeds]
+        self.speeds, self.rounds = relative_speeds(config), local_steps(config)
+        self.cursor = 0
+
+    def dispatch(self, now: float, worker: int) -> tuple[float, dict[str, Any]]:
+        """Returns when the worker's next round ends, and what its event says about it."""
+        steps, first = self.rounds[worker], self.cursor
+        self.cursor += steps * self.config["local_batch_size"]
+        compute = self.config["local_step_time_ms"] * steps / self.speeds[worker]
+        end = now + 2 * link_ms(self.config, self.servers[worker], self.homes[worker]) + compute + worker * 1e-6
+        position = first // self.config["global_batch_size"]
+        samples = (first, self.cursor)
+        return end, {"local_steps": steps, "start": now, "samples": samples, "position": position}
 
 
 def link_ms(config: Config, source: int, target: int) -> float:
