@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -195,7 +194,6 @@ class HalosStrategy(ParallelStrategy):
         self._callbacks: list[pl.Callback] | None = None
         self._limit_val_batches: int | float | None = None
         self._worker_model: Tensor | None = None
-        self._global_model_since = 0.0
         self._shards = Shards(self)
 
     # ------------------------------------------------------------------ who and where
@@ -459,9 +457,10 @@ class HalosStrategy(ParallelStrategy):
         if state.get("ends_epoch"):
             set_random_state(state["random"])
         if data is not None:
-            data.start(leases)
+            data.start(self._loop.stopwatch.leaving_out(leases))
         if "random" in state and not state.get("ends_epoch"):
             set_random_state(state["random"])
+        self._loop.stopwatch.restart()
 
     def _start_process(
         self,
@@ -622,6 +621,8 @@ class HalosStrategy(ParallelStrategy):
 
     def on_validation_start(self) -> None:
         if self._is_training_elsewhere:
+            assert self._loop is not None
+            self._loop.stopwatch.restart()  # since the end of the last batch there was only the start of this
             self._put_global_model_in()
 
     def on_validation_end(self) -> None:
@@ -659,7 +660,7 @@ class HalosStrategy(ParallelStrategy):
 
     def _put_global_model_in(self) -> None:
         assert self._loop is not None
-        self._global_model_since = time.perf_counter()
+        self._loop.stopwatch.pause()
         vector = self._loop.vector
         self._worker_model = vector.read(vector.new())
         vector.write(self._read_global_model())
@@ -669,7 +670,7 @@ class HalosStrategy(ParallelStrategy):
         assert self._worker_model is not None
         self._loop.vector.write(self._worker_model)
         self._worker_model = None
-        self._loop.exclude(time.perf_counter() - self._global_model_since)
+        self._loop.stopwatch.resume()
 
     @property
     def _is_training_elsewhere(self) -> bool:
@@ -691,13 +692,18 @@ class HalosStrategy(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the state of the *global* model while it fits on rank 0, of the module otherwise."""
-        state = super().lightning_module_state_dict()
-        if self._is_training_elsewhere and self._worker_model is None:
-            assert self._loop is not None
-            assert self.lightning_module is not None
-            parts = self._loop.vector.named_parts(self.lightning_module, self._read_global_model())
-            state.update({name: part for name, part in parts.items() if name in state})
-        return state
+        with self._not_computing():
+            state = super().lightning_module_state_dict()
+            if self._is_training_elsewhere and self._worker_model is None:
+                assert self._loop is not None
+                assert self.lightning_module is not None
+                parts = self._loop.vector.named_parts(self.lightning_module, self._read_global_model())
+                state.update({name: part for name, part in parts.items() if name in state})
+            return state
+
+    def _not_computing(self) -> AbstractContextManager[None]:
+        """What this worker does in a ``with`` block of this says nothing about its speed."""
+        return nullcontext() if self._loop is None else self._loop.stopwatch.paused()
 
     def _planned(self, rounds: dict[str, Any]) -> int:
         """Local steps of this worker's round in a simulation's checkpoint: it has computed all of it."""
@@ -730,14 +736,15 @@ class HalosStrategy(ParallelStrategy):
             return  # what callbacks save of an interrupted run would have no shards, and be newer than what has
         if self._training and not self._keeps_shards:
             self._end_failed_run()
-        if not self._keeps_shards or not self._shards.belong_to(checkpoint, filepath, storage_options):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        elif not self._training:
-            self._shards.save_together(checkpoint, Path(filepath), write)
-        elif self._is_training_elsewhere:
-            self._shards.save_while_training(checkpoint, Path(filepath), write)
-        elif self.is_global_zero:
-            self._shards.save_at_end(checkpoint, Path(filepath), write)
+        with self._not_computing():
+            if not self._keeps_shards or not self._shards.belong_to(checkpoint, filepath, storage_options):
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            elif not self._training:
+                self._shards.save_together(checkpoint, Path(filepath), write)
+            elif self._is_training_elsewhere:
+                self._shards.save_while_training(checkpoint, Path(filepath), write)
+            elif self.is_global_zero:
+                self._shards.save_at_end(checkpoint, Path(filepath), write)
 
     def _end_failed_run(self) -> None:
         """Raises the failure instead of saving without shards, but not in callbacks that save because of it."""

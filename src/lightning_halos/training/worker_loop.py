@@ -1,12 +1,11 @@
 """The worker inside Lightning's training loop: it turns batches into rounds.
 
-Rules of this room: a callback that :class:`~lightning_halos.HalosStrategy` installs while it fits. It decides nothing
-that the servers decide, and it gives back every attribute of the Trainer that it changes.
+It is a callback that :class:`~lightning_halos.HalosStrategy` installs for a fit. What the servers decide is not decided
+here, and every attribute of the Trainer that is changed here is given back, so that a Trainer can be used again.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_halos.core.worker import WorkerRound
 from lightning_halos.data.shared import SharedData
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.schedulers import SchedulePosition
+from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
 from lightning_halos.transport.alarm import Alarm, describe
 from lightning_halos.transport.client import WorkerClient
@@ -53,6 +53,9 @@ class WorkerLoop(Callback):
         end: Global steps at which the run ends by itself; may be infinite.
         repeats: Whether shards keep the round too, so that it can be taken up again exactly where it was: in
             simulations, where the servers wait for it.
+
+    Attributes:
+        stopwatch: Measures how long this worker computes.
     """
 
     def __init__(
@@ -85,7 +88,6 @@ class WorkerLoop(Callback):
         self._shown = trainer.global_step
         self._end = end
         self._steps_before = 0
-        self._excluded = 0.0
         self._data = data
         self._clock = clock
         self._epoch_batches = trainer.num_training_batches if data is None else data.batches
@@ -114,7 +116,7 @@ class WorkerLoop(Callback):
             self.round.load_state_dict(state["round"])
         else:
             self._pull(worker_round.position, [])
-        self._mark = time.perf_counter()
+        self.stopwatch = Stopwatch(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is not None:
@@ -135,12 +137,11 @@ class WorkerLoop(Callback):
         self.check()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        now = time.perf_counter()
+        seconds = self.stopwatch.lap()
         if self._data is not None:
             self._data.count_batch(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
         stepped = trainer.global_step - self._steps_before
-        self.round.compute(stepped, now - self._mark - self._excluded)
-        self._excluded = 0.0
+        self.round.compute(stepped, seconds)
         if self._repeats and self._decides:
             self._random = random_state()
         if self._wants_to_stop():
@@ -151,7 +152,7 @@ class WorkerLoop(Callback):
             self._next_round()
         else:
             self._show(self.round.global_step)
-        self._mark = time.perf_counter()
+        self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # When a simulation resumes from the batch before it, Lightning leaves this validation out: it must not matter.
@@ -180,17 +181,13 @@ class WorkerLoop(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._alarm.raised(describe(exception))
 
-    def exclude(self, seconds: float) -> None:
-        """Leaves seconds out of the worker's speed, such as those of validation."""
-        self._excluded += seconds
-
     def finish(self, stop: bool) -> None:
         """Gives the last round away, waits for the final global model, and loads it.
 
         Args:
             stop: Ask for the whole run to stop.
         """
-        self._refuse_newly_trainable()
+        self._end_round()
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
 
@@ -260,15 +257,20 @@ class WorkerLoop(Callback):
             self._module.log("virtual_seconds", self._clock(), rank_zero_only=True)
 
     def _next_round(self) -> None:
-        self._refuse_newly_trainable()
+        self._end_round()
         self._exchange(self.round.push(self._memory, data=self._take_used()), self._fill)
 
+    def _end_round(self) -> None:
+        self._refuse_newly_trainable()
+        # Once per round: in every batch the host would wait for the device, and the device then for the host.
+        self.round.compute(0, self.stopwatch.drain())
+
     def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
-        posted = time.perf_counter()
+        posted = self.stopwatch.now()
         pull, filled = self._client.exchange(push, fill)
         if pull.vector is not None:
             self._load(pull.vector, filled)
-        self.round.receive(pull, waited=time.perf_counter() - posted)
+        self.round.receive(pull, waited=self.stopwatch.now() - posted)
         self._pull(pull.position, pull.plateaus)
         if not self._decides:
             self.show_metrics(pull.metrics)
@@ -398,6 +400,8 @@ class WorkerLoop(Callback):
             is_due = self._is_due(before, interval, epoch)
         present = (loop.batch_idx if every else loop.total_batch_idx) + 1
         trainer.val_check_batch = present if is_due else present + 1
+        if is_due:  # its data is read before on_validation_start is called, and the device must not work unseen then
+            self.round.compute(0, self.stopwatch.drain())
 
     def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
         """Whether what happens every so many batches of an epoch is due since a global step."""
