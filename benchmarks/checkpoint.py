@@ -1,11 +1,11 @@
-"""What do checkpoints cost the workers that do not save? Compares a run that saves with one that does not, in turns.
+"""How much do checkpoints slow down the workers that do not save? Alternates runs with and without checkpoints.
 
-    saving    local steps per second of the workers other than rank 0, of the model of examples/train_char_lm.py with
-              4 workers in 2 regions, with a checkpoint every 25 global steps, against the same run without
+    saving    local steps per second of the workers other than rank 0, for the model of examples/train_char_lm.py with
+              4 workers in 2 regions, with a checkpoint every 25 global steps, against the same run without checkpoints
 
-Every step takes at least a fixed time, as on accelerators: what is measured is what a save holds up, and not that the
-machine's few cores do something else meanwhile. Prints the ratio and exits with 1 if it is beyond its limit. Run:
-python benchmarks/checkpoint.py
+Every step takes at least a fixed time, as on an accelerator. So the benchmark measures the time that workers wait for a
+save, and not that saving also uses the machine's few cores. Prints the ratio and exits with 1 if it is below its limit.
+Run: python benchmarks/checkpoint.py
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 LIMIT = 0.98  # of the steps per second without saves
 PAIRS, STEPS, WARM_UP = 5, 100, 16
 EVERY = 25  # global steps between saves
-STEP = 0.12  # seconds that a step takes at least
+STEP = 0.12  # minimum seconds per step
 WORKERS, REGIONS = 4, 2
 QUIET = {
     "accelerator": "cpu",
@@ -46,7 +46,7 @@ QUIET = {
 
 
 class Paced(L.Callback):
-    """Makes a step take a fixed time, and notes when each one ended."""
+    """Stretches every step to a fixed time, and records when it ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,7 +1,7 @@
-"""How many lines of code does each baseline add to what it shares with HALoS?
+"""How many lines of code does each baseline need in addition to those it shares with HALoS?
 
 Counts the lines of the classes and functions that only that baseline uses, without docstrings, comments and empty
-lines, and prints them beside those of the whole package. Run: python benchmarks/lines.py
+lines, and prints their share of the package. Run: python benchmarks/lines.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Is a DelayedNesterov update bound by memory? Compares it with copying as many bytes as it has to read and write.
+"""Is a DelayedNesterov update limited by memory bandwidth? Compares it with copying the same number of bytes.
 
-Prints, for the plain update, the update that completes a window, and the mean over a window, the time relative to
-that copy. Exits with 1 if the mean over a window is above the limit. Run: python benchmarks/optimizer.py
+Prints the time relative to that copy, for the plain update, for the update that completes a window, and for the mean
+over a window. Exits with 1 if the mean is above the limit. Run: python benchmarks/optimizer.py
 """
 
 from __future__ import annotations

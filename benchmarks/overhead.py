@@ -1,4 +1,4 @@
-"""What does HALoS cost besides the training? Compares it with doing without, in the same run.
+"""What is the overhead of HALoS over plain training? Compares training with and without it, in the same run.
 
     round trip   pseudo-gradient, push, apply, pull and load of a 40M-parameter model between two processes, against a
                  bare gloo send and receive of the same bytes between the same two
@@ -6,9 +6,9 @@
                  model of examples/train_char_lm.py
     monitor      steps per second of two workers with HalosMonitor, a logger and the progress bar, against the same
                  without HalosMonitor
-    memory       peak memory that a leader has beyond its own training, in multiples of a 40M-parameter model
+    memory       peak memory of a leader beyond that of a worker, in multiples of a 40M-parameter model
 
-Prints each number and exits with 1 if one is beyond its limit. Run: python benchmarks/overhead.py [MEASUREMENT ...]
+Prints each number and exits with 1 if one is outside its limit. Run: python benchmarks/overhead.py [MEASUREMENT ...]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MONITOR_LIMIT = 0.98  # of the steps per second without it
 MEMORY_LIMIT = 6.0  # models, for a leader of 4 workers
 
 ROUND_TRIPS = 31
-FITS, STEPS, WARM_UP = 15, 120, 24  # many short fits: so that what else the machine does falls on both kinds alike
+FITS, STEPS, WARM_UP = 15, 120, 24  # many short fits, so that other load on the machine affects both kinds alike
 QUIET = {
     "accelerator": "cpu",
     "logger": False,

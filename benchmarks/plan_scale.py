@@ -1,4 +1,4 @@
-"""Does the planner bear 10,000 workers? One simulated hour of HALoS on 100 regions of 100 workers.
+"""Can the planner handle 10,000 workers? Simulates an hour of HALoS on 100 regions of 100 workers.
 
 Runs the command that a user would run, in a process of its own, and prints its wall-clock seconds and its peak memory,
 imports included. Exits with 1 if one is beyond its limit. Run: python benchmarks/plan_scale.py

@@ -1,7 +1,7 @@
-"""How long until the loss is down? A small language model in a simulated cluster, under HALoS and four others.
+"""How long does it take to reach a loss? Trains a small language model in a simulated cluster, under five algorithms.
 
-Rules of this room: every row trains the same model on the same number of samples, and differs in its strategy alone. A
-row is a process of its own and leaves a JSON file of its own, so that one can be made again without the others::
+Every row trains the same model on the same number of samples; rows differ only in their strategy. A row runs in a
+process of its own and writes a JSON file of its own, so that it can be repeated without the others::
 
     python benchmarks/time_to_loss.py                        # the rows of the first table
     python benchmarks/time_to_loss.py --best                 # the rows of the second: each algorithm at its best found

@@ -1,15 +1,15 @@
-"""Does reading tokens keep up? Gigabytes a second of a corpus in Megatron's format, from the page cache.
+"""How fast are tokens read? Measures gigabytes per second of a corpus in Megatron's format, from the page cache.
 
-    reading    batches of the corpus, shuffled, read and collated in one process, per second of processor time: what a
-               DataLoader worker does besides handing them over
-    loader     the same through a DataLoader with 2 workers, as uint16, which is how a data module hands them over
-    ready      the same DataLoader over tensors that are in memory already: what it costs to hand batches over
-    int64      the DataLoader of `loader`, with tokens that become int64 before they are handed over
-    copying    2 processes that copy as many bytes in memory
+    reading    shuffled batches of the corpus, read and collated in one process, per second of processor time: the work
+               of a DataLoader worker, except for passing batches on
+    loader     the same through a DataLoader with 2 workers, as uint16, as the data modules do it
+    ready      the same DataLoader over tensors in memory: the cost of passing batches on
+    int64      as `loader`, but tokens are converted to int64 before they are passed on
+    copying    2 processes that copy the same number of bytes in memory
 
-Bytes are those of the file (uint16). Rounds of all measurements alternate, and each counts with its best, since what
-else the machine does only slows. Exits with 1 if `loader` is below 1 GB/s, unless that is the DataLoader's own limit:
-`ready` is below it, too, and `reading` is not. Run: python benchmarks/tokens.py
+Bytes are those of the file (uint16). The measurements take turns, and each counts with its best turn, because other
+load on the machine can only slow it down. Exits with 1 if `loader` is below 1 GB/s, unless the DataLoader itself is the
+limit, that is, if `ready` is also below and `reading` is not. Run: python benchmarks/tokens.py
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GIGABYTE = 1e9
 
 
 class Ready(Dataset[Tensor]):
-    """A sequence in memory, for any index."""
+    """Returns the same sequence, from memory, for every index."""
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences
@@ -51,7 +51,7 @@ class Ready(Dataset[Tensor]):
 
 
 def through_loader(dataset: Any, order: list[int], batch_size: int) -> Callable[[], float]:
-    """Returns what takes the seconds for all batches, with workers that stay."""
+    """Returns a function that measures the seconds for all batches, with persistent workers."""
     loader = DataLoader(dataset, batch_size, sampler=order, num_workers=WORKERS, persistent_workers=True)
 
     def measure() -> float:

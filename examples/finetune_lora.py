@@ -1,11 +1,11 @@
 """Fine-tunes a causal language model with LoRA adapters on the source of Python's standard library.
 
-The model's own weights are frozen. Only the adapters are trained, and only they travel, to the servers and between
-regions; the script ends with how many bytes that were. It needs ``pip install "lightning-halos[lm]"``::
+The model's own weights are frozen. Only the adapters are trained and sent to the servers and between regions; at the
+end, the script prints how many bytes were sent. It needs ``pip install "lightning-halos[lm]"``::
 
     python examples/finetune_lora.py --model EleutherAI/pythia-70m --lr 5e-4 --accelerator gpu
 
-Without ``--model`` nothing is downloaded: a small GPT-NeoX with random weights and bytes as tokens shows the same::
+Without ``--model`` nothing is downloaded; the script uses a small GPT-NeoX with random weights and bytes as tokens::
 
     python examples/finetune_lora.py
 """

@@ -1,18 +1,18 @@
-"""Makes the questions of the local tasks in ``examples/tasks``, from real text that models of the examples do not see.
+"""Makes the questions of the local tasks in ``examples/tasks``, from text that the examples do not train on.
 
-The text is English prose: the docstrings and comments in the packages of Python's standard library, its folders. The
-examples train on the top-level modules, its files. A passage with a sentence that stands in both is left out. The
-committed questions came from Python 3.11.7 and seed 0::
+The text is English prose: the docstrings and comments in the packages (folders) of Python's standard library. The
+examples train on its top-level modules (files). Passages with a sentence that occurs in both are left out. The
+committed questions were made with Python 3.11.7 and seed 0::
 
     python examples/make_tasks.py
 
-With ``--training-text`` it writes text of the same kind to train on instead, from the top-level modules and from the
+With ``--training-text``, the script instead writes similar text to train on, from the top-level modules and from the
 language reference of ``help()``::
 
     python examples/make_tasks.py --training-text text.txt
 
-The tasks have the formats of four benchmarks that language models are measured with: HellaSwag, LAMBADA, WinoGrande and
-MMLU. Right answers are what stood in the text. For what the benchmarks ask beyond that, see docs/evaluation.md.
+The tasks have the formats of four common benchmarks of language models: HellaSwag, LAMBADA, WinoGrande and MMLU. The
+correct answer is always the original text. docs/evaluation.md says what the real benchmarks test beyond that.
 """
 
 import argparse
@@ -40,8 +40,8 @@ Passage = tuple[str, list[str]]  # a package, and consecutive sentences from it
 _SENTENCE = re.compile(r"[A-Z`'\"(].{20,240}?[.!?](?= |$)")
 _WORD = re.compile(r"(?<![\w.-])[A-Za-z]{4,}(?![\w(-]|\.\w)")  # no parts of identifiers
 _PLAIN = re.compile(r"[A-Za-z0-9 ,;:.!?'\"()/_=*`-]+")
-_NO_PROSE = re.compile(r">>>|X{3}|TO[D]O|FIX[M]E")  # examples of code, and notes of the authors to themselves
-_COMMON = 150  # so many of the most frequent words are no answers: "with" fits nearly everywhere
+_NO_PROSE = re.compile(r">>>|X{3}|TO[D]O|FIX[M]E")  # examples of code, and the authors' notes to themselves
+_COMMON = 150  # number of the most frequent words that are not used as answers: "with" fits nearly everywhere
 
 
 def passages(package: str) -> Iterator[Passage]:

@@ -1,7 +1,7 @@
-"""Pre-trains a small ModernBERT on the source of Python's standard library by filling gaps, and shows what it fills in.
+"""Pre-trains a small ModernBERT on the source of Python's standard library by filling gaps, and prints an example.
 
-Nothing is downloaded: a byte-level BPE tokenizer is trained on the same source first, and kept for the next time. The
-script needs ``pip install "lightning-halos[lm]"``::
+Nothing is downloaded: the script first trains a byte-level BPE tokenizer on the same source, and keeps it for the next
+run. It needs ``pip install "lightning-halos[lm]"``::
 
     python examples/pretrain_masked_lm.py
     python examples/pretrain_masked_lm.py --strategy ddp --accelerator gpu --tokenizer path/to/a/tokenizer

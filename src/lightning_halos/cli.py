@@ -1,7 +1,7 @@
 """The command line: ``lightning-halos COMMAND``.
 
-Rules of this room: what a user got wrong ends in one line on stderr and exit status 2, without a traceback. Each
-command is in a file of its own in ``commands``.
+Each command is in a file of its own in ``commands``. A user's mistake prints one line on stderr, without a traceback,
+and the exit status is 2.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: The command line without the program's name. Default: that of the process.
+        arguments: The command line without the program's name. Default: the command line of the process.
 
     Returns:
-        The exit status: 0, or 2 if something is wrong with what the user gave.
+        The exit status: 0, or 2 if the input is invalid or something it needs is missing.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")

@@ -1,6 +1,6 @@
-"""Packages that only some of the package needs: language models, and pictures.
+"""Imports optional packages, which only language models and pictures need.
 
-Rules of this room: imports, when something needs them and not before.
+They are imported when they are used, so that lightning-halos works without them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ def language_package(name: str) -> Any:
     """Imports a package of the extra ``lm``.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; says how to install it.
+        ModuleNotFoundError: If it is not installed. The message says how to install it.
     """
     return _package(name, "Language models need it", "lm")
 
 
 def picture_package(name: str) -> Any:
-    """Imports a package of the extra ``examples`` that draws.
+    """Imports a package of the extra ``examples`` for drawing pictures.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; says how to install it.
+        ModuleNotFoundError: If it is not installed. The message says how to install it.
     """
     return _package(name, "The picture of plan --output needs it", "examples")
 

@@ -168,7 +168,7 @@ class TestShards:
         with pytest.raises((FileNotFoundError, ValueError)) as caught:
             IndexedTokens(prefix, CONTEXT)
         # Whether the last one, N of "of N", is missing, only the bytes say.
-        expected = f"missing: document-{missing:05d}-of-00002.bin" if missing < 2 else "truncated, or a part is missing"
+        expected = f"missing: document-{missing:05d}-of-00002.bin" if missing < 2 else "truncated or a shard is missing"
         assert expected in str(caught.value)
 
 
@@ -186,7 +186,7 @@ class TestErrors:
         write(prefix, equal_sequences())
 
     def test_missing_files(self, prefix: Path) -> None:
-        self.refused(prefix.with_name("other"), FileNotFoundError, "There is no", "other.idx")
+        self.refused(prefix.with_name("other"), FileNotFoundError, "does not exist", "other.idx")
         self.refused(prefix.parent, FileNotFoundError, "is a folder", str(prefix))
         prefix.with_suffix(".bin").unlink()
         self.refused(prefix, FileNotFoundError, "document.bin", "document-00000-of-00020.bin")
@@ -215,7 +215,7 @@ class TestErrors:
     def test_truncated_index(self, prefix: Path, size: int) -> None:
         path = prefix.with_suffix(".idx")
         path.write_bytes(path.read_bytes()[:size])
-        self.refused(prefix, ValueError, f"{size} bytes", "Copy it again, whole")
+        self.refused(prefix, ValueError, f"{size} bytes", "Copy it again")
 
     def test_damaged_index(self, prefix: Path) -> None:
         edit_index(prefix, 34, struct.pack("<i", 5))
@@ -225,12 +225,12 @@ class TestErrors:
     def test_tokens_of_another_size_than_the_index_says(self, prefix: Path, change: int, problem: str) -> None:
         path = prefix.with_suffix(".bin")
         path.write_bytes((path.read_bytes() + b"\x00\x00")[: 340 + change])
-        self.refused(prefix, ValueError, f"{340 + change} bytes, and 340 by document.idx", problem)
+        self.refused(prefix, ValueError, f"{340 + change} bytes, but document.idx promises 340", problem)
 
     def test_no_sequence(self, prefix: Path) -> None:
         with IndexedTokensWriter(prefix):
             pass
-        self.refused(prefix, ValueError, "holds no sequence")
+        self.refused(prefix, ValueError, "contains no sequence")
 
     def test_sequences_too_short_for_the_context(self, prefix: Path) -> None:
         self.refused(prefix, ValueError, "10 sequence(s) of 17 tokens", "Use context=16 or less", context=17)

@@ -70,7 +70,7 @@ def test_packed_with_a_tokenizer_of_its_own(prepare: Prepare, corpus: Path, tmp_
         (["--dataset", "no/such", "--train-tokenizer", "300"], "needs the network"),
         (["{corpus}", "--train-tokenizer", "3"], "must be at least 257"),
         (["{corpus}", "--train-tokenizer", "300", "--context", "0"], "--context 0 must be at least 1"),
-        (["{corpus}", "--train-tokenizer", "300", "--context", "99999"], "Use a smaller one"),
+        (["{corpus}", "--train-tokenizer", "300", "--context", "99999"], "Use a smaller context"),
     ],
     ids=str,
 )

@@ -154,7 +154,7 @@ class TestPacking:
         assert all(not path.name.startswith(".") for path in tmp_path.iterdir())
 
     def test_too_little_text(self, tokenizer: str, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="There is no text"):
+        with pytest.raises(ValueError, match="The corpus contains no text"):
             write_tokens([], load_tokenizer(tokenizer), tmp_path / "tokens")
         with pytest.raises(ValueError, match="tokens, too few for context=5000"):
             write_tokens(DOCUMENTS, load_tokenizer(tokenizer), tmp_path / "tokens", context=5000)

@@ -1,7 +1,6 @@
-"""All cases: who, what and when.
+"""The names of all cases, as they appear in ``docs/faults.md``: which process fails, how and when.
 
-Rules of this room: names only, as they stand in the docs' table. What is done to a victim is in ``victim``, how a case
-is run and looked at in ``outcomes``.
+``victim`` makes the fault happen; ``outcomes`` runs a case and checks the result.
 """
 
 from __future__ import annotations

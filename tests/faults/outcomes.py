@@ -1,7 +1,7 @@
-"""Runs a case, resumes what it left, and checks both against what is documented.
+"""Runs a case, resumes from its checkpoints, and checks both against the documented behaviour.
 
-Rules of this room: every wait has a limit. Waits that nobody can set are shortened, or the cases would take hours; what
-they end with is as it is otherwise.
+Every wait has a limit. Waits that users cannot configure are shortened here, because otherwise the cases would take
+hours; the behaviour at their end is the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a failure looks like to whoever reads the log, and what a run does not end for."""
+"""Failures name their cause in the log, and problems that a run can survive do not end it."""
 
 from __future__ import annotations
 

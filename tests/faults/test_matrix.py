@@ -1,4 +1,4 @@
-"""Whoever is struck, by whatever, whenever: the run ends or goes on as documented, and resumes with nothing lost."""
+"""After any fault in any process at any moment, the run ends or goes on as documented, and resumes without a loss."""
 
 from __future__ import annotations
 

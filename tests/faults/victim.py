@@ -1,7 +1,7 @@
-"""What strikes in one process of a run, once, at the very moment that a case says.
+"""Makes a fault happen once, in one process of a run, at the moment that a case names.
 
-Rules of this room: it runs in the worker processes. Who is not in the middle of something itself is struck while
-another process is, which waits there until it has happened. Nothing strikes before there is a whole checkpoint.
+It runs in the worker processes. If the victim itself does not go through that moment, another process does, and waits
+there until the fault has happened. No fault happens before the first checkpoint is complete.
 """
 
 from __future__ import annotations

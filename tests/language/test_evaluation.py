@@ -148,7 +148,7 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
         ({"bootstrap_iters": 0}, "bootstrap_iters=0"),
         ({"include_path": "nowhere"}, "include_path='nowhere'"),
         ({"model": "./nowhere"}, r"\./nowhere is neither a folder"),
-        ({"model": "nowhere.ckpt"}, "no such file"),
+        ({"model": "nowhere.ckpt"}, "does not exist"),
     ],
 )
 def test_what_is_wrong_is_said(

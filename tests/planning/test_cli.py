@@ -187,7 +187,7 @@ class TestErrors:
             ([], "give either the file that describes the cluster, or --random-cluster RxW such as 4x4"),
             ([PAPER, "--random-cluster", "2x2"], "give either the file"),
             (["none.yaml"], "none.yaml"),
-            (["--random-cluster", "2"], "--random-cluster 2 must be RxW, regions and workers in each, such as 4x4"),
+            (["--random-cluster", "2"], "--random-cluster 2 must be RxW, regions and workers per region, such as 4x4"),
             (["--random-cluster", "0x2"], "regions=0 must be a whole number of at least 1"),
             (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be at least 0"),
             ([PAPER, "--hours", "0"], "hours=0.0 must be a positive number of hours"),
@@ -212,7 +212,7 @@ class TestErrors:
         [
             ("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5}", "message_bytes is missing"),
             ("{bandwidths: 9, worker_speeds: [[1]], step_ms: 5}", "cluster.yaml: bandwidths=9 must be a list"),
-            ("{bandwidths: [[9]", "cluster.yaml is no YAML"),
+            ("{bandwidths: [[9]", "cluster.yaml is not YAML"),
         ],
     )
     def test_in_the_file_name_it(self, run, tmp_path, text, message):

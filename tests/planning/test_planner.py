@@ -1,6 +1,6 @@
-"""The planner gives, event for event, what an event queue gives that drives the real servers.
+"""The planner yields the same events as an event queue that drives the real servers.
 
-Rules of this room: the reference here is plain and slow, and counts nothing itself that the servers count.
+The reference in this file is simple and slow. It takes every number that the servers count from the servers.
 """
 
 import heapq
@@ -406,7 +406,7 @@ class TestSweep:
         assert Trial(8, 8, 1, result).behind == pytest.approx(steps / 16)
 
     def test_wants_enough_time_for_an_exchange(self):
-        with pytest.raises(ValueError, match=r"hours=0.01 is too short to compare"):
+        with pytest.raises(ValueError, match=r"hours=0.01 is too short"):
             sweep(make_timing(PAPER), 0.01, local_steps=(32,))
 
 

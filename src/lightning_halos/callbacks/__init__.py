@@ -1,4 +1,1 @@
-"""Callbacks for users.
-
-Rules of this package: they read what the strategy knows and change nothing about training.
-"""
+"""Callbacks for users. They read the strategy's state and never change the training."""

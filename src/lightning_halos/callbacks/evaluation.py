@@ -1,7 +1,7 @@
-"""Evaluates the model with lm-eval while it trains.
+"""Evaluates the model with lm-eval during training.
 
-Rules of this room: only rank 0 evaluates, and nothing about the training changes by it: the weights, the mode of every
-module and the random numbers are afterwards what they were.
+Only rank 0 evaluates. An evaluation must not change the training: it restores the weights, the mode of every module and
+the state of the random number generators.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
 
 
 class LMEvalCallback(Callback):
-    """Evaluates the model on tasks of lm-eval after the fit, and every so many global steps if asked to.
+    """Evaluates the model on tasks of lm-eval after the fit and, optionally, every N global steps.
 
-    Under the halos strategies it is the *global* model that is evaluated, by the worker of rank 0, while the others
-    train on. Under others, such as DDP, they wait for rank 0 in the next step, no longer than the strategy's timeout.
-    The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules.
+    Under the halos strategies, the worker of rank 0 evaluates the *global* model while the other workers go on
+    training. Under other strategies, such as DDP, the other processes wait for rank 0 in the next step, at most for the
+    strategy's timeout. The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules.
 
     The results go to the Trainer's loggers at the present global step, and to ``trainer.callback_metrics`` on rank 0,
     as ``lm_eval/<task>/<metric>``, such as ``lm_eval/lambada_openai/perplexity``, and their standard errors as
-    ``lm_eval/<task>/<metric>_stderr``. What lm-eval returned last is in the attribute ``results``.
+    ``lm_eval/<task>/<metric>_stderr``. The attribute ``results`` has the last results of lm-eval.
 
     Args:
         tasks: Names of tasks or groups of lm-eval, as a list or separated by commas, or paths of YAML files.
-        every_n_steps: Evaluate also when a multiple of so many global steps has been passed. Default: only at the end.
+        every_n_steps: Evaluate also whenever the global step passes a multiple of this. Default: only at the end.
         at_end: Whether to evaluate the final model when the fit has ended.
         tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule.
         submodule: Name of the submodule that is the model, if there are several.
         include_path: Folder or folders with YAML files that define more tasks.
-        limit: Questions per task; below 1, their share. Default: all.
-        num_fewshot: Solved examples before each question. Default: what each task says.
-        batch_size: Sequences per forward pass, or ``"auto"``: what fits into memory.
+        limit: Questions per task; below 1, a share of them. Default: all.
+        num_fewshot: Solved examples before each question. Default: as the task defines it.
+        batch_size: Sequences per forward pass, or ``"auto"``: as many as fit into memory.
         bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
-        seed: Of what lm-eval draws, such as few-shot examples.
+        seed: Seed of lm-eval's random choices, such as few-shot examples.
 
     Raises:
-        FileNotFoundError: If a folder of tasks is not there.
-        MisconfigurationException: When the fit starts, if the strategy shards the model, or there is no tokenizer.
+        FileNotFoundError: If a folder of tasks does not exist.
+        MisconfigurationException: When the fit starts, if the strategy shards the model, or no tokenizer is known.
         ModuleNotFoundError: When the fit starts, if a package of the extra ``lm`` is not installed.
-        OSError: When the fit starts, if the data of a task cannot be had.
-        ValueError: If an argument is wrong; when the fit starts, if there is no such task or no such model.
+        OSError: When the fit starts, if the data of a task cannot be loaded.
+        ValueError: If an argument is invalid; when the fit starts, if a task or the submodule is unknown.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class LMEvalCallback(Callback):
         self._passed = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the model, the tokenizer and the tasks, so that what is missing is missed before the training."""
+        """Finds the model, the tokenizer and the tasks, so that missing pieces are reported before training starts."""
         if stage != "fit":
             return
         if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"LMEvalCallback needs the whole model on rank 0, but {type(trainer.strategy).__name__} shards it."
+                f"LMEvalCallback needs the complete model on rank 0, but {type(trainer.strategy).__name__} shards it."
                 " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ..."
             )
         find_language_model(pl_module, self._submodule)
@@ -152,7 +152,7 @@ class LMEvalCallback(Callback):
         tokenizer = find_tokenizer(self._tokenizer, trainer)
         if tokenizer is None:
             raise MisconfigurationException(
-                "LMEvalCallback needs a tokenizer: give it one, LMEvalCallback(..., tokenizer=tokenizer), or the"
+                "LMEvalCallback needs a tokenizer. Pass one, LMEvalCallback(..., tokenizer=tokenizer), or give the"
                 " datamodule an attribute `tokenizer`."
             )
         self._tokenizer = tokenizer
@@ -160,9 +160,9 @@ class LMEvalCallback(Callback):
 
 
 def flatten(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in lm-eval's results, by ``lm_eval/<task>/<metric>``.
+    """Returns the numbers in lm-eval's results, by ``lm_eval/<task>/<metric>``.
 
-    lm-eval calls a metric ``<metric>,<filter>``; the filter is only part of the name if it is not ``none``.
+    lm-eval calls a metric ``<metric>,<filter>``. The filter becomes part of the name unless it is ``none``.
     """
     metrics = {}
     for task, values in results["results"].items():
@@ -174,7 +174,7 @@ def flatten(results: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Lends a device to ``model``: before ``on_fit_end`` the strategy's teardown has put it into the CPU's memory."""
+    """Moves ``model`` to a device and back: before ``on_fit_end``, the strategy's teardown has moved it to the CPU."""
     before = next(model.parameters()).device
     model.to(device)
     try:
@@ -185,7 +185,7 @@ def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _global_model(trainer: pl.Trainer, model: nn.Module) -> Iterator[None]:
-    """Lets ``model`` be that of all workers, and the evaluation end as soon as the run has to."""
+    """Puts the global model into ``model``, and aborts the evaluation as soon as the run has failed or is preempted."""
     strategy = trainer.strategy
     if not isinstance(strategy, HalosStrategy):
         yield

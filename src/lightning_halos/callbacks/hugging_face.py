@@ -1,6 +1,6 @@
-"""Puts into checkpoints what turns them into a Hugging Face folder.
+"""Adds to checkpoints what ``lightning-halos export`` needs to make a Hugging Face folder.
 
-Rules of this room: everything it adds is text, numbers and bytes, so that ``torch.load(weights_only=True)`` reads it.
+It adds only text, numbers and bytes, so that ``torch.load(weights_only=True)`` still reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceCheckpoint(Callback):
-    """Makes every checkpoint one that ``lightning-halos export`` turns into a Hugging Face folder.
+    """Lets ``lightning-halos export`` turn every checkpoint into a Hugging Face folder.
 
-    The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules. What is added to the
-    checkpoint, under the key ``"hugging_face"``, are the contents of the files that ``save_pretrained`` writes of the
-    model's configuration, generation configuration and tokenizer, the model's class and its name in the module, and
-    the training settings, for the model card. No weights: those are in the checkpoint already.
+    The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules. The callback adds to
+    the checkpoint, under the key ``"hugging_face"``: the files that ``save_pretrained`` writes for the model's
+    configuration, generation configuration and tokenizer; the model's class and its name in the module; and the
+    training settings, for the model card. It adds no weights, because the checkpoint has them already.
 
     Args:
-        tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule, if it has
-            one; otherwise ``export`` has to be given one.
+        tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule. Without
+            either, ``export`` needs to be given one.
         submodule: Name of the submodule that is the model, if there are several.
 
     Raises:
         ModuleNotFoundError: When the fit starts, if transformers is not installed.
-        TypeError: When the fit starts, if the tokenizer is none of transformers.
-        ValueError: When the fit starts, if the module contains no model, or several and ``submodule`` names none; or if
-            there is no tokenizer of that name, or it cannot be reached.
+        TypeError: When the fit starts, if the tokenizer is not one of transformers.
+        ValueError: When the fit starts, if the module contains no model, or several and ``submodule`` is not given; or
+            if the tokenizer does not exist or cannot be reached.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | str | None = None, submodule: str | None = None) -> None:
@@ -81,7 +81,7 @@ class HuggingFaceCheckpoint(Callback):
 
 
 def training_settings(trainer: pl.Trainer) -> dict[str, str]:
-    """What a reader of the model card wants to know about the training, by name, as text."""
+    """Returns the training settings for the model card: text by name."""
     settings: dict[str, Any] = {"Strategy": type(trainer.strategy).__name__, "Workers": trainer.world_size}
     if isinstance(trainer.strategy, HalosStrategy):
         settings |= _halos_settings(trainer.strategy)
@@ -102,10 +102,10 @@ def training_settings(trainer: pl.Trainer) -> dict[str, str]:
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:
-    """The optimizer's class and the settings that its constructor knows, as text: a list where its groups differ."""
+    """Returns the optimizer's class and its constructor's settings as text; a setting is a list where groups differ."""
     settings = {}
     for name in ("lr", *(name for name in optimizer.defaults if name != "lr")):
-        # What a scheduler keeps in the groups stands first: the rate that it starts from.
+        # Prefer the value that a scheduler started from, which it stores in the groups.
         values = [group.get(f"initial_{name}", group.get(name)) for group in optimizer.param_groups]
         settings[name] = values[0] if all(value == values[0] for value in values) else values
     shown = (f"{name}={value}" for name, value in settings.items() if value is not None and value is not False)
@@ -134,7 +134,7 @@ def _describe_factory(factory: Callable[[Iterable[nn.Parameter]], Optimizer] | N
 
 
 def _architecture(model: nn.Module) -> str:
-    """The class of transformers that the model is of, or derives from."""
+    """The name of the transformers class that the model is, or inherits from."""
     import transformers
 
     for kind in type(model).__mro__:
@@ -144,7 +144,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _files_of(part: Any) -> dict[str, str | bytes]:
-    """The files that ``part.save_pretrained`` writes: text, or bytes where they are no text."""
+    """The files that ``part.save_pretrained`` writes: as text, or as bytes if they are not UTF-8."""
     with TemporaryDirectory() as folder:
         part.save_pretrained(folder)
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]

@@ -1,6 +1,6 @@
-"""Shows what the servers and workers do.
+"""Logs the activity of servers and workers.
 
-Rules of this room: it reads counters that the servers keep anyway; it never asks a peer for anything.
+It only reads counters that this process has received already. It never sends a request, which would slow down the run.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ _MOST_SHARES = 8  # on the progress bar, which is one line
 class HalosMonitor(Callback):
     """Logs how a HALoS run is going, through any logger and on the progress bar.
 
-    Rank 0 logs, at the start of each of its rounds, what the local servers reported last. The progress bar shows what
-    has a star:
+    At the start of each of its rounds, rank 0 logs the latest report of the local servers. The progress bar shows the
+    metrics with a star:
 
     ===================================  ==================================================================
-    ``halos/global_step`` *              local steps of all workers / workers
+    ``halos/global_step`` *              local steps of all workers / number of workers
     ``halos/staleness`` *                mean versions between pull and push so far
-    ``halos/staleness_max``              the largest so far
+    ``halos/staleness_max``              largest staleness so far
     ``halos/updates`` *                  pushes that local servers applied
-    ``halos/rejected``                   pushes that local servers dropped
-    ``halos/rejected/rank_0``            of each worker, once there were any
+    ``halos/rejected``                   pushes that local servers rejected
+    ``halos/rejected/rank_0``            rejected pushes of one worker, for each worker that has any
     ``halos/merges`` *                   global models that local servers merged
     ``halos/global_updates``             region updates that the global server applied
     ``halos/bytes_within_regions`` *     bytes between workers and servers, inside regions
     ``halos/bytes_between_regions`` *    bytes between regions
     ``halos/round_seconds`` *            seconds that all workers together spent computing rounds
-    ``halos/compute_share/rank_0`` *     of each worker: seconds computing / seconds computing and waiting
+    ``halos/compute_share/rank_0`` *     for each worker: seconds computing / seconds computing and waiting
     ``halos/compute_share_min``          the smallest of these; with more than 8 workers the progress bar
                                          shows it instead of them
     ===================================  ==================================================================
 
-    In a real run a message between two parts of the same process is no traffic and counts no bytes, and under
-    Async-Local-SGD there is one region: all bytes count as inside it. In a simulation every push, pull and exchange
-    counts with the cluster's message size, between regions where worker and server are in two, also under
-    Async-Local-SGD; seconds are virtual, and a worker's share is that of its last round.
+    In a real run, a message inside one process counts no bytes. Async-Local-SGD has one region, so all its bytes count
+    as inside it. In a simulation, every push, pull and exchange counts with the cluster's message size, and it counts
+    as between regions if worker and server are in different ones, also under Async-Local-SGD; seconds are virtual, and
+    a worker's share is the share in its last round.
 
-    DiLoCo and synchronous SGD have no local servers that count anything: under them nothing is logged.
+    DiLoCo and synchronous SGD have no local servers, so nothing is logged.
 
     Raises:
-        MisconfigurationException: If the Trainer has another strategy.
+        MisconfigurationException: If the Trainer's strategy is not a halos strategy.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,4 +1,5 @@
-"""The commands of ``lightning-halos``, one a file: a function ``add`` that adds its parser, and one that runs it.
+"""The commands of ``lightning-halos``. Each file has a function ``add``, which adds a parser, and one that runs it.
 
-Rules of this room: a command reads arguments, calls, prints and writes files. It imports what it needs when it runs.
+A command parses arguments, calls the package, prints and writes files; it computes nothing itself. It imports what it
+needs when it runs, so that ``--help`` is fast and works without the optional packages.
 """

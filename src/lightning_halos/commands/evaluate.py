@@ -1,4 +1,4 @@
-"""``lightning-halos evaluate``: benchmark scores of language models, alone or side by side."""
+"""``lightning-halos evaluate``: scores language models on benchmark tasks, and compares them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ examples:
   lightning-halos evaluate --compare ddp.ckpt halos.ckpt --tasks hellaswag
       both models, and whether they differ by more than noise
   lightning-halos evaluate --compare ddp/results.json halos/results.json
-      the same from results that are there already
+      the same from existing results
 """
 
 
@@ -38,26 +38,28 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--compare",
         nargs="+",
         metavar="MODEL",
-        help="two or more models, or results.json files, to put side by side; differences are to the first",
+        help="two or more models, or results.json files; each is compared with the first",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: evaluation)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results (default: evaluation)")
     what = parser.add_argument_group("the questions")
     what.add_argument("--tasks", metavar="NAMES", help="tasks or groups of lm-eval, separated by commas")
     what.add_argument(
         "--include-path", action="append", metavar="FOLDER", help="a folder that defines more tasks; may be given again"
     )
-    what.add_argument("--limit", type=_number, metavar="N", help="questions per task; below 1, their share")
+    what.add_argument("--limit", type=_number, metavar="N", help="questions per task; below 1, a share of them")
     what.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     how = parser.add_argument_group("how to run the model")
-    how.add_argument("--batch-size", type=_batch_size, default=8, metavar="N", help="or auto (default: 8)")
-    how.add_argument("--device", help="such as cuda:0 (default: cuda if there is any, else cpu)")
-    how.add_argument("--dtype", default="auto", help="of the weights (default: as they are saved)")
-    how.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="(default: that of the model)")
+    how.add_argument(
+        "--batch-size", type=_batch_size, default=8, metavar="N", help="sequences per pass, or auto (default: 8)"
+    )
+    how.add_argument("--device", help="such as cuda:0 (default: cuda if available, else cpu)")
+    how.add_argument("--dtype", default="auto", help="data type of the weights (default: as they are saved)")
+    how.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: the model's own)")
     how.add_argument(
         "--model-args",
         metavar="KEY=VALUE,...",
         default="",
-        help="more for lm-eval's HFLM, such as peft=FOLDER",
+        help="further arguments of lm-eval's HFLM, such as peft=FOLDER",
     )
 
 
@@ -117,7 +119,7 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def _labels(models: list[str]) -> list[str]:
-    """The shortest ends of the models' paths that tell them apart, as names of folders."""
+    """The shortest path endings that distinguish the models, as folder names."""
     paths = [path.parent if path.name == "results.json" else path for path in map(Path, models)]
     paths = [path.with_suffix("") if path.suffix in (".ckpt", ".json") else path for path in paths]
     for length in range(1, max(len(path.parts) for path in paths) + 1):

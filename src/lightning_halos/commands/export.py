@@ -1,4 +1,4 @@
-"""``lightning-halos export``: a Lightning checkpoint to a Hugging Face folder."""
+"""``lightning-halos export``: turns a Lightning checkpoint into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ examples:
   lightning-halos export checkpoints/last.ckpt my-model
       then AutoModelForCausalLM.from_pretrained("my-model")
   lightning-halos export last.ckpt my-model --config EleutherAI/pythia-70m --tokenizer EleutherAI/pythia-70m
-      for a checkpoint of a training without the callback HuggingFaceCheckpoint
+      for a checkpoint from a training without the callback HuggingFaceCheckpoint
 """
 
 
@@ -26,16 +26,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.set_defaults(run=_export)
     parser.add_argument(
-        "checkpoint", type=Path, help="the .ckpt file, of a training with the callback HuggingFaceCheckpoint"
+        "checkpoint", type=Path, help="the .ckpt file, from a training with the callback HuggingFaceCheckpoint"
     )
     parser.add_argument("output", type=Path, help="the folder to write")
-    parser.add_argument("--config", metavar="NAME_OR_FOLDER", help="the configuration, if it is not in the file")
-    parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: that in the file)")
+    parser.add_argument("--config", metavar="NAME_OR_FOLDER", help="the configuration, if the file has none")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: the one in the file)")
     parser.add_argument(
         "--no-weights-only",
         dest="weights_only",
         action="store_false",
-        help="unpickle whatever is in the file; only for files that you trust",
+        help="unpickle any object in the file; only for files that you trust",
     )
 
 

@@ -1,4 +1,4 @@
-"""``lightning-halos plan``: where the time would go on a cluster."""
+"""``lightning-halos plan``: predicts how workers would spend their time on a cluster."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="NAME",
     )
     how.add_argument("--local-steps", type=int, default=8, metavar="H", help="of HALoS (default: 8)")
-    how.add_argument("--same-local-steps", action="store_true", help="H of HALoS also for slower workers")
+    how.add_argument("--same-local-steps", action="store_true", help="under HALoS, H steps for slower workers too")
     how.add_argument("--accumulate-updates", type=int, metavar="K", help="of HALoS (default: 8 per worker of a server)")
     how.add_argument("--servers-per-region", type=int, default=1, metavar="S", help="of HALoS (default: 1)")
     how.add_argument(
@@ -69,8 +69,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--timeline-minutes",
         type=float,
         metavar="M",
-        help=f"length of the timelines (default: {_TIMELINE_MINUTES:g}, with more than {_TIMELINE_WORKERS} workers"
-        " less in proportion)",
+        help=f"length of the timelines (default: {_TIMELINE_MINUTES:g}; proportionally less with more than"
+        f" {_TIMELINE_WORKERS} workers)",
     )
 
 
@@ -86,7 +86,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         _sweep(arguments, timing)
         return
     if arguments.output:
-        picture_package("matplotlib")  # before an hour is simulated and half of the files are written
+        picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
     settings = PlanSettings(
         local_steps=arguments.local_steps,
         dynamic_local_steps=not arguments.same_local_steps,
@@ -119,7 +119,7 @@ def _sweep(arguments: argparse.Namespace, timing: Timing) -> None:
 
 
 def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
-    """The cluster, and what to call files about it."""
+    """The name for files about the cluster, and the cluster."""
     import yaml
 
     from lightning_halos.planning.random_cluster import random_cluster
@@ -132,10 +132,10 @@ def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
         try:
             return path.stem, SimulatedCluster.from_yaml(path)
         except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(str(error) if isinstance(error, TypeError) else f"{path} is no YAML: {error}") from None
+            raise ValueError(str(error) if isinstance(error, TypeError) else f"{path} is not YAML: {error}") from None
     regions, _, workers = size.partition("x")
     if not (regions.isdecimal() and workers.isdecimal()):
-        raise ValueError(f"--random-cluster {size} must be RxW, regions and workers in each, such as 4x4.")
+        raise ValueError(f"--random-cluster {size} must be RxW, regions and workers per region, such as 4x4.")
     return f"random-{size}", random_cluster(int(regions), int(workers), arguments.seed)
 
 

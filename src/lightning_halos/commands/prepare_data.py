@@ -1,4 +1,4 @@
-"""``lightning-halos prepare-data``: from text to tokens on disk."""
+"""``lightning-halos prepare-data``: tokenizes text and writes the tokens to disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ examples:
   lightning-halos prepare-data books/*.txt --output tokens/books --tokenizer EleutherAI/pythia-70m
       one sequence per document: MegatronDataModule("tokens/books", context=...) packs them to any context
   lightning-halos prepare-data '/usr/lib/python3*/**/*.py' --output tokens/python --train-tokenizer 4096 --context 256
-      with a tokenizer that is trained on the text, packed and shuffled, ready to be read in order
+      trains a tokenizer on the text; the sequences are packed and shuffled, ready to be read in order
   lightning-halos prepare-data --dataset wikitext --config wikitext-103-raw-v1 --output tokens/wikitext \\
       --tokenizer EleutherAI/pythia-70m
       a dataset of the Hugging Face hub
@@ -26,8 +26,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "prepare-data",
         help="tokenize text into Megatron's memory-mapped format",
-        description="Tokenizes text into Megatron's memory-mapped format, PREFIX.idx and PREFIX.bin, and leaves the"
-        " tokenizer beside them, in PREFIX-tokenizer.",
+        description="Tokenizes text into Megatron's memory-mapped format, PREFIX.idx and PREFIX.bin, and writes the"
+        " tokenizer to PREFIX-tokenizer.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,17 +39,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text.add_argument("--split", default="train", metavar="NAME", help="the dataset's split (default: train)")
     text.add_argument("--streaming", action="store_true", help="read the dataset without keeping a copy of it")
     text.add_argument(
-        "--field", default="text", metavar="NAME", help="where the text is, except in text files (default: text)"
+        "--field", default="text", metavar="NAME", help="field that has the text, except in text files (default: text)"
     )
     text.add_argument(
         "--sample-by",
         choices=get_args(SampleBy),
         default="document",
-        help="what a document is in text files (default: document, the whole file)",
+        help="what counts as a document in text files (default: document, the complete file)",
     )
     how = parser.add_argument_group("the tokenizer").add_mutually_exclusive_group(required=True)
-    how.add_argument("--tokenizer", metavar="NAME", help="its folder, or its name on the Hugging Face hub")
-    how.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of so many tokens")
+    how.add_argument("--tokenizer", metavar="NAME", help="a folder, or a name on the Hugging Face hub")
+    how.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE with SIZE tokens")
     what = parser.add_argument_group("what to write")
     what.add_argument("--output", required=True, metavar="PREFIX", help="path of the files, without .idx and .bin")
     what.add_argument(
@@ -59,10 +59,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="pack the documents into sequences of N + 1 tokens (default: a sequence for each document)",
     )
     what.add_argument(
-        "--shuffle", action=argparse.BooleanOptionalAction, default=True, help="the packed sequences (default: yes)"
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether to shuffle the packed sequences (default: yes)",
     )
-    what.add_argument("--seed", type=int, default=0, help="of the shuffling (default: 0)")
-    what.add_argument("--threads", type=int, metavar="N", help="of the tokenizer (default: one for each core)")
+    what.add_argument("--seed", type=int, default=0, help="seed of the shuffling (default: 0)")
+    what.add_argument("--threads", type=int, metavar="N", help="threads of the tokenizer (default: one per core)")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""Training data: what all workers share, and corpora for pre-training language models.
+"""Training data: the sharing of a data set among workers, and corpora for pre-training language models.
 
-Rules of this room: importing it imports neither ``transformers`` nor ``datasets``, which only language models need.
+Importing this package must not import ``transformers`` or ``datasets``, which only language models need.
 """
 
 from lightning_halos.data.corpora import Corpus

@@ -1,6 +1,6 @@
-"""Text, wherever it is: local files or a dataset of the Hugging Face hub, through ``datasets``.
+"""Reads documents from local files or from a dataset on the Hugging Face hub, through ``datasets``.
 
-Rules of this room: it finds and reads documents. What becomes of them is not its business.
+Tokenizing them is the business of ``tokenization``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the text is: either files or a dataset.
+    """The source of the text: files or a dataset.
 
     Attributes:
-        files: Paths, globs (``**`` reaches any depth) or folders (the text, JSON and Parquet files anywhere in it), all
-            of one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or else text. They may be
-            compressed.
+        files: Paths, globs (``**`` reaches any depth) or folders (all text, JSON and Parquet files below them), all of
+            one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or text (any other suffix). They may
+            be compressed.
         dataset: A dataset's name on the Hugging Face hub, or its folder.
         config: The dataset's configuration.
         split: The dataset's split.
-        field: Where the text is, in JSON lines, Parquet and datasets.
-        sample_by: What a document is in text files: a whole file (``"document"``), a paragraph, or a line. Whole files
-            are read into memory one by one.
+        field: Name of the field with the text, in JSON lines, Parquet and datasets.
+        sample_by: What counts as a document in text files: ``"document"`` (the complete file, which is read into
+            memory), ``"paragraph"`` or ``"line"``.
         streaming: Whether to read a dataset from the hub each time, instead of downloading it once.
 
     Raises:
-        ValueError: If not exactly one of ``files`` and ``dataset`` is given, or something else is wrong with them.
-        FileNotFoundError: If there is no such file.
+        ValueError: If not exactly one of ``files`` and ``dataset`` is given, or a value is invalid.
+        FileNotFoundError: If a file does not exist.
     """
 
     files: str | Sequence[str] | None = None
@@ -62,12 +62,12 @@ class Corpus:
             _ = self._kind
 
     def load(self) -> Any:
-        """Returns the documents as a ``datasets.Dataset`` (a dataset, not streaming) or ``datasets.IterableDataset``.
+        """Returns the documents: a ``datasets.Dataset`` for a downloaded dataset, else a ``datasets.IterableDataset``.
 
         Raises:
             ValueError: If the dataset cannot be reached or does not exist, or has no such configuration, split or
                 field.
-            ModuleNotFoundError: Without the extra ``lm``, and without ``zstandard`` if there are ``.zst`` files.
+            ModuleNotFoundError: If the extra ``lm`` is not installed, or ``zstandard`` and a file is a ``.zst``.
         """
         datasets = language_package("datasets")
         if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in _compressions():
@@ -95,10 +95,10 @@ class Corpus:
         """Yields the text of each document, in order, without the empty ones.
 
         Args:
-            loaded: What :meth:`load` returned, or made of it. Default: that.
+            loaded: The result of :meth:`load`, or a part of it, such as a shard. Default: the result of :meth:`load`.
 
         Raises:
-            ValueError: See :meth:`load`; also if a text is none.
+            ValueError: As :meth:`load`; also if a value of the field is not text.
         """
         field = self._field
         for row in self.load() if loaded is None else loaded:
@@ -109,7 +109,7 @@ class Corpus:
                 yield text
 
     def key(self) -> str:
-        """Returns what identifies the present content: names, sizes and times of files, or a dataset's fingerprint."""
+        """Returns a key of the present content, from names, sizes and times of files or a dataset's fingerprint."""
         if self.dataset:
             where: Any = self.load()._fingerprint
         else:
@@ -121,7 +121,7 @@ class Corpus:
         """The files, in order.
 
         Raises:
-            FileNotFoundError: If there are none of a name.
+            FileNotFoundError: If a path, glob or folder yields no file.
         """
         paths: dict[Path, None] = {}
         for pattern in [self.files] if isinstance(self.files, str) else self.files or ():
@@ -141,7 +141,7 @@ class Corpus:
         if len(kinds) > 1:
             examples = ", ".join(f"{kind} ({path.name})" for kind, path in kinds.items())
             raise ValueError(
-                f"files={self.files!r} are of several kinds: {examples}. Give those of one kind, by a glob."
+                f"files={self.files!r} are of several kinds: {examples}. Give files of one kind, for example by a glob."
             )
         return next(iter(kinds))
 
@@ -152,7 +152,7 @@ class Corpus:
 
 
 def _compressions() -> Collection[str]:
-    """What ``datasets`` can decompress here, by fsspec's names."""
+    """The compressions that ``datasets`` can read in this environment, by fsspec's names."""
     compressions: Collection[str] = language_package("fsspec.compression").compr
     return compressions
 

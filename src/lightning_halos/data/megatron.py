@@ -1,12 +1,12 @@
-r"""Tokens in Megatron's memory-mapped format: ``PREFIX.idx`` and ``PREFIX.bin``.
+r"""Reads and writes tokens in Megatron's memory-mapped format: ``PREFIX.idx`` and ``PREFIX.bin``.
 
-Rules of this room: bytes and numbers, neither text nor tokenizers. Nothing is read that was not asked for, and a file
-that is not what it should be is refused before training starts.
+This file deals with numbers only, not with text or tokenizers. Files are mapped, never loaded, because they may be
+larger than the memory. A damaged file is refused before training starts.
 
-Format (little-endian), as of ``MMapIndexedDataset`` in Megatron-LM, GPT-NeoX and EleutherAI/pythia. The ``.idx``: 9
-bytes ``MMIDIDX\0\0``, version 1 (8 bytes), data type (1 byte), number of sequences S and of document boundaries D (8
-bytes each), the sequences' lengths in tokens (S of 4 bytes), where they begin in the ``.bin``, in bytes (S of 8), and
-the first sequence of each document, with S at the end (D of 8). The ``.bin``: the tokens.
+The format is that of ``MMapIndexedDataset`` in Megatron-LM, GPT-NeoX and EleutherAI/pythia (little-endian). The
+``.idx`` has 9 bytes ``MMIDIDX\0\0``, version 1 (8 bytes), data type (1 byte), number of sequences S and of document
+boundaries D (8 bytes each), the sequences' lengths in tokens (S times 4 bytes), their offsets in the ``.bin`` in bytes
+(S times 8), and the first sequence of each document, with S at the end (D times 8). The ``.bin`` has the tokens.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ _BYTES_PER_BOUNDARY = 8
 _DTYPES = {
     code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 }
-_FLOATS = (6, 7)  # which of them has 4 bytes and which 8 depends on the library that wrote the file
-_LARGE_FILE = b"version https://git-lfs.github.com"  # how the pointer that stands in for a file in Git LFS begins
-_CHUNK = 1 << 20  # numbers of the index to look at in one go
+_FLOATS = (6, 7)  # libraries disagree about which of them has 4 bytes and which has 8
+_LFS_POINTER = b"version https://git-lfs.github.com"  # first bytes of the pointer that replaces a file in Git LFS
+_CHUNK = 1 << 20  # numbers of the index that are processed at a time
 
 
 class IndexedTokens(Dataset[Tensor]):
     """Training sequences of a fixed length, from a corpus of tokens in Megatron's format.
 
-    If the corpus' sequences are all of the same length, as in the pre-shuffled Pile of the Pythia suite, each is cut by
-    itself. Otherwise (a corpus of documents) they are read as one stream and cut wherever it comes. What is cut has
-    ``context + 1`` tokens and begins with the last token of the one before, so that a model predicts every token once,
-    except the first of what is cut; the tail that does not fill a context is left out.
+    If all stored sequences have the same length, as in the pre-shuffled Pile of the Pythia suite, each is cut into
+    pieces on its own. Otherwise (a corpus of documents) they are concatenated and the result is cut. A piece has
+    ``context + 1`` tokens and begins with the last token of the previous piece, so that a model predicts every token
+    once, except the first. The tail that does not fill a context is left out.
 
-    It maps files and loads none of them: memory is that of the batch, whatever the corpus' size. It pickles as its
-    arguments; each process maps the files for itself, the first time it reads.
+    Files are mapped, not loaded: memory depends on the batch and not on the corpus. The data set is pickled as its
+    arguments; each process maps the files when it first reads.
 
     Args:
-        prefix: The files' path without ``.idx`` and ``.bin``. The ``.bin`` may also be there in shards, cut at any
-            byte, as it is downloaded: ``PREFIX-00000-of-00020.bin`` and so on.
+        prefix: The files' path without ``.idx`` and ``.bin``. The ``.bin`` may be sharded at any byte, as some corpora
+            are downloaded: ``PREFIX-00000-of-00020.bin`` and so on.
         context: Tokens that a model sees at once.
-        as_stored: Whether to hand out tokens in the file's data type (uint16 in the Pile) instead of int64: a quarter
-            of the bytes between processes and devices, for those who convert them later.
+        as_stored: Whether to return tokens in the file's data type (uint16 in the Pile) instead of int64. This moves a
+            quarter of the bytes between processes and devices; convert them later.
 
     Attributes:
         dtype: The file's data type.
-        num_tokens: Tokens in the file.
+        num_tokens: Number of tokens in the file.
 
     Raises:
         FileNotFoundError: If a file or shard is missing.
-        ValueError: If a file is foreign, truncated, or of another version or data type; if the two do not belong
+        ValueError: If a file has another format, version or data type, or is truncated; if index and data do not belong
             together; if the sequences are too short for the context.
     """
 
@@ -101,7 +101,7 @@ class IndexedTokens(Dataset[Tensor]):
         return self.__getitems__([range(self._length)[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Returns the sequences of a batch, read in one go: what a ``DataLoader`` calls."""
+        """Returns the sequences of a batch, with one read; a ``DataLoader`` calls it."""
         rows, pieces = np.divmod(np.asarray(indices, np.int64), self._pieces)
         tokens = self._read((rows * self._row + pieces * self._context) * self.dtype.itemsize).view(self.dtype)
         return list(torch.from_numpy(tokens.astype(self._out, copy=False)).unbind())
@@ -110,29 +110,29 @@ class IndexedTokens(Dataset[Tensor]):
         return IndexedTokens, self._arguments
 
     def _read(self, firsts: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The bytes of sequences, by the byte at which each begins, wherever the shards are cut."""
+        """The bytes of the sequences that begin at the given bytes, even if shards are cut inside a sequence."""
         if not self._shards:
             self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
         shards = np.searchsorted(self._starts, firsts, "right") - 1
         size = (self._context + 1) * self.dtype.itemsize
-        if shards.min() == shards.max():  # as most are: a copy less
+        if shards.min() == shards.max():  # the usual case, which saves a copy
             begins, data = firsts - self._starts[shards[0]], self._shards[shards[0]]
             if begins.max() + size <= len(data):
-                whole: NDArray[np.uint8] = sliding_window_view(data, size)[begins]
-                return whole
+                rows: NDArray[np.uint8] = sliding_window_view(data, size)[begins]
+                return rows
         read = np.empty((len(firsts), size), np.uint8)
         for shard in np.unique(shards):
             chosen = np.flatnonzero(shards == shard)
             begins, data = firsts[chosen] - self._starts[shard], self._shards[shard]
-            is_whole = begins + size <= len(data)
-            if is_whole.any():
-                read[chosen[is_whole]] = sliding_window_view(data, size)[begins[is_whole]]
-            for row in chosen[~is_whole]:
+            fits = begins + size <= len(data)
+            if fits.any():
+                read[chosen[fits]] = sliding_window_view(data, size)[begins[fits]]
+            for row in chosen[~fits]:
                 read[row] = self._join(int(firsts[row]), size)
         return read
 
     def _join(self, first: int, size: int) -> NDArray[np.uint8]:
-        """So many bytes from one on, from several shards."""
+        """Joins ``size`` bytes that begin at ``first`` and span several shards."""
         shard, parts = int(np.searchsorted(self._starts, first, "right")) - 1, []
         while size > 0:
             begin = first - self._starts[shard]
@@ -142,17 +142,17 @@ class IndexedTokens(Dataset[Tensor]):
 
 
 class IndexedTokensWriter:
-    """Writes a corpus of tokens in Megatron's format, one sequence after the other; a context manager.
+    """Writes a corpus of tokens in Megatron's format, sequence by sequence; a context manager.
 
-    The files appear under their names when everything is written, the index last. If an exception leaves the context,
-    nothing stays. Memory: 4 bytes per sequence.
+    The files get their names when everything is written, the index last. If an exception leaves the context, no file
+    remains. Memory: 4 bytes per sequence.
 
     Args:
-        prefix: The files' path without ``.idx`` and ``.bin``. Files of that name are replaced.
+        prefix: The files' path without ``.idx`` and ``.bin``. Existing files are replaced.
         dtype: Data type of the tokens: an integer type, at most ``int64``. See :func:`smallest_dtype`.
 
     Raises:
-        ValueError: If the format has no such data type.
+        ValueError: If the format does not support the data type.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike = np.uint16) -> None:
@@ -178,7 +178,7 @@ class IndexedTokensWriter:
                 with self._temporary[1].open("wb") as file:
                     self._write_index(file)
                     self._finish(file)
-                self._paths[1].unlink(missing_ok=True)  # no moment with an index that belongs to other tokens
+                self._paths[1].unlink(missing_ok=True)  # the old index must never be seen with the new tokens
                 for temporary, path in zip(self._temporary, self._paths, strict=True):
                     temporary.replace(path)
         finally:
@@ -188,7 +188,7 @@ class IndexedTokensWriter:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that were added."""
+        """Number of sequences that were added."""
         return len(self._sizes)
 
     def add(self, tokens: ArrayLike) -> None:
@@ -198,7 +198,7 @@ class IndexedTokensWriter:
             tokens: Integers, of shape ``[length]``.
 
         Raises:
-            ValueError: If they are something else, or too large or too small for the data type.
+            ValueError: If they have another type or shape, or do not fit into the data type.
         """
         found = np.asarray(tokens)
         if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
@@ -232,19 +232,19 @@ class IndexedTokensWriter:
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Returns the smallest data type for the tokens of a vocabulary: uint16 as in Pythia's Pile, or int32."""
+    """Returns the smallest data type for tokens of a vocabulary: uint16 (as in Pythia's Pile) or int32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What an ``.idx`` says.
+    """The contents of an ``.idx`` file.
 
     Attributes:
         dtype: Data type of the tokens.
-        sequences: Their number.
-        tokens: Their lengths' sum.
-        length: The length of each, ``None`` if they differ.
+        sequences: Number of sequences.
+        tokens: Number of tokens of all sequences.
+        length: Length of every sequence, ``None`` if the lengths differ.
     """
 
     dtype: np.dtype[Any]
@@ -257,86 +257,87 @@ def _read_index(prefix: Path) -> _Index:
     path = _with(prefix, ".idx")
     if not path.is_file():
         if prefix.is_dir():
-            found = ", ".join(str(file.with_suffix("")) for file in sorted(prefix.glob("*.idx"))) or "none in there"
-            raise FileNotFoundError(f"{prefix} is a folder. Give the files' path without .idx and .bin: {found}.")
-        raise FileNotFoundError(f"There is no {path}. The prefix of a corpus is its path without .idx and .bin.")
+            found = ", ".join(str(file.with_suffix("")) for file in sorted(prefix.glob("*.idx")))
+            hint = f"such as {found}" if found else "but this folder contains no .idx file"
+            raise FileNotFoundError(f"{prefix} is a folder. Give the files' path without .idx and .bin, {hint}.")
+        raise FileNotFoundError(f"{path} does not exist. The prefix of a corpus is its path without .idx and .bin.")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
     _refuse_pointer(path, head)
     if head[: len(_MAGIC)] != _MAGIC:
         raise ValueError(
-            f"{path} begins with {head[: len(_MAGIC)]!r}, not with {_MAGIC!r}: it is no index of Megatron's"
-            " memory-mapped format. `lightning-halos prepare-data` makes one of text."
+            f"{path} begins with {head[: len(_MAGIC)]!r}, not with {_MAGIC!r}: it is not an index in Megatron's"
+            " memory-mapped format. `lightning-halos prepare-data` makes one from text."
         )
     if size < _HEADER.size:
-        raise ValueError(f"{path} ends after {size} bytes, within its header of {_HEADER.size}. Copy it again, whole.")
+        raise ValueError(f"{path} is truncated: it has {size} bytes, its header alone {_HEADER.size}. Copy it again.")
     _, version, code, sequences, boundaries = _HEADER.unpack(head)
     if version != _VERSION:
-        raise ValueError(f"{path} is of version {version} of the format; only version {_VERSION} is known.")
+        raise ValueError(f"{path} has version {version} of the format; only version {_VERSION} is supported.")
     if code not in _DTYPES:
-        what = "floating-point numbers, and tokens are integers" if code in _FLOATS else "unknown"
+        what = "a floating-point type, but tokens are integers" if code in _FLOATS else "unknown"
         raise ValueError(f"{path} has data type {code}, which is {what}. Known: {', '.join(map(str, _DTYPES))}.")
-    whole = _HEADER.size + _BYTES_PER_SEQUENCE * sequences + _BYTES_PER_BOUNDARY * boundaries
-    if size != whole:
+    expected = _HEADER.size + _BYTES_PER_SEQUENCE * sequences + _BYTES_PER_BOUNDARY * boundaries
+    if size != expected:
         raise ValueError(
-            f"{path} has {size} bytes, and {whole} by its header ({sequences} sequences): it is truncated or damaged."
-            " Copy it again, whole."
+            f"{path} has {size} bytes, but its header ({sequences} sequences) promises {expected}: it is truncated or"
+            " damaged. Copy it again."
         )
     if not sequences:
-        raise ValueError(f"{path} holds no sequence.")
+        raise ValueError(f"{path} contains no sequence.")
     dtype = _DTYPES[code]
     sizes = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
-    looks = [(int(chunk.min()), int(chunk.max()), int(chunk.sum(dtype=np.int64))) for chunk in _chunks(sizes)]
-    least, most, sums = zip(*looks, strict=True)
+    summaries = [(int(chunk.min()), int(chunk.max()), int(chunk.sum(dtype=np.int64))) for chunk in _chunks(sizes)]
+    least, most, sums = zip(*summaries, strict=True)
     shortest, longest, tokens = min(least), max(most), sum(sums)
     begins = np.memmap(path, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,))
     end = int(begins[-1]) + int(sizes[-1]) * dtype.itemsize
     if shortest < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:
         raise ValueError(
             f"{path} is damaged: its {sequences} sequences have {tokens * dtype.itemsize} bytes, but end after {end}."
-            " Make or copy it again."
+            " Copy it again, or make it again."
         )
     return _Index(dtype, sequences, tokens, longest if shortest == longest else None)
 
 
 def _data_files(prefix: Path, index: _Index) -> list[Path]:
-    """The ``.bin`` or its shards, in order, if they are as large as the index says."""
-    whole = _with(prefix, ".bin")
-    files = [whole] if whole.is_file() else _shards(prefix)
+    """The ``.bin`` file or its shards, in order. Their size must be the one that the index gives."""
+    single = _with(prefix, ".bin")
+    files = [single] if single.is_file() else _shards(prefix)
     for file in files:
         with file.open("rb") as opened:
-            _refuse_pointer(file, opened.read(len(_LARGE_FILE)))
+            _refuse_pointer(file, opened.read(len(_LFS_POINTER)))
     size, expected = sum(file.stat().st_size for file in files), index.tokens * index.dtype.itemsize
     if size != expected:
         what = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
-        problem = "truncated, or a part is missing" if size < expected else "too long"
+        problem = "the data is truncated or a shard is missing" if size < expected else "the data is too long"
         raise ValueError(
-            f"{what}: {size} bytes, and {expected} by {prefix.name}.idx ({index.tokens} tokens of {index.dtype.name}):"
-            f" it is {problem}, or the two do not belong together. Copy both again, whole."
+            f"{what}: {size} bytes, but {prefix.name}.idx promises {expected} ({index.tokens} tokens of"
+            f" {index.dtype.name}): {problem}, or index and data do not belong together. Copy both again."
         )
     return files
 
 
 def _shards(prefix: Path) -> list[Path]:
-    """Numbered from 0 to N-1 or, as the shards of Pythia's Pile, to N."""
+    """The shards in order. They are numbered from 0 to N-1 or, like the shards of Pythia's Pile, from 0 to N."""
     name = re.compile(re.escape(prefix.name) + r"-(\d+)-of-(\d+)\.bin")
     found = {int(match[1]): (match, file) for file in prefix.parent.iterdir() if (match := name.fullmatch(file.name))}
     if not found:
-        raise FileNotFoundError(f"There is neither {prefix}.bin nor shards such as {prefix}-00000-of-00020.bin.")
+        raise FileNotFoundError(f"Neither {prefix}.bin nor shards such as {prefix}-00000-of-00020.bin exist.")
     match = next(iter(found.values()))[0]
     number, digits = int(match[2]), len(match[1])
     missing = [shard for shard in range(max(number, *found)) if shard not in found]
     if missing:
         names = ", ".join(f"{prefix.name}-{shard:0{digits}}-of-{match[2]}.bin" for shard in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FileNotFoundError(f"Of the shards of {prefix}.bin, missing: {names}{more}. Copy them to {prefix.parent}.")
+        raise FileNotFoundError(f"Shards of {prefix}.bin are missing: {names}{more}. Copy them to {prefix.parent}.")
     return [found[shard][1] for shard in sorted(found)]
 
 
 def _refuse_pointer(path: Path, head: bytes) -> None:
-    if head.startswith(_LARGE_FILE):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Fetch that with `git lfs pull`.")
+    if head.startswith(_LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with `git lfs pull`.")
 
 
 def _chunks(numbers: NDArray[Any]) -> list[NDArray[Any]]:
@@ -344,7 +345,7 @@ def _chunks(numbers: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def without_suffix(path: Path) -> Path:
-    """Returns the prefix, also if it is one of the files that was given."""
+    """Returns the prefix, even if ``path`` is one of the two files."""
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 

@@ -1,7 +1,7 @@
 """Lightning data modules for pre-training language models.
 
-Rules of this room: each puts together a training and a validation set of token sequences. Loaders are plain, so that
-Lightning gives them its samplers, and the strategy its shared cursor.
+Each provides a training and a validation set of token sequences. Their loaders have no sampler of their own, so that
+Lightning adds its samplers and the strategy its shared cursor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_halos.extras import language_package
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 1  # to be increased when the same text and tokenizer would give other files
+_CACHE_VERSION = 1  # increase it when the same text and tokenizer would give different files
 
 
 class TokenDataModule(pl.LightningDataModule, ABC):
@@ -36,21 +36,20 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     A model predicts ``batch[:, 1:]`` from ``batch[:, :-1]``.
 
-    From disk to the device tokens travel in the data type of the files, where they come from files: they become
-    ``int64`` on the device (``on_after_batch_transfer``). Who iterates over a loader without a Trainer calls
-    ``.long()``.
+    Tokens that come from files are moved to the device in the data type of the files, and converted to ``int64`` there
+    (``on_after_batch_transfer``). If you iterate over a loader without a Trainer, call ``.long()`` on each batch.
 
     Args:
         tokenizer: A tokenizer's folder, or its name on the Hugging Face hub; ``None`` if it is unknown.
         context: Tokens that a model sees at once.
-        batch_size: Sequences in a batch of one device.
-        val_sequences: Sequences for validation, which are not trained on; 0 for none.
-        num_workers: Worker processes of a ``DataLoader``.
-        shuffle: Whether the training sequences are shuffled, anew in each epoch.
+        batch_size: Sequences per batch and device.
+        val_sequences: Number of sequences that are kept for validation, and not trained on; 0 for none.
+        num_workers: Worker processes per ``DataLoader``.
+        shuffle: Whether to shuffle the training sequences, differently in each epoch.
 
     Attributes:
-        train_dataset: The sequences to train on, after ``setup``.
-        val_dataset: The sequences for validation, after ``setup``.
+        train_dataset: The training sequences, after ``setup``.
+        val_dataset: The validation sequences, after ``setup``.
     """
 
     train_dataset: Dataset[Tensor]
@@ -78,7 +77,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, ``None`` if it is unknown. It is loaded when it is first asked for."""
+        """The tokenizer, ``None`` if it is unknown. It is loaded on first access."""
         return None if self._tokenizer_name is None else load_tokenizer(self._tokenizer_name)
 
     @property
@@ -88,10 +87,10 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     @cached_property
     def bytes_per_token(self) -> float | None:
-        """Mean bytes of text (UTF-8) for which a token of the validation set stands; ``None`` if it cannot be known.
+        """Mean bytes of text (UTF-8) per token of the validation set; ``None`` without a tokenizer or validation set.
 
-        A loss in nats per token is ``loss / (bytes_per_token * ln 2)`` bits per byte. Special tokens stand for no text.
-        A character that the edge of a sequence divides counts with 3 bytes on each side. Known after ``setup``.
+        A loss in nats per token is ``loss / (bytes_per_token * ln 2)`` bits per byte. Special tokens count as no text.
+        A character that is split between two sequences counts as 3 bytes in each. Available after ``setup``.
         """
         sequences: Any = self.val_dataset
         if self.tokenizer is None or not len(sequences):
@@ -102,7 +101,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-        """Returns the training and the validation set."""
+        """Returns the training set and the validation set."""
 
     def setup(self, stage: str) -> None:
         if not self._is_set_up:
@@ -129,7 +128,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         )
 
     def _divide(self, sequences: IndexedTokens) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-        """Takes the last sequences for validation."""
+        """Splits off the last sequences for validation."""
         first = len(sequences) - self._val_sequences
         if first < 1:
             raise ValueError(
@@ -142,24 +141,24 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 class MegatronDataModule(TokenDataModule):
     """Tokens in Megatron's memory-mapped format, such as the pre-shuffled Pile of the Pythia suite.
 
-    Nothing is loaded or copied: processes map the files and share the operating system's page cache. The training
-    sequences are read in order, since what is made for training is shuffled already; the last ones are for validation.
+    Nothing is loaded or copied: processes map the files and share the operating system's page cache. By default the
+    training sequences are read in order, because such corpora are usually shuffled already. The last sequences are for
+    validation.
 
     Args:
-        prefix: The files' path without ``.idx`` and ``.bin``; the ``.bin`` may be in shards. See
-            :class:`IndexedTokens`.
-        context: Tokens that a model sees at once; one less than the sequences have, to use each as it is.
-        batch_size: Sequences in a batch of one device.
-        val_sequences: The last so many sequences are for validation; 0 for none.
-        num_workers: Worker processes of a ``DataLoader``.
-        shuffle: Whether to shuffle the training sequences, anew in each epoch.
+        prefix: The files' path without ``.idx`` and ``.bin``; the ``.bin`` may be sharded. See :class:`IndexedTokens`.
+        context: Tokens that a model sees at once. To use sequences as they are stored, give their length minus one.
+        batch_size: Sequences per batch and device.
+        val_sequences: Number of sequences, from the end, that are for validation; 0 for none.
+        num_workers: Worker processes per ``DataLoader``.
+        shuffle: Whether to shuffle the training sequences, differently in each epoch.
         tokenizer: The tokenizer's folder, or its name on the Hugging Face hub. Default: the folder
-            ``PREFIX-tokenizer``, where ``lightning-halos prepare-data`` leaves it, if there is one.
+            ``PREFIX-tokenizer``, which ``lightning-halos prepare-data`` writes, if it exists.
 
     Raises:
-        ValueError: If an argument has a wrong value; at ``setup``, as :class:`IndexedTokens`, or if nothing is left to
-            train on.
-        FileNotFoundError: At ``setup``, as :class:`IndexedTokens`.
+        ValueError: If an argument is invalid; in ``setup``, as :class:`IndexedTokens`, or if nothing is left to train
+            on.
+        FileNotFoundError: In ``setup``, as :class:`IndexedTokens`.
     """
 
     def __init__(
@@ -183,16 +182,16 @@ class MegatronDataModule(TokenDataModule):
 
 
 class TextDataModule(TokenDataModule):
-    """Text of local files or of a dataset on the Hugging Face hub.
+    """Text from local files or from a dataset on the Hugging Face hub.
 
-    The text is tokenized once, with an end-of-text token after each document, and kept on disk in Megatron's format, in
-    the cache of ``datasets`` (``HF_DATASETS_CACHE``). The next run with the same text and tokenizer reads that, with
-    any context. Packing loses nothing but the tail: see :class:`IndexedTokens`. The last sequences are for validation.
+    The text is tokenized once, with an end-of-text token after each document, and cached on disk in Megatron's format,
+    in the cache of ``datasets`` (``HF_DATASETS_CACHE``). Later runs with the same text and tokenizer use this cache,
+    with any context. Packing loses only the tail: see :class:`IndexedTokens`. The last sequences are for validation.
 
-    With ``streaming=True`` it is tokenized and packed while it is read, again in each epoch, and nothing is kept. The
-    first sequences are for validation then, and the documents that they are made of are left out of the training. Every
-    rank and every ``DataLoader`` worker reads other documents (see :class:`PackedStream`), so the strategy's shared
-    cursor has nothing to do.
+    With ``streaming=True`` the text is tokenized and packed while it is read, again in each epoch, and nothing is
+    cached. The first sequences are then for validation, and their documents are left out of the training. Every rank
+    and every ``DataLoader`` worker reads different documents (see :class:`PackedStream`), so the strategy's shared
+    cursor is not used.
 
     Args:
         tokenizer: A tokenizer's folder, or its name on the Hugging Face hub.
@@ -200,22 +199,23 @@ class TextDataModule(TokenDataModule):
         dataset: Instead of files, a dataset's name on the Hugging Face hub.
         config: The dataset's configuration.
         split: The dataset's split.
-        field: Where the text is, in JSON lines, Parquet and datasets.
-        sample_by: What a document is in text files: ``"document"`` (the whole file), ``"paragraph"`` or ``"line"``.
+        field: Name of the field with the text, in JSON lines, Parquet and datasets.
+        sample_by: What counts as a document in text files: ``"document"`` (the complete file), ``"paragraph"`` or
+            ``"line"``.
         streaming: Whether to tokenize while reading.
         context: Tokens that a model sees at once.
-        batch_size: Sequences in a batch of one device.
-        val_sequences: Sequences for validation, which are not trained on; 0 for none.
-        num_workers: Worker processes of a ``DataLoader``.
-        shuffle: Whether to shuffle the training sequences, anew in each epoch; when streaming, the documents, within a
-            buffer, in every epoch in the same way.
-        shuffle_buffer: Documents in this buffer.
-        seed: Of the shuffling when streaming. Otherwise it is Lightning's (``seed_everything``).
+        batch_size: Sequences per batch and device.
+        val_sequences: Number of sequences that are kept for validation, and not trained on; 0 for none.
+        num_workers: Worker processes per ``DataLoader``.
+        shuffle: Whether to shuffle: the training sequences, differently in each epoch; when streaming, the documents,
+            within a buffer, in the same order in every epoch.
+        shuffle_buffer: Number of documents in this buffer.
+        seed: Seed of the shuffling when streaming. Otherwise Lightning's seed counts (``seed_everything``).
 
     Raises:
-        ValueError: If an argument has a wrong value, or the dataset or tokenizer cannot be reached.
-        FileNotFoundError: If there are no such files.
-        ModuleNotFoundError: When it is used, without the extra ``lm``.
+        ValueError: If an argument is invalid, or the dataset or tokenizer cannot be reached.
+        FileNotFoundError: If a file does not exist.
+        ModuleNotFoundError: When data is loaded, if the extra ``lm`` is not installed.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class TextDataModule(TokenDataModule):
         return self.tokenizer
 
     def _cache(self) -> Path:
-        """Where the tokens are: the same place for the same text and tokenizer."""
+        """The prefix of the cached tokens: the same for the same text and tokenizer."""
         datasets = language_package("datasets")
         tokenizer: Any = self._known_tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -291,7 +291,7 @@ class _Sequences(Dataset[Tensor]):
 
 
 def _indexed_tokens(prefix: str | Path, context: int) -> IndexedTokens:
-    # Apple's devices know no uint16.
+    # Apple's devices do not support uint16.
     return IndexedTokens(prefix, context, as_stored=not torch.backends.mps.is_available())
 
 

@@ -1,7 +1,7 @@
-"""Text that is tokenized and packed while it is read, without a copy on disk.
+"""A data set that tokenizes and packs text while reading it, without a copy on disk.
 
-Rules of this room: nobody reads what another one reads. Which rank it is comes from outside; which of a
-``DataLoader``'s workers, ``datasets`` finds out by itself.
+No two ranks, and no two ``DataLoader`` workers, yield the same document. The caller passes the rank; ``datasets``
+itself detects the ``DataLoader`` worker.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 
 
 class PackedStream(IterableDataset[Tensor]):
-    """Sequences of ``context + 1`` tokens from a corpus that is read as it goes: int64, of shape ``[context + 1]``.
+    """Sequences of ``context + 1`` tokens from a corpus that is read on the fly: int64, of shape ``[context + 1]``.
 
-    Every rank and every worker of its ``DataLoader`` gets other documents and packs them by itself. If the number of
-    files is a multiple of that of ranks, each rank reads its own files; otherwise every rank reads all documents and
-    drops those of others. The files that a rank reads are divided among the workers of its ``DataLoader``: with fewer
-    files than workers, some of these have nothing to do.
+    Every rank and every worker of its ``DataLoader`` gets different documents and packs them on its own. If the number
+    of files is a multiple of the number of ranks, each rank reads its own files; otherwise every rank reads all
+    documents and drops those of other ranks. A rank's files are divided among the workers of its ``DataLoader``; with
+    fewer files than workers, some workers have nothing to do.
 
     Args:
         corpus: The text.
-        tokenizer: What makes tokens of it.
+        tokenizer: The tokenizer.
         context: Tokens that a model sees at once.
-        rank: Number of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
-        shuffle_buffer: Documents from which the next one is drawn at random; 0 reads in order. Every pass is the same.
-        seed: Of the drawing.
-        leave_out: Documents that are for validation: a digest of each, see :func:`digest`.
+        shuffle_buffer: Size of the buffer from which the next document is drawn at random; 0 reads in order. Every
+            pass has the same order.
+        seed: Seed of the shuffling.
+        leave_out: Digests of the validation documents, which are skipped; see :func:`digest`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class PackedStream(IterableDataset[Tensor]):
         self._documents: Any = distributed.split_dataset_by_node(documents, rank, world_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if get_worker_info() is not None:  # one of several processes already, and maybe forked from one with threads
+        if get_worker_info() is not None:  # DataLoader workers are parallel already, and may be forked with threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         texts = self._corpus.documents(self._documents)
         kept = (text for text in texts if not self._leave_out or digest(text) not in self._leave_out)
@@ -75,10 +76,10 @@ def hold_out(
     """Takes the first sequences of a corpus for validation.
 
     Returns:
-        The sequences, and the digests of the documents that they are made of: to be left out of the training.
+        The sequences, and the digests of their documents, which training has to leave out.
 
     Raises:
-        ValueError: If there are not as many sequences.
+        ValueError: If the corpus has fewer sequences.
     """
     used: set[bytes] = set()
 
@@ -96,5 +97,5 @@ def hold_out(
 
 
 def digest(text: str) -> bytes:
-    """Returns 16 bytes by which a document is known."""
+    """Returns a digest of 16 bytes that identifies a document."""
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()

@@ -1,6 +1,6 @@
-"""From documents to tokens, and from tokens to sequences of a fixed length.
+"""Turns documents into tokens, and tokens into sequences of a fixed length.
 
-Rules of this room: one document after the other, and never all of them in memory.
+Everything here streams: a corpus may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_DOCUMENTS = 1000
-_BATCH_CHARACTERS = 1 << 20  # of text in a batch of documents: bounds the memory
+_BATCH_CHARACTERS = 1 << 20  # bounds the memory of a batch of documents
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written.
+    """Counts of a corpus that was written.
 
     Attributes:
-        documents: Documents that were read, without empty ones.
-        text_bytes: Their bytes in UTF-8.
-        tokens: Their tokens, with an end-of-text token for each document.
-        sequences: Sequences that were written.
+        documents: Number of documents that were read, without empty ones.
+        text_bytes: Their size in UTF-8, in bytes.
+        tokens: Their number of tokens, including an end-of-text token for each document.
+        sequences: Number of sequences that were written.
     """
 
     documents: int
@@ -43,9 +43,9 @@ class Summary:
 
 
 def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
-    """Yields each document and its tokens, the last of which is the end-of-text token.
+    """Yields each document and its tokens, ending with the end-of-text token.
 
-    A fast tokenizer works on the documents of a batch in parallel, with all cores.
+    A fast tokenizer processes the documents of a batch in parallel on all cores.
     """
     for texts in _batches(documents):
         encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -54,10 +54,10 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def pack(documents: Iterable[list[int]], context: int) -> Iterator[NDArray[np.int64]]:
-    """Yields the documents' tokens, one after the other, in sequences of ``context + 1``.
+    """Concatenates the documents' tokens and yields them in sequences of ``context + 1``.
 
-    Each begins with the last token of the one before, so that a model predicts every token once, except the very first.
-    The tail that does not fill a context is left out.
+    Each sequence begins with the last token of the previous one, so that a model predicts every token once, except the
+    very first. The tail that does not fill a context is left out.
     """
     rest: list[int] = []
     for tokens in documents:
@@ -81,13 +81,13 @@ def write_tokens(
 
     Args:
         documents: The text.
-        tokenizer: What makes tokens of it.
+        tokenizer: The tokenizer.
         prefix: Path of the files, without ``.idx`` and ``.bin``.
-        context: To pack the documents into sequences of ``context + 1`` tokens. Default: a sequence for each document.
-        seed: Of the shuffling of the packed sequences, ``None`` to leave them in order.
+        context: Packs the documents into sequences of ``context + 1`` tokens. Default: one sequence per document.
+        seed: Seed for shuffling the packed sequences; ``None`` leaves them in order.
 
     Raises:
-        ValueError: If there is no text, or too little to fill a context.
+        ValueError: If the corpus has no text, or too little to fill a context.
     """
     prefix = Path(prefix)
     read = text_bytes = made = 0
@@ -98,7 +98,7 @@ def write_tokens(
             read, text_bytes, made = read + 1, text_bytes + len(text.encode(errors="replace")), made + len(tokens)
             yield tokens
         if not read:
-            raise ValueError("There is no text in the corpus.")
+            raise ValueError("The corpus contains no text.")
 
     dtype = smallest_dtype(len(tokenizer))
     shuffle = context is not None and seed is not None
@@ -109,7 +109,7 @@ def write_tokens(
             for tokens in counted() if context is None else pack(counted(), context):
                 writer.add(tokens)
             if not writer.num_sequences:
-                raise ValueError(f"The corpus has {made} tokens, too few for context={context}. Use a smaller one.")
+                raise ValueError(f"The corpus has {made} tokens, too few for context={context}. Use a smaller context.")
         if context is not None and seed is not None:
             sequences = IndexedTokens(ordered, context, as_stored=True)
             order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))

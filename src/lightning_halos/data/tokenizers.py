@@ -1,6 +1,6 @@
-"""Tokenizers: load one, or train one where none can be downloaded.
+"""Loads tokenizers, and trains one where none can be downloaded.
 
-Rules of this room: what comes out is a tokenizer of the ``transformers`` package, which everything around it knows.
+All functions return tokenizers of the ``transformers`` package, which lm-eval and the export expect.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         name: A folder, or a name on the Hugging Face hub such as ``"EleutherAI/pythia-70m"``.
 
     Raises:
-        ValueError: If there is none of that name, it cannot be reached, or it has no end-of-text token, which is what
-            divides documents.
+        ValueError: If it does not exist or cannot be reached, or if it has no end-of-text token, which separates
+            documents.
         ModuleNotFoundError: Without the extra ``lm``.
     """
     tokenizer = fetch_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {name} has no end-of-text token (eos_token), which divides documents. Set one."
+            f"The tokenizer {name} has no end-of-text token (eos_token), which separates documents. Set one."
         )
     return tokenizer
 
 
 def fetch_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer of any kind; see :func:`load_tokenizer`.
+    """Loads a tokenizer, with or without an end-of-text token; see :func:`load_tokenizer`.
 
     Raises:
-        ValueError: If there is none of that name, or it cannot be reached.
+        ValueError: If it does not exist or cannot be reached.
         ModuleNotFoundError: Without the extra ``lm``.
     """
     transformers = language_package("transformers")
@@ -58,13 +58,13 @@ def fetch_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE tokenizer: any text can be written with it, and comes back byte for byte.
+    """Trains a byte-level BPE tokenizer, which encodes any text and decodes it byte for byte.
 
     Save it with ``save_pretrained(folder)``; :func:`load_tokenizer` and ``transformers.AutoTokenizer`` load the folder.
 
     Args:
-        documents: The text. It is read once; the counts of its words are held in memory.
-        vocab_size: Tokens at most: all 256 bytes, ``<|endoftext|>``, and what training adds.
+        documents: The text. It is read once; its word counts are held in memory.
+        vocab_size: Maximum number of tokens: all 256 bytes, ``<|endoftext|>``, and the tokens that training adds.
 
     Raises:
         ValueError: If the vocabulary is too small for the bytes.

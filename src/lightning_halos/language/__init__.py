@@ -1,5 +1,5 @@
 """Language models: export to Hugging Face, evaluation with lm-eval, comparison of results.
 
-Rules of this package: it needs the extra ``lm``, but only when something is done. transformers, datasets and lm-eval
-are imported inside functions, and a missing one is reported with what to install.
+transformers, datasets and lm-eval (the extra ``lm``) are imported inside functions, so that importing this package does
+not need them. An error names the missing package and says how to install it.
 """

@@ -1,6 +1,6 @@
-"""Puts the results of several models side by side, and says which differences are within noise.
+"""Compares the results of several models, and says which differences are within noise.
 
-Rules of this room: numbers that lm-eval made, nothing else; it loads no models and needs none of the extra's packages.
+It works on numbers from lm-eval alone. It loads no models and needs none of the packages of the extra ``lm``.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 
 Results = Mapping[str, Any]
 
-# A difference of two equal models is beyond so many standard errors once in twenty times.
+# The difference between two equal models exceeds this many standard errors in one of twenty cases.
 NOISE = 1.96
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a model differs from the first one.
+    """The difference between a model and the first model.
 
     Attributes:
-        value: The second model's value less the first's; of perplexities, the difference of their natural logarithms.
-        stderr: Its standard error; ``None`` if lm-eval gives none for this metric.
-        paired: Whether the standard error is that of the differences question by question. It is sharper than that of
-            two independent samples, since the questions' own difficulty cancels out.
-        better: Whether the second model's value is the better one, as far as the metric has a better side.
-        logarithmic: Whether it is a difference of logarithms.
+        value: This model's value minus the first model's; for perplexities, the difference of their natural logarithms.
+        stderr: Standard error of the difference; ``None`` if lm-eval gives none for this metric.
+        paired: Whether the standard error is computed from the differences of individual questions. It is then smaller
+            than that of two independent samples, because the difficulty of the questions cancels out.
+        better: Whether this model is better than the first; ``None`` if they are equal or the metric has no direction.
+        logarithmic: Whether the value is a difference of logarithms.
     """
 
     value: float
@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether it is at most 1.96 standard errors; ``None`` if there is no standard error."""
+        """Whether the difference is at most 1.96 standard errors; ``None`` without a standard error."""
         return None if self.stderr is None else abs(self.value) <= NOISE * self.stderr
 
 
@@ -50,11 +50,11 @@ class Comparison:
 
     Attributes:
         task: Name of the task or group.
-        depth: How deep it is in groups, from 0.
-        metric: The metric; with lm-eval's filter, as in ``"exact_match,strict-match"``, if there is one.
-        higher_is_better: What it says.
-        values: The value and its standard error, of each model.
-        differences: How each model but the first differs from the first.
+        depth: Number of groups that contain it.
+        metric: The metric, with lm-eval's filter if it has one, as in ``"exact_match,strict-match"``.
+        higher_is_better: Whether higher values are better; ``None`` if the metric has no direction.
+        values: The value and its standard error, for each model.
+        differences: The difference between each model, except the first, and the first.
     """
 
     task: str
@@ -66,15 +66,15 @@ class Comparison:
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
-    """Reads a ``results.json``, of ``lightning-halos evaluate`` or of lm-eval itself.
+    """Reads a ``results.json`` from ``lightning-halos evaluate`` or from lm-eval itself.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the file is something else.
     """
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
         raise ValueError(f"{path} does not contain results of `lightning-halos evaluate` or lm-eval.")
     return results
@@ -83,19 +83,19 @@ def load_results(path: str | Path) -> dict[str, Any]:
 def compare(results: Sequence[Results]) -> list[Comparison]:
     """Compares models on the tasks, groups and metrics that all of them have.
 
-    The standard error of a difference is, where both models answered the same questions and their answers are in the
-    results, that of the questions' own differences (paired): ``stdev(b_i - a_i) / sqrt(n)``, for a group with the
-    weights of its tasks. Otherwise the models count as independent samples: ``sqrt(stderr_a^2 + stderr_b^2)``.
-    Perplexities are compared by their logarithms, which are means of the questions' negative log-likelihoods.
+    If both models answered the same questions and their answers are in the results, the standard error of a difference
+    is paired: ``stdev(b_i - a_i) / sqrt(n)``; for a group, the tasks' standard errors are combined with the tasks'
+    weights. Otherwise the models count as independent samples: ``sqrt(stderr_a^2 + stderr_b^2)``. Perplexities are
+    compared by their logarithms, which are means of the questions' negative log-likelihoods.
 
     Args:
-        results: What ``evaluate`` returned for each model, two or more; each is compared with the first.
+        results: The return values of ``evaluate`` for two or more models; each is compared with the first.
 
     Raises:
-        ValueError: If there are fewer than two, or they have no metric in common.
+        ValueError: If there are fewer than two models, or they have no metric in common.
     """
     if len(results) < 2:
-        raise ValueError(f"There are results of {len(results)} model(s): comparing takes at least 2.")
+        raise ValueError(f"A comparison needs results of at least 2 models, but got {len(results)}.")
     rows = []
     for task, depth in _in_order(results[0]):
         if any(task not in one["results"] for one in results):
@@ -111,11 +111,11 @@ def compare(results: Sequence[Results]) -> list[Comparison]:
 
 
 def comparison_table(rows: Sequence[Comparison], labels: Sequence[str]) -> str:
-    """A table in Markdown, with how to read it.
+    """Returns a table in Markdown, with an explanation of how to read it.
 
     Args:
-        rows: What :func:`compare` returned.
-        labels: A name of each model.
+        rows: The return value of :func:`compare`.
+        labels: A name for each model.
     """
     header = ["Task", "Metric", "", *labels]
     for label in labels[1:]:
@@ -136,7 +136,7 @@ def comparison_table(rows: Sequence[Comparison], labels: Sequence[str]) -> str:
 
 
 def comparison_json(rows: Sequence[Comparison], labels: Sequence[str]) -> dict[str, Any]:
-    """The same as plain values, for JSON."""
+    """Returns the same as :func:`comparison_table`, as plain values for JSON."""
     shown = []
     for row in rows:
         values = {label: {"value": v, "stderr": e} for label, (v, e) in zip(labels, row.values, strict=True)}
@@ -194,9 +194,9 @@ def _paired_stderr_of_task(first: Results, second: Results, task: str, key: str)
 
 
 def _contributions(results: Results, task: str, key: str) -> dict[tuple[int, str], float] | None:
-    """What every question adds to a metric that is their mean, or to the logarithm of one that is a perplexity.
+    """Each question's contribution to a metric that is the questions' mean, or to the logarithm of a perplexity.
 
-    ``None`` if the metric is neither: that is seen from its value.
+    Returns ``None`` if the metric is neither, that is, if the contributions' mean is not the metric's value.
     """
     metric, _, filter_name = key.partition(",")
     values = {}
@@ -214,7 +214,7 @@ def _contributions(results: Results, task: str, key: str) -> dict[tuple[int, str
 
 
 def _weights(results: Results, group: str, tasks: Sequence[str], key: str) -> list[float] | None:
-    """The weights of a group's tasks with which its value follows from theirs: by size, or equal ones."""
+    """The weights that give a group's value from its tasks' values: by size or equal; ``None`` if neither does."""
     parts = [results["results"].get(task, {}) for task in tasks]
     if any(not isinstance(part.get(key), (int, float)) or not part.get("sample_len") for part in parts):
         return None
@@ -234,7 +234,7 @@ def _leaves(results: Results, group: str) -> list[str]:
 
 
 def _in_order(results: Results) -> list[tuple[str, int]]:
-    """Tasks and groups with their depth, every group before what is in it."""
+    """Tasks and groups with their depth. A group comes before its members."""
     groups: Mapping[str, Sequence[str]] = results.get("group_subtasks", {})
     inside = {child for children in groups.values() for child in children}
     ordered: dict[str, int] = {}
@@ -251,7 +251,7 @@ def _in_order(results: Results) -> list[tuple[str, int]]:
 
 
 def _metrics(values: Mapping[str, Any]) -> list[str]:
-    """The keys of metrics, which lm-eval writes as ``metric,filter``, less their standard errors."""
+    """The keys of metrics, which lm-eval writes as ``metric,filter``, without those of standard errors."""
     return [
         key
         for key, value in values.items()

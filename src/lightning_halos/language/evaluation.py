@@ -1,7 +1,7 @@
 """Evaluates language models on benchmark tasks, through lm-eval.
 
-Rules of this room: every score comes from lm-eval's ``simple_evaluate`` and its Hugging Face model class ``HFLM``. Here
-is only what leads there and what is written down of it.
+Every score comes from lm-eval's ``simple_evaluate`` and its Hugging Face model class ``HFLM``, so that scores can be
+compared with published ones. This file only loads the model, finds the tasks and writes the results.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Results = dict[str, Any]
 
 PACKAGES = ("transformers", "datasets", "lm_eval", "accelerate")
 _NEEDS_NETWORK = (
-    "What is not in a local folder comes from the Hugging Face hub, which needs the network, or a copy in the hub's"
-    " cache (HF_HOME) from an earlier run."
+    "Without a local folder it comes from the Hugging Face hub, which needs the network, or a copy in the hub's cache"
+    " (HF_HOME) from an earlier run."
 )
 
 
@@ -54,35 +54,35 @@ def evaluate(
 ) -> Results:
     """Evaluates a model on tasks of lm-eval.
 
-    The state of all random number generators, and the mode and values of a model that is given, are afterwards what
-    they were.
+    The evaluation restores the state of all random number generators, and the mode and values of a loaded model.
 
     Args:
         model: Name on the Hugging Face hub, folder of a Hugging Face model, a Lightning checkpoint (``.ckpt``; see
-            :class:`~lightning_halos.HuggingFaceCheckpoint`), or a model of transformers, evaluated where it is.
+            :class:`~lightning_halos.HuggingFaceCheckpoint`), or a loaded model of transformers, which stays on its
+            device.
         tasks: Names of tasks or groups of lm-eval, such as ``["hellaswag", "mmlu"]`` or ``"hellaswag,mmlu"``, or paths
             of YAML files that define tasks.
-        tokenizer: The tokenizer, or its name or folder. Default: that of the model; to be given with a loaded model.
+        tokenizer: The tokenizer, or its name or folder. Default: the model's own; required with a loaded model.
         include_path: Folder or folders with YAML files that define more tasks.
-        limit: Questions per task; below 1, their share. Default: all.
-        num_fewshot: Solved examples before each question. Default: what each task says, mostly none.
-        batch_size: Sequences per forward pass, or ``"auto"``: what fits into memory.
-        device: Such as ``"cuda:0"``. Default: CUDA if there is any, else CPU.
-        dtype: Of the weights, such as ``"bfloat16"``. Default: that in which they are saved.
+        limit: Questions per task; below 1, a share of them. Default: all.
+        num_fewshot: Solved examples before each question. Default: as the task defines it, mostly none.
+        batch_size: Sequences per forward pass, or ``"auto"``: as many as fit into memory.
+        device: The device, such as ``"cuda:0"``. Default: CUDA if available, else CPU.
+        dtype: Data type of the weights, such as ``"bfloat16"``. Default: the one they are saved in.
         model_args: Further arguments of lm-eval's ``HFLM``, such as ``{"peft": "my-adapter"}``.
         bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
-            1000 give it to 2 %.
-        seed: Of what lm-eval draws, such as few-shot examples.
+            With 1000, the standard error is accurate to 2 %.
+        seed: Seed of lm-eval's random choices, such as few-shot examples.
 
     Returns:
         The results of ``lm_eval.simple_evaluate``, with the answers to every question in ``"samples"``, and the model's
         name in ``"model_name"``.
 
     Raises:
-        FileNotFoundError: If a file or folder is not there.
+        FileNotFoundError: If a file or folder does not exist.
         ModuleNotFoundError: If a package of the extra ``lm`` is not installed.
-        OSError: If something has to come from the hub, and there is no network.
-        ValueError: If an argument is wrong, or there is no such task.
+        OSError: If something has to come from the hub, which cannot be reached.
+        ValueError: If an argument is invalid, or a task is unknown.
     """
     names = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
     for package in PACKAGES:
@@ -103,14 +103,14 @@ def check_arguments(
     bootstrap_iters: int,
     include_path: str | Path | Sequence[str | Path] | None,
 ) -> list[str]:
-    """Refuses wrong arguments of :func:`evaluate`, before anything is loaded.
+    """Checks the arguments of :func:`evaluate` before anything is loaded.
 
     Returns:
         The names of the tasks.
 
     Raises:
-        FileNotFoundError: If a folder of tasks is not there.
-        ValueError: If another argument is wrong.
+        FileNotFoundError: If a folder of tasks does not exist.
+        ValueError: If another argument is invalid.
     """
     names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     names = [name.strip() for name in names]
@@ -135,12 +135,12 @@ def find_tasks(names: Sequence[str], include_path: str | Path | Sequence[str | P
 
     Args:
         names: Names of tasks or groups, or paths of YAML files.
-        include_path: Folder or folders with YAML files that define more tasks. If they define all that is asked for,
-            the thousands of tasks that come with lm-eval are not looked through, which takes half a minute.
+        include_path: Folder or folders with YAML files that define more tasks. If they define all of ``names``, the
+            thousands of tasks that come with lm-eval are not searched, which saves half a minute.
 
     Raises:
-        OSError: If the data of a task cannot be had.
-        ValueError: If there is no such task.
+        OSError: If the data of a task cannot be loaded.
+        ValueError: If a task is unknown.
     """
     from lm_eval.tasks import TaskManager
 
@@ -151,8 +151,8 @@ def find_tasks(names: Sequence[str], include_path: str | Path | Sequence[str | P
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
         raise ValueError(
-            f"There is no task called {', '.join(unknown)}. `lm-eval ls tasks` lists those that come with lm-eval; give"
-            " the folder of others: --include-path FOLDER (include_path=... in Python)."
+            f"There is no task called {', '.join(unknown)}. `lm-eval ls tasks` lists the tasks that come with lm-eval."
+            " Give the folder of other tasks with --include-path FOLDER (include_path=... in Python)."
         )
     with _explained(f"the data of {', '.join(names)}"):
         manager.load(list(names))
@@ -168,7 +168,7 @@ def run_tasks(
     bootstrap_iters: int,
     seed: int,
 ) -> Results:
-    """Runs tasks; sets the seeds of all random number generators. For the arguments see :func:`evaluate`."""
+    """Runs tasks and seeds all random number generators. For the arguments see :func:`evaluate`."""
     from lm_eval import simple_evaluate
 
     with _without_process_pool():
@@ -185,17 +185,17 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     if results is None:
-        raise ValueError("lm-eval returns results in the process with LOCAL_RANK=0 alone. Evaluate there.")
+        raise ValueError("lm-eval returns results only in the process with LOCAL_RANK=0. Evaluate there.")
     return dict(results)
 
 
 @contextmanager
 def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Iterator[HFLM]:
-    """Lends a loaded model to lm-eval, and puts it back into its mode.
+    """Wraps a loaded model for lm-eval, and restores its training mode afterwards.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, which lm-eval gets a copy of: it may give it a padding token.
+        tokenizer: Its tokenizer. lm-eval gets a copy, because it may add a padding token.
         batch_size: Sequences per forward pass, or ``"auto"``.
     """
     from copy import deepcopy
@@ -206,7 +206,7 @@ def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
     mode.capture(model)
     hf_logger = logging.getLogger("lm_eval.models.huggingface")
     level = hf_logger.level
-    hf_logger.setLevel(logging.ERROR)  # it warns that the model is loaded already
+    hf_logger.setLevel(logging.ERROR)  # hide its warning that the model is already loaded
     try:
         lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
     finally:
@@ -220,11 +220,11 @@ def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
 def write_results(results: Results, folder: str | Path) -> None:
     """Writes ``results.json`` and ``results.md``.
 
-    Of the answers the JSON keeps what a later comparison needs: which question it was, and its metrics.
+    For each answer, the JSON keeps only what a later comparison needs: the question's identity and its metrics.
 
     Args:
-        results: What :func:`evaluate` returned.
-        folder: The folder; made if it is not there.
+        results: The return value of :func:`evaluate`.
+        folder: The folder, which is created if it does not exist.
     """
     from lm_eval.utils import handle_non_serializable
 
@@ -243,7 +243,7 @@ def write_results(results: Results, folder: str | Path) -> None:
 
 
 def results_table(results: Results) -> str:
-    """lm-eval's table of the results, and of the groups if there are any, in Markdown."""
+    """Returns lm-eval's table of the results in Markdown, followed by a table of groups if it has any."""
     from lm_eval.utils import make_table
 
     tables = [make_table(results)]
@@ -271,8 +271,8 @@ def _language_model(
     if not isinstance(model, (str, Path)):
         if device is not None or dtype != "auto" or model_args:
             raise ValueError(
-                f"device={device!r}, dtype={dtype!r} and model_args={model_args!r} are for a model that is loaded here."
-                " A model that is loaded already is evaluated as it is: move it with model.to(...) first."
+                f"device={device!r}, dtype={dtype!r} and model_args={model_args!r} are for a model that evaluate()"
+                " loads. A loaded model is evaluated as it is: move it with model.to(...) first."
             )
         if tokenizer is None:
             raise ValueError("tokenizer=None must be the tokenizer of the loaded model.")
@@ -307,7 +307,7 @@ def _language_model(
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Says of what the hub cannot give that it needs the network."""
+    """Adds to an error of the hub that ``what`` needs the network."""
     try:
         yield
     except OSError as error:
@@ -316,7 +316,7 @@ def _explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def _without_process_pool() -> Iterator[None]:
-    """Keeps lm-eval from forking a pool for its bootstrap: a process that trains has threads and CUDA contexts."""
+    """Keeps lm-eval from forking processes for its bootstrap: forking is unsafe with threads and CUDA contexts."""
     name = "DISABLE_MULTIPROC"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,7 +1,7 @@
 """Turns a Lightning checkpoint into a Hugging Face folder.
 
-Rules of this room: it reads one checkpoint and writes one folder; no Trainer, no training. What the checkpoint has to
-contain is put there by :class:`~lightning_halos.HuggingFaceCheckpoint`.
+It reads one checkpoint and writes one folder, without a Trainer. The callback
+:class:`~lightning_halos.HuggingFaceCheckpoint` puts the model's description into the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "hugging_face"
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parameters
+_COMPILED = "_orig_mod."  # torch.compile adds this to the names of a module's parameters
 
 
 def export_checkpoint(
@@ -37,27 +37,26 @@ def export_checkpoint(
 ) -> Path:
     """Writes the model of a Lightning checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    The folder has the weights as safetensors, in the dtype that they have in the checkpoint, the configuration, the
-    generation configuration, the tokenizer, and a model card with the training settings. Under a halos strategy these
-    are the weights of the global model.
+    The folder has the weights as safetensors, in the dtype of the checkpoint, the configuration, the generation
+    configuration, the tokenizer, and a model card with the training settings. Under a halos strategy these are the
+    weights of the global model.
 
     Args:
-        checkpoint: The ``.ckpt`` file, of a training with :class:`~lightning_halos.HuggingFaceCheckpoint`.
-        output: The folder to write. Files of the same names are overwritten.
-        config: Name or folder of a Hugging Face model whose configuration is the module's, for a checkpoint without
-            that callback.
-        tokenizer: The tokenizer, or its name or folder. Default: that of the checkpoint.
-        weights_only: Refuse to unpickle anything but tensors and plain values. ``False`` for a file that you trust and
-            that contains more, such as hyperparameters of your own classes.
+        checkpoint: The ``.ckpt`` file, from a training with :class:`~lightning_halos.HuggingFaceCheckpoint`.
+        output: The folder to write. Existing files of the same names are overwritten.
+        config: Name or folder of a Hugging Face model with the same configuration, for a checkpoint that was written
+            without that callback.
+        tokenizer: The tokenizer, or its name or folder. Default: the checkpoint's.
+        weights_only: Whether to refuse to unpickle anything but tensors and plain values. Use ``False`` only for a file
+            that you trust and that contains more, such as hyperparameters of your own classes.
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
         ModuleNotFoundError: If transformers is not installed.
-        ValueError: If the checkpoint cannot be read, does not say what its model is, or its weights are those of
-            another model.
+        ValueError: If the checkpoint cannot be read, does not describe its model, or has weights of another model.
     """
     language_package("transformers")
     output = Path(output)
@@ -67,10 +66,10 @@ def export_checkpoint(
     record = contents.get(RECORD)
     if record is None and config is None:
         raise ValueError(
-            f"{checkpoint} does not say what its Hugging Face model is. Train with"
-            " Trainer(callbacks=[lightning_halos.HuggingFaceCheckpoint(tokenizer)]); for this checkpoint, give the name"
-            " or folder of a model with the same configuration: lightning-halos export --config NAME_OR_FOLDER"
-            " (config=... in Python)."
+            f"{checkpoint} does not say what its Hugging Face model is. For this checkpoint, give the name or folder of"
+            " a model with the same configuration: lightning-halos export --config NAME_OR_FOLDER (config=... in"
+            " Python). For the next one, train with"
+            " Trainer(callbacks=[lightning_halos.HuggingFaceCheckpoint(tokenizer)])."
         )
     record = record or {}
     weights = {name.replace(_COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
@@ -92,7 +91,7 @@ def export_checkpoint(
 
 
 def model_card(architecture: str, parameters: int, training: Mapping[str, str]) -> str:
-    """The model card: Markdown under a header of metadata in YAML, as the hub reads it.
+    """Returns the model card: Markdown below a header with metadata in YAML, as the hub expects it.
 
     Args:
         architecture: The model's class.
@@ -111,13 +110,13 @@ def model_card(architecture: str, parameters: int, training: Mapping[str, str]) 
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint file of Lightning (.ckpt): there is no such file.")
+        raise FileNotFoundError(f"{path} does not exist. Give a checkpoint file of Lightning (.ckpt).")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file,"
-            " allow that: lightning-halos export --no-weights-only (weights_only=False in Python)."
+            f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file, use"
+            " lightning-halos export --no-weights-only (weights_only=False in Python)."
         ) from error
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
@@ -128,7 +127,7 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
 
 @contextmanager
 def _written(files: Mapping[str, str | bytes]) -> Iterator[str]:
-    """A temporary folder with these files."""
+    """Yields a temporary folder with these files."""
     with TemporaryDirectory() as folder:
         _write_files(files, Path(folder))
         yield folder
@@ -139,7 +138,7 @@ def _write_files(files: Mapping[str, str | bytes], folder: Path) -> None:
     for name, contents in files.items():
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            raise ValueError(f"The checkpoint contains a file {name!r} that would lie outside of {folder}.")
+            raise ValueError(f"The checkpoint contains a file {name!r} that would be written outside of {folder}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents.encode("utf-8") if isinstance(contents, str) else contents)
 
@@ -154,19 +153,19 @@ def _make_model(config: str, architecture: str | None) -> Any:
         return auto.from_config(model_config)
     kind: Any = getattr(transformers, name, None)
     if kind is None:
-        raise ValueError(f"The model is a {name}, which is no class of transformers {transformers.__version__}.")
+        raise ValueError(f"The model is a {name}, which is not a class of transformers {transformers.__version__}.")
     return kind(model_config)
 
 
 def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str | None, checkpoint: str | Path) -> None:
-    """Gives the model the weights of the submodule; of the only one that has weights of such names by default."""
+    """Loads the weights of the submodule. By default it is the only submodule with weights of the expected names."""
     expected = model.state_dict().keys()
     if submodule is None:
         some = next(iter(expected))
         prefixes = [name.removesuffix(some) for name in weights if name == some or name.endswith(f".{some}")]
         if len(prefixes) != 1:
             raise ValueError(
-                f"{checkpoint} has {len(prefixes)} weights called {some}, where a {type(model).__name__} of this"
+                f"{checkpoint} has {len(prefixes)} weights called {some}, but a {type(model).__name__} of this"
                 " configuration has one. Give the configuration of the model that was trained."
             )
         prefix = prefixes[0]
@@ -176,15 +175,15 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     if any(".lora_" in name for name in own):
         raise ValueError(
-            f"{checkpoint} contains adapters of peft, not a whole model. Merge them first and save that"
-            " (model.merge_and_unload().save_pretrained(FOLDER)), or save the adapters (model.save_pretrained(FOLDER))."
+            f"{checkpoint} contains adapters of peft, not a complete model. Save the merged model instead"
+            " (model.merge_and_unload().save_pretrained(FOLDER)), or the adapters (model.save_pretrained(FOLDER))."
         )
     differing = [name for name in sorted(own.keys() & expected) if own[name].shape != model.state_dict()[name].shape]
     missing, unknown = sorted(expected - own.keys()), sorted(own.keys() - expected)
     if missing or unknown or differing:
         raise ValueError(
-            f"The weights in {checkpoint} are not those of a {type(model).__name__} of this configuration: missing"
-            f" {json.dumps(missing[:3])}, unknown {json.dumps(unknown[:3])}, of another shape"
+            f"The weights in {checkpoint} do not fit a {type(model).__name__} of this configuration: missing"
+            f" {json.dumps(missing[:3])}, unknown {json.dumps(unknown[:3])}, different shape"
             f" {json.dumps(differing[:3])} ({len(missing)}, {len(unknown)} and {len(differing)} in all). Give the"
             " configuration of the model that was trained."
         )

@@ -1,6 +1,6 @@
 """Finds the Hugging Face model in a LightningModule, and its tokenizer.
 
-Rules of this room: it only looks; it changes and loads nothing but a tokenizer that was named.
+It changes nothing, and loads nothing except a tokenizer that is given by name.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def find_language_model(module: nn.Module, submodule: str | None = None) -> tupl
 
     Args:
         module: The LightningModule.
-        submodule: Name of the submodule that is the model or contains it, such as ``"student"``. Default: the only one
-            there is.
+        submodule: Name of the submodule that is the model or contains it, such as ``"student"``. Default: search the
+            complete module.
 
     Returns:
-        The model's name in the module, such as ``"model"``, and the model. A compiled model's own module is named, such
-        as ``"model._orig_mod"``.
+        The model's name in the module, such as ``"model"``, and the model. For a compiled model, this is the original
+        module, such as ``"model._orig_mod"``.
 
     Raises:
-        AttributeError: If there is no such submodule.
+        AttributeError: If the submodule does not exist.
         ModuleNotFoundError: If transformers is not installed.
-        ValueError: If there is no model, or more than one that is not part of another.
+        ValueError: If the module contains no model, or several that are not part of each other.
     """
     language_package("transformers")
     from transformers import PreTrainedModel
@@ -49,8 +49,8 @@ def find_language_model(module: nn.Module, submodule: str | None = None) -> tupl
         )
     if len(found) > 1:
         raise ValueError(
-            f"{where} contains {len(found)} models of transformers: {', '.join(found)}. Name the one that is meant,"
-            f" such as submodule={next(iter(found))!r}."
+            f"{where} contains {len(found)} models of transformers: {', '.join(found)}. Choose one, such as"
+            f" submodule={next(iter(found))!r}."
         )
     return next(iter(found.items()))
 
@@ -59,16 +59,16 @@ def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrai
     """Returns a tokenizer of transformers.
 
     Args:
-        tokenizer: The tokenizer, its name or folder, or ``None``: the ``tokenizer`` of the Trainer's datamodule.
+        tokenizer: The tokenizer, its name or folder, or ``None`` for the ``tokenizer`` of the Trainer's datamodule.
         trainer: The Trainer.
 
     Returns:
-        The tokenizer, ``None`` if there is none.
+        The tokenizer, ``None`` if neither argument gives one.
 
     Raises:
         ModuleNotFoundError: If transformers is not installed.
-        TypeError: If it is no tokenizer of transformers.
-        ValueError: If there is none of that name, or it cannot be reached.
+        TypeError: If it is not a tokenizer of transformers.
+        ValueError: If it does not exist or cannot be reached.
     """
     language_package("transformers")
     from transformers import PreTrainedTokenizerBase
@@ -80,8 +80,8 @@ def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrai
         given = fetch_tokenizer(given)
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(
-            f"tokenizer=<{type(given).__name__}> must be a tokenizer of transformers, or its name or folder. One of the"
-            " tokenizers library becomes one as PreTrainedTokenizerFast(tokenizer_object=...)."
+            f"tokenizer=<{type(given).__name__}> must be a tokenizer of transformers, or its name or folder. Wrap a"
+            " tokenizer of the tokenizers library in PreTrainedTokenizerFast(tokenizer_object=...)."
         )
     return given
 

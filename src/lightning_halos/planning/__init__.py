@@ -1,4 +1,5 @@
 """Predicts how an algorithm would run on a described cluster, without training anything.
 
-It reads ``simulation`` and draws and prints what it finds. Nothing else imports it but the command line.
+It uses ``simulation`` to compute durations, and writes tables, pictures and timelines. Only the command line imports
+it.
 """

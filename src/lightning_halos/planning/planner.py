@@ -1,10 +1,11 @@
-"""The plan: what happens on a described cluster under each algorithm, event by event, without a model.
+"""The plan: the events on a described cluster under each algorithm, without a model.
 
-Rules of this room: numbers only, no tensors, no printing. The rules are those of the servers in
-:mod:`lightning_halos.core.servers`; the durations are those of :class:`~lightning_halos.simulation.timing.Timing`. No
-worker ever waits for an exchange between servers, so a worker's pushes are an arithmetic progression, and a server's
-are those of its workers, merged: arrays take the place of an event queue, and one server at a time is enough. Of events
-at the same moment pushes come first, by worker, then updates at the global server, by server, then merges.
+It works on numbers only: no tensors, no printing. It follows the rules of the servers in
+:mod:`lightning_halos.core.servers`, with the durations of :class:`~lightning_halos.simulation.timing.Timing`.
+
+A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, and the pushes to a
+server are the merged progressions of its workers. Arrays therefore replace an event queue, and servers are computed one
+after the other. The order of simultaneous events is: pushes by worker, updates at the global server by sender, merges.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ MS_PER_HOUR = 3.6e6
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What can be set about the algorithms.
+    """Settings of the algorithms.
 
     Attributes:
         local_steps: Local steps per round of the fastest worker under HALoS (``H``).
-        dynamic_local_steps: Whether slower workers run fewer under HALoS.
-        accumulate_updates: Pushes per exchange with the global server (``K``). Default: ``updates_per_worker`` for each
-            worker of the server.
-        updates_per_worker: What that is made of.
+        dynamic_local_steps: Whether slower workers run fewer local steps under HALoS.
+        accumulate_updates: Pushes per exchange with the global server (``K``). Default: ``updates_per_worker`` times
+            the number of the server's workers.
+        updates_per_worker: Determines the default of ``accumulate_updates``.
         servers_per_region: Local servers in each region.
         baseline_local_steps: Local steps per round of Async-Local-SGD, of DiLoCo, and of DiLoCo with dynamic steps.
 
     Raises:
-        ValueError: If a value is wrong.
+        ValueError: If a value is invalid.
     """
 
     local_steps: int = 8
@@ -66,14 +67,14 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Staleness:
-    """How old the models are that updates start from, over all updates of a kind.
+    """Statistics of the staleness of updates: the server's versions between an update's start and its arrival.
 
     Attributes:
         count: Number of updates.
-        mean: Mean of the versions that the server went through between an update's start and its arrival.
-        p95: The smallest number of versions that at least 95 % of the updates do not exceed.
-        maximum: The most versions.
-        missed_steps: Mean of the local steps behind these versions.
+        mean: Mean staleness, in versions.
+        p95: 95th percentile (nearest rank), in versions.
+        maximum: Largest staleness, in versions.
+        missed_steps: Mean number of local steps that these versions contain.
     """
 
     count: int
@@ -85,13 +86,13 @@ class Staleness:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Updates in the order in which they come to a server; the i-th makes the server's version i + 1.
+    """Updates in the order of their arrival at a server. Update i creates the server's version i + 1.
 
     Attributes:
-        times: When each arrives, in virtual milliseconds.
-        senders: Who sent it: the worker's rank, or at the global server the index of the local server.
-        staleness: Versions between the model that it started from and its arrival.
-        missed_steps: Local steps behind these versions.
+        times: Arrival times, in virtual milliseconds.
+        senders: Senders: ranks of workers or, at the global server, indices of local servers.
+        staleness: Versions between each update's start and its arrival.
+        missed_steps: Local steps that these versions contain.
     """
 
     times: Floats
@@ -100,7 +101,7 @@ class Arrivals:
     missed_steps: Ints
 
     def until(self, time: float) -> Arrivals:
-        """Those that arrive by a time, in arrays of their own."""
+        """Returns a copy with the updates that arrive no later than ``time``."""
         stop = int(np.searchsorted(self.times, time, side="right"))
         return Arrivals(
             self.times[:stop].copy(),
@@ -112,14 +113,14 @@ class Arrivals:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """The exchanges of a local server with the global server, in their order.
+    """The exchanges of a local server with the global server, in order. Times are in virtual milliseconds.
 
     Attributes:
-        sent: When each update is sent, in virtual milliseconds.
-        arrived: When it is at the global server.
-        merged: When the answer is merged.
-        sent_versions: The local server's version when it sends.
-        merged_versions: And when it merges.
+        sent: Times at which the local server sends an update.
+        arrived: Times at which the update arrives at the global server.
+        merged: Times at which the local server merges the answer.
+        sent_versions: The local server's versions when it sends.
+        merged_versions: The local server's versions when it merges.
     """
 
     sent: Floats
@@ -135,11 +136,11 @@ class Recording:
 
     Attributes:
         until_ms: The time, in virtual milliseconds.
-        groups: The servers that workers push to.
-        pushes: Of each of these servers.
-        exchanges: Of each of these servers; none if there is no server above them.
-        updates: What comes to the global server.
-        rounds: When each common round of a synchronous algorithm ends.
+        groups: The servers that workers push to, with their workers.
+        pushes: The pushes to each of these servers.
+        exchanges: The exchanges of each of these servers; empty without a global server above them.
+        updates: The updates that arrive at the global server.
+        rounds: End times of the rounds of a synchronous algorithm.
     """
 
     until_ms: float
@@ -152,25 +153,26 @@ class Recording:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an algorithm does on a cluster.
+    """The behaviour of an algorithm on a cluster.
 
     Attributes:
         algorithm: One of :data:`ALGORITHMS`.
-        elapsed_ms: The virtual milliseconds that the numbers are about: of a synchronous algorithm, whole rounds.
-        local_steps: Local steps of a round of each worker, by rank.
-        rounds: Rounds that each worker finished.
-        compute_ms: Virtual milliseconds that each worker computes in a round.
-        communication_ms: And for which its messages are under way.
-        waiting_ms: And for which it waits for the slowest worker.
+        elapsed_ms: Virtual milliseconds that the numbers cover; for a synchronous algorithm, complete rounds only.
+        local_steps: Local steps per round, by rank.
+        rounds: Finished rounds, by rank.
+        compute_ms: Virtual milliseconds per round of computing, by rank.
+        communication_ms: Virtual milliseconds per round of communicating, by rank.
+        waiting_ms: Virtual milliseconds per round of waiting for the slowest worker, by rank.
         bytes_inside: Bytes on links inside regions.
         bytes_between: Bytes on links between regions.
-        pushes: Staleness of what the workers push.
-        updates: Staleness of what local servers send to the global server; ``None`` without local servers.
-        global_updates: How often the global model changed.
-        sent_share: Share of the pushes up to each local server's last merge that its updates hold; ``None`` without
-            a merge. What comes while an exchange is under way is in no update: the next counts from the merge.
-        accumulate_updates: Pushes per exchange (``K``) of each local server.
-        recording: The events, as far as they were asked for.
+        pushes: Staleness of the workers' pushes.
+        updates: Staleness of the local servers' updates; ``None`` without local servers.
+        global_updates: Number of versions of the global model.
+        sent_share: Share of the pushes, up to each local server's last merge, that are part of an update to the global
+            server; ``None`` without a merge. Pushes that arrive during an exchange are part of no update, because the
+            next update counts from the merge.
+        accumulate_updates: Pushes per exchange (``K``), by local server.
+        recording: The events of the time that was asked for.
     """
 
     algorithm: str
@@ -191,7 +193,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """Name of the algorithm, for people."""
+        """Name of the algorithm as it is printed."""
         return ALGORITHMS[self.algorithm]
 
     @property
@@ -201,7 +203,7 @@ class Plan:
 
     @property
     def seconds_per_global_step(self) -> float:
-        """Virtual seconds in which all workers together do one local step per worker."""
+        """Virtual seconds in which the workers do one local step per worker on average."""
         return self.elapsed_ms / 1e3 / self.global_steps
 
     @property
@@ -211,33 +213,33 @@ class Plan:
 
     @property
     def worker_shares(self) -> Floats:
-        """Shares of each worker's time (rows) in computing, communicating and waiting (columns)."""
+        """Shares of computing, communicating and waiting (columns) in each worker's time (rows)."""
         parts = np.stack([self.compute_ms, self.communication_ms, self.waiting_ms], axis=1)
         shares: Floats = parts / parts.sum(axis=1, keepdims=True)
         return shares
 
     @property
     def shares(self) -> Floats:
-        """Shares of all workers' time in computing, communicating and waiting: every worker counts the same."""
+        """Shares of computing, communicating and waiting, averaged over workers."""
         mean: Floats = self.worker_shares.mean(axis=0)
         return mean
 
     @property
     def round_shares(self) -> Floats:
-        """The same, but every finished round counts the same: workers with short rounds weigh more."""
+        """Shares of computing, communicating and waiting, averaged over finished rounds instead of workers."""
         mean: Floats = np.average(self.worker_shares, axis=0, weights=self.rounds)
         return mean
 
 
 def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> Timing:
-    """Makes the durations on a cluster for a model of a size.
+    """Returns the durations on a cluster for a model of the given size.
 
     Args:
         cluster: The cluster.
-        message_bytes: Bytes of one message with a model in it. Default: the cluster's.
+        message_bytes: Size of a message that contains a model. Default: the size in the cluster's description.
 
     Raises:
-        ValueError: If the size is wrong, or neither says it.
+        ValueError: If the size is invalid, or neither argument gives it.
     """
     size = cluster.message_bytes if message_bytes is None else message_bytes
     if size is None:
@@ -263,11 +265,11 @@ def plan(
         algorithm: One of :data:`ALGORITHMS`.
         timing: The durations on the cluster.
         hours: Virtual hours to simulate.
-        settings: The algorithms' settings; default: the defaults.
-        record_ms: Virtual milliseconds from the start whose events are kept in :attr:`Plan.recording`.
+        settings: The algorithms' settings. Default: ``PlanSettings()``.
+        record_ms: Keep the events of the first ``record_ms`` virtual milliseconds in :attr:`Plan.recording`.
 
     Raises:
-        ValueError: If there is no such algorithm, or nothing is finished in the time.
+        ValueError: If the algorithm is unknown, or the time is too short for a round.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}.")
@@ -290,7 +292,7 @@ def plan(
 
 
 def _in_lockstep(algorithm: str, timing: Timing, horizon: float, local_steps: list[int], record_ms: float) -> Plan:
-    """Rounds that end for all workers at once, with an all-reduce."""
+    """Plans a synchronous algorithm, whose rounds end for all workers at once, with an all-reduce."""
     workers, regions = timing.cluster.num_workers, len(timing.cluster.regions)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     all_reduce = timing.all_reduce()
@@ -327,7 +329,7 @@ def _with_servers(
     accumulate: Sequence[int],
     record_ms: float,
 ) -> Plan:
-    """Servers that apply what comes when it comes; with ``accumulate``, they exchange with a global server."""
+    """Plans an algorithm whose servers apply pushes on arrival; with ``accumulate``, they use a global server."""
     home, regions = timing.cluster.global_region, timing.cluster.region_of
     rounds = np.zeros(len(local_steps), dtype=np.int64)
     durations = np.empty(len(local_steps))
@@ -396,18 +398,18 @@ def _with_servers(
 
 
 def _multiples(duration: float, horizon: float) -> Floats:
-    """Ends of rounds of a duration, one after the other, up to a time; rounded as repeated addition rounds them."""
+    """End times of consecutive rounds up to a horizon, with the rounding of repeated addition."""
     ends: Floats = np.cumsum(np.full(int(horizon / duration) + 2, duration))
     return ends[: np.searchsorted(ends, horizon, side="right")]
 
 
 def _arrive(times: Sequence[Floats], steps: Sequence[npt.NDArray[np.int64]], names: Sequence[int]) -> Arrivals:
-    """Merges what several senders send to a server.
+    """Merges the updates of several senders to one server.
 
     Args:
-        times: Of each sender, when its updates arrive, ascending. Each starts from the answer to the one before.
-        steps: Local steps behind each of these updates.
-        names: What the senders are called.
+        times: Arrival times of each sender's updates, ascending. An update starts from the answer to the previous one.
+        steps: Local steps that each of these updates contains.
+        names: The senders' ranks or indices.
     """
     counts = np.array([len(own) for own in times])
     when, work = np.concatenate(times), np.concatenate(steps)
@@ -424,7 +426,7 @@ def _arrive(times: Sequence[Floats], steps: Sequence[npt.NDArray[np.int64]], nam
 
 
 def _exchange(times: Floats, accumulate: int, there: float, back: float) -> Exchanges:
-    """The exchanges of a server with pushes at these times: one after ``accumulate`` pushes since the last merge."""
+    """The exchanges of a server with pushes at ``times``: one whenever ``accumulate`` pushes follow the last merge."""
     sent, versions = [], []
     merged_versions = [0]
     while (version := merged_versions[-1] + accumulate) <= len(times):
@@ -455,7 +457,7 @@ def _too_short(algorithm: str, horizon: float, duration: float) -> str:
 
 
 class _Tally:
-    """Counts how many updates have which staleness, so that no update need be kept."""
+    """Counts updates by staleness, so that the updates themselves need not be kept."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(0, dtype=np.int64)

@@ -1,7 +1,4 @@
-"""Random clusters that look like the paper's, of any size.
-
-Rules of this room: the same seed gives the same cluster. What is drawn, and why so, is said where it is drawn.
-"""
+"""Random clusters of any size that resemble the paper's. The same seed gives the same cluster."""
 
 from __future__ import annotations
 
@@ -17,19 +14,20 @@ INSIDE_GBPS = 100.0
 
 
 def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> SimulatedCluster:
-    """Draws a cluster in the manner of the paper's environment of 4 regions of 4 workers.
+    """Draws a cluster that resembles the paper's environment of 4 regions with 4 workers each.
 
-    Speeds are uniform from 0.1 to 1: the paper's 16 are from 0.107 to 0.907 with a mean of 0.56. Bandwidths between
-    regions are log-uniform from 0.1 to 1 Gbit/s and the same both ways: the paper's 6 are from 0.117 to 0.935 with a
-    mean of 0.38. Inside a region there are 100 Gbit/s. The step time and the model are the paper's.
+    Speeds are uniform from 0.1 to 1 (the paper's 16 speeds range from 0.107 to 0.907, with a mean of 0.56). Bandwidths
+    between regions are log-uniform from 0.1 to 1 Gbit/s and equal in both directions (the paper's 6 bandwidths range
+    from 0.117 to 0.935, with a mean of 0.38). Bandwidths inside a region are 100 Gbit/s. The step time and the model
+    are the paper's.
 
     Args:
         regions: Number of regions.
-        workers_per_region: Workers in each.
+        workers_per_region: Number of workers in each region.
         seed: Seed of the draws.
 
     Raises:
-        ValueError: If a number is wrong.
+        ValueError: If a number is invalid.
     """
     check_count("regions", regions)
     check_count("workers_per_region", workers_per_region)

@@ -1,7 +1,7 @@
-"""Plans for people and programs: a table, a JSON, a picture.
+"""Writes plans as a table, as JSON and as a picture.
 
-Rules of this room: nothing is computed here that a plan does not know; only words, units and colours. matplotlib is
-imported where a picture is drawn, so that a table needs none.
+It only formats a plan's numbers and computes no new ones. matplotlib is imported where a picture is drawn, so that a
+table does not need it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 ACTIVITIES = ("computing", "communicating", "waiting")
 _COLOURS = ("#2f7d4f", "#e0a030", "#b9bec6")
-_MOST_ROWS = 32  # of a breakdown by worker; then by region
-_MOST_BARS = 128  # in a panel of the picture
+_MOST_ROWS = 32  # with more workers, a table breaks the time down by region
+_MOST_BARS = 128  # with more workers, a panel of the picture shows regions
 
 
 def describe(timing: Timing) -> str:
-    """Returns a cluster's size, the model's and the step time, in a line."""
+    """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
     return (
         f"{cluster.num_workers} workers in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
@@ -36,11 +36,11 @@ def describe(timing: Timing) -> str:
 
 
 def table(plans: Sequence[Plan], timing: Timing) -> str:
-    """Returns what the plans say, one column for each.
+    """Returns the plans as a table, with a column for each plan.
 
     Args:
-        plans: At least one plan on one cluster.
-        timing: The durations on it.
+        plans: At least one plan, all on the same cluster.
+        timing: The durations on this cluster.
     """
     fastest = min(plan.seconds_per_global_step for plan in plans)
     measures: list[tuple[str, Callable[[Plan], str]]] = [
@@ -87,7 +87,7 @@ def table(plans: Sequence[Plan], timing: Timing) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns cells in columns: the first to the left, the others to the right."""
+    """Aligns cells in columns: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(
@@ -99,11 +99,11 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_json(plans: Sequence[Plan], timing: Timing) -> dict[str, Any]:
-    """Returns all that the plans say, in values that JSON can hold. Names end in their unit.
+    """Returns the plans as values that JSON can represent. Names end in their unit.
 
     Args:
-        plans: Plans on one cluster.
-        timing: The durations on it.
+        plans: Plans on the same cluster.
+        timing: The durations on this cluster.
     """
     return {"cluster": {**asdict(timing.cluster), "message_bytes": timing.message_bytes}} | {
         "plans": {plan.algorithm: _plan_as_json(plan, timing) for plan in plans}
@@ -141,15 +141,15 @@ def _plan_as_json(plan: Plan, timing: Timing) -> dict[str, Any]:
 
 
 def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
-    """Draws where the time goes: over all workers, and for each of them, under each plan.
+    """Draws how the time is spent under each plan, over all workers and for each worker.
 
     Args:
-        plans: At least one plan on one cluster.
-        timing: The durations on it.
-        path: The file to write; its suffix says the format.
+        plans: At least one plan, all on the same cluster.
+        timing: The durations on this cluster.
+        path: The file to write. Its suffix determines the format.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is missing.
+        ModuleNotFoundError: If matplotlib is not installed.
     """
     kind, names, groups = _breakdown(timing, _MOST_BARS)
     is_detailed = len(groups) <= _MOST_BARS
@@ -214,7 +214,7 @@ def _name_bars(axes: Axes, kind: str, names: Sequence[str], timing: Timing) -> N
 
 
 def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int]]]:
-    """What to break the time down by: workers if they are few, else regions; their names and ranks."""
+    """The rows of a breakdown: workers, or regions if there are more than ``most`` workers; with names and ranks."""
     cluster = timing.cluster
     if cluster.num_workers > most:
         return "region", list(cluster.names), cluster.regions

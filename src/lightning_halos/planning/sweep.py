@@ -1,6 +1,6 @@
-"""HALoS under many settings: which keep the workers busy at the least staleness?
+"""Plans HALoS under many settings, to find those that keep workers busy with little staleness.
 
-Rules of this room: it plans and compares. What it compares are times and ages of models, not losses.
+It compares times and staleness, never losses, which only training can tell.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting and what comes of it.
+    """A combination of settings and its plan.
 
     Attributes:
         local_steps: ``H``.
-        updates_per_worker: ``K``, for each worker of a server.
+        updates_per_worker: ``K`` divided by the number of the server's workers.
         servers_per_region: Local servers in each region.
         plan: The plan.
     """
@@ -41,23 +41,23 @@ class Trial:
 
     @property
     def utilization(self) -> float:
-        """Share of the workers' time in which they compute."""
+        """Share of computing in the workers' time."""
         return float(self.plan.shares[0])
 
     @property
     def behind(self) -> float:
-        """Mean age of what workers start from, in global steps.
+        """Mean age of the models that workers start from, in global steps.
 
-        It is the local steps that a push misses of its own server's workers, plus those that a region's update misses
-        of the other servers', divided by the number of workers. Versions would not do to compare settings: one version
-        is H steps at a local server, and K times H at the global one.
+        It is the number of local steps that a push misses from its own server's workers, plus the number that a
+        region's update misses from the other servers, divided by the number of workers. Versions cannot be used to
+        compare settings, because a version is H local steps at a local server and K times H at the global server.
         """
         assert self.plan.updates is not None
         return (self.plan.pushes.missed_steps + self.plan.updates.missed_steps) / len(self.plan.rounds)
 
     @property
     def sent(self) -> float:
-        """Share of the pushes that updates to the global server hold."""
+        """Share of the pushes that are part of an update to the global server."""
         return self.plan.sent_share or 0.0
 
     @property
@@ -66,7 +66,7 @@ class Trial:
         return self.plan.bytes_between / 1e9 / self.plan.global_steps
 
     def beats(self, other: Trial) -> bool:
-        """Whether it is as good in utilization, staleness and traffic, and better in one of them."""
+        """Whether this trial is as good as ``other`` in utilization, staleness and traffic, and better in one."""
         mine, theirs = ((-t.utilization, t.behind, t.traffic) for t in (self, other))
         return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
@@ -82,11 +82,11 @@ def sweep(
 
     Args:
         timing: The durations on the cluster.
-        hours: Virtual hours to simulate of each.
+        hours: Virtual hours to simulate for each combination.
         local_steps: Values of ``H``.
-        updates_per_worker: Values of ``K``, for each worker of a server.
-        servers_per_region: Numbers of local servers in each region. Those that a region has too few workers for are
-            left out.
+        updates_per_worker: Values of ``K`` divided by the number of a server's workers.
+        servers_per_region: Numbers of local servers in each region. Values that exceed the workers of a region are left
+            out.
 
     Raises:
         ValueError: If the time is too short for an exchange with the global server.
@@ -100,8 +100,8 @@ def sweep(
                 result = plan("halos", timing, hours, settings)
                 if result.sent_share is None:
                     raise ValueError(
-                        f"hours={hours:g} is too short to compare: with {settings} it has no whole exchange with the"
-                        " global server. Give more hours."
+                        f"hours={hours:g} is too short: with {settings}, no exchange with the global server is"
+                        " completed. Give more hours."
                     )
                 trials.append(Trial(steps, updates, servers, result))
     return trials
@@ -111,9 +111,10 @@ def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) ->
     """Returns the setting with the least staleness among those that keep utilization high.
 
     Args:
-        trials: At least one.
-        keep: Share of the best utilization that counts as high.
-        sent: Share of the pushes that updates to the global server must hold. If no setting does, ``None`` is returned.
+        trials: At least one trial.
+        keep: Utilization counts as high if it is at least this share of the best one.
+        sent: Minimum share of the pushes that are part of an update to the global server. If no trial reaches it, the
+            result is ``None``.
     """
     best = max(trial.utilization for trial in trials)
     busy = (trial for trial in trials if trial.utilization >= keep * best and trial.sent >= sent)
@@ -121,10 +122,10 @@ def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) ->
 
 
 def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
-    """Returns all trials as a table, and what it recommends.
+    """Returns all trials as a table, followed by a recommendation.
 
     Args:
-        trials: At least one.
+        trials: At least one trial.
         timing: The durations on the cluster.
     """
     choice = recommend(trials)
@@ -156,7 +157,7 @@ def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
         "GB               between regions, per global step\n"
         "*                no other setting is as good in utilization, behind and GB, and better in one\n"
         f"<                the least behind of those with at least {KEEP:.0%} of the best utilization\n"
-        "This is time, not loss: how many local steps and how few exchanges training bears, only training can say.\n\n"
+        "This is about time, not about loss: only training can show how a setting changes the loss.\n\n"
         f"{_advice(trials)}\n"
     )
 

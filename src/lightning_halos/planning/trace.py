@@ -1,7 +1,7 @@
-"""A plan as a timeline in Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing open.
+"""Writes a plan as a timeline in Chrome's trace format, for https://ui.perfetto.dev and chrome://tracing.
 
-Rules of this room: a process for each region, in it a lane for each server and each worker; the time is virtual. Events
-are written one by one, because there may be millions.
+Each region is a process, with a lane for each of its servers and workers. Times are virtual. Events are written one by
+one, because there may be millions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write_trace(plan: Plan, timing: Timing, path: Path) -> None:
 
 
 def events(plan: Plan, timing: Timing) -> Iterator[Event]:
-    """Yields the events of the trace: names of lanes first, then workers, then servers.
+    """Yields the events of the trace: first the names of lanes, then the workers' events, then the servers'.
 
     Args:
         plan: A plan that was made with ``record_ms``.
@@ -68,7 +68,7 @@ def _names(plan: Plan, timing: Timing) -> Iterator[Event]:
 
 
 def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
-    """Workers, and when each starts its rounds."""
+    """Each worker, with the start times of its rounds."""
     recording = plan.recording
     if not recording.groups:
         for worker in range(len(plan.rounds)):
@@ -81,7 +81,7 @@ def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
 
 
 def _parts(plan: Plan, worker: int) -> list[tuple[str, float]]:
-    """What a worker does in a round, one after the other, and for how many milliseconds."""
+    """The parts of a worker's round in order, with their durations in milliseconds."""
     compute, wait = float(plan.compute_ms[worker]), float(plan.waiting_ms[worker])
     communication = float(plan.communication_ms[worker])
     if plan.recording.groups:
@@ -116,7 +116,7 @@ def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
 
 
 def _name(what: str, region: int, lane: int, name: str) -> Iterator[Event]:
-    """The name of a process or thread, and its place among the others."""
+    """The name of a process or thread, and its position among the others."""
     common = {"ph": "M", "pid": region + 1, "tid": lane}
     yield {**common, "name": f"{what}_name", "args": {"name": name}}
     yield {**common, "name": f"{what}_sort_index", "args": {"sort_index": lane or region}}
@@ -135,5 +135,5 @@ def _instant(name: str, region: int, lane: int, time: float, details: Event) -> 
 
 
 def _nanoseconds(milliseconds: float) -> int:
-    """A whole number, so that slices of one lane meet and never overlap by a rounding error."""
+    """Rounds to an integer, so that adjacent slices of a lane never overlap by a rounding error."""
     return round(milliseconds * 1e6)
