@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+OLDEST := .venv-oldest
+PRIVATE := tests/test_layers.py $(patsubst %,tests/integration/test_%.py,checkpoints decisions flags launch logging schedules)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all test-oldest lint bench clean
 
 demo: $(READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
 	$(BIN)/python examples/train_char_lm.py
@@ -16,10 +18,14 @@ test: $(READY)  ## the test suite
 test-all: test  ## and what takes long
 	$(BIN)/pytest -m slow
 
-lint: $(READY)  ## style, format and types
+test-oldest: $(OLDEST)/ready  ## what touches private names of Lightning, with the oldest one that pyproject.toml allows
+	$(OLDEST)/bin/pytest $(PRIVATE) -m "not alone and not slow"
+
+lint: $(READY)  ## style, format, types, and which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and fails beyond its limit
 	$(BIN)/python benchmarks/optimizer.py
@@ -34,5 +40,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-clean:  ## remove the environment and what tools leave behind
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache demo
+$(OLDEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis pytest pytest-timeout \
+	    lightning==$$(sed -n 's/.*"lightning>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+	touch $@
+
+clean:  ## remove the environments and what tools leave behind
+	rm -rf $(VENV) $(OLDEST) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache demo

@@ -16,6 +16,7 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
 from lightning_halos.training.strategy import HalosStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
+from lightning_halos.version import __version__
 
 for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):
     strategy.register_strategies(StrategyRegistry)
@@ -34,6 +35,6 @@ __all__ = [
     "PeerLostError",
     "SimulatedCluster",
     "SyncSGDStrategy",
+    "__version__",
     "evaluate",
 ]
-__version__ = "0.1.0"

@@ -23,6 +23,7 @@ from lightning_halos.core.settings import check_count
 from lightning_halos.extras import language_package
 from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
 from lightning_halos.language.models import find_language_model, find_tokenizer
+from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.strategy import HalosStrategy
 
 if TYPE_CHECKING:
@@ -145,8 +146,7 @@ class LMEvalCallback(Callback):
         metrics = flatten(self.results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        tensors = {name: torch.tensor(value) for name, value in metrics.items()}
-        trainer._logger_connector._callback_metrics.update(tensors)
+        show_metrics(trainer, metrics)
 
     def _find_tokenizer(self, trainer: pl.Trainer) -> PreTrainedTokenizerBase:
         tokenizer = find_tokenizer(self._tokenizer, trainer)

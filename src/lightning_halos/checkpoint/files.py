@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lightning_halos.checkpoint.errors import CheckpointError
+from lightning_halos.core.compat import map_tensors
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,16 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of this machine's file system, and not a URL such as ``s3://bucket/file``."""
+    return bool(get_protocol(str(path)) == "file")
+
+
 def is_plain(state: Any) -> bool:
     """Whether ``torch.load(weights_only=True)`` reads a state: tensors, numbers, texts, and lists and dicts of them."""
     buffer = io.BytesIO()
     try:
-        torch.save(tree_map_only(Tensor, lambda _: 0, state), buffer)
+        torch.save(map_tensors(lambda _: 0, state), buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception:  # whatever an object raises while it is pickled
@@ -128,7 +132,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to write ``.ckpt`` files, in one step also if the machine crashes."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             write_state(Path(path), checkpoint)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_halos.core.compat import add_each_, multiply_each_, zero_each_
+
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
@@ -154,30 +156,30 @@ class DelayedNesterov(Optimizer):
         lists = [parameters, [p.grad for p in parameters if p.grad is not None]]
         if not with_momentum:
             for ps, gs in _blocks(*lists):
-                torch._foreach_add_(ps, gs, alpha=-lr)
+                add_each_(ps, gs, alpha=-lr)
             return
 
         lists.append([self._buffer(p, "momentum") for p in parameters])
         if not with_delta:
             for ps, gs, ms in _blocks(*lists):
                 if phase == 0:
-                    torch._foreach_mul_(ms, beta)
-                torch._foreach_add_(ms, gs, alpha=1 / d)
-                torch._foreach_add_(ps, gs, alpha=-lr)
+                    multiply_each_(ms, beta)
+                add_each_(ms, gs, alpha=1 / d)
+                add_each_(ps, gs, alpha=-lr)
                 if completes:
-                    torch._foreach_add_(ps, ms, alpha=-lr * d * beta)
+                    add_each_(ps, ms, alpha=-lr * d * beta)
             return
 
         lists.append([self._buffer(p, "delta") for p in parameters])
         share = beta * (1 - c * d + c if completes else c)
         for ps, gs, ms, deltas in _blocks(*lists):
-            torch._foreach_add_(deltas, gs)
+            add_each_(deltas, gs)
             if completes:
-                torch._foreach_mul_(ms, beta)
-                torch._foreach_add_(ms, deltas, alpha=1 / d)
-                torch._foreach_zero_(deltas)
-            torch._foreach_add_(ps, ms, alpha=-lr * d * share)
-            torch._foreach_add_(ps, gs, alpha=-lr)
+                multiply_each_(ms, beta)
+                add_each_(ms, deltas, alpha=1 / d)
+                zero_each_(deltas)
+            add_each_(ps, ms, alpha=-lr * d * share)
+            add_each_(ps, gs, alpha=-lr)
 
     def _buffer(self, p: Tensor, name: str) -> Tensor:
         """The named buffer of a parameter, made on first use."""

@@ -215,9 +215,9 @@ class ParameterServer:
             parameters = self._parameters[portion]
             start, stop = stop, stop + sum(self._sizes[portion])
             flat = vector[start:stop]
-            gradients = torch._utils._unflatten_dense_tensors(flat, parameters)  # type: ignore[no-untyped-call]
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            parts = torch.split(flat, self._sizes[portion])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
             self._optimizer.step()
             for parameter in parameters:
                 parameter.grad = None

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_halos.core.compat import copy_each_, subtract_each_
+
 PART = 2**20
 """Elements that are computed, sent, received or used at a time, so that all of this goes on at once."""
 
@@ -94,7 +96,7 @@ class ModelVector:
         for tensors, parts, stop in self._runs(vector):
             while there < stop:
                 there = next(progress)
-            torch._foreach_copy_(tensors, parts)
+            copy_each_(tensors, parts)
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, reach: Reach = nobody) -> Tensor:
@@ -109,9 +111,9 @@ class ModelVector:
         """
         for tensors, parts, stop in self._runs(start):
             if stop <= self.num_parameters:
-                torch._foreach_sub_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
+                subtract_each_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
             else:
-                torch._foreach_copy_(parts, tensors)
+                copy_each_(parts, tensors)
             reach(stop)
         return start
 

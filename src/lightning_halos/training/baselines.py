@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from torch import Tensor
 from torch.distributed import PrefixStore
 
@@ -22,9 +21,10 @@ from lightning_halos.core.settings import Settings, default_one_server_optimizer
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.data.shared import SharedData
 from lightning_halos.simulation.algorithms import Algorithm, EveryStep, Lockstep
 from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.training.compat import StrategyRegistry, is_accumulating
+from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.strategy import HalosStrategy, StartMethod
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import make_group
@@ -77,7 +77,7 @@ class AsyncLocalSGDStrategy(HalosStrategy):
         self._optimizer = optimizer
 
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         """Registers ``"async_local_sgd"``."""
         strategy_registry.register("async_local_sgd", cls, description="Async-Local-SGD")
 
@@ -138,7 +138,7 @@ class DilocoStrategy(HalosStrategy):
     _has_servers = False  # but a replica of one in every worker
 
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         """Registers ``"diloco"``."""
         strategy_registry.register("diloco", cls, description="DiLoCo")
 
@@ -215,7 +215,7 @@ class SyncSGDStrategy(HalosStrategy):
         )
 
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         """Registers ``"sync_sgd"``."""
         strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
 
@@ -223,8 +223,7 @@ class SyncSGDStrategy(HalosStrategy):
         """Averages the gradients over all workers, before they are clipped and used."""
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
-        loop = self.lightning_module.trainer.fit_loop.epoch_loop
-        if not self._training or loop._should_accumulate():
+        if not self._training or is_accumulating(self.lightning_module.trainer):
             return
         assert self._collectives is not None
         gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_halos.simulation.history import Event
+from lightning_halos.training.compat import MultiProcessingLauncher
 
 if TYPE_CHECKING:
     from lightning_halos.training.strategy import HalosStrategy
 
 
-class SimulationLauncher(_MultiProcessingLauncher):
+class SimulationLauncher(MultiProcessingLauncher):
     """Lightning's launcher, which also brings the history back."""
 
     _strategy: HalosStrategy

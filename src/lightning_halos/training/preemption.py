@@ -16,12 +16,13 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_halos.checkpoint.files import is_local
 from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.training.compat import set_received_sigterm
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
 
 _LATER = 3.0  # seconds that the others leave rank 0, so that it can say what is missing
@@ -105,7 +106,8 @@ class Preemption:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
-            self._trainer._signal_connector.received_sigterm |= self._signalled is not None
+            if self._signalled is not None:
+                set_received_sigterm(self._trainer, True)
 
     def forget(self) -> None:
         """Removes the checkpoint of an earlier preemption, when the run that resumed after it has ended by itself."""
@@ -119,7 +121,7 @@ class Preemption:
         if callable(self._previous):
             self._previous(number, frame)  # Lightning passes the signal on to the processes that it launched
         # Lightning would end this process at once, before the others have written their shards.
-        self._trainer._signal_connector.received_sigterm = False
+        set_received_sigterm(self._trainer, False)
         if self._signalled is None:
             self._signalled = time.monotonic()
 
@@ -146,7 +148,7 @@ def preemption_path(trainer: pl.Trainer) -> str | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             folder = str(callback.dirpath)
-            if _is_local_file_protocol(folder):
+            if is_local(folder):
                 folder = os.path.abspath(folder)
             return f"{folder}/{callback.CHECKPOINT_NAME_LAST}-preempted{callback.FILE_EXTENSION}"
     return None

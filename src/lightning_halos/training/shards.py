@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_halos.checkpoint.errors import CheckpointError
+from lightning_halos.checkpoint.files import is_local
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.places import is_last, whole_ones
 from lightning_halos.checkpoint.resume import KEY, Found, Resume, find
@@ -29,6 +29,7 @@ from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
 from lightning_halos.core.servers import unsent
 from lightning_halos.core.settings import Settings
 from lightning_halos.simulation.process import SimulatedProcess
+from lightning_halos.training.compat import set_checkpoint_path
 from lightning_halos.training.worker_state import (
     forget_optimizers,
     put_worker_state,
@@ -37,6 +38,7 @@ from lightning_halos.training.worker_state import (
     worker_state,
 )
 from lightning_halos.transport.process import Process
+from lightning_halos.version import __version__
 
 if TYPE_CHECKING:
     from lightning_halos.training.strategy import HalosStrategy
@@ -77,7 +79,7 @@ class Shards:
 
     def belong_to(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> bool:
         """Whether a checkpoint is to have shards: not if it has the weights only, or is not on a disk."""
-        return "optimizer_states" in checkpoint and storage_options is None and _is_local_file_protocol(str(path))
+        return "optimizer_states" in checkpoint and storage_options is None and is_local(path)
 
     def save_while_training(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0, while the others go on. What goes wrong is a warning.
@@ -124,7 +126,7 @@ class Shards:
 
     def remove(self, path: str | PathLike[str], remove_file: Callable[[], None]) -> None:
         """Removes a checkpoint with its shards, as soon as what replaces it is whole."""
-        if not _is_local_file_protocol(str(path)) or Path(path).is_symlink():
+        if not is_local(path) or Path(path).is_symlink():
             remove_file()
         else:
             self.saves.remove(Path(path), remove_file)
@@ -228,8 +230,6 @@ class Shards:
         return {GLOBAL, *workers, *(server_shard(group.index) for group in groups)}
 
     def _manifest(self) -> Manifest:
-        from lightning_halos import __version__
-
         strategy = self._strategy
         loop = strategy._loop
         assert loop is not None
@@ -292,7 +292,7 @@ class Shards:
         found = Found(Path(folder), Manifest.read(text, Path(folder) / NAME))
         if _save_of(checkpoint) != found.manifest.save:
             checkpoint = read(Path(chosen))
-            _trainer(strategy)._checkpoint_connector._ckpt_path = chosen
+            set_checkpoint_path(_trainer(strategy), chosen)
         reason = ""
         try:
             self.resume = self._read(found)

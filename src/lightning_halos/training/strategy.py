@@ -19,14 +19,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -45,16 +40,25 @@ from lightning_halos.core.settings import Settings, check_count
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.data.shared import LightningRank, SharedData
 from lightning_halos.simulation.algorithms import Algorithm, WithRegions
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
+from lightning_halos.training.compat import (
+    MultiProcessingLauncher,
+    StrategyRegistry,
+    SubprocessScriptLauncher,
+    find_trainer,
+    optimizers_to_device,
+    seed_dataloader_workers,
+    synchronizes_batch_norm,
+)
 from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.preemption import OutlivingSigterm, Preemption
 from lightning_halos.training.shards import Shards, rebuild
+from lightning_halos.training.shared_data import LightningRank, SharedData
 from lightning_halos.training.worker_loop import WorkerLoop, unfreezes, without_deciding
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
@@ -259,7 +263,7 @@ class HalosStrategy(ParallelStrategy):
         return self._loop.round if self._loop is not None else None
 
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         """Registers ``"halos"`` and its variants."""
         for name, start_method in (
             ("halos", "popen"),
@@ -282,9 +286,9 @@ class HalosStrategy(ParallelStrategy):
         if regions is not None:
             self._topology = self._arrange(regions)
         if self._start_method == "popen":
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
+            self._launcher = MultiProcessingLauncher(self, start_method=self._start_method)
 
     def _configure_simulation(self, cluster: SimulatedCluster) -> None:
         assert self.cluster_environment is not None
@@ -344,7 +348,7 @@ class HalosStrategy(ParallelStrategy):
         assert self.model is not None
         assert self._store is not None
         self.accelerator.setup(trainer)
-        if self._layer_sync is not None:
+        if synchronizes_batch_norm(self):
             rank_zero_warn(
                 "sync_batchnorm=True has no effect with the halos strategy: the statistics of BatchNorm are averaged"
                 " with the model."
@@ -357,7 +361,7 @@ class HalosStrategy(ParallelStrategy):
             self._synchronize_module()
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            optimizers_to_device(self.optimizers, self.root_device)
             if not self.is_global_zero and self._limit_val_batches is None:
                 self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         elif self.world_size > 1:
@@ -392,7 +396,7 @@ class HalosStrategy(ParallelStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """Lets DataLoader workers outlive SIGTERM, as the process that they work for does."""
         if isinstance(dataloader, DataLoader) and not isinstance(dataloader.worker_init_fn, OutlivingSigterm):
-            _auto_add_worker_init_fn(dataloader, self.global_rank)  # which Lightning does next, where there is none yet
+            seed_dataloader_workers(dataloader, self.global_rank)  # which Lightning does next, where there is none yet
             dataloader.worker_init_fn = OutlivingSigterm(self._grace_time, dataloader.worker_init_fn)
         return dataloader
 
@@ -721,7 +725,9 @@ class HalosStrategy(ParallelStrategy):
             return False
         return not self._process.alarm.has_failed if self._process is not None else self._shards.ended is not None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Writes a checkpoint: see ``docs/checkpoints.md``. While it fits only rank 0 does, and nobody waits.
 
         Raises:
@@ -752,19 +758,20 @@ class HalosStrategy(ParallelStrategy):
         if self._process is not None and self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED:
             self._process.alarm.check(wait=True)
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
             self._shards.remove(filepath, partial(self.checkpoint_io.remove_checkpoint, filepath))
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint. For a fit, what is this worker's own is in the place of rank 0's.
 
         Raises:
             CheckpointError: If it is half-written or damaged.
         """
 
-        def read(path: _PATH) -> dict[str, Any]:
-            return super(HalosStrategy, self).load_checkpoint(path, weights_only)
+        def read(path: str | Path) -> dict[str, Any]:
+            options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
+            return super(HalosStrategy, self).load_checkpoint(path, **options)
 
         checkpoint = read(checkpoint_path)
         assert self.lightning_module is not None
@@ -824,7 +831,7 @@ class HalosStrategy(ParallelStrategy):
     @property
     def _is_rank_zero_alone(self) -> bool:
         """Whether rank 0 does something that the other workers do not take part in: validation while fitting."""
-        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        trainer = find_trainer(self.lightning_module)
         return (
             trainer is not None
             and trainer.state.fn == TrainerFn.FITTING
@@ -875,12 +882,12 @@ class HalosStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and exception.code is None:
             exception.code = EXIT_CODE  # Lightning's own would be a success to whoever starts the run again
-        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        trainer = find_trainer(self.lightning_module)
         if trainer is not None:
             self._restore(trainer)
 
     def teardown(self) -> None:
-        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        trainer = find_trainer(self.lightning_module)
         if trainer is not None:
             self._restore(trainer)
             if self._limit_val_batches is not None:
@@ -913,7 +920,7 @@ class HalosStrategy(ParallelStrategy):
         return self._topology.describe(rank) if hasattr(self, "_topology") else f"rank {rank}"
 
     def _check_interrupted(self) -> None:
-        trainer = self.lightning_module._trainer if self.lightning_module is not None else None
+        trainer = find_trainer(self.lightning_module)
         if trainer is not None and trainer.received_sigterm:
             raise SIGTERMException(EXIT_CODE)
         if self._preemption is None:

@@ -18,9 +18,9 @@ from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.schedule import next_count
 from lightning_halos.core.vector import ModelVector, Reach
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.data.shared import SharedData
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.schedulers import SchedulePosition
+from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
 from lightning_halos.transport.alarm import Alarm, describe

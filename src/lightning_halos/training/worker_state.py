@@ -11,12 +11,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lightning_halos.checkpoint.files import is_plain
+from lightning_halos.core.compat import map_tensors
+from lightning_halos.training.compat import collect_random_states, set_random_states
 
 _STEPS = ("epoch_loop.automatic_optimization.optim_progress", "epoch_loop.manual_optimization.optim_step_progress")
 
@@ -90,7 +89,7 @@ def forget_optimizers(checkpoint: dict[str, Any]) -> None:
 
 def random_state() -> dict[str, Any]:
     """Returns the state of the generators of torch, its devices, NumPy and Python."""
-    state = _collect_rng_states()
+    state = collect_random_states()
     kind, keys, *rest = state["numpy"]
     return {**state, "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest]}
 
@@ -101,9 +100,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     devices = state.get("torch.cuda", [])
     if len(devices) != torch.cuda.device_count():
         state = {name: value for name, value in state.items() if name != "torch.cuda"}
-    _set_rng_states({**state, "numpy": (kind, keys.numpy().astype("uint32"), *rest)})
+    set_random_states({**state, "numpy": (kind, keys.numpy().astype("uint32"), *rest)})
 
 
 def to_host(state: Any) -> Any:
     """Returns a copy of a state whose tensors are in host memory."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+    return map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)

@@ -14,9 +14,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from lightning_halos.core.cursor import Lease, Spans
+from lightning_halos.training.compat import begin_epoch_of_data, training_loader
 
 
 class LightningRank(int):
@@ -110,7 +112,8 @@ class SharedData:
 
     Args:
         trainer: The Trainer, when its training data is set up.
-        loader: Its only training loader.
+        combined: Its training data.
+        loader: The only loader in it.
 
     Attributes:
         steps_per_epoch: Local steps' worth of data in an epoch.
@@ -121,7 +124,7 @@ class SharedData:
         batches: Batches of an epoch that a worker would get of a fixed shard.
     """
 
-    def __init__(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> None:
+    def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any]) -> None:
         self._trainer = trainer
         batch_sampler: Any = loader.batch_sampler
         size, accumulate = batch_sampler.batch_size, trainer.accumulate_grad_batches
@@ -144,7 +147,7 @@ class SharedData:
         self._samples = min(samples, batches * size)
         self._length = samples
         self._leases: Leases
-        self._limits = trainer.fit_loop._combined_loader.limits  # type: ignore[union-attr]
+        self._limits = combined.limits
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
     @classmethod
@@ -154,13 +157,14 @@ class SharedData:
         They can if there is one loader, with a sampler that Lightning made; not an ``IterableDataset``, nor a sampler
         of the user's own.
         """
-        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        combined = training_loader(trainer)
+        loaders = [] if combined is None else combined.flattened
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         changes_steps = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
         overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
-        if len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
+        if combined is None or len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
             return None
-        return cls(trainer, loaders[0])
+        return cls(trainer, combined, loaders[0])
 
     def start(self, leases: Iterator[Lease]) -> None:
         """Makes the Trainer train on these leases. To be called before the first epoch starts.
@@ -176,7 +180,7 @@ class SharedData:
             # Saved in the last batch of an epoch: a new one begins. Without a number of batches Lightning cannot tell.
             fit_loop.epoch_loop.restarting = False
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
-            iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
+            begin_epoch_of_data(self._trainer)
 
     @property
     def identity(self) -> dict[str, int | None]:
@@ -218,7 +222,7 @@ class SharedData:
             RuntimeError: If its dataset has another length than the first one.
         """
         fit_loop = self._trainer.fit_loop
-        combined = fit_loop._combined_loader
+        combined = training_loader(self._trainer)
         assert combined is not None
         (loader,) = combined.flattened
         if isinstance(loader.batch_sampler.sampler, SharedSampler):
@@ -243,8 +247,8 @@ class SharedData:
         if self._replaced:
             fit_loop = self._trainer.fit_loop
             fit_loop.max_batches = self.batches
-            if fit_loop._combined_loader is not None:
-                fit_loop._combined_loader.limits = self._limits
+            if (combined := training_loader(self._trainer)) is not None:
+                combined.limits = self._limits
         self._replaced.clear()
 
 

@@ -1,0 +1,46 @@
+"""The private names of torch that the package uses, each behind a function of its own.
+
+No other file may use one (``tests/test_layers.py``), so that a new version of torch is a change in one place.
+Tried with torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
+    """Returns nested containers with ``function`` applied to each tensor in them."""
+    return tree_map_only(Tensor, function, state)
+
+
+def add_each_(tensors: Tensors, others: Tensors, alpha: float = 1.0) -> None:
+    """Adds ``alpha`` times another tensor to each tensor, in place and with few kernels."""
+    torch._foreach_add_(tensors, others, alpha=alpha)
+
+
+def subtract_each_(tensors: Tensors, others: Tensors) -> None:
+    """Subtracts another tensor from each tensor, in place and with few kernels."""
+    torch._foreach_sub_(tensors, others)
+
+
+def multiply_each_(tensors: Tensors, factor: float) -> None:
+    """Multiplies each tensor by a number, in place and with few kernels."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def copy_each_(tensors: Tensors, sources: Tensors) -> None:
+    """Copies another tensor into each tensor, with few kernels."""
+    torch._foreach_copy_(tensors, sources)
+
+
+def zero_each_(tensors: Tensors) -> None:
+    """Fills each tensor with zeros, with few kernels."""
+    torch._foreach_zero_(tensors)

@@ -1,0 +1,119 @@
+"""The private names of Lightning that the package uses, each behind a name of its own.
+
+No other file may use one (``tests/test_layers.py``), so that a new version of Lightning is a change in one place.
+Tried with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Strategy._configure_launcher``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistry
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
+from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
+from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
+from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader
+
+__all__ = [
+    "MultiProcessingLauncher",
+    "StrategyRegistry",
+    "SubprocessScriptLauncher",
+    "begin_epoch_of_data",
+    "collect_random_states",
+    "find_trainer",
+    "has_trained_enough",
+    "is_accumulating",
+    "is_last_batch",
+    "optimizers_to_device",
+    "period_of_saves",
+    "seed_dataloader_workers",
+    "set_checkpoint_path",
+    "set_logged_steps",
+    "set_random_states",
+    "set_received_sigterm",
+    "show_metrics",
+    "synchronizes_batch_norm",
+    "training_loader",
+]
+
+
+def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:
+    """Returns the Trainer of a module; ``None`` if it has none, where ``module.trainer`` raises."""
+    return None if module is None else module._trainer
+
+
+def synchronizes_batch_norm(strategy: ParallelStrategy) -> bool:
+    """Whether the Trainer was made with ``sync_batchnorm=True``."""
+    return strategy._layer_sync is not None
+
+
+def seed_dataloader_workers(loader: DataLoader[Any], rank: int) -> None:
+    """Gives the loader's workers seeds of their own after ``seed_everything(workers=True)``, as Lightning does."""
+    _auto_add_worker_init_fn(loader, rank)
+
+
+# ------------------------------------------------------------------ the loops
+
+
+def has_trained_enough(trainer: pl.Trainer) -> bool:
+    """Whether ``min_steps`` and ``min_epochs`` allow training to stop."""
+    return trainer.fit_loop._can_stop_early
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether the present batch leaves the optimizer's step to a later one."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the present batch is the last one of this worker's epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def set_logged_steps(trainer: pl.Trainer, steps: int) -> None:
+    """Sets the steps by which Lightning decides whether to log."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
+    """Returns the training data; ``None`` before it is set up."""
+    return trainer.fit_loop._combined_loader
+
+
+def begin_epoch_of_data(trainer: pl.Trainer) -> None:
+    """Makes a new iterator over the training data."""
+    assert trainer.fit_loop._data_fetcher is not None
+    iter(trainer.fit_loop._data_fetcher)
+
+
+# ------------------------------------------------------------------ what the Trainer says of itself
+
+
+def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Puts metrics into ``trainer.callback_metrics``."""
+    tensors = {name: torch.tensor(value) for name, value in metrics.items()}
+    trainer._logger_connector._callback_metrics.update(tensors)
+
+
+def set_checkpoint_path(trainer: pl.Trainer, path: str) -> None:
+    """Sets ``trainer.ckpt_path`` while the Trainer loads a checkpoint."""
+    trainer._checkpoint_connector._ckpt_path = path
+
+
+def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:
+    """Sets ``trainer.received_sigterm``: if it is true, the Trainer ends at the next batch."""
+    trainer._signal_connector.received_sigterm = received
+
+
+def period_of_saves(callback: ModelCheckpoint) -> int:
+    """Returns the global steps between two saves of a callback; 0 if it does not count them."""
+    return callback._every_n_train_steps
