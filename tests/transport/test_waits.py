@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import TCPStore
 
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.cursor import Spans
@@ -169,9 +169,8 @@ def stopped_store() -> Iterator[TCPStore]:
 
 
 def test_a_store_whose_process_is_stopped() -> None:
-    group = make_group(HashStore(), "world", 0, 1, 60.0)
     with stopped_store() as store:
-        collectives = Collectives(group, ignore, store, "worker {}".format)
+        collectives = Collectives([[0]], 0, None, None, store, ignore, "worker {}".format)
         collectives.barrier()
         with pytest.raises(
             PeerLostError,
@@ -187,14 +186,15 @@ def test_a_process_group_that_nobody_else_comes_to() -> None:
         make_group(store, "models", 0, 2, 0.5)
 
 
-def test_a_collective_that_one_leaves_names_nobody_else() -> None:
+@pytest.mark.parametrize("regions", [[range(6)], [[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2, 3], [5]]], ids=str)
+def test_a_collective_that_one_leaves_names_nobody_else(regions: list[list[int]]) -> None:
     """Most wait for another one than the one that has ended, and must learn of it from those who do."""
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     texts: dict[int, str] = {}
 
     def work(rank: int) -> None:
         store = TCPStore("127.0.0.1", master.port)
-        collectives = Collectives(make_group(store, "world", rank, 6, 60.0), ignore, store, "worker {}".format)
+        collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
         collectives.barrier()
         try:
             if rank != 3:
@@ -211,14 +211,14 @@ def test_a_collective_that_one_leaves_names_nobody_else() -> None:
     assert all("Did not come, or has ended: worker 3." in text for text in texts.values()), texts
 
 
-def test_a_collective_that_one_does_not_come_to() -> None:
+@pytest.mark.parametrize("regions", [[range(3)], [[0], [1, 2]], [[0, 1], [2]]], ids=str)
+def test_a_collective_that_one_does_not_come_to(regions: list[list[int]]) -> None:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     texts: dict[int, str] = {}
 
     def work(rank: int) -> None:
         store = TCPStore("127.0.0.1", master.port)
-        group = make_group(store, "world", rank, 3, 2.0)
-        collectives = Collectives(group, ignore, store, "worker {}".format)
+        collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 2.0)
         collectives.barrier()
         try:
             if rank != 1:

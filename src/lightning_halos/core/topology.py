@@ -89,6 +89,14 @@ class Topology:
         """Global ranks of the leaders, by the index of their server."""
         return [group.leader for group in self.groups]
 
+    @property
+    def regions(self) -> list[list[int]]:
+        """Global ranks of the workers of each region, ascending."""
+        ranks: list[list[int]] = [[] for _ in self.names]
+        for group in self.groups:
+            ranks[group.region] += group.ranks
+        return [sorted(region) for region in ranks]
+
     def group_of(self, rank: int) -> ServerGroup:
         """The server group of a worker."""
         return next(group for group in self.groups if rank in group.ranks)

@@ -27,7 +27,6 @@ from lightning_halos.training.compat import StrategyRegistry, is_accumulating
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.strategy import HalosStrategy, StartMethod
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
 
 
@@ -160,8 +159,10 @@ class DilocoStrategy(HalosStrategy):
         assert self._collectives is not None
         fit = self._collectives.count(f"fits/{self.global_rank}", 1, self._timeout)
         store = PrefixStore(f"lockstep/{fit}", self._store)
-        group = make_group(store, "group", self.global_rank, self.world_size, self._timeout)
-        collectives = Collectives(group, self._check_interrupted, PrefixStore("calls", store), self._topology.describe)
+        everybody = [range(self.world_size)]  # rounds are all-reduces among all workers
+        collectives = Collectives.connect(
+            everybody, self.global_rank, store, self._check_interrupted, self._topology.describe, self._timeout
+        )
         server = self._settings.outer_server(memory.clone(), vector.shapes)
         client = LockstepClient(self.global_rank, collectives, server, budget, planner, self._timeout)
         self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
@@ -227,7 +228,8 @@ class SyncSGDStrategy(HalosStrategy):
             return
         assert self._collectives is not None
         gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
-        mean = self._collectives.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), "mean")
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        mean = self._collectives.sum_(flat) / self.world_size
         for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -64,7 +64,7 @@ from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
-from lightning_halos.transport.groups import Groups, make_group, open_store
+from lightning_halos.transport.groups import Groups, gather_through, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 
@@ -328,20 +328,28 @@ class HalosStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
         self._store = open_store(environment.main_address, environment.main_port, rank, size, self._timeout)
-        # Rank 0 may validate the final model while the others wait for it.
-        world = make_group(self._store, "world", rank, size, max(self._timeout, AT_THE_EDGES))
-        calls = PrefixStore("calls", self._store)
-        self._collectives = Collectives(world, self._check_interrupted, calls, self._describe)
-        if self._cluster is not None:
-            everybody = Topology.build([range(size)], servers_per_region=1)
-            self._groups = Groups(self._store, everybody, rank, self._timeout)
-            return
-        if self._regions is None:
-            names = self._collectives.gather_texts(os.environ.get(REGION_VARIABLE, ""))
+        if self._cluster is None and self._regions is None:
+            mine = os.environ.get(REGION_VARIABLE, "")
+            names = gather_through(
+                self._store, REGION_VARIABLE, rank, size, mine, self._check_interrupted, self._timeout
+            )
             if any(names):
                 regions, region_names = regions_by_name(names)
                 self._topology = self._arrange(regions, region_names)
-        self._groups = Groups(self._store, self._topology, rank, self._timeout)
+        # All processes of a simulation are on one machine.
+        on_one_machine = Topology.build([range(size)], servers_per_region=1)
+        places = self._topology if self._cluster is None else on_one_machine
+        # Rank 0 may validate the final model while the others wait for it.
+        patience = max(self._timeout, AT_THE_EDGES)
+        self._collectives = Collectives.connect(
+            places.regions,
+            rank,
+            PrefixStore("collectives", self._store),
+            self._check_interrupted,
+            self._describe,
+            patience,
+        )
+        self._groups = Groups(self._store, places, rank, self._timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -375,8 +383,7 @@ class HalosStrategy(ParallelStrategy):
     def _synchronize_module(self) -> None:
         assert self._collectives is not None
         assert self.lightning_module is not None
-        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
-            self._collectives.broadcast_(tensor)
+        self._collectives.broadcast_([*self.lightning_module.parameters(), *self.lightning_module.buffers()])
 
     def _make_default_group(self) -> None:
         assert self._store is not None
@@ -413,14 +420,12 @@ class HalosStrategy(ParallelStrategy):
                 f" {vector.identity}. Train the same module with the same parameters frozen, or remove the folder of"
                 " its shards to go on from its .ckpt file alone."
             )
-        elements = torch.tensor(vector.num_elements)
-        if (
-            self._collectives.reduce(elements, "max") != elements
-            or self._collectives.reduce(elements, "min") != elements
-        ):
+        elements = self._collectives.gather_texts(str(vector.num_elements))
+        if others := [rank for rank, count in enumerate(elements) if count != elements[self.global_rank]]:
             raise RuntimeError(
-                f"The module of {self._here} has {vector.num_elements} elements that travel, that of another worker has"
-                " more or fewer. All workers must train the same module with the same parameters frozen."
+                f"The module of {self._here} has {vector.num_elements} elements that travel, that of"
+                f" {self._describe(others[0])} has {elements[others[0]]}. All workers must train the same module with"
+                " the same parameters frozen."
             )
         stepping_batches = trainer.estimated_stepping_batches
         limit = int(stepping_batches) if stepping_batches != float("inf") else None
@@ -511,14 +516,19 @@ class HalosStrategy(ParallelStrategy):
         if resume.server is not None:
             memory.copy_(resume.server["server"]["model"])
         if not resume.fits:
-            self._collectives.broadcast_(memory)
+            self._collectives.broadcast_([memory])
         elif self._groups.region is not None:
             assert self._store is not None
             group = self._topology.group_of(self.global_rank)
-            calls = PrefixStore(f"calls/region/{group.index}", self._store)
             Collectives(
-                self._groups.region, self._check_interrupted, calls, lambda rank: self._describe(group.ranks[rank])
-            ).broadcast_(memory)
+                [range(len(group.ranks))],
+                group.ranks.index(self.global_rank),
+                self._groups.region,
+                None,
+                PrefixStore(f"calls/server/{group.index}", self._store),
+                self._check_interrupted,
+                lambda rank: self._describe(group.ranks[rank]),
+            ).broadcast_([memory])
 
     def _done(self, data: SharedData | None, resume: Resume | None) -> Spans:
         """The data that was trained on before."""

@@ -1,24 +1,29 @@
 """Collectives over all workers, for the times when they are in step: before and after the training loop.
 
-Rules of this room: host memory, a time limit for everything, no pickle. When a collective fails, those who were waiting
-in it find out who was not.
+Data goes from the workers of a region to its leader, from leader to leader, and back, so that a worker connects to its
+own region only, and data crosses the slow links once. Nothing is pickled. Wrong arguments are found before the data is
+sent, and every worker raises the error, so that the next collective works. A lost worker ends all collectives, and the
+error says which one it was.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed import PrefixStore, ProcessGroup, Store
 
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import interruptible
+from lightning_halos.transport.groups import interruptible, make_group
 from lightning_halos.transport.link import since
+
+T = TypeVar("T")
 
 _OPERATIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -28,119 +33,198 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
-_ROLL_CALL = 3.0  # seconds in which all who were waiting can say so
+_ROLL_CALL = 3.0  # seconds in which all workers that were waiting can say so
+_LENGTH = 8  # bytes of a length
+_FRAME = 256  # bytes that a gathering takes in its first round trip
+_CHUNK = 2**26  # bytes that are broadcast at once
 
 
 class Collectives:
-    """Collectives over one process group.
+    """Collectives over all workers.
 
     Args:
-        group: The group of all workers.
+        regions: Ranks of the workers of each region, ascending. The first of each is the region's leader.
+        rank: This worker's rank.
+        within: The process group of this worker's region, in the order of the ranks; ``None`` if it is alone there.
+        across: The process group of the leaders, in the order of the regions; ``None`` on other workers, and with one
+            region.
+        store: A store of all workers, for these collectives alone. It counts, and it is used when a worker is lost.
         interrupted: Called several times a second while waiting; may raise.
-        store: A store of all workers, for these collectives alone. It counts, and it is used when a collective fails.
-        describe: Names a worker of a global rank in errors.
+        describe: Names a worker of a given rank in errors.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
-        interrupted: Callable[[], None],
+        regions: Sequence[Sequence[int]],
+        rank: int,
+        within: ProcessGroup | None,
+        across: ProcessGroup | None,
         store: Store,
+        interrupted: Callable[[], None],
         describe: Callable[[int], str],
     ) -> None:
-        self._groups = [group]
-        self._rank, self._size = group.rank(), group.size()
-        self._interrupted = interrupted
+        self._regions = [list(ranks) for ranks in regions]
+        self._region_of = {rank: index for index, ranks in enumerate(self._regions) for rank in ranks}
+        self._rank, self._size = rank, len(self._region_of)
+        self._region = self._region_of[rank]
+        self._within, self._across = within, across
+        self._lost_workers = False
         self._store = store
+        self._interrupted = interrupted
         self._describe = describe
-        self._calls = 0
         self._completed: float | None = None
 
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        return self._groups[0]
+    @classmethod
+    def connect(
+        cls,
+        regions: Sequence[Sequence[int]],
+        rank: int,
+        store: Store,
+        interrupted: Callable[[], None],
+        describe: Callable[[int], str],
+        timeout: float,
+    ) -> Collectives:
+        """Makes the process groups, and collectives over them. Every worker must call this.
+
+        Args:
+            regions: As for the class.
+            rank: As for the class.
+            store: As for the class.
+            interrupted: As for the class.
+            describe: As for the class.
+            timeout: Seconds that any wait for the other workers may last.
+
+        Raises:
+            PeerLostError: If the others do not come in time.
+        """
+        index, mine = next((index, list(ranks)) for index, ranks in enumerate(regions) if rank in ranks)
+        within = across = None
+        if len(mine) > 1:
+            within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout)
+        if rank == mine[0] and len(regions) > 1:
+            across = make_group(store, "leaders", index, len(regions), timeout)
+        return cls(regions, rank, within, across, PrefixStore("calls", store), interrupted, describe)
 
     def barrier(self) -> None:
         """Waits until all workers are here."""
-        self._wait("come to a barrier", lambda: self._group.barrier())
+        self._gather("come to a barrier", torch.empty(0, dtype=torch.uint8))
 
     def reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Reduces a tensor over all workers.
 
         Args:
-            tensor: Of the same shape on every worker, on any device.
+            tensor: Of the same shape and dtype on every worker, on any device.
             operation: ``"mean"`` (or ``"avg"``), ``"sum"``, ``"min"``, ``"max"`` or ``"product"``.
 
         Returns:
-            The result, on the tensor's device; of a mean of integers, a ``float32``.
+            The result, on the tensor's device and of its dtype; ``float32`` for a mean of integers or booleans,
+            ``int64`` for a sum or product of booleans.
 
         Raises:
-            ValueError: If the operation is another one.
+            ValueError: If the operation is another one, or shapes, dtypes or operations differ. Every worker raises it.
+            TypeError: If the dtype is neither floating-point, integer nor boolean. Every worker raises it.
+            PeerLostError: If a worker has ended, or does not come in time.
         """
         name = str(operation).lower().rsplit(".", 1)[-1]
+        self._agree("give a tensor to a reduction", f"reduce_op={name!r}, {_form(tensor)}")
         if name not in _OPERATIONS:
             raise ValueError(f"reduce_op={operation!r} must be one of {sorted(_OPERATIONS)}.")
-        is_mean = name in ("mean", "avg")
-        host = tensor.detach().cpu().clone()
-        if is_mean and not host.is_floating_point():
-            host = host.float()
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(_OPERATIONS[name])
-        self._wait("give a tensor to a reduction", lambda: self._group.allreduce([host], options))
-        return (host / self._size if is_mean else host).to(tensor.device)
+        total = self._reduce(tensor.detach(), name)
+        if name in ("mean", "avg"):
+            mean = (total if total.is_floating_point() else total.double()) / self._size
+            return mean.to(tensor.device, tensor.dtype if tensor.is_floating_point() else torch.float32)
+        counts = tensor.dtype == torch.bool and name in ("sum", "product")
+        return total.to(tensor.device, torch.int64 if counts else tensor.dtype)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds up a floating-point tensor in place, without the round trip in which :meth:`reduce` compares shapes.
+
+        Args:
+            tensor: On any device. The caller knows that its shape and dtype are the same on every worker.
+
+        Returns:
+            The tensor.
+
+        Raises:
+            PeerLostError: If a worker has ended, or does not come in time.
+        """
+        return tensor.copy_(self._reduce(tensor, "sum"))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Returns the tensors of all workers, stacked by rank, on the tensor's device."""
-        host = tensor.detach().cpu().contiguous()
-        parts = [torch.empty_like(host) for _ in range(self._size)]
-        self._wait("give a tensor to a gathering", lambda: self._group.allgather([parts], [host]))
+        """Returns the tensors of all workers, stacked by rank, on the tensor's device.
+
+        Raises:
+            ValueError: If shapes or dtypes differ. Every worker raises it.
+            PeerLostError: If a worker has ended, or does not come in time.
+        """
+        form = _form(tensor)
+        head = torch.frombuffer(bytearray(f"{form}\n", "utf-8"), dtype=torch.uint8)
+        rows = self._gather("give a tensor to a gathering", torch.cat([head, _bytes_of(tensor)]))
+        self._compare([_text(row[:_FRAME]).partition("\n")[0] for row in rows])
+        parts = [_tensor_of(row[len(head) :], tensor.dtype, tensor.shape) for row in rows]
         return torch.stack(parts).to(tensor.device)
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
-        """Overwrites a tensor, on any device, with that of the worker ``source``."""
-        host = tensor.detach().cpu().contiguous()
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        # gloo knows few dtypes, but bytes are bytes.
-        self._wait(
-            "take part in a broadcast", lambda: self._group.broadcast([host.view(-1).view(torch.uint8)], options)
-        )
-        if self._rank != source:
-            tensor.detach().copy_(host)
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrites tensors with those of the worker ``source``, many at once.
+
+        Args:
+            tensors: On any device. Their number, shapes and dtypes are the same on every worker.
+            source: Rank of the worker whose tensors they become.
+
+        Raises:
+            ValueError: If number, shapes or dtypes differ. Every worker raises it.
+            PeerLostError: If a worker has ended, or does not come in time.
+        """
+        what = "take part in a broadcast"
+        rows = self._gather(what, _bytes("\n".join(map(_form, tensors))))
+        forms = [_text(row).split("\n") for row in rows]
+        if any(row != forms[0] for row in forms):
+            self._compare([_difference(row, forms[0]) for row in forms])
+        for chunk in _chunks([tensor.detach() for tensor in tensors]):
+            sizes = [tensor.nbytes for tensor in chunk]
+            if self._rank == source:
+                host = torch.cat([_bytes_of(tensor) for tensor in chunk])
+            else:
+                host = torch.empty(sum(sizes), dtype=torch.uint8)
+            self._run(what, lambda host=host: self._broadcast(host, source))  # type: ignore[misc]
+            if self._rank != source:
+                for tensor, part in zip(chunk, torch.split(host, sizes), strict=True):
+                    tensor.copy_(_tensor_of(part, tensor.dtype, tensor.shape))
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Returns the value of the worker ``source``.
 
         Args:
             value: None, bool, int, float, str, a path, a tensor, or a list, tuple or dict of these.
-            source: Global rank of the worker whose value it is.
+            source: Rank of the worker whose value it is.
 
         Raises:
-            TypeError: If it is anything else. Nothing is pickled.
+            TypeError: If it is anything else: nothing is pickled. Every worker raises it.
+            PeerLostError: If a worker has ended, or does not come in time.
         """
+        failure: Exception | None = None
         tensors: list[Tensor] = []
-        data = json.dumps(_pack(value, tensors)).encode() if self._rank == source else b""
-        length = torch.tensor([len(data)])
-        self.broadcast_(length, source)
-        body = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data
-            else torch.empty(int(length), dtype=torch.uint8)
-        )
-        self.broadcast_(body, source)
-        if self._rank != source:
-            packed = json.loads(bytes(body.tolist()))
-            result = _unpack(packed, tensors)
-        else:
-            result = value
-        for tensor in tensors:
-            if tensor.numel():
-                self.broadcast_(tensor, source)
-        return result
+        body = torch.empty(0, dtype=torch.uint8)
+        if self._rank == source:
+            try:
+                text = json.dumps(_pack(value, tensors))
+            except (TypeError, ValueError, RecursionError) as error:
+                failure, tensors = error, []
+                text = json.dumps({"error": str(error)})
+            head = _bytes(text)
+            body = torch.cat([_length(len(head)), head, *map(_bytes_of, tensors)])
+        body = self._run("take part in a broadcast", lambda: self._broadcast_bytes(body, source))
+        if failure is not None:
+            raise failure
+        return value if self._rank == source else _received(body)
 
     def gather_texts(self, text: str) -> list[str]:
-        """Returns the texts of all workers, by rank."""
-        return [str(self.broadcast_object(text, source)) for source in range(self._size)]
+        """Returns the texts of all workers, by rank.
+
+        Raises:
+            PeerLostError: If a worker has ended, or does not come in time.
+        """
+        return [_text(row) for row in self._gather("give a text to a gathering", _bytes(text))]
 
     def count(self, key: str, amount: int, timeout: float) -> int:
         """Adds to a number that all workers share, and returns it. Waits for no other worker.
@@ -162,31 +246,113 @@ class Collectives:
                 f" process. All were last heard of {since(self._completed)}. {error}"
             ) from None
 
-    def _wait(self, what: str, start: Callable[[], dist.Work]) -> None:
-        self._calls += 1
-        if not self._groups:
+    # ------------------------------------------------------------------ over all workers
+
+    def _agree(self, what: str, form: str) -> None:
+        """Raises on every worker if they are about to do different things."""
+        self._compare([_text(row) for row in self._gather(what, _bytes(form))])
+
+    def _compare(self, forms: list[str]) -> None:
+        if len(set(forms)) > 1:
+            other = next(rank for rank, form in enumerate(forms) if form != forms[0])
+            raise ValueError(
+                f"The workers of a collective do not fit together: {self._describe(0)} has {forms[0]},"
+                f" {self._describe(other)} has {forms[other]}."
+            )
+
+    def _gather(self, what: str, data: Tensor) -> list[Tensor]:
+        """Returns the bytes of all workers, by rank: in one round trip if they are few."""
+
+        def gather() -> list[Tensor]:
+            table = self._gather_rows(_frame(data, _FRAME))
+            lengths = [_length_in(row) for row in table]
+            if max(lengths) > _FRAME - _LENGTH:
+                table = self._gather_rows(_frame(data, max(lengths) + _LENGTH))
+            return [row[_LENGTH:][:length] for row, length in zip(table, lengths, strict=True)]
+
+        return self._run(what, gather)
+
+    def _gather_rows(self, row: Tensor) -> Tensor:
+        table = _all_gather_in(self._within, row)
+        if len(self._regions) == 1:
+            return table
+        everything = torch.empty(self._size, len(row), dtype=row.dtype)
+        if self._is_leader:
+            block = torch.zeros(max(map(len, self._regions)), len(row), dtype=row.dtype)
+            block[: len(table)] = table
+            for ranks, part in zip(self._regions, _all_gather_in(self._across, block), strict=True):
+                everything[ranks] = part[: len(ranks)]
+        _broadcast_in(self._within, everything, 0)
+        return everything
+
+    def _reduce(self, tensor: Tensor, name: str) -> Tensor:
+        """Returns the result on the host, as ``float32``, ``float64`` or ``int64``."""
+        host = tensor.to("cpu", _wide(tensor.dtype), copy=True).contiguous()
+        operation = _OPERATIONS[name]
+
+        def reduce() -> None:
+            _all_reduce_in(self._within, host, operation)
+            if len(self._regions) > 1:
+                _all_reduce_in(self._across, host, operation)
+                _broadcast_in(self._within, host, 0)
+
+        self._run("give a tensor to a reduction", reduce)
+        return host
+
+    def _broadcast(self, data: Tensor, source: int) -> None:
+        home = self._region_of[source]
+        if self._region == home:
+            _broadcast_in(self._within, data, self._regions[home].index(source))
+        _broadcast_in(self._across, data, home)
+        if self._region != home:
+            _broadcast_in(self._within, data, 0)
+
+    def _broadcast_bytes(self, data: Tensor, source: int) -> Tensor:
+        """Returns the bytes of ``source``, whose number the others do not know."""
+        frame = _frame(data, _FRAME)
+        self._broadcast(frame, source)
+        if (length := _length_in(frame)) <= (room := _FRAME - _LENGTH):
+            return frame[_LENGTH:][:length]
+        rest = data[room:].contiguous() if self._rank == source else torch.empty(length - room, dtype=torch.uint8)
+        self._broadcast(rest, source)
+        return torch.cat([frame[_LENGTH:], rest])
+
+    @property
+    def _is_leader(self) -> bool:
+        return self._regions[self._region][0] == self._rank
+
+    # ------------------------------------------------------------------ what can go wrong
+
+    def _run(self, what: str, run: Callable[[], T]) -> T:
+        if self._lost_workers:
             raise PeerLostError(f"{self._describe(self._rank)} cannot wait for all workers to {what}: some are lost.")
         try:
-            interruptible(lambda: start().wait(), self._interrupted)
+            result = interruptible(run, self._interrupted)
         except RuntimeError as error:
-            # This closes its connections: who waits for this process, and not for the missing one, notices it, too.
-            self._groups.clear()
+            if not _is_lost_connection(error):
+                raise
+            # Without the groups, and without the traceback, whose frames hold them, the connections close. So a worker
+            # that waits for this one, and not for the missing one, notices it, too.
+            error.__traceback__ = None
+            self._within = self._across = None
+            self._lost_workers = True
             raise PeerLostError(
                 f"{self._describe(self._rank)} waited for all workers to {what}. {self._missing()} All were"
                 f" last heard of {since(self._completed)}. The limit is HalosStrategy(timeout=...). {error}"
             ) from error
         self._completed = time.monotonic()
+        return result
 
     def _missing(self) -> str:
         """Says who was not waiting in the collective that failed."""
-        rank, size = self._rank, self._size
+        everybody = set(range(self._size))
 
-        def call_the_roll() -> list[int]:
-            self._store.set(f"{self._calls}/{rank}", "")
+        def call_the_roll() -> set[int]:
+            self._store.append("waiting", f"{self._rank} ")  # type: ignore[attr-defined]  # missing in torch's stubs
             # The store is in the process of rank 0, so that must not leave before the others have read it.
-            deadline = time.monotonic() + _ROLL_CALL * (1.5 if rank == 0 else 1)
+            deadline = time.monotonic() + _ROLL_CALL * (1.5 if self._rank == 0 else 1)
             while True:
-                missing = [other for other in range(size) if not self._store.check([f"{self._calls}/{other}"])]
+                missing = everybody - set(map(int, self._store.get("waiting").split()))
                 if not missing or time.monotonic() > deadline:
                     return missing
                 time.sleep(0.1)
@@ -197,16 +363,119 @@ class Collectives:
             return f"{self._describe(0)} has ended or does not run any more."
         if not missing:
             return "All of them came, but a connection between them broke."
-        return f"Did not come, or has ended: {', '.join(map(self._describe, missing))}."
+        return f"Did not come, or has ended: {', '.join(map(self._describe, sorted(missing)))}."
 
 
 def is_broadcastable(value: Any) -> bool:
     """Whether :meth:`Collectives.broadcast_object` takes a value."""
     try:
         json.dumps(_pack(value, []))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
     return True
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether gloo says that a connection is lost: it has no type of error for it."""
+    return any(sign in str(error) for sign in ("gloo/transport", "timeout", "Timed out", "onnection"))
+
+
+# ---------------------------------------------------------------------- over one process group; None is a group of one
+
+
+def _all_gather_in(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
+    if group is None:
+        return tensor.unsqueeze(0)
+    table = tensor.new_empty(group.size(), *tensor.shape)
+    group.allgather([list(table)], [tensor]).wait()
+    return table
+
+
+def _all_reduce_in(group: ProcessGroup | None, tensor: Tensor, operation: Any) -> None:
+    if group is not None:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(operation)
+        group.allreduce([tensor], options).wait()
+
+
+def _broadcast_in(group: ProcessGroup | None, tensor: Tensor, source: int) -> None:
+    if group is not None and tensor.numel():
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        group.broadcast([tensor], options).wait()
+
+
+# ---------------------------------------------------------------------- tensors as bytes
+
+
+def _form(tensor: Tensor) -> str:
+    return f"a {str(tensor.dtype).removeprefix('torch.')} tensor of shape {list(tensor.shape)}"
+
+
+def _difference(forms: list[str], first: list[str]) -> str:
+    """What is special about ``forms``, compared with ``first``: their number, or the first that differs."""
+    if len(forms) != len(first):
+        return f"{len(forms)} tensors"
+    index = next((index for index, (mine, its) in enumerate(zip(forms, first, strict=True)) if mine != its), 0)
+    return f"{forms[index]} as number {index}"
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors are reduced: gloo knows few, and narrow ones overflow."""
+    if dtype.is_floating_point:
+        return torch.float64 if dtype == torch.float64 else torch.float32
+    if dtype.is_complex or str(dtype).startswith("torch.q"):
+        raise TypeError(f"A tensor of dtype {dtype} cannot be reduced: give its parts, as floating-point tensors.")
+    return torch.int64
+
+
+def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Divides tensors into lists of at most ``_CHUNK`` bytes each, or of one tensor that is larger."""
+    chunk: list[Tensor] = []
+    for tensor in tensors:
+        if chunk and sum(other.nbytes for other in chunk) + tensor.nbytes > _CHUNK:
+            yield chunk
+            chunk = []
+        chunk.append(tensor)
+    if chunk:
+        yield chunk
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _tensor_of(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    return data.clone().view(dtype).view(shape)  # the clone is aligned, and keeps nothing else in memory
+
+
+def _bytes(text: str) -> Tensor:
+    data = text.encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _text(data: Tensor) -> str:
+    return data.numpy().tobytes().decode(errors="replace")
+
+
+def _length(length: int) -> Tensor:
+    return torch.tensor([length]).view(torch.uint8)
+
+
+def _length_in(data: Tensor) -> int:
+    return int(data[:_LENGTH].view(torch.int64))
+
+
+def _frame(data: Tensor, size: int) -> Tensor:
+    """Returns the length of ``data`` and as much of it as there is room for."""
+    frame = torch.zeros(size, dtype=torch.uint8)
+    frame[:_LENGTH] = _length(len(data))
+    part = data[: size - _LENGTH]
+    frame[_LENGTH:][: len(part)] = part
+    return frame
+
+
+# ---------------------------------------------------------------------- objects
 
 
 def _pack(value: Any, tensors: list[Tensor]) -> Any:
@@ -214,7 +483,7 @@ def _pack(value: Any, tensors: list[Tensor]) -> Any:
         return value
     if isinstance(value, Tensor):
         tensors.append(value)
-        return {"tensor": [len(tensors) - 1, list(value.shape), str(value.dtype).removeprefix("torch.")]}
+        return {"tensor": [list(value.shape), str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, (list, tuple)):
         return {type(value).__name__ if type(value) in (list, tuple) else "list": [_pack(v, tensors) for v in value]}
     if isinstance(value, dict):
@@ -227,15 +496,25 @@ def _pack(value: Any, tensors: list[Tensor]) -> Any:
     )
 
 
-def _unpack(packed: Any, tensors: list[Tensor]) -> Any:
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, content),) = packed.items()
-    if kind == "tensor":
-        _, shape, dtype = content
-        tensors.append(torch.empty(shape, dtype=getattr(torch, dtype)))
-        return tensors[-1]
-    if kind == "dict":
-        return {_unpack(key, tensors): _unpack(value, tensors) for key, value in content}
-    items = [_unpack(item, tensors) for item in content]
-    return tuple(items) if kind == "tuple" else items
+def _received(body: Tensor) -> Any:
+    """Returns the value that was broadcast as bytes: the length of the JSON, the JSON, and the tensors in it."""
+    stop = _LENGTH + _length_in(body)
+
+    def unpack(packed: Any) -> Any:
+        nonlocal stop
+        if not isinstance(packed, dict):
+            return packed
+        ((kind, content),) = packed.items()
+        if kind == "error":
+            raise TypeError(content)
+        if kind == "tensor":
+            shape, name = content
+            dtype = getattr(torch, name)
+            start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+            return _tensor_of(body[start:stop], dtype, shape)
+        if kind == "dict":
+            return {unpack(key): unpack(value) for key, value in content}
+        items = [unpack(item) for item in content]
+        return tuple(items) if kind == "tuple" else items
+
+    return unpack(json.loads(_text(body[_LENGTH:stop])))

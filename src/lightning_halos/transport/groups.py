@@ -142,6 +142,46 @@ class Groups:
             self.control = make_group(store, "control", leaders.index(rank), len(leaders), timeout)
 
 
+def gather_through(
+    store: Store,
+    key: str,
+    rank: int,
+    size: int,
+    text: str,
+    interrupted: Callable[[], None],
+    timeout: float,
+) -> list[str]:
+    """Returns the texts of all processes, by rank. It needs no process group and two round trips to the store.
+
+    Args:
+        store: The store of all processes.
+        key: A name that nothing else in the store has.
+        rank: Global rank of this process.
+        size: Number of processes.
+        text: The text of this process.
+        interrupted: Called several times a second meanwhile; may raise.
+        timeout: Seconds to wait for the others.
+
+    Raises:
+        PeerLostError: If they do not all come in time.
+    """
+    keys = [f"{key}/{other}" for other in range(size)]
+
+    def gather() -> list[str]:
+        store.set(keys[rank], text)
+        store.wait(keys, timedelta(seconds=timeout))
+        return [value.decode() for value in store.multi_get(keys)]
+
+    try:
+        return interruptible(gather, interrupted)
+    except DistError as error:
+        missing = [other for other in range(size) if not store.check([keys[other]])]
+        raise PeerLostError(
+            f"Rank {rank} waited for timeout={timeout:g} s for all {size} processes to say their {key}. Rank(s)"
+            f" {missing} did not. Do all of them run? {error}"
+        ) from None
+
+
 def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout: float = math.inf) -> T:
     """Runs something that blocks without letting it keep Ctrl-C or SIGTERM from the main thread.
 

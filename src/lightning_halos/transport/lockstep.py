@@ -113,7 +113,7 @@ class LockstepClient:
         self._stopped = self._stopped or stops > 0
         if takers:
             gift = torch.zeros_like(self.server.model) if vector is None else vector
-            self.server.receive(self._collectives.reduce(gift, "sum") / takers)
+            self.server.receive(self._collectives.sum_(gift) / takers)
         return int(finished) == len(table)
 
 

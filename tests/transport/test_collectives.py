@@ -1,0 +1,382 @@
+"""Collectives: the same results whatever the regions, few round trips, few connections, and errors that are true."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.distributed import HashStore, TCPStore
+
+from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.groups import gather_through
+
+Regions = Sequence[Sequence[int]]
+REGIONS: list[Regions] = [
+    [[0]],
+    [[0, 1, 2]],
+    [[0], [1], [2]],
+    [[0, 1], [2, 3]],
+    [[2, 3], [0, 1]],
+    [[0, 3], [1], [2, 4, 5]],
+]
+every_topology = pytest.mark.parametrize("regions", REGIONS, ids=str)
+two_regions = pytest.mark.parametrize("regions", [[[0, 1, 2]], [[0, 1], [2]]], ids=str)
+
+
+def ignore(*_: object) -> None: ...
+
+
+class CountingGroup:
+    """A process group that counts the collectives that it takes part in."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("allgather", "allreduce", "broadcast", "barrier", "send", "recv"):
+            self.count += 1
+        return getattr(self.group, name)
+
+
+class Workers:
+    """Workers in threads, whose collectives are over real sockets."""
+
+    def __init__(self, regions: Regions, port: int) -> None:
+        self.size = sum(map(len, regions))
+        self.all: dict[int, Collectives] = {}
+        self.groups: list[CountingGroup] = []
+
+        def connect(rank: int) -> None:
+            store = TCPStore("127.0.0.1", port)
+            collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
+            for name in ("_within", "_across"):
+                if getattr(collectives, name) is not None:
+                    setattr(collectives, name, CountingGroup(getattr(collectives, name)))
+                    self.groups.append(getattr(collectives, name))
+            self.all[rank] = collectives
+
+        self._in_threads(connect)
+
+    def run(self, work: Callable[[Collectives, int], Any]) -> list[Any]:
+        """Returns what each worker returns, or the error that it raises, by rank."""
+        outcomes: dict[int, Any] = {}
+
+        def target(rank: int) -> None:
+            try:
+                outcomes[rank] = work(self.all[rank], rank)
+            except Exception as error:
+                outcomes[rank] = error
+
+        self._in_threads(target)
+        return [outcomes.get(rank, "still waits") for rank in range(self.size)]
+
+    @property
+    def most_collectives(self) -> int:
+        """The most collectives that one process group was used for."""
+        return max(group.count for group in self.groups)
+
+    def _in_threads(self, target: Callable[[int], None]) -> None:
+        threads = [threading.Thread(target=target, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+
+
+@contextmanager
+def workers(regions: Regions) -> Iterator[Workers]:
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield Workers(regions, master.port)
+
+
+class TestResults:
+    @every_topology
+    def test_reductions(self, regions: Regions) -> None:
+        def work(collectives: Collectives, rank: int) -> list[Any]:
+            values = torch.tensor([rank + 1, -rank, 2], dtype=torch.float64)
+            names = ("sum", "mean", "avg", "min", "max", "product", "ReduceOp.SUM")
+            return [collectives.reduce(values, name).tolist() for name in names]
+
+        with workers(regions) as all_workers:
+            size = all_workers.size
+            ranks = torch.arange(size, dtype=torch.float64)
+            table = torch.stack([ranks + 1, -ranks, torch.full_like(ranks, 2)])
+            total, mean = table.sum(1).tolist(), table.mean(1).tolist()
+            expected = [
+                total,
+                mean,
+                mean,
+                table.amin(1).tolist(),
+                table.amax(1).tolist(),
+                table.prod(1).tolist(),
+                total,
+            ]
+            for outcome in all_workers.run(work):
+                torch.testing.assert_close(torch.tensor(outcome), torch.tensor(expected))
+
+    @every_topology
+    def test_gatherings_are_in_the_order_of_the_ranks(self, regions: Regions) -> None:
+        def work(collectives: Collectives, rank: int) -> Any:
+            collectives.barrier()
+            table = collectives.all_gather(torch.tensor([[rank, 10 * rank]], dtype=torch.int32))
+            large = collectives.all_gather(torch.full((300,), rank))
+            scalars = collectives.all_gather(torch.tensor(rank > 1))
+            texts = collectives.gather_texts("" if rank == 1 else f"é{rank}" * (100 * rank + 1))
+            return table.tolist(), large[:, 299].tolist(), scalars.tolist(), texts
+
+        with workers(regions) as all_workers:
+            ranks = range(all_workers.size)
+            expected = (
+                [[[rank, 10 * rank]] for rank in ranks],
+                list(ranks),
+                [rank > 1 for rank in ranks],
+                ["" if rank == 1 else f"é{rank}" * (100 * rank + 1) for rank in ranks],
+            )
+            assert all_workers.run(work) == [expected for _ in ranks]
+
+    @every_topology
+    def test_broadcasts_from_every_worker(self, regions: Regions) -> None:
+        def work(collectives: Collectives, rank: int) -> Any:
+            seen = []
+            for source in range(all_workers.size):
+                first, second = torch.full((3, 2), float(rank)).t(), torch.tensor(rank, dtype=torch.int16)
+                empty = torch.empty(0)
+                collectives.broadcast_([first, empty, second], source)
+                value = {"rank": rank, (1, "x"): [None, True, 1.5, Path("/a")], "t": torch.full((2, 1), rank)}
+                received = collectives.broadcast_object(value, source)
+                long = collectives.broadcast_object([str(rank) * 1000, torch.full((1000,), rank).bool()], source)
+                seen += [first[1, 2].item(), second.item(), received["rank"], received["t"].tolist()]
+                seen += [[*map(str, received[1, "x"])], long[0] == str(source) * 1000, long[1].sum().item()]
+            return seen
+
+        expected: list[Any] = []
+        with workers(regions) as all_workers:
+            for source in range(all_workers.size):
+                expected += [float(source), source, source, [[source], [source]]]
+                expected += [["None", "True", "1.5", "/a"], True, 1000 * (source > 0)]
+            assert all_workers.run(work) == [expected] * all_workers.size
+
+    def test_sums_of_booleans_are_counts(self) -> None:
+        def work(collectives: Collectives, rank: int) -> Any:
+            flags = torch.tensor([True, rank == 0, False])
+            return [collectives.reduce(flags, name) for name in ("sum", "mean", "min", "max")]
+
+        with workers([[0, 1], [2, 3]]) as all_workers:
+            for total, mean, least, most in all_workers.run(work):
+                assert total.tolist() == [4, 1, 0]
+                assert mean.tolist() == [1.0, 0.25, 0.0]
+                assert least.tolist() == [True, False, False]
+                assert most.tolist() == [True, True, False]
+
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float16, torch.bfloat16], ids=str)
+    def test_dtypes_that_gloo_does_not_know(self, dtype: torch.dtype) -> None:
+        with workers([[0, 1, 2]]) as all_workers:
+            for total in all_workers.run(lambda collectives, _: collectives.reduce(torch.ones(2, dtype=dtype), "sum")):
+                assert total.dtype == dtype
+                assert total.tolist() == [3, 3]
+
+    def test_a_gathering_of_names_needs_no_group(self) -> None:
+        store, names = HashStore(), {}
+
+        def target(rank: int) -> None:
+            names[rank] = gather_through(store, "region", rank, 3, ["", "eu", "us"][rank], ignore, 60.0)
+
+        threads = [threading.Thread(target=target, args=(rank,), daemon=True) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert names == {rank: ["", "eu", "us"] for rank in range(3)}
+
+    def test_a_gathering_of_names_says_who_did_not_come(self) -> None:
+        master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with pytest.raises(PeerLostError, match=r"Rank 1 waited for timeout=0.3 s .* Rank\(s\) \[0, 2\] did not"):
+            gather_through(master, "region", 1, 3, "eu", ignore, 0.3)
+
+
+class TestErrors:
+    """What is wrong with the arguments is said by all workers, and the next collective works."""
+
+    def check(self, regions: Regions, work: Callable[[Collectives, int], Any], kind: type, *parts: str) -> None:
+        with workers(regions) as all_workers:
+            for outcome in all_workers.run(work):
+                assert type(outcome) is kind
+                for part in parts:
+                    assert part in str(outcome)
+            assert (
+                all_workers.run(lambda collectives, rank: collectives.gather_texts(str(rank))) == [["0", "1", "2"]] * 3
+            )
+
+    @two_regions
+    def test_a_reduction_of_different_shapes(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, rank: collectives.reduce(torch.ones(2 + (rank == 1)), "sum"),
+            ValueError,
+            "worker 0 has reduce_op='sum', a float32 tensor of shape [2]",
+            "worker 1 has reduce_op='sum', a float32 tensor of shape [3]",
+        )
+
+    @two_regions
+    def test_a_reduction_of_different_dtypes(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, rank: collectives.reduce(
+                torch.ones(2, dtype=[torch.half, torch.int8][rank > 1]), "max"
+            ),
+            ValueError,
+            "a float16 tensor of shape [2]",
+            "worker 2 has reduce_op='max', a int8 tensor of shape [2]",
+        )
+
+    @two_regions
+    def test_a_reduction_of_what_has_no_order(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, _: collectives.reduce(torch.ones(2, dtype=torch.complex64), "max"),
+            TypeError,
+            "A tensor of dtype torch.complex64 cannot be reduced",
+        )
+
+    @two_regions
+    def test_a_reduction_of_another_kind(self, regions: Regions) -> None:
+        work = lambda collectives, _: collectives.reduce(torch.ones(2), "median")  # noqa: E731
+        self.check(regions, work, ValueError, "reduce_op='median' must be one of")
+
+    @two_regions
+    def test_a_gathering_of_different_shapes(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, rank: collectives.all_gather(torch.ones(2 + (rank == 2))),
+            ValueError,
+            "worker 0 has a float32 tensor of shape [2], worker 2 has a float32 tensor of shape [3]",
+        )
+
+    @two_regions
+    def test_a_broadcast_of_different_shapes(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, rank: collectives.broadcast_([torch.ones(1), torch.ones(2 + (rank == 1))]),
+            ValueError,
+            "worker 0 has a float32 tensor of shape [1] as number 0",
+            "worker 1 has a float32 tensor of shape [3] as number 1",
+        )
+
+    @two_regions
+    def test_a_broadcast_of_fewer_tensors(self, regions: Regions) -> None:
+        self.check(
+            regions,
+            lambda collectives, rank: collectives.broadcast_([torch.ones(1)] * (2 + (rank == 1))),
+            ValueError,
+            "worker 1 has 3 tensors",
+        )
+
+    @two_regions
+    @pytest.mark.parametrize("source", [0, 2])
+    def test_a_broadcast_of_what_would_have_to_be_pickled(self, regions: Regions, source: int) -> None:
+        self.check(
+            regions,
+            lambda collectives, _: collectives.broadcast_object([torch.ones(3), object()], source),
+            TypeError,
+            "A object cannot be broadcast",
+        )
+
+    def test_a_broadcast_of_what_contains_itself(self) -> None:
+        endless: list[Any] = []
+        endless.append(endless)
+        with workers([[0, 1]]) as all_workers:
+            first, second = all_workers.run(lambda collectives, _: collectives.broadcast_object(endless))
+            assert isinstance(first, RecursionError)
+            assert isinstance(second, TypeError)
+
+
+class TestRoundTrips:
+    """A start over a slow network takes the same number of round trips whatever there is to send."""
+
+    @pytest.mark.parametrize("regions", [[[0], [1]], [[0, 1], [2, 3, 4, 5]], [range(6)]], ids=str)
+    @pytest.mark.parametrize("tensors", [3, 300])
+    def test_tensors_are_broadcast_together(self, regions: Regions, tensors: int) -> None:
+        def work(collectives: Collectives, rank: int) -> float:
+            mine = [torch.full((7,), float(rank), dtype=[torch.float32, torch.half][i % 2]) for i in range(tensors)]
+            collectives.broadcast_(mine)
+            return sum(tensor.sum().item() for tensor in mine)
+
+        with workers(regions) as all_workers:
+            assert set(all_workers.run(work)) == {0.0}
+            # The shapes in one or two, each gathered and given back, and the tensors.
+            assert all_workers.most_collectives <= 5
+
+    @pytest.mark.parametrize("regions", [[[0], [1]], [[0, 1], [2, 3, 4, 5]], [range(6)]], ids=str)
+    def test_texts_are_gathered_together(self, regions: Regions) -> None:
+        with workers(regions) as all_workers:
+            all_workers.run(lambda collectives, rank: collectives.gather_texts(f"rank {rank}"))
+            assert all_workers.most_collectives <= 2
+
+    def test_an_object_needs_one_broadcast_whatever_is_in_it(self) -> None:
+        value = [{str(i): torch.ones(3)} for i in range(100)]
+        with workers([range(3)]) as all_workers:
+            all_workers.run(lambda collectives, rank: collectives.broadcast_object([rank]))
+            assert all_workers.most_collectives == 1
+            all_workers.run(lambda collectives, _: collectives.broadcast_object(value))
+            assert all_workers.most_collectives == 3, "the length and the rest"
+
+
+def _peers(regions: Regions, rank: int, port: int, connection: Any) -> None:
+    store = TCPStore("127.0.0.1", port)
+    before = {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
+    collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
+    collectives.broadcast_object(rank, source=3)
+    collectives.reduce(torch.ones(2), "sum")
+    collectives.barrier()
+    connection.send(
+        [
+            (c.laddr, c.raddr)
+            for c in psutil.Process().net_connections("tcp")
+            if c.raddr and (c.laddr, c.raddr) not in before
+        ]
+    )
+    connection.recv()
+
+
+def test_a_worker_connects_to_its_region_only_and_leaders_to_leaders() -> None:
+    regions = [[0, 1, 2], [3, 4, 5], [6, 7]]
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    processes, connections = [], []
+    for rank in range(8):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_peers, args=(regions, rank, master.port, theirs), daemon=True)
+        process.start()
+        processes.append(process)
+        connections.append(ours)
+    try:
+        assert all(connection.poll(120) for connection in connections)
+        sockets = {rank: connection.recv() for rank, connection in enumerate(connections)}
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    owner = {ends: rank for rank, pairs in sockets.items() for ends in pairs}
+    peers = {
+        rank: sorted(owner[there, here] for here, there in pairs if (there, here) in owner)
+        for rank, pairs in sockets.items()
+    }
+    assert peers == {
+        0: [1, 2, 3, 6],
+        1: [0, 2],
+        2: [0, 1],
+        3: [0, 4, 5, 6],
+        4: [3, 5],
+        5: [3, 4],
+        6: [0, 3, 7],
+        7: [6],
+    }
