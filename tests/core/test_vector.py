@@ -191,6 +191,15 @@ def test_parts_of_complex_parameters_are_complex():
     assert torch.equal(parts["z"], module["z"].detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_parts_stay_on_the_host_wherever_the_module_is(dtype):
+    module = nn.ParameterDict({"z": nn.Parameter(torch.empty(3, dtype=dtype, device="meta"))})
+    vector = ModelVector(module)
+    part = vector.named_parts(module, torch.arange(vector.num_elements, dtype=vector.dtype))["z"]
+    assert (part.device.type, part.dtype) == ("cpu", dtype)
+    assert torch.equal(part, torch.tensor([0 + 1j, 2 + 3j, 4 + 5j] if dtype.is_complex else [0, 1, 2], dtype=dtype))
+
+
 def test_parameters_unfrozen_later_are_named(module):
     vector = ModelVector(module)
     assert vector.newly_trainable(module) == []

@@ -1,7 +1,7 @@
-"""Which part of a model travels, and its flat form.
+"""Which part of a model travels, and its flat form: the trainable parameters, then the floating-point buffers.
 
-Rules of this room: it knows modules and tensors, but nothing of training. The trainable parameters travel, then the
-floating-point buffers (BatchNorm's running statistics). Frozen parameters and integer buffers stay at home.
+Modules and tensors are known here, training is not. Frozen parameters and integer buffers are not sent, since no worker
+changes them or nobody can average them.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ class ModelVector:
         return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in travelling]
 
     def named_parts(self, module: nn.Module, vector: Tensor) -> dict[str, Tensor]:
-        """Returns the parts of ``vector`` by their names in ``module.state_dict()``, tied names included."""
+        """Returns the parts of ``vector`` by their names in ``module.state_dict()``, tied names included.
+
+        They have the dtypes of the module's tensors, but stay in host memory, where a checkpoint is written from.
+        """
         parts = {id(tensor): part for tensor, part in zip(self._tensors(), self._split(vector), strict=True)}
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         return {name: _like(parts[id(tensor)], tensor) for name, tensor in named if id(tensor) in parts}
@@ -176,5 +179,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _like(part: Tensor, tensor: Tensor) -> Tensor:
-    real = part.detach().to(tensor.device, torch.view_as_real(tensor).dtype if tensor.is_complex() else tensor.dtype)
-    return torch.view_as_complex(real.clone()) if tensor.is_complex() else real
+    """The part in the dtype of a module's tensor."""
+    if tensor.is_complex():
+        return torch.view_as_complex(part.to(tensor.dtype.to_real(), copy=True))
+    return part.to(tensor.dtype)

@@ -233,6 +233,11 @@ class SyncSGDStrategy(HalosStrategy):
         for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def _read_global_model(self) -> Tensor:
+        """Returns the worker's model, which is the global one: no server has any."""
+        assert self._loop is not None
+        return self._loop.vector.read(self._loop.vector.new())
+
     def on_train_end(self) -> None:
         super().on_train_end()
         self._synchronize_module()

@@ -1,20 +1,21 @@
 """One dataset for all workers: each trains on what it is leased, instead of on a fixed shard.
 
-Rules of this room: it knows samplers, loaders and Lightning's loops, but not where leases come from. It takes the place
-of the ``DistributedSampler`` that Lightning put into a user's ``DataLoader``, only while training, and of no other.
+For the time of a fit, a sampler takes the place of the ``DistributedSampler`` that Lightning put into a user's
+``DataLoader``, and of no other. Where leases come from is not known here, so that a test can give any.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from lightning_halos.core.cursor import Lease, Spans
@@ -85,7 +86,7 @@ class SharedSampler(Sampler[int]):
         self._step_samples = step_samples
         self._samples = samples
         self._epoch = 0
-        self._order: tuple[int, Sequence[int]] = (-1, ())
+        self._order: tuple[int, Tensor] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, as in torch's ``DistributedSampler``."""
@@ -95,15 +96,14 @@ class SharedSampler(Sampler[int]):
         for lease in self._leases.of_epoch(self._epoch):
             first = lease.first * self._step_samples
             last = min(first + lease.steps * self._step_samples, self._samples)
-            yield from self._order_of(lease.epoch)[first:last]
+            yield from self._shuffled(lease.epoch)[first:last].tolist() if self._sampler.shuffle else range(first, last)
 
-    def _order_of(self, epoch: int) -> Sequence[int]:
-        length = len(self._sampler.dataset)  # type: ignore[arg-type]
-        if not self._sampler.shuffle:
-            return range(length)
-        if self._order[0] != epoch:
+    def _shuffled(self, epoch: int) -> Tensor:
+        """Returns the order of an epoch. It stays a tensor: a list of numbers needs four times the memory."""
+        if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._sampler.seed + epoch)
-            self._order = epoch, torch.randperm(length, generator=generator).tolist()
+            length = len(self._sampler.dataset)  # type: ignore[arg-type]
+            self._order = epoch, torch.randperm(length, generator=generator)
         return self._order[1]
 
 

@@ -700,7 +700,7 @@ class HalosStrategy(ParallelStrategy):
     def _read_global_model(self) -> Tensor:
         assert self._loop is not None
         assert self.servers is not None
-        model = self._loop.vector.read(self._loop.vector.new())
+        model = self._loop.vector.new()
         self.servers.read(model)
         return model
 

@@ -1,0 +1,54 @@
+"""The state dict of a checkpoint that is made while training: the global model, on the host, with no detour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_halos.core.vector import ModelVector
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import Toy, halos, loader, make_trainer, state
+
+
+class Looking(pl.Callback):
+    """Takes the state dict at the end of a batch, and counts how often the module is read meanwhile."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        read, before = ModelVector.read, self.reads
+
+        def counted(vector: ModelVector, out: torch.Tensor) -> torch.Tensor:
+            self.reads += 1
+            return read(vector, out)
+
+        ModelVector.read = counted  # type: ignore[method-assign]
+        try:
+            self.seen.append(state_of(trainer.strategy))
+        finally:
+            ModelVector.read = read  # type: ignore[method-assign]
+        assert self.reads == before
+
+
+def state_of(strategy: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in strategy.lightning_module_state_dict().items()}
+
+
+def looking() -> Result:
+    module, look = Toy(), Looking()
+    trainer = make_trainer(halos(regions=1), devices=2, max_steps=8, callbacks=[look])
+    trainer.fit(module, loader())
+    return {"seen": look.seen, "state": state(module)}
+
+
+def test_the_module_is_not_copied_for_it(run: Run) -> None:
+    first = run(looking, workers=2)[0]
+    assert len(first["seen"]) > 1
+    for seen in first["seen"]:
+        assert seen.keys() == first["state"].keys()
+        assert all(torch.isfinite(tensor).all() for tensor in seen.values())

@@ -1,0 +1,37 @@
+"""What a worker trains on when it is leased parts of an epoch."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from lightning_halos.core.cursor import Lease
+from lightning_halos.training.shared_data import Leases, SharedSampler
+
+SAMPLES = 103
+
+
+def shared(leases: list[Lease], shuffle: bool) -> SharedSampler:
+    sampler = DistributedSampler(range(SAMPLES), num_replicas=4, rank=1, shuffle=shuffle, seed=5)  # type: ignore[arg-type]
+    return SharedSampler(sampler, Leases(iter(leases)), step_samples=10, samples=SAMPLES)
+
+
+def test_leases_are_parts_of_the_epochs_shuffled_order() -> None:
+    sampler = shared([Lease(0, 2, 3), Lease(0, 9, 2), Lease(1, 0, 1)], shuffle=True)
+    orders = [torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5 + epoch)).tolist() for epoch in (0, 1)]
+    indices = list(sampler)
+    assert indices == orders[0][20:50] + orders[0][90:103]
+    assert all(type(index) is int for index in indices)
+    sampler.set_epoch(1)
+    assert list(sampler) == orders[1][:10]
+
+
+def test_without_shuffling_they_are_parts_of_the_dataset() -> None:
+    assert list(shared([Lease(0, 2, 3), Lease(0, 10, 1)], shuffle=False)) == [*range(20, 50), 100, 101, 102]
+
+
+def test_the_order_of_an_epoch_takes_the_memory_of_a_tensor_not_of_a_list() -> None:
+    sampler = shared([Lease(0, 0, 1)], shuffle=True)
+    list(sampler)
+    kept = [value for value in vars(sampler).values() if isinstance(value, tuple)]
+    assert [type(order) for _, order in kept] == [torch.Tensor]
