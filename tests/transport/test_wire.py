@@ -17,7 +17,7 @@ MESSAGES = [
     messages.Pull(0, 1, 0, False),
     messages.RegionUpdate(2, 5, 256, True, True, VECTOR, 3),
     messages.GlobalModel(6, True, True, 100, VECTOR, 3),
-    messages.Progress(1, 8, 3.5, True, {"updates": 3, "compute_share": {"0": 0.75}}, [(0, 3), (7, 9)]),
+    messages.Progress(1, 4, 2, 8, 2.5, 0.5, 3.5, staleness=3, stop=True, data=[(0, 3), (7, 9)]),
     messages.Status(1000, 4.25, True, [(0, 1.5)], {"val_loss": 0.5}, 24),
     messages.LeaseRequest(12),
     messages.LeaseGrant(1, 40, 12),

@@ -112,7 +112,7 @@ class LeaseStock:
     If workers had to wait for an order, the next ones are twice as large: the link is slow for such fast workers.
 
     Args:
-        ahead: Local steps' worth of data below which it orders as many, in the beginning.
+        ahead: Low-water mark and size of an order at the beginning, in local steps. 0: order only what workers ask for.
     """
 
     _LARGEST = 64  # times as large as in the beginning
@@ -126,8 +126,12 @@ class LeaseStock:
         self._ordered = self._ended = False
 
     def ask(self, worker: int, steps: int) -> None:
-        """Takes note that a worker wants data for so many local steps."""
+        """Takes note that a worker wants data for a number of local steps."""
         self._asked.append((worker, steps))
+
+    def forget(self, worker: int) -> None:
+        """Drops what a worker asked for and has not got."""
+        self._asked = deque((other, steps) for other, steps in self._asked if other != worker)
 
     def add(self, lease: Lease | None) -> None:
         """Takes what was ordered; ``None`` if there is no more."""
@@ -157,7 +161,9 @@ class LeaseStock:
 
     def order(self) -> int:
         """Returns how many local steps' worth of data to order now; 0 if there is enough, or an order is under way."""
-        if self._ordered or self._ended or sum(lease.steps for lease in self._leases) >= self._ahead:
+        stock = sum(lease.steps for lease in self._leases)
+        asked = sum(steps for _, steps in self._asked)
+        if self._ordered or self._ended or stock >= max(self._ahead, asked):
             return 0
         self._ordered = True
-        return self._ahead
+        return max(self._ahead, asked - stock)

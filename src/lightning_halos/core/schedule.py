@@ -64,6 +64,7 @@ class RoundPlanner:
         workers: Number of workers of the whole run.
         max_steps: Global steps that were ordered, ``None`` for no limit. Towards the end rounds get shorter, so that
             the run ends close to it.
+        speeds: Speed of each worker by rank, on any scale, if speeds are known and need not be measured.
 
     Attributes:
         fastest: Local steps per second of the fastest worker known, 0 before the first measurement.
@@ -72,12 +73,20 @@ class RoundPlanner:
     # Weight of the newest measurement in a worker's speed: follows a change within a few rounds and damps noise.
     _NEWEST = 0.5
 
-    def __init__(self, local_steps: int, dynamic: bool, workers: int, max_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        local_steps: int,
+        dynamic: bool,
+        workers: int,
+        max_steps: int | None = None,
+        speeds: Mapping[int, float] | None = None,
+    ) -> None:
         self._local_steps = local_steps
         self._dynamic = dynamic
         self._workers = workers
         self._max_steps = max_steps
-        self._speeds: dict[int, float] = {}
+        self._are_known = speeds is not None
+        self._speeds: dict[int, float] = dict(speeds or {})
         self._fastest_elsewhere = 0.0
 
     @property
@@ -91,14 +100,15 @@ class RoundPlanner:
 
     def measure(self, worker: int, steps: int, seconds: float) -> None:
         """Takes the time of a finished round into account."""
-        if steps > 0 and seconds > 0:
+        if steps > 0 and seconds > 0 and not self._are_known:
             speed = steps / seconds
             known = self._speeds.get(worker, speed)
             self._speeds[worker] = known + self._NEWEST * (speed - known)
 
     def hear_of(self, fastest: float) -> None:
         """Learns the speed of the fastest worker of all regions."""
-        self._fastest_elsewhere = fastest
+        if not self._are_known:
+            self._fastest_elsewhere = fastest
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was measured and heard."""
@@ -106,6 +116,8 @@ class RoundPlanner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state of :meth:`state_dict`."""
+        if self._are_known:
+            return
         self._speeds = dict(state["speeds"])
         self._fastest_elsewhere = state["fastest_elsewhere"]
 

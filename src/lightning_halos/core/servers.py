@@ -64,8 +64,8 @@ class ParameterServer:
         version: Updates applied so far.
         rejections: Updates dropped so far, by sender.
         staleness: Of the last applied update: versions between the model that it started from and its arrival.
-        received: Number of the last update of each sender. No part of the state: in a run that resumes all senders are
-            new and count from 1. A server that restarts among senders that go on needs it, too.
+        received: Number of the last update of each sender. No part of the state: workers of a run that resumes are new
+            and count from 1.
         senders: How many senders the server has.
     """
 
@@ -245,8 +245,8 @@ class LocalServer(ParameterServer):
         index: Index of this server among all local servers.
         model: The initial model; see :class:`ParameterServer`.
         optimizer: Makes the local server optimizer from the parameters.
-        accumulate_updates: Applied pushes per exchange with the global server (``K``). ``None``: there is none, this
-            is the only server, and its :meth:`flush` is the whole model.
+        accumulate_updates: Applied pushes per exchange with the global server (``K``). ``None``: this is the only
+            server, and nothing is exchanged.
         merge_weight: Weight of the global model in a merge (``alpha``).
         shapes: Shapes of the parameters in ``model``.
         workers: Number of workers of this server.
@@ -256,6 +256,8 @@ class LocalServer(ParameterServer):
     Attributes:
         merges: Global models merged so far.
         exchanging: Whether an update is on its way to the global server and unanswered.
+        number: Number of the last update that was sent.
+        steps: Local steps behind the pushes since then.
     """
 
     def __init__(
@@ -275,14 +277,29 @@ class LocalServer(ParameterServer):
         self._describe = describe
         self.merges = 0
         self.exchanging = False
-        self._accumulate_updates = math.inf if accumulate_updates is None else accumulate_updates
+        self.number = 0
+        self.steps = 0
+        self._accumulate_updates = accumulate_updates
         self._merge_weight = merge_weight
-        # What this server has said or been told: the model as it was last sent or merged. None after the flush.
+        # The model as it was last sent or merged, which the next update is counted from. None after the flush, and
+        # where nothing is exchanged.
         self._base: Tensor | None = self._begin()
         self._merged_at = 0
-        self._steps = 0
         self._global_version = 0
-        self._number = 0
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether there is a global server to exchange with."""
+        return self._accumulate_updates is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to send an update."""
+        return (
+            self._accumulate_updates is not None
+            and not self.exchanging
+            and self.version - self._merged_at >= self._accumulate_updates
+        )
 
     def receive(self, push: Push) -> tuple[Tensor | None, RegionUpdate | None]:
         """Applies a push.
@@ -291,13 +308,18 @@ class LocalServer(ParameterServer):
             push: A finished round. Its vector's memory is reused for the answer.
 
         Returns:
-            The model for the worker to go on from, ``None`` if it pushed no vector, and what to send to the global
-            server, if anything.
+            The model for the worker to go on from, ``None`` if it pushed no vector, and the update to send to the
+            global server, if one is due.
         """
         if push.vector is None:
             return None, None
         answer, is_good = self.accept(push, self.inspect(push.vector))
-        return answer, self.apply(push, is_good, answer)
+        self.apply(push, is_good, answer)
+        if not self.is_due:
+            return answer, None
+        update = self.begin_exchange()
+        self.fill(update)
+        return answer, update
 
     def accept(self, push: Push, finding: Finding) -> tuple[Tensor, bool]:
         """Counts a push that :meth:`apply` applies: from here on ``version`` is that of the answer.
@@ -307,68 +329,84 @@ class LocalServer(ParameterServer):
             finding: What :meth:`inspect` found in its vector.
 
         Returns:
-            The memory for the answer, and whether the push is to be applied: it is new and would not poison the model.
+            The memory for the answer, and whether the push has to be applied: it is new and would not poison the model.
         """
         assert push.vector is not None
         is_good = False
         if self._is_new(push.number, push.worker, name := self._describe(push.worker)):
-            self._steps += push.steps
+            self.steps += push.steps
             is_good = self._count(finding, push.version, push.worker, name)
         return self._memory(push.vector), is_good
 
-    def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> RegionUpdate | None:
-        """Applies a push, if it is to be applied, and answers it.
+    def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
+        """Applies a push, if it has to be applied, and answers it.
 
         Args:
             push: The push.
-            is_good: Whether it is to be applied, as :meth:`accept` said.
+            is_good: Whether it has to be applied, as :meth:`accept` said.
             answer: The memory that :meth:`accept` returned. It becomes the model for the worker to go on from.
-            reach: Told how much of the answer is done.
-
-        Returns:
-            What to send to the global server, if anything.
+            reach: Told how many elements of the answer are complete.
         """
         assert push.vector is not None
         self._apply(push.vector, is_good, answer, reach)
-        if self.exchanging or self.version - self._merged_at < self._accumulate_updates:
-            return None
+
+    def begin_exchange(self) -> RegionUpdate:
+        """Returns the update that is due. :meth:`fill` computes its vector, before the next push or merge."""
         self.exchanging = True
-        update = self._take()
-        self._base = self.model.clone()
-        return update
-
-    def merge(self, reply: GlobalModel) -> None:
-        """Merges the global model that came back, unless what is unanswered is nothing, something else, or the last.
-
-        Args:
-            reply: The global server's answer to what :meth:`receive` returned. Its vector is not kept.
-        """
-        if self._base is None or not self.exchanging or reply.number not in (0, self._number):
-            return
-        assert reply.vector is not None
-        self.exchanging = False
-        self.model.lerp_(reply.vector, self._merge_weight)
-        assert self._base is not None
-        self._base.copy_(self.model)
-        self._merged_at = self.version
-        self._global_version = reply.version
-        self.merges += 1
+        return self._take()
 
     def flush(self, stop: bool = False) -> RegionUpdate:
-        """Returns what the global server does not have yet: the last that this server does.
+        """Returns the last update: all that the global server does not have yet.
 
-        Nothing is lost if the last exchange is still unanswered: then it is what was added since that was sent. The
-        answer to that is not merged any more.
+        Nothing is lost if the last exchange is still unanswered: then this is what was added since that was sent. The
+        answer to that is no longer merged.
 
         Args:
             stop: Whether one of the workers asked for the whole run to stop.
         """
         update = self._take()
         update.final, update.stop = True, stop
+        self.fill(update)
         return update
 
+    def fill(self, update: RegionUpdate, reach: Reach = nobody) -> None:
+        """Computes the vector of an update, in its memory.
+
+        Args:
+            update: What :meth:`begin_exchange` returned.
+            reach: Told how many elements of the vector are complete.
+        """
+        vector = update.vector
+        assert vector is not None
+        if not update.final:
+            self._base = torch.empty_like(vector)
+        for start in range(0, vector.numel(), PART):
+            stop = min(start + PART, vector.numel())
+            if self._base is not None:
+                self._base[start:stop] = self.model[start:stop]
+            parameters = min(stop, max(start, self._num_parameters))
+            vector[start:parameters].sub_(self.model[start:parameters])
+            vector[parameters:stop] = self.model[parameters:stop]
+            reach(stop)
+
+    def merge(self, reply: GlobalModel) -> None:
+        """Merges the global server's answer. Ignored unless it answers the update that is unanswered.
+
+        Args:
+            reply: The global server's answer to an update. Its vector is not kept.
+        """
+        if self._base is None or not self.exchanging or reply.number not in (0, self.number):
+            return
+        assert reply.vector is not None
+        self.exchanging = False
+        self.model.lerp_(reply.vector, self._merge_weight)
+        self._base.copy_(self.model)
+        self._merged_at = self.version
+        self._global_version = reply.version
+        self.merges += 1
+
     def settle(self, model: Tensor) -> None:
-        """Takes the final global model as its own after :meth:`flush`, so that a later run can go on from there.
+        """Takes the final global model as its own after the flush, so that a later run can go on from there.
 
         Args:
             model: The final global model. It is copied.
@@ -386,32 +424,31 @@ class LocalServer(ParameterServer):
             "base": self._begin() if self._base is None else self._base.clone(),
             "merged_at": self._merged_at,
             "merges": self.merges,
-            "steps": self._steps,
+            "steps": self.steps,
             "exchanging": self.exchanging and not is_flushed,
             "global_version": self._global_version,
             "parameters": self._num_parameters,
-            "number": self._number,
+            "number": self.number,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._base = state["base"].clone()
+        base = state["base"]
+        self._base = self._begin() if base is None or self._accumulate_updates is None else base.clone()
         self._merged_at, self.merges = state["merged_at"], state["merges"]
-        self._steps, self.exchanging = state["steps"], state["exchanging"]
-        self._global_version, self._number = state["global_version"], state["number"]
+        self.steps, self.exchanging = state["steps"], state["exchanging"]
+        self._global_version, self.number = state["global_version"], state["number"]
 
-    def _begin(self) -> Tensor:
-        """What the next update is counted from: the model, or nothing if the only update is the whole model."""
-        return torch.zeros_like(self.model) if self._accumulate_updates == math.inf else self.model.clone()
+    def _begin(self) -> Tensor | None:
+        return None if self._accumulate_updates is None else self.model.clone()
 
     def _take(self) -> RegionUpdate:
-        """Returns what has accumulated, in the memory of what it is counted from."""
+        """Returns the header of an update, whose vector has the memory of what it is counted from."""
         assert self._base is not None
-        vector, self._base = self._base.sub_(self.model), None
-        vector[self._num_parameters :] = self.model[self._num_parameters :]
-        steps, self._steps = self._steps, 0
-        self._number += 1
-        return RegionUpdate(self.index, self._global_version, steps, vector=vector, number=self._number)
+        vector, self._base = self._base, None
+        steps, self.steps = self.steps, 0
+        self.number += 1
+        return RegionUpdate(self.index, self._global_version, steps, vector=vector, number=self.number)
 
 
 class GlobalServer(ParameterServer):
@@ -422,12 +459,9 @@ class GlobalServer(ParameterServer):
         optimizer: Makes the global server optimizer from the parameters.
         shapes: Shapes of the parameters in ``model``.
         servers: Number of local servers.
-        from_nothing: Whether there is no initial model, and what comes is a whole one.
 
     Attributes:
         steps: Local steps behind all updates, dropped ones included.
-        flushed: Indices of the local servers that have sent their last update.
-        finished: Whether all have.
     """
 
     def __init__(
@@ -436,23 +470,17 @@ class GlobalServer(ParameterServer):
         optimizer: OptimizerFactory,
         shapes: Sequence[torch.Size] | None = None,
         servers: int = 1,
-        from_nothing: bool = False,
     ) -> None:
-        super().__init__(torch.zeros_like(model) if from_nothing else model, optimizer, shapes, senders=servers)
+        super().__init__(model, optimizer, shapes, senders=servers)
         self.steps = 0
-        self._from_nothing = from_nothing
-        self.flushed: set[int] = set()
 
-    @property
-    def finished(self) -> bool:
-        return len(self.flushed) == self.senders
-
-    def receive(self, update: RegionUpdate) -> GlobalModel:
+    def receive(self, update: RegionUpdate, finding: Finding | None = None) -> GlobalModel:
         """Applies a region's accumulated update.
 
         Args:
             update: The update. Its vector's memory is reused for the answer. A final update without local steps behind
                 it changes nothing.
+            finding: What :meth:`inspect` found in its vector; default: it looks now.
 
         Returns:
             The global model, for the region to merge.
@@ -461,20 +489,19 @@ class GlobalServer(ParameterServer):
         is_good = False
         if self._is_new(update.number, update.server, name := f"the local server {update.server}"):
             self.steps += update.steps
-            if update.final:
-                self.flushed.add(update.server)
-            is_empty = update.final and update.steps == 0 and not self._from_nothing
-            is_good = not is_empty and self._count(self.inspect(update.vector), update.version, update.server, name)
+            if update.steps or not update.final:
+                finding = self.inspect(update.vector) if finding is None else finding
+                is_good = self._count(finding, update.version, update.server, name)
         answer = self._memory(update.vector)
         self._apply(update.vector, is_good, answer)
         return GlobalModel(self.version, vector=answer, number=update.number)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self.steps, "flushed": sorted(self.flushed)}
+        return {**super().state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.steps, self.flushed = state["steps"], set(state["flushed"])
+        self.steps = state["steps"]
 
 
 def unsent(index: int, state: Mapping[str, Any]) -> RegionUpdate:

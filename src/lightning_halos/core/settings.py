@@ -25,9 +25,6 @@ from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFac
 class Settings:
     """The settings of an algorithm; see :class:`~lightning_halos.HalosStrategy` for what each means.
 
-    Attributes:
-        one_server: Whether a single local server serves everybody and there is nothing to exchange (Async-Local-SGD).
-
     Raises:
         TypeError: If an optimizer is not a function, or a switch is not a bool.
         ValueError: If a value is wrong.
@@ -39,7 +36,6 @@ class Settings:
     merge_weight: float = 0.25
     local_optimizer: OptimizerFactory | None = None
     global_optimizer: OptimizerFactory | None = None
-    one_server: bool = False
     max_norm_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -68,19 +64,26 @@ class Settings:
                 )
 
     def local_server(
-        self, index: int, workers: int, model: Tensor, shapes: Sequence[torch.Size], describe: Callable[[int], str]
+        self,
+        index: int,
+        servers: int,
+        workers: int,
+        model: Tensor,
+        shapes: Sequence[torch.Size],
+        describe: Callable[[int], str],
     ) -> LocalServer:
         """Makes a local server.
 
         Args:
             index: Its index among all local servers.
+            servers: Number of local servers. A single one exchanges nothing.
             workers: Number of its workers. ``accumulate_updates`` is 8 times that by default.
             model: The initial model, which the server owns from here on.
             shapes: Shapes of the parameters in it.
             describe: Names a worker of a global rank in warnings.
         """
         optimizer = self.local_optimizer or default_local_optimizer(workers)
-        accumulate = None if self.one_server else self.accumulate_updates or 8 * workers
+        accumulate = None if servers == 1 else self.accumulate_updates or 8 * workers
         return LocalServer(
             index,
             model,
@@ -93,17 +96,16 @@ class Settings:
             describe,
         )
 
-    def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer:
-        """Makes the global server.
+    def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer | None:
+        """Makes the global server; ``None`` for a single local server, whose model is the global model.
 
         Args:
             servers: Number of local servers.
             model: The initial model, which the server owns from here on.
             shapes: Shapes of the parameters in it.
         """
-        if self.one_server:
-            # It gets the only server's whole model at the end.
-            return GlobalServer(model, partial(torch.optim.SGD, lr=1.0), shapes, from_nothing=True)
+        if servers == 1:
+            return None
         return GlobalServer(model, self.global_optimizer or default_global_optimizer(servers), shapes, servers)
 
     def outer_server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:

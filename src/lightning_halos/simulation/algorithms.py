@@ -37,7 +37,7 @@ class Algorithm(ABC):
 
 
 class WithRegions(Algorithm):
-    """HALoS, and Async-Local-SGD if the settings say that there is one server.
+    """HALoS, and Async-Local-SGD if the topology has one server.
 
     Args:
         settings: The settings.
@@ -58,13 +58,17 @@ class WithRegions(Algorithm):
         groups, settings = self._topology.groups, self._settings
         regions = [self._region(timing, group.leader) for group in groups]
         describe = self._topology.describe
-        locals_ = [settings.local_server(g.index, len(g.ranks), model.clone(), shapes, describe) for g in groups]
-        global_ = None if settings.one_server else settings.global_server(len(groups), model.clone(), shapes)
+        number = len(groups)
+        locals_ = [
+            settings.local_server(g.index, number, len(g.ranks), model.clone(), shapes, describe) for g in groups
+        ]
+        global_ = settings.global_server(number, model.clone(), shapes)
         return RegionServers(groups, regions, locals_, global_, timing)
 
     def _region(self, timing: Timing, worker: int) -> int:
         """Region of a worker's server."""
-        return timing.cluster.global_region if self._settings.one_server else self._topology.group_of(worker).region
+        is_alone = len(self._topology.groups) == 1
+        return timing.cluster.global_region if is_alone else self._topology.group_of(worker).region
 
 
 class Lockstep(Algorithm):

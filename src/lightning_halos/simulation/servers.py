@@ -134,6 +134,7 @@ class RegionServers(Servers):
         self._home = timing.cluster.global_region
         self._on_their_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
         self._sent = 0
+        self._flushed: set[int] = set()
         self._here = {group.index: set(group.ranks) for group in groups}
         self._group_of = {rank: group.index for group in groups for rank in group.ranks}
         self._counters: list[defaultdict[str, float]] = [defaultdict(float) for _ in groups]
@@ -149,7 +150,7 @@ class RegionServers(Servers):
 
     @property
     def finished(self) -> bool:
-        return not any(self._here.values()) if self._global is None else self._global.finished
+        return not any(self._here.values()) if self._global is None else len(self._flushed) == len(self._groups)
 
     def receive(self, rounds: Sequence[Round], pushes: Sequence[Push]) -> list[Answer]:
         ((finished, push),) = zip(rounds, pushes, strict=True)
@@ -180,6 +181,8 @@ class RegionServers(Servers):
         now, _, index, message = heapq.heappop(self._on_their_way)
         if isinstance(message, RegionUpdate):
             answer = self._global.receive(message)
+            if message.final:
+                self._flushed.add(index)
             self._note(now, "update", self._global, index, -1, self._global.staleness)
             if not message.final:
                 self._post(now + self._timing.transfer(self._home, self._regions[index]), index, answer)
@@ -202,7 +205,7 @@ class RegionServers(Servers):
         return {
             "locals": [server.state_dict() for server in self._locals],
             "global": None if self._global is None else self._global.state_dict(),
-            "flushed": [] if self._global is None else sorted(self._global.flushed),
+            "flushed": sorted(self._flushed),
             "on_their_way": [
                 (arrival, number, index, type(message).__name__, _fields(message))
                 for arrival, number, index, message in self._on_their_way
@@ -219,7 +222,7 @@ class RegionServers(Servers):
             server.load_state_dict(saved)
         if self._global is not None:
             self._global.load_state_dict(state["global"])
-            self._global.flushed = set(state["flushed"])
+            self._flushed = set(state["flushed"])
         self._on_their_way = [
             (arrival, number, index, _KINDS[kind](**fields))
             for arrival, number, index, kind, fields in state["on_their_way"]
@@ -231,8 +234,7 @@ class RegionServers(Servers):
     def settle(self) -> None:
         for server in self._locals:
             server.settle(self.model.clone())
-        if self._global is not None:
-            self._global.flushed = set()
+        self._flushed = set()
         self._on_their_way = []
         self._here = {group.index: set(group.ranks) for group in self._groups}
 

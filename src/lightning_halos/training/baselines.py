@@ -86,7 +86,6 @@ class AsyncLocalSGDStrategy(HalosStrategy):
             self._settings.local_steps,
             self._settings.dynamic_local_steps,
             local_optimizer=self._optimizer or default_one_server_optimizer(len(workers)),
-            one_server=True,
             max_norm_ratio=self._settings.max_norm_ratio,
         )
         return Topology.build([workers], servers_per_region=1)

@@ -379,7 +379,9 @@ class Shards:
         )
 
 
-def rebuild(resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], settings: Settings, total: int) -> None:
+def rebuild(
+    resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], settings: Settings, servers: int, total: int
+) -> None:
     """Ends the old servers as at the end of a fit, on rank 0, so that new ones can begin from the global model.
 
     What was on its way to the global server, and what the local servers had not sent yet, goes into the global model.
@@ -390,15 +392,21 @@ def rebuild(resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], settin
         memory: Becomes the global model.
         shapes: Shapes of the parameters in it.
         settings: The algorithm's settings.
+        servers: Number of local servers of the new run.
         total: Local steps that the new run begins with.
     """
     assert resume.globals is not None
-    if settings.one_server:
+    had_one, has_one = len(resume.manifest.groups) == 1, servers == 1
+    fresh: dict[str, Any] = {"server": None, "applied": total, "updates": [], "received": {}, "counters": {}}
+    if had_one:
         only = resume.servers[0]
-        resume.server = {**only, "server": {**only["server"], "steps": 0}}
-        resume.globals = {**resume.globals, "applied": total, "updates": []}
+        memory.copy_(only["server"]["model"])
+        if has_one:
+            resume.server = {**only, "server": {**only["server"], "steps": 0}}
+        resume.globals = fresh if has_one else None
         return
     server = settings.global_server(len(resume.manifest.groups), memory.clone(), shapes)
+    assert server is not None
     server.load_state_dict(resume.globals["server"])
     for update in resume.globals["updates"]:
         server.receive(RegionUpdate(**update))
@@ -406,7 +414,7 @@ def rebuild(resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], settin
         if (update := unsent(index, state["server"])).steps:
             server.receive(update)
     memory.copy_(server.model)
-    resume.globals = {"server": server.state_dict(), "applied": total, "updates": []}
+    resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}
 
 
 def _groups(strategy: HalosStrategy) -> list[list[int]]:

@@ -485,7 +485,7 @@ class HalosStrategy(ParallelStrategy):
         done = self._done(data, resume)
         if resume is not None:
             if not resume.fits and self.is_global_zero:
-                rebuild(resume, memory, vector.shapes, self._settings, budget.total)
+                rebuild(resume, memory, vector.shapes, self._settings, len(self._topology.groups), budget.total)
             self._share_model(memory, resume)
             vector.write(memory)
             if not vector.lossless:

@@ -113,9 +113,9 @@ class WorkerClient:
             PeerLostError: If there is no answer in time, or a peer disappeared.
             PeerFailedError: If a peer failed.
         """
-        self._link.post(LeaseRequest())
+        self._link.post(LeaseRequest(number=1))
         while (grant := self._wait("lease data", self._grants)).steps:
-            self._link.post(LeaseRequest())
+            self._link.post(LeaseRequest(number=grant.number + 1))
             yield Lease(grant.epoch, grant.first, grant.steps)
 
     def tell(self, message: ShardWritten) -> None:

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_halos.checkpoint.manifest import GLOBAL as GLOBAL_SHARD
+from lightning_halos.checkpoint.manifest import server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
-from lightning_halos.core.messages import Marker
+from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.messages import Marker, Shard
+from lightning_halos.core.protocol import GLOBAL
+from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.settings import Settings
 from lightning_halos.core.topology import Topology
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
-from lightning_halos.transport.hosts import GlobalHost, RegionHost
+from lightning_halos.transport.hosts import GlobalHost, Host, RegionHost
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory, Slot
 
 
@@ -71,7 +76,6 @@ class Process:
     ) -> None:
         self.alarm = Alarm(topology.describe(rank))
         self.global_host: GlobalHost | None = None
-        self._only_host: RegionHost | None = None
         self._rank = rank
         self._topology = topology
         self._groups = groups
@@ -81,14 +85,16 @@ class Process:
         self._region_host: RegionHost | None = None
         group = topology.group_of(rank)
         if rank == 0:
-            server = settings.global_server(len(topology.groups), model.clone(), shapes)
-            # With a single local server, that has the whole model, and the global server nothing until the end.
-            state = None if resume is None else resume.globals
-            if state is not None and settings.one_server:
-                state = {**state, "server": None}
-            self.global_host = GlobalHost(
-                server, copy.copy(budget), cursor, self.alarm, self._saves, done or Spans(), state
+            node = GlobalNode(
+                settings.global_server(len(topology.groups), model.clone(), shapes),
+                len(topology.groups),
+                copy.copy(budget),
+                cursor,
+                done,
             )
+            if resume is not None and resume.globals is not None:
+                node.load_state_dict(resume.globals)
+            self.global_host = GlobalHost(node, self.alarm, self._store, self._saves.written)
         link: Link
         if rank == group.leader:
             stock = None if cursor is None else LeaseStock(settings.local_steps * len(group.ranks))
@@ -105,21 +111,26 @@ class Process:
         return self.global_host is not None
 
     @property
+    def _model_host(self) -> Host:
+        """The host of the global model: with a single local server, of that."""
+        host = self._region_host if len(self._topology.groups) == 1 else self.global_host
+        assert host is not None
+        return host
+
+    @property
     def version(self) -> int:
         """Updates that are in the global model."""
-        assert self.global_host is not None
-        return (self._only_host or self.global_host).server.version
+        return self._model_host.version
 
     @property
     def steps(self) -> int:
         """Local steps that are in the global model."""
         assert self.global_host is not None
-        return self.global_host.server.steps
+        return self.global_host.applied
 
     def read(self, out: Tensor) -> None:
         """Copies the global model into the vector ``out``."""
-        assert self.global_host is not None
-        (self._only_host or self.global_host).read(out)
+        self._model_host.read(out)
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
@@ -134,12 +145,13 @@ class Process:
     def save(self, marker: Marker) -> None:
         """Keeps the state of all servers and workers as it is now; they write it in the background."""
         assert self.global_host is not None
-        self.global_host.save(marker)
+        if not self.global_host.save(marker):
+            self._saves.fail(marker.save, "the run has ended meanwhile")
 
     def settle(self, model: Tensor) -> None:
         """Lets this process's local server take the final global model, when the run is over."""
         if self._region_host is not None:
-            self._region_host.server.settle(model)
+            self._region_host.settle(model)
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """What a later run goes on from, when this one is over and settled.
@@ -169,26 +181,24 @@ class Process:
     ) -> LoopbackLink:
         """Starts the local server. Returns this process's own worker's end of a link to it."""
         topology, group = self._topology, self._topology.group_of(self._rank)
-        host = RegionHost(
-            settings.local_server(group.index, len(group.ranks), model.clone(), shapes, topology.describe),
+        workers, servers = len(group.ranks), len(topology.groups)
+        node = RegionNode(
+            settings.local_server(group.index, servers, workers, model.clone(), shapes, topology.describe),
             settings.planner(budget.workers, budget.max_steps),
-            len(group.ranks),
+            group.ranks,
             copy.copy(budget),
-            slot := Slot(model.numel(), model.dtype),
-            self.alarm,
-            group.region == topology.group_of(0).region,
             stock,
-            self._saves,
-            None if self._resume is None else self._resume.server,
         )
-        self._region_host = host
-        if settings.one_server:
-            self._only_host = host
+        if self._resume is not None and self._resume.server is not None:
+            node.load_state_dict(self._resume.server)
+        slot = Slot(model.numel(), model.dtype)
+        within_region = group.region == topology.group_of(0).region
+        self._region_host = host = RegionHost(node, slot, self.alarm, within_region, self._store)
         here, there = f"the server of {topology.describe(self._rank)}", f"the global server of {topology.describe(0)}"
         if self.global_host is not None:
             models, control = self._loopback(there, here), self._loopback(there, here)
             self.global_host.attach(group.index, models[1], control[1])
-            host.connect(models[0], control[0])
+            host.attach(GLOBAL, models[0], control[0])
             for other in topology.groups[1:]:
                 peer = f"the server of {topology.describe(other.leader)}"
                 self.global_host.attach(
@@ -198,12 +208,26 @@ class Process:
                 )
         else:
             models_link = self._gloo_link(self._groups.models, 0, there, host.memory)
-            host.connect(models_link, self._gloo_link(self._groups.control, 0, there))
+            host.attach(GLOBAL, models_link, self._gloo_link(self._groups.control, 0, there))
         mine, its = self._loopback(here, topology.describe(self._rank))
         host.attach(self._rank, its)
         for index, rank in enumerate(group.ranks[1:], start=1):
             host.attach(rank, self._gloo_link(self._groups.region, index, topology.describe(rank), slot.take))
+        if self.global_host is not None:
+            self.global_host.start()
+        host.start()
         return mine
+
+    def _store(self, shard: Shard) -> None:
+        """Writes a server's part of a snapshot in the background, and tells rank 0."""
+        name = GLOBAL_SHARD if shard.server is None else server_shard(shard.server)
+        if shard.server is None:
+            self._saves.know(shard.marker.save, **shard.progress)
+            tell = self._saves.written
+        else:
+            assert self._region_host is not None
+            tell = self._region_host.tell
+        self._saves.writer.shard(shard.marker, name, shard.state, tell)
 
     def _gloo_link(self, group: ProcessGroup | None, rank: int, peer: str, memory: Memory | None = None) -> GlooLink:
         assert group is not None

@@ -1,0 +1,354 @@
+"""The decisions about the complete run: data, budget, stop, snapshots, and the final model.
+
+It takes one message and returns the messages to send. It knows no links, threads or clock: the hosts of ``transport``
+and the virtual network of ``simulation`` drive it alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_halos.core.counters import ServerCounters
+from lightning_halos.core.cursor import DataCursor, Spans
+from lightning_halos.core.messages import (
+    GlobalModel,
+    LeaseGrant,
+    LeaseRequest,
+    Marker,
+    MarkerReply,
+    Message,
+    Progress,
+    RegionModel,
+    RegionUpdate,
+    Shard,
+    Status,
+)
+from lightning_halos.core.protocol import (
+    GLOBAL_TRANSITIONS,
+    STORAGE,
+    GlobalEvent,
+    GlobalState,
+    ProtocolError,
+    Send,
+    StateMachine,
+)
+from lightning_halos.core.region_node import grant_of
+from lightning_halos.core.schedule import StepBudget, global_step
+from lightning_halos.core.servers import Finding, GlobalServer
+
+
+@dataclass
+class Cut:
+    """A consistent state of all nodes, while it is taken (Chandy and Lamport, "Distributed Snapshots", 1985).
+
+    It is the state of the global node when it sent the markers, and the channel state: updates and progress that the
+    local servers sent before their snapshots and that arrived after this one.
+
+    Attributes:
+        marker: The save that it belongs to.
+        state: State of the global node.
+        total: Local steps that all workers have finished.
+        done: The data that they trained on.
+        updates: Updates that arrived since, by local server, as their fields.
+        last: Number of each local server's last update before its snapshot, as far as its reply has come.
+    """
+
+    marker: Marker
+    state: dict[str, Any]
+    total: int
+    done: Spans
+    updates: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+
+
+class GlobalNode:
+    """The global server, and what is decided for the complete run.
+
+    Args:
+        server: The global server; ``None`` if there is one local server, whose model is the global model.
+        servers: Number of local servers.
+        budget: The step budget. The node changes it.
+        cursor: Hands out the training data; ``None`` if the workers do not share data.
+        done: The data that earlier runs trained on.
+
+    Attributes:
+        server: The global server.
+        budget: The step budget.
+        counters: Counters of each local server, by its index.
+    """
+
+    def __init__(
+        self,
+        server: GlobalServer | None,
+        servers: int,
+        budget: StepBudget,
+        cursor: DataCursor | None = None,
+        done: Spans | None = None,
+    ) -> None:
+        self.server = server
+        self.budget = budget
+        self.counters = {index: ServerCounters() for index in range(servers)}
+        self._cursor = cursor
+        self._done = done or Spans()
+        self._machine = StateMachine("The global server", GlobalState.RUNNING, GLOBAL_TRANSITIONS)
+        self._serving = set(range(servers))
+        self._flushed: list[int] = []
+        self._asked_to_stop = False
+        self._applied_before = budget.total  # local steps behind the global model that the run began with
+        self._total_at_end = 0
+        self._under_way: dict[int, list[dict[str, Any]]] = {}
+        self._fastest: dict[int, float] = {}
+        self._counted = dict.fromkeys(range(servers), 0)
+        self._reports = dict.fromkeys(range(servers), 0)
+        self._grants: dict[int, LeaseGrant] = {}
+        self._plateaus: list[tuple[int, float]] = []
+        self._plateaus_sent = dict.fromkeys(range(servers), 0)
+        self._metrics: dict[str, float] = {}
+        self._cut: Cut | None = None
+        self._final: GlobalModel | None = None
+
+    @property
+    def state(self) -> GlobalState:
+        """What the node is doing."""
+        return self._machine.state
+
+    @property
+    def version(self) -> int:
+        """Updates that are in the global model."""
+        return 0 if self.server is None else self.server.version
+
+    @property
+    def model(self) -> Tensor:
+        """The global model. Without a global server it is known only at the end."""
+        if self.server is not None:
+            return self.server.model
+        assert self._final is not None
+        assert self._final.vector is not None
+        return self._final.vector
+
+    @property
+    def applied(self) -> int:
+        """Local steps behind the global model. Without a global server they are known only at the end."""
+        if self.state is GlobalState.FINISHED:
+            return self._total_at_end
+        return self._applied_before + (0 if self.server is None else self.server.steps)
+
+    def start(self) -> list[Send]:
+        """Answers the updates that were under way when the snapshot was taken that the run goes on from."""
+        sends = []
+        for index, updates in self._under_way.items():
+            assert self.server is not None
+            # After a last update no local server waits for an answer: it begins anew, and takes part again.
+            waits = not any(update["final"] for update in updates)
+            for fields in updates:
+                update = RegionUpdate(**{**fields, "final": False, "vector": fields["vector"].clone()})
+                answer = self.server.receive(update)
+                if waits:
+                    sends.append(Send(index, answer))
+        self._under_way = {}
+        return sends
+
+    def inspect(self, message: Message, filled: Iterable[int]) -> Finding | None:
+        """Looks at the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
+
+        Args:
+            message: The message.
+            filled: Yields how many elements of the vector have arrived.
+        """
+        if isinstance(message, RegionUpdate) and message.vector is not None and self.server is not None:
+            return self.server.inspect(message.vector, filled)
+        for _ in filled:
+            pass
+        return None
+
+    def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
+        """Handles a message.
+
+        Args:
+            sender: Index of a local server.
+            message: The message. Its vector may be written to.
+            finding: What :meth:`inspect` returned; default: the node looks now.
+
+        Returns:
+            The messages to send, in this order.
+
+        Raises:
+            ProtocolError: If the node's state does not allow the message, or the sender must not send it.
+        """
+        if sender in self._counted:
+            match message:
+                case RegionUpdate(server=index, vector=Tensor()) if index == sender and self.server is not None:
+                    return self._on_update(self.server, message, finding)
+                case RegionModel(server=index, vector=Tensor()) if index == sender and self.server is None:
+                    return self._on_model(message)
+                case Progress(server=index) if index == sender:
+                    return self._on_progress(message)
+                case LeaseRequest():
+                    return self._on_lease_request(sender, message)
+                case MarkerReply(server=index) if index == sender:
+                    return self._on_reply(message)
+        raise ProtocolError(f"The global server got an unexpected message from {sender}: {message!r}.")
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> list[Send]:
+        """Tells all local servers what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        self._machine.move(GlobalEvent.PUBLISH)
+        self._plateaus += plateaus
+        self._metrics = metrics
+        return self._tell_all()
+
+    def save(self, marker: Marker) -> list[Send]:
+        """Begins a snapshot of all nodes. One that is under way is given up.
+
+        Raises:
+            ProtocolError: If the run has ended.
+        """
+        self._machine.move(GlobalEvent.SAVE)
+        self._cut = Cut(marker, self.state_dict(), self.budget.total, Spans(self._done))
+        return [Send(index, marker) for index in self._counted]
+
+    def progress(self) -> dict[str, Any]:
+        """Returns how far the run is: local steps, and the data that was trained on."""
+        # The last reports may still be on their way when the run is finished, but then every step is applied.
+        total = self._total_at_end if self.state is GlobalState.FINISHED else self.budget.total
+        return {"total": total, "done": list(self._done)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of what a later run goes on from, without what is under way."""
+        return {
+            "server": None if self.server is None else self.server.state_dict(),
+            "applied": self.applied,
+            "updates": [],
+            "received": {} if self.server is None else dict(self.server.received),
+            "counters": {index: dataclasses.asdict(counters) for index, counters in self.counters.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict` or of a snapshot, before :meth:`start`."""
+        if self.server is not None:
+            self.server.load_state_dict(state["server"])
+            self.server.steps = 0  # those are in `applied`
+            self.server.received = dict(state["received"])
+        self._applied_before = state["applied"]
+        for update in state["updates"]:
+            self._under_way.setdefault(update["server"], []).append(update)
+        for index, counters in state["counters"].items():
+            if index in self.counters:
+                self.counters[index] = ServerCounters(**counters)
+
+    def _on_update(self, server: GlobalServer, update: RegionUpdate, finding: Finding | None) -> list[Send]:
+        index = update.server
+        if 0 < update.number <= server.received.get(index, 0):
+            if update.final:
+                return [] if self._final is None else [Send(index, self._final)]
+            return [Send(index, server.receive(update))]
+        if index not in self._serving:
+            raise ProtocolError(f"Local server {index} sent an update after its last one.")
+        if self._cut is not None:
+            vector = update.vector
+            assert vector is not None
+            kept = {**vars(update), "vector": vector.clone()}
+            self._cut.updates.setdefault(index, []).append(kept)
+        self._asked_to_stop = self._asked_to_stop or update.stop
+        if not update.final:
+            self._machine.move(GlobalEvent.UPDATE)
+            sends = [Send(index, server.receive(update, finding))]
+        else:
+            server.receive(update, finding)
+            sends = []
+            self._flush(index)
+            if self.state is GlobalState.FINISHED:
+                total = self._applied_before + server.steps
+                sends = self._finish(GlobalModel(server.version, vector=server.model), total)
+        return [*sends, *self._complete_cut()]
+
+    def _on_model(self, message: RegionModel) -> list[Send]:
+        if self._final is not None:
+            return [Send(message.server, self._final)]
+        self._asked_to_stop = self._asked_to_stop or message.stop
+        self._flush(message.server)
+        return self._finish(GlobalModel(0, vector=message.vector), self._applied_before + message.steps)
+
+    def _flush(self, index: int) -> None:
+        is_last = self._serving == {index}
+        self._machine.move(GlobalEvent.ALL_UPDATES if is_last else GlobalEvent.LAST_UPDATE)
+        self._serving.remove(index)
+        self._flushed.append(index)
+
+    def _finish(self, final: GlobalModel, total: int) -> list[Send]:
+        """From here on nothing writes to the model: all receivers in this process may read the same memory."""
+        final.final, final.stopped = True, self._asked_to_stop
+        final.position = global_step(total, self.budget.workers, self.budget.max_steps)
+        self._final, self._total_at_end = final, total
+        return [Send(index, final) for index in self._counted]
+
+    def _on_progress(self, message: Progress) -> list[Send]:
+        index = message.server
+        if message.number <= self._reports[index]:
+            return [self._tell(index)]
+        self._machine.move(GlobalEvent.PROGRESS)
+        self._reports[index] = message.number
+        self.budget.total += message.steps
+        self._done.add(message.data)
+        if self._cut is not None and index not in self._cut.last:
+            self._cut.total += message.steps
+            self._cut.done.add(message.data)
+        self._counted[index] += message.steps
+        self._fastest[index] = message.fastest
+        self.counters[index].add(message)
+        if self.state is GlobalState.RUNNING and (message.stop or self.budget.exhausted):
+            self._machine.move(GlobalEvent.STOP)
+            return self._tell_all()
+        # Local servers that have flushed only wait: the status tells them that the others go on.
+        return [self._tell(server) for server in dict.fromkeys([index, *self._flushed])]
+
+    def _tell_all(self) -> list[Send]:
+        return [self._tell(index) for index in self._counted]
+
+    def _tell(self, index: int) -> Send:
+        first, self._plateaus_sent[index] = self._plateaus_sent[index], len(self._plateaus)
+        status = Status(
+            total=self.budget.total,
+            fastest=max(self._fastest.values(), default=0.0),
+            stop=self.state is not GlobalState.RUNNING,
+            counted=self._counted[index],
+            first_plateau=first,
+            plateaus=self._plateaus[first:],
+            metrics=self._metrics,
+        )
+        return Send(index, status)
+
+    def _on_lease_request(self, index: int, request: LeaseRequest) -> list[Send]:
+        last = self._grants.get(index)
+        if last is not None and 0 < request.number <= last.number:
+            return [Send(index, last)] if request.number == last.number else []
+        self._machine.move(GlobalEvent.LEASE_REQUEST)
+        if self._cursor is None:
+            raise ProtocolError(f"Local server {index} ordered data, but the workers do not share any.")
+        lease = self._cursor.take(request.steps, sharers=len(self._counted))
+        grant = self._grants[index] = grant_of(lease, request.number)
+        return [Send(index, grant)]
+
+    def _on_reply(self, reply: MarkerReply) -> list[Send]:
+        self._machine.move(GlobalEvent.MARKER_REPLY)
+        if self._cut is None or reply.save != self._cut.marker.save:
+            return []
+        self._cut.last[reply.server] = reply.updates
+        return self._complete_cut()
+
+    def _complete_cut(self) -> list[Send]:
+        """Gives the snapshot to storage if all of its channel state has arrived."""
+        cut = self._cut
+        if cut is None or len(cut.last) < len(self._counted):
+            return []
+        received = {} if self.server is None else self.server.received
+        if any(received.get(index, 0) < last for index, last in cut.last.items() if self.server is not None):
+            return []
+        self._cut = None
+        updates = [u for index, own in cut.updates.items() for u in own if u["number"] <= cut.last[index]]
+        progress = {"total": cut.total, "done": list(cut.done)}
+        return [Send(STORAGE, Shard(cut.marker, None, {**cut.state, "updates": updates}, progress))]
