@@ -140,17 +140,11 @@ class Network:
         momenta: tuple[float, float],
         delays: tuple[int, int],
         max_steps: int | None,
-        only_one: bool,
     ) -> None:
         self.draw = draw
-        only_one = only_one and len(groups) == 1  # Async-Local-SGD
-        self.only_one, k, workers = only_one, None if only_one else k, sum(groups)
+        workers = sum(groups)
         local = {"lr": 0.5, "momentum": momenta[0], "delay": delays[0]}
-        above = (
-            {"lr": 1.0, "momentum": 0.0, "delay": 1}
-            if only_one
-            else {"lr": 0.25, "momentum": momenta[1], "delay": delays[1]}
-        )
+        above = {"lr": 0.25, "momentum": momenta[1], "delay": delays[1]}
         self.make_local = lambda index: LocalServer(
             index,
             torch.tensor(START, dtype=torch.float64),
@@ -165,12 +159,11 @@ class Network:
             partial(DelayedNesterov, **above),
             SHAPES,
             len(groups),
-            from_nothing=only_one,
         )
         self.servers = [self.make_local(index) for index in range(len(groups))]
         self.center = self.make_global()
         self.plain = [PlainLocalServer(START, k, alpha, senders=group, **local) for group in groups]
-        self.plain_center = PlainServer([0.0] * 3 if only_one else START, len(groups), **above)
+        self.plain_center = PlainServer(START, len(groups), **above)
         self.home = [index for index, group in enumerate(groups) for _ in range(group)]
         self.budget, self.ordered = StepBudget(workers, max_steps), max_steps
         self.planner = RoundPlanner(LOCAL_STEPS, True, workers, max_steps)
@@ -260,7 +253,6 @@ class Network:
         for index in range(len(self.servers)):
             self._send_until_answered(("server", index))
         self.check()
-        assert self.center.finished
         assert self.center.steps == sum(round_.total_steps for round_ in self.rounds)
 
     # ------------------------------------------------------------------ how
@@ -332,7 +324,7 @@ class Network:
     def _update(self, update: RegionUpdate, is_first: bool) -> None:
         values, plain = update.vector.tolist(), self.plain_center
         reply = self.center.receive(update)
-        if is_first and (update.steps or not update.final or self.only_one):
+        if is_first and (update.steps or not update.final):
             plain.apply(values)
         assert reply.vector.tolist() == pytest.approx(plain.model)
         self.answers.append(Answer(("server", update.server), update.number, reply, list(plain.model)))
@@ -374,7 +366,6 @@ def _restarted(old: Any, new: Any) -> Any:
     momenta=st.tuples(*[st.sampled_from([0.0, 0.5])] * 2),
     delays=st.tuples(*[st.integers(1, 3)] * 2),
     max_steps=st.none() | st.integers(1, 100),
-    only_one=st.booleans(),
 )
 def test_servers_agree_with_plain_arithmetic_whatever_is_lost_repeated_or_restarted(seed, events, **topology) -> None:
     network = Network(Random(seed), **topology)

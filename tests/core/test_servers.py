@@ -157,7 +157,6 @@ class TestFlush:
         for sent in travelling + [server.flush() for server in servers]:
             center.receive(sent)
         assert center.steps == done
-        assert center.finished
 
     @pytest.mark.parametrize("seed", range(20))
     def test_no_update_is_lost_or_sent_twice_if_no_push_comes_during_an_exchange_but_the_last(self, seed):
@@ -450,16 +449,6 @@ class TestGlobalServer:
             server.receive(update(1.0, 1.0, version=version))
             assert server.staleness == staleness
 
-    def test_is_finished_when_every_local_server_has_sent_its_last_update(self):
-        server = global_server(servers=2)
-        server.receive(update(1.0, 1.0, server=0, final=True))
-        server.receive(update(1.0, 1.0, server=1))
-        server.receive(update(0.0, 0.0, server=0, steps=0, final=True))  # again
-        assert not server.finished
-        server.receive(update(1.0, 1.0, server=1, final=True))
-        assert server.finished
-        assert server.model.tolist() == [-3, -3]
-
     def test_a_last_update_without_local_steps_changes_nothing_not_even_by_momentum(self):
         server = global_server(optimizer=partial(torch.optim.SGD, lr=1.0, momentum=0.9))
         server.receive(update(1.0, 1.0))
@@ -469,7 +458,6 @@ class TestGlobalServer:
         assert torch.equal(optimizer_state(server)[0]["momentum_buffer"], state[0]["momentum_buffer"])
         assert (server.version, reply.version) == (1, 1)
         assert torch.equal(reply.vector, before)
-        assert server.finished
 
 
 class TestSynchronousServer:
@@ -495,20 +483,11 @@ class TestSynchronousServer:
         assert "The update of all workers together was dropped" in caplog.text
 
 
-def test_the_only_server_never_exchanges_and_gives_its_whole_model_away_at_the_end():
-    start = torch.tensor([0.1, 0.2, 0.3])
-    server = LocalServer(0, start.clone(), partial(torch.optim.SGD, lr=0.3), None, 0.0)
+def test_the_only_server_never_exchanges():
+    server = LocalServer(0, torch.tensor([0.1, 0.2, 0.3]), partial(torch.optim.SGD, lr=0.3), None, 0.0)
     for _ in range(100):
         _, update = server.receive(push(0.01, -0.02, 0.03, steps=1))
         assert update is None
-    whole = GlobalServer(start, partial(torch.optim.SGD, lr=1.0), from_nothing=True)
-    whole.receive(server.flush())
-    assert torch.equal(whole.model, server.model)
-    assert whole.steps == 100
-
-
-def test_the_only_servers_model_is_given_away_without_a_single_step_too():
-    server = LocalServer(0, torch.tensor([0.1, 0.2]), partial(torch.optim.SGD, lr=0.3), None, 0.0)
-    whole = GlobalServer(torch.zeros(2), partial(torch.optim.SGD, lr=1.0), from_nothing=True)
-    whole.receive(server.flush())
-    assert torch.equal(whole.model, server.model)
+    assert not server.exchanges
+    assert server.steps == 100
+    assert server.state_dict()["base"] is None, "it needs no second copy of the model"

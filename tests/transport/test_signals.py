@@ -11,8 +11,7 @@ import pytest
 SCRIPT = """
 import os, signal, threading, time
 import torch
-from lightning_halos.checkpoint.saves import Saves
-from lightning_halos.core.cursor import Spans
+from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer
 from lightning_halos.transport.alarm import Alarm
@@ -20,7 +19,7 @@ from lightning_halos.transport.hosts import GlobalHost
 
 model = torch.zeros(4_000_000)
 server = GlobalServer(model, lambda params: torch.optim.SGD(params, lr=1.0))
-host = GlobalHost(server, StepBudget(1), None, Alarm("here"), Saves(), Spans())
+host = GlobalHost(GlobalNode(server, 1, StepBudget(1)), Alarm("here"), print, print)
 handled = []
 # Lightning saves a checkpoint like this when SLURM announces the end of a job.
 signal.signal(signal.SIGUSR1, lambda *_: handled.append(host.read(torch.empty_like(model))))

@@ -11,17 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 
 import pytest
 import torch
 from torch.distributed import TCPStore
 
 from lightning_halos.checkpoint.saves import Saves
-from lightning_halos.core.cursor import Spans
-from lightning_halos.core.messages import GlobalModel, Progress, Push, Status
+from lightning_halos.core.messages import GlobalModel, Push, Status
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.simulation.world import World
 from lightning_halos.transport import client
 from lightning_halos.transport.alarm import Alarm
@@ -29,7 +26,6 @@ from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import interruptible, make_group
-from lightning_halos.transport.hosts import GlobalHost
 from lightning_halos.transport.link import Link, LoopbackLink
 
 pytestmark = pytest.mark.alone
@@ -109,24 +105,6 @@ def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: p
     threading.Thread(target=others_go_on, daemon=True).start()
     final, _ = worker.client.finish(worker.push(), ignore)
     assert final.final
-
-
-def test_a_region_that_has_finished_hears_that_others_go_on() -> None:
-    server = GlobalServer(torch.zeros(1), partial(torch.optim.SGD, lr=1.0), servers=2)
-    host = GlobalHost(server, StepBudget(2), None, Alarm("rank 0"), Saves(), Spans())
-    news, controls = [threading.Event(), threading.Event()], []
-    for index in range(2):
-        (models, _), (control, mine) = LoopbackLink.pair("a", "b"), LoopbackLink.pair("a", "b")
-        host.attach(index, models, control)
-        mine.start(lambda message, _, index=index: news[index].set(), ignore)
-        controls.append(mine)
-    controls[0].post(Progress(0, 1, 1.0))
-    assert news[0].wait(10)
-    assert not news[1].is_set(), "it trains, and hears when it has something to say"
-    local = LocalServer(1, torch.zeros(1), partial(torch.optim.SGD, lr=1.0), 1, 0.5)
-    server.receive(local.flush())
-    controls[0].post(Progress(0, 1, 1.0))
-    assert news[1].wait(10)
 
 
 def test_a_worker_of_a_simulation_that_hangs() -> None:
