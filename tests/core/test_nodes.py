@@ -41,7 +41,6 @@ from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer
 
 SGD = partial(torch.optim.SGD, lr=1.0)
-NO_DATA = 0
 
 
 def region(k: int | None = 2, workers: int = 2, max_steps: int | None = None, stock: bool = True) -> RegionNode:
@@ -64,18 +63,8 @@ def center(servers: int = 2, max_steps: int | None = None) -> GlobalNode:
 def push(
     worker: int, number: int, *, final: bool = False, steps: int = 8, stop: bool = False, empty: bool = False
 ) -> Push:
-    vector = None if empty else torch.ones(2)
-    return Push(
-        worker,
-        0,
-        0 if empty else steps,
-        0 if empty else steps,
-        1.0,
-        stop=stop,
-        final=final,
-        vector=vector,
-        number=number,
-    )
+    vector, steps = (None, 0) if empty else (torch.ones(2), steps)
+    return Push(worker, 0, steps, steps, 1.0, stop=stop, final=final, vector=vector, number=number)
 
 
 def update(server: int, number: int, *, final: bool = False, stop: bool = False) -> RegionUpdate:
@@ -158,9 +147,6 @@ def test_a_region_moves_as_its_table_says_and_refuses_everything_else(state: Reg
         node.handle(GLOBAL, GlobalModel(1, vector=torch.zeros(2), number=1))
         assert node.server.merges == 0
         assert node.state is RegionState.FLUSHED
-    elif event is RegionEvent.ANSWER and state is RegionState.FINISHED:
-        happen_in_region(node, event)  # only a repetition can come here, and it changes nothing
-        assert node.state is RegionState.FINISHED
     elif event is RegionEvent.UPDATE and state is RegionState.EXCHANGING:
         happen_in_region(node, event)  # one exchange at a time: pushes go on
         assert node.state is RegionState.EXCHANGING

@@ -128,7 +128,7 @@ class StateMachine(Generic[S, E]):
             ProtocolError: If the state does not allow the event.
         """
         if event not in self._transitions[self.state]:
-            raise ProtocolError(f"{self._name} is {self.state.value}: it cannot take a {event.value}.")
+            raise ProtocolError(f"{self._name} is {self.state.value}, which does not allow this: {event.value}.")
         self.state = self._transitions[self.state][event]
 
 
