@@ -18,6 +18,7 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.settings import Settings, default_one_server_optimizer
+from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
@@ -162,8 +163,8 @@ class DilocoStrategy(HalosStrategy):
         collectives = Collectives.connect(
             everybody, self.global_rank, store, self._check_interrupted, self._topology.describe, self._timeout
         )
-        server = self._settings.outer_server(memory.clone(), vector.shapes)
-        client = LockstepClient(self.global_rank, collectives, server, budget, planner, self._timeout)
+        node = SynchronousNode(self._settings.outer_server(memory.clone(), vector.shapes), planner, budget)
+        client = LockstepClient(self.global_rank, collectives, node, planner, self._timeout)
         self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
         leases = iter(()) if data is None else client.leases(data.steps_per_epoch, data.first, data.end)
         local_steps = planner.local_steps(self.global_rank, budget.total)

@@ -1,7 +1,8 @@
 """Synchronous rounds in real processes: collectives over all workers instead of servers and links.
 
-Rules of this room: every worker computes the same from what the collectives bring, so that there is nothing to decide
-and nobody to ask. It offers what :class:`~lightning_halos.transport.process.Process` offers.
+Nothing is decided here: each process has a replica of :class:`~lightning_halos.core.synchronous_node.SynchronousNode`,
+and the collectives bring all replicas the same. :class:`LockstepProcess` offers what
+:class:`~lightning_halos.transport.process.Process` offers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
-from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import SynchronousServer
+from lightning_halos.core.schedule import RoundPlanner
+from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Reach, nobody
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives
@@ -23,34 +24,35 @@ from lightning_halos.transport.link import Filled
 
 
 class LockstepClient:
-    """The worker's end of synchronous rounds. Every process has the server, and all of them stay equal.
+    """The worker's end of synchronous rounds.
 
     Args:
         rank: Global rank of the worker.
         collectives: Collectives over all workers.
-        server: The server of the rounds.
-        budget: The step budget.
+        node: This process's replica of the server.
         planner: Decides the workers' local steps.
         timeout: Seconds to wait for the store that counts the data.
+
+    Attributes:
+        node: The replica.
+        published: Of rank 0: what to tell the others in the next round.
     """
 
     def __init__(
-        self,
-        rank: int,
-        collectives: Collectives,
-        server: SynchronousServer,
-        budget: StepBudget,
-        planner: RoundPlanner,
-        timeout: float,
+        self, rank: int, collectives: Collectives, node: SynchronousNode, planner: RoundPlanner, timeout: float
     ) -> None:
-        self.server = server
-        self.budget = budget
+        self.node = node
         self.published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})
         self._rank = rank
         self._collectives = collectives
         self._planner = planner
         self._timeout = timeout
-        self._stopped = False
+
+    @property
+    def model(self) -> Tensor:
+        """The global model."""
+        assert self.node.model is not None
+        return self.node.model
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
         """Takes part in a round; see :meth:`WorkerClient.exchange`.
@@ -60,15 +62,10 @@ class LockstepClient:
         """
         assert push.vector is not None
         fill(nobody)
-        vector = push.vector
-        self._take_part(push, vector)
-        vector.copy_(self.server.model)
-        plateaus, metrics = self._collectives.broadcast_object(list(self.published))
-        self.published = ([], metrics)
-        steps = self._planner.local_steps(self._rank, self.budget.total)
-        stop = self._stopped or self.budget.exhausted
-        pull = Pull(self.server.version, steps, self.budget.position, stop, plateaus, metrics, vector)
-        return pull, [vector.numel()]
+        pull = self._take_part(push)
+        assert isinstance(pull, Pull)
+        pull.vector = push.vector.copy_(self.model)
+        return pull, [self.model.numel()]
 
     def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
         """Takes part in rounds until all workers have finished; see :meth:`WorkerClient.finish`.
@@ -78,11 +75,9 @@ class LockstepClient:
         """
         if push.vector is not None:
             fill(nobody)
-        while not self._take_part(push, push.vector):
-            self._collectives.broadcast_object(list(self.published))
+        while not isinstance(final := self._take_part(push), GlobalModel):
             push = Push(self._rank, push.version, 0, 0, 0.0, final=True)
-        final = GlobalModel(self.server.version, True, self._stopped, self.budget.position, self.server.model)
-        return final, [self.server.model.numel()]
+        return final, [self.model.numel()]
 
     def leases(self, steps_per_epoch: int, first: int, end: float) -> Iterator[Lease]:
         """Yields the data to train on.
@@ -102,19 +97,22 @@ class LockstepClient:
                 return
             yield from split(start, int(min(wanted, end - start)), steps_per_epoch)
 
-    def _take_part(self, push: Push, vector: Tensor | None) -> bool:
-        """One round of all workers. Returns whether all have finished."""
-        mine = [push.steps, push.batches, push.seconds, push.stop, push.final, vector is not None]
+    def _take_part(self, push: Push) -> Pull | GlobalModel | None:
+        """One round of all workers. Returns the answer to this worker, ``None`` if it waits for others to finish."""
+        mine = [push.steps, push.batches, push.seconds, push.stop, push.final, push.vector is not None]
         table = self._collectives.all_gather(torch.tensor([float(entry) for entry in mine], dtype=torch.float64))
-        for rank, (_, batches, seconds, *_) in enumerate(table.tolist()):
-            self._planner.measure(rank, int(batches), seconds)
-        steps, _, _, stops, finished, takers = table.sum(0).tolist()
-        self.budget.total += int(steps)
-        self._stopped = self._stopped or stops > 0
-        if takers:
-            gift = torch.zeros_like(self.server.model) if vector is None else vector
-            self.server.receive(self._collectives.sum_(gift) / takers)
-        return int(finished) == len(table)
+        pushes = [
+            Push(rank, push.version, int(steps), int(batches), seconds, stop=stop > 0, final=final > 0)
+            for rank, (steps, batches, seconds, stop, final, _) in enumerate(table.tolist())
+        ]
+        mean, vectors = None, float(table[:, -1].sum())
+        if vectors:
+            gift = torch.zeros_like(self.model) if push.vector is None else push.vector
+            mean = self._collectives.sum_(gift) / vectors
+        plateaus, metrics = self._collectives.broadcast_object(list(self.published))
+        self.published = ([], metrics)
+        self.node.publish(plateaus, metrics)
+        return self.node.finish_round(pushes, mean).get(self._rank)
 
 
 class LockstepProcess:
@@ -139,16 +137,16 @@ class LockstepProcess:
     @property
     def version(self) -> int:
         """Updates that are in the global model."""
-        return self.client.server.version
+        return self.client.node.version
 
     @property
     def steps(self) -> int:
         """Local steps that all workers have finished."""
-        return self.client.budget.total
+        return self.client.node.budget.total
 
     def read(self, out: Tensor) -> None:
         """Copies the global model into the vector ``out``."""
-        out.copy_(self.client.server.model)
+        out.copy_(self.client.model)
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Tells everybody, in the next round, what the plateau schedulers were stepped with, and the metrics."""

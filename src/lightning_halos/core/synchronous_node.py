@@ -1,0 +1,103 @@
+"""The decisions of synchronous rounds: what all workers' rounds change, what each runs next, and when the run ends.
+
+It takes the pushes of a round and returns the answers. It knows no collectives, threads or clock: in a real run every
+process has a replica, and replicas that are given the same rounds stay equal; a simulation has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_halos.core.messages import GlobalModel, Pull, Push
+from lightning_halos.core.schedule import RoundPlanner, StepBudget
+from lightning_halos.core.servers import SynchronousServer
+
+
+class SynchronousNode:
+    """The server of synchronous rounds (DiLoCo, synchronous SGD).
+
+    Args:
+        server: The server; ``None`` if the workers average their gradients themselves and all have the model.
+        planner: Decides the workers' local steps.
+        budget: The step budget. The node changes it.
+
+    Attributes:
+        server: The server.
+        budget: The step budget.
+        version: Rounds that are in the model.
+        finished: Global ranks of the workers that have finished.
+    """
+
+    def __init__(self, server: SynchronousServer | None, planner: RoundPlanner, budget: StepBudget) -> None:
+        self.server = server
+        self.budget = budget
+        self.finished: set[int] = set()
+        self._planner = planner
+        self._rounds = 0
+        self._stop = self._asked_to_stop = False
+        self._plateaus: list[tuple[int, float]] = []
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def version(self) -> int:
+        return self._rounds if self.server is None else self.server.version
+
+    @property
+    def model(self) -> Tensor | None:
+        """The model; ``None`` without a server."""
+        return None if self.server is None else self.server.model
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        """Takes what the next answers tell everybody: steps of plateau schedulers, and the metrics of rank 0."""
+        self._plateaus = [*self._plateaus, *plateaus]
+        self._metrics = metrics
+
+    def finish_round(self, pushes: Sequence[Push], mean: Tensor | None) -> dict[int, Pull | GlobalModel]:
+        """Ends a round.
+
+        Args:
+            pushes: The pushes of all workers that took part, without regard to their vectors.
+            mean: The mean of their vectors, which becomes the model; ``None`` if no worker pushed one.
+
+        Returns:
+            The answers by global rank. Workers that go on get the next round, without a vector: it is :attr:`model`.
+            Those that have finished get nothing until all have; then everybody gets the final model.
+        """
+        for push in pushes:
+            self._planner.measure(push.worker, push.batches, push.seconds)
+            self.budget.total += push.steps
+            self._asked_to_stop = self._asked_to_stop or push.stop
+        self.finished |= {push.worker for push in pushes if push.final}
+        if mean is not None:
+            assert self.server is not None
+            self.server.receive(mean)
+        self._rounds += any(push.steps for push in pushes)
+        self._stop = self._stop or self._asked_to_stop or self.budget.exhausted
+        if len(self.finished) == self.budget.workers:
+            final = GlobalModel(self.version, True, self._asked_to_stop, self.budget.position, self.model)
+            return dict.fromkeys(range(self.budget.workers), final)
+        plateaus, self._plateaus = self._plateaus, []
+        return {push.worker: self._pull(push, plateaus) for push in pushes if not push.final}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of what a later run goes on from."""
+        return {"server": None if self.server is None else self.server.state_dict(), "rounds": self._rounds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`."""
+        self._rounds = state["rounds"]
+        if self.server is not None:
+            self.server.load_state_dict(state["server"])
+
+    def _pull(self, push: Push, plateaus: list[tuple[int, float]]) -> Pull:
+        return Pull(
+            version=self.version,
+            local_steps=self._planner.local_steps(push.worker, self.budget.total),
+            position=self.budget.position,
+            stop=self._stop,
+            plateaus=plateaus,
+            metrics=self._metrics,
+        )
