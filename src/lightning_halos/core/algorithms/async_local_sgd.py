@@ -1,0 +1,54 @@
+"""Async-Local-SGD: asynchronous local SGD with one server for everybody (arXiv 2401.09135)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lightning_halos.core.algorithms.base import ServerAlgorithm
+from lightning_halos.core.checks import check_optimizer
+from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.core.topology import ServerGroup, Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsyncLocalSGD(ServerAlgorithm):
+    """One local server for all workers, wherever they are.
+
+    Attributes:
+        optimizer: Makes the server's optimizer; default: :func:`default_optimizer`.
+
+    Raises:
+        TypeError: If the optimizer is not a function.
+        ValueError: If a value is wrong.
+    """
+
+    local_steps: int = 32
+    dynamic_local_steps: bool = True
+    optimizer: OptimizerFactory | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_optimizer("optimizer", self.optimizer)
+
+    @property
+    def name(self) -> str:
+        return "async_local_sgd"
+
+    @property
+    def title(self) -> str:
+        return "Async-Local-SGD"
+
+    def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
+        everybody = tuple(sorted(rank for ranks in regions for rank in ranks))
+        return Topology(Topology.build(regions, 1, names).names, (ServerGroup(0, home, everybody),))
+
+    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+        return self.optimizer or default_optimizer(workers)
+
+
+def default_optimizer(workers: int) -> OptimizerFactory:
+    """The server's optimizer for a number of workers (HALoS, section 5.1: 0.05, 0.9 and 32 for 16 workers)."""
+    return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=2 * workers)

@@ -1,0 +1,199 @@
+"""What an algorithm is: its servers, and what its workers do in a round.
+
+An algorithm makes servers and planners, and decides nothing while a run lasts: the nodes in ``core`` do. Real runs,
+simulations, plans and checkpoints are all given one such object, so a new algorithm is one new file beside this one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.schedule import RoundPlanner
+from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
+from lightning_halos.core.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(ABC):
+    """What the workers do in a round.
+
+    Attributes:
+        shares_data: Whether the workers take samples from a common cursor. Otherwise each has a fixed shard.
+        averages_gradients: Whether the workers average their gradients in every step. They exchange no models then.
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round:
+            ``max(1, ceil(H * speed / fastest))``.
+
+    Raises:
+        TypeError: If ``dynamic_local_steps`` is not a bool.
+        ValueError: If ``local_steps`` is not a whole number of at least 1.
+    """
+
+    shares_data: ClassVar[bool] = True
+    averages_gradients: ClassVar[bool] = False
+
+    local_steps: int
+    dynamic_local_steps: bool
+
+    def __post_init__(self) -> None:
+        check_count("local_steps", self.local_steps)
+        if not isinstance(self.dynamic_local_steps, bool):
+            raise TypeError(f"dynamic_local_steps={self.dynamic_local_steps!r} must be True or False.")
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name in commands and checkpoints."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Name for people."""
+
+    def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
+        """Decides which local servers there are. Default: one in each region.
+
+        Args:
+            regions: Global ranks of the workers in each region.
+            names: Names of the regions; default: their indices.
+            home: Index of the region that the global server is in.
+
+        Raises:
+            ValueError: If the regions do not suit the algorithm.
+        """
+        return Topology.build(regions, 1, names)
+
+    def planner(
+        self, workers: int, max_steps: int | None = None, speeds: Mapping[int, float] | None = None
+    ) -> RoundPlanner:
+        """Makes the planner of rounds.
+
+        Args:
+            workers: Number of workers of the complete run.
+            max_steps: Global steps that were ordered, ``None`` for no limit.
+            speeds: Speed of each worker by rank, on any scale, if speeds are known and need not be measured.
+        """
+        return RoundPlanner(self.local_steps, self.dynamic_local_steps, workers, max_steps, speeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAlgorithm(Algorithm):
+    """Asynchronous rounds: a local server applies each push at once and answers with its model.
+
+    After ``period`` pushes a local server exchanges with the global server. A single local server exchanges nothing:
+    its model is the global model.
+
+    Attributes:
+        merge_weight: Weight of the global model when a local server merges it (``alpha``).
+        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 of its
+            local server, once it got 16. ``None``: no limit.
+
+    Raises:
+        ValueError: If a value is wrong.
+    """
+
+    merge_weight: float = 0.25
+    max_norm_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.merge_weight) or not 0 <= self.merge_weight <= 1:
+            raise ValueError(
+                f"merge_weight={self.merge_weight!r} must be a number from 0 (ignore the global model) to 1 (take it)."
+            )
+        ratio = self.max_norm_ratio
+        if ratio is not None and not (is_number(ratio) and 1 < ratio < math.inf):
+            raise ValueError(
+                f"max_norm_ratio={ratio!r} must be None (no limit) or a number above 1, such as 10: how many times the"
+                " median norm an update may have."
+            )
+
+    @abstractmethod
+    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+        """Returns what makes a local server's optimizer.
+
+        Args:
+            workers: Number of the server's workers.
+        """
+
+    def make_global_optimizer(self, servers: int) -> OptimizerFactory:
+        """Returns what makes the global server's optimizer.
+
+        Args:
+            servers: Number of local servers.
+
+        Raises:
+            NotImplementedError: If the algorithm never has more than one local server.
+        """
+        raise NotImplementedError(f"{self.title} has one local server, and no global server.")
+
+    def period(self, workers: int) -> int:
+        """Returns the pushes between two exchanges of a local server with the global server (``K``).
+
+        Args:
+            workers: Number of the local server's workers.
+        """
+        return 8 * workers
+
+    def local_server(
+        self,
+        index: int,
+        servers: int,
+        workers: int,
+        model: Tensor,
+        shapes: Sequence[torch.Size],
+        describe: Callable[[int], str],
+    ) -> LocalServer:
+        """Makes a local server.
+
+        Args:
+            index: Its index among all local servers.
+            servers: Number of local servers. A single one exchanges nothing.
+            workers: Number of its workers.
+            model: The initial model, which the server owns from here on.
+            shapes: Shapes of the parameters in it.
+            describe: Names a worker of a global rank in warnings.
+        """
+        return LocalServer(
+            index,
+            model,
+            self.make_local_optimizer(workers),
+            None if servers == 1 else self.period(workers),
+            self.merge_weight,
+            shapes,
+            workers,
+            self.max_norm_ratio,
+            describe,
+        )
+
+    def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer | None:
+        """Makes the global server; ``None`` for a single local server, whose model is the global model.
+
+        Args:
+            servers: Number of local servers.
+            model: The initial model, which the server owns from here on.
+            shapes: Shapes of the parameters in it.
+        """
+        return None if servers == 1 else GlobalServer(model, self.make_global_optimizer(servers), shapes, servers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynchronousAlgorithm(Algorithm):
+    """Rounds that begin and end together for all workers."""
+
+    @abstractmethod
+    def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer | None:
+        """Makes the server; ``None`` if the workers average their gradients themselves.
+
+        Args:
+            model: The initial model, which the server owns from here on.
+            shapes: Shapes of the parameters in it.
+        """

@@ -1,0 +1,51 @@
+"""DiLoCo: synchronous rounds of local steps, and an outer optimizer on their mean (arXiv 2311.08105)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_halos.core.algorithms.base import SynchronousAlgorithm
+from lightning_halos.core.checks import check_optimizer
+from lightning_halos.core.servers import OptimizerFactory, SynchronousServer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diloco(SynchronousAlgorithm):
+    """One server that applies the mean of all workers' pushes.
+
+    Attributes:
+        outer_optimizer: Makes the server's optimizer; default: :func:`default_outer_optimizer`.
+
+    Raises:
+        TypeError: If the optimizer is not a function.
+        ValueError: If a value is wrong.
+    """
+
+    local_steps: int = 32
+    dynamic_local_steps: bool = False
+    outer_optimizer: OptimizerFactory | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_optimizer("outer_optimizer", self.outer_optimizer)
+
+    @property
+    def name(self) -> str:
+        return "diloco_dynamic" if self.dynamic_local_steps else "diloco"
+
+    @property
+    def title(self) -> str:
+        return "DiLoCo + dynamic steps" if self.dynamic_local_steps else "DiLoCo"
+
+    def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:
+        return SynchronousServer(model, self.outer_optimizer or default_outer_optimizer, shapes)
+
+
+def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """The outer optimizer: SGD with a rate of 0.7 and Nesterov momentum of 0.9 (arXiv 2311.08105, section 3)."""
+    return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)

@@ -1,0 +1,82 @@
+"""HALoS: hierarchical asynchronous local SGD (arXiv 2506.04531)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lightning_halos.core.algorithms.base import ServerAlgorithm
+from lightning_halos.core.checks import check_count, check_optimizer
+from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.core.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halos(ServerAlgorithm):
+    """Local servers in every region, and a global server that they exchange with; see ``HalosStrategy``.
+
+    Attributes:
+        accumulate_updates: Pushes between two exchanges (``K``). Default: 8 per worker of the server.
+        servers_per_region: Local servers in each region, or a list, the number of each region.
+        local_optimizer: Makes a local server's optimizer; default: :func:`default_local_optimizer`.
+        global_optimizer: Makes the global server's optimizer; default: :func:`default_global_optimizer`.
+
+    Raises:
+        TypeError: If an optimizer is not a function.
+        ValueError: If a value is wrong.
+    """
+
+    local_steps: int = 8
+    dynamic_local_steps: bool = True
+    accumulate_updates: int | None = None
+    servers_per_region: int | Sequence[int] = 1
+    local_optimizer: OptimizerFactory | None = None
+    global_optimizer: OptimizerFactory | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        servers = self.servers_per_region
+        for count in servers if isinstance(servers, list) else [servers]:
+            check_count("servers_per_region", count)
+        if self.accumulate_updates is not None:
+            check_count("accumulate_updates", self.accumulate_updates)
+        check_optimizer("local_optimizer", self.local_optimizer)
+        check_optimizer("global_optimizer", self.global_optimizer)
+
+    @property
+    def name(self) -> str:
+        return "halos"
+
+    @property
+    def title(self) -> str:
+        return "HALoS"
+
+    def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
+        return Topology.build(regions, self.servers_per_region, names)
+
+    def period(self, workers: int) -> int:
+        return self.accumulate_updates or 8 * workers
+
+    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+        return self.local_optimizer or default_local_optimizer(workers)
+
+    def make_global_optimizer(self, servers: int) -> OptimizerFactory:
+        return self.global_optimizer or default_global_optimizer(servers)
+
+
+def default_local_optimizer(workers: int) -> OptimizerFactory:
+    """The local server's optimizer for a number of workers (section 5.1: 0.2, 0.9 and 16 for 4 workers).
+
+    The sum of the rates over one round of all workers, and the rounds in a momentum window, are the paper's.
+    """
+    return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=4 * workers)
+
+
+def default_global_optimizer(servers: int) -> OptimizerFactory:
+    """The global server's optimizer for a number of local servers (section 5.1: 0.15, 0.5 and 2 for 4 regions).
+
+    The sum of the rates over one exchange of all local servers, and the exchanges in a window, are the paper's.
+    """
+    return partial(DelayedNesterov, lr=0.6 / servers, momentum=0.5, delay=max(1, servers // 2))
