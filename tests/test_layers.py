@@ -18,7 +18,6 @@ NOT_MOVED_YET = {
     "training/baselines.py",
     "training/launcher.py",
     "training/shards.py",
-    "training/worker_loop.py",
 }
 
 FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
@@ -53,13 +52,15 @@ from lightning_halos.training.compat import (
     find_trainer,
     optimizers_to_device,
     seed_dataloader_workers,
+    show_metrics,
     synchronizes_batch_norm,
 )
 from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.preemption import OutlivingSigterm, Preemption
 from lightning_halos.training.shards import Shards, rebuild
 from lightning_halos.training.shared_data import LightningRank, SharedData
-from lightning_halos.training.worker_loop import WorkerLoop, unfreezes, without_deciding
+from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides, unfreezes
+from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
@@ -195,7 +196,8 @@ class HalosStrategy(ParallelStrategy):
         self._preemption: Preemption | None = None
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
-        self._callbacks: list[pl.Callback] | None = None
+        self._lightning: TrainerAdapter | None = None
+        self._data: SharedData | None = None
         self._limit_val_batches: int | float | None = None
         self._worker_model: Tensor | None = None
         self._shards = Shards(self)
@@ -412,7 +414,7 @@ class HalosStrategy(ParallelStrategy):
         assert self._collectives is not None
         trainer = self.lightning_module.trainer
         self._synchronize_module()
-        vector = ModelVector(self.lightning_module, all_parameters=unfreezes(trainer.callbacks))  # type: ignore[attr-defined]
+        vector = ModelVector(self.lightning_module, all_parameters=unfreezes(callbacks_of(trainer)))
         resume = self._shards.start_fit()
         if resume is not None and resume.manifest.model != vector.identity:
             raise CheckpointError(
@@ -430,7 +432,7 @@ class HalosStrategy(ParallelStrategy):
         stepping_batches = trainer.estimated_stepping_batches
         limit = int(stepping_batches) if stepping_batches != float("inf") else None
         memory = vector.read(vector.new()) if self._exchanges_models else None
-        data = SharedData.find(trainer) if self._shares_data else None
+        data = self._data = SharedData.find(trainer) if self._shares_data else None
         start = self._start_process if self._cluster is None else self._start_simulation
         worker_round, leases = start(trainer, vector, memory, data, resume)
         assert self._process is not None
@@ -439,26 +441,26 @@ class HalosStrategy(ParallelStrategy):
         self._preemption = Preemption(trainer, alarm, self._grace_time, saves)
         clock = (lambda: self.virtual_seconds) if self._world is not None else None
         state = {} if resume is None else resume.worker
+        end = self._end(trainer, data, resume)
+        self._lightning = TrainerAdapter(trainer, limit, end, None if data is None else data.batches)
         self._loop = WorkerLoop(
-            trainer,
+            self._lightning,
             vector,
             memory if state.get("memory") is None else state["memory"],
             worker_round,
             client,
             alarm,
-            limit,
             data,
             clock,
             self._shards.write_own,
             state,
             [] if resume is None else resume.manifest.plateaus,
             self._preemption,
-            self._end(trainer, data, resume),
             repeats=self._cluster is not None,
         )
         if resume is not None:
-            self._loop.show_metrics(resume.manifest.metrics)
-        self._install(trainer)
+            show_metrics(trainer, resume.manifest.metrics)
+        self._lightning.install(self._loop)
         self._collectives.barrier()
         self._training = True
         self._loop.take_up()
@@ -615,18 +617,6 @@ class HalosStrategy(ParallelStrategy):
                 used = sum(stop - start for start, stop in done) if world is None else total + world["offset"]
             ends.append((total + data.end - used) / self.world_size)
         return min(ends)
-
-    def _install(self, trainer: pl.Trainer) -> None:
-        """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
-        assert self._loop is not None
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._callbacks = callbacks
-        if self.is_global_zero:
-            saving = [c for c in callbacks if isinstance(c, Checkpoint)]
-            others = [c for c in callbacks if c not in saving]
-            trainer.callbacks = [*others, self._loop, *saving]  # type: ignore[attr-defined]
-        else:
-            trainer.callbacks = [*without_deciding(callbacks), self._loop]  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self._loop is not None
@@ -813,9 +803,8 @@ class HalosStrategy(ParallelStrategy):
         self._loop.schedulers.plateaus()
         self._loop.schedulers.catch_up(self._collectives.broadcast_object(self._loop.schedulers.history))
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._loop.show_metrics(self._collectives.broadcast_object(metrics))
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        deciding = {c.state_key: c for c in callbacks if isinstance(c, (Checkpoint, EarlyStopping))}
+        show_metrics(trainer, self._collectives.broadcast_object(metrics))
+        deciding = {c.state_key: c for c in callbacks_of(trainer) if decides(c)}
         states: dict[str, Any] = {}
         if self.is_global_zero:
             states = {key: callback.state_dict() for key, callback in deciding.items()}
@@ -831,10 +820,12 @@ class HalosStrategy(ParallelStrategy):
 
     def _restore(self, trainer: pl.Trainer) -> None:
         """Gives back every attribute of the Trainer that the training loop needed otherwise."""
-        if self._loop is not None:
-            self._loop.restore()
-        if self._callbacks is not None:
-            trainer.callbacks, self._callbacks = self._callbacks, None  # type: ignore[attr-defined]
+        if self._lightning is not None:
+            self._lightning.restore()
+            self._lightning = None
+        if self._data is not None:
+            self._data.detach()
+            self._data = None
 
     # ------------------------------------------------------------------ collectives
 

@@ -1,0 +1,229 @@
+"""What Lightning has to be made to believe while a worker trains at its own pace.
+
+Lightning counts the steps of this process; the run counts those of all workers. So the global step, the schedule of
+validation, the callbacks, and the Trainer's own limits are set here, and nowhere else, and all of them are given back.
+What each relies on was read in, and tried with, the versions of Lightning that ``compat`` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+
+from lightning_halos.core.schedule import next_count
+from lightning_halos.training.compat import (
+    has_trained_enough,
+    is_accumulating,
+    is_last_batch,
+    period_of_saves,
+    set_logged_steps,
+)
+from lightning_halos.training.schedulers import SchedulePosition
+
+
+class TrainerAdapter:
+    """Makes a Trainer follow the run during one fit.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        limit: Global steps of the complete run, ``None`` if unknown. Schedulers do not go beyond it.
+        end: Global steps at which the run ends by itself; may be infinite.
+        epoch_batches: Batches of an epoch that a worker would get of a fixed shard; ``None`` if the workers do not
+            share the data.
+
+    Attributes:
+        trainer: The Trainer.
+        schedulers: Its learning-rate schedulers.
+    """
+
+    def __init__(self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None) -> None:
+        self.trainer = trainer
+        self.schedulers = SchedulePosition(
+            trainer.lightning_module,
+            trainer.lr_scheduler_configs,
+            trainer.optimizers,
+            trainer.global_step,
+            limit,
+            trainer.is_global_zero,
+        )
+        self._end = end
+        self._shown = trainer.global_step
+        self._shares_data = epoch_batches is not None
+        self._epoch_batches = trainer.num_training_batches if epoch_batches is None else epoch_batches
+        self._callbacks = callbacks_of(trainer)
+        self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
+        self._val_check_batch = trainer.val_check_batch
+
+    def install(self, loop: Callback) -> None:
+        """Puts the worker's loop before the callbacks that save, and on other ranks than 0 in their place."""
+        deciding = [callback for callback in self._callbacks if decides(callback)]
+        saving = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        if self.trainer.is_global_zero:
+            others = [callback for callback in self._callbacks if callback not in saving]
+            self._set_callbacks([*others, loop, *saving])
+        else:
+            self._set_callbacks([*(callback for callback in self._callbacks if callback not in deciding), loop])
+
+    def restore(self) -> None:
+        """Gives back what was changed of the Trainer."""
+        trainer = self.trainer
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
+        trainer.val_check_batch = self._val_check_batch
+        self.schedulers.release()
+        self._set_callbacks(self._callbacks)
+
+    def _set_callbacks(self, callbacks: list[Callback]) -> None:
+        self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ the end
+
+    @property
+    def wants_to_stop(self) -> bool:
+        """Whether somebody asked for the end of the run, and the Trainer's minimum is done."""
+        return self.trainer.should_stop and has_trained_enough(self.trainer)
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether this is the worker's last batch of its last epoch."""
+        fit_loop: Any = self.trainer.fit_loop
+        is_last_epoch = fit_loop.epoch_progress.current.processed + 1 == fit_loop.max_epochs
+        return bool(is_last_epoch and is_last_batch(self.trainer))
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this is the worker's last batch of an epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    def finish(self, position: int, stopped: bool) -> None:
+        """Shows the end of the run.
+
+        Args:
+            position: The final global step.
+            stopped: Whether somebody asked for the end.
+        """
+        self.show(position, is_final=True)
+        # Lightning ends by itself at max_steps and max_epochs; otherwise somebody asked for the end.
+        self.trainer.should_stop = self.trainer.should_stop or stopped
+        self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
+
+    def end_epoch(self) -> None:
+        """Ends an epoch, also one of which the others took all data: it is over for this worker's schedulers, too."""
+        loop = self.trainer.fit_loop.epoch_loop
+        epoch: Any = self.trainer.fit_loop.epoch_progress.current
+        if loop.batch_progress.current.ready == 0:
+            loop.batch_progress.is_last_batch = True
+            epoch.processed -= 1  # Lightning steps them while the epoch does not count as processed yet
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+            epoch.processed += 1
+
+    # ------------------------------------------------------------------ the global step
+
+    def show(self, position: int, is_final: bool = False) -> bool:
+        """Makes the Trainer's global step the run's, and schedules what happens at it.
+
+        Only the end of the run is its last step: Lightning's own end, and what saves or validates then, come with it.
+
+        Args:
+            position: The run's global step.
+            is_final: Whether the run is over.
+
+        Returns:
+            Whether rank 0 validates after this batch.
+        """
+        trainer, loop, before = self.trainer, self.trainer.fit_loop.epoch_loop, self._shown
+        is_whole = not is_accumulating(trainer)
+        if is_final:
+            self._shown = position
+        elif is_whole:  # what saves at a global step must find no half-finished step
+            self._shown = max(before, int(min(self._next_shown(position), self._end - 1)))
+        if trainer.lightning_module.automatic_optimization:
+            loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
+        else:
+            loop.manual_optimization.optim_step_progress.total.completed = self._shown
+        if is_whole:
+            set_logged_steps(trainer, self._shown - self._lag(stands=self._shown == before and not is_final))
+        if not trainer.is_global_zero or (trainer.max_steps == -1 and not self._shares_data):
+            return False
+        self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
+        return self._schedule_validation(before)
+
+    def _next_shown(self, position: int) -> int:
+        """Moves the global step towards a position, without jumping over one at which Lightning does something."""
+        before = self._shown
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        saving = [period_of_saves(c) for c in callbacks_of(self.trainer) if isinstance(c, ModelCheckpoint)]
+        periods = [period for period in (self._validation_period, *saving) if period > 0]
+        if log_every <= 1:
+            return next_count(before, position, periods)
+        periods.append(log_every)
+        # Some log at the start of a batch, before the multiple; the end of that batch belongs to the same step.
+        if (before + 1) % log_every == 0:
+            return before + 1
+        return min(next_count(before, position, periods), next_count(before + 1, position + 1, [log_every]) - 1)
+
+    def _lag(self, stands: bool) -> int:
+        """How far Lightning's own count for logging is behind at the end of a batch: usually 1.
+
+        A global step that stands still must not make Lightning log again, at the end of this batch or the start of the
+        next.
+        """
+        log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not stands or log_every <= 1:
+            return 1
+        behind_multiple = self._shown % log_every
+        if behind_multiple == 0:
+            return 0
+        return 2 if behind_multiple == log_every - 1 else 1
+
+    # ------------------------------------------------------------------ validation
+
+    @property
+    def _validation_period(self) -> int:
+        """Global steps between validations that are counted in steps; 0 if they are not."""
+        trainer = self.trainer
+        interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+        if not trainer.is_global_zero or not isinstance(interval, int) or every is not None:
+            return 0
+        return interval // trainer.accumulate_grad_batches
+
+    def _schedule_validation(self, before: int) -> bool:
+        """Validates after ``val_check_interval`` batches of all workers, not of this one."""
+        trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
+        interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
+        if not isinstance(interval, int) or (not self._shares_data and every not in (None, 1)):
+            return False
+        epoch = self._epoch_batches if every else float("inf")
+        if every and trainer.max_steps == -1:
+            # The end of an epoch is where this worker's data of it ends: in the last epoch, after the last step of all.
+            ends = self.ends_epoch and epoch % interval == 0
+            is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
+        else:
+            is_due = self._is_due(before, interval, epoch)
+        present = (loop.batch_idx if every else loop.total_batch_idx) + 1
+        trainer.val_check_batch = present if is_due else present + 1
+        return is_due
+
+    def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
+        """Whether what happens every ``interval`` batches of an epoch is due since a global step."""
+        accumulate = self.trainer.accumulate_grad_batches
+        numbers = (batch % epoch + 1 for batch in range(before * accumulate, self._shown * accumulate))
+        return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Returns the Trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def decides(callback: Callback) -> bool:
+    """Whether rank 0 decides with a callback for all: it saves or stops early."""
+    return isinstance(callback, (Checkpoint, EarlyStopping))
+
+
+def unfreezes(callbacks: Sequence[Callback]) -> bool:
+    """Whether a callback makes parameters trainable while training."""
+    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
