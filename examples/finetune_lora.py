@@ -85,7 +85,7 @@ def standard_library(encode: Callable[[str], list[int]], context: int) -> tuple[
 
 
 def report(trainer: L.Trainer, model: LoraTuner) -> None:
-    """Prints the loss and, of a HALoS run, the bytes that the servers counted next to those of a whole model."""
+    """Prints the loss and, under HALoS, the bytes that were sent, compared with the size of the complete model."""
     trained, total = model.lm.get_nb_trainable_parameters()
     print(f"Validation loss: {trainer.callback_metrics['val_loss']:.3f} nats per token")
     print(f"Trained: {trained:,} of {total:,} parameters, {trained / total:.2%}")
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo/lora"), help="the folder for the adapters")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the whole text is in memory
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the complete text is in memory
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # peft's use of transformers
     L.seed_everything(0)
     language_model, encode = load_model(args.model)

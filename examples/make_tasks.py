@@ -67,7 +67,7 @@ def training_text() -> Iterator[str]:
 
 
 def is_unseen(sentences: list[str], training: str) -> bool:
-    """Whether none of the sentences, even without its final mark, stands in the training text."""
+    """Whether none of the sentences occurs in the training text, even without its final punctuation mark."""
     return not any(sentence.rstrip(".!?") in training for sentence in sentences)
 
 
@@ -125,7 +125,7 @@ def last_words(texts: list[Passage]) -> Iterator[Row]:
 
 
 def blanks(texts: list[Passage], common: set[str], chance: random.Random) -> Iterator[Row]:
-    """WinoGrande: which of two words of the text belongs into the blank, by the text after it?"""
+    """WinoGrande: which of two words of the text fits the blank, given the text after it?"""
     for _, sentences in texts:
         text = " ".join(sentences[-2:])
         if "_" in text:

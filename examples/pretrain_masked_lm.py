@@ -32,7 +32,7 @@ MODULES = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
 
 
 def get_tokenizer(folder: Path, vocab_size: int = 512) -> transformers.PreTrainedTokenizerBase:
-    """Returns the tokenizer of a folder; trains it on the standard library first if there is none."""
+    """Returns the tokenizer of a folder. If the folder has none, trains one on the standard library first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # torchrun starts all workers at once
         if not folder.exists():
@@ -53,7 +53,7 @@ def windows(tokenizer: transformers.PreTrainedTokenizerBase, paths: list[Path]) 
 
 
 def loaders(tokenizer: transformers.PreTrainedTokenizerBase, batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """Returns batches to train on, masked anew each time, and of held-out modules, masked once and for all."""
+    """Returns training batches, with new masks in each epoch, and batches of held-out modules, with fixed masks."""
     mask = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
     train = windows(tokenizer, [path for index, path in enumerate(MODULES) if index % 20])
     held_out = windows(tokenizer, MODULES[::20])
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="the windows of text in the batch of a worker")
     args = parser.parse_args()
 
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the whole text is in memory
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the complete text is in memory
     L.seed_everything(0)
     tokenizer = get_tokenizer(args.tokenizer)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}

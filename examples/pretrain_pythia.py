@@ -1,6 +1,6 @@
 r"""Pre-trains a language model of the Pythia suite (GPT-NeoX) under HALoS.
 
-Every setting is in a YAML file of ``examples/pythia``, and any of them can be given on the command line::
+All settings are in the YAML files of ``examples/pythia``, and can be overridden on the command line::
 
     python examples/pretrain_pythia.py fit --config examples/pythia/tiny.yaml
     python examples/pretrain_pythia.py fit --config examples/pythia/paper.yaml --config examples/pythia/70m.yaml \
@@ -31,16 +31,16 @@ class Pythia(L.LightningModule):
 
     Args:
         architecture: Arguments of ``transformers.GPTNeoXConfig``, for a model from scratch.
-        pretrained: Name or folder of a model to go on from instead, as in ``AutoModelForCausalLM.from_pretrained``.
-        revision: Of ``pretrained``, such as ``"step0"``: Pythia's own initial weights.
+        pretrained: Name or folder of a model to continue from instead, as in ``AutoModelForCausalLM.from_pretrained``.
+        revision: Revision of ``pretrained``, such as ``"step0"`` for Pythia's own initial weights.
         lr: Peak learning rate.
-        betas: Of AdamW.
-        weight_decay: Of AdamW, for matrices only: not for biases and LayerNorm.
+        betas: AdamW's betas.
+        weight_decay: AdamW's weight decay, for matrices only: not for biases and LayerNorm.
         warmup_steps: Global steps in which the learning rate rises to its peak; 0 for none. Default: a hundredth of
             all.
-        final_lr: The learning rate in the end, after a cosine, as a share of ``lr``.
-        gradient_checkpointing: Compute activations anew in the backward pass, instead of keeping them in memory.
-        compile: Let ``torch.compile`` compile the model.
+        final_lr: The final learning rate, at the end of a cosine, as a share of ``lr``.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them in memory.
+        compile: Compile the model with ``torch.compile``.
         attention: Transformers' implementation of attention.
 
     Raises:

@@ -1,7 +1,7 @@
 """From text to an evaluated language model: runs the commands of docs/pretraining.md, one after the other.
 
-A tokenizer and a small GPT-NeoX are trained on the prose in Python's standard library, the model by 4 workers in 2
-regions under HALoS. Then it is exported, and answers lm-eval's questions beside the same model untrained::
+It trains a tokenizer and a small GPT-NeoX on the prose in Python's standard library, the model with 4 workers in 2
+regions under HALoS. Then it exports the model, and compares it with the untrained model on lm-eval's questions::
 
     python examples/pretrain_tiny.py
 
@@ -23,7 +23,7 @@ STANDARD_ERRORS = 3.0
 
 
 def run(*command: object) -> None:
-    """Shows a command and runs it."""
+    """Prints a command and runs it."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
     program = Path(sys.executable).with_name(words[0])
@@ -32,7 +32,7 @@ def run(*command: object) -> None:
 
 
 def save_untrained(trained: Path, output: Path) -> None:
-    """Saves the same model with the weights that it had in the beginning of some training."""
+    """Saves a model of the same configuration with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,7 @@ def save_untrained(trained: Path, output: Path) -> None:
 
 
 def improvements(comparison: Path) -> dict[str, float]:
-    """How many standard errors the trained model is better by, in each metric of the last-word task."""
+    """Returns the improvement of the trained model, in standard errors, for each metric of the last-word task."""
     found = {}
     for row in json.loads(comparison.read_text())["comparisons"]:
         if row["task"] == "local_lambada":

@@ -1,11 +1,11 @@
-"""Trains a byte-level GPT on the source of Python's standard library, with HALoS and with DDP, one worker being slow.
+"""Trains a byte-level GPT on the source of Python's standard library, with HALoS and with DDP, with one slow worker.
 
-Without ``--strategy`` the script trains with both, one after the other, on the same budget, and compares the validation
-loss over wall-clock time::
+By default the script trains with one after the other, for the same number of steps, and compares the validation loss
+over wall-clock time::
 
     python examples/train_char_lm.py
 
-With it, it does one run. Any strategy of Lightning will do::
+With ``--strategy`` it trains once, with any strategy of Lightning::
 
     python examples/train_char_lm.py --strategy halos --accelerator gpu --devices 4 --slowdown 1
 """
@@ -153,9 +153,9 @@ class ByteGPT(L.LightningModule):
 
 
 class Slowdown(L.Callback):
-    """Makes workers slow, as in a cluster of unequal devices: each sleeps after a batch, in proportion to its compute.
+    """Slows workers down, as in a cluster of unequal devices: each sleeps after a batch, in proportion to its work.
 
-    What is measured is the CPU time of the training thread, so that waiting for other workers does not count.
+    It measures the CPU time of the training thread, so that waiting for other workers does not count.
 
     Args:
         factors: How many times longer a batch takes, per rank. Further ranks keep their speed.
@@ -204,7 +204,7 @@ class LossCurve(L.Callback):
 
 def train(args: argparse.Namespace) -> None:
     """Does one run: trains with ``args.strategy``, writes the loss curve and prints a sample of the model's writing."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the whole text is in memory
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the complete text is in memory
     L.seed_everything(args.seed)
     # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges, and no
     # momentum on the local servers (docs/time-to-loss.md).
@@ -237,7 +237,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def compare(output: Path, slowdown: list[float]) -> None:
-    """Plots both loss curves over time and tells when each of them comes half-way down DDP's."""
+    """Plots both loss curves over time, and prints when each of them reaches DDP's half-way loss."""
     from matplotlib.figure import Figure
 
     curves = {}

@@ -1,4 +1,4 @@
-"""Trains an image classifier with batch normalisation on scikit-learn's handwritten digits and tests the best of it.
+"""Trains an image classifier with batch normalisation on scikit-learn's handwritten digits, and tests the best model.
 
 Run it with HALoS, or with any other strategy of Lightning's::
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning_halos  # noqa: F401 - makes strategy="halos" known to Lightning
+import lightning_halos  # noqa: F401 - registers strategy="halos" with Lightning
 
 
 class ConvNet(L.LightningModule):

@@ -1,6 +1,6 @@
-"""Trains a classifier of breast tumours on scikit-learn's Wisconsin data: a Lightning script as there are many.
+"""Trains a classifier of breast tumours on scikit-learn's Wisconsin data: a typical Lightning script.
 
-``train_ddp.py`` and ``train_halos.py`` are the same script under DDP and under HALoS. ``diff`` shows what it takes::
+``train_ddp.py`` and ``train_halos.py`` are the same script under DDP and under HALoS. ``diff`` shows the two changes::
 
     python examples/port/train_ddp.py
     python examples/port/train_halos.py

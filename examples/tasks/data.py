@@ -1,6 +1,6 @@
-"""Reads the questions of the local tasks from the files beside this one, from whatever folder lm-eval is run.
+"""Reads the questions of the local tasks from the files in this folder, independently of the working directory.
 
-How a question becomes requests is said by lm-eval's own functions for the benchmarks.
+lm-eval's own functions for the benchmarks turn a question into requests.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def load(files: dict[str, str], subject: str | None = None, **_: Any) -> Dataset
     Args:
         files: The file of JSON lines of each split.
         subject: Keep only the questions on this subject.
-        **_: What lm-eval passes besides, the task's metadata.
+        **_: The task's metadata, which lm-eval also passes.
     """
     splits = {}
     for split, file in files.items():

@@ -49,7 +49,7 @@ def described(outcome: Outcome) -> str:
     if outcome.kind == GOES_ON:
         return GOES_ON
     name = outcome.resumed_from
-    then = {"": "begins anew", PREEMPTED: "resumes from that"}.get(name, f"resumes from {name}")
+    then = {"": "starts from scratch", PREEMPTED: "resumes from that"}.get(name, f"resumes from {name}")
     return f"{outcome.kind} in {outcome.seconds:.1f} s, {then}"
 
 
