@@ -365,7 +365,10 @@ def test_plateau_steps_reach_every_worker_once_even_if_a_pull_is_repeated() -> N
     first = only(node.handle(0, push(0, 1)), Pull)
     again = only(node.handle(0, push(0, 1)), Pull)
     assert first.plateaus == again.plateaus == [(0, 1.5)]
-    assert only(node.handle(0, push(0, 2)), Pull).plateaus == []
+    node.handle(GLOBAL, above.publish([(0, 2.5)], {})[0].message)
+    assert only(node.handle(0, push(0, 1)), Pull).plateaus == [(0, 1.5)], "the worker may have the first answer"
+    assert only(node.handle(0, push(0, 2)), Pull).plateaus == [(0, 2.5)]
+    assert only(node.handle(0, push(0, 3)), Pull).plateaus == []
     assert above.publish([(0, 1.0)], {})[0].message.plateaus == [(0, 1.0)], "a status holds only what is new"
 
 
@@ -415,6 +418,17 @@ def test_a_run_goes_on_from_a_snapshot_with_the_updates_that_were_on_their_way()
     assert restarted.server.version == 1, "and not applied twice"
 
 
+def test_a_last_update_without_steps_changes_nothing_when_a_run_goes_on_either() -> None:
+    node = center()
+    node.save(Marker("a", "folder"))
+    node.handle(0, RegionUpdate(0, 0, 0, True, False, torch.zeros(2), 1))
+    node.handle(0, MarkerReply("a", 0, updates=1))
+    restarted = center()
+    restarted.load_state_dict(only(node.handle(1, MarkerReply("a", 1, updates=0)), Shard).state)
+    assert restarted.start() == []
+    assert restarted.server.version == 0
+
+
 def test_a_region_forwards_the_marker_and_gives_its_state_to_storage() -> None:
     node = region()
     for number in (1, 2):
@@ -424,3 +438,5 @@ def test_a_region_forwards_the_marker_and_gives_its_state_to_storage() -> None:
     assert only(sends, MarkerReply).updates == 1
     assert only(sends, Shard).server == 0
     assert node.handle(GLOBAL, Marker("a", "folder")) == [], "a repeated marker is the same snapshot"
+    assert only(node.handle(GLOBAL, Marker("b", "folder")), Shard).marker.save == "b"
+    assert node.handle(GLOBAL, Marker("a", "folder")) == [], "also after that of another snapshot"

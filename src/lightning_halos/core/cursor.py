@@ -125,6 +125,10 @@ class LeaseStock:
         self._asked: deque[tuple[int, int]] = deque()
         self._ordered = self._ended = False
 
+    def __iter__(self) -> Iterator[Lease]:
+        """Yields the leases in stock."""
+        return iter(self._leases)
+
     def ask(self, worker: int, steps: int) -> None:
         """Takes note that a worker wants data for a number of local steps."""
         self._asked.append((worker, steps))
@@ -161,7 +165,7 @@ class LeaseStock:
 
     def order(self) -> int:
         """Returns how many local steps' worth of data to order now; 0 if there is enough, or an order is under way."""
-        stock = sum(lease.steps for lease in self._leases)
+        stock = sum(lease.steps for lease in self)
         asked = sum(steps for _, steps in self._asked)
         if self._ordered or self._ended or stock >= max(self._ahead, asked):
             return 0

@@ -146,7 +146,7 @@ class GlobalNode:
             # After a last update no local server waits for an answer: it begins anew, and takes part again.
             waits = not any(update["final"] for update in updates)
             for fields in updates:
-                update = RegionUpdate(**{**fields, "final": False, "vector": fields["vector"].clone()})
+                update = RegionUpdate(**{**fields, "vector": fields["vector"].clone()})
                 answer = self.server.receive(update)
                 if waits:
                     sends.append(Send(index, answer))

@@ -88,7 +88,7 @@ class RegionNode:
         self._plateaus_sent = dict.fromkeys(workers, 0)
         self._metrics: dict[str, float] = {}
         self._answered = 0  # number of the last update that was answered
-        self._marked: str | None = None
+        self._marked: set[str] = set()  # saves that this server has taken part in
         self._final: GlobalModel | None = None
 
     @property
@@ -216,17 +216,18 @@ class RegionNode:
         self.budget.total += push.steps
         self._stop = self._stop or push.stop or self.budget.exhausted
         self._planner.measure(push.worker, push.batches, push.seconds)
+        # Repeated answers tell the worker of the same steps, since it takes one of the answers, and nobody knows which.
         self._plateaus_had[push.worker] = self._plateaus_sent[push.worker]
+        self._plateaus_sent[push.worker] = len(self._plateaus)
 
     def _pull(self, push: Push, vector: Tensor | None) -> Pull:
         rank = push.worker
-        self._plateaus_sent[rank] = len(self._plateaus)
         return Pull(
             version=self.server.version,
             local_steps=self._planner.local_steps(rank, self.budget.total),
             position=self.budget.position,
             stop=self._stop,
-            plateaus=self._plateaus[self._plateaus_had[rank] :],
+            plateaus=self._plateaus[self._plateaus_had[rank] : self._plateaus_sent[rank]],
             metrics=self._metrics,
             vector=vector,
             number=push.number,
@@ -329,10 +330,10 @@ class RegionNode:
         return sends
 
     def _on_marker(self, marker: Marker) -> list[Send]:
-        if marker.save == self._marked:
+        if marker.save in self._marked:
             return []
         self._machine.move(RegionEvent.MARKER)
-        self._marked = marker.save
+        self._marked.add(marker.save)
         shard = Shard(marker, self.server.index, self.state_dict())
         reply = MarkerReply(marker.save, self.server.index, self.server.number)
         workers = [Send(rank, marker) for rank in self._asked]
