@@ -20,7 +20,7 @@ METRICS = {
 }
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 @pytest.mark.timeout(330)
 def test_the_tutorial_trains_a_model_that_is_better_beyond_noise(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "pretrain_tiny.py")]

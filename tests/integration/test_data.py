@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,25 +14,21 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
-    PAUSE,
     SAMPLES,
     Toy,
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
-    halos,
     loader,
     make_trainer,
     outcome,
     samples,
 )
+from tests.integration.virtual import simulate
 
 
 class Noting(Toy):
     """Takes note of the epoch of each sample, too."""
-
-    pause = 0.06
-    slow = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,42 +38,55 @@ class Noting(Toy):
         self.epochs += [self.current_epoch] * len(batch[2])
         return super().training_step(batch, batch_idx)
 
-
-def epochs(number: int, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]) -> Result:
-    module, trainer = Noting(), make_trainer(halos(servers_per_region=servers), max_epochs=number, **flags)
-    module.pause = 3 * PAUSE  # so that it does not matter who begins a little later
-    trainer.fit(module, loader(SAMPLES + 10, shuffle=True, num_workers=data_workers, drop_last=drop_last))
-    return outcome(trainer, module, epochs=module.epochs, batches=trainer.num_training_batches)
+    def more(self) -> Result:
+        return {"epochs": self.epochs, "batches": self.trainer.num_training_batches}
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize(
-    ("servers", "data_workers", "drop_last", "flags"),
-    [
-        (1, 0, False, {}),
-        pytest.param(2, 1, False, {}, marks=pytest.mark.slow),
-        pytest.param(1, 0, True, {}, marks=pytest.mark.slow),
-        (1, 1, False, {"accumulate_grad_batches": 3}),
-    ],
-    ids=str,
-)
-def test_max_epochs_uses_every_sample_once_per_epoch(
-    run: Run, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]
-) -> None:
-    results = run(epochs, 3, servers, data_workers, drop_last, flags)
+def assert_every_sample_once_per_epoch(results: list[Result], drop_last: bool) -> None:
     used = Counter(pair for r in results for pair in zip(r["epochs"], r["trained_on"], strict=True))
     assert set(used.values()) == {1}
     for epoch in range(3):
         indices = {index for at, index in used if at == epoch}
         assert len(indices) == SAMPLES + 8 if drop_last else indices == set(range(SAMPLES + 10))
-    counts = [len(result["trained_on"]) for result in results]
-    assert min(counts[:3]) > 2 * counts[3]  # the slow worker gets less to do, instead of keeping the others waiting
     for result in results:
         assert result["global_step"] == sum(r["optimizer_steps"] for r in results) // 4
         assert result["epoch"] == 3
         assert result["batches"] == (16 if drop_last else 17)  # those of a shard, as under DDP
     assert_no_step_lost(results)
     assert_same_model(results)
+
+
+@pytest.mark.parametrize(
+    ("servers", "data_workers", "drop_last", "flags"),
+    [(1, 0, False, {}), (2, 1, False, {}), (1, 0, True, {}), (1, 1, False, {"accumulate_grad_batches": 3})],
+    ids=str,
+)
+def test_max_epochs_uses_every_sample_once_per_epoch_and_a_slow_worker_gets_less(
+    tmp_path: Path, servers: int, data_workers: int, drop_last: bool, flags: dict[str, Any]
+) -> None:
+    data = loader(SAMPLES + 10, shuffle=True, num_workers=data_workers, drop_last=drop_last)
+    strategy = {"servers_per_region": servers}
+    results = simulate(tmp_path, Noting(), data, slow=3, strategy=strategy, max_epochs=3, **flags)
+    assert_every_sample_once_per_epoch(results, drop_last)
+    counts = [len(result["trained_on"]) for result in results]
+    assert min(counts[:3]) > 2 * counts[3], "the slow worker gets less to do, instead of keeping the others waiting"
+
+
+def epochs(number: int, data_workers: int, drop_last: bool, flags: dict[str, Any]) -> Result:
+    module, trainer = Noting(), make_trainer(max_epochs=number, **flags)
+    trainer.fit(module, loader(SAMPLES + 10, shuffle=True, num_workers=data_workers, drop_last=drop_last))
+    return outcome(trainer, module, **module.more())
+
+
+@pytest.mark.parametrize(
+    ("data_workers", "drop_last", "flags"),
+    [(1, False, {}), (0, True, {"accumulate_grad_batches": 3})],
+    ids=str,
+)
+def test_in_real_time_every_sample_is_used_once_per_epoch_too(
+    run: Run, data_workers: int, drop_last: bool, flags: dict[str, Any]
+) -> None:
+    assert_every_sample_once_per_epoch(run(epochs, 3, data_workers, drop_last, flags), drop_last)
 
 
 class Stream(IterableDataset[Any]):

@@ -15,33 +15,22 @@ from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
     LOCAL_STEPS,
-    PAUSE,
     Toy,
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
-    halos,
     loader,
     make_trainer,
     outcome,
     samples,
     state,
 )
+from tests.integration.virtual import simulate
 
 HELD_OUT = 30  # samples, in batches of 4
 
 
-def validated(slow: int | None, flags: dict[str, Any]) -> Result:
-    # Rank 0 learns at the end of each of its rounds how far all are: in time for a quarter of so short an epoch.
-    is_short = flags.get("val_check_interval") == 0.25
-    module, trainer = Toy(), make_trainer(halos(local_steps=1) if is_short else None, **flags)
-    module.slow, module.pause = slow, 3 * PAUSE if is_short else PAUSE
-    trainer.fit(module, loader(), loader(HELD_OUT))
-    return outcome(trainer, module, limit=trainer.limit_val_batches)
-
-
 # An epoch has 16 batches. The last number is how often DDP validates.
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("flags", "validations"),
     [
@@ -55,16 +44,32 @@ def validated(slow: int | None, flags: dict[str, Any]) -> Result:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("slow", [pytest.param(None, marks=pytest.mark.slow), 0])
+@pytest.mark.parametrize("slow", [None, 0])
 def test_validation_runs_on_rank_0_as_often_as_under_ddp(
-    run: Run, flags: dict[str, Any], validations: int, slow: int | None
+    tmp_path: Path, flags: dict[str, Any], validations: int, slow: int | None
 ) -> None:
-    first, *others = run(validated, slow, flags)
-    whole, sanity = list(range(HELD_OUT)), [[0, 1, 2, 3]] if "num_sanity_val_steps" in flags else []
+    # Rank 0 learns at the end of each of its rounds how far all are: in time for a quarter of so short an epoch.
+    strategy = {"local_steps": 1} if flags.get("val_check_interval") == 0.25 else {}
+    first, *others = simulate(tmp_path, Toy(), loader(), loader(HELD_OUT), slow=slow, strategy=strategy, **flags)
+    everything, sanity = list(range(HELD_OUT)), [[0, 1, 2, 3]] if "num_sanity_val_steps" in flags else []
     count = len(first["validated_on"]) - len(sanity)
-    assert first["validated_on"] == sanity + [whole] * count
+    assert first["validated_on"] == sanity + [everything] * count
     # Two that fall due together, since this worker's data of an epoch ends before that of others, are one.
     assert count == validations or (count == validations - 1 and flags.get("val_check_interval") == 0.25)
+    for other in others:
+        assert other["validated_on"] == []
+        assert other["metrics"]["val_loss"] == first["metrics"]["val_loss"]
+
+
+def validated() -> Result:
+    module, trainer = Toy(), make_trainer(max_epochs=2)
+    trainer.fit(module, loader(), loader(HELD_OUT))
+    return outcome(trainer, module, limit=trainer.limit_val_batches)
+
+
+def test_in_real_time_rank_0_validates_too_and_the_others_get_its_metrics(run: Run) -> None:
+    first, *others = run(validated)
+    assert first["validated_on"] == [list(range(HELD_OUT))] * 2
     for other in others:
         assert other["validated_on"] == []
         assert other["metrics"]["val_loss"] == first["metrics"]["val_loss"]
@@ -159,11 +164,24 @@ class Stagnating(Toy):
         self.log("val_loss", torch.tensor(1.0))
 
 
-def stopped_early(flags: dict[str, Any]) -> Result:
+@pytest.mark.parametrize(("flags", "at_least", "validations"), [({}, 60, 3), ({"min_steps": 90}, 90, 5)], ids=str)
+def test_early_stopping_on_rank_0_stops_all(
+    tmp_path: Path, flags: dict[str, Any], at_least: int, validations: int
+) -> None:
+    every = {"max_steps": 400, "val_check_interval": 20, "check_val_every_n_epoch": None}
+    stopping = EarlyStopping("val_loss", patience=2)
+    results = simulate(tmp_path, Stagnating(), loader(), loader(HELD_OUT), callbacks=[stopping], **every, **flags)
+    assert len(results[0]["validated_on"]) == validations
+    for result in results:
+        assert at_least <= result["global_step"] < at_least + 2 * LOCAL_STEPS
+        assert result["global_step"] == results[0]["global_step"]
+    assert_no_step_lost(results)
+    assert_same_model(results)
+
+
+def stopped_early() -> Result:
     module, stopping = Stagnating(), EarlyStopping("val_loss", patience=2)
-    trainer = make_trainer(
-        max_steps=400, val_check_interval=20, check_val_every_n_epoch=None, callbacks=stopping, **flags
-    )
+    trainer = make_trainer(max_steps=400, val_check_interval=20, check_val_every_n_epoch=None, callbacks=stopping)
     trainer.fit(module, loader(), loader(HELD_OUT))
     return outcome(
         trainer,
@@ -174,13 +192,11 @@ def stopped_early(flags: dict[str, Any]) -> Result:
     )
 
 
-@pytest.mark.parametrize(("flags", "at_least", "validations"), [({}, 60, 3), ({"min_steps": 90}, 90, 5)], ids=str)
-def test_early_stopping_on_rank_0_stops_all(run: Run, flags: dict[str, Any], at_least: int, validations: int) -> None:
-    results = run(stopped_early, flags)
+def test_in_real_time_early_stopping_ends_all_and_every_rank_has_its_state(run: Run) -> None:
+    results = run(stopped_early)
     first = results[0]
-    assert len(first["validated_on"]) == validations
+    assert first["global_step"] >= 60
     for result in results:
-        assert at_least <= result["global_step"] < at_least + 4 * LOCAL_STEPS
         assert result["global_step"] == first["global_step"]
         assert (result["waited"], result["stopped_epoch"]) == (first["waited"], first["stopped_epoch"])
         assert "EarlyStopping" in result["callbacks"]
@@ -197,16 +213,24 @@ class Stopping(Toy):
         return super().training_step(batch, batch_idx)
 
 
+def test_any_worker_can_stop_the_run(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Stopping(), loader(), max_steps=400)
+    assert results[2]["optimizer_steps"] == 5
+    assert all(result["optimizer_steps"] <= 5 + 2 * LOCAL_STEPS for result in results)
+    assert len({result["global_step"] for result in results}) == 1
+    assert_no_step_lost(results)
+    assert_same_model(results)
+
+
 def stopping() -> Result:
     module, trainer = Stopping(), make_trainer(max_steps=400)
     trainer.fit(module, loader())
     return outcome(trainer, module)
 
 
-def test_any_worker_can_stop_the_run(run: Run) -> None:
+def test_in_real_time_any_worker_can_stop_the_run(run: Run) -> None:
     results = run(stopping)
     assert results[2]["optimizer_steps"] == 5
-    assert all(result["optimizer_steps"] <= 5 + 3 * LOCAL_STEPS for result in results)
     assert len({result["global_step"] for result in results}) == 1
     assert_no_step_lost(results)
     assert_same_model(results)

@@ -105,7 +105,7 @@ def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
     (tmp_path / "workers").mkdir()
     (main,) = run(forking, tmp_path / "workers", strategy, environments=[{}])
     results = load_results(tmp_path / "workers", 4)
-    assert_trained(results, max_steps=20, round_steps=8)
+    assert_trained(results, max_steps=20)
     assert_same_model([main, *results])
     assert main["interactive"]
     assert main["start_method"] == "fork"
@@ -193,5 +193,5 @@ def test_lightning_cli(run: Run, strategy: Any, regions: int) -> None:
     trainer = {"accelerator": "cpu", "devices": 4, "max_steps": 20, "strategy": strategy}
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     results = run(from_command_line, {"trainer": {**trainer, **quiet}})
-    assert_trained(results, max_steps=20, round_steps=8)
+    assert_trained(results, max_steps=20)
     assert all(result["regions"] == regions for result in results)

@@ -30,7 +30,7 @@ def monitored() -> Result:
 
 def test_the_monitor_logs_what_the_run_did(run: Run, tmp_path: Path) -> None:
     results = run(monitored)
-    assert_trained(results, max_steps=40, round_steps=LOCAL_STEPS)
+    assert_trained(results, max_steps=40)
     scalars = ("global_step", "staleness", "updates", "merges", "bytes_within_regions", "bytes_between_regions")
     shares = [f"compute_share/rank_{rank}" for rank in range(WORKERS)]
     assert set(results[0]["shown"]) == {f"halos/{name}" for name in (*scalars, "round_seconds", *shares)}

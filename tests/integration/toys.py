@@ -80,6 +80,10 @@ class Toy(pl.LightningModule):
         if strategy.servers is not None:
             self.server_steps += strategy.servers.steps
 
+    def more(self) -> Result:
+        """What a test of a module of its own wants to know besides the usual outcome."""
+        return {}
+
     def _count(self, *_: Any) -> None:
         self.optimizer_steps += 1
 
@@ -150,13 +154,13 @@ def assert_no_step_lost(results: list[Result]) -> None:
     assert results[0]["server_steps"] == sum(result["optimizer_steps"] for result in results)
 
 
-def assert_trained(results: list[Result], max_steps: int, round_steps: int = LOCAL_STEPS) -> None:
-    """The steps that were ordered and few more, none lost; one schedule and one model.
+def assert_trained(results: list[Result], max_steps: int) -> None:
+    """At least the steps that were ordered, none lost; one schedule and one model.
 
-    A stop notice takes a while on a busy machine; ``test_waiting`` has the strict limit.
+    How many more there are depends on how long a stop notice takes, which a busy machine decides: ``test_nodes`` and
+    the chaos runs have the limit.
     """
-    total, workers = sum(result["optimizer_steps"] for result in results), len(results)
-    assert max_steps * workers <= total <= (max_steps + 2 * round_steps) * workers
+    assert sum(result["optimizer_steps"] for result in results) >= max_steps * len(results)
     assert_no_step_lost(results)
     for result in results:
         assert result["global_step"] == max_steps
