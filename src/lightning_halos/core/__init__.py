@@ -1,6 +1,5 @@
-"""The algorithm, without I/O.
+"""The algorithm and all decisions of a run, without I/O.
 
-Rules of this package: it imports torch and nothing else, not even the rest of lightning_halos. No sockets, no threads,
-no clock, no Lightning. Its state machines take a message and return messages; whoever drives them, real processes or a
-simulation, decides when.
+This package imports only torch, and nothing else of lightning_halos: no sockets, threads, clock or Lightning. Its nodes
+take a message and return messages, so that real processes and simulations can use the same code.
 """

@@ -13,18 +13,18 @@ from lightning_halos.core.messages import Progress
 
 @dataclass
 class ServerCounters:
-    """What a local server and its workers have done so far.
+    """Counters of a local server and its workers.
 
     Attributes:
         updates: Pushes applied.
         merges: Global models merged.
         staleness_sum: Sum over applied pushes of the versions between pull and push.
-        staleness_max: The largest of these.
+        staleness_max: Largest staleness of an applied push.
         bytes_within_regions: Bytes on links inside the region.
         bytes_between_regions: Bytes on links to another region.
         computed: Seconds that each worker spent computing, by rank.
         waited: Seconds that each worker waited for the server, by rank.
-        rejected: Pushes of each worker that were dropped, by rank; only of workers with any.
+        rejected: Rejected pushes of each worker that has any, by rank.
     """
 
     updates: int = 0
@@ -38,7 +38,7 @@ class ServerCounters:
     rejected: dict[int, int] = field(default_factory=dict)
 
     def add(self, report: Progress) -> None:
-        """Takes a report into account."""
+        """Adds the numbers of a report."""
         self.updates, self.merges = report.updates, report.merges
         self.staleness_sum += report.staleness or 0
         self.staleness_max = max(self.staleness_max, report.staleness or 0)

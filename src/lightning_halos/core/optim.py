@@ -1,7 +1,6 @@
 """The server optimizer of HALoS.
 
-What lives here turns gradients into new parameters, in place; who computes, averages or ships the gradients is
-decided elsewhere. Core imports torch only: no Lightning, no networking.
+It turns gradients into new parameters, in place. Computing, averaging and sending the gradients is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DelayedNesterov"]
 
-# Elements of a large CPU tensor that are worked on at a time: few enough that the blocks of one update stay in the
-# cores' caches between its elementwise operations, and many enough to be worth a call, and to share among threads.
+# Elements of a large CPU tensor that are processed at a time: few enough to stay in the cores' caches between the
+# elementwise operations of an update, and enough to be worth a call and to be shared among threads.
 _BLOCK = 131072
 
 
@@ -30,7 +29,7 @@ class DelayedNesterov(Optimizer):
     r"""Nesterov momentum that is refreshed only once per `delay` updates.
 
     Asynchronous workers deliver stale gradients one by one; momentum on each of them amplifies the staleness. So
-    every gradient moves the parameters at once, but the momentum takes in only the mean of `delay` gradients. With
+    every gradient moves the parameters at once, but the momentum is computed from the mean of `delay` gradients. With
     :math:`d` = `delay`, :math:`\beta` = `momentum`, :math:`c` = `activation` and :math:`g_t` the gradient of update
     :math:`t = 0, 1, \dots` of a parameter :math:`p`, where :math:`m` and :math:`\Delta` start at 0::
 
@@ -43,12 +42,12 @@ class DelayedNesterov(Optimizer):
     `lr` is the effective rate of a single update: the rate of the paper and of its published implementation is
     ``lr * delay``. With ``delay=1`` this is ``torch.optim.SGD(nesterov=True)``, whatever the activation.
 
-    Every update is in place and touches each element in main memory once, also in one huge contiguous parameter.
-    The state of a parameter holds its own update count ``"step"`` (an int: no device is ever waited for) and
-    ``"momentum"``, with the shape, dtype and device of the parameter, unless the momentum is 0. With an activation of 0
-    the momentum is not used inside a window, so it takes in each gradient at once and needs no second buffer: in the
-    window's first update ``m <- beta * m + g_t / d``, then ``m <- m + g_t / d``. Otherwise there is ``"delta"``, too. A
-    parameter without a gradient is skipped, and its count and window stand still.
+    Every update is in place and touches each element in main memory once, even in a very large contiguous parameter.
+    The state of a parameter has its own update count ``"step"`` (an int, so that no device is waited for) and, unless
+    the momentum is 0, ``"momentum"``, with the shape, dtype and device of the parameter. With an activation of 0 the
+    momentum is not used inside a window, so each gradient is added to it at once, without a second buffer: in the
+    window's first update ``m <- beta * m + g_t / d``, then ``m <- m + g_t / d``. Otherwise the state also has
+    ``"delta"``. A parameter without a gradient is skipped, and its count and window do not change.
 
     `lr` may change between any two updates; the other values only while every window is complete
     (``step % delay == 0``).
@@ -57,16 +56,16 @@ class DelayedNesterov(Optimizer):
     Nesterov Update"; used as server optimizer by HALoS, arXiv 2506.04531.
 
     Args:
-        params: Parameters, or groups of them as dicts with own `lr`, `momentum`, `delay` or `activation`. Any shape
-            and floating dtype; gradients must be dense.
+        params: Parameters, or groups of them as dicts with their own `lr`, `momentum`, `delay` or `activation`. Any
+            shape and floating dtype; gradients must be dense.
         lr: Effective learning rate of one update, finite and >= 0.
         momentum: Decay of the momentum per window, in [0, 1).
         delay: Number of updates in a window, an int >= 1.
-        activation: Part of the momentum that each update before the last of a window already applies, in
-            [0, 1 / delay]. 0 leaves all of it to the last update, 1 / delay spreads it evenly.
+        activation: Part of the momentum that each update before the last of a window applies, in [0, 1 / delay]. 0
+            leaves all of it to the last update, 1 / delay spreads it evenly.
 
     Raises:
-        ValueError: If a value is not one of those above, here or in :meth:`add_param_group`.
+        ValueError: If a value is outside of these ranges, here or in :meth:`add_param_group`.
     """
 
     def __init__(
@@ -82,13 +81,13 @@ class DelayedNesterov(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; values it does not give are those of the constructor.
+        """Add a group of parameters. Missing values default to those of the constructor.
 
         Args:
             param_group: ``{"params": ...}`` and optionally `lr`, `momentum`, `delay`, `activation`.
 
         Raises:
-            ValueError: If a value is out of range; no group is added then.
+            ValueError: If a value is out of range. Then no group is added.
         """
         _refuse_bad_values({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -107,10 +106,10 @@ class DelayedNesterov(Optimizer):
             closure: Recomputes the loss and the gradients first; called with gradients enabled.
 
         Returns:
-            What the closure returned, or None without one.
+            The return value of the closure, or None without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse; no parameter has changed then.
+            RuntimeError: If a gradient is sparse. Then no parameter is changed.
         """
         loss = None
         if closure is not None:
@@ -133,14 +132,14 @@ class DelayedNesterov(Optimizer):
         return loss
 
     def restart_windows(self) -> None:
-        """Lets a new window begin with the next update. The momentum stays as it is."""
+        """Start a new window with the next update. The momentum does not change."""
         for state in self.state.values():
             state["step"] = 0
             if "delta" in state:
                 state["delta"].zero_()
 
     def _count(self, p: Tensor, group: dict[str, Any]) -> tuple[int, bool, bool]:
-        """Counts an update. Returns its number in the window, and whether it needs a momentum and a delta."""
+        """Count an update. Return its number in the window, and whether it needs a momentum and a delta."""
         state = self.state[p]
         count = state.get("step", 0)
         state["step"] = count + 1
@@ -182,7 +181,7 @@ class DelayedNesterov(Optimizer):
             add_each_(ps, gs, alpha=-lr)
 
     def _buffer(self, p: Tensor, name: str) -> Tensor:
-        """The named buffer of a parameter, made on first use."""
+        """The named buffer of a parameter, created on first use."""
         state = self.state[p]
         if name not in state:
             state[name] = torch.zeros_like(p)
@@ -191,7 +190,7 @@ class DelayedNesterov(Optimizer):
 
 
 def _blocks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Divides lists of tensors of the same sizes into blocks of about ``_BLOCK`` elements, where that pays."""
+    """Divide lists of CPU tensors of the same sizes into blocks of about ``_BLOCK`` elements."""
     if any(t.device.type != "cpu" for tensors in lists for t in tensors):
         yield lists
         return
@@ -208,7 +207,7 @@ def _blocks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 
 
 def _pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Divides tensors of the same size into pieces of ``_BLOCK`` elements, if they are contiguous."""
+    """Divide tensors of the same size into pieces of ``_BLOCK`` elements, if they are contiguous."""
     if tensors[0].numel() <= _BLOCK or not all(t.is_contiguous() for t in tensors):
         return iter([tensors])
     return zip(*(torch.split(t.view(-1), _BLOCK) for t in tensors), strict=True)
@@ -222,7 +221,7 @@ def _refuse_bad_values(group: dict[str, Any]) -> None:
     def is_number(value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)  # no tensors: reading them would sync
 
-    # Comparisons with nan are false, so it is refused everywhere.
+    # Comparisons with NaN are false, so NaN is refused everywhere.
     lr, momentum, delay, activation = (group[name] for name in ("lr", "momentum", "delay", "activation"))
     refuse_unless(is_number(lr) and 0 <= lr < math.inf, "lr", "a finite number >= 0")
     refuse_unless(is_number(momentum) and 0 <= momentum < 1, "momentum", "a number in [0, 1)")

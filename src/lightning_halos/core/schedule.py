@@ -1,6 +1,6 @@
-"""How much work there is, who does how much of it per round, and which step it counts as.
+"""The step budget of a run, the local steps of a round, and the global step.
 
-Rules of this room: numbers only, no tensors, no clock. Seconds come in as arguments.
+Numbers only: no tensors and no clock. Callers pass the seconds that they measured or simulated.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 
 def dynamic_local_steps(local_steps: int, speed: float, fastest: float) -> int:
-    """Local steps per round of a worker, so that all workers' rounds take about equally long (HALoS, section 4.1).
+    """Returns a worker's local steps per round, such that all rounds take about equally long (HALoS, section 4.1).
 
-    ``max(1, ceil(local_steps * (speed / fastest)))``, in this order: the fastest runs exactly ``local_steps``.
+    The formula is ``max(1, ceil(local_steps * (speed / fastest)))``. With this order of operations, the fastest worker
+    runs exactly ``local_steps``.
 
     Args:
         local_steps: Local steps per round of the fastest worker (``H``).
@@ -26,12 +27,12 @@ def dynamic_local_steps(local_steps: int, speed: float, fastest: float) -> int:
 
 @dataclass
 class StepBudget:
-    """Counts the local steps of all workers against the work that was ordered.
+    """Compares the local steps of all workers with the ordered number of steps.
 
     Attributes:
         workers: Number of workers.
-        max_steps: Global steps that were ordered, ``None`` for no limit. One global step is one local step per worker.
-        total: Local steps that all workers have finished.
+        max_steps: Ordered global steps, ``None`` for no limit. One global step is one local step per worker.
+        total: Local steps that all workers together have finished.
     """
 
     workers: int
@@ -45,12 +46,12 @@ class StepBudget:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the ordered work is done."""
+        """Whether all ordered steps are finished."""
         return self.max_steps is not None and self.total >= self.max_steps * self.workers
 
 
 def global_step(total: int, workers: int, max_steps: int | None) -> int:
-    """Local steps of all workers, divided by their number, rounded down, and never beyond ``max_steps``."""
+    """Returns the local steps of all workers, divided by their number and rounded down, but at most ``max_steps``."""
     position = total // workers
     return position if max_steps is None else min(position, max_steps)
 
@@ -60,17 +61,18 @@ class RoundPlanner:
 
     Args:
         local_steps: Local steps per round of the fastest worker (``H``).
-        dynamic: Whether slower workers run fewer, by their measured speed. Otherwise all run ``local_steps``.
-        workers: Number of workers of the whole run.
-        max_steps: Global steps that were ordered, ``None`` for no limit. Towards the end rounds get shorter, so that
-            the run ends close to it.
+        dynamic: Whether slower workers run fewer local steps, by their measured speed. Otherwise all run
+            ``local_steps``.
+        workers: Number of workers of the complete run.
+        max_steps: Ordered global steps, ``None`` for no limit. Towards the end rounds get shorter, so that the run
+            ends close to it.
         speeds: Speed of each worker by rank, on any scale, if speeds are known and need not be measured.
 
     Attributes:
-        fastest: Local steps per second of the fastest worker known, 0 before the first measurement.
+        fastest: Local steps per second of the fastest known worker, 0 before the first measurement.
     """
 
-    # Weight of the newest measurement in a worker's speed: follows a change within a few rounds and damps noise.
+    # Weight of the newest measurement in a worker's speed: it follows a change within a few rounds, and damps noise.
     _NEWEST = 0.5
 
     def __init__(
@@ -95,23 +97,23 @@ class RoundPlanner:
 
     @property
     def fastest_here(self) -> float:
-        """Local steps per second of the fastest worker that was measured here, 0 before the first measurement."""
+        """Local steps per second of the fastest worker of this server, 0 before the first measurement."""
         return max(self._speeds.values(), default=0.0)
 
     def measure(self, worker: int, steps: int, seconds: float) -> None:
-        """Takes the time of a finished round into account."""
+        """Updates a worker's speed with the duration of a finished round."""
         if steps > 0 and seconds > 0 and not self._are_known:
             speed = steps / seconds
             known = self._speeds.get(worker, speed)
             self._speeds[worker] = known + self._NEWEST * (speed - known)
 
     def hear_of(self, fastest: float) -> None:
-        """Learns the speed of the fastest worker of all regions."""
+        """Sets the speed of the fastest worker of all regions."""
         if not self._are_known:
             self._fastest_elsewhere = fastest
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was measured and heard."""
+        """Returns the measured speeds and the fastest speed elsewhere."""
         return {"speeds": dict(self._speeds), "fastest_elsewhere": self._fastest_elsewhere}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,17 +124,17 @@ class RoundPlanner:
         self._fastest_elsewhere = state["fastest_elsewhere"]
 
     def known_steps(self, worker: int) -> int:
-        """Local steps of a round of a worker whose speed is known; 1 before the first measurement."""
+        """Returns a worker's local steps per round by its speed, or 1 before its first measurement."""
         if worker not in self._speeds:
             return 1
         return dynamic_local_steps(self._local_steps, self._speeds[worker], self.fastest)
 
     def local_steps(self, worker: int, total: int) -> int:
-        """Local steps of the worker's next round.
+        """Returns the local steps of the worker's next round.
 
         Args:
             worker: Global rank of the worker.
-            total: Local steps that all workers have finished.
+            total: Local steps that all workers together have finished.
         """
         steps = self._local_steps
         if self._dynamic and worker in self._speeds:
@@ -144,18 +146,18 @@ class RoundPlanner:
 
 
 def next_count(shown: int, target: int, periods: Iterable[int]) -> int:
-    """Moves a step counter forward, stopping at multiples that somebody waits for.
+    """Returns the next value of a step counter, which must not skip multiples of certain periods.
 
-    The global step grows by more than one per local step of a slow worker, yet Lightning acts when its counter is a
+    The global step grows by more than one per local step of a slow worker, but Lightning acts when its counter is a
     multiple of a period (``log_every_n_steps``, ``every_n_train_steps``).
 
     Args:
         shown: The counter now.
-        target: Where it should be. A target behind ``shown`` leaves the counter where it is.
-        periods: Those whose multiples are stopped at: of several multiples of a period in the way, at the last.
+        target: The value to reach. If it is less than ``shown``, the counter does not change.
+        periods: The periods. If several multiples of a period are on the way, the counter stops at the last one.
 
     Returns:
-        ``target``, or the multiple before it at which to stop first.
+        ``target``, or the first multiple on the way to it.
     """
     stops = [target]
     for period in periods:

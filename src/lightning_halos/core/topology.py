@@ -1,7 +1,7 @@
-"""Regions, ranks, and who hosts what.
+"""Regions, ranks, and the processes that host servers.
 
-Rules of this room: ranks and names only; it starts nothing and talks to nobody. What a user can get wrong about regions
-is refused here, with an error that says what to do.
+It deals with ranks and names only. It checks everything that a user can get wrong about regions, with errors that say
+what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ServerGroup:
     """A local server and its workers.
 
     Attributes:
-        index: Index of the local server among all.
+        index: Index of the local server among all local servers.
         region: Index of its region.
         ranks: Global ranks of its workers, ascending.
     """
@@ -35,9 +35,9 @@ class ServerGroup:
 
 @dataclass(frozen=True)
 class Topology:
-    """Which worker is in which region, and which process hosts which server.
+    """The region of each worker, and the process that hosts each server.
 
-    The lowest rank of a server group hosts its local server; rank 0 hosts the global server too.
+    The lowest rank of a server group hosts its local server; rank 0 also hosts the global server.
 
     Attributes:
         names: Names of the regions, by index.
@@ -55,11 +55,11 @@ class Topology:
 
         Args:
             regions: Global ranks of each region; checked by :func:`check_regions`.
-            servers_per_region: Local servers in each region, or of each.
-            names: Names of the regions; default: their indices.
+            servers_per_region: Number of local servers in every region, or a list with one number per region.
+            names: Names of the regions. Default: their indices.
 
         Raises:
-            ValueError: If a region has fewer workers than servers, or there are not as many numbers as regions.
+            ValueError: If a region has fewer workers than servers, or the list has another length than ``regions``.
         """
         names = names or [str(index) for index in range(len(regions))]
         servers = [servers_per_region] * len(regions) if isinstance(servers_per_region, int) else servers_per_region
@@ -107,7 +107,7 @@ class Topology:
 
 
 def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:
-    """Refuses a value of ``regions`` that is wrong whatever the number of workers.
+    """Checks the argument ``regions`` as far as this is possible without the number of workers.
 
     Raises:
         TypeError: If it is not None, an int, or a sequence of sequences of ints.
@@ -145,16 +145,16 @@ def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:
 def assign_regions(
     regions: int | Sequence[Sequence[int]] | None, world_size: int, num_nodes: int
 ) -> list[list[int]] | None:
-    """Returns the ranks of each region, or ``None`` if every process names its own with ``HALOS_REGION``.
+    """Returns the ranks of each region, or ``None`` if every process names its own region with ``HALOS_REGION``.
 
     Args:
-        regions: The number of regions (consecutive ranks, as equal as possible), the ranks of each, or ``None``:
-            ``HALOS_REGION`` of each process if this process has it, else one region per node.
+        regions: The number of regions (with consecutive ranks, of sizes as equal as possible), the ranks of each
+            region, or ``None``: then ``HALOS_REGION`` counts if this process has it, else each node is a region.
         world_size: Number of workers.
         num_nodes: Number of nodes of the Trainer.
 
     Raises:
-        ValueError: If there are more regions than workers, or the ranks are not exactly those of the workers.
+        ValueError: If there are more regions than workers, or the ranks do not match the workers.
     """
     if regions is None:
         return None if os.environ.get(REGION_VARIABLE) else _divide(list(range(world_size)), num_nodes)
@@ -181,7 +181,7 @@ def regions_by_name(names: Sequence[str]) -> tuple[list[list[int]], list[str]]:
     """Groups ranks by the region that each process named.
 
     Args:
-        names: What ``HALOS_REGION`` is in each process, by rank; empty if it is not set there.
+        names: The value of ``HALOS_REGION`` in each process, by rank; empty if it is not set.
 
     Returns:
         The ranks of each region and the regions' names, ordered by their lowest ranks.

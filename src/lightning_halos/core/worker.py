@@ -1,6 +1,6 @@
 """The worker's round: pull, local steps, push.
 
-Rules of this room: no tensors are computed here and no time is taken; the driver says what happened and what it took.
+It only counts. It computes no tensors and measures no time; the caller passes steps and seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lightning_halos.core.messages import Pull, Push
 
 
 class WorkerRound:
-    """Counts one worker's local steps and says when its round is over.
+    """Counts one worker's local steps and tells when its round is over.
 
     Args:
         worker: Global rank of the worker.
@@ -24,8 +24,8 @@ class WorkerRound:
     Attributes:
         position: Global step at the last pull.
         batches: Batches of this round so far in which an optimizer stepped.
-        stopped: Whether the servers said that the run is over.
-        rate: Global steps per batch of this worker in the round before; 1 in the first round.
+        stopped: Whether the last pull said that the run is over.
+        rate: Global steps per batch of this worker in its previous round; 1 in the first round.
         total_steps: Local steps that this worker has pushed.
         number: Rounds that this worker has pushed.
     """
@@ -51,20 +51,20 @@ class WorkerRound:
 
     @property
     def has_steps(self) -> bool:
-        """Whether there is anything to push."""
+        """Whether the round has any local step."""
         return self._steps > 0
 
     @property
     def global_step(self) -> int:
-        """An estimate of the global step now: the position, and this round's batches at the rate of the last round."""
+        """Estimated global step: that of the last pull, plus this round's batches at the previous round's rate."""
         return self.position + int(self.batches * self.rate)
 
     def compute(self, steps: int, seconds: float) -> None:
-        """Takes note of one batch.
+        """Counts one batch.
 
         Args:
-            steps: Optimizer steps in it; 0 inside a gradient accumulation window.
-            seconds: Seconds that it took.
+            steps: Optimizer steps in the batch; 0 inside a gradient accumulation window.
+            seconds: Duration of the batch.
         """
         self._seconds += seconds
         self._steps += steps
@@ -80,10 +80,10 @@ class WorkerRound:
         """Ends the round.
 
         Args:
-            vector: The pseudo-gradient and the buffers; ``None`` if there was no local step.
-            stop: Ask for the whole run to stop.
-            final: Take part in no further round.
-            data: The data that was trained on in it.
+            vector: The pseudo-gradient and the buffers; ``None`` if the round has no local step.
+            stop: Whether to ask for the complete run to stop.
+            final: Whether this is the worker's last push.
+            data: The data that the round trained on.
         """
         self.total_steps += self._steps
         self.number += 1
@@ -102,15 +102,15 @@ class WorkerRound:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how far the round is."""
+        """Returns the state of the round."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`."""
+        """Restores a state of :meth:`state_dict`."""
         vars(self).update(state)
 
     def receive(self, pull: Pull, waited: float) -> None:
-        """Begins the next round.
+        """Starts the next round.
 
         Args:
             pull: The answer of the local server.
