@@ -80,7 +80,7 @@ class TestServer:
         assert torch.equal(warmed.model, model)
         assert torch.equal(answer, model)
         assert (warmed.version, warmed.rejected, warmed.rejections) == (version, 1, {3: 1})
-        assert "The update of rank 3 (region eu) was dropped: its norm of 100 is 100 times the median" in caplog.text
+        assert "The update of rank 3 (region eu) was rejected: its norm of 100 is 100 times the median" in caplog.text
         assert warmed.flush().steps == 8 * (NormLimit.ENOUGH + 1)  # its steps were done all the same
 
     def test_has_no_limit_by_default(self):
@@ -116,18 +116,18 @@ class TestServer:
                 one.receive(push(float("nan"), 0.0, 0.0, worker=2))
                 one.receive(push(1.0, 0.0, 0.0, worker=1))
         said = [record.getMessage() for record in caplog.records]
-        assert [text.split(" were all dropped, this one because it has NaN")[0] for text in said[2:]] == [
+        assert [text.split(" were all rejected, this one because it has NaN")[0] for text in said[2:]] == [
             f"The last {count} updates of rank 2 (region eu)" for count in (3, 6, 12, 24)
         ]
         assert all("clip gradients" in text for text in said[2:])
-        assert [text.startswith("The update of rank 2 (region eu) was dropped") for text in said[:2]] == [True, True]
+        assert [text.startswith("The update of rank 2 (region eu) was rejected") for text in said[:2]] == [True, True]
 
     def test_counts_in_a_row_from_the_last_good_update(self, caplog):
         one = server()
         for values in ((float("nan"),) * 3, (1.0, 0.0, 0.0)) * 2 + ((float("nan"),) * 3,):
             one.receive(push(*values))
         assert one.rejected == 3
-        assert "were all dropped" not in caplog.text
+        assert "were all rejected" not in caplog.text
 
 
 class TestInspect:

@@ -224,7 +224,7 @@ class TestRejection:
         assert server.rejected == 1
         (record,) = caplog.records
         assert record.levelname == "WARNING"
-        assert f"update of worker 5 was dropped: {BAD_VECTORS[kind][1]}" in record.getMessage()
+        assert f"update of worker 5 was rejected: {BAD_VECTORS[kind][1]}" in record.getMessage()
 
     def test_does_not_count_towards_k(self, server):
         bad = [server.receive(push(torch.nan, 0.0, 0.0, 0.0))[1] for _ in range(5)]
@@ -259,7 +259,7 @@ class TestRejection:
     def test_of_a_region_names_its_local_server(self, caplog):
         server = global_server()
         reply = server.receive(update(torch.nan, 0.0, server=2))
-        assert "update of the local server 2 was dropped" in caplog.text
+        assert "update of the local server 2 was rejected" in caplog.text
         assert reply.vector.tolist() == [0, 0]
         assert (server.version, server.rejected, server.staleness) == (0, 1, 0)
         assert server.steps == 16  # the workers did them
@@ -290,7 +290,7 @@ class TestRepetition:
         model, sent = server.receive(push(1.0, 0.0, number=1))
         assert model.tolist() == server.model.tolist() == [-2, 0]
         assert (server.version, sent) == (2, None)
-        assert "Update 1 of worker 0 came again." in caplog.text
+        assert "Update 1 of worker 0 arrived twice." in caplog.text
         assert server.flush().steps == 2 * 8
 
     def test_pushes_without_a_number_are_all_new(self):
@@ -317,7 +317,7 @@ class TestState:
 
     def test_of_a_server_of_another_model_is_refused(self):
         with pytest.raises(
-            ValueError, match=r"a server of 3 elements of torch.float32, but this server's model has 2 of"
+            ValueError, match=r"a model of 3 elements of torch.float32, but this server's model has 2 of"
         ):
             global_server().load_state_dict(global_server((0.0, 0.0, 0.0)).state_dict())
 
@@ -480,7 +480,7 @@ class TestSynchronousServer:
         server.receive(mean)
         assert mean.tolist() == server.model.tolist() == [1.0, 1.0]
         assert (server.version, server.rejected) == (0, 1)
-        assert "The update of all workers together was dropped" in caplog.text
+        assert "The update of all workers together was rejected" in caplog.text
 
 
 def test_the_only_server_never_exchanges():

@@ -162,11 +162,11 @@ def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "settings", "warning"),
     [
-        ("nan", {}, "The update of rank 1 (region 0) was dropped: it has NaN or infinite values."),
+        ("nan", {}, "The update of rank 1 (region 0) was rejected: it has NaN or infinite values."),
         (
             "huge",
             {"local_steps": 2, "accumulate_updates": 2, "max_norm_ratio": 10},
-            "The last 3 updates of rank 1 (region 0) were all dropped, this one because its norm of ",
+            "The last 3 updates of rank 1 (region 0) were all rejected, this one because its norm of ",
         ),
     ],
 )

@@ -259,7 +259,7 @@ def test_what_one_worker_spoils_is_kept_out_of_the_model_and_the_worker_is_named
         log.removeHandler(to_file)
         to_file.close()
     text = (tmp_path / "log").read_text()
-    assert "The last 3 updates of rank 3 (region 1) were all dropped, this one because its norm of " in text
+    assert "The last 3 updates of rank 3 (region 1) were all rejected, this one because its norm of " in text
     assert trainer.strategy.history[-1].steps == 100 * WORKERS
     assert _largest(module) < 100
     assert _largest(fit("halos", Spoiled(), max_steps=100)[1]) > 1000, "without the limit"

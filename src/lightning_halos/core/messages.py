@@ -1,15 +1,14 @@
-"""The messages that travel between workers, local servers and the global server.
+"""The messages between workers, local servers and the global server.
 
-Plain data, no behaviour. A message has at most one tensor, ``vector``; every other field can be written as JSON, so
-that no pickle ever crosses a link.
+They are plain data without behaviour. A message has at most one tensor, ``vector``; every other field can be written as
+JSON, so that nothing is pickled.
 
-A link keeps the order of its messages. A sender that cannot know whether a message arrived may send it again, so
-messages that must count once have a ``number``: the sender counts them from 1, and the answer carries the number of the
+A link keeps the order of its messages. A sender may send a message again if it does not know whether it arrived, so
+messages that must count once have a ``number``: the sender counts them from 1, and the answer has the number of the
 message that it answers.
 
-A ``vector`` is the flat form of the part of a model that travels (see :mod:`lightning_halos.core.vector`): first the
-trainable parameters, then the averaged buffers. The sender gives it away: the receiver may write into it, and the
-servers do, to answer without a second copy.
+A ``vector`` is the flat vector of a model (see :mod:`lightning_halos.core.vector`): first the trainable parameters,
+then the averaged buffers. The receiver owns it: servers overwrite it, to answer without a second copy.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class Push:
         batches: Batches of the round in which an optimizer stepped.
         seconds: Seconds that the worker spent computing the round.
         waited: Seconds that the worker waited for its local server since its last push.
-        stop: Whether the worker asks for the whole run to stop.
-        final: Whether the worker takes part in no further round.
+        stop: Whether the worker asks for the complete run to stop.
+        final: Whether this is the worker's last push.
         vector: The pseudo-gradient (start minus end), then the worker's buffers. ``None`` if there was no local step
             since the last push.
-        number: Number of this push among the worker's, from 1; 0 if they are not numbered, and each is new.
-        data: The data that the worker trained on since its last push, as
-            :class:`~lightning_halos.core.cursor.Spans`, if the workers share it.
+        number: Number of this push among the worker's pushes, from 1. 0 if pushes are not numbered; then each is new.
+        data: Ranges of the data that the worker trained on since its last push, as in
+            :class:`~lightning_halos.core.cursor.Spans`; empty if the workers do not share data.
     """
 
     worker: int
@@ -62,8 +61,8 @@ class Pull:
         local_steps: Local steps that the next round should have.
         position: Global steps so far: local steps of all workers, divided by the number of workers.
         stop: Whether the run is over; the worker then sends a final :class:`Push`.
-        plateaus: What the plateau schedulers of rank 0 were stepped with since the worker's last pull: pairs of the
-            scheduler's index and the value.
+        plateaus: Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index and
+            the value that it was stepped with.
         metrics: The metrics that rank 0 published last, by name.
         vector: The local server's model.
         number: The number of the push that this answers.
@@ -81,16 +80,16 @@ class Pull:
 
 @dataclass
 class RegionUpdate:
-    """A local server gives the global server what its workers have added.
+    """A local server sends its accumulated update to the global server.
 
     Attributes:
         server: Index of the local server.
         version: Version of the global model that the local server merged last.
-        steps: Local steps behind the update.
+        steps: Local steps of the pushes in the update.
         final: Whether this is the local server's last update.
-        stop: Of a final update: whether one of the server's workers asked for the whole run to stop.
+        stop: In a final update: whether one of the server's workers asked for the complete run to stop.
         vector: The accumulated update (model at the last merge minus model now), then the local server's buffers.
-        number: Number of this update among the server's, from 1; 0 if they are not numbered, and each is new.
+        number: Number of this update among the server's updates, from 1. 0 if they are not numbered; then each is new.
     """
 
     server: int
@@ -104,14 +103,14 @@ class RegionUpdate:
 
 @dataclass
 class RegionModel:
-    """The only local server of a run gives its model, as its last message, to become the final global model.
+    """The last message of the only local server of a run: its model, which becomes the final global model.
 
     Attributes:
         server: Index of the local server.
-        steps: Local steps behind the model.
-        stop: Whether one of the server's workers asked for the whole run to stop.
+        steps: Local steps of all pushes in the model.
+        stop: Whether one of the server's workers asked for the complete run to stop.
         vector: The model.
-        number: 1: a server sends this once, perhaps repeatedly.
+        number: Always 1, because a server has only one such message. It may be sent again.
     """
 
     server: int
@@ -123,13 +122,13 @@ class RegionModel:
 
 @dataclass
 class GlobalModel:
-    """The global server gives its model to a local server, or at the end to everybody.
+    """The global server sends its model to a local server, or at the end to everybody.
 
     Attributes:
         version: Version of the global model.
         final: Whether training is over and every region's last update is in the model.
-        stopped: Of a final model: whether somebody asked for the run to stop.
-        position: Of a final model: global steps of the whole run.
+        stopped: In a final model: whether a worker asked for the run to stop.
+        position: In a final model: global steps of the complete run.
         vector: The global model.
         number: The number of the update that this answers.
     """
@@ -144,24 +143,24 @@ class GlobalModel:
 
 @dataclass
 class Progress:
-    """A local server tells the global server about a push.
+    """A local server reports a push to the global server.
 
     Attributes:
         server: Index of the local server.
-        number: Number of this report among the server's, from 1.
+        number: Number of this report among the server's reports, from 1.
         worker: Global rank of the worker that pushed.
         steps: Local steps of the push.
         seconds: Seconds that the worker spent computing them.
         waited: Seconds that the worker waited for its local server before them.
         fastest: Local steps per second of the server's fastest worker.
-        staleness: Of an applied push: versions between the model that it started from and its arrival. ``None`` if
-            nothing was applied.
+        staleness: Versions between the model that the push started from and its arrival. ``None`` if it was not
+            applied.
         updates: Pushes that the server has applied so far.
         merges: Global models that the server has merged so far.
-        rejected: Pushes of this worker that the server has dropped so far.
+        rejected: Pushes of this worker that the server has rejected so far.
         bytes_within_regions: Bytes that the server's links inside its region have carried so far.
         bytes_between_regions: Bytes that its links to another region have carried so far.
-        stop: Whether the worker asks for the whole run to stop.
+        stop: Whether the worker asks for the complete run to stop.
         data: The data that the worker trained on; see :class:`Push`.
     """
 
@@ -184,16 +183,16 @@ class Progress:
 
 @dataclass
 class Status:
-    """The global server tells a local server how far the run is. Receiving it twice is the same as once.
+    """The global server tells a local server the progress of the run. Receiving it twice changes nothing.
 
     Attributes:
-        total: Local steps that all workers have finished.
-        fastest: Local steps per second of the fastest worker of all.
-        stop: Whether the run is over: no worker starts another round.
-        counted: Local steps in ``total`` that the receiver reported.
-        first_plateau: How many steps of plateau schedulers came before ``plateaus``, since the start.
-        plateaus: Values that the plateau schedulers of rank 0 were stepped with: pairs of the scheduler's index and the
-            value.
+        total: Local steps that all workers together have finished.
+        fastest: Local steps per second of the fastest worker of all regions.
+        stop: Whether the run is over, so that no worker may start another round.
+        counted: Local steps in ``total`` that the receiver has reported.
+        first_plateau: Number of steps of plateau schedulers before ``plateaus``, since the start.
+        plateaus: Steps of rank 0's plateau schedulers: pairs of the scheduler's index and the value that it was stepped
+            with.
         metrics: The metrics that rank 0 published last, by name.
     """
 
@@ -211,8 +210,8 @@ class LeaseRequest:
     """A worker asks its local server for data to train on, or a local server the global server.
 
     Attributes:
-        steps: Data wanted, in local steps. 0 when a worker asks and its server decides.
-        number: Number of this request among the sender's, from 1.
+        steps: Requested size, in local steps. 0 in a worker's request: its server decides.
+        number: Number of this request among the sender's requests, from 1.
     """
 
     steps: int = 0
@@ -225,7 +224,7 @@ class LeaseGrant:
 
     Attributes:
         epoch: The epoch.
-        first: Where the range begins in the epoch, in local steps.
+        first: Start of the range in the epoch, in local steps.
         steps: Length of the range, in local steps; 0 if there is no more data.
         number: The number of the request that this answers.
     """
@@ -266,13 +265,13 @@ class MarkerReply:
 
 @dataclass
 class Shard:
-    """A part of a snapshot that has to be written.
+    """A part of a snapshot, to be written to disk.
 
     Attributes:
-        marker: The save that it belongs to.
-        server: Index of the local server that it is the state of; ``None`` for the state of the global server.
+        marker: The marker of the snapshot.
+        server: Index of the local server whose state this is; ``None`` for the global server.
         state: Tensors and plain values.
-        progress: Of the global server: how far the run was, for the manifest.
+        progress: In the global server's shard: the progress of the run, for the manifest.
     """
 
     marker: Marker
@@ -283,14 +282,14 @@ class Shard:
 
 @dataclass
 class ShardWritten:
-    """A process tells rank 0 that its part of a save is on the disk, or that it could not be written.
+    """A process tells rank 0 that its shard of a checkpoint is on disk, or why it could not be written.
 
     Attributes:
         save: Name of the save.
         name: Name of the file.
-        size: Bytes of the file.
+        size: Size of the file in bytes.
         sha256: Checksum of the file.
-        error: What went wrong; empty if nothing did.
+        error: The reason of a failure; empty if the shard was written.
     """
 
     save: str
@@ -302,7 +301,7 @@ class ShardWritten:
 
 @dataclass
 class Preempted:
-    """A process tells its peers that the run has to save a checkpoint and end, because its machine is taken away."""
+    """A process tells its peers that it is preempted, so that the run saves a checkpoint and ends."""
 
 
 @dataclass
@@ -310,8 +309,8 @@ class Failure:
     """A process tells its peers that the run cannot go on.
 
     Attributes:
-        origin: Who failed, for example ``"rank 3 (region 1)"``.
-        reason: What happened, with the traceback if there is one.
+        origin: The process that failed, for example ``"rank 3 (region 1)"``.
+        reason: The error, with a traceback if available.
     """
 
     origin: str

@@ -1,9 +1,8 @@
-"""The kinds of parameter server.
+"""The parameter servers: each has a model and an optimizer, and computes what a push or update does to the model.
 
-Rules of this room: a server takes one message and returns the messages that answer it. It does not know who carries
-them, when, or whether the world is real. It owns its model and nobody else writes to it. What would poison the model is
-dropped, counted and warned about; the sender goes on from the server's model. What comes again is answered again, and
-never applied twice.
+They decide nothing about the run, which the nodes do, and send nothing. Only the server writes to its model. An update
+that would spoil the model is rejected, counted and logged; its sender goes on from the server's model. An update that
+arrives twice is answered twice and applied once.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-# Optimizers that treat every parameter by itself and leave those without a gradient alone: a step may be made portion
-# by portion. Others may look at all parameters at once.
+# Optimizers that update every parameter independently and skip those without a gradient, so that a step can be made in
+# portions. Other optimizers may need all parameters at once.
 _BY_PARAMETER = (DelayedNesterov, torch.optim.SGD)
 
-_REPEATED = 3  # updates of one sender that are dropped in a row before it is named, and again after 6, 12, ...
+_REPEATED = 3  # rejected updates of a sender in a row after which a warning names it, and again after 6, 12, ...
 
 
 class Finding(NamedTuple):
-    """What a look at an update has found.
+    """The result of inspecting an update.
 
     Attributes:
-        fault: What is wrong with it whatever came before, ``None`` if nothing is.
-        norm: Euclidean norm of its parameters' part.
+        fault: Why the update is invalid, regardless of other updates; ``None`` if it is valid.
+        norm: Euclidean norm of its parameters.
     """
 
     fault: str | None
@@ -47,26 +46,26 @@ class Finding(NamedTuple):
 
 
 class ParameterServer:
-    """A model, a server optimizer, and the rule that every good update is applied the moment it comes.
+    """A model with a server optimizer that applies every valid update on arrival.
 
     Args:
-        model: The initial model: a flat host tensor, parameters first, buffers behind them. The server owns it from
+        model: The initial model: a flat host tensor, first the parameters, then the buffers. The server owns it from
             here on.
         optimizer: Makes the server optimizer from the parameters.
-        shapes: Shapes of the parameters in ``model``; default: one flat parameter and no buffers. What is behind them
-            are buffers.
-        senders: How many senders the server has; each one's buffers enter the server's with the weight ``1 / senders``.
-        max_norm_ratio: Drop an update whose norm is more than this many times the median of the last ones; see
-            :class:`~lightning_halos.core.outliers.NormLimit`. ``None``: there is no such limit.
+        shapes: Shapes of the parameters in ``model``; the rest are buffers. Default: one flat parameter and no buffers.
+        senders: Number of senders. The buffers of an update enter the server's with the weight ``1 / senders``.
+        max_norm_ratio: Reject an update if its norm is more than this many times the median of the last norms; see
+            :class:`~lightning_halos.core.outliers.NormLimit`. ``None``: no limit.
 
     Attributes:
-        model: The model now.
-        version: Updates applied so far.
-        rejections: Updates dropped so far, by sender.
-        staleness: Of the last applied update: versions between the model that it started from and its arrival.
-        received: Number of the last update of each sender. No part of the state: workers of a run that resumes are new
-            and count from 1.
-        senders: How many senders the server has.
+        model: The present model.
+        version: Number of applied updates.
+        rejections: Number of rejected updates, by sender.
+        staleness: Staleness of the last applied update: versions between the model that it started from and its
+            arrival.
+        received: Number of the last update of each sender. It is not part of the state, because the workers of a
+            resumed run count from 1 again.
+        senders: Number of senders.
     """
 
     def __init__(
@@ -95,21 +94,21 @@ class ParameterServer:
 
     @property
     def rejected(self) -> int:
-        """Updates dropped so far."""
+        """Number of rejected updates."""
         return sum(self.rejections.values())
 
     def inspect(self, vector: Tensor, filled: Iterable[int] | None = None) -> Finding:
-        """Looks at an update, in one pass over its memory. Reads nothing that an update changes.
+        """Checks an update and computes its norm, in one pass over its memory. Reads nothing that an update changes.
 
         Args:
             vector: The update.
-            filled: Says again and again how many elements of it are there, while it arrives. Default: they all are.
+            filled: Yields the number of elements that have arrived so far. Default: all have arrived.
         """
         there, finite, norm, end = 0, True, 0.0, self._num_parameters
         for stop in [vector.numel()] if filled is None else filled:
             parameters, buffers = vector[there : min(stop, end)], vector[max(there, end) : stop]
             part = norm_of(parameters)
-            # Squares overflow before the values do.
+            # The norm of finite values may be infinite, because squares overflow first.
             finite = (math.isfinite(part) or all_finite(parameters)) and all_finite(buffers) and finite
             norm, there = math.hypot(norm, part), stop
         fault = None if finite else "it has NaN or infinite values"
@@ -120,7 +119,7 @@ class ParameterServer:
         return Finding(fault, norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of all that an equal server needs to go on as this one would: tensors and plain values."""
+        """Returns a copy of the server's state, of tensors and plain values."""
         return {
             "model": self.model.clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
@@ -134,19 +133,19 @@ class ParameterServer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on as the server of a :meth:`state_dict` would have. Keeps no tensor of it.
+        """Restores a state of :meth:`state_dict`. Keeps none of its tensors.
 
-        If that server had another number of senders, its momentum is kept, but not its rates: this server's own are for
-        its number of senders. Momentum windows begin anew then.
+        If the state is from a server with another number of senders, its momentum is kept, but this server keeps its
+        own learning rates, which depend on the number of senders, and starts new momentum windows.
 
         Raises:
-            ValueError: If it is the state of another model or of another server optimizer.
+            ValueError: If the state belongs to another model or another server optimizer.
         """
         model = state["model"]
         if model.shape != self.model.shape or model.dtype != self.model.dtype:
             raise ValueError(
-                f"The state is that of a server of {model.numel()} elements of {model.dtype}, but this server's model"
-                f" has {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
+                f"The state has a model of {model.numel()} elements of {model.dtype}, but this server's model has"
+                f" {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
             )
         if state["optimizer_type"] != (mine := type(self._optimizer).__name__):
             raise ValueError(f"its server optimizer is {state['optimizer_type']}, this one is {mine}")
@@ -165,15 +164,15 @@ class ParameterServer:
             self._norm_limit.load(state["norms"])
 
     def _is_new(self, number: int, sender: int, name: str) -> bool:
-        """Takes note of the number of a sender's update. Returns whether it comes for the first time."""
+        """Records the number of a sender's update. Returns whether it arrives for the first time."""
         if 0 < number <= self.received.get(sender, 0):
-            log.warning("Update %d of %s came again. It is answered again, but not applied twice.", number, name)
+            log.warning("Update %d of %s arrived twice. It is answered again, but not applied again.", number, name)
             return False
         self.received[sender] = number
         return True
 
     def _count(self, finding: Finding, version: int, sender: int, name: str) -> bool:
-        """Counts an update, which started from a version of the model. Returns whether it is to be applied."""
+        """Counts an update that started from ``version``. Returns whether to apply it."""
         fault = finding.fault
         if fault is None and self._norm_limit is not None:
             fault = self._norm_limit.fault(finding.norm)
@@ -187,16 +186,16 @@ class ParameterServer:
         repeats, rest = divmod(in_a_row, _REPEATED)
         if in_a_row < _REPEATED:
             log.warning(
-                "The update of %s was dropped: %s. It goes on from the server's model (%d dropped so far).",
+                "The update of %s was rejected: %s. It goes on from the server's model (%d rejected so far).",
                 name,
                 fault,
                 self.rejected,
             )
         elif not rest and repeats.bit_count() == 1:
             log.warning(
-                "The last %d updates of %s were all dropped, this one because %s. Its steps count, but nothing that it"
-                " computes enters the model. Look at its loss, its data and its device; clip gradients or lower the"
-                " learning rate; or take it out of the run.",
+                "The last %d updates of %s were all rejected, this one because %s. Its steps count, but nothing that it"
+                " computes enters the model. Check its loss, its data and its device; clip gradients or lower the"
+                " learning rate; or remove it from the run.",
                 in_a_row,
                 name,
                 fault,
@@ -204,12 +203,12 @@ class ParameterServer:
         return False
 
     def _memory(self, vector: Tensor) -> Tensor:
-        """Returns the memory for the answer to an update: that of the update, if it fits."""
+        """Returns the memory for the answer to an update: the update's own memory, if it fits."""
         fits = vector.dtype == self.model.dtype and vector.shape == self.model.shape
         return vector if fits else torch.empty_like(self.model)
 
     def _apply(self, vector: Tensor, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
-        """Applies an update if it is good, and answers it, one portion of the model after the other."""
+        """Applies a valid update and fills the answer, one portion of the model after the other."""
         stop = 0
         for portion in self._portions if is_good else []:
             parameters = self._parameters[portion]
@@ -227,7 +226,7 @@ class ParameterServer:
         self._answer(answer, stop, self.model.numel(), reach)
 
     def _answer(self, answer: Tensor, start: int, stop: int, reach: Reach) -> None:
-        """Copies a part of the model into the answer."""
+        """Copies the elements from ``start`` to ``stop`` of the model into the answer."""
         for begin in range(start, stop, PART):
             end = min(begin + PART, stop)
             answer[begin:end].copy_(self.model[begin:end])
@@ -235,14 +234,14 @@ class ParameterServer:
 
 
 class LocalServer(ParameterServer):
-    """A region's server (HALoS, algorithm 1): applies pushes, sends what has accumulated, merges the global model.
+    """A region's server (HALoS, algorithm 1): applies pushes, sends accumulated updates, merges the global model.
 
     After every ``accumulate_updates`` applied pushes it sends ``model at the last merge - model now`` to the global
-    server and goes on serving. When the global model comes back it merges
-    ``model = (1 - merge_weight) * model + merge_weight * global model`` and counts the next pushes from there.
+    server and goes on serving. When the global model arrives, it merges it,
+    ``model = (1 - merge_weight) * model + merge_weight * global model``, and counts the next pushes from there.
 
     Args:
-        index: Index of this server among all local servers.
+        index: Index of this local server among all local servers.
         model: The initial model; see :class:`ParameterServer`.
         optimizer: Makes the local server optimizer from the parameters.
         accumulate_updates: Applied pushes per exchange with the global server (``K``). ``None``: this is the only
@@ -251,13 +250,13 @@ class LocalServer(ParameterServer):
         shapes: Shapes of the parameters in ``model``.
         workers: Number of workers of this server.
         max_norm_ratio: See :class:`ParameterServer`.
-        describe: Names a worker of a global rank in warnings.
+        describe: Returns the name of a worker for warnings, by its global rank.
 
     Attributes:
-        merges: Global models merged so far.
-        exchanging: Whether an update is on its way to the global server and unanswered.
+        merges: Number of merged global models.
+        exchanging: Whether an update is unanswered.
         number: Number of the last update that was sent.
-        steps: Local steps behind the pushes since then.
+        steps: Local steps of the pushes since then.
     """
 
     def __init__(
@@ -281,8 +280,8 @@ class LocalServer(ParameterServer):
         self.steps = 0
         self._accumulate_updates = accumulate_updates
         self._merge_weight = merge_weight
-        # The model as it was last sent or merged, which the next update is counted from. None after the flush, and
-        # where nothing is exchanged.
+        # The model at the last update or merge, from which the next update is computed. None after the flush, and if
+        # there is no global server.
         self._base: Tensor | None = self._begin()
         self._merged_at = 0
         self._global_version = 0
@@ -294,7 +293,7 @@ class LocalServer(ParameterServer):
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to send an update."""
+        """Whether an update is due."""
         return (
             self._accumulate_updates is not None
             and not self.exchanging
@@ -308,8 +307,8 @@ class LocalServer(ParameterServer):
             push: A finished round. Its vector's memory is reused for the answer.
 
         Returns:
-            The model for the worker to go on from, ``None`` if it pushed no vector, and the update to send to the
-            global server, if one is due.
+            The model for the worker's next round (``None`` if the push has no vector), and the update to send to the
+            global server (``None`` if none is due).
         """
         if push.vector is None:
             return None, None
@@ -322,14 +321,14 @@ class LocalServer(ParameterServer):
         return answer, update
 
     def accept(self, push: Push, finding: Finding) -> tuple[Tensor, bool]:
-        """Counts a push that :meth:`apply` applies: from here on ``version`` is that of the answer.
+        """Counts a push, before :meth:`apply`. From here on ``version`` is the version of the answer.
 
         Args:
             push: A finished round, with a vector.
-            finding: What :meth:`inspect` found in its vector.
+            finding: The result of :meth:`inspect` for its vector.
 
         Returns:
-            The memory for the answer, and whether the push has to be applied: it is new and would not poison the model.
+            The memory for the answer, and whether the push must be applied, that is, whether it is new and valid.
         """
         assert push.vector is not None
         is_good = False
@@ -339,30 +338,30 @@ class LocalServer(ParameterServer):
         return self._memory(push.vector), is_good
 
     def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
-        """Applies a push, if it has to be applied, and answers it.
+        """Applies a push, if necessary, and fills its answer.
 
         Args:
             push: The push.
-            is_good: Whether it has to be applied, as :meth:`accept` said.
-            answer: The memory that :meth:`accept` returned. It becomes the model for the worker to go on from.
-            reach: Told how many elements of the answer are complete.
+            is_good: Whether it must be applied, from :meth:`accept`.
+            answer: The memory for the answer, from :meth:`accept`. It is filled with the model for the next round.
+            reach: Called with the number of complete elements of the answer.
         """
         assert push.vector is not None
         self._apply(push.vector, is_good, answer, reach)
 
     def begin_exchange(self) -> RegionUpdate:
-        """Returns the update that is due. :meth:`fill` computes its vector, before the next push or merge."""
+        """Returns the update that is due. :meth:`fill` must compute its vector before the next push or merge."""
         self.exchanging = True
         return self._take()
 
     def flush(self, stop: bool = False) -> RegionUpdate:
-        """Returns the last update: all that the global server does not have yet.
+        """Returns the last update, with everything that has not been sent to the global server.
 
-        Nothing is lost if the last exchange is still unanswered: then this is what was added since that was sent. The
-        answer to that is no longer merged.
+        If an update is still unanswered, the last update contains the changes since that one, so nothing is lost. Its
+        answer is not merged.
 
         Args:
-            stop: Whether one of the workers asked for the whole run to stop.
+            stop: Whether one of the workers asked for the complete run to stop.
         """
         update = self._take()
         update.final, update.stop = True, stop
@@ -370,11 +369,11 @@ class LocalServer(ParameterServer):
         return update
 
     def fill(self, update: RegionUpdate, reach: Reach = nobody) -> None:
-        """Computes the vector of an update, in its memory.
+        """Computes the vector of an update in place.
 
         Args:
-            update: What :meth:`begin_exchange` returned.
-            reach: Told how many elements of the vector are complete.
+            update: The update from :meth:`begin_exchange`.
+            reach: Called with the number of complete elements of the vector.
         """
         vector = update.vector
         assert vector is not None
@@ -390,7 +389,7 @@ class LocalServer(ParameterServer):
             reach(stop)
 
     def merge(self, reply: GlobalModel) -> None:
-        """Merges the global server's answer. Ignored unless it answers the update that is unanswered.
+        """Merges the global server's answer. Ignored unless it answers the unanswered update.
 
         Args:
             reply: The global server's answer to an update. Its vector is not kept.
@@ -406,7 +405,7 @@ class LocalServer(ParameterServer):
         self.merges += 1
 
     def settle(self, model: Tensor) -> None:
-        """Takes the final global model as its own after the flush, so that a later run can go on from there.
+        """Replaces the model by the final global model after the flush, for a later run that continues from there.
 
         Args:
             model: The final global model. It is copied.
@@ -417,7 +416,7 @@ class LocalServer(ParameterServer):
         self.exchanging = False
 
     def state_dict(self) -> dict[str, Any]:
-        # After the flush there is nothing that the global server does not have, and no answer to wait for.
+        # After the flush everything has been sent, and no answer is expected.
         is_flushed = self._base is None
         return {
             **super().state_dict(),
@@ -443,7 +442,7 @@ class LocalServer(ParameterServer):
         return None if self._accumulate_updates is None else self.model.clone()
 
     def _take(self) -> RegionUpdate:
-        """Returns the header of an update, whose vector has the memory of what it is counted from."""
+        """Returns an update whose vector is still the base, from which :meth:`fill` computes the values."""
         assert self._base is not None
         vector, self._base = self._base, None
         steps, self.steps = self.steps, 0
@@ -452,7 +451,7 @@ class LocalServer(ParameterServer):
 
 
 class GlobalServer(ParameterServer):
-    """The server of all regions: applies each region's accumulated update as a pseudo-gradient the moment it comes.
+    """The server of all regions: applies each region's accumulated update as a pseudo-gradient on arrival.
 
     Args:
         model: The initial model; see :class:`ParameterServer`.
@@ -461,7 +460,7 @@ class GlobalServer(ParameterServer):
         servers: Number of local servers.
 
     Attributes:
-        steps: Local steps behind all updates, dropped ones included.
+        steps: Local steps of all updates, including rejected ones.
     """
 
     def __init__(
@@ -478,9 +477,9 @@ class GlobalServer(ParameterServer):
         """Applies a region's accumulated update.
 
         Args:
-            update: The update. Its vector's memory is reused for the answer. A final update without local steps behind
-                it changes nothing.
-            finding: What :meth:`inspect` found in its vector; default: it looks now.
+            update: The update. Its vector's memory is reused for the answer. A final update without local steps changes
+                nothing.
+            finding: The result of :meth:`inspect` for its vector. Default: inspect it now.
 
         Returns:
             The global model, for the region to merge.
@@ -505,7 +504,7 @@ class GlobalServer(ParameterServer):
 
 
 def unsent(index: int, state: Mapping[str, Any]) -> RegionUpdate:
-    """Returns what the global server does not have yet of a local server, as :meth:`LocalServer.flush` would.
+    """Returns the last update that a local server of a state would send; see :meth:`LocalServer.flush`.
 
     Args:
         index: Index of the local server.
@@ -533,26 +532,26 @@ class SynchronousServer(ParameterServer):
         """Applies a round.
 
         Args:
-            mean: The mean of the workers' pseudo-gradients, then that of their buffers. It becomes the model to go on
-                from.
+            mean: The mean of the workers' pseudo-gradients, followed by the mean of their buffers. It is overwritten
+                with the new model.
         """
         is_good = self._count(self.inspect(mean), self.version, 0, "all workers together")
         self._apply(mean, is_good, mean)
 
 
 def norm_of(vector: Tensor) -> float:
-    """Euclidean norm of a vector; infinite or NaN if it has such values, or its squares overflow."""
+    """Returns the Euclidean norm of a vector; infinite or NaN if it has such values, or if squares overflow."""
     return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in torch.split(vector, PART)))
 
 
 def all_finite(vector: Tensor) -> bool:
-    """Whether a vector has neither NaN nor infinities, in one pass over its memory."""
-    # A sum is finite only if every term is; the exact and much slower look is for sums that overflow.
+    """Returns whether a vector has neither NaN nor infinite values, usually with one pass over its memory."""
+    # A sum can only be finite if every term is. The slower exact check is for sums of finite terms that overflow.
     return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())
 
 
 def _portions(sizes: Sequence[int]) -> list[slice]:
-    """Divides parameters of these sizes into runs of about ``PART`` elements."""
+    """Divides consecutive parameters of these sizes into portions of about ``PART`` elements."""
     portions, start, elements = [], 0, 0
     for index, size in enumerate(sizes, start=1):
         elements += size

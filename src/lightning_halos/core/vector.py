@@ -1,7 +1,7 @@
-"""Which part of a model travels, and its flat form: the trainable parameters, then the floating-point buffers.
+"""The flat vector of a model that is sent: the trainable parameters, then the floating-point buffers.
 
-Modules and tensors are known here, training is not. Frozen parameters and integer buffers are not sent, since no worker
-changes them or nobody can average them.
+This file deals with modules and tensors, not with training. Frozen parameters are not sent because no worker changes
+them, and integer buffers because they cannot be averaged.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from torch import Tensor, nn
 from lightning_halos.core.compat import copy_each_, subtract_each_
 
 PART = 2**20
-"""Elements that are computed, sent, received or used at a time, so that all of this goes on at once."""
+"""Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
 
 Reach = Callable[[int], None]
-"""Told again and again how many elements of a vector are done, from the front, by whoever fills it."""
+"""Called repeatedly with the number of complete elements of a vector, while it is filled from front to back."""
 
 
 def nobody(elements: int) -> None:
-    """For when nobody wants to be told."""
+    """Ignores the number of complete elements."""
 
 
 class ModelVector:
-    """The flat form of what travels of a module: one host tensor, parameters first, buffers behind them.
+    """Converts between a module and its flat vector: one host tensor, first the parameters, then the buffers.
 
-    The servers compute in ``float32``, or in ``float64`` if a trainable parameter is ``float64``. Tied parameters
-    travel once, complex ones as pairs of real numbers. A buffer that holds infinities or NaN when training starts is a
-    constant, such as an attention mask, and stays at home.
+    The servers compute in ``float32``, or in ``float64`` if a trainable parameter is ``float64``. Tied parameters are
+    sent once, complex parameters as pairs of real numbers. A buffer that has infinite or NaN values when training
+    starts, such as an attention mask, is taken for a constant and not sent.
 
     Args:
         module: The module. Its trainable parameters are those with ``requires_grad`` at this moment.
-        all_parameters: Let frozen parameters travel too, for modules that are unfrozen while they train.
+        all_parameters: Whether to send frozen parameters, too, for modules that are unfrozen during training.
 
     Attributes:
         dtype: ``torch.float32`` or ``torch.float64``.
-        shapes: Shapes of the parameters in the vector (complex ones with a last dimension of 2).
+        shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2.
         lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
         num_parameters: Elements of the vector that belong to parameters.
-        num_elements: Elements of the whole vector.
+        num_elements: Elements of the complete vector.
 
     Raises:
-        ValueError: If the module has nothing to train.
+        ValueError: If the module has no trainable parameter.
     """
 
     def __init__(self, module: nn.Module, all_parameters: bool = False) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad or all_parameters]
-        # By owner and name: a module may put another tensor in a buffer's place.
+        # By owner and name, because a module may replace a buffer's tensor.
         self._buffers = [
             (owner, name)
             for owner in module.modules()
@@ -69,7 +69,7 @@ class ModelVector:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same in another module whose vectors mean the same."""
+        """Properties that another module's vector must share to be compatible."""
         return {"elements": self.num_elements, "parameters": self.num_parameters, "dtype": str(self.dtype)}
 
     def new(self) -> Tensor:
@@ -89,8 +89,8 @@ class ModelVector:
 
         Args:
             vector: The vector.
-            filled: Says again and again how many elements of the vector are there, while somebody fills it from the
-                front. Default: they all are.
+            filled: Yields the number of complete elements, while the vector is filled from front to back. Default: the
+                vector is complete.
         """
         progress, there = iter([self.num_elements] if filled is None else filled), 0
         for tensors, parts, stop in self._runs(vector):
@@ -100,14 +100,14 @@ class ModelVector:
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, reach: Reach = nobody) -> Tensor:
-        """Turns the vector that a round started from into what the round gives to the server, in place.
+        """Turns the vector at the start of a round into the vector of its push, in place.
 
         Args:
-            start: The vector that the round started from.
-            reach: Told how far it is.
+            start: The vector at the start of the round.
+            reach: Called with the number of complete elements.
 
         Returns:
-            ``start``, now holding start minus end for the parameters and the present values of the buffers.
+            ``start``, which now has start minus end for the parameters, and the present values of the buffers.
         """
         for tensors, parts, stop in self._runs(start):
             if stop <= self.num_parameters:
@@ -118,14 +118,14 @@ class ModelVector:
         return start
 
     def newly_trainable(self, module: nn.Module) -> list[str]:
-        """Names of the parameters of ``module`` that are trainable now and do not travel."""
+        """Names of the parameters of ``module`` that are trainable now but not part of the vector."""
         travelling = {id(p) for p in self._parameters}
         return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in travelling]
 
     def named_parts(self, module: nn.Module, vector: Tensor) -> dict[str, Tensor]:
-        """Returns the parts of ``vector`` by their names in ``module.state_dict()``, tied names included.
+        """Returns the parts of ``vector`` by their names in ``module.state_dict()``, including tied names.
 
-        They have the dtypes of the module's tensors, but stay in host memory, where a checkpoint is written from.
+        They have the dtypes of the module's tensors but are in host memory, from which a checkpoint is written.
         """
         parts = {id(tensor): part for tensor, part in zip(self._tensors(), self._split(vector), strict=True)}
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -141,9 +141,10 @@ class ModelVector:
         return zip(map(_real, self._tensors()), self._split(vector), strict=True)
 
     def _runs(self, vector: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], int]]:
-        """Runs of about ``PART`` elements: pieces of the module's tensors, the parts of the vector, and where they end.
+        """Divides the vector into runs of about ``PART`` elements.
 
-        No run has both parameters and buffers.
+        Yields the pieces of the module's tensors, the corresponding parts of the vector, and the end of the run in the
+        vector. No run has both parameters and buffers.
         """
         tensors: list[Tensor] = []
         parts: list[Tensor] = []
@@ -157,7 +158,7 @@ class ModelVector:
                 tensors, parts, start = [], [], stop
 
     def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the module's tensors of at most ``PART`` elements, and the parts of the vector that are theirs."""
+        """Pieces of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
         for tensor, part in self._parts(vector):
             if tensor.numel() > PART and tensor.is_contiguous():
                 yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
@@ -179,7 +180,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _like(part: Tensor, tensor: Tensor) -> Tensor:
-    """The part in the dtype of a module's tensor."""
+    """Returns a part in the dtype of a module's tensor."""
     if tensor.is_complex():
         return torch.view_as_complex(part.to(tensor.dtype.to_real(), copy=True))
     return part.to(tensor.dtype)
