@@ -1,4 +1,4 @@
-"""Checks of what users set: a wrong value is refused with its name, the value, and what would be right."""
+"""Checks of users' arguments. An error gives the argument's name, its value, and the values that are allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuses what is not a whole number of at least 1.
+    """Checks that a value is a whole number of at least 1.
 
     Raises:
         ValueError: If it is not.
@@ -19,7 +19,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Refuses what is not a positive, finite number.
+    """Checks that a value is a positive, finite number.
 
     Raises:
         ValueError: If it is not.
@@ -29,10 +29,10 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def check_optimizer(name: str, factory: Any) -> None:
-    """Refuses what is neither ``None`` nor a function that makes an optimizer.
+    """Checks that a value is ``None`` or a function that makes an optimizer.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is not.
     """
     if factory is not None and (isinstance(factory, Optimizer) or not callable(factory)):
         raise TypeError(
@@ -42,5 +42,5 @@ def check_optimizer(name: str, factory: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, and not a bool."""
+    """Returns whether a value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """The private names of torch that the package uses, each behind a function of its own.
 
-No other file may use one (``tests/test_layers.py``), so that a new version of torch is a change in one place.
-Tried with torch 2.13.0.
+No other file may use private names of torch (``tests/test_layers.py``), so that a new version of torch needs changes in
+one place. Tested with torch 2.13.0.
 """
 
 from __future__ import annotations

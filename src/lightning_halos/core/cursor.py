@@ -1,7 +1,7 @@
-"""Which part of the data is whose: one cursor over the dataset for all workers.
+"""The division of the training data among workers: one cursor over the data set, and leases of ranges.
 
-Rules of this room: numbers only. The unit is the data of one local step: every worker's steps are equally large, so a
-step is a step whoever takes it.
+Numbers only; ``training/shared_data`` turns them into samples. The unit is the data of one local step, which is the
+same for all workers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Lease:
 
     Attributes:
         epoch: The epoch.
-        first: Local steps' worth of data before the range, in this epoch.
-        steps: Local steps' worth of data in the range.
+        first: Start of the range in this epoch, in local steps.
+        steps: Length of the range, in local steps.
     """
 
     epoch: int
@@ -29,10 +29,10 @@ class Lease:
 
 
 class Spans:
-    """A set of data: ranges of local steps' worth, counted from the first epoch's beginning.
+    """A set of data ranges, counted in local steps from the start of the first epoch.
 
     Args:
-        spans: Beginnings and ends (exclusive), in any order; they may touch.
+        spans: Starts and ends (exclusive) of the ranges, in any order. They may overlap.
     """
 
     def __init__(self, spans: Iterable[Sequence[int]] = ()) -> None:
@@ -40,11 +40,11 @@ class Spans:
         self.add(spans)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields the beginnings and ends, in order, with something missing between any two."""
+        """Yields the starts and ends of the ranges, in order and merged, so that no two touch."""
         return iter(self._spans)
 
     def add(self, spans: Iterable[Sequence[int]]) -> None:
-        """Takes ranges into the set."""
+        """Adds ranges to the set."""
         for start, stop in spans:
             first = bisect_left(self._spans, start, key=lambda span: span[1])
             last = bisect_right(self._spans, stop, key=lambda span: span[0])
@@ -53,7 +53,7 @@ class Spans:
             self._spans[first:last] = [(start, stop)]
 
     def missing(self, first: int) -> tuple[int, float]:
-        """Returns the next range from ``first`` on that is not in the set."""
+        """Returns the first range at or after ``first`` that is not in the set."""
         for start, stop in self._spans[bisect_right(self._spans, first, key=lambda span: span[1]) :]:
             if first < start:
                 return first, start
@@ -62,12 +62,12 @@ class Spans:
 
 
 class DataCursor:
-    """Hands out the data of epoch after epoch, every part once.
+    """Leases the data of one epoch after the other, every range once.
 
     Args:
-        steps_per_epoch: Local steps' worth of data in an epoch; the last of an epoch may be smaller.
-        epochs: The epoch to end before, ``None`` for no end.
-        done: The data that needs not to be handed out, since earlier fits have used it.
+        steps_per_epoch: Data of an epoch, in local steps. The last step of an epoch may be smaller.
+        epochs: Number of epochs, ``None`` for no limit.
+        done: Ranges that earlier fits have used already.
     """
 
     def __init__(self, steps_per_epoch: int, epochs: int | None = None, done: Spans | None = None) -> None:
@@ -77,12 +77,13 @@ class DataCursor:
         self._end = math.inf if epochs is None else epochs * steps_per_epoch
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:
-        """Hands out a range.
+        """Leases a range.
 
         Args:
-            steps: Its length; shorter at the end of an epoch, since no range belongs to two.
-            sharers: How many take ranges of this length. Towards the end of the last epoch ranges get shorter, so that
-                all of them have something to do until it is over.
+            steps: Length of the range, in local steps. It is shorter at the end of an epoch, because no range is part
+                of two epochs.
+            sharers: Number of servers that take ranges of this length. Towards the end of the last epoch ranges get
+                shorter, so that all servers have data until the end.
 
         Returns:
             The range, ``None`` if there is no data left.
@@ -98,7 +99,7 @@ class DataCursor:
 
 
 def split(first: int, steps: int, steps_per_epoch: int) -> Iterator[Lease]:
-    """Divides a range that is counted from the first epoch's beginning at the ends of epochs."""
+    """Splits a range, which is counted from the start of the first epoch, at the ends of epochs."""
     while steps > 0:
         epoch, start = divmod(first, steps_per_epoch)
         length = min(steps, steps_per_epoch - start)
@@ -107,15 +108,15 @@ def split(first: int, steps: int, steps_per_epoch: int) -> Iterator[Lease]:
 
 
 class LeaseStock:
-    """A local server's stock of data for its workers. It orders more ahead of need.
+    """A local server's stock of leased data for its workers. It orders more before the workers need it.
 
-    If workers had to wait for an order, the next ones are twice as large: the link is slow for such fast workers.
+    If a worker had to wait for an order, the next orders are twice as large.
 
     Args:
-        ahead: Low-water mark and size of an order at the beginning, in local steps. 0: order only what workers ask for.
+        ahead: Initial low-water mark and order size, in local steps. 0: order only what workers ask for.
     """
 
-    _LARGEST = 64  # times as large as in the beginning
+    _LARGEST = 64  # largest order, as a multiple of the initial size
 
     def __init__(self, ahead: int) -> None:
         self._ahead = ahead
@@ -130,15 +131,15 @@ class LeaseStock:
         return iter(self._leases)
 
     def ask(self, worker: int, steps: int) -> None:
-        """Takes note that a worker wants data for a number of local steps."""
+        """Records a worker's request for data of a number of local steps."""
         self._asked.append((worker, steps))
 
     def forget(self, worker: int) -> None:
-        """Drops what a worker asked for and has not got."""
+        """Drops a worker's open requests."""
         self._asked = deque((other, steps) for other, steps in self._asked if other != worker)
 
     def add(self, lease: Lease | None) -> None:
-        """Takes what was ordered; ``None`` if there is no more."""
+        """Adds the lease that was ordered; ``None`` if no data is left."""
         self._ordered = False
         if self._asked and self._has_served:
             self._ahead = min(2 * self._ahead, self._largest)
@@ -148,23 +149,23 @@ class LeaseStock:
             self._leases.append(lease)
 
     def serve(self) -> list[tuple[int, Lease | None]]:
-        """Returns which workers get what now, in the order in which they asked; ``None`` if there is no more data."""
+        """Returns leases for waiting workers, in the order of their requests; ``None`` if no data is left."""
         served: list[tuple[int, Lease | None]] = []
         while self._asked and (self._leases or self._ended):
             worker, steps = self._asked.popleft()
             if not self._leases:
                 served.append((worker, None))
                 continue
-            whole = self._leases.popleft()
-            steps = min(steps, whole.steps)
+            lease = self._leases.popleft()
+            steps = min(steps, lease.steps)
             self._has_served = True
-            served.append((worker, Lease(whole.epoch, whole.first, steps)))
-            if steps < whole.steps:
-                self._leases.appendleft(Lease(whole.epoch, whole.first + steps, whole.steps - steps))
+            served.append((worker, Lease(lease.epoch, lease.first, steps)))
+            if steps < lease.steps:
+                self._leases.appendleft(Lease(lease.epoch, lease.first + steps, lease.steps - steps))
         return served
 
     def order(self) -> int:
-        """Returns how many local steps' worth of data to order now; 0 if there is enough, or an order is under way."""
+        """Returns the size of the order to send now, in local steps; 0 if none is needed or one is unanswered."""
         stock = sum(lease.steps for lease in self)
         asked = sum(steps for _, steps in self._asked)
         if self._ordered or self._ended or stock >= max(self._ahead, asked):

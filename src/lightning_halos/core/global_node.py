@@ -1,7 +1,7 @@
 """The decisions about the complete run: data, budget, stop, snapshots, and the final model.
 
-It takes one message and returns the messages to send. It knows no links, threads or clock: the hosts of ``transport``
-and the virtual network of ``simulation`` drive it alike.
+The node takes one message and returns the messages to send. It has no links, threads or clock, so that the hosts of
+``transport`` and the virtual network of ``simulation`` can both drive it.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from lightning_halos.core.servers import Finding, GlobalServer
 
 @dataclass
 class Cut:
-    """A consistent state of all nodes, while it is taken (Chandy and Lamport, "Distributed Snapshots", 1985).
+    """A snapshot of all nodes in progress (Chandy and Lamport, "Distributed Snapshots", 1985).
 
-    It is the state of the global node when it sent the markers, and the channel state: updates and progress that the
-    local servers sent before their snapshots and that arrived after this one.
+    It consists of the state of the global node when it sent the markers, and of the channel state: updates and progress
+    reports that local servers sent before their own snapshots and that arrived after the global node's.
 
     Attributes:
-        marker: The save that it belongs to.
+        marker: The marker of the snapshot.
         state: State of the global node.
         total: Local steps that all workers have finished.
         done: The data that they trained on.
-        updates: Updates that arrived since, by local server, as their fields.
-        last: Number of each local server's last update before its snapshot, as far as its reply has come.
+        updates: Updates that arrived since then, by local server, as dictionaries of their fields.
+        last: Number of the last update before the snapshot, for each local server that has replied.
     """
 
     marker: Marker
@@ -67,13 +67,13 @@ class Cut:
 
 
 class GlobalNode:
-    """The global server, and what is decided for the complete run.
+    """The global server, and the decisions about the complete run.
 
     Args:
         server: The global server; ``None`` if there is one local server, whose model is the global model.
         servers: Number of local servers.
-        budget: The step budget. The node changes it.
-        cursor: Hands out the training data; ``None`` if the workers do not share data.
+        budget: The step budget, which the node updates.
+        cursor: Leases the training data; ``None`` if the workers do not share data.
         done: The data that earlier runs trained on.
 
     Attributes:
@@ -114,17 +114,17 @@ class GlobalNode:
 
     @property
     def state(self) -> GlobalState:
-        """What the node is doing."""
+        """The state of the node."""
         return self._machine.state
 
     @property
     def version(self) -> int:
-        """Updates that are in the global model."""
+        """Number of updates in the global model."""
         return 0 if self.server is None else self.server.version
 
     @property
     def model(self) -> Tensor:
-        """The global model. Without a global server it is known only at the end."""
+        """The global model. Without a global server, it is only available at the end."""
         if self.server is not None:
             return self.server.model
         assert self._final is not None
@@ -133,17 +133,17 @@ class GlobalNode:
 
     @property
     def applied(self) -> int:
-        """Local steps behind the global model. Without a global server they are known only at the end."""
+        """Local steps in the global model. Without a global server, they are only known at the end."""
         if self.state is GlobalState.FINISHED:
             return self._total_at_end
         return self._applied_before + (0 if self.server is None else self.server.steps)
 
     def start(self) -> list[Send]:
-        """Answers the updates that were under way when the snapshot was taken that the run goes on from."""
+        """Answers the updates that were in flight when the snapshot of a resumed run was taken."""
         sends = []
         for index, updates in self._under_way.items():
             assert self.server is not None
-            # After a last update no local server waits for an answer: it begins anew, and takes part again.
+            # A local server that had sent its last update waits for no answer; it takes part in the new run.
             waits = not any(update["final"] for update in updates)
             for fields in updates:
                 update = RegionUpdate(**{**fields, "vector": fields["vector"].clone()})
@@ -154,11 +154,11 @@ class GlobalNode:
         return sends
 
     def inspect(self, message: Message, filled: Iterable[int]) -> Finding | None:
-        """Looks at the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
+        """Inspects the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
 
         Args:
             message: The message.
-            filled: Yields how many elements of the vector have arrived.
+            filled: Yields the number of elements that have arrived so far.
         """
         if isinstance(message, RegionUpdate) and message.vector is not None and self.server is not None:
             return self.server.inspect(message.vector, filled)
@@ -172,13 +172,13 @@ class GlobalNode:
         Args:
             sender: Index of a local server.
             message: The message. Its vector may be written to.
-            finding: What :meth:`inspect` returned; default: the node looks now.
+            finding: The result of :meth:`inspect`. Default: inspect the vector now.
 
         Returns:
             The messages to send, in this order.
 
         Raises:
-            ProtocolError: If the node's state does not allow the message, or the sender must not send it.
+            ProtocolError: If the node's state does not allow the message, or the sender may not send it.
         """
         if sender in self._counted:
             match message:
@@ -195,14 +195,14 @@ class GlobalNode:
         raise ProtocolError(f"The global server got an unexpected message from {sender}: {message!r}.")
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> list[Send]:
-        """Tells all local servers what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all local servers."""
         self._machine.move(GlobalEvent.PUBLISH)
         self._plateaus += plateaus
         self._metrics = metrics
         return self._tell_all()
 
     def save(self, marker: Marker) -> list[Send]:
-        """Begins a snapshot of all nodes. One that is under way is given up.
+        """Starts a snapshot of all nodes. An unfinished snapshot is abandoned.
 
         Raises:
             ProtocolError: If the run has ended.
@@ -212,13 +212,13 @@ class GlobalNode:
         return [Send(index, marker) for index in self._counted]
 
     def progress(self) -> dict[str, Any]:
-        """Returns how far the run is: local steps, and the data that was trained on."""
-        # The last reports may still be on their way when the run is finished, but then every step is applied.
+        """Returns the progress of the run: finished local steps, and the data that was trained on."""
+        # When the run is finished, the last reports may still be in flight, but every step is applied.
         total = self._total_at_end if self.state is GlobalState.FINISHED else self.budget.total
         return {"total": total, "done": list(self._done)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of what a later run goes on from, without what is under way."""
+        """Returns a copy of the state from which a later run can continue, without messages in flight."""
         return {
             "server": None if self.server is None else self.server.state_dict(),
             "applied": self.applied,
@@ -228,10 +228,10 @@ class GlobalNode:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict` or of a snapshot, before :meth:`start`."""
+        """Restores a state of :meth:`state_dict` or of a snapshot, before :meth:`start`."""
         if self.server is not None:
             self.server.load_state_dict(state["server"])
-            self.server.steps = 0  # those are in `applied`
+            self.server.steps = 0  # `applied` includes them
             self.server.received = dict(state["received"])
         self._applied_before = state["applied"]
         for update in state["updates"]:
@@ -280,7 +280,7 @@ class GlobalNode:
         self._flushed.append(index)
 
     def _finish(self, final: GlobalModel, total: int) -> list[Send]:
-        """From here on nothing writes to the model: all receivers in this process may read the same memory."""
+        """Ends the run. Nothing writes to the model any more, so all receivers in this process may share its memory."""
         final.final, final.stopped = True, self._asked_to_stop
         final.position = global_step(total, self.budget.workers, self.budget.max_steps)
         self._final, self._total_at_end = final, total
@@ -303,7 +303,7 @@ class GlobalNode:
         if self.state is GlobalState.RUNNING and (message.stop or self.budget.exhausted):
             self._machine.move(GlobalEvent.STOP)
             return self._tell_all()
-        # Local servers that have flushed only wait: the status tells them that the others go on.
+        # Local servers that have flushed wait for the final model; the status shows them that the run goes on.
         return [self._tell(server) for server in dict.fromkeys([index, *self._flushed])]
 
     def _tell_all(self) -> list[Send]:
@@ -341,7 +341,7 @@ class GlobalNode:
         return self._complete_cut()
 
     def _complete_cut(self) -> list[Send]:
-        """Gives the snapshot to storage if all of its channel state has arrived."""
+        """Sends the snapshot to storage if all of its channel state has arrived."""
         cut = self._cut
         if cut is None or len(cut.last) < len(self._counted):
             return []

@@ -1,7 +1,7 @@
-"""What the two server nodes have in common: addresses, what they send, and their states.
+"""The common parts of the two server nodes: addresses, sent messages, states and their transitions.
 
-No I/O and no decisions: the transition tables here are data, which :mod:`~lightning_halos.core.region_node` and
-:mod:`~lightning_halos.core.global_node` follow and a test walks through completely.
+This file has no decisions. The transition tables are data, which :mod:`~lightning_halos.core.region_node` and
+:mod:`~lightning_halos.core.global_node` follow, and which a test checks completely.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Send:
     Attributes:
         to: Address of the receiver.
         message: The message.
-        fill: Computes the message's vector from front to back and reports how far it is; ``None`` if the vector is
-            complete. It must run before the node handles another message, and in the order of the list.
+        fill: Computes the message's vector from front to back and reports the number of complete elements; ``None`` if
+            the vector is complete. It must run before the node handles another message, and in the order of the list.
     """
 
     to: int
@@ -40,23 +40,23 @@ class Send:
     fill: Callable[[Reach], object] | None = None
 
     def complete(self) -> Message | Shard:
-        """Computes the message's vector, if that is still to be done, and returns the message."""
+        """Computes the message's vector, if necessary, and returns the message."""
         if self.fill is not None:
             self.fill(nobody)
         return self.message
 
 
 def travels_with_models(message: Message) -> bool:
-    """Whether a message between a local and the global server is on the link for models.
+    """Returns whether a message between a local server and the global server is sent on the models link.
 
-    The others have a link of their own, so that a stop notice overtakes a model. A marker is with the models, since it
-    divides the answers before a snapshot from those after it.
+    Other messages have a link of their own, so that a stop notice overtakes a model. A marker is sent on the models
+    link, because it separates the answers before a snapshot from those after it.
     """
     return isinstance(message, (RegionUpdate, RegionModel, GlobalModel, Marker))
 
 
 class RegionState(Enum):
-    """What a local server is doing."""
+    """The state of a local server."""
 
     SERVING = "serving"  # no update is unanswered
     EXCHANGING = "exchanging"  # an update is unanswered
@@ -65,12 +65,12 @@ class RegionState(Enum):
 
 
 class RegionEvent(Enum):
-    """What happens to a local server."""
+    """An event of a local server."""
 
     PUSH = "push"
-    UPDATE = "update"  # it sends an update
+    UPDATE = "update"  # the server sends an update
     LAST_PUSH = "last push"  # the last worker has finished
-    ANSWER = "answer"  # to its update
+    ANSWER = "answer"  # the answer to an update arrives
     FINAL_MODEL = "final model"
     STATUS = "status"
     LEASE_REQUEST = "lease request"
@@ -79,7 +79,7 @@ class RegionEvent(Enum):
 
 
 class GlobalState(Enum):
-    """What the global node is doing."""
+    """The state of the global node."""
 
     RUNNING = "running"
     STOPPING = "stopping"  # every local server is told that no worker starts another round
@@ -87,10 +87,10 @@ class GlobalState(Enum):
 
 
 class GlobalEvent(Enum):
-    """What happens to the global node."""
+    """An event of the global node."""
 
     UPDATE = "update"
-    LAST_UPDATE = "last update"  # of a local server; others have not sent theirs
+    LAST_UPDATE = "last update"  # a local server has sent its last message, others have not
     ALL_UPDATES = "all updates"  # the last local server has sent its last message
     PROGRESS = "progress"
     STOP = "stop"  # the budget is used up, or a worker asks for it
@@ -105,15 +105,15 @@ E = TypeVar("E", bound=Enum)
 
 
 class StateMachine(Generic[S, E]):
-    """A state that moves along a table.
+    """A state that changes according to a table.
 
     Args:
-        name: The owner, for errors.
+        name: Name of the owner, for errors.
         state: The first state.
-        transitions: The next state for each state and event. What is missing is not allowed.
+        transitions: The next state for each state and event. Missing events are not allowed.
 
     Attributes:
-        state: The state now.
+        state: The present state.
     """
 
     def __init__(self, name: str, state: S, transitions: dict[S, dict[E, S]]) -> None:
@@ -156,11 +156,11 @@ REGION_TRANSITIONS: dict[RegionState, dict[RegionEvent, RegionState]] = {
         _RE.ANSWER: _R.FLUSHED,  # to the update before the last: ignored, since the final model follows
         _RE.FINAL_MODEL: _R.FINISHED,
         _RE.STATUS: _R.FLUSHED,
-        _RE.LEASE_GRANT: _R.FLUSHED,  # ordered ahead, for nobody
+        _RE.LEASE_GRANT: _R.FLUSHED,  # ordered ahead, but no longer needed
         _RE.MARKER: _R.FLUSHED,
     },
     _R.FINISHED: {
-        # The link for control may be slower than the link for models.
+        # The control link may be slower than the models link.
         _RE.STATUS: _R.FINISHED,
         _RE.LEASE_GRANT: _R.FINISHED,
     },
@@ -190,7 +190,7 @@ GLOBAL_TRANSITIONS: dict[GlobalState, dict[GlobalEvent, GlobalState]] = {
         _GE.SAVE: _G.STOPPING,
     },
     _G.FINISHED: {
-        # The link for control may be slower than the link for models.
+        # The control link may be slower than the models link.
         _GE.PROGRESS: _G.FINISHED,
         _GE.LEASE_REQUEST: _G.FINISHED,
         _GE.MARKER_REPLY: _G.FINISHED,

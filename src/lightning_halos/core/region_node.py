@@ -1,7 +1,7 @@
-"""The decisions of a local server: what it answers, when it sends an update, and when it is finished.
+"""The decisions of a local server: its answers, when it sends an update, and when it is finished.
 
-It takes one message and returns the messages to send. It knows no links, threads or clock: the hosts of ``transport``
-and the virtual network of ``simulation`` drive it alike.
+A node takes one message and returns the messages to send. It has no links, threads or clock, so that the hosts of
+``transport`` and the virtual network of ``simulation`` can both drive it.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class RegionNode:
         server: The local server. If it exchanges nothing, its model is the global model.
         planner: Decides the workers' local steps.
         workers: Global ranks of the workers.
-        budget: The step budget, as far as it is known here: the steps of this server's workers at once, those of the
-            others when the global node tells them. The node changes it.
+        budget: The step budget, which the node updates: with the steps of its own workers at once, and with those of
+            other workers when the global node reports them.
         stock: Training data for the workers; ``None`` if the workers do not share data.
 
     Attributes:
         server: The local server.
         budget: The step budget.
-        traffic: Bytes that the server's links have carried inside its region and to another region. The driver keeps
-            it up to date.
+        traffic: Bytes that the server's links have carried inside its region and to other regions. The driver updates
+            it.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class RegionNode:
 
     @property
     def state(self) -> RegionState:
-        """What the node is doing."""
+        """The state of the node."""
         return self._machine.state
 
     @property
     def version(self) -> int:
-        """Pushes that are in the server's model."""
+        """Number of pushes in the server's model."""
         return self.server.version
 
     @property
@@ -111,11 +111,11 @@ class RegionNode:
         return self._lease()
 
     def inspect(self, message: Message, filled: Iterable[int]) -> Finding | None:
-        """Looks at the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
+        """Inspects the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
 
         Args:
             message: The message.
-            filled: Yields how many elements of the vector have arrived.
+            filled: Yields the number of elements that have arrived so far.
         """
         if isinstance(message, Push) and message.vector is not None:
             return self.server.inspect(message.vector, filled)
@@ -129,13 +129,13 @@ class RegionNode:
         Args:
             sender: Global rank of a worker, or ``GLOBAL``.
             message: The message. Its vector may be written to.
-            finding: What :meth:`inspect` returned; default: the node looks now.
+            finding: The result of :meth:`inspect`. Default: inspect the vector now.
 
         Returns:
             The messages to send, in this order.
 
         Raises:
-            ProtocolError: If the node's state does not allow the message, or the sender must not send it.
+            ProtocolError: If the node's state does not allow the message, or the sender may not send it.
         """
         if sender == GLOBAL:
             match message:
@@ -156,15 +156,15 @@ class RegionNode:
         raise ProtocolError(f"Local server {self.server.index} got an unexpected message from {sender}: {message!r}.")
 
     def settle(self, model: Tensor) -> None:
-        """Takes the final global model, when the run is over, so that a later run can go on from there."""
+        """Replaces the model by the final global model after the run, for a later run that continues from there."""
         self.server.settle(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of what a later run goes on from."""
+        """Returns a copy of the state from which a later run can continue."""
         return {"server": self.server.state_dict(), "speeds": self._planner.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`, before :meth:`start`."""
+        """Restores a state of :meth:`state_dict`, before :meth:`start`."""
         self.server.load_state_dict(state["server"])
         self._planner.load_state_dict(state["speeds"])
         self._answered = self.server.number - self.server.exchanging
@@ -255,7 +255,7 @@ class RegionNode:
         )
 
     def _flush(self) -> Send:
-        """All workers have finished: the global node gets the rest, or the model if this is the only server."""
+        """Returns the last message after all workers have finished: an update, or the model of the only server."""
         self._machine.move(RegionEvent.LAST_PUSH)
         if not self.server.exchanges:
             model = RegionModel(self.server.index, self.server.steps, self._asked_to_stop, self.server.model)
@@ -289,7 +289,7 @@ class RegionNode:
         self._metrics = message.metrics
         if self.state is RegionState.FINISHED:
             return []
-        # To workers that wait for the final model, any news shows that the others go on.
+        # Finished workers wait for the final model; the status shows them that the run goes on.
         return [Send(rank, message) for rank in self._finished]
 
     def _on_lease_request(self, rank: int, request: LeaseRequest) -> list[Send]:
@@ -317,7 +317,7 @@ class RegionNode:
         return self._lease()
 
     def _lease(self) -> list[Send]:
-        """Gives workers the data that they asked for, and orders more."""
+        """Answers the workers' requests for data, and orders more if necessary."""
         if self._stock is None:
             return []
         sends = []
@@ -341,5 +341,5 @@ class RegionNode:
 
 
 def grant_of(lease: Lease | None, number: int) -> LeaseGrant:
-    """Returns the answer to a lease request of a number; ``None`` stands for no more data."""
+    """Returns the answer to the lease request ``number``; ``None`` means that no data is left."""
     return LeaseGrant(0, 0, 0, number) if lease is None else LeaseGrant(lease.epoch, lease.first, lease.steps, number)

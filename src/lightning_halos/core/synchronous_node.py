@@ -1,7 +1,7 @@
-"""The decisions of synchronous rounds: what all workers' rounds change, what each runs next, and when the run ends.
+"""The decisions of synchronous rounds: the new model, the next round of each worker, and the end of the run.
 
-It takes the pushes of a round and returns the answers. It knows no collectives, threads or clock: in a real run every
-process has a replica, and replicas that are given the same rounds stay equal; a simulation has one.
+The node takes the pushes of a round and returns the answers. It has no collectives, threads or clock. In a real run
+every process has a replica, and the replicas stay equal because they get the same rounds; a simulation has one node.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class SynchronousNode:
     """The server of synchronous rounds (DiLoCo, synchronous SGD).
 
     Args:
-        server: The server; ``None`` if the workers average their gradients themselves and all have the model.
+        server: The server; ``None`` if the workers average their gradients and all have the model.
         planner: Decides the workers' local steps.
-        budget: The step budget. The node changes it.
+        budget: The step budget, which the node updates.
 
     Attributes:
         server: The server.
         budget: The step budget.
-        version: Rounds that are in the model.
+        version: Number of rounds in the model.
         finished: Global ranks of the workers that have finished.
     """
 
@@ -51,7 +51,7 @@ class SynchronousNode:
         return None if self.server is None else self.server.model
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Takes what the next answers tell everybody: steps of plateau schedulers, and the metrics of rank 0."""
+        """Sets what the next answers tell all workers: steps of plateau schedulers, and the metrics of rank 0."""
         self._plateaus = [*self._plateaus, *plateaus]
         self._metrics = metrics
 
@@ -59,12 +59,12 @@ class SynchronousNode:
         """Ends a round.
 
         Args:
-            pushes: The pushes of all workers that took part, without regard to their vectors.
-            mean: The mean of their vectors, which becomes the model; ``None`` if no worker pushed one.
+            pushes: The pushes of all workers that took part. Their vectors are ignored.
+            mean: The mean of their vectors, which is overwritten with the new model; ``None`` if no worker pushed one.
 
         Returns:
-            The answers by global rank. Workers that go on get the next round, without a vector: it is :attr:`model`.
-            Those that have finished get nothing until all have; then everybody gets the final model.
+            The answers by global rank. Workers that go on get a pull without a vector; the model is :attr:`model`.
+            Finished workers get nothing until all workers have finished; then all get the final model.
         """
         for push in pushes:
             self._planner.measure(push.worker, push.batches, push.seconds)
@@ -83,11 +83,11 @@ class SynchronousNode:
         return {push.worker: self._pull(push, plateaus) for push in pushes if not push.final}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of what a later run goes on from."""
+        """Returns a copy of the state from which a later run can continue."""
         return {"server": None if self.server is None else self.server.state_dict(), "rounds": self._rounds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`."""
+        """Restores a state of :meth:`state_dict`."""
         self._rounds = state["rounds"]
         if self.server is not None:
             self.server.load_state_dict(state["server"])

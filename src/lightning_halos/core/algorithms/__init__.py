@@ -1,4 +1,4 @@
-"""The algorithms, one file each, and the table of them. Nothing here knows processes, clocks or Lightning."""
+"""The algorithms, one per file, and their table. They are independent of processes, clocks and Lightning."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "async_local_sgd": AsyncLocalSGD,
     "halos": Halos,
 }
-"""What makes each algorithm, by the name that commands know it by."""
+"""The constructor of each algorithm, by its name on the command line."""
 
 __all__ = [
     "ALGORITHMS",

@@ -1,4 +1,4 @@
-"""Async-Local-SGD: asynchronous local SGD with one server for everybody (arXiv 2401.09135)."""
+"""Async-Local-SGD: asynchronous local SGD with one server for all workers (arXiv 2401.09135)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_halos.core.topology import ServerGroup, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class AsyncLocalSGD(ServerAlgorithm):
-    """One local server for all workers, wherever they are.
+    """One local server for the workers of all regions.
 
     Attributes:
-        optimizer: Makes the server's optimizer; default: :func:`default_optimizer`.
+        optimizer: Makes the server's optimizer. Default: :func:`default_optimizer`.
 
     Raises:
         TypeError: If the optimizer is not a function.
-        ValueError: If a value is wrong.
+        ValueError: If a value is invalid.
     """
 
     local_steps: int = 32
@@ -50,5 +50,5 @@ class AsyncLocalSGD(ServerAlgorithm):
 
 
 def default_optimizer(workers: int) -> OptimizerFactory:
-    """The server's optimizer for a number of workers (HALoS, section 5.1: 0.05, 0.9 and 32 for 16 workers)."""
+    """Returns the server's optimizer for a number of workers (HALoS, section 5.1: 0.05, 0.9, 32 for 16 workers)."""
     return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=2 * workers)

@@ -1,7 +1,7 @@
-"""What an algorithm is: its servers, and what its workers do in a round.
+"""The interface of an algorithm: its servers, and its workers' rounds.
 
-An algorithm makes servers and planners, and decides nothing while a run lasts: the nodes in ``core`` do. Real runs,
-simulations, plans and checkpoints are all given one such object, so a new algorithm is one new file beside this one.
+An algorithm makes servers and planners. It decides nothing during a run, which the nodes in ``core`` do. Real runs,
+simulations, plans and checkpoints use the same object, so a new algorithm is one new file in this folder.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lightning_halos.core.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(ABC):
-    """What the workers do in a round.
+    """An algorithm, and the workers' rounds.
 
     Attributes:
         shares_data: Whether the workers take samples from a common cursor. Otherwise each has a fixed shard.
-        averages_gradients: Whether the workers average their gradients in every step. They exchange no models then.
+        averages_gradients: Whether the workers average their gradients in every step, and exchange no models.
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round:
             ``max(1, ceil(H * speed / fastest))``.
@@ -56,15 +56,15 @@ class Algorithm(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """Name for people."""
+        """Name as it is printed."""
 
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
-        """Decides which local servers there are. Default: one in each region.
+        """Arranges the local servers. Default: one in each region.
 
         Args:
             regions: Global ranks of the workers in each region.
-            names: Names of the regions; default: their indices.
-            home: Index of the region that the global server is in.
+            names: Names of the regions. Default: their indices.
+            home: Index of the global server's region.
 
         Raises:
             ValueError: If the regions do not suit the algorithm.
@@ -78,7 +78,7 @@ class Algorithm(ABC):
 
         Args:
             workers: Number of workers of the complete run.
-            max_steps: Global steps that were ordered, ``None`` for no limit.
+            max_steps: Ordered global steps, ``None`` for no limit.
             speeds: Speed of each worker by rank, on any scale, if speeds are known and need not be measured.
         """
         return RoundPlanner(self.local_steps, self.dynamic_local_steps, workers, max_steps, speeds)
@@ -93,11 +93,11 @@ class ServerAlgorithm(Algorithm):
 
     Attributes:
         merge_weight: Weight of the global model when a local server merges it (``alpha``).
-        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 of its
-            local server, once it got 16. ``None``: no limit.
+        max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
+            pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
 
     Raises:
-        ValueError: If a value is wrong.
+        ValueError: If a value is invalid.
     """
 
     merge_weight: float = 0.25
@@ -118,14 +118,14 @@ class ServerAlgorithm(Algorithm):
 
     @abstractmethod
     def make_local_optimizer(self, workers: int) -> OptimizerFactory:
-        """Returns what makes a local server's optimizer.
+        """Returns the function that makes a local server's optimizer.
 
         Args:
             workers: Number of the server's workers.
         """
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:
-        """Returns what makes the global server's optimizer.
+        """Returns the function that makes the global server's optimizer.
 
         Args:
             servers: Number of local servers.
@@ -136,7 +136,7 @@ class ServerAlgorithm(Algorithm):
         raise NotImplementedError(f"{self.title} has one local server, and no global server.")
 
     def period(self, workers: int) -> int:
-        """Returns the pushes between two exchanges of a local server with the global server (``K``).
+        """Returns the number of pushes between two exchanges of a local server with the global server (``K``).
 
         Args:
             workers: Number of the local server's workers.
@@ -160,7 +160,7 @@ class ServerAlgorithm(Algorithm):
             workers: Number of its workers.
             model: The initial model, which the server owns from here on.
             shapes: Shapes of the parameters in it.
-            describe: Names a worker of a global rank in warnings.
+            describe: Returns the name of a worker for warnings, by its global rank.
         """
         return LocalServer(
             index,
@@ -187,11 +187,11 @@ class ServerAlgorithm(Algorithm):
 
 @dataclass(frozen=True, kw_only=True)
 class SynchronousAlgorithm(Algorithm):
-    """Rounds that begin and end together for all workers."""
+    """Rounds that start and end together for all workers."""
 
     @abstractmethod
     def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer | None:
-        """Makes the server; ``None`` if the workers average their gradients themselves.
+        """Makes the server; ``None`` if the workers average their gradients.
 
         Args:
             model: The initial model, which the server owns from here on.

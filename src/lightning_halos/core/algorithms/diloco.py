@@ -19,11 +19,11 @@ class Diloco(SynchronousAlgorithm):
     """One server that applies the mean of all workers' pushes.
 
     Attributes:
-        outer_optimizer: Makes the server's optimizer; default: :func:`default_outer_optimizer`.
+        outer_optimizer: Makes the server's optimizer. Default: :func:`default_outer_optimizer`.
 
     Raises:
         TypeError: If the optimizer is not a function.
-        ValueError: If a value is wrong.
+        ValueError: If a value is invalid.
     """
 
     local_steps: int = 32
@@ -47,5 +47,5 @@ class Diloco(SynchronousAlgorithm):
 
 
 def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
-    """The outer optimizer: SGD with a rate of 0.7 and Nesterov momentum of 0.9 (arXiv 2311.08105, section 3)."""
+    """Returns the outer optimizer: SGD with rate 0.7 and Nesterov momentum 0.9 (arXiv 2311.08105, section 3)."""
     return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)

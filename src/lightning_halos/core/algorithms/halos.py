@@ -19,13 +19,13 @@ class Halos(ServerAlgorithm):
 
     Attributes:
         accumulate_updates: Pushes between two exchanges (``K``). Default: 8 per worker of the server.
-        servers_per_region: Local servers in each region, or a list, the number of each region.
-        local_optimizer: Makes a local server's optimizer; default: :func:`default_local_optimizer`.
-        global_optimizer: Makes the global server's optimizer; default: :func:`default_global_optimizer`.
+        servers_per_region: Number of local servers in every region, or a list with one number per region.
+        local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`.
+        global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`.
 
     Raises:
         TypeError: If an optimizer is not a function.
-        ValueError: If a value is wrong.
+        ValueError: If a value is invalid.
     """
 
     local_steps: int = 8
@@ -67,16 +67,17 @@ class Halos(ServerAlgorithm):
 
 
 def default_local_optimizer(workers: int) -> OptimizerFactory:
-    """The local server's optimizer for a number of workers (section 5.1: 0.2, 0.9 and 16 for 4 workers).
+    """Returns the local server's optimizer for a number of workers (section 5.1: 0.2, 0.9, 16 for 4 workers).
 
-    The sum of the rates over one round of all workers, and the rounds in a momentum window, are the paper's.
+    The sum of the rates over one round of all workers, and the number of rounds in a momentum window, are the paper's.
     """
     return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=4 * workers)
 
 
 def default_global_optimizer(servers: int) -> OptimizerFactory:
-    """The global server's optimizer for a number of local servers (section 5.1: 0.15, 0.5 and 2 for 4 regions).
+    """Returns the global server's optimizer for a number of local servers (section 5.1: 0.15, 0.5, 2 for 4 regions).
 
-    The sum of the rates over one exchange of all local servers, and the exchanges in a window, are the paper's.
+    The sum of the rates over one exchange of all local servers, and the number of exchanges in a window, are the
+    paper's.
     """
     return partial(DelayedNesterov, lr=0.6 / servers, momentum=0.5, delay=max(1, servers // 2))

@@ -1,4 +1,4 @@
-"""Fully synchronous SGD: gradients are averaged in every step, as by Lightning's ``"ddp"``."""
+"""Fully synchronous SGD: gradients are averaged in every step, as with Lightning's ``"ddp"``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_halos.core.algorithms.base import SynchronousAlgorithm
 
 @dataclass(frozen=True, kw_only=True)
 class SyncSGD(SynchronousAlgorithm):
-    """No server: the workers average their gradients, so that all of them have the same model."""
+    """The workers average their gradients, so that all of them have the same model, without a server."""
 
     shares_data: ClassVar[bool] = False  # as with DDP
     averages_gradients: ClassVar[bool] = True
