@@ -6,6 +6,7 @@ whoever learns of it tells all peers, so that the signal may come to any process
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
@@ -25,6 +26,8 @@ from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.training.compat import set_received_sigterm
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
 
+_over: tuple[int, mmap.mmap] | None = None
+"""Process id, and a byte that the process shares with its DataLoader workers: 1 when their run is over."""
 _LATER = 3.0  # seconds that the others leave rank 0, so that it can say what is missing
 
 
@@ -158,15 +161,21 @@ def preemption_path(trainer: pl.Trainer) -> str | None:
 class OutlivingSigterm:
     """Starts a DataLoader worker that outlives the SIGTERM which its whole process group gets.
 
-    Its training process still wants batches from it, until the checkpoint is saved.
+    Its training process still wants batches from it, until the checkpoint is saved. When the run is over, SIGTERM from
+    its training process ends it at once; a worker that is not forked does not know that.
 
     Attributes:
-        seconds: How long it goes on at most.
-        worker_init_fn: What else it starts with.
+        seconds: Seconds from SIGTERM until the DataLoader worker ends by itself.
+        worker_init_fn: The user's own function that runs when the DataLoader worker starts.
     """
 
     seconds: float
     worker_init_fn: Callable[[int], None] | None
+
+    def __post_init__(self) -> None:
+        global _over
+        if _over is None or _over[0] != os.getpid() or _over[1][0]:
+            _over = os.getpid(), mmap.mmap(-1, 1)
 
     def __call__(self, worker: int) -> None:
         """Runs in the DataLoader worker when it starts."""
@@ -175,6 +184,14 @@ class OutlivingSigterm:
             self.worker_init_fn(worker)
 
     def _handle(self, *_: object) -> None:
+        if _over is not None and _over[1][0]:
+            os._exit(0)
         end = threading.Timer(self.seconds, os._exit, (0,))
         end.daemon = True
         end.start()
+
+
+def let_data_workers_end() -> None:
+    """Lets the DataLoader workers of this process end at the next SIGTERM, since the run is over."""
+    if _over is not None:
+        _over[1][0] = 1

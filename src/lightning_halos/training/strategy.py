@@ -56,7 +56,7 @@ from lightning_halos.training.compat import (
     synchronizes_batch_norm,
 )
 from lightning_halos.training.launcher import SimulationLauncher
-from lightning_halos.training.preemption import OutlivingSigterm, Preemption
+from lightning_halos.training.preemption import OutlivingSigterm, Preemption, let_data_workers_end
 from lightning_halos.training.shards import Shards, rebuild
 from lightning_halos.training.shared_data import LightningRank, SharedData
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides, unfreezes
@@ -65,7 +65,7 @@ from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
-from lightning_halos.transport.groups import Groups, gather_through, open_store
+from lightning_halos.transport.groups import Groups, gather_through, noting_sockets, open_store
 from lightning_halos.transport.lockstep import LockstepProcess
 from lightning_halos.transport.process import Process
 
@@ -391,13 +391,14 @@ class HalosStrategy(ParallelStrategy):
         assert self._store is not None
         assert self._collectives is not None
         number = self._collectives.count(f"default/{self.global_rank}", 1, self._timeout)
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore(f"default/{number}", self._store),
-            rank=self.global_rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=max(self._timeout, AT_THE_EDGES)),
-        )
+        with noting_sockets():
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore(f"default/{number}", self._store),
+                rank=self.global_rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=max(self._timeout, AT_THE_EDGES)),
+            )
         self._made_default_group = True
 
     # ------------------------------------------------------------------ training
@@ -899,6 +900,7 @@ class HalosStrategy(ParallelStrategy):
             self._preemption.release()
             self._preemption = None
         self._worker_model = None
+        let_data_workers_end()
         self._end_process(_GOODBYE)
         if self._made_default_group:
             dist.destroy_process_group()

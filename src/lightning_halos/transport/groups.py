@@ -1,8 +1,9 @@
-"""Process groups: one per local server, two among the leaders, one of all workers.
+"""Process groups and the store that all processes share: one group per local server, two among the leaders.
 
-Rules of this room: groups are made directly, on the host's memory (gloo), and never as torch's default group. A default
-group that spans workers would make Lightning broadcast in every batch, and let torchmetrics and users' collectives wait
-for workers that take other numbers of steps.
+Groups are made directly, in host memory (gloo), and never as torch's default group. A default group that spans workers
+would make Lightning broadcast in every batch, and let torchmetrics and users' collectives wait for workers that take
+other numbers of steps. Forked processes, such as those of a DataLoader, give up the sockets of groups and store: while
+they hold them, nobody notices that their parent was killed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import socket
+import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -25,6 +29,8 @@ from lightning_halos.transport.errors import PeerLostError
 T = TypeVar("T")
 
 _stores: dict[tuple[str, int], Store] = {}
+_sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
+_store_ports: set[int] = set()  # on which a store of this process accepts connections, at any time
 _count = itertools.count()
 _PORT = "halos/port"  # of the store that rank 0 hosts
 _PATIENCE = 3.0  # seconds for a connection, before the port is asked for anew
@@ -46,12 +52,14 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
         PeerLostError: If they do not all come in time.
     """
     if (address, port) not in _stores:
+        _store_ports.add(port)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         # A store lives as long as its process: a second Trainer finds it again.
         try:
-            store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                store = _store_of_this_start(store, address, rank, timeout)
+            with noting_sockets():
+                store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    store = _store_of_this_start(store, address, rank, timeout)
         except DistError as error:
             raise PeerLostError(
                 f"Rank {rank} did not meet the other {world_size - 1} process(es) at {address}:{port} within"
@@ -78,6 +86,7 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
     limit = timedelta(seconds=timeout)
     if rank == 0:
         own = TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        _store_ports.add(own.port)
         agent.set(_PORT, str(own.port))
         return own
     deadline = time.monotonic() + timeout
@@ -107,13 +116,52 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
         PeerLostError: If the others do not come in time.
     """
     try:
-        group = ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+        with noting_sockets():
+            group = ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
     except RuntimeError as error:
         raise PeerLostError(
             f"Process {rank} of {size} of the process group {name!r} did not meet the others within timeout={timeout:g}"
             f" s. Do all of them run, and can they reach each other? {error}"
         ) from None
     return cast(ProcessGroup, group)  # torch's stubs do not know that it has a process group's methods
+
+
+@contextmanager
+def noting_sockets() -> Iterator[None]:
+    """Takes note of the sockets that are opened in a ``with`` block, so that forked processes give them up."""
+    before = {(descriptor, inode) for descriptor, inode, _ in _open_sockets()}
+    yield
+    _sockets.update({(descriptor, inode) for descriptor, inode, _ in _open_sockets()} - before)
+
+
+def _open_sockets() -> Iterator[tuple[int, int, int]]:
+    """Yields descriptor, inode and local port of each TCP socket of this process."""
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as copy:
+                if copy.family in (socket.AF_INET, socket.AF_INET6):
+                    yield descriptor, status.st_ino, copy.getsockname()[1]
+        except OSError:  # it was closed meanwhile
+            pass
+
+
+def _give_up_sockets() -> None:
+    """Closes this process's copies of its parent's sockets. It runs in every forked process, before all else."""
+    if not _sockets:
+        return
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor, inode, port in list(_open_sockets()):
+        if (descriptor, inode) in _sockets or port in _store_ports:
+            os.dup2(nothing, descriptor, False)  # the number stays taken: torch's copied objects may close it again
+    os.close(nothing)
+    _sockets.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_up_sockets)
 
 
 class Groups:
