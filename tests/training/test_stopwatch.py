@@ -94,7 +94,7 @@ def test_the_time_to_get_items_is_left_out_and_their_use_is_not(watch: Queueing)
             yield item
         watch.time += 100.0
 
-    for _ in watch.leaving_out(items()):
+    for _ in watch.excluding(items()):
         watch.time += 1.0
     assert watch.lap() == 3.0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_halos.core.compat import copy_each_, subtract_each_
+from lightning_halos.core.copies import Copies, Run, copies_of
 
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
@@ -35,6 +36,7 @@ class ModelVector:
     Args:
         module: The module. Its trainable parameters are those with ``requires_grad`` at this moment.
         all_parameters: Whether to send frozen parameters, too, for modules that are unfrozen during training.
+        copies: Copies between the module and host memory. Default: chosen by the module's devices.
 
     Attributes:
         dtype: ``torch.float32`` or ``torch.float64``.
@@ -47,7 +49,7 @@ class ModelVector:
         ValueError: If the module has no trainable parameter.
     """
 
-    def __init__(self, module: nn.Module, all_parameters: bool = False) -> None:
+    def __init__(self, module: nn.Module, all_parameters: bool = False, copies: Copies | None = None) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad or all_parameters]
         # By owner and name, because a module may replace a buffer's tensor.
         self._buffers = [
@@ -66,6 +68,7 @@ class ModelVector:
         self.shapes = [_real(p).shape for p in self._parameters]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
         self.num_elements = self.num_parameters + sum(_real(b).numel() for b in self._averaged())
+        self._copies = copies or copies_of({tensor.device for tensor in self._tensors()})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,8 +82,8 @@ class ModelVector:
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:
         """Copies the module's values into ``out`` and returns it."""
-        for tensor, part in self._parts(out):
-            part.copy_(tensor)
+        for tensors, parts, _ in self._copies.to_host(self._runs(out)):
+            copy_each_(parts, tensors)
         return out
 
     @torch.no_grad()
@@ -92,11 +95,8 @@ class ModelVector:
             filled: Yields the number of complete elements, while the vector is filled from front to back. Default: the
                 vector is complete.
         """
-        progress, there = iter([self.num_elements] if filled is None else filled), 0
-        for tensors, parts, stop in self._runs(vector):
-            while there < stop:
-                there = next(progress)
-            copy_each_(tensors, parts)
+        runs = self._runs(vector)
+        self._copies.to_device(runs if filled is None else _filled(runs, filled))
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, reach: Reach = nobody) -> Tensor:
@@ -109,7 +109,7 @@ class ModelVector:
         Returns:
             ``start``, which now has start minus end for the parameters, and the present values of the buffers.
         """
-        for tensors, parts, stop in self._runs(start):
+        for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             if stop <= self.num_parameters:
                 subtract_each_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
             else:
@@ -140,12 +140,8 @@ class ModelVector:
     def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(map(_real, self._tensors()), self._split(vector), strict=True)
 
-    def _runs(self, vector: Tensor) -> Iterator[tuple[list[Tensor], list[Tensor], int]]:
-        """Divides the vector into runs of about ``PART`` elements.
-
-        Yields the pieces of the module's tensors, the corresponding parts of the vector, and the end of the run in the
-        vector. No run has both parameters and buffers.
-        """
+    def _runs(self, vector: Tensor) -> Iterator[Run]:
+        """Divides the vector into runs of about ``PART`` elements. No run has both parameters and buffers."""
         tensors: list[Tensor] = []
         parts: list[Tensor] = []
         start = stop = 0
@@ -169,6 +165,15 @@ class ModelVector:
         shapes = [_real(t).shape for t in self._tensors()]
         parts = torch.split(vector, [shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _filled(runs: Iterable[Run], filled: Iterable[int]) -> Iterator[Run]:
+    """Yields each run as soon as its parts of the vector are complete."""
+    progress, complete = iter(filled), 0
+    for run in runs:
+        while complete < run[-1]:
+            complete = next(progress)
+        yield run
 
 
 def _is_averaged(buffer: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""How long a worker computes, on its device too.
+"""Measures how long a worker computes, including the work in its device's queue.
 
-A device works through a queue of its own, so that the host's clock alone shows how fast work is queued, not how fast it
-is done. What is no computing, such as saving, is left out.
+A device works asynchronously: without synchronization, the host's clock shows how fast work is queued, not how fast it
+is done. Time spent otherwise, such as saving a checkpoint, is excluded with pauses.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ class Stopwatch:
         return time.perf_counter()
 
     def synchronize(self) -> None:
-        """Waits until the device has done all work in its queue."""
+        """Waits until the device has completed all work in its queue."""
         self._device.synchronize()
 
     def restart(self) -> None:
-        """Begins at zero again."""
+        """Resets the watch to zero."""
         self._seconds = 0.0
         self._since = self.now()
 
     def lap(self) -> float:
-        """Returns the seconds since the last lap, pauses left out. Work may still be in the device's queue."""
+        """Returns the seconds since the last lap, without pauses. It does not synchronize the device."""
         now = self.now()
         seconds = self._seconds if self._pauses else self._seconds + now - self._since
         self._seconds, self._since = 0.0, now
         return seconds
 
     def drain(self) -> float:
-        """Waits until the device has done all work in its queue. Returns the seconds that this took."""
+        """Synchronizes the device. Returns the seconds that this took."""
         begin = self.now()
         self.synchronize()
         return self.now() - begin
 
     def pause(self) -> None:
-        """Stops the watch, after the device has done what was to be measured. Pauses may be nested."""
+        """Stops the watch, after the device has completed the measured work. Pauses may be nested."""
         if not self._pauses:
             self.synchronize()
             self._seconds += self.now() - self._since
         self._pauses += 1
 
     def resume(self) -> None:
-        """Ends a pause, after the device has done what is not to be measured."""
+        """Ends a pause, after the device has completed the work of the pause."""
         self._pauses -= 1
         if not self._pauses:
             self.synchronize()
@@ -71,15 +71,15 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pauses in a ``with`` block."""
+        """Pauses the watch in a ``with`` block."""
         self.pause()
         try:
             yield
         finally:
             self.resume()
 
-    def leaving_out(self, items: Iterable[T]) -> Iterator[T]:
-        """Yields the items. The time that it takes to get each of them is left out."""
+    def excluding(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields the items, and pauses while it waits for each of them."""
         iterator = iter(items)
         while True:
             with self.paused():

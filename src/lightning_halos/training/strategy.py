@@ -469,7 +469,7 @@ class HalosStrategy(ParallelStrategy):
         if state.get("ends_epoch"):
             set_random_state(state["random"])
         if data is not None:
-            data.start(self._loop.stopwatch.leaving_out(leases))
+            data.start(self._loop.stopwatch.excluding(leases))
         if "random" in state and not state.get("ends_epoch"):
             set_random_state(state["random"])
         self._loop.stopwatch.restart()
