@@ -146,7 +146,7 @@ class StagedCopies:
             yield self._next(queued)
 
     def to_device(self, runs: Iterable[Run]) -> None:
-        """Copies the parts of the vector into the module's tensors. Later computations wait for it, the host does not."""
+        """Copies the parts of the vector into the module's tensors. Later computations wait, the host does not."""
         self._stream.begin()
         try:
             for number, (tensors, parts, _) in enumerate(runs):

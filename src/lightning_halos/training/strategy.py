@@ -707,7 +707,7 @@ class HalosStrategy(ParallelStrategy):
             return state
 
     def _not_computing(self) -> AbstractContextManager[None]:
-        """What this worker does in a ``with`` block of this says nothing about its speed."""
+        """Excludes the time of a ``with`` block from this worker's speed."""
         return nullcontext() if self._loop is None else self._loop.stopwatch.paused()
 
     def _planned(self, rounds: dict[str, Any]) -> int:

@@ -224,7 +224,7 @@ class WorkerLoop(Callback):
 
     def _end_round(self) -> None:
         self._refuse_newly_trainable()
-        # Once per round: in every batch the host would wait for the device, and the device then for the host.
+        # Only once per round, since the device is idle afterwards until the host queues work again.
         self.round.compute(0, self.stopwatch.drain())
 
     def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
