@@ -152,8 +152,8 @@ def test_a_store_whose_process_is_stopped() -> None:
         collectives.barrier()
         with pytest.raises(
             PeerLostError,
-            match=r"worker 0 got no answer from the store .*, to count 'leased', within timeout=0.5 s. worker 0 has"
-            r" ended or does not run any more: it is in its process. All were last heard of \d\.\d s ago",
+            match=r"worker 0 got no answer from the store .*, to count 'leased', within timeout=0.5 s. worker 0, whose"
+            r" process has the store, has ended or is stopped. All were last heard of \d\.\d s ago",
         ):
             collectives.count("leased", 1, 0.5)
 

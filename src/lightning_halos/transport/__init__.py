@@ -1,5 +1,5 @@
-"""How messages get from one process to another.
+"""Sends messages between processes, and hosts the nodes of ``core``.
 
-Rules of this package: it knows process groups, threads and time limits, and hosts the servers of ``core``. It knows
-nothing of Lightning. No pickle crosses a link, and no wait is without a time limit.
+This package uses process groups and threads, but not Lightning. Nothing that arrives is unpickled, and every wait has a
+time limit.
 """

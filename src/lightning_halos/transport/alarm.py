@@ -1,8 +1,8 @@
-"""One failure ends the run everywhere, and everybody learns why.
+"""Passes failures and preemption on to all processes, so that one failure ends the run everywhere, with its reason.
 
-Rules of this room: links and hosts report here from any thread; the main thread asks :meth:`Alarm.check` wherever it
-works or waits. The first failure counts, is passed on to all peers, and closes all links, so that no thread is left
-waiting when the process ends. That the run is to end is passed on in the same way, and closes nothing.
+Links and hosts report failures from any thread; the main thread calls :meth:`Alarm.check` wherever it works or waits.
+The first failure counts. It is sent to all peers and closes all links, so that no thread waits when the process ends. A
+preemption is sent to all peers, too, but closes no link.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 from lightning_halos.transport.link import Link, since
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""Of a process that SIGTERM has ended: not a success, so that torchrun and SLURM start again."""
+"""Exit code of a preempted process. It is not 0, so that torchrun and SLURM start the run again."""
 
-_GRACE = 3.0  # seconds in which the peer that failed can print its own traceback first
-_LIMIT = 20.0  # seconds after which a process that does not react is ended
-_MOST = 8  # peers in an error message
+_GRACE = 3.0  # seconds in which the failed peer can print its own traceback first
+_LIMIT = 20.0  # seconds after which a process whose main thread does not react is ended
+_MOST = 8  # largest number of peers in an error message
 
 
 class Alarm:
-    """Collects the first failure of a process and its links, and passes it on.
+    """Records the first failure of a process and its links, and passes it on.
 
     Args:
-        here: Who this process is, for the peers' error messages.
+        here: Name of this process, for the peers' error messages.
 
     Attributes:
-        here: Who this process is.
+        here: Name of this process.
         links: All links of this process.
-        preempted_since: When this process got SIGTERM or learned that another one did, by ``time.monotonic``.
+        preempted_since: Time at which this process, or a peer, was preempted, by ``time.monotonic``.
     """
 
     def __init__(self, here: str) -> None:
@@ -48,7 +48,7 @@ class Alarm:
         self._off = self._failed = False
 
     def watch(self, timeout: float) -> None:
-        """Notices a peer that stopped without closing its connection. Returns at once.
+        """Starts a thread that notices peers which stop without closing their connection.
 
         Args:
             timeout: Seconds of silence after which a peer counts as lost.
@@ -56,17 +56,17 @@ class Alarm:
         threading.Thread(target=self._watch, args=(timeout,), name="halos watch", daemon=True).start()
 
     def fail(self, error: Exception) -> None:
-        """A link lost its peer, or one of this process's servers failed."""
+        """Records that a link lost its peer, or that a server of this process failed."""
         reason = str(error) if isinstance(error, PeerLostError) else describe(error)
         self._ring(error, Failure(self.here, reason))
 
     def lost(self, peer: str, what: str, timeout: float) -> PeerLostError:
-        """Returns the error for a wait that lasted too long. It says of all peers when they were last heard of.
+        """Returns the error for a wait that lasted too long, with the time of each peer's last sign of life.
 
         Args:
-            peer: Who was waited for.
-            what: What for, as in "the peer did not ...".
-            timeout: Seconds that the wait lasted.
+            peer: Name of the peer that was waited for.
+            what: The action that was waited for, as in "the peer did not ...".
+            timeout: Duration of the wait in seconds.
         """
         heard: dict[str, float | None] = {}
         for link in self.links:
@@ -80,17 +80,17 @@ class Alarm:
         )
 
     def told(self, news: Failure | Preempted) -> None:
-        """A peer said that it, or a peer of its, failed or is preempted."""
+        """Handles a failure or preemption that a peer reported or passed on."""
         if isinstance(news, Preempted):
             self.preempt()
         else:
             self._ring(PeerFailedError(f"{news.origin} failed: {news.reason}"), news)
 
     def preempt(self, since: float | None = None) -> None:
-        """The run is to save a checkpoint and end: all peers are told.
+        """Records a preemption and tells all peers that the run has to save a checkpoint and end.
 
         Args:
-            since: When the signal came, by ``time.monotonic``. Default: now.
+            since: Time of the signal, by ``time.monotonic``. Default: now.
         """
         with self._lock:
             if self._off or self._error is not None or self.preempted_since is not None:
@@ -100,35 +100,38 @@ class Alarm:
             link.post(Preempted())
 
     def raised(self, reason: str) -> None:
-        """The main thread of this process failed: the peers are told."""
+        """Tells the peers that the main thread of this process failed."""
         self._ring(None, Failure(self.here, reason))
 
     def off(self) -> None:
-        """Ignores failures from here on: the run is over."""
+        """Ignores failures from now on, because the run is over."""
         with self._lock:
             self._off = True
 
     @property
     def is_over(self) -> bool:
-        """Whether the run is over, or cannot go on."""
+        """Whether the run has ended or failed."""
         return self._off or self._error is not None
 
     @property
     def has_failed(self) -> bool:
-        """Whether the run cannot go on."""
+        """Whether the run has failed."""
         return self._failed
 
     def check(self, wait: bool = False) -> None:
-        """Raises the failure, if there is one.
+        """Raises the recorded failure, if any.
+
+        After a peer's failure, this process waits a few seconds before it raises, so that the peer prints its error
+        first.
 
         Args:
-            wait: Whether to give the peer that failed its time here, since this process must not go on.
+            wait: Whether to wait here for that time. Otherwise the method returns, and a later call raises.
 
         Raises:
-            PeerLostError: A peer disappeared or fell silent.
-            PeerFailedError: A peer failed. It gets a few seconds to say so itself before this is raised.
-            Exception: A server of this process failed.
-            SystemExit: A peer has ended because the run is preempted.
+            PeerLostError: If a peer disappeared or fell silent.
+            PeerFailedError: If a peer failed.
+            Exception: If a server of this process failed.
+            SystemExit: If a peer has ended because the run is preempted.
         """
         if self._error is None or self._off:
             return
@@ -144,10 +147,10 @@ class Alarm:
         raise self._error
 
     def close(self, timeout: float) -> None:
-        """Says goodbye on all links and waits for the peers to say it too.
+        """Says goodbye on all links and waits for the peers to say goodbye.
 
         Args:
-            timeout: Seconds to wait for all of them.
+            timeout: Seconds to wait for all peers.
         """
         for link in self.links:
             link.close()
@@ -182,13 +185,17 @@ class Alarm:
     def _end_process(self) -> None:
         if self._off or hasattr(sys, "ps1"):
             return
-        print(f"{self.here} ends, because it did not react for {_LIMIT:g} s to: {self._error}", file=sys.stderr)
+        print(
+            f"{self.here} is ended, because its main thread did not react within {_LIMIT:g} s to this error:"
+            f" {self._error}",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(1 if self.preempted_since is None else EXIT_CODE)
 
 
 def describe(error: BaseException) -> str:
-    """What a peer is told of an error: its traceback, or its name if it is an interruption."""
+    """Returns the text about an error for the peers: its traceback, or its name if it is an interruption."""
     if isinstance(error, Exception):
         return "".join(traceback.format_exception(error))
     return repr(error)

@@ -1,7 +1,6 @@
-"""The worker's end: it talks to its local server and waits for the answer.
+"""The worker's end of the link to its local server: it sends pushes and waits for the answers.
 
-Rules of this room: only the main thread waits here, always with a limit, and never in a way that keeps Ctrl-C or
-SIGTERM from it.
+Only the main thread waits here. Every wait has a limit, and lets the main thread handle Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ from lightning_halos.transport.link import Filled, Filling, Link
 T = TypeVar("T")
 
 AT_THE_EDGES = 1800.0
-"""Seconds that workers may wait for each other before and after training, at least: rank 0 may validate then."""
+"""Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
 
-_NEWS = 2.0  # seconds that the news of a silent peer may take: whoever watches its link can name it, and is first
+_NEWS = 2.0  # extra seconds of patience, so that the process whose link is silent reports first: it can name the peer
 
 
 class WorkerClient:
-    """Gives rounds to the local server.
+    """Sends a worker's pushes to its local server, and receives the answers.
 
     Args:
         link: Link to the local server.
-        alarm: Where failures go.
-        timeout: Seconds that a wait may last without news.
+        alarm: The alarm to report failures to.
+        timeout: Limit for a wait, in seconds.
         interrupted: Called several times a second while waiting; may raise.
 
     Attributes:
-        keep: Keeps this worker's state for a save, as it is after a push that is not answered yet.
+        keep: Called with the marker of a snapshot and the unanswered push, to copy this worker's state.
     """
 
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
@@ -63,7 +62,7 @@ class WorkerClient:
         link.start(self._on_message, alarm.fail)
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
-        """Pushes and waits for the answer.
+        """Sends a push and waits for the answer.
 
         Args:
             push: The push.
@@ -73,7 +72,7 @@ class WorkerClient:
             The answer. Its vector arrives while the second value is iterated over.
 
         Raises:
-            PeerLostError: If there is none in time, or a peer disappeared.
+            PeerLostError: If no answer arrives in time, or a peer disappeared.
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
@@ -83,7 +82,7 @@ class WorkerClient:
         return message, self._filled(message.vector)
 
     def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
-        """Pushes for the last time and waits for the final global model, for as long as there is news of the others.
+        """Sends the last push and waits for the final global model, as long as the other workers make progress.
 
         Args:
             push: The push.
@@ -93,11 +92,12 @@ class WorkerClient:
             The final model. Its vector arrives while the second value is iterated over.
 
         Raises:
-            PeerLostError: If a peer disappeared or fell silent, or nobody goes on for 1800 seconds at least.
+            PeerLostError: If a peer disappeared or fell silent, or no worker made progress for too long (at least 1800
+                seconds).
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
-        # While others go on there is news again and again. That all of them are alive is watched on every link.
+        # A status arrives whenever another worker has made progress. Dead peers are noticed on the links.
         patience, what = max(self._timeout, AT_THE_EDGES), "send the final model, or news of others that go on"
         while not isinstance(message := self._wait(what, self._inbox, patience), GlobalModel):
             if isinstance(message, Marker):
@@ -107,10 +107,10 @@ class WorkerClient:
         return message, self._filled(message.vector)
 
     def leases(self) -> Iterator[Lease]:
-        """Yields the data to train on. The next lease is on its way while this one is trained on.
+        """Yields the data to train on. Each lease is requested while the worker trains on the previous one.
 
         Raises:
-            PeerLostError: If there is no answer in time, or a peer disappeared.
+            PeerLostError: If no answer arrives in time, or a peer disappeared.
             PeerFailedError: If a peer failed.
         """
         self._link.post(LeaseRequest(number=1))
@@ -119,7 +119,7 @@ class WorkerClient:
             yield Lease(grant.epoch, grant.first, grant.steps)
 
     def tell(self, message: ShardWritten) -> None:
-        """Tells rank 0 what became of this worker's part of a save."""
+        """Tells rank 0 whether this worker's shard of a checkpoint has been written."""
         self._link.post(message)
 
     def _push(self, push: Push, fill: Callable[[Reach], object]) -> None:
@@ -132,11 +132,11 @@ class WorkerClient:
 
     def _filled(self, vector: Tensor | None) -> Filled:
         assert vector is not None
-        there = 0
-        while there < vector.numel():
+        arrived = 0
+        while arrived < vector.numel():
             message = self._wait("send the rest of a model", self._inbox)
             assert isinstance(message, int)
-            yield (there := message)
+            yield (arrived := message)
 
     def _wait(self, what: str, inbox: queue.SimpleQueue[T], timeout: float | None = None) -> T:
         timeout = self._timeout if timeout is None else timeout
@@ -159,5 +159,5 @@ class WorkerClient:
             self._grants.put(message)
             return
         self._inbox.put(message)
-        for there in filled:
-            self._inbox.put(there)
+        for arrived in filled:
+            self._inbox.put(arrived)

@@ -1,9 +1,9 @@
-"""Collectives over all workers, for the times when they are in step: before and after the training loop.
+"""Collectives over all workers, for use before and after the training loop, when all workers are in step.
 
-Data goes from the workers of a region to its leader, from leader to leader, and back, so that a worker connects to its
-own region only, and data crosses the slow links once. Nothing is pickled. Wrong arguments are found before the data is
-sent, and every worker raises the error, so that the next collective works. A lost worker ends all collectives, and the
-error says which one it was.
+Data goes from the workers of a region to its leader, between the leaders, and back. So a worker only connects to its
+own region, and data crosses the slow links once. Nothing is pickled. Arguments are checked before data is sent, and
+every worker raises the error, so that the next collective works. After the loss of a worker all collectives raise an
+error that names it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
-_ROLL_CALL = 3.0  # seconds in which all workers that were waiting can say so
+_ROLL_CALL = 3.0  # seconds in which all waiting workers report themselves after a failure
 _LENGTH = 8  # bytes of a length
-_FRAME = 256  # bytes that a gathering takes in its first round trip
-_CHUNK = 2**26  # bytes that are broadcast at once
+_FRAME = 256  # bytes per worker in the first round trip of a gathering
+_CHUNK = 2**26  # bytes per broadcast
 
 
 class Collectives:
@@ -48,9 +48,9 @@ class Collectives:
         within: The process group of this worker's region, in the order of the ranks; ``None`` if it is alone there.
         across: The process group of the leaders, in the order of the regions; ``None`` on other workers, and with one
             region.
-        store: A store of all workers, for these collectives alone. It counts, and it is used when a worker is lost.
+        store: A store of all workers for these collectives alone, for :meth:`count` and after the loss of a worker.
         interrupted: Called several times a second while waiting; may raise.
-        describe: Names a worker of a given rank in errors.
+        describe: Returns the name of a worker for errors, by its rank.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Collectives:
             store: As for the class.
             interrupted: As for the class.
             describe: As for the class.
-            timeout: Seconds that any wait for the other workers may last.
+            timeout: Limit for any wait for other workers, in seconds.
 
         Raises:
-            PeerLostError: If the others do not come in time.
+            PeerLostError: If not all workers connect in time.
         """
         index, mine = next((index, list(ranks)) for index, ranks in enumerate(regions) if rank in ranks)
         within = across = None
@@ -106,7 +106,7 @@ class Collectives:
         return cls(regions, rank, within, across, PrefixStore("calls", store), interrupted, describe)
 
     def barrier(self) -> None:
-        """Waits until all workers are here."""
+        """Waits until all workers have called this."""
         self._gather("come to a barrier", torch.empty(0, dtype=torch.uint8))
 
     def reduce(self, tensor: Tensor, operation: str) -> Tensor:
@@ -121,7 +121,7 @@ class Collectives:
             ``int64`` for a sum or product of booleans.
 
         Raises:
-            ValueError: If the operation is another one, or shapes, dtypes or operations differ. Every worker raises it.
+            ValueError: If the operation is unknown, or shapes, dtypes or operations differ. Every worker raises it.
             TypeError: If the dtype is neither floating-point, integer nor boolean. Every worker raises it.
             PeerLostError: If a worker has ended, or does not come in time.
         """
@@ -137,10 +137,10 @@ class Collectives:
         return total.to(tensor.device, torch.int64 if counts else tensor.dtype)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds up a floating-point tensor in place, without the round trip in which :meth:`reduce` compares shapes.
+        """Sums a floating-point tensor over all workers in place, without the check of :meth:`reduce`.
 
         Args:
-            tensor: On any device. The caller knows that its shape and dtype are the same on every worker.
+            tensor: On any device. Its shape and dtype must be the same on every worker.
 
         Returns:
             The tensor.
@@ -165,11 +165,11 @@ class Collectives:
         return torch.stack(parts).to(tensor.device)
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Overwrites tensors with those of the worker ``source``, many at once.
+        """Overwrites tensors with those of the worker ``source``, in few messages.
 
         Args:
-            tensors: On any device. Their number, shapes and dtypes are the same on every worker.
-            source: Rank of the worker whose tensors they become.
+            tensors: On any device. Their number, shapes and dtypes must be the same on every worker.
+            source: Rank of the worker whose tensors are sent.
 
         Raises:
             ValueError: If number, shapes or dtypes differ. Every worker raises it.
@@ -196,10 +196,10 @@ class Collectives:
 
         Args:
             value: None, bool, int, float, str, a path, a tensor, or a list, tuple or dict of these.
-            source: Rank of the worker whose value it is.
+            source: Rank of the worker whose value is sent.
 
         Raises:
-            TypeError: If it is anything else: nothing is pickled. Every worker raises it.
+            TypeError: If the value is anything else, because nothing is pickled. Every worker raises it.
             PeerLostError: If a worker has ended, or does not come in time.
         """
         failure: Exception | None = None
@@ -227,41 +227,41 @@ class Collectives:
         return [_text(row) for row in self._gather("give a text to a gathering", _bytes(text))]
 
     def count(self, key: str, amount: int, timeout: float) -> int:
-        """Adds to a number that all workers share, and returns it. Waits for no other worker.
+        """Adds to a counter that all workers share, and returns its new value. Waits for no other worker.
 
         Args:
-            key: Name of the number, which is 0 at first.
-            amount: What to add.
-            timeout: Seconds to wait for the store, which by itself would wait without a limit.
+            key: Name of the counter, which starts at 0.
+            amount: The amount to add.
+            timeout: Seconds to wait for the store, which itself has no limit.
 
         Raises:
-            PeerLostError: If the store does not answer in time, or is gone.
+            PeerLostError: If the store does not answer in time, or has ended.
         """
         try:
             return interruptible(lambda: int(self._store.add(key, amount)), self._interrupted, timeout)
         except (TimeoutError, dist.DistError) as error:
             raise PeerLostError(
                 f"{self._describe(self._rank)} got no answer from the store that all processes share, to count {key!r},"
-                f" within timeout={timeout:g} s. {self._describe(0)} has ended or does not run any more: it is in its"
-                f" process. All were last heard of {since(self._completed)}. {error}"
+                f" within timeout={timeout:g} s. {self._describe(0)}, whose process has the store, has ended or is"
+                f" stopped. All were last heard of {since(self._completed)}. {error}"
             ) from None
 
     # ------------------------------------------------------------------ over all workers
 
     def _agree(self, what: str, form: str) -> None:
-        """Raises on every worker if they are about to do different things."""
+        """Raises an error on every worker if their calls differ."""
         self._compare([_text(row) for row in self._gather(what, _bytes(form))])
 
     def _compare(self, forms: list[str]) -> None:
         if len(set(forms)) > 1:
             other = next(rank for rank, form in enumerate(forms) if form != forms[0])
             raise ValueError(
-                f"The workers of a collective do not fit together: {self._describe(0)} has {forms[0]},"
+                f"The workers called a collective with different arguments: {self._describe(0)} has {forms[0]},"
                 f" {self._describe(other)} has {forms[other]}."
             )
 
     def _gather(self, what: str, data: Tensor) -> list[Tensor]:
-        """Returns the bytes of all workers, by rank: in one round trip if they are few."""
+        """Returns the bytes of all workers, by rank. A few bytes need one round trip, more need two."""
 
         def gather() -> list[Tensor]:
             table = self._gather_rows(_frame(data, _FRAME))
@@ -308,7 +308,7 @@ class Collectives:
             _broadcast_in(self._within, data, 0)
 
     def _broadcast_bytes(self, data: Tensor, source: int) -> Tensor:
-        """Returns the bytes of ``source``, whose number the others do not know."""
+        """Returns the bytes of ``source``. The other workers need not know their number."""
         frame = _frame(data, _FRAME)
         self._broadcast(frame, source)
         if (length := _length_in(frame)) <= (room := _FRAME - _LENGTH):
@@ -321,7 +321,7 @@ class Collectives:
     def _is_leader(self) -> bool:
         return self._regions[self._region][0] == self._rank
 
-    # ------------------------------------------------------------------ what can go wrong
+    # ------------------------------------------------------------------ failures
 
     def _run(self, what: str, run: Callable[[], T]) -> T:
         if self._lost_workers:
@@ -331,8 +331,8 @@ class Collectives:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            # Without the groups, and without the traceback, whose frames hold them, the connections close. So a worker
-            # that waits for this one, and not for the missing one, notices it, too.
+            # Releasing the groups, and the traceback whose frames refer to them, closes the connections. So workers
+            # that wait for this one, and not for the missing one, notice it, too.
             error.__traceback__ = None
             self._within = self._across = None
             self._lost_workers = True
@@ -344,12 +344,12 @@ class Collectives:
         return result
 
     def _missing(self) -> str:
-        """Says who was not waiting in the collective that failed."""
+        """Returns a sentence that names the workers which were not waiting in the failed collective."""
         everybody = set(range(self._size))
 
         def call_the_roll() -> set[int]:
             self._store.append("waiting", f"{self._rank} ")  # type: ignore[attr-defined]  # missing in torch's stubs
-            # The store is in the process of rank 0, so that must not leave before the others have read it.
+            # The store is in the process of rank 0, which must not end before the others have read it.
             deadline = time.monotonic() + _ROLL_CALL * (1.5 if self._rank == 0 else 1)
             while True:
                 missing = everybody - set(map(int, self._store.get("waiting").split()))
@@ -367,7 +367,7 @@ class Collectives:
 
 
 def is_broadcastable(value: Any) -> bool:
-    """Whether :meth:`Collectives.broadcast_object` takes a value."""
+    """Returns whether :meth:`Collectives.broadcast_object` supports a value."""
     try:
         json.dumps(_pack(value, []))
     except (TypeError, ValueError, RecursionError):
@@ -376,7 +376,7 @@ def is_broadcastable(value: Any) -> bool:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether gloo says that a connection is lost: it has no type of error for it."""
+    """Returns whether gloo reports a lost connection, by the text of the error: gloo has no type for it."""
     return any(sign in str(error) for sign in ("gloo/transport", "timeout", "Timed out", "onnection"))
 
 
@@ -413,7 +413,7 @@ def _form(tensor: Tensor) -> str:
 
 
 def _difference(forms: list[str], first: list[str]) -> str:
-    """What is special about ``forms``, compared with ``first``: their number, or the first that differs."""
+    """Describes how ``forms`` differ from ``first``: by their number, or the first form that differs."""
     if len(forms) != len(first):
         return f"{len(forms)} tensors"
     index = next((index for index, (mine, its) in enumerate(zip(forms, first, strict=True)) if mine != its), 0)
@@ -421,16 +421,16 @@ def _difference(forms: list[str], first: list[str]) -> str:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors are reduced: gloo knows few, and narrow ones overflow."""
+    """Returns the dtype to reduce in, because gloo supports few dtypes, and narrow ones overflow."""
     if dtype.is_floating_point:
         return torch.float64 if dtype == torch.float64 else torch.float32
     if dtype.is_complex or str(dtype).startswith("torch.q"):
-        raise TypeError(f"A tensor of dtype {dtype} cannot be reduced: give its parts, as floating-point tensors.")
+        raise TypeError(f"A tensor of dtype {dtype} cannot be reduced. Reduce its parts, as floating-point tensors.")
     return torch.int64
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Divides tensors into lists of at most ``_CHUNK`` bytes each, or of one tensor that is larger."""
+    """Groups tensors into lists of at most ``_CHUNK`` bytes each. A larger tensor gets a list of its own."""
     chunk: list[Tensor] = []
     for tensor in tensors:
         if chunk and sum(other.nbytes for other in chunk) + tensor.nbytes > _CHUNK:
@@ -446,7 +446,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _tensor_of(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    return data.clone().view(dtype).view(shape)  # the clone is aligned, and keeps nothing else in memory
+    return data.clone().view(dtype).view(shape)  # a clone is aligned, and does not keep the other tensors in memory
 
 
 def _bytes(text: str) -> Tensor:
@@ -467,7 +467,7 @@ def _length_in(data: Tensor) -> int:
 
 
 def _frame(data: Tensor, size: int) -> Tensor:
-    """Returns the length of ``data`` and as much of it as there is room for."""
+    """Returns a frame of ``size`` bytes with the length of ``data`` and as much of ``data`` as fits."""
     frame = torch.zeros(size, dtype=torch.uint8)
     frame[:_LENGTH] = _length(len(data))
     part = data[: size - _LENGTH]
@@ -491,8 +491,8 @@ def _pack(value: Any, tensors: list[Tensor]) -> Any:
     if hasattr(value, "__fspath__"):
         return value.__fspath__()
     raise TypeError(
-        f"A {type(value).__name__} cannot be broadcast: lightning-halos never unpickles what comes over a link."
-        " Broadcast numbers, strings, tensors, and lists or dicts of them."
+        f"A {type(value).__name__} cannot be broadcast, because lightning-halos never unpickles data from other"
+        " processes. Broadcast numbers, strings, tensors, and lists or dicts of them."
     )
 
 

@@ -1,11 +1,11 @@
-"""What can go wrong between processes. Every error names the peer by rank and region."""
+"""The errors of communication between processes. Every error names the peer by rank and region."""
 
 from __future__ import annotations
 
 
 class PeerLostError(RuntimeError):
-    """A peer disappeared or has been silent for longer than the time limit."""
+    """A peer disappeared, or was silent for longer than the time limit."""
 
 
 class PeerFailedError(RuntimeError):
-    """A peer said that it failed; the message holds its own traceback."""
+    """A peer reported that it failed. The message has its traceback."""

@@ -1,7 +1,8 @@
-"""Hosts put the nodes of ``core`` behind links: lock, call, post.
+"""Hosts connect the nodes of ``core`` to links: lock, call the node, post its answers.
 
 A host decides nothing. It holds its node's lock while the node handles a message and while the answers are posted, so
-that they leave in the order in which they were decided. It never waits for a peer: to post is to put into a queue.
+that answers are sent in the order in which they were decided. It never waits for a peer, because posting only puts a
+message into a queue.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Filled, Filling, Link, Slot
 
 Store = Callable[[Shard], None]
-"""Writes a part of a snapshot, in the background."""
+"""Writes a part of a snapshot in the background."""
 
 
 class Host:
@@ -40,9 +41,9 @@ class Host:
 
     Args:
         node: The node.
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         store: Writes the node's part of a snapshot.
-        forward: Passes on that a part of a snapshot is written.
+        forward: Called with the message that a part of a snapshot has been written.
     """
 
     def __init__(
@@ -52,22 +53,22 @@ class Host:
         self._alarm = alarm
         self._store = store
         self._forward = forward
-        self._lock = threading.RLock()  # a signal's handler may save a checkpoint while the main thread reads
+        self._lock = threading.RLock()  # a signal handler may save a checkpoint while the main thread reads
         self._models: dict[int, Link] = {}
         self._controls: dict[int, Link] = {}
 
     @property
     def version(self) -> int:
-        """Updates that are in the node's model."""
+        """Number of updates in the node's model."""
         return self._node.version
 
     def attach(self, peer: int, models: Link, control: Link | None = None) -> None:
-        """Serves a peer.
+        """Starts to serve a peer.
 
         Args:
             peer: Its address.
             models: The link to it.
-            control: A second link for messages that must not queue behind a model. Default: the same link.
+            control: A second link, for messages that must not wait behind a model. Default: the same link.
         """
         with self._lock:
             self._models[peer], self._controls[peer] = models, models if control is None else control
@@ -117,7 +118,7 @@ class Host:
                 send.fill(filling.reach)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
-        """Returns what to do when a message is sent, and its vector's memory may be used again."""
+        """Returns the function to call when a message is sent and its vector's memory may be reused."""
         return None
 
 
@@ -126,9 +127,9 @@ class GlobalHost(Host):
 
     Args:
         node: The global node.
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         store: Writes the node's part of a snapshot.
-        written: Told that a part of a snapshot is written.
+        written: Called with the message that a part of a snapshot has been written.
     """
 
     _node: GlobalNode
@@ -138,11 +139,11 @@ class GlobalHost(Host):
 
     @property
     def applied(self) -> int:
-        """Local steps behind the global model."""
+        """Local steps in the global model."""
         return self._node.applied
 
     def save(self, marker: Marker) -> bool:
-        """Begins a snapshot of all nodes. Returns whether the run still goes on, so that there is anything to save."""
+        """Starts a snapshot of all nodes. Returns ``False`` without one if the run has ended."""
         with self._lock:
             if self._node.state is GlobalState.FINISHED:
                 return False
@@ -150,17 +151,17 @@ class GlobalHost(Host):
             return True
 
     def progress(self) -> dict[str, Any]:
-        """Returns how far the run is: local steps, and the data that was trained on."""
+        """Returns the progress of the run: finished local steps, and the data that was trained on."""
         with self._lock:
             return self._node.progress()
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells all workers what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
         with self._lock:
             self._post(self._node.publish(plateaus, metrics))
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Returns the counters that each local server reported last."""
+        """Returns the counters of each local server, as of its last report."""
         with self._lock:
             return [counters.statistics() for counters in self._node.counters.values()]
 
@@ -171,7 +172,7 @@ class RegionHost(Host):
     Args:
         node: The node.
         slot: Memory for one push at a time.
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         within_region: Whether the global server is in the same region, for counting bytes.
         store: Writes the node's part of a snapshot.
     """
@@ -184,18 +185,18 @@ class RegionHost(Host):
         self._within_region = within_region
         self._sent: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         if node.server.exchanging:
-            self._sent.put(torch.empty_like(node.model))  # for the answer that is still to come
+            self._sent.put(torch.empty_like(node.model))  # for the answer that is still missing
 
     def memory(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Returns the memory for an answer of the global server: that of the update that it answers."""
+        """Returns the memory for an answer of the global server: the memory of the update that it answers."""
         return self._sent.get()
 
     def tell(self, message: ShardWritten) -> None:
-        """Tells rank 0 that a part of a snapshot is written."""
+        """Tells rank 0 that a part of a snapshot has been written."""
         self._controls[GLOBAL].post(message)
 
     def settle(self, model: Tensor) -> None:
-        """Takes the final global model, when the run is over."""
+        """Replaces the local server's model by the final global model, when the run is over."""
         self._node.settle(model)
 
     def _on_message(self, peer: int, message: Message, filled: Filled) -> None:
@@ -214,7 +215,7 @@ class RegionHost(Host):
         return partial(self._slot.give_back, vector)
 
     def _traffic(self) -> tuple[int, int]:
-        """Returns the bytes on this server's links inside its region, and to another region."""
+        """Returns the bytes on this server's links inside its region, and to other regions."""
         within = to_global = 0
         for peer, models in list(self._models.items()):
             size = sum(link.bytes_sent + link.bytes_received for link in {models, self._controls[peer]})

@@ -1,9 +1,9 @@
-"""Links: two ends, messages in both directions, in order.
+"""Links: ordered connections between two ends, in both directions.
 
-Rules of this room: an end has one thread that sends and one that receives; nobody else touches the process group. The
-threads are daemons, hold no lock while they wait, and end when both ends have said goodbye. A peer that disappears is
-noticed at once, one that falls silent within the time limit: an idle sender says that it is alive. Vectors travel in
-parts: the first ones are used while the next ones travel and the last ones are still computed.
+Each end has one thread that sends and one that receives; no other thread may use the process group. The threads are
+daemons, hold no lock while they wait, and end when both ends have said goodbye. A closed connection is noticed at once.
+A peer that is silent is noticed within the time limit, because an idle sender sends signs of life. Vectors are sent in
+parts, so that the first parts are used while the last ones are still computed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerLostError
 
 Filled = Iterable[int]
-"""Says again and again how many elements of a vector are there, while it is filled from the front."""
+"""Yields the number of elements of a vector that are complete, while it is filled from front to back."""
 OnMessage = Callable[[Message, Filled], None]
 OnFailure = Callable[[Exception], None]
 Memory = Callable[[int, torch.dtype], Tensor]
-"""Gives the memory that a vector of so many elements is received into."""
+"""Returns the memory to receive a vector into, for its number of elements and dtype."""
 
 
 class Filling:
-    """Lets a vector be sent while it is filled, from the front, in a ``with`` block.
+    """Lets a vector be sent while a ``with`` block fills it from front to back.
 
-    If that raises, the rest becomes NaN, which no server accepts, so that the news of the failure can follow.
+    If the block raises, the rest of the vector becomes NaN, which servers reject. So the message is completed, and the
+    report of the failure can follow it on the link.
 
     Args:
         vector: The vector.
@@ -50,7 +51,7 @@ class Filling:
         self._progress: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def reach(self, elements: int) -> None:
-        """Takes note of how many elements are there, and says so once there is another part to send."""
+        """Reports the number of complete elements. The sender is notified when another part is complete."""
         before, self._reached = self._reached, elements
         if elements // PART > before // PART or elements == self._vector.numel():
             self._progress.put(elements)
@@ -64,9 +65,9 @@ class Filling:
         self.reach(self._vector.numel())
 
     def __iter__(self) -> Iterator[int]:
-        there = 0
-        while there < self._vector.numel():
-            yield (there := self._progress.get())
+        complete = 0
+        while complete < self._vector.numel():
+            yield (complete := self._progress.get())
 
 
 @dataclass
@@ -85,11 +86,11 @@ class Link(ABC):
     """One end of a link.
 
     Attributes:
-        is_remote: Whether the peer may be in another process, so that it can disappear.
-        peer: Who is at the other end, for error messages.
-        bytes_sent: Bytes that this end has put on the network.
-        bytes_received: Bytes that this end has taken off the network.
-        heard: When the peer last gave a sign of life, by ``time.monotonic``; ``None`` before it gave any.
+        is_remote: Whether the peer is in another process, so that it can disappear.
+        peer: Name of the peer, for error messages.
+        bytes_sent: Bytes that this end has sent over the network.
+        bytes_received: Bytes that this end has received over the network.
+        heard: Time of the peer's last sign of life, by ``time.monotonic``; ``None`` before the first.
     """
 
     is_remote = True
@@ -107,8 +108,8 @@ class Link(ABC):
         """Starts the threads.
 
         Args:
-            on_message: Called with each message, one after the other, in the receiving thread. The message's vector
-                arrives while the second argument is iterated over.
+            on_message: Called with each message, in order, in the receiving thread. The message's vector arrives while
+                the second argument is iterated over.
             on_failure: Called if the peer is lost, or if ``on_message`` raises.
         """
         for name, run in (("send", self._send_all), ("receive", self._receive_all)):
@@ -123,27 +124,27 @@ class Link(ABC):
 
         Args:
             message: The message. Its vector must not change until it is sent.
-            filling: Of the message's vector, if that is not complete yet.
-            sent: Called in the sending thread when the message's vector may be written to again. Never called if the
-                peer keeps the vector.
+            filling: Progress of the message's vector, if it is not complete yet.
+            sent: Called in the sending thread when the message's vector may be overwritten. Never called if the peer
+                keeps the vector.
         """
         self._outbox.put(_Outgoing(message, filling, sent))
 
     def close(self) -> None:
-        """Says goodbye. The threads end once the peer has said it too."""
+        """Says goodbye. The threads end when the peer has also said goodbye."""
         self._outbox.put(None)
 
     def silence(self, now: float) -> tuple[float, str]:
-        """Returns since how many seconds this end waits for the peer, and for it to do what.
+        """Returns the seconds that this end has been waiting for the peer, and the action that it waits for.
 
         Args:
-            now: The time, of ``time.monotonic``.
+            now: The present time, by ``time.monotonic``.
         """
         waits = [(now - since, what) for what, since in list(self._waits.items())]
         return max(waits, default=(0.0, ""))
 
     def join(self, timeout: float) -> bool:
-        """Waits for the threads to end. Returns whether they did, within ``timeout`` seconds."""
+        """Waits at most ``timeout`` seconds for each thread to end. Returns whether all have ended."""
         for thread in self._threads:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
@@ -162,7 +163,7 @@ class Link(ABC):
 
 
 class LoopbackLink(Link):
-    """A link between two parts of the same process. Vectors change hands, without a copy."""
+    """A link between two parts of the same process. Vectors are passed on without a copy."""
 
     is_remote = False
 
@@ -172,18 +173,18 @@ class LoopbackLink(Link):
 
     @classmethod
     def pair(cls, first: str, second: str) -> tuple[LoopbackLink, LoopbackLink]:
-        """Returns the two ends.
+        """Returns the two ends of a new link.
 
         Args:
-            first: Who is at the second end: the peer of the first.
-            second: Who is at the first end.
+            first: Name of the first end's peer, which is at the second end.
+            second: Name of the second end's peer.
         """
         a, b = cls(first), cls(second)
         a._other, b._other = b, a
         return a, b
 
     def _send_all(self, on_message: OnMessage) -> None:
-        """Nothing to do: the other end takes from this end's outbox."""
+        """Does nothing, because the other end reads this end's outbox."""
 
     def _receive_all(self, on_message: OnMessage) -> None:
         while (outgoing := self._other._outbox.get()) is not None:
@@ -196,15 +197,15 @@ class LoopbackLink(Link):
 class GlooLink(Link):
     """A link over a gloo process group.
 
-    A message is a frame of fixed size (length of the JSON, elements and dtype of the vector, and as much of the JSON as
-    there is room for), the rest of the JSON, and the vector. Most messages need no more than the frame.
+    A message consists of a frame of fixed size (length of the JSON, elements and dtype of the vector, and the start of
+    the JSON), the rest of the JSON, and the vector. Most messages without a vector fit into the frame.
 
     Args:
-        group: The process group. This link has the traffic between its own rank and ``rank`` in it to itself.
+        group: The process group. Only this link may use it between its own rank and ``rank``.
         rank: The peer's rank in the group.
-        peer: Who that is.
+        peer: Name of the peer.
         timeout: Seconds of silence after which the peer counts as lost; see :meth:`Alarm.watch`.
-        memory: Gives the memory that vectors are received into; default: new memory for each.
+        memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
     _TEXT, _VECTOR = 0, 1  # tags
@@ -224,7 +225,7 @@ class GlooLink(Link):
         self._group = group
         self._rank = rank
         self._timeout = timeout
-        # gloo closes all connections of a group when one wait is too long, so this is the last resort only.
+        # When a wait exceeds gloo's limit, gloo closes all connections of the group. So this is only a last resort.
         self._limit = timedelta(seconds=2 * timeout)
         self._memory = memory or (lambda elements, dtype: torch.empty(elements, dtype=dtype))
 
@@ -239,7 +240,7 @@ class GlooLink(Link):
                 self._send_frame(self._GOODBYE)
                 return
             self._send_message(outgoing)
-            del outgoing  # with the vector's memory, before the next message is waited for
+            del outgoing  # release the vector's memory before waiting for the next message
 
     def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
         frame = (self._HEADER.pack(length, elements, dtype) + data).ljust(self._FRAME, b"\0")
@@ -280,7 +281,7 @@ class GlooLink(Link):
         return bytes(text.tolist())
 
     def _send_each(self, tensors: Iterable[Tensor], tag: int) -> None:
-        """Sends tensors, starting with each as soon as there is one."""
+        """Sends tensors, each as soon as the iterable yields it."""
         with self._naming_peer():
             works = []
             for tensor in tensors:
@@ -290,15 +291,15 @@ class GlooLink(Link):
                 self._wait(work, "take a message")
 
     def _receive_each(self, tensors: Iterable[Tensor], tag: int) -> Iterator[int]:
-        """Receives tensors. Yields how many elements are there."""
-        there = 0
+        """Receives tensors. Yields the number of received elements."""
+        received = 0
         with self._naming_peer():
             for tensor, work in [(tensor, self._group.recv([tensor], self._rank, tag)) for tensor in tensors]:
                 self._wait(work, "say anything")
                 self.heard = time.monotonic()
                 self.bytes_received += tensor.nbytes
-                there += tensor.numel()
-                yield there
+                received += tensor.numel()
+                yield received
 
     def _wait(self, work: dist.Work, what: str) -> None:
         self._waits[what] = time.monotonic()
@@ -319,10 +320,10 @@ class GlooLink(Link):
 
 
 def since(heard: float | None) -> str:
-    """Says how long ago a peer was heard of, in an error.
+    """Returns text for an error that says how long ago a peer gave its last sign of life.
 
     Args:
-        heard: When, by ``time.monotonic``; ``None`` if never.
+        heard: Time of that sign, by ``time.monotonic``; ``None`` if there was none.
     """
     if heard is None:
         return "never"
@@ -331,25 +332,26 @@ def since(heard: float | None) -> str:
 
 
 def whole(filled: Filled) -> None:
-    """Waits until a vector is there."""
+    """Waits until a vector has arrived completely."""
     for _ in filled:
         pass
 
 
 def _parts_of(vector: Tensor, filled: Filled) -> Iterator[Tensor]:
-    """Yields the parts of a vector as they are filled."""
-    progress, there, stop = iter(filled), 0, 0
+    """Yields the parts of a vector as soon as they are complete."""
+    progress, complete, stop = iter(filled), 0, 0
     for part in torch.split(vector, PART):
         stop += part.numel()
-        while there < stop:
-            there = next(progress)
+        while complete < stop:
+            complete = next(progress)
         yield part
 
 
 class Slot:
     """Memory for one vector at a time, shared by the links of a server.
 
-    A push that finds it taken waits at its sender, so that a server's memory does not grow with its number of workers.
+    While it is taken, further pushes wait at their senders. So a server's memory does not grow with its number of
+    workers.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
@@ -359,7 +361,7 @@ class Slot:
         self._free = threading.Semaphore(1)
 
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Waits for the memory. A vector of another size or dtype, which the server rejects, gets memory of its own."""
+        """Waits for the memory and returns it. A vector of another size or dtype, to be rejected, gets new memory."""
         if (elements, dtype) != (self._elements, self._dtype):
             return torch.empty(elements, dtype=dtype)
         self._free.acquire()
@@ -368,6 +370,6 @@ class Slot:
         return self._vector
 
     def give_back(self, vector: Tensor) -> None:
-        """Lets the next one have the memory."""
+        """Frees the memory for the next vector."""
         if vector is self._vector:
             self._free.release()

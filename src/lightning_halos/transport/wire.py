@@ -1,6 +1,6 @@
-"""The form of a message on the wire: JSON for the fields, raw memory for the vector.
+"""Converts messages to bytes and back: JSON for the fields, raw memory for the vector.
 
-Rules of this room: bytes in, messages out; no pickle, no I/O.
+It does no I/O. It uses no pickle, because unpickling would run code that a peer has chosen.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes, vector: Tensor | None) -> Message:
-    """Returns the message of :func:`encode`, with ``vector`` in it.
+    """Returns the message that :func:`encode` encoded, with ``vector`` in it.
 
     Raises:
-        ValueError: If ``data`` is not such a message.
+        ValueError: If ``data`` is not a message.
     """
     try:
         kind, fields = json.loads(data)
@@ -58,15 +58,15 @@ def decode(data: bytes, vector: Tensor | None) -> Message:
 
 
 def vector_of(message: Message) -> Tensor | None:
-    """The vector of a message, ``None`` if it has none."""
+    """Returns the vector of a message, ``None`` if it has none."""
     return getattr(message, "vector", None)
 
 
 def describe(vector: Tensor | None) -> tuple[int, int]:
-    """Returns the number of elements and the code of the dtype, as a frame announces them."""
+    """Returns the number of elements and the code of the dtype, for the frame that announces a vector."""
     return (0, 0) if vector is None else (vector.numel(), _DTYPES.index(vector.dtype))
 
 
 def dtype_of(code: int) -> torch.dtype:
-    """The dtype of a code of :func:`describe`."""
+    """Returns the dtype for a code of :func:`describe`."""
     return _DTYPES[code]
