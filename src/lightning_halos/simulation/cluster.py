@@ -1,7 +1,6 @@
-"""The description of a geo-distributed cluster.
+"""The description of a geo-distributed cluster: plain numbers that a user writes.
 
-Rules of this room: plain numbers that a user writes down. What is wrong is refused here, with an error that names the
-field, the value and what would be right.
+They are checked here, with errors that name the field, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ class SimulatedCluster:
 
     Attributes:
         bandwidths: Gbit/s from each region (row) to each region (column); on the diagonal, inside the region.
-        worker_speeds: Of each region, the speed of each of its workers, on any scale: only ratios count.
-        step_ms: Milliseconds that the fastest worker takes for a local step.
-        message_bytes: Bytes of one message with a model in it, on every link. Default: those of the model that is
-            trained. Another value lets a small model stand for a large one.
-        global_region: Index of the region where the global server is.
+        worker_speeds: The speeds of each region's workers, on any scale, because only ratios count.
+        step_ms: Milliseconds per local step of the fastest worker.
+        message_bytes: Size of a message that contains a model. Default: the size of the trained model. Another value
+            lets a small model stand for a large one.
+        global_region: Index of the global server's region.
         names: Names of the regions. Default: ``"0"``, ``"1"``, ...
-        record_parameters: Whether the history keeps the server's model after every event: for small models only.
+        record_parameters: Whether the history keeps the server's model after every event; for small models only.
 
     Raises:
         TypeError: If a field has the wrong type.
-        ValueError: If a field has a wrong value.
+        ValueError: If a field has an invalid value.
     """
 
     bandwidths: Sequence[Sequence[float]]
@@ -53,7 +52,7 @@ class SimulatedCluster:
         if [len(row) for row in table] != [regions] * regions:
             raise ValueError(
                 f"bandwidths has rows of {[len(row) for row in table]} numbers, but worker_speeds has {regions}"
-                f" region(s): bandwidths must be {regions} rows of {regions}, in Gbit/s from each region to each."
+                f" region(s): bandwidths must be {regions} rows of {regions} numbers, in Gbit/s from region to region."
             )
         if not _is_positive(self.step_ms):
             raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
@@ -67,7 +66,7 @@ class SimulatedCluster:
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))
         if len(names) != regions or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"names={self.names!r} must be one name for each of the {regions} region(s).")
+            raise ValueError(f"names={self.names!r} must have one name for each of the {regions} region(s).")
         if len(set(names)) < regions:
             raise ValueError(f"names={self.names!r} must all be different.")
         object.__setattr__(self, "bandwidths", table)
@@ -79,12 +78,12 @@ class SimulatedCluster:
         """Reads a description from a file whose keys are the attributes of this class.
 
         Args:
-            path: The file. ``global_region`` may be a region's name in it.
+            path: The file. Its ``global_region`` may be the name of a region.
 
         Raises:
-            FileNotFoundError: If there is no such file.
+            FileNotFoundError: If the file does not exist.
             TypeError: If a field has the wrong type.
-            ValueError: If the file has an unknown key, lacks one, or has a wrong value.
+            ValueError: If a key is unknown or missing, or a value is invalid.
         """
         data = yaml.safe_load(Path(path).read_text())
         known = [field.name for field in dataclasses.fields(cls)]
@@ -113,7 +112,7 @@ class SimulatedCluster:
 
     @property
     def num_workers(self) -> int:
-        """Workers in all regions."""
+        """Number of workers in all regions."""
         return sum(map(len, self.worker_speeds))
 
     @property
@@ -123,7 +122,7 @@ class SimulatedCluster:
 
     @property
     def relative_speeds(self) -> list[float]:
-        """Speed of each worker, by rank; the fastest has 1."""
+        """Speed of each worker, by rank, relative to the fastest worker."""
         speeds = [speed for region in self.worker_speeds for speed in region]
         fastest = max(speeds)
         return [speed / fastest for speed in speeds]

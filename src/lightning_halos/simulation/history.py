@@ -1,7 +1,4 @@
-"""What happened under the virtual clock.
-
-Rules of this room: plain records.
-"""
+"""The records of the events of a simulation."""
 
 from __future__ import annotations
 
@@ -12,19 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a server.
+    """An event of a server.
 
     Attributes:
         time: Virtual milliseconds.
-        kind: ``"push"``: a worker's round arrived at its local server, which applied it or, with NaN for example,
-            dropped it; ``"update"``: a local server's update arrived at the global server, at the end also an empty
-            one; ``"merge"``: a local server merged the global model; ``"round"``: all workers finished a synchronous
-            round; ``"end"``: the final model is there. ``version`` shows what was applied: it is one more then.
-        server: Index of the local server, also of the sender of an update; -1 where there is only the global server.
-        worker: Global rank of the worker of a push; -1 otherwise.
-        version: Updates that the server has applied.
-        steps: Local steps that all workers have finished.
-        staleness: Of a push or an update: server versions between the model that it started from and its arrival.
+        kind: ``"push"``: a worker's push arrived at its local server, which applied or rejected it. ``"update"``: a
+            local server's update arrived at the global server; the last one may be empty. ``"merge"``: a local server
+            merged the global model. ``"round"``: all workers finished a synchronous round. ``"end"``: the final model
+            is complete.
+        server: Index of the local server of a push or merge, or of the sender of an update; -1 for other events.
+        worker: Global rank of the worker of a push; -1 for other events.
+        version: Number of updates that the server has applied. It grows by one if this event's push or update was
+            applied.
+        steps: Local steps that all workers together have finished.
+        staleness: For a push or an update: versions between the model that it started from and its arrival.
         parameters: The server's model after the event, if the cluster records parameters.
     """
 

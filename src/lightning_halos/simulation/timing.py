@@ -1,7 +1,6 @@
-"""How long things take on a described cluster.
+"""Durations on a described cluster, in milliseconds, by the formulas of the paper's simulator (HALoS, section 5.1).
 
-Rules of this room: formulas only, in milliseconds; no events, no state. The formulas are those of the paper's
-simulator (HALoS, section 5.1).
+This file has formulas only, no events and no state.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from itertools import permutations
 from lightning_halos.core.schedule import dynamic_local_steps
 from lightning_halos.simulation.cluster import SimulatedCluster
 
-# A worker's rank shifts the end of its rounds by less than anybody can measure, so that no two ever end together.
+# Tie-break as in the published simulator: rank * 1e-6 ms, so that the order of simultaneous events is defined.
 _TIE = 1e-6
-_FEW_REGIONS = 8  # up to so many, every ring is tried
-_EFFORT = 100  # steps of a search, per region
+_FEW_REGIONS = 8  # up to this number of regions, all rings are tried
+_EFFORT = 100  # largest number of steps of a search, per region
 
 
 class Timing:
@@ -23,7 +22,7 @@ class Timing:
 
     Args:
         cluster: The cluster.
-        message_bytes: Bytes of one message with a model in it.
+        message_bytes: Size of a message that contains a model.
     """
 
     def __init__(self, cluster: SimulatedCluster, message_bytes: int) -> None:
@@ -33,37 +32,37 @@ class Timing:
         self._regions = cluster.region_of
 
     def local_steps(self, local_steps: int, dynamic: bool) -> list[int]:
-        """Local steps of a round of each worker, by rank.
+        """Returns the local steps per round of each worker, by rank.
 
         Args:
-            local_steps: Those of the fastest worker (``H``).
-            dynamic: Whether slower workers run fewer.
+            local_steps: Local steps of the fastest worker (``H``).
+            dynamic: Whether slower workers run fewer local steps.
         """
         return [dynamic_local_steps(local_steps, speed, 1.0) if dynamic else local_steps for speed in self._speeds]
 
     def transfer(self, source: int, target: int) -> float:
-        """Of one message from a region to a region: ``bits / bandwidth``."""
+        """Returns the milliseconds that a message takes from one region to another: ``bits / bandwidth``."""
         return self.message_bytes * 8 / (self.cluster.bandwidths[source][target] * 1e9) * 1e3
 
     def compute(self, worker: int, steps: int) -> float:
-        """Of so many local steps of a worker."""
+        """Returns the milliseconds that ``steps`` local steps of a worker take."""
         return self.cluster.step_ms * steps / self._speeds[worker]
 
     def round(self, worker: int, server_region: int, steps: int) -> float:
-        """From a server's model being sent to a worker until its pseudo-gradient is there."""
+        """Returns the milliseconds of a round: from sending the server's model until the pseudo-gradient arrives."""
         there_and_back = 2 * self.transfer(server_region, self._regions[worker])
         return there_and_back + self.compute(worker, steps) + worker * _TIE
 
     def all_reduce(self) -> float:
-        """Of a ring all-reduce over all workers: ``2 (n - 1) / n * bits / slowest link of the best ring``."""
+        """Returns the milliseconds of a ring all-reduce over n workers: ``2 (n - 1) / n * bits / ring_bandwidth``."""
         workers = self.cluster.num_workers
         bits = self.message_bytes * 8
         return (2 * (workers - 1) * (bits / workers)) / (self.ring_bandwidth() * 1e9) * 1e3
 
     def ring_bandwidth(self) -> float:
-        """Gbit/s of the slowest link of the best ring over the regions; in a single region, of its own network.
+        """Returns the Gbit/s of the slowest link of the best ring over the regions; of the network of a single region.
 
-        For more than a handful of regions it is the best that a search finds, which may be below the best there is.
+        With more than 8 regions a limited search finds the ring, so a better one may exist.
         """
         table = self.cluster.bandwidths
         regions = len(table)
@@ -74,11 +73,11 @@ class Timing:
 
 
 def _search_ring(table: Sequence[Sequence[float]]) -> float:
-    """Halves the range of bandwidths until it has the most with which a ring of no slower links is found."""
+    """Finds the largest bandwidth with a ring of links that are at least as fast, by bisection."""
     import numpy as np
 
     links = np.array(table)
-    np.fill_diagonal(links, 0.0)  # a ring goes from each region to another
+    np.fill_diagonal(links, 0.0)  # a link of a ring connects two different regions
     candidates = np.unique(links[links > 0])
     found, missed = 0, len(candidates)
     while missed - found > 1:
@@ -91,16 +90,19 @@ def _search_ring(table: Sequence[Sequence[float]]) -> float:
 
 
 def _has_ring(usable: list[list[bool]]) -> bool:
-    """Whether a ring of usable links is found, by trying first the regions that are the hardest to reach later on."""
+    """Returns whether a limited depth-first search finds a ring of usable links.
+
+    It tries the hardest region first: the one with the fewest usable links to and from the remaining regions.
+    """
     regions = range(len(usable))
     after = [{b for b in regions if usable[a][b]} for a in regions]
     before = [{a for a in regions if usable[a][b]} for b in regions]
     left = set(regions[1:])
 
-    def easiest_first(region: int) -> list[int]:
+    def hardest_last(region: int) -> list[int]:
         return sorted(after[region] & left, key=lambda b: len(before[b] & left) + len(after[b] & left), reverse=True)
 
-    path, untried = [0], [easiest_first(0)]
+    path, untried = [0], [hardest_last(0)]
     effort = _EFFORT * len(usable)
     while path:
         if not left and 0 in after[path[-1]]:
@@ -112,7 +114,7 @@ def _has_ring(usable: list[list[bool]]) -> bool:
             effort -= 1
             path.append(untried[-1].pop())
             left.remove(path[-1])
-            untried.append(easiest_first(path[-1]))
+            untried.append(hardest_last(path[-1]))
         else:
             return False
     return False

@@ -1,4 +1,4 @@
-"""Lightning: the strategies, a worker's training loop, schedulers, and saving.
+"""The connection to Lightning: the strategies, a worker's training loop, schedulers, and checkpoints.
 
-Only this package and the callbacks know Lightning's Trainer. Algorithms are in ``core``, connections in ``transport``.
+Only this package and the callbacks use Lightning's Trainer. Algorithms are in ``core``, links in ``transport``.
 """

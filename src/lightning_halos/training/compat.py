@@ -1,7 +1,7 @@
 """The private names of Lightning that the package uses, each behind a name of its own.
 
-No other file may use one (``tests/test_layers.py``), so that a new version of Lightning is a change in one place.
-Tried with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Strategy._configure_launcher``.
+No other file may use private names of Lightning (``tests/test_layers.py``), so that a new version needs changes in one
+place. Tested with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Strategy._configure_launcher``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def begin_epoch_of_data(trainer: pl.Trainer) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
-# ------------------------------------------------------------------ what the Trainer says of itself
+# ------------------------------------------------------------------ the Trainer's attributes
 
 
 def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:

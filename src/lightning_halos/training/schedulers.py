@@ -1,7 +1,7 @@
-"""Learning-rate schedulers follow the global step, not a worker's own count.
+"""Makes learning-rate schedulers follow the global step instead of a worker's own count of steps.
 
-Rules of this room: it moves Lightning's schedulers between rounds and holds them back inside one. Schedulers under
-manual optimization are the user's and are not touched.
+Schedulers are moved between rounds, and never go beyond the end of the run. Under manual optimization the user steps
+schedulers, so they are not changed.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
-_NEVER = sys.maxsize  # as the frequency of a scheduler: Lightning does not step it
+_NEVER = sys.maxsize  # a frequency with which Lightning never steps a scheduler
 
 
 class SchedulePosition:
     """Keeps a worker's schedulers at the global step.
 
-    At a pull the schedulers go back to where they were at the pull before, and forward to the new global step; inside
-    the round Lightning steps them as always. No scheduler goes beyond ``limit``, where ``OneCycleLR`` would raise.
+    At a pull the schedulers are reset to their state at the previous pull, and then stepped to the new global step.
+    Inside a round Lightning steps them as usual. No scheduler is stepped beyond ``limit``, where ``OneCycleLR`` would
+    raise an error.
 
-    A ``ReduceLROnPlateau`` is stepped by rank 0; the other workers repeat its steps with the same values.
+    Rank 0 steps a ``ReduceLROnPlateau``; the other workers repeat its steps with the same values.
 
     Args:
         module: The module, whose ``lr_scheduler_step`` hook does every step.
         configs: Lightning's scheduler configurations.
         optimizers: Their optimizers.
         position: Global step at which the run starts.
-        limit: Global steps of the whole run, ``None`` for no limit.
+        limit: Global steps of the complete run, ``None`` for no limit.
         decides: Whether this worker steps the plateau schedulers (rank 0).
 
     Attributes:
-        history: All that the plateau schedulers of rank 0 were stepped with, as far as this worker knows: pairs of the
-            scheduler's index and the monitored value.
+        history: All steps of rank 0's plateau schedulers that this worker knows: pairs of the scheduler's index and the
+            monitored value.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class SchedulePosition:
         self._counts = [_count(config) for config in self._configs]
         self._plateaus: list[tuple[int, float]] = []
         self.history: list[tuple[int, float]] = []
-        # A checkpoint from inside a round has schedulers that are ahead of its global step: they wait for it.
+        # Schedulers in a checkpoint from inside a round are ahead of its global step. They wait until it catches up.
         stepped = zip(self._counts, self._frequencies, self._follows, strict=True)
         self._position = max([position, *(count * frequency for count, frequency, follows in stepped if follows)])
         for config in self._configs:
@@ -68,7 +69,7 @@ class SchedulePosition:
         self._save()
 
     def before_batch(self, batches: int) -> None:
-        """Holds schedulers back that would go beyond the limit.
+        """Keeps Lightning from stepping schedulers beyond the limit.
 
         Args:
             batches: Batches of this round so far in which an optimizer stepped.
@@ -79,10 +80,10 @@ class SchedulePosition:
                 config.frequency = _NEVER if at_end else frequency
 
     def hold_plateaus(self, is_due: Callable[[int], bool], batch: int) -> None:
-        """Lets the plateau schedulers by steps act after this batch only if they are due.
+        """Lets Lightning step plateau schedulers with ``interval="step"`` after this batch only if they are due.
 
         Args:
-            is_due: Says it of a scheduler's frequency.
+            is_due: Whether a scheduler with this frequency has to step after this batch.
             batch: Number of this batch in its epoch, from 1.
         """
         for config, frequency in zip(self._configs, self._frequencies, strict=True):
@@ -90,7 +91,7 @@ class SchedulePosition:
                 config.frequency = batch if is_due(frequency) else _NEVER
 
     def plateaus(self) -> list[tuple[int, float]]:
-        """Returns what the plateau schedulers of this worker were stepped with since the last call.
+        """Returns the steps of this worker's plateau schedulers since the last call.
 
         Returns:
             Pairs of the scheduler's index and the monitored value.
@@ -112,7 +113,7 @@ class SchedulePosition:
 
         Args:
             position: The global step.
-            plateaus: What rank 0 stepped its plateau schedulers with since the last pull; of no effect there.
+            plateaus: Steps of rank 0's plateau schedulers since the last pull. Rank 0 ignores them.
         """
         if self._limit is not None:
             position = min(position, self._limit)
@@ -134,7 +135,7 @@ class SchedulePosition:
         self._save()
 
     def catch_up(self, history: Sequence[tuple[int, float]]) -> None:
-        """Repeats what rank 0 did after this worker's last pull.
+        """Repeats the plateau steps that rank 0 made after this worker's last pull.
 
         Args:
             history: The :attr:`history` of rank 0.
@@ -143,7 +144,7 @@ class SchedulePosition:
             self._step(self._configs[index], 1, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of where the schedulers were at the last pull, and of what happened to them since."""
+        """Returns a copy of the schedulers' state at the last pull, and of their changes since."""
         return copy.deepcopy(
             {
                 "position": self._position,
@@ -156,7 +157,7 @@ class SchedulePosition:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`. The schedulers themselves are restored by others."""
+        """Restores a state of :meth:`state_dict`. Lightning restores the schedulers themselves."""
         state = copy.deepcopy(dict(state))
         self._position, self._counts = state["position"], state["counts"]
         self._states, self._groups = state["states"], state["groups"]
@@ -164,13 +165,13 @@ class SchedulePosition:
         self.history = [(index, value) for index, value in state["history"]]
 
     def release(self) -> None:
-        """Lets Lightning step the schedulers again as it was told."""
+        """Restores the schedulers' frequencies."""
         for config, frequency in zip(self._configs, self._frequencies, strict=True):
             config.frequency = frequency
 
     def _step(self, config: LRSchedulerConfig, times: int, value: float | None = None) -> None:
         with warnings.catch_warnings():
-            # Other workers may have taken steps before the first one of this worker's optimizer.
+            # Other workers may have taken steps before this worker's optimizer took its first.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
             for _ in range(times):
                 self._module.lr_scheduler_step(config.scheduler, value)
@@ -185,7 +186,7 @@ class SchedulePosition:
         self._counts = [_count(config) for config in self._configs]
 
     def _restore(self) -> list[int]:
-        """Goes back to the last pull. Returns how often each scheduler by epochs was stepped since."""
+        """Resets to the last pull. Returns how often each scheduler with ``interval="epoch"`` was stepped since."""
         by_epoch = [
             0 if follows or config.reduce_on_plateau else _count(config) - count
             for config, count, follows in zip(self._configs, self._counts, self._follows, strict=True)
@@ -193,7 +194,7 @@ class SchedulePosition:
         for config, state in zip(self._configs, self._states, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         for optimizer, groups in zip(self._optimizers, self._groups, strict=True):
-            # Groups that were added in this round have nothing to go back to.
+            # Groups that were added in this round have no saved state.
             for group, saved in zip(optimizer.param_groups, groups, strict=False):
                 group.update({k: copy.copy(v) for k, v in saved.items()})
         return by_epoch

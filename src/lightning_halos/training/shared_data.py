@@ -1,7 +1,7 @@
-"""One dataset for all workers: each trains on what it is leased, instead of on a fixed shard.
+"""One dataset for all workers: each trains on leased ranges instead of a fixed shard.
 
-For the time of a fit, a sampler takes the place of the ``DistributedSampler`` that Lightning put into a user's
-``DataLoader``, and of no other. Where leases come from is not known here, so that a test can give any.
+During a fit, a sampler replaces the ``DistributedSampler`` that Lightning put into a user's ``DataLoader``, but no
+other sampler. The source of the leases is an argument, so that a test can give any.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lightning_halos.training.compat import begin_epoch_of_data, training_loader
 
 
 class LightningRank(int):
-    """A rank that Lightning gives to the samplers that it makes: so they are known from those of users."""
+    """The rank that Lightning passes to the samplers it makes, which distinguishes them from users' own samplers."""
 
 
 class Leases:
-    """A worker's leases, epoch by epoch, whoever asks.
+    """A worker's leases, grouped by epoch.
 
     Args:
         leases: The leases, in order.
@@ -41,10 +41,10 @@ class Leases:
         self._given: deque[Lease] = deque()
 
     def of_epoch(self, epoch: int) -> Iterator[Lease]:
-        """Yields those of an epoch that nobody was given. What is left of earlier epochs is dropped.
+        """Yields the remaining leases of an epoch. Leases of earlier epochs are dropped.
 
-        In the first epoch of a fit nothing is dropped: rounds that were in flight when a checkpoint was saved, at the
-        end of an epoch, are run again in the next one.
+        In the first epoch of a fit no lease is dropped, because rounds that were in flight when a checkpoint was saved
+        at the end of an epoch are run again in the next one.
         """
         if self._first_epoch is None:
             self._first_epoch = epoch
@@ -61,7 +61,7 @@ class Leases:
                 yield lease
 
     def use(self) -> tuple[int, int]:
-        """Takes note that the next local step's worth was trained on. Returns its epoch, and where in it it is."""
+        """Records that the data of the next local step was trained on. Returns its epoch and its position there."""
         lease = self._given.popleft()
         if lease.steps > 1:
             self._given.appendleft(Lease(lease.epoch, lease.first + 1, lease.steps - 1))
@@ -69,14 +69,14 @@ class Leases:
 
 
 class SharedSampler(Sampler[int]):
-    """Yields the indices of the samples that a worker is leased, epoch after epoch.
+    """Yields the indices of the samples in a worker's leases, epoch after epoch.
 
-    It has no length: who takes how much shows while training.
+    It has no length, because it is not known in advance how much data a worker gets.
 
     Args:
-        sampler: The sampler that it stands in for: says what is shuffled, and how.
+        sampler: The replaced sampler, which determines the shuffling.
         leases: The worker's leases.
-        step_samples: Samples in a local step.
+        step_samples: Samples per local step.
         samples: Samples of an epoch that are used.
     """
 
@@ -99,7 +99,7 @@ class SharedSampler(Sampler[int]):
             yield from self._shuffled(lease.epoch)[first:last].tolist() if self._sampler.shuffle else range(first, last)
 
     def _shuffled(self, epoch: int) -> Tensor:
-        """Returns the order of an epoch. It stays a tensor: a list of numbers needs four times the memory."""
+        """Returns the order of an epoch, as a tensor, because a list of numbers would need four times the memory."""
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._sampler.seed + epoch)
             length = len(self._sampler.dataset)  # type: ignore[arg-type]
@@ -111,17 +111,18 @@ class SharedData:
     """The training data of a fit, if its workers can share it.
 
     Args:
-        trainer: The Trainer, when its training data is set up.
+        trainer: The Trainer, after its training data is set up.
         combined: Its training data.
         loader: The only loader in it.
 
     Attributes:
-        steps_per_epoch: Local steps' worth of data in an epoch.
-        first: Local steps' worth of data that earlier fits have used, from the first epoch's beginning. If these had
-            other data, batches or workers, so that their steps do not fit into the present epoch, it begins anew.
-        end: Local steps' worth of data in all epochs that were ordered; infinite without a number of epochs.
-        epochs: The number of epochs that were ordered, ``None`` without one.
-        batches: Batches of an epoch that a worker would get of a fixed shard.
+        steps_per_epoch: Data of an epoch, in local steps.
+        first: End of the data that earlier fits have used, in local steps from the start of the first epoch. If it does
+            not fit into the present epoch, because earlier fits had other data, batches or workers, the present epoch
+            starts from its beginning.
+        end: Data of all ordered epochs, in local steps; infinite without a number of epochs.
+        epochs: The ordered number of epochs, ``None`` without one.
+        batches: Batches per epoch of a worker's fixed shard.
     """
 
     def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any]) -> None:
@@ -152,10 +153,10 @@ class SharedData:
 
     @classmethod
     def find(cls, trainer: pl.Trainer) -> SharedData | None:
-        """Returns the training data if the workers can share it.
+        """Returns the training data if the workers can share it, else ``None``.
 
-        They can if there is one loader, with a sampler that Lightning made; not an ``IterableDataset``, nor a sampler
-        of the user's own.
+        They can share a single loader with a sampler that Lightning made, but no ``IterableDataset`` and no sampler of
+        the user's own.
         """
         combined = training_loader(trainer)
         loaders = [] if combined is None else combined.flattened
@@ -167,7 +168,7 @@ class SharedData:
         return cls(trainer, combined, loaders[0])
 
     def start(self, leases: Iterator[Lease]) -> None:
-        """Makes the Trainer train on these leases. To be called before the first epoch starts.
+        """Makes the Trainer train on these leases. Call it before the first epoch starts.
 
         Raises:
             RuntimeError: See :meth:`attach`.
@@ -177,14 +178,15 @@ class SharedData:
         fit_loop = self._trainer.fit_loop
         restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
         if fit_loop.epoch_loop.restarting and fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # Saved in the last batch of an epoch: a new one begins. Without a number of batches Lightning cannot tell.
+            # The checkpoint is from the last batch of an epoch, so a new epoch starts. Lightning cannot know this
+            # without a number of batches.
             fit_loop.epoch_loop.restarting = False
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
             begin_epoch_of_data(self._trainer)
 
     @property
     def identity(self) -> dict[str, int | None]:
-        """What must be the same in a later fit, so that a part of the data is the same samples then."""
+        """Properties that a later fit must share, so that a range of the data means the same samples."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "step_samples": self._step_samples,
@@ -193,10 +195,10 @@ class SharedData:
         }
 
     def count_batch(self, ends_epoch: bool) -> None:
-        """Takes note of a batch that was trained on.
+        """Counts a batch that was trained on.
 
         Args:
-            ends_epoch: Whether it is the last of the worker's epoch.
+            ends_epoch: Whether it is the last batch of the worker's epoch.
         """
         self._window += 1
         if self._window == self._accumulate or ends_epoch:
@@ -207,16 +209,16 @@ class SharedData:
 
     @property
     def used_steps(self) -> int:
-        """Local steps' worth of data that were trained on since :meth:`take_used`."""
+        """Data that was trained on since :meth:`take_used`, in local steps."""
         return sum(stop - start for start, stop in self._used)
 
     def take_used(self) -> list[tuple[int, int]]:
-        """Returns the data that was trained on since the last call."""
+        """Returns the ranges of data that were trained on since the last call."""
         used, self._used = self._used, Spans()
         return list(used)
 
     def attach(self) -> None:
-        """Makes a loader that Lightning has loaded anew go on with the leases. To be called when an epoch starts.
+        """Makes a loader that Lightning has reloaded use the leases. Call it when an epoch starts.
 
         Raises:
             RuntimeError: If its dataset has another length than the first one.
@@ -241,7 +243,7 @@ class SharedData:
         fit_loop.max_batches = math.inf
 
     def detach(self) -> None:
-        """Gives back what was changed."""
+        """Restores the loaders and the Trainer's limits."""
         for batch_sampler, sampler in self._replaced:
             batch_sampler.sampler = sampler
         if self._replaced:

@@ -1,8 +1,8 @@
-"""What Lightning has to be made to believe while a worker trains at its own pace.
+"""Adapts a Trainer to a run in which every worker trains at its own pace.
 
 Lightning counts the steps of this process; the run counts those of all workers. So the global step, the schedule of
-validation, the callbacks, and the Trainer's own limits are set here, and nowhere else, and all of them are given back.
-What each relies on was read in, and tried with, the versions of Lightning that ``compat`` names.
+validation, the callbacks and the Trainer's limits are changed here, and nowhere else, and all of them are restored.
+``compat`` says which versions of Lightning this was tested with.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ class TrainerAdapter:
     Args:
         trainer: The Trainer, at the start of training.
         limit: Global steps of the complete run, ``None`` if unknown. Schedulers do not go beyond it.
-        end: Global steps at which the run ends by itself; may be infinite.
-        epoch_batches: Batches of an epoch that a worker would get of a fixed shard; ``None`` if the workers do not
-            share the data.
+        end: Global step at which the run ends by itself; may be infinite.
+        epoch_batches: Batches per epoch of a worker's fixed shard; ``None`` if the workers do not share data.
 
     Attributes:
         trainer: The Trainer.
@@ -58,7 +57,7 @@ class TrainerAdapter:
         self._val_check_batch = trainer.val_check_batch
 
     def install(self, loop: Callback) -> None:
-        """Puts the worker's loop before the callbacks that save, and on other ranks than 0 in their place."""
+        """Adds the worker's loop to the callbacks: on rank 0 before those that save, on other ranks instead of them."""
         deciding = [callback for callback in self._callbacks if decides(callback)]
         saving = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
         if self.trainer.is_global_zero:
@@ -68,7 +67,7 @@ class TrainerAdapter:
             self._set_callbacks([*(callback for callback in self._callbacks if callback not in deciding), loop])
 
     def restore(self) -> None:
-        """Gives back what was changed of the Trainer."""
+        """Restores everything that was changed in the Trainer."""
         trainer = self.trainer
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
         trainer.val_check_batch = self._val_check_batch
@@ -82,7 +81,7 @@ class TrainerAdapter:
 
     @property
     def wants_to_stop(self) -> bool:
-        """Whether somebody asked for the end of the run, and the Trainer's minimum is done."""
+        """Whether the run was asked to stop, and the Trainer's minimum of steps and epochs is reached."""
         return self.trainer.should_stop and has_trained_enough(self.trainer)
 
     @property
@@ -98,33 +97,34 @@ class TrainerAdapter:
         return self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def finish(self, position: int, stopped: bool) -> None:
-        """Shows the end of the run.
+        """Makes the Trainer end the run.
 
         Args:
             position: The final global step.
-            stopped: Whether somebody asked for the end.
+            stopped: Whether the run was asked to stop.
         """
         self.show(position, is_final=True)
-        # Lightning ends by itself at max_steps and max_epochs; otherwise somebody asked for the end.
+        # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
         self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
 
     def end_epoch(self) -> None:
-        """Ends an epoch, also one of which the others took all data: it is over for this worker's schedulers, too."""
+        """Ends an epoch, for the schedulers as well, even if other workers took all of its data."""
         loop = self.trainer.fit_loop.epoch_loop
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         if loop.batch_progress.current.ready == 0:
             loop.batch_progress.is_last_batch = True
-            epoch.processed -= 1  # Lightning steps them while the epoch does not count as processed yet
+            epoch.processed -= 1  # Lightning steps schedulers before it counts the epoch as processed
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
             epoch.processed += 1
 
     # ------------------------------------------------------------------ the global step
 
     def show(self, position: int, is_final: bool = False) -> bool:
-        """Makes the Trainer's global step the run's, and schedules what happens at it.
+        """Sets the Trainer's global step to the run's, and schedules what happens at this step.
 
-        Only the end of the run is its last step: Lightning's own end, and what saves or validates then, come with it.
+        The Trainer's global step stays below the last step until the run really ends, so that saves and validations at
+        the end of the run happen once.
 
         Args:
             position: The run's global step.
@@ -134,16 +134,16 @@ class TrainerAdapter:
             Whether rank 0 validates after this batch.
         """
         trainer, loop, before = self.trainer, self.trainer.fit_loop.epoch_loop, self._shown
-        is_whole = not is_accumulating(trainer)
+        is_complete = not is_accumulating(trainer)
         if is_final:
             self._shown = position
-        elif is_whole:  # what saves at a global step must find no half-finished step
+        elif is_complete:  # a checkpoint at a global step must not contain half of an accumulation window
             self._shown = max(before, int(min(self._next_shown(position), self._end - 1)))
         if trainer.lightning_module.automatic_optimization:
             loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
         else:
             loop.manual_optimization.optim_step_progress.total.completed = self._shown
-        if is_whole:
+        if is_complete:
             set_logged_steps(trainer, self._shown - self._lag(stands=self._shown == before and not is_final))
         if not trainer.is_global_zero or (trainer.max_steps == -1 and not self._shares_data):
             return False
@@ -151,7 +151,7 @@ class TrainerAdapter:
         return self._schedule_validation(before)
 
     def _next_shown(self, position: int) -> int:
-        """Moves the global step towards a position, without jumping over one at which Lightning does something."""
+        """Returns the next global step on the way to a position, without skipping one at which Lightning acts."""
         before = self._shown
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         saving = [period_of_saves(c) for c in callbacks_of(self.trainer) if isinstance(c, ModelCheckpoint)]
@@ -159,16 +159,16 @@ class TrainerAdapter:
         if log_every <= 1:
             return next_count(before, position, periods)
         periods.append(log_every)
-        # Some log at the start of a batch, before the multiple; the end of that batch belongs to the same step.
+        # Some callbacks log at the start of a batch, before the multiple; the end of that batch belongs to that step.
         if (before + 1) % log_every == 0:
             return before + 1
         return min(next_count(before, position, periods), next_count(before + 1, position + 1, [log_every]) - 1)
 
     def _lag(self, stands: bool) -> int:
-        """How far Lightning's own count for logging is behind at the end of a batch: usually 1.
+        """Returns the lag of Lightning's own count for logging at the end of a batch, usually 1.
 
-        A global step that stands still must not make Lightning log again, at the end of this batch or the start of the
-        next.
+        While the global step does not change, Lightning must not log again, at the end of this batch or at the start of
+        the next.
         """
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not stands or log_every <= 1:
@@ -190,14 +190,14 @@ class TrainerAdapter:
         return interval // trainer.accumulate_grad_batches
 
     def _schedule_validation(self, before: int) -> bool:
-        """Validates after ``val_check_interval`` batches of all workers, not of this one."""
+        """Makes Lightning validate after ``val_check_interval`` batches of all workers, instead of this worker's."""
         trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
         interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
         if not isinstance(interval, int) or (not self._shares_data and every not in (None, 1)):
             return False
         epoch = self._epoch_batches if every else float("inf")
         if every and trainer.max_steps == -1:
-            # The end of an epoch is where this worker's data of it ends: in the last epoch, after the last step of all.
+            # An epoch ends where this worker's data of it ends; the last epoch ends after the last step of all workers.
             ends = self.ends_epoch and epoch % interval == 0
             is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
         else:
@@ -207,7 +207,7 @@ class TrainerAdapter:
         return is_due
 
     def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
-        """Whether what happens every ``interval`` batches of an epoch is due since a global step."""
+        """Returns whether a multiple of ``interval`` batches of an epoch was passed since a global step."""
         accumulate = self.trainer.accumulate_grad_batches
         numbers = (batch % epoch + 1 for batch in range(before * accumulate, self._shown * accumulate))
         return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
@@ -220,10 +220,10 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
 
 
 def decides(callback: Callback) -> bool:
-    """Whether rank 0 decides with a callback for all: it saves or stops early."""
+    """Returns whether rank 0 decides with a callback for all workers, that is, whether it saves or stops early."""
     return isinstance(callback, (Checkpoint, EarlyStopping))
 
 
 def unfreezes(callbacks: Sequence[Callback]) -> bool:
-    """Whether a callback makes parameters trainable while training."""
+    """Returns whether a callback makes parameters trainable during training."""
     return any(isinstance(callback, BaseFinetuning) for callback in callbacks)

@@ -1,7 +1,7 @@
-"""What a worker has besides the model: its optimizers, schedulers, scaler, loops, callbacks and random numbers.
+"""The state of a worker besides the model: optimizers, schedulers, scaler, loops, callbacks and random numbers.
 
-Rules of this room: what is kept has the names and forms that Lightning gives it in its own checkpoints, so that
-Lightning restores it. What could not be read without unpickling it is left out, with a warning.
+It has the names and structure of Lightning's own checkpoints, so that Lightning can restore it. State that could not be
+read without unpickling is left out, with a warning.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
     state["callbacks"] = {c.state_key: copy.deepcopy(own) for c in callbacks if (own := c.state_dict())}
     for part in (state, state["callbacks"]):
         for name in [name for name, value in part.items() if value and name != "callbacks" and not is_plain(value)]:
-            rank_zero_warn(f"The state of {name} is not in a worker's shard: it cannot be read without unpickling it.")
+            rank_zero_warn(f"The state of {name} is not in a worker's shard: it could not be read without unpickling.")
             del part[name]
     return {name: to_host(value) for name, value in state.items()}
 
 
 def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None) -> None:
-    """Makes a ``.ckpt`` file's content, which is rank 0's, that of another worker.
+    """Replaces rank 0's state in the contents of a ``.ckpt`` file by that of another worker.
 
     Args:
-        checkpoint: The content of the file. It is changed.
+        checkpoint: The contents of the file, which are changed in place.
         state: The worker's state; see :func:`worker_state`.
-        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
+        max_epochs: Epochs of the run; ``None`` or -1 for no limit.
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
     mine = {name: value for name, value in state.items() if name in checkpoint}
@@ -52,10 +52,10 @@ def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epoc
     checkpoint.update(mine)
     checkpoint["callbacks"] = callbacks
     if "loops" in mine and _has_ended(mine["loops"]["fit_loop"], max_epochs):
-        # The data of its last round may have to be used again, so that it takes part once more, where rank 0 is.
+        # The data of its last round may have to be used again, so it takes part again, at rank 0's position.
         checkpoint["loops"] = {"fit_loop": fit_loop}
     elif "loops" in mine:
-        # The global step is that of the run, which is what rank 0 showed.
+        # Rank 0's counters have the global step of the run.
         loop = copy.deepcopy(mine["loops"]["fit_loop"])
         checkpoint["loops"] = {"fit_loop": loop}
         for name in (*_STEPS, "epoch_loop.state_dict"):
@@ -63,11 +63,11 @@ def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epoc
 
 
 def take_part_again(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
-    """Makes rank 0, if it has ended, take the data that others had not trained on when they were stopped.
+    """Lets rank 0, if it has finished, train on data that other workers had not trained on when they were stopped.
 
     Args:
-        checkpoint: The content of a ``.ckpt`` file. It is changed.
-        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
+        checkpoint: The contents of a ``.ckpt`` file, which are changed in place.
+        max_epochs: Epochs of the run; ``None`` or -1 for no limit.
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
     if _has_ended(fit_loop, max_epochs):
@@ -75,14 +75,14 @@ def take_part_again(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
 
 
 def _has_ended(fit_loop: dict[str, Any], max_epochs: int | None) -> bool:
-    """Whether a worker was in the last batch of its last epoch."""
+    """Returns whether a worker was in the last batch of its last epoch."""
     ends_epoch = fit_loop["epoch_loop.batch_progress"]["is_last_batch"]
     processed = fit_loop["epoch_progress"]["current"]["processed"]
     return bool(max_epochs not in (None, -1) and processed + ends_epoch >= max_epochs)
 
 
 def forget_optimizers(checkpoint: dict[str, Any]) -> None:
-    """Leaves a new worker with optimizers of no history, at the learning rates of the others."""
+    """Clears the optimizers' history for a new worker, but keeps their learning rates."""
     for state in checkpoint["optimizer_states"]:
         state["state"] = {}
 
@@ -95,7 +95,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes on from a state of :func:`random_state`. Devices that were others before keep theirs."""
+    """Restores a state of :func:`random_state`. If the number of devices differs, the devices keep their own state."""
     kind, keys, *rest = state["numpy"]
     devices = state.get("torch.cuda", [])
     if len(devices) != torch.cuda.device_count():
