@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_halos import HalosMonitor, HalosStrategy
+from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.settings import Settings
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
@@ -86,7 +86,7 @@ def round_trip_process(folder: Path) -> None:
     memory = vector.read(vector.new())
     groups = Groups(store, topology, rank, timeout)
     process = Process(
-        rank, topology, groups, Settings(), memory, vector.shapes, StepBudget(2), None, timeout, lambda: None
+        rank, topology, groups, Halos(), memory, vector.shapes, StepBudget(2), None, timeout, lambda: None
     )
     worker = WorkerRound(rank, local_steps=8)
     buffer = torch.ones_like(memory)

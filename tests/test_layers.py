@@ -14,8 +14,6 @@ COMPAT = {"core/compat.py", "training/compat.py"}
 OVERRIDDEN = {"_configure_launcher", "_launcher"}  # of Lightning's Strategy; training/compat.py says so
 OF_OTHERS = {"os._exit", "self.load()._fingerprint"}  # of Python, and of datasets, which documents it
 NOT_MOVED_YET = {
-    "callbacks/hugging_face.py",
-    "training/baselines.py",
     "training/launcher.py",
     "training/shards.py",
 }

@@ -13,8 +13,8 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.training.baselines import AsyncLocalSGDStrategy, DilocoStrategy, SyncSGDStrategy
-from lightning_halos.training.strategy import HalosStrategy
+from lightning_halos.training.strategies import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
+from lightning_halos.training.strategy import AlgorithmStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 from lightning_halos.version import __version__
 
@@ -23,6 +23,7 @@ for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDSt
 del strategy
 
 __all__ = [
+    "AlgorithmStrategy",
     "AsyncLocalSGDStrategy",
     "CheckpointError",
     "DelayedNesterov",

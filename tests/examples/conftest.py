@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 
-from lightning_halos import HalosStrategy
+from lightning_halos import AlgorithmStrategy
 from tests.integration.harness import Result, lightning_environments, run_workers
 from tests.integration.toys import state
 
@@ -35,7 +35,7 @@ def recorded(script: str, options: tuple[str, ...]) -> Result:
 
     def on_train_end(module: pl.LightningModule) -> None:
         strategy = module.trainer.strategy
-        if isinstance(strategy, HalosStrategy):
+        if isinstance(strategy, AlgorithmStrategy):
             assert strategy.round is not None
             record["local_steps"] = strategy.round.total_steps
             record["servers"] = strategy.servers.statistics() if strategy.servers is not None else []

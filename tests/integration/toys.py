@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_halos import HalosStrategy
+from lightning_halos import AlgorithmStrategy, HalosStrategy
 from tests.integration.harness import Result
 
 WORKERS, LOCAL_STEPS = 4, 4
@@ -74,7 +74,7 @@ class Toy(pl.LightningModule):
 
     def on_train_end(self) -> None:
         strategy = self.trainer.strategy
-        assert isinstance(strategy, HalosStrategy)
+        assert isinstance(strategy, AlgorithmStrategy)
         assert strategy.round is not None
         self.local_steps += strategy.round.total_steps
         if strategy.servers is not None:

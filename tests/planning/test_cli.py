@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lightning_halos.cli import main
-from lightning_halos.planning.planner import ALGORITHMS
+from lightning_halos.core.algorithms import ALGORITHMS
 from tests.simulation.paper import PAPER_FILE
 
 PAPER = str(PAPER_FILE)

@@ -11,8 +11,15 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_halos
-from lightning_halos import AsyncLocalSGDStrategy, DelayedNesterov, DilocoStrategy, HalosMonitor, HalosStrategy
-from lightning_halos.core.settings import default_global_optimizer, default_local_optimizer
+from lightning_halos import (
+    AlgorithmStrategy,
+    AsyncLocalSGDStrategy,
+    DelayedNesterov,
+    DilocoStrategy,
+    HalosMonitor,
+    HalosStrategy,
+)
+from lightning_halos.core.algorithms.halos import default_global_optimizer, default_local_optimizer
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_the_strategies_are_registered(name: str, start_method: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("diloco", DilocoStrategy), ("async_local_sgd", AsyncLocalSGDStrategy)])
-def test_the_baselines_are_registered(name: str, kind: type[HalosStrategy]) -> None:
+def test_the_baselines_are_registered(name: str, kind: type[AlgorithmStrategy]) -> None:
     trainer = L.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False)
     assert type(trainer.strategy) is kind
 

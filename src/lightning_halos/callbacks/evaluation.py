@@ -19,12 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_halos.core.settings import check_count
+from lightning_halos.core.checks import check_count
 from lightning_halos.extras import language_package
 from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
 from lightning_halos.language.models import find_language_model, find_tokenizer
 from lightning_halos.training.compat import show_metrics
-from lightning_halos.training.strategy import HalosStrategy
+from lightning_halos.training.strategy import AlgorithmStrategy
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -187,7 +187,7 @@ def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _global_model(trainer: pl.Trainer, model: nn.Module) -> Iterator[None]:
     """Puts the global model into ``model``, and aborts the evaluation as soon as the run has failed or is preempted."""
     strategy = trainer.strategy
-    if not isinstance(strategy, HalosStrategy):
+    if not isinstance(strategy, AlgorithmStrategy):
         yield
         return
     hook = model.register_forward_pre_hook(lambda *_: strategy.check())

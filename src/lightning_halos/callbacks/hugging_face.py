@@ -6,7 +6,7 @@ It adds only text, numbers and bytes, so that ``torch.load(weights_only=True)`` 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.language.export import RECORD
 from lightning_halos.language.models import find_language_model, find_tokenizer
-from lightning_halos.training.strategy import HalosStrategy
+from lightning_halos.training.strategy import AlgorithmStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ class HuggingFaceCheckpoint(Callback):
 def training_settings(trainer: pl.Trainer) -> dict[str, str]:
     """Returns the training settings for the model card: text by name."""
     settings: dict[str, Any] = {"Strategy": type(trainer.strategy).__name__, "Workers": trainer.world_size}
-    if isinstance(trainer.strategy, HalosStrategy):
+    if isinstance(trainer.strategy, AlgorithmStrategy):
         settings |= _halos_settings(trainer.strategy)
     settings |= {
         "Global steps": trainer.global_step,
@@ -112,25 +112,22 @@ def describe_optimizer(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({', '.join(shown)})"
 
 
-def _halos_settings(strategy: HalosStrategy) -> dict[str, Any]:
-    topology, values = strategy.topology, strategy._settings
+def _halos_settings(strategy: AlgorithmStrategy) -> dict[str, Any]:
+    topology, algorithm = strategy.topology, strategy.algorithm
     sizes = [0] * len(topology.names)
     for group in topology.groups:
         sizes[group.region] += len(group.ranks)
     return {
         "Regions": ", ".join(f"{name}: {size} worker(s)" for name, size in zip(topology.names, sizes, strict=True)),
         "Local servers": len(topology.groups),
-        "local_steps": values.local_steps,
-        "dynamic_local_steps": values.dynamic_local_steps,
-        "accumulate_updates": values.accumulate_updates or "default",
-        "merge_weight": values.merge_weight,
-        "local_optimizer": _describe_factory(values.local_optimizer),
-        "global_optimizer": _describe_factory(values.global_optimizer),
+        **{field.name: _describe(getattr(algorithm, field.name)) for field in fields(algorithm)},
     }
 
 
-def _describe_factory(factory: Callable[[Iterable[nn.Parameter]], Optimizer] | None) -> str:
-    return "default" if factory is None else describe_optimizer(factory([nn.Parameter(torch.zeros(1))]))
+def _describe(setting: Any) -> Any:
+    if setting is None:
+        return "default"
+    return describe_optimizer(setting([nn.Parameter(torch.zeros(1))])) if callable(setting) else setting
 
 
 def _architecture(model: nn.Module) -> str:

@@ -29,7 +29,7 @@ _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in prop
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the program."""
-    from lightning_halos.planning.planner import ALGORITHMS
+    from lightning_halos.core.algorithms import ALGORITHMS
 
     parser = commands.add_parser(
         "plan",
@@ -75,8 +75,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from lightning_halos.core.algorithms import ALGORITHMS
     from lightning_halos.extras import picture_package
-    from lightning_halos.planning.planner import ALGORITHMS, PlanSettings, make_timing, plan
+    from lightning_halos.planning.planner import PlanSettings, make_timing, plan
     from lightning_halos.planning.report import as_json, save_picture, table
     from lightning_halos.planning.trace import write_trace
 

@@ -16,21 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lightning_halos.core.settings import check_count
-from lightning_halos.core.topology import ServerGroup, Topology
+from lightning_halos.core.algorithms import ALGORITHMS, Algorithm, Halos, ServerAlgorithm
+from lightning_halos.core.checks import check_count
+from lightning_halos.core.topology import ServerGroup
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-ALGORITHMS = {
-    "sync_sgd": "Synchronous SGD",
-    "diloco": "DiLoCo",
-    "diloco_dynamic": "DiLoCo + dynamic steps",
-    "async_local_sgd": "Async-Local-SGD",
-    "halos": "HALoS",
-}
 MS_PER_HOUR = 3.6e6
 
 
@@ -59,10 +53,29 @@ class PlanSettings:
     baseline_local_steps: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("local_steps", "updates_per_worker", "servers_per_region", "baseline_local_steps"):
-            check_count(name, getattr(self, name))
-        if self.accumulate_updates is not None:
-            check_count("accumulate_updates", self.accumulate_updates)
+        check_count("updates_per_worker", self.updates_per_worker)
+        check_count("baseline_local_steps", self.baseline_local_steps)
+        self.make("halos")
+
+    def make(self, name: str) -> Algorithm:
+        """Makes an algorithm of :data:`~lightning_halos.core.algorithms.ALGORITHMS` with these settings.
+
+        Raises:
+            ValueError: If there is no such algorithm.
+        """
+        if name not in ALGORITHMS:
+            raise ValueError(f"algorithm={name!r} must be one of {', '.join(ALGORITHMS)}.")
+        if name == "sync_sgd":
+            return ALGORITHMS[name]()
+        if name != "halos":
+            return ALGORITHMS[name](local_steps=self.baseline_local_steps)
+        return Halos(
+            local_steps=self.local_steps,
+            dynamic_local_steps=self.dynamic_local_steps,
+            accumulate_updates=self.accumulate_updates,
+            updates_per_worker=self.updates_per_worker,
+            servers_per_region=self.servers_per_region,
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,8 @@ class Plan:
     """The behaviour of an algorithm on a cluster.
 
     Attributes:
-        algorithm: One of :data:`ALGORITHMS`.
+        algorithm: Name of the algorithm.
+        title: Its name for people.
         elapsed_ms: Virtual milliseconds that the numbers cover; for a synchronous algorithm, complete rounds only.
         local_steps: Local steps per round, by rank.
         rounds: Finished rounds, by rank.
@@ -176,6 +190,7 @@ class Plan:
     """
 
     algorithm: str
+    title: str
     elapsed_ms: float
     local_steps: Ints
     rounds: Ints
@@ -190,11 +205,6 @@ class Plan:
     sent_share: float | None
     accumulate_updates: tuple[int, ...]
     recording: Recording
-
-    @property
-    def title(self) -> str:
-        """Name of the algorithm as it is printed."""
-        return ALGORITHMS[self.algorithm]
 
     @property
     def global_steps(self) -> float:
@@ -253,7 +263,7 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
 
 
 def plan(
-    algorithm: str,
+    algorithm: Algorithm | str,
     timing: Timing,
     hours: float = 1.0,
     settings: PlanSettings | None = None,
@@ -262,47 +272,43 @@ def plan(
     """Simulates an algorithm on a cluster.
 
     Args:
-        algorithm: One of :data:`ALGORITHMS`.
+        algorithm: The algorithm, or a name in :data:`~lightning_halos.core.algorithms.ALGORITHMS`.
         timing: The durations on the cluster.
         hours: Virtual hours to simulate.
-        settings: The algorithms' settings. Default: ``PlanSettings()``.
-        record_ms: Keep the events of the first ``record_ms`` virtual milliseconds in :attr:`Plan.recording`.
+        settings: Settings of an algorithm that is given by name; default: the defaults.
+        record_ms: Virtual milliseconds from the start whose events are kept in :attr:`Plan.recording`.
 
     Raises:
-        ValueError: If the algorithm is unknown, or the time is too short for a round.
+        ValueError: If there is no such algorithm, or nothing is finished in the time.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm={algorithm!r} must be one of {', '.join(ALGORITHMS)}.")
+    if isinstance(algorithm, str):
+        algorithm = (settings or PlanSettings()).make(algorithm)
     if not 0 < hours < float("inf"):
         raise ValueError(f"hours={hours!r} must be a positive number of hours.")
-    settings, horizon = settings or PlanSettings(), hours * MS_PER_HOUR
-    baseline = settings.baseline_local_steps
-    if algorithm == "sync_sgd":
-        return _in_lockstep(algorithm, timing, horizon, timing.local_steps(1, False), record_ms)
-    if algorithm in ("diloco", "diloco_dynamic"):
-        steps = timing.local_steps(baseline, algorithm == "diloco_dynamic")
+    cluster, horizon = timing.cluster, hours * MS_PER_HOUR
+    steps = timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps)
+    if not isinstance(algorithm, ServerAlgorithm):
         return _in_lockstep(algorithm, timing, horizon, steps, record_ms)
-    if algorithm == "async_local_sgd":
-        everybody = ServerGroup(0, timing.cluster.global_region, tuple(range(timing.cluster.num_workers)))
-        return _with_servers(algorithm, timing, horizon, timing.local_steps(baseline, True), [everybody], [], record_ms)
-    groups = Topology.build(timing.cluster.regions, settings.servers_per_region, timing.cluster.names).groups
-    steps = timing.local_steps(settings.local_steps, settings.dynamic_local_steps)
-    accumulate = [settings.accumulate_updates or settings.updates_per_worker * len(group.ranks) for group in groups]
-    return _with_servers(algorithm, timing, horizon, steps, groups, accumulate, record_ms)
+    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+    periods = [] if len(groups) == 1 else [algorithm.period(len(group.ranks)) for group in groups]
+    return _with_servers(algorithm, timing, horizon, steps, groups, periods, record_ms)
 
 
-def _in_lockstep(algorithm: str, timing: Timing, horizon: float, local_steps: list[int], record_ms: float) -> Plan:
+def _in_lockstep(
+    algorithm: Algorithm, timing: Timing, horizon: float, local_steps: list[int], record_ms: float
+) -> Plan:
     """Plans a synchronous algorithm, whose rounds end for all workers at once, with an all-reduce."""
     workers, regions = timing.cluster.num_workers, len(timing.cluster.regions)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     all_reduce = timing.all_reduce()
     ends = _multiples(float(compute.max()) + all_reduce, horizon)
     if not len(ends):
-        raise ValueError(_too_short(algorithm, horizon, float(compute.max()) + all_reduce))
+        raise ValueError(_too_short(algorithm.name, horizon, float(compute.max()) + all_reduce))
     total = len(ends) * 2 * (workers - 1) * timing.message_bytes
     between = total * regions // workers if regions > 1 else 0
     return Plan(
-        algorithm,
+        algorithm.name,
+        algorithm.title,
         elapsed_ms=float(ends[-1]),
         local_steps=np.array(local_steps),
         rounds=np.full(workers, len(ends)),
@@ -321,7 +327,7 @@ def _in_lockstep(algorithm: str, timing: Timing, horizon: float, local_steps: li
 
 
 def _with_servers(
-    algorithm: str,
+    algorithm: Algorithm,
     timing: Timing,
     horizon: float,
     local_steps: list[int],
@@ -366,14 +372,15 @@ def _with_servers(
             else:
                 crossing += messages
     if not rounds.any():
-        raise ValueError(_too_short(algorithm, horizon, float(durations.min())))
+        raise ValueError(_too_short(algorithm.name, horizon, float(durations.min())))
     updates, update_tally = None, _Tally()
     if accumulate:
         updates = _arrive([own.arrived for own in exchanges], sent_steps, range(len(groups))).until(horizon)
         update_tally.add(updates)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     return Plan(
-        algorithm,
+        algorithm.name,
+        algorithm.title,
         elapsed_ms=horizon,
         local_steps=np.array(local_steps),
         rounds=rounds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_halos.core.settings import check_count
+from lightning_halos.core.checks import check_count
 from lightning_halos.simulation.cluster import SimulatedCluster
 
 # The paper's environment: milliseconds per step of its fastest worker, a Pythia-70M in float32, and a region's network.

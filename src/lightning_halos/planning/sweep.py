@@ -89,8 +89,10 @@ def sweep(
             out.
 
     Raises:
-        ValueError: If the time is too short for an exchange with the global server.
+        ValueError: If the time is too short for an exchange with the global server, or there would be none.
     """
+    if len(timing.cluster.regions) == 1 and 1 in servers_per_region:
+        raise ValueError("A sweep varies exchanges with the global server, and a cluster of one region has none.")
     smallest = min(map(len, timing.cluster.regions))
     trials = []
     for steps in local_steps:

@@ -1,7 +1,4 @@
-"""What each algorithm is in a simulated cluster: its rounds and its servers.
-
-Rules of this room: it puts parts together. How long things take says ``timing``, what servers do ``servers``.
-"""
+"""The rounds and servers of each kind of algorithm in a simulated cluster."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_halos.core.settings import Settings
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.rounds import AsynchronousRounds, Rounds, SynchronousRounds
 from lightning_halos.simulation.servers import NoServer, OuterServer, RegionServers, Servers
 from lightning_halos.simulation.timing import Timing
 
 
-class Algorithm(ABC):
+class Simulated(ABC):
     """An algorithm in a simulated cluster."""
 
     @abstractmethod
@@ -36,65 +33,56 @@ class Algorithm(ABC):
         """
 
 
-class WithRegions(Algorithm):
-    """HALoS, and Async-Local-SGD if the topology has one server.
+class Asynchronous(Simulated):
+    """Local servers, and a global server above several of them.
 
     Args:
-        settings: The settings.
+        algorithm: The algorithm.
         topology: The local servers and their workers.
     """
 
-    def __init__(self, settings: Settings, topology: Topology) -> None:
-        self._settings = settings
+    def __init__(self, algorithm: ServerAlgorithm, topology: Topology) -> None:
+        self._algorithm = algorithm
         self._topology = topology
 
     def rounds(self, timing: Timing, first: int, budget: float) -> Rounds:
-        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
-        regions = [self._region(timing, rank) for rank in range(self._topology.world_size)]
+        local_steps = timing.local_steps(self._algorithm.local_steps, self._algorithm.dynamic_local_steps)
+        regions = [self._topology.group_of(rank).region for rank in range(self._topology.world_size)]
         return AsynchronousRounds(timing, local_steps, regions, first, budget)
 
     def servers(self, timing: Timing, model: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
         assert model is not None
-        groups, settings = self._topology.groups, self._settings
-        regions = [self._region(timing, group.leader) for group in groups]
-        describe = self._topology.describe
+        groups, algorithm, describe = self._topology.groups, self._algorithm, self._topology.describe
         number = len(groups)
         locals_ = [
-            settings.local_server(g.index, number, len(g.ranks), model.clone(), shapes, describe) for g in groups
+            algorithm.local_server(g.index, number, len(g.ranks), model.clone(), shapes, describe) for g in groups
         ]
-        global_ = settings.global_server(number, model.clone(), shapes)
-        return RegionServers(groups, regions, locals_, global_, timing)
-
-    def _region(self, timing: Timing, worker: int) -> int:
-        """Region of a worker's server."""
-        is_alone = len(self._topology.groups) == 1
-        return timing.cluster.global_region if is_alone else self._topology.group_of(worker).region
+        global_ = algorithm.global_server(number, model.clone(), shapes)
+        return RegionServers(groups, [group.region for group in groups], locals_, global_, timing)
 
 
-class Lockstep(Algorithm):
-    """DiLoCo.
+class Synchronous(Simulated):
+    """Rounds of all workers, and one server unless they average their gradients themselves.
 
     Args:
-        settings: The settings.
+        algorithm: The algorithm.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, algorithm: SynchronousAlgorithm) -> None:
+        self._algorithm = algorithm
 
     def rounds(self, timing: Timing, first: int, budget: float) -> Rounds:
-        local_steps = timing.local_steps(self._settings.local_steps, self._settings.dynamic_local_steps)
+        local_steps = timing.local_steps(self._algorithm.local_steps, self._algorithm.dynamic_local_steps)
         return SynchronousRounds(timing, local_steps, first, budget)
 
     def servers(self, timing: Timing, model: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
-        assert model is not None
-        return OuterServer(self._settings.outer_server(model.clone(), shapes), timing.cluster)
+        server = None if model is None else self._algorithm.server(model.clone(), shapes)
+        return NoServer(timing.cluster.num_workers) if server is None else OuterServer(server, timing.cluster)
 
 
-class EveryStep(Algorithm):
-    """Synchronous SGD: the workers average their gradients themselves."""
-
-    def rounds(self, timing: Timing, first: int, budget: float) -> Rounds:
-        return SynchronousRounds(timing, timing.local_steps(1, dynamic=False), first, budget)
-
-    def servers(self, timing: Timing, model: Tensor | None, shapes: Sequence[torch.Size]) -> Servers:
-        return NoServer(timing.cluster.num_workers)
+def simulated(algorithm: Algorithm, topology: Topology) -> Simulated:
+    """Returns an algorithm as it is in a simulated cluster."""
+    if isinstance(algorithm, ServerAlgorithm):
+        return Asynchronous(algorithm, topology)
+    assert isinstance(algorithm, SynchronousAlgorithm)
+    return Synchronous(algorithm)

@@ -19,7 +19,7 @@ from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import Marker
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.simulation.algorithms import Algorithm
+from lightning_halos.simulation.algorithms import Simulated
 from lightning_halos.simulation.rounds import Rounds
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
@@ -60,7 +60,7 @@ class SimulatedProcess:
         rank: int,
         describe: Callable[[int], str],
         groups: Groups,
-        algorithm: Algorithm,
+        algorithm: Simulated,
         timing: Timing,
         model: Tensor | None,
         shapes: Sequence[torch.Size],

@@ -18,13 +18,13 @@ from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import MultiProcessingLauncher
 
 if TYPE_CHECKING:
-    from lightning_halos.training.strategy import HalosStrategy
+    from lightning_halos.training.strategy import AlgorithmStrategy
 
 
 class SimulationLauncher(MultiProcessingLauncher):
     """Lightning's launcher, which also brings the history back."""
 
-    _strategy: HalosStrategy
+    _strategy: AlgorithmStrategy
 
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         extra: dict[str, Any] = super().get_extra_results(trainer)

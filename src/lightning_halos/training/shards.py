@@ -25,9 +25,9 @@ from lightning_halos.checkpoint.places import is_last, whole_ones
 from lightning_halos.checkpoint.resume import KEY, Found, Resume, find
 from lightning_halos.checkpoint.saves import Save, Saves
 from lightning_halos.checkpoint.writer import write_shard
+from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
 from lightning_halos.core.servers import unsent
-from lightning_halos.core.settings import Settings
 from lightning_halos.simulation.process import SimulatedProcess
 from lightning_halos.training.compat import set_checkpoint_path
 from lightning_halos.training.worker_state import (
@@ -41,7 +41,7 @@ from lightning_halos.transport.process import Process
 from lightning_halos.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_halos.training.strategy import HalosStrategy
+    from lightning_halos.training.strategy import AlgorithmStrategy
 
 Write = Callable[[dict[str, Any], Path], None]
 
@@ -57,7 +57,7 @@ class Shards:
         ended: What is left of the last fit: its servers, and where its schedulers were.
     """
 
-    def __init__(self, strategy: HalosStrategy) -> None:
+    def __init__(self, strategy: AlgorithmStrategy) -> None:
         self.resume: Resume | None = None
         self.ended: tuple[Process | SimulatedProcess, dict[str, Any], Manifest] | None = None
         self._strategy = strategy
@@ -380,7 +380,7 @@ class Shards:
 
 
 def rebuild(
-    resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], settings: Settings, servers: int, total: int
+    resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], algorithm: ServerAlgorithm, servers: int, total: int
 ) -> None:
     """Ends the old servers as at the end of a fit, on rank 0, so that new ones can begin from the global model.
 
@@ -391,7 +391,7 @@ def rebuild(
             only server, if there was one.
         memory: Becomes the global model.
         shapes: Shapes of the parameters in it.
-        settings: The algorithm's settings.
+        algorithm: The algorithm.
         servers: Number of local servers of the new run.
         total: Local steps that the new run begins with.
     """
@@ -405,7 +405,7 @@ def rebuild(
             resume.server = {**only, "server": {**only["server"], "steps": 0}}
         resume.globals = fresh if has_one else None
         return
-    server = settings.global_server(len(resume.manifest.groups), memory.clone(), shapes)
+    server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), shapes)
     assert server is not None
     server.load_state_dict(resume.globals["server"])
     for update in resume.globals["updates"]:
@@ -417,7 +417,7 @@ def rebuild(
     resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}
 
 
-def _groups(strategy: HalosStrategy) -> list[list[int]]:
+def _groups(strategy: AlgorithmStrategy) -> list[list[int]]:
     return [list(group.ranks) for group in strategy.topology.groups]
 
 
@@ -425,6 +425,6 @@ def _save_of(checkpoint: dict[str, Any]) -> str:
     return str(checkpoint.get(KEY, {}).get("save", ""))
 
 
-def _trainer(strategy: HalosStrategy) -> pl.Trainer:
+def _trainer(strategy: AlgorithmStrategy) -> pl.Trainer:
     assert strategy.lightning_module is not None
     return strategy.lightning_module.trainer

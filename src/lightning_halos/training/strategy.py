@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -25,21 +25,22 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import PrefixStore, Store
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import AtomicCheckpointIO
 from lightning_halos.checkpoint.resume import Resume
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
+from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.settings import Settings, check_count
+from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.simulation.algorithms import Algorithm, WithRegions
+from lightning_halos.simulation.algorithms import simulated
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.process import SimulatedProcess
@@ -47,9 +48,9 @@ from lightning_halos.simulation.timing import Timing
 from lightning_halos.simulation.world import World
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
-    StrategyRegistry,
     SubprocessScriptLauncher,
     find_trainer,
+    is_accumulating,
     optimizers_to_device,
     seed_dataloader_workers,
     show_metrics,
@@ -66,7 +67,7 @@ from lightning_halos.transport.alarm import EXIT_CODE
 from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, gather_through, noting_sockets, open_store
-from lightning_halos.transport.lockstep import LockstepProcess
+from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
 from lightning_halos.transport.process import Process
 
 AnyProcess = Process | SimulatedProcess | LockstepProcess
@@ -75,68 +76,38 @@ StartMethod = Literal["popen", "spawn", "fork"]
 _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 
 
-class HalosStrategy(ParallelStrategy):
-    """Trains any LightningModule with HALoS: hierarchical asynchronous local SGD (arXiv 2506.04531).
+class AlgorithmStrategy(ParallelStrategy):
+    """Trains any LightningModule with an algorithm in which workers run local steps and exchange models.
 
-    One process per device is a worker. Workers run local steps with the module's own optimizers and give the difference
-    to their region's server, which applies it at once and answers with its model. The regions' servers exchange what
-    they have accumulated with the global server. Nobody waits for a slower worker or for a slow link.
+    One process per device is a worker. :class:`~lightning_halos.HalosStrategy` and the other strategies are this one
+    with an algorithm of their own.
 
     Args:
+        algorithm: The algorithm.
         regions: Number of regions (consecutive ranks), or the ranks of each, such as ``[[0, 1], [2, 3]]``. Default: the
             environment variable ``HALOS_REGION`` of each process, else one region per node.
-        servers_per_region: Local parameter servers in each region, which share its workers; or a list, the number of
-            each region.
-        local_steps: Local steps per round (``H``).
-        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
-            ``max(1, ceil(H * speed / fastest))``.
-        accumulate_updates: Pushes that a local server applies between two exchanges with the global server (``K``).
-            Default: 8 per worker of the server.
-        merge_weight: Weight of the global model when a local server merges it (``alpha``).
-        local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a
-            rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server.
-        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
-            local servers, momentum 0.5, and a delay of half the local servers.
-        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 that its
-            local server got, once it got 16. Default: ``None``, no limit. Pushes with NaN or infinite values are
-            always dropped.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
-        timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
-            1800 seconds for each other, since rank 0 may validate then.
-        grace_time: Seconds after SIGTERM that saving a checkpoint may take; all processes have ended 5 seconds later,
-            or after the batch that they are in. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30
-            seconds by default.
-        simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
-            over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        grace_time: As in :class:`~lightning_halos.HalosStrategy`.
+        simulate: As in :class:`~lightning_halos.HalosStrategy`.
         accelerator: As in Lightning's strategies.
         parallel_devices: As in Lightning's strategies.
         cluster_environment: As in Lightning's strategies.
         checkpoint_io: As in Lightning's strategies.
         precision_plugin: As in Lightning's strategies.
 
-    With 4 regions of 4 workers the defaults are the paper's values (section 5.1): local rate 0.2, momentum 0.9, delay
-    16; global rate 0.15, momentum 0.5, delay 2; K 32.
+    Attributes:
+        algorithm: The algorithm.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value; when the Trainer is made, if the regions do not fit its workers.
     """
 
-    _exchanges_models = True
-    _has_servers = True  # in processes of their own, whose state checkpoints keep
-    _shares_data = True
-
     def __init__(
         self,
+        algorithm: Algorithm,
         regions: int | list[list[int]] | None = None,
-        servers_per_region: int | list[int] = 1,
-        local_steps: int = 8,
-        dynamic_local_steps: bool = True,
-        accumulate_updates: int | None = None,
-        merge_weight: float = 0.25,
-        local_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-        global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-        max_norm_ratio: float | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,
@@ -155,22 +126,10 @@ class HalosStrategy(ParallelStrategy):
             precision_plugin,
         )
         check_regions(regions)
-        for count in servers_per_region if isinstance(servers_per_region, list) else [servers_per_region]:
-            check_count("servers_per_region", count)
-        for name, seconds in (("timeout", timeout), ("grace_time", grace_time)):
-            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
-                raise ValueError(f"{name}={seconds!r} must be a positive number of seconds.")
+        check_seconds("timeout", timeout)
+        check_seconds("grace_time", grace_time)
         if start_method not in get_args(StartMethod):
             raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
-        self._settings = Settings(
-            local_steps,
-            dynamic_local_steps,
-            accumulate_updates,
-            merge_weight,
-            local_optimizer,
-            global_optimizer,
-            max_norm_ratio=max_norm_ratio,
-        )
         if isinstance(simulate, str):
             simulate = SimulatedCluster.from_yaml(simulate)
         if simulate is not None and not isinstance(simulate, SimulatedCluster):
@@ -180,9 +139,9 @@ class HalosStrategy(ParallelStrategy):
             )
         if simulate is not None and regions is not None:
             raise ValueError(f"regions={regions!r} must be None with simulate=...: the cluster says which there are.")
+        self.algorithm = algorithm
         self._cluster = simulate
         self._regions = regions
-        self._servers_per_region = servers_per_region
         self._start_method = start_method
         self._timeout = float(timeout)
         self._grace_time = float(grace_time)
@@ -264,19 +223,6 @@ class HalosStrategy(ParallelStrategy):
         """This worker's round; only while it fits."""
         return self._loop.round if self._loop is not None else None
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
-        """Registers ``"halos"`` and its variants."""
-        for name, start_method in (
-            ("halos", "popen"),
-            ("halos_spawn", "spawn"),
-            ("halos_fork", "fork"),
-            ("halos_notebook", "fork"),
-        ):
-            strategy_registry.register(
-                name, cls, description=f"HALoS with `start_method` '{start_method}'", start_method=start_method
-            )
-
     # ------------------------------------------------------------------ setup
 
     def _configure_launcher(self) -> None:
@@ -286,7 +232,7 @@ class HalosStrategy(ParallelStrategy):
             return
         regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
         if regions is not None:
-            self._topology = self._arrange(regions)
+            self._topology = self.algorithm.arrange(regions)
         if self._start_method == "popen":
             self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
@@ -302,12 +248,8 @@ class HalosStrategy(ParallelStrategy):
             )
         devices = self.parallel_devices
         self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
-        self._topology = self._arrange(cluster.regions, cluster.names)
+        self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
         self._launcher = SimulationLauncher(self, "fork" if self._start_method == "popen" else self._start_method)
-
-    def _arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = ()) -> Topology:
-        """Decides which servers there are."""
-        return Topology.build(regions, self._servers_per_region, names)
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment this process's rank, as Lightning's ``DDPStrategy`` does."""
@@ -337,7 +279,7 @@ class HalosStrategy(ParallelStrategy):
             )
             if any(names):
                 regions, region_names = regions_by_name(names)
-                self._topology = self._arrange(regions, region_names)
+                self._topology = self.algorithm.arrange(regions, region_names)
         # All processes of a simulation are on one machine.
         on_one_machine = Topology.build([range(size)], servers_per_region=1)
         places = self._topology if self._cluster is None else on_one_machine
@@ -432,9 +374,11 @@ class HalosStrategy(ParallelStrategy):
             )
         stepping_batches = trainer.estimated_stepping_batches
         limit = int(stepping_batches) if stepping_batches != float("inf") else None
-        memory = vector.read(vector.new()) if self._exchanges_models else None
-        data = self._data = SharedData.find(trainer) if self._shares_data else None
-        start = self._start_process if self._cluster is None else self._start_simulation
+        memory = vector.read(vector.new()) if not self.algorithm.averages_gradients else None
+        data = self._data = SharedData.find(trainer) if self.algorithm.shares_data else None
+        start = self._start_simulation
+        if self._cluster is None:
+            start = self._start_servers if isinstance(self.algorithm, ServerAlgorithm) else self._start_lockstep
         worker_round, leases = start(trainer, vector, memory, data, resume)
         assert self._process is not None
         client, alarm = self._process.client, self._process.alarm
@@ -474,7 +418,7 @@ class HalosStrategy(ParallelStrategy):
             set_random_state(state["random"])
         self._loop.stopwatch.restart()
 
-    def _start_process(
+    def _start_servers(
         self,
         trainer: pl.Trainer,
         vector: ModelVector,
@@ -484,11 +428,12 @@ class HalosStrategy(ParallelStrategy):
     ) -> tuple[WorkerRound, Iterator[Lease]]:
         """Starts this process's servers and links. Returns the worker's first round and its data."""
         assert memory is not None
+        assert isinstance(self.algorithm, ServerAlgorithm)
         budget = self._budget(trainer, resume)
         done = self._done(data, resume)
         if resume is not None:
             if not resume.fits and self.is_global_zero:
-                rebuild(resume, memory, vector.shapes, self._settings, len(self._topology.groups), budget.total)
+                rebuild(resume, memory, vector.shapes, self.algorithm, len(self._topology.groups), budget.total)
             self._share_model(memory, resume)
             vector.write(memory)
             if not vector.lossless:
@@ -497,7 +442,7 @@ class HalosStrategy(ParallelStrategy):
             self.global_rank,
             self._topology,
             self._groups,
-            self._settings,
+            self.algorithm,
             memory,
             vector.shapes,
             budget,
@@ -508,10 +453,38 @@ class HalosStrategy(ParallelStrategy):
             done,
             resume,
         )
-        planner = self._settings.planner(self.world_size, budget.max_steps)
+        planner = self.algorithm.planner(self.world_size, budget.max_steps)
         local_steps = planner.local_steps(self.global_rank, budget.total)
         position = trainer.global_step if resume is None else budget.position
         return WorkerRound(self.global_rank, local_steps, position), process.client.leases()
+
+    def _start_lockstep(
+        self,
+        trainer: pl.Trainer,
+        vector: ModelVector,
+        memory: Tensor | None,
+        data: SharedData | None,
+        resume: Resume | None,
+    ) -> tuple[WorkerRound, Iterator[Lease]]:
+        """Connects all workers for synchronous rounds. Returns the worker's first round and its data."""
+        assert memory is not None
+        assert self._store is not None
+        assert isinstance(self.algorithm, SynchronousAlgorithm)
+        budget = self._budget(trainer, resume)
+        planner = self.algorithm.planner(self.world_size, budget.max_steps)
+        assert self._collectives is not None
+        fit = self._collectives.count(f"fits/{self.global_rank}", 1, self._timeout)
+        store = PrefixStore(f"lockstep/{fit}", self._store)
+        everybody = [range(self.world_size)]  # rounds are all-reduces among all workers
+        collectives = Collectives.connect(
+            everybody, self.global_rank, store, self._check_interrupted, self._topology.describe, self._timeout
+        )
+        node = SynchronousNode(self.algorithm.server(memory.clone(), vector.shapes), planner, budget)
+        client = LockstepClient(self.global_rank, collectives, node, planner, self._timeout)
+        self._process = LockstepProcess(self._here, client, has_global_model=self.is_global_zero)
+        leases = iter(()) if data is None else client.leases(data.steps_per_epoch, data.first, data.end)
+        local_steps = planner.local_steps(self.global_rank, budget.total)
+        return WorkerRound(self.global_rank, local_steps, trainer.global_step), leases
 
     def _share_model(self, memory: Tensor, resume: Resume) -> None:
         """Gives the workers the model that they go on from: that of their server, or the global one if that is new."""
@@ -574,7 +547,7 @@ class HalosStrategy(ParallelStrategy):
             self.global_rank,
             self._topology.describe,
             self._groups,
-            self._algorithm(),
+            simulated(self.algorithm, self._topology),
             Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize),
             memory,
             vector.shapes,
@@ -590,13 +563,9 @@ class HalosStrategy(ParallelStrategy):
         leases = iter(()) if data is None else process.leases(data.steps_per_epoch, used)
         return process.first_round(), leases
 
-    def _algorithm(self) -> Algorithm:
-        """What is simulated."""
-        return WithRegions(self._settings, self._topology)
-
     @property
     def _algorithm_name(self) -> str:
-        return f"{type(self).__name__}{'' if self._cluster is None else ' in a simulated cluster'}"
+        return f"{self.algorithm.title}{'' if self._cluster is None else ' in a simulated cluster'}"
 
     def _budget(self, trainer: pl.Trainer, resume: Resume | None) -> StepBudget:
         max_steps = trainer.max_steps if trainer.max_steps != -1 else None
@@ -623,6 +592,23 @@ class HalosStrategy(ParallelStrategy):
         assert self._loop is not None
         if self.is_global_zero and (stepped := self._loop.schedulers.plateaus()):
             self._publish(stepped)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Averages the gradients over all workers before they are clipped and used, if the algorithm does that."""
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        if (
+            not self.algorithm.averages_gradients
+            or not self._training
+            or is_accumulating(self.lightning_module.trainer)
+        ):
+            return
+        assert self._collectives is not None
+        gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        mean = self._collectives.sum_(flat) / self.world_size
+        for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def on_validation_start(self) -> None:
         if self._is_training_elsewhere:
@@ -690,8 +676,11 @@ class HalosStrategy(ParallelStrategy):
 
     def _read_global_model(self) -> Tensor:
         assert self._loop is not None
+        vector = self._loop.vector
+        if self.algorithm.averages_gradients:  # so all workers have the global model
+            return vector.read(vector.new())
         assert self.servers is not None
-        model = self._loop.vector.new()
+        model = vector.new()
         self.servers.read(model)
         return model
 
@@ -717,7 +706,9 @@ class HalosStrategy(ParallelStrategy):
     @property
     def _keeps_servers(self) -> bool:
         """Whether there are servers whose state is worth keeping."""
-        return self._exchanges_models if self._cluster is not None else self._has_servers
+        if self._cluster is not None:
+            return not self.algorithm.averages_gradients
+        return isinstance(self.algorithm, ServerAlgorithm)
 
     @property
     def _keeps_shards(self) -> bool:
@@ -772,7 +763,7 @@ class HalosStrategy(ParallelStrategy):
 
         def read(path: str | Path) -> dict[str, Any]:
             options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
-            return super(HalosStrategy, self).load_checkpoint(path, **options)
+            return super(AlgorithmStrategy, self).load_checkpoint(path, **options)
 
         checkpoint = read(checkpoint_path)
         assert self.lightning_module is not None
@@ -796,6 +787,8 @@ class HalosStrategy(ParallelStrategy):
             self._preemption.release()
         self._loop = None
         self._end_process(self._timeout)
+        if self.algorithm.averages_gradients:
+            self._synchronize_module()  # the workers' buffers differ
 
     def _share_decisions(self, trainer: pl.Trainer) -> None:
         """Makes known what rank 0 decided: trainer.test(ckpt_path="best") means the same file on all ranks."""

@@ -18,13 +18,13 @@ from lightning_halos.checkpoint.manifest import GLOBAL as GLOBAL_SHARD
 from lightning_halos.checkpoint.manifest import server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import Marker, Shard
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.settings import Settings
 from lightning_halos.core.topology import Topology
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -40,7 +40,7 @@ class Process:
         rank: Global rank of this process.
         topology: Who is where.
         groups: This process's process groups.
-        settings: The algorithm's settings.
+        algorithm: The algorithm.
         model: The initial model of all processes: the worker's vector. Servers get copies.
         shapes: Shapes of the parameters in it.
         budget: The step budget.
@@ -63,7 +63,7 @@ class Process:
         rank: int,
         topology: Topology,
         groups: Groups,
-        settings: Settings,
+        algorithm: ServerAlgorithm,
         model: Tensor,
         shapes: Sequence[torch.Size],
         budget: StepBudget,
@@ -86,7 +86,7 @@ class Process:
         group = topology.group_of(rank)
         if rank == 0:
             node = GlobalNode(
-                settings.global_server(len(topology.groups), model.clone(), shapes),
+                algorithm.global_server(len(topology.groups), model.clone(), shapes),
                 len(topology.groups),
                 copy.copy(budget),
                 cursor,
@@ -97,8 +97,8 @@ class Process:
             self.global_host = GlobalHost(node, self.alarm, self._store, self._saves.written)
         link: Link
         if rank == group.leader:
-            stock = None if cursor is None else LeaseStock(settings.local_steps * len(group.ranks))
-            link = self._host_region(settings, model, shapes, budget, stock)
+            stock = None if cursor is None else LeaseStock(algorithm.local_steps * len(group.ranks))
+            link = self._host_region(algorithm, model, shapes, budget, stock)
         else:
             leader = f"the server of {topology.describe(group.leader)}"
             link = self._gloo_link(groups.region, 0, leader, _reuse(model))
@@ -173,7 +173,7 @@ class Process:
 
     def _host_region(
         self,
-        settings: Settings,
+        algorithm: ServerAlgorithm,
         model: Tensor,
         shapes: Sequence[torch.Size],
         budget: StepBudget,
@@ -183,8 +183,8 @@ class Process:
         topology, group = self._topology, self._topology.group_of(self._rank)
         workers, servers = len(group.ranks), len(topology.groups)
         node = RegionNode(
-            settings.local_server(group.index, servers, workers, model.clone(), shapes, topology.describe),
-            settings.planner(budget.workers, budget.max_steps),
+            algorithm.local_server(group.index, servers, workers, model.clone(), shapes, topology.describe),
+            algorithm.planner(budget.workers, budget.max_steps),
             group.ranks,
             copy.copy(budget),
             stock,

@@ -18,7 +18,8 @@ class Halos(ServerAlgorithm):
     """Local servers in every region, and a global server that they exchange with; see ``HalosStrategy``.
 
     Attributes:
-        accumulate_updates: Pushes between two exchanges (``K``). Default: 8 per worker of the server.
+        accumulate_updates: Pushes between two exchanges (``K``). Default: ``updates_per_worker`` per worker.
+        updates_per_worker: Pushes between two exchanges, per worker of the server.
         servers_per_region: Number of local servers in every region, or a list with one number per region.
         local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`.
         global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`.
@@ -31,6 +32,7 @@ class Halos(ServerAlgorithm):
     local_steps: int = 8
     dynamic_local_steps: bool = True
     accumulate_updates: int | None = None
+    updates_per_worker: int = 8
     servers_per_region: int | Sequence[int] = 1
     local_optimizer: OptimizerFactory | None = None
     global_optimizer: OptimizerFactory | None = None
@@ -40,6 +42,7 @@ class Halos(ServerAlgorithm):
         servers = self.servers_per_region
         for count in servers if isinstance(servers, list) else [servers]:
             check_count("servers_per_region", count)
+        check_count("updates_per_worker", self.updates_per_worker)
         if self.accumulate_updates is not None:
             check_count("accumulate_updates", self.accumulate_updates)
         check_optimizer("local_optimizer", self.local_optimizer)
@@ -57,7 +60,7 @@ class Halos(ServerAlgorithm):
         return Topology.build(regions, self.servers_per_region, names)
 
     def period(self, workers: int) -> int:
-        return self.accumulate_updates or 8 * workers
+        return self.accumulate_updates or self.updates_per_worker * workers
 
     def make_local_optimizer(self, workers: int) -> OptimizerFactory:
         return self.local_optimizer or default_local_optimizer(workers)

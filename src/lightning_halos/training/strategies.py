@@ -1,0 +1,258 @@
+"""The strategies that users name: each makes its algorithm from its arguments, and has a name in Lightning's registry.
+
+What is the same for all of them is in ``strategy``, what is different in ``core/algorithms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.plugins.precision import Precision
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.training.compat import StrategyRegistry
+from lightning_halos.training.strategy import AlgorithmStrategy, StartMethod
+
+
+class HalosStrategy(AlgorithmStrategy):
+    """Trains any LightningModule with HALoS: hierarchical asynchronous local SGD (arXiv 2506.04531).
+
+    One process per device is a worker. Workers run local steps with the module's own optimizers and give the difference
+    to their region's server, which applies it at once and answers with its model. The regions' servers exchange what
+    they have accumulated with the global server. Nobody waits for a slower worker or for a slow link.
+
+    Args:
+        regions: Number of regions (consecutive ranks), or the ranks of each, such as ``[[0, 1], [2, 3]]``. Default: the
+            environment variable ``HALOS_REGION`` of each process, else one region per node.
+        servers_per_region: Local parameter servers in each region, which share its workers; or a list, the number of
+            each region.
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
+            ``max(1, ceil(H * speed / fastest))``.
+        accumulate_updates: Pushes that a local server applies between two exchanges with the global server (``K``).
+            Default: 8 per worker of the server.
+        merge_weight: Weight of the global model when a local server merges it (``alpha``).
+        local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a
+            rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server.
+        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
+            local servers, momentum 0.5, and a delay of half the local servers.
+        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 that its
+            local server got, once it got 16. Default: ``None``, no limit. Pushes with NaN or infinite values are
+            always dropped.
+        start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
+        timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
+            1800 seconds for each other, since rank 0 may validate then.
+        grace_time: Seconds after SIGTERM that saving a checkpoint may take; all processes have ended 5 seconds later,
+            or after the batch that they are in. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30
+            seconds by default.
+        simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
+            over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
+        accelerator: As in Lightning's strategies.
+        parallel_devices: As in Lightning's strategies.
+        cluster_environment: As in Lightning's strategies.
+        checkpoint_io: As in Lightning's strategies.
+        precision_plugin: As in Lightning's strategies.
+
+    With 4 regions of 4 workers the defaults are the paper's values (section 5.1): local rate 0.2, momentum 0.9, delay
+    16; global rate 0.15, momentum 0.5, delay 2; K 32.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value; when the Trainer is made, if the regions do not fit its workers.
+    """
+
+    def __init__(
+        self,
+        regions: int | list[list[int]] | None = None,
+        servers_per_region: int | list[int] = 1,
+        local_steps: int = 8,
+        dynamic_local_steps: bool = True,
+        accumulate_updates: int | None = None,
+        merge_weight: float = 0.25,
+        local_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        max_norm_ratio: float | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        grace_time: float = 20,
+        simulate: SimulatedCluster | str | None = None,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        algorithm = Halos(
+            local_steps=local_steps,
+            dynamic_local_steps=dynamic_local_steps,
+            accumulate_updates=accumulate_updates,
+            servers_per_region=servers_per_region,
+            merge_weight=merge_weight,
+            local_optimizer=local_optimizer,
+            global_optimizer=global_optimizer,
+            max_norm_ratio=max_norm_ratio,
+        )
+        super().__init__(
+            algorithm,
+            regions,
+            start_method,
+            timeout,
+            grace_time,
+            simulate,
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision_plugin,
+        )
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
+        """Registers ``"halos"`` and its variants."""
+        for name, start_method in (
+            ("halos", "popen"),
+            ("halos_spawn", "spawn"),
+            ("halos_fork", "fork"),
+            ("halos_notebook", "fork"),
+        ):
+            strategy_registry.register(
+                name, cls, description=f"HALoS with `start_method` '{start_method}'", start_method=start_method
+            )
+
+
+class AsyncLocalSGDStrategy(AlgorithmStrategy):
+    """Asynchronous local SGD with one server for everybody (arXiv 2401.09135).
+
+    As HALoS without its hierarchy: every worker exchanges with the server on rank 0, over whatever link there is. In a
+    real run the server takes in one push at a time, so a worker behind a slow link holds up the others meanwhile.
+
+    Args:
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
+        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
+            0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
+        max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        simulate: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value.
+    """
+
+    def __init__(
+        self,
+        local_steps: int = 32,
+        dynamic_local_steps: bool = True,
+        optimizer: OptimizerFactory | None = None,
+        max_norm_ratio: float | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        simulate: SimulatedCluster | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        algorithm = AsyncLocalSGD(
+            local_steps=local_steps,
+            dynamic_local_steps=dynamic_local_steps,
+            optimizer=optimizer,
+            max_norm_ratio=max_norm_ratio,
+        )
+        super().__init__(algorithm, start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
+        """Registers ``"async_local_sgd"``."""
+        strategy_registry.register("async_local_sgd", cls, description="Async-Local-SGD")
+
+
+class DilocoStrategy(AlgorithmStrategy):
+    """DiLoCo (arXiv 2311.08105): synchronous rounds of local steps, and an outer optimizer on their mean.
+
+    All workers wait for the slowest of them, and for an all-reduce of the model over the slowest link.
+
+    Args:
+        local_steps: Local steps per round (``H``).
+        dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
+        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
+            momentum of 0.9.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: Seconds that workers may wait for each other. That includes the round of the slowest, and rank 0's
+            validation.
+        simulate: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value.
+    """
+
+    def __init__(
+        self,
+        local_steps: int = 32,
+        dynamic_local_steps: bool = False,
+        outer_optimizer: OptimizerFactory | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        simulate: SimulatedCluster | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        algorithm = Diloco(
+            local_steps=local_steps,
+            dynamic_local_steps=dynamic_local_steps,
+            outer_optimizer=outer_optimizer,
+        )
+        super().__init__(algorithm, start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
+        """Registers ``"diloco"``."""
+        strategy_registry.register("diloco", cls, description="DiLoCo")
+
+
+class SyncSGDStrategy(AlgorithmStrategy):
+    """Fully synchronous SGD in a simulated cluster: gradients are averaged in every step, as by Lightning's ``"ddp"``.
+
+    For real processes there is Lightning's own ``strategy="ddp"``.
+
+    Args:
+        simulate: The cluster.
+        start_method: As in :class:`~lightning_halos.HalosStrategy`.
+        timeout: As in :class:`~lightning_halos.HalosStrategy`.
+        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
+            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or there is no cluster to simulate.
+    """
+
+    def __init__(
+        self,
+        simulate: SimulatedCluster | str | None = None,
+        start_method: StartMethod = "popen",
+        timeout: float = 1800,
+        **kwargs: Any,
+    ) -> None:
+        if simulate is None:
+            raise ValueError(
+                "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or train for"
+                " real with Lightning's strategy='ddp'."
+            )
+        super().__init__(SyncSGD(), start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
+        """Registers ``"sync_sgd"``."""
+        strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
