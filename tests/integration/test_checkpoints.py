@@ -176,7 +176,8 @@ def test_a_run_resumes_with_other_workers_and_regions(run: Run, tmp_path: Path, 
     assert sum(used.values()) == 4 * (2 * 64 - done)
     assert max(used.values()) <= 2
     for rank, result in enumerate(results):
-        assert bool(result["first"]["steps"]) == (rank < 4)  # new workers begin afresh
+        if result["trained_on"]:  # on a busy machine the others may have taken all data before a worker starts
+            assert bool(result["first"]["steps"]) == (rank < 4)  # new workers begin afresh
         assert len(result["said"]) == (rank == 0)
     assert "not kept: the local servers' momentum" in results[0]["said"][0]
     end = results[0]["global_step"]
