@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_seed_stays() -> Iterator[None]:
-    """Forgets what ``seed_everything`` leaves in the environment, where the processes of later tests would find it."""
+    """Removes the environment variables of ``seed_everything``, which processes of later tests would use."""
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)

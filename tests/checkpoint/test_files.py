@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whatever happens while it is written."""
+"""A file is complete or does not exist, even if writing it fails."""
 
 import os
 import resource
@@ -86,7 +86,7 @@ def test_what_was_there_stays_if_the_process_is_killed(tmp_path: Path) -> None:
 
 
 def limited(size: int) -> None:
-    """As on a full disk: no file of this process may grow beyond a size."""
+    """Simulates a full disk: no file of this process may grow beyond a size."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 

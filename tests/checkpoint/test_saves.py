@@ -1,4 +1,4 @@
-"""A save is whole or does not count, and what was there before stays until it is."""
+"""A checkpoint counts only if it is complete, and the previous one stays until then."""
 
 import json
 import time
@@ -56,7 +56,7 @@ def test_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_first_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
-    """Half-written, it would keep a run from beginning anew: there is nothing else to go on from."""
+    """An incomplete first checkpoint would keep a run from starting, because there is no other to resume from."""
     saves, path = Saves(), tmp_path / "step=1.ckpt"
     save = begin(saves, path)
     saves.know(save.marker.save, total=7)
@@ -79,7 +79,7 @@ def test_a_later_file_is_there_at_once_and_half_written_until_all_shards_are(tmp
 
 @pytest.mark.parametrize("is_written_first", [True, False])
 def test_a_file_is_there_when_another_one_is_whole(tmp_path: Path, is_written_first: bool) -> None:
-    """A link named last.ckpt leads to it: leading to nothing, it would make a run begin anew."""
+    """A link named last.ckpt leads to the file: a dangling link would make a run start from scratch."""
     saves, path = Saves(), tmp_path / "step=2.ckpt"
     first, second = begin(saves, tmp_path / "step=1.ckpt"), saves.begin(path, MANIFEST, NAMES)
     if not is_written_first:
@@ -105,7 +105,7 @@ def test_the_file_of_a_first_save_that_fails_is_there(tmp_path: Path) -> None:
 
 
 def test_a_file_of_slurm_is_there_at_once(tmp_path: Path) -> None:
-    """Lightning goes by the name of its folder, and would not find the file."""
+    """Lightning looks at the names in the folder, and would not find the file."""
     begin(Saves(), tmp_path / "hpc_ckpt_1.ckpt")
     assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
 

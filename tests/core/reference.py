@@ -27,7 +27,7 @@ SCHEDULE = "cosine_decay_after_linear_warmup"
 
 @dataclass(frozen=True)
 class Event:
-    """What happened, and the server that it happened to, afterwards. The recordings' `fields` say more about each."""
+    """An event, and its server's state afterwards. `fields` in the recordings explains the attributes."""
 
     time: float  # virtual milliseconds
     kind: str  # "push": a round ended at its LPS; "update": an LPS's update came to the GPS; "merge": the answer came;

@@ -1,4 +1,4 @@
-"""One cursor over the data: every part is handed out once per epoch, and nobody waits for it."""
+"""One cursor over the data: every part is leased once per epoch, and no worker waits for it."""
 
 import random
 

@@ -216,7 +216,7 @@ class Cluster(ABC):
 
 
 class Asynchronous(Cluster):
-    """What the algorithms with rounds of single workers have in common."""
+    """The common part of algorithms with rounds of single workers."""
 
     def __init__(self, config: Config, servers: list[LocalServer]) -> None:
         super().__init__(config)

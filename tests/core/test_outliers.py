@@ -1,4 +1,4 @@
-"""An update that is far larger than the others is kept out of the model, and nobody is kept out for ever."""
+"""An update far larger than the others is rejected, but no worker is rejected for ever."""
 
 import logging
 from functools import partial

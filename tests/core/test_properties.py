@@ -1,4 +1,4 @@
-"""What holds for every topology and every order of messages, though messages are lost and repeated and servers restart.
+"""Properties for every topology and order of messages, with lost and repeated messages and restarted servers.
 
 The network of this test keeps the order of what a sender sends, as links do, but loses messages and brings them again,
 however late; a sender without an answer sends again. Servers restart from their own state. Beside the real servers run
@@ -84,7 +84,7 @@ Sender = tuple[str, int]
 
 @dataclass
 class Wire:
-    """What one sender sends. It keeps the order, but every message may be lost and repeated.
+    """The messages of one sender. They keep their order, but each may be lost or repeated.
 
     Attributes:
         sent: All messages so far, in their order.
@@ -111,7 +111,7 @@ class Wire:
         self.sent.append(message)
 
     def deliver(self, index: int) -> tuple[Push | RegionUpdate, bool]:
-        """Returns a copy of a message, and whether it comes for the first time."""
+        """Returns a copy of a message, and whether it arrives for the first time."""
         self.copies.remove(index)
         is_first = index == self.arrived
         self.arrived += is_first
@@ -129,7 +129,7 @@ class Answer:
 
 
 class Network:
-    """Workers, local servers and the global server, and everything that can happen between them."""
+    """Workers, local servers and the global server, and all events between them."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Network:
     # ------------------------------------------------------------------ what can happen
 
     def step(self) -> None:
-        """Something happens: mostly what has to, sometimes what should not."""
+        """A random event: usually a regular one, sometimes a fault."""
         happens = self.draw.choices(
             [self.go_on, self.send_again, self.answer_again_later, self.lose, self.restart], [16, 1, 1, 1, 1]
         )
@@ -245,7 +245,7 @@ class Network:
     # ------------------------------------------------------------------ and in the end
 
     def end(self) -> None:
-        """Everybody sends what is unanswered until it is answered, and takes part in no further round."""
+        """All workers repeat unanswered messages until they are answered, and start no further round."""
         for worker, index in enumerate(self.home):
             self._send_until_answered(("worker", worker))
             if worker in self.present[index]:
@@ -258,7 +258,7 @@ class Network:
     # ------------------------------------------------------------------ how
 
     def _work(self, worker: int) -> None:
-        """A worker finishes a round. Some have NaN in them, some workers have enough then."""
+        """A worker finishes a round. Some rounds contain NaN; some are the worker's last."""
         draw, round_ = self.draw, self.rounds[worker]
         if round_.stopped:
             self._leave(worker)
@@ -347,7 +347,7 @@ class Network:
 
 
 def _restarted(old: Any, new: Any) -> Any:
-    """A new server in the place of an old one, from what that has left in a file of tensors and plain values."""
+    """A new server that replaces an old one, from its state in a file of tensors and plain values."""
     file = io.BytesIO()
     torch.save([old.state_dict(), old.received], file)
     file.seek(0)

@@ -77,7 +77,7 @@ class TestTopology:
 
 
 class TestErrors:
-    """Each names the argument, its value, and what to do."""
+    """Each error names the argument, its value, and what to do."""
 
     @pytest.mark.parametrize("regions", [None, 1, 7, [[0]], [[0, 1], [2]], ((1,), (0,)), [range(2), [2]]])
     def test_good_values_pass(self, regions):

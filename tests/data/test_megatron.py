@@ -42,7 +42,7 @@ def documents() -> list[np.ndarray[Any, Any]]:
 
 
 def shard(prefix: Path, sizes: list[int], last: int) -> list[Path]:
-    """Cuts the ``.bin`` into shards of so many bytes, as it is downloaded."""
+    """Cuts the ``.bin`` into shards of a number of bytes, as it is downloaded."""
     whole = prefix.with_suffix(".bin").read_bytes()
     prefix.with_suffix(".bin").unlink()
     ends = [*np.cumsum([0, *sizes]).tolist(), len(whole)]
@@ -173,7 +173,7 @@ class TestShards:
 
 
 class TestErrors:
-    """What is wrong with which file, and what to do."""
+    """Errors name the file, the problem and the remedy."""
 
     def refused(self, prefix: Path, kind: type[Exception], *parts: str, context: int = CONTEXT) -> None:
         with pytest.raises(kind) as caught:

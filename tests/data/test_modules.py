@@ -101,7 +101,7 @@ class TestMegatron:
 
 
 class Reading(Toy):
-    """Keeps its batches, and notes the first token of each of their sequences."""
+    """Keeps its batches, and records the first token of each of their sequences."""
 
     def __init__(self, seen: list[Tensor] | None = None) -> None:
         super().__init__()
@@ -215,6 +215,6 @@ class TestText:
 
 
 def in_documents(tokenizer: str, loader: Any) -> set[int]:
-    """The numbers of the documents of which the batches have text."""
+    """The numbers of the documents whose text is in the batches."""
     decoded: Any = load_tokenizer(tokenizer).batch_decode([batch[0].tolist() for batch in loader])
     return {int(number) for number in re.findall(r"<(\d\d)>", " ".join(decoded))}

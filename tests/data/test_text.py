@@ -1,4 +1,4 @@
-"""Text: where it is, its tokenizer, and the sequences that are made of it."""
+"""Text: its sources, its tokenizer, and the sequences made from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local tasks: what their questions are made of stands nowhere in the text that the examples train on."""
+"""The local tasks: no passage of their questions occurs in the text that the examples train on."""
 
 from __future__ import annotations
 

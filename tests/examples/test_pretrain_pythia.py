@@ -1,4 +1,4 @@
-"""The settings that are for GPUs, as far as they go without: small models, in this process, with the real strategy."""
+"""The settings for GPUs, as far as a CPU can test them: small models, in this process, with the real strategy."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ GOES_ON, SAVES, ENDS = "goes on", "saves and ends", "ends"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
         kind: Whether it went on, saved and ended, or ended.
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def expected(case: Case) -> str:
-    """What the documentation promises."""
+    """The promises of the documentation."""
     if (case.fault, case.moment) in (("exception", CHECKPOINT), ("SIGTERM", END)):
         return GOES_ON
     return SAVES if case.fault == "SIGTERM" and case.moment != START else ENDS
@@ -139,7 +139,7 @@ def _assert_adds_up(results: list[Result], steps: int) -> None:
 
 
 def _whole(checkpoints: Path) -> dict[str, Manifest]:
-    """The manifests of all whole checkpoints: whose file is there, too."""
+    """The manifests of all complete checkpoints, whose ``.ckpt`` file exists as well."""
     manifests = {path.parent.parent.name: path for path in checkpoints.glob(f"*/*/{NAME}")}
     there = {name: path for name, path in manifests.items() if (checkpoints / f"{name}.ckpt").is_file()}
     return {name: Manifest.read(path.read_text(), path) for name, path in there.items()}
@@ -154,7 +154,7 @@ def struck(case: Case, folder: Path) -> Result:
 
 
 class Resumed(Toy):
-    """Takes note of where it comes from."""
+    """Records the process it is in."""
 
     pause = 0.0
     came_from = ""
@@ -169,7 +169,7 @@ def resumed(checkpoints: Path) -> Result:
 
 
 def fitted(module: Toy, checkpoints: Path, timeout: float) -> Result:
-    """Begins, or goes on, as a script does that is started again."""
+    """Starts or resumes, like a script that is started again."""
     saving = ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=4, save_last="link")
     flags: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_epochs": EPOCHS}
     trainer = make_trainer(

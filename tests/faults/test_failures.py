@@ -26,7 +26,7 @@ ENDLESS = 100_000
 
 
 class Misbehaving(Toy):
-    """One rank misbehaves after a few steps, once or, with values that are too large, again and again."""
+    """One rank misbehaves after a few steps: once or, with values that are too large, repeatedly."""
 
     def __init__(self, folder: Path, rank: int, fault: str) -> None:
         super().__init__()

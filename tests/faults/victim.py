@@ -28,7 +28,7 @@ _LIMIT = 5.0  # seconds that another process waits for the fault
 
 
 class Victim(Toy):
-    """The usual module, in whose process a fault may strike.
+    """The usual module, in whose process a fault may happen.
 
     Args:
         case: What happens. All processes know, and only that of its rank is struck.
@@ -92,7 +92,7 @@ class Victim(Toy):
             hashed.file = _Disk(hashed.file, self.strike)  # type: ignore[assignment]
 
     def _at_this_moment(self, here: int) -> None:
-        """Strikes in this process, or lets another one be struck while this one is where it is."""
+        """Makes the fault happen in this process, or in another one while this one waits."""
         if self.case.rank == here:
             self.strike()
         elif self._is_ready and not self._struck.exists():

@@ -1,4 +1,4 @@
-"""What only a GPU can show. One is enough: several workers share it. Run these tests with ``pytest tests/gpu``."""
+"""Tests that need a GPU. One is enough, because several workers share it. Run them with ``pytest tests/gpu``."""
 
 from __future__ import annotations
 

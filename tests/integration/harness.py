@@ -125,7 +125,7 @@ def save_result(folder: Path, rank: int, result: Result) -> None:
 
 
 def lightning_environments(workers: int) -> list[dict[str, str]]:
-    """What Lightning's own launcher would set in each worker process."""
+    """The environment that Lightning's own launcher would set in each worker process."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**shared, "LOCAL_RANK": str(rank)} for rank in range(workers)]
 
@@ -142,7 +142,7 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -171,7 +171,7 @@ def _log(folder: Path, number: int) -> str:
 
 
 def _has_group(pid: int | None) -> bool:
-    """Whether there are processes in the group of one that has ended."""
+    """Whether a process group still has processes after its leader has ended."""
     assert pid is not None
     try:
         os.killpg(pid, 0)

@@ -1,4 +1,4 @@
-"""The baselines in real processes: the same Trainer flags, the same promises, other algorithms."""
+"""The baselines in real processes: the same Trainer flags and promises, with other algorithms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on with all its state."""
+"""A resumed run continues with all its state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def manifest_of(path: Path) -> Manifest:
 
 
 class Noting(Toy):
-    """Takes note of the epoch of each sample."""
+    """Records the epoch of each sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def saving(folder: Path, every: int, **kwargs: Any) -> ModelCheckpoint:
 
 
 class Counting(pl.Callback):
-    """Counts this worker's batches. Notes the count, and the metrics of rank 0, at the first batch of a fit."""
+    """Counts this worker's batches. Records the count and rank 0's metrics at the first batch of a fit."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -109,7 +109,7 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
 
 
 class Scaled(Noting):
-    """Notes the scale of the losses at its first batch."""
+    """Records the scale of the losses at its first batch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -291,7 +291,7 @@ def on_a_full_disk(folder: Path) -> Result:
 
 
 class FillsDisk(pl.Callback):
-    """From the time when the first checkpoint is whole, rank 1 cannot write its shards any more."""
+    """After the first complete checkpoint, rank 1 cannot write its shards any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -28,7 +28,7 @@ from tests.integration.virtual import simulate
 
 
 class Noting(Toy):
-    """Takes note of the epoch of each sample, too."""
+    """Also records the epoch of each sample."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What rank 0 decides for everybody: validation while fitting, early stopping, and what is saved."""
+"""Rank 0's decisions for all workers: validation during a fit, early stopping, and checkpoints."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_in_real_time_rank_0_validates_too_and_the_others_get_its_metrics(run: R
 
 
 class Remembering(Toy):
-    """Takes note of the model that is validated, and of its own before and after."""
+    """Records the validated model, and its own model before and after."""
 
     def __init__(self) -> None:
         super().__init__()

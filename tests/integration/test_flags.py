@@ -67,7 +67,7 @@ def with_a_slow_worker(flags: dict[str, Any]) -> Result:
 
 @pytest.mark.parametrize("flags", [{"max_epochs": 3}, {"max_steps": 48}], ids=str)
 def test_the_global_step_never_runs_past_the_end(run: Run, flags: dict[str, Any]) -> None:
-    """A slow worker's grows by several per batch, at a rate that drops when the others have no more data."""
+    """A slow worker's global step grows by several per batch, and more slowly when the others run out of data."""
     result = run(with_a_slow_worker, flags)[0]
     assert result["seen"] == sorted(result["seen"])
     assert result["seen"][-1] == result["global_step"] == 48
@@ -121,7 +121,7 @@ def test_parameters_that_are_unfrozen_while_training(run: Run) -> None:
 
 
 class Hooks(Callback):
-    """Takes note of the order of the hooks that others rely on."""
+    """Records the order of the hooks that other callbacks rely on."""
 
     def __init__(self) -> None:
         self.called: list[str] = []

@@ -1,4 +1,4 @@
-"""Every way to start workers, and to end them."""
+"""All ways to start workers, and to end them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users log: metrics within a fit are the worker's own, outside they are those of all workers."""
+"""Users' metrics: during a fit they are the worker's own, otherwise those of all workers."""
 
 from __future__ import annotations
 

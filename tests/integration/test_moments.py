@@ -1,4 +1,4 @@
-"""Odd modules and odd moments: what has once been found to go wrong."""
+"""Regression tests for unusual modules and unusual moments."""
 
 from __future__ import annotations
 

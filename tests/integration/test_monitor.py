@@ -1,4 +1,4 @@
-"""What HalosMonitor logs agrees with what the workers and servers did."""
+"""HalosMonitor's metrics agree with the actions of workers and servers."""
 
 from __future__ import annotations
 

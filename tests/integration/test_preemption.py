@@ -1,4 +1,4 @@
-"""SIGTERM: the run saves a checkpoint, ends as a process does that was told to, and goes on where it was."""
+"""SIGTERM: the run saves a checkpoint, ends with exit code 143, and resumes from there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREEMPTED = "last-preempted.ckpt"
 
 
 class Terminated(Toy):
-    """Its process gets SIGTERM in mid-run.
+    """Its process gets SIGTERM in the middle of the run.
 
     Attributes:
         victim: Rank of the process, ``None`` if there is none.
@@ -89,7 +89,7 @@ def is_whole(path: Path) -> bool:
 
 
 def assert_goes_on(run: Run, folder: Path, **flags: Any) -> None:
-    """The run resumes from what was saved, and every sample is used as often as it should be."""
+    """The run resumes from the checkpoint, and every sample is used the right number of times."""
     done = sum(stop - start for start, stop in manifest_of(folder / PREEMPTED).done)
     results = run(resumed, folder, flags)
     used = Counter(index for result in results for index in result["trained_on"])
@@ -116,7 +116,7 @@ def test_while_rank_0_validates(run: Run, tmp_path: Path) -> None:
 
 
 class Last(Terminated):
-    """Its process sleeps in the last epoch, until the others have used the rest of the data, and then gets SIGTERM."""
+    """Its process sleeps in the last epoch until the others have used all data, and then gets SIGTERM."""
 
     def strike(self, where: str) -> None:
         if self.global_rank == self.victim and self.current_epoch == 2:
@@ -257,7 +257,7 @@ def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -
 
 
 class Restarted(Script):
-    """Rank 1 gets a signal in mid-run, at the first start, when there is a whole checkpoint to go on from."""
+    """Rank 1 gets a signal in the middle of the first start, after the first complete checkpoint."""
 
     def __init__(self, folder: Path, fault: str) -> None:
         super().__init__(folder)

@@ -1,4 +1,4 @@
-"""Learning rates follow the global step, the same on every worker, whatever its own number of steps."""
+"""Learning rates follow the global step on every worker, independently of its own number of steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_scheduler(kind: str, optimizer: torch.optim.Optimizer, total_steps: int
 
 
 def learning_rate(kind: str, steps: int) -> float:
-    """The learning rate of one process after so many of as many steps."""
+    """The learning rate of one process after a number of steps, in a schedule of as many steps."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
     scheduler = make_scheduler(kind, optimizer, steps)
     for _ in range(steps):
@@ -41,7 +41,7 @@ def learning_rate(kind: str, steps: int) -> float:
 
 
 class Scheduled(Toy):
-    """Takes note of the scheduler's position in every batch."""
+    """Records the scheduler's position in every batch."""
 
     pause = 0.03
     slow = 3

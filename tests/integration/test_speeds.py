@@ -60,7 +60,7 @@ class SlowDisk(TorchCheckpointIO):
 
 
 class SlowSamples(Dataset[Any]):
-    """Validation samples that take ages to read."""
+    """Validation samples that are slow to read."""
 
     def __len__(self) -> int:
         return 4

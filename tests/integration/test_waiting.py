@@ -24,7 +24,7 @@ from tests.integration.virtual import simulate
 
 
 class Straggling(Toy):
-    """One worker is 4 times slower. All log as users do who know DDP."""
+    """One worker is 4 times slower. All workers log as users do under DDP."""
 
     pause = 0.12
     slow = 3

@@ -1,4 +1,4 @@
-"""The smallest module and data that show everything, and what every test looks at after a fit."""
+"""The smallest module and data that show everything, and the checks that every test makes after a fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loader(number: int = SAMPLES, batch_size: int = BATCH, **kwargs: Any) -> Dat
 
 
 class Toy(pl.LightningModule):
-    """Linear regression that keeps a record of what it was given. Every process starts from other weights.
+    """Linear regression that records its samples. Every process starts from different weights.
 
     Attributes:
         pause: Seconds that a batch takes at least.
@@ -81,7 +81,7 @@ class Toy(pl.LightningModule):
             self.server_steps += strategy.servers.steps
 
     def more(self) -> Result:
-        """What a test of a module of its own wants to know besides the usual outcome."""
+        """Further results of a test with its own module."""
         return {}
 
     def _count(self, *_: Any) -> None:
@@ -89,7 +89,7 @@ class Toy(pl.LightningModule):
 
 
 class Watching(Checkpoint):
-    """Takes note of the global step when checkpoints are saved."""
+    """Records the global step when checkpoints are saved."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []

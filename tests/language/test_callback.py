@@ -34,7 +34,7 @@ FEW: dict[str, Any] = {"include_path": TASKS, "limit": 3}
 
 
 class Timed(LMEvalCallback):
-    """Remembers when it evaluated."""
+    """Records when it evaluated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,7 +47,7 @@ class Timed(LMEvalCallback):
 
 
 class TimedModule(LanguageModule):
-    """Remembers when it trained."""
+    """Records when it trained."""
 
     def __init__(self) -> None:
         super().__init__()

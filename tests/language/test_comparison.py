@@ -1,4 +1,4 @@
-"""Of answers that are made up, so that every number in a comparison is known."""
+"""Comparisons of invented answers, so that every number is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_halos.language.comparison import compare, comparison_table
 
 
 def answered(questions: dict[str, list[float]], metric: str = "acc", samples: bool = True) -> dict[str, Any]:
-    """Results as lm-eval's, of a model that scored so on each question of each task."""
+    """Results in lm-eval's format, of a model with these scores on each question of each task."""
     results: dict[str, Any] = {"results": {}, "higher_is_better": {}, "samples": {}, "group_subtasks": {}}
     for task, scores in questions.items():
         mean, stderr = sum(scores) / len(scores), stdev(scores) / math.sqrt(len(scores))

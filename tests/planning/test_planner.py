@@ -204,7 +204,7 @@ def check_numbers(result, events, cluster, timing):
 
 
 def sent_share(result, events):
-    """Pushes that found no exchange under way, of all up to the last merges."""
+    """Share of pushes that arrived outside of an exchange, up to the last merges."""
     counted = {
         server: [0, 0] for server in range(len(result.accumulate_updates))
     }  # since the merge, and held by updates

@@ -170,7 +170,7 @@ def published(config: dict[str, Any], history: Sequence[simulation.Event], notes
 
 
 class Notes:
-    """What a worker noted of each batch: the place of its first sample, and its LR schedule's position.
+    """A worker's record of each batch: the position of its first sample and of the LR schedule.
 
     Args:
         path: The file.

@@ -16,7 +16,7 @@ from tests.simulation.test_world import Toy, fit, loader
 
 
 def run(name: str, folder: Path | None = None, every: int = 0, **flags: Any) -> dict[str, torch.Tensor]:
-    """Runs a simulation, and saves every so many global steps. Returns the final model."""
+    """Runs a simulation that saves periodically. Returns the final model."""
     if folder is not None:
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)
         flags |= {"callbacks": saving, "enable_checkpointing": True}

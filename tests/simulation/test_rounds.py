@@ -1,4 +1,4 @@
-"""Who works when: the budget, the order, and the data of each worker."""
+"""The virtual schedule: the budget, the order of rounds, and the data of each worker."""
 
 from __future__ import annotations
 

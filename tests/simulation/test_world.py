@@ -172,7 +172,7 @@ def test_dataloader_workers_look_ahead_without_changing_anything() -> None:
 
 
 class Plain(Toy):
-    """What DDP and a simulation compute alike: without dropout or BatchNorm."""
+    """A module without dropout or BatchNorm, for which DDP and a simulation give the same result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_a_worker_that_raises_ends_the_simulation() -> None:
 
 
 class Spoiled(Toy):
-    """One worker's device goes wrong after a while."""
+    """One worker's device fails after a while."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         if self.global_rank == 3 and self.global_step > 60:

@@ -1,4 +1,4 @@
-"""What a worker trains on when it is leased parts of an epoch."""
+"""The samples that a worker trains on with leased parts of an epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as computing, on a device whose work takes its time only when somebody waits for it."""
+"""The time that counts as computing, on a device that works only while it is waited for."""
 
 from __future__ import annotations
 

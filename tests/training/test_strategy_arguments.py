@@ -1,4 +1,4 @@
-"""What a user can get wrong is refused before any process starts, with the argument, the value and the remedy."""
+"""Users' mistakes are refused before any process starts, with the argument, the value and the remedy."""
 
 from __future__ import annotations
 

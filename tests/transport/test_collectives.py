@@ -204,7 +204,7 @@ class TestResults:
 
 
 class TestErrors:
-    """What is wrong with the arguments is said by all workers, and the next collective works."""
+    """All workers raise the same error for wrong arguments, and the next collective works."""
 
     def check(self, regions: Regions, work: Callable[[Collectives, int], Any], kind: type, *parts: str) -> None:
         with workers(regions) as all_workers:

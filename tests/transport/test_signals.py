@@ -1,4 +1,4 @@
-"""A signal may come while the main thread looks at the global model, and its handler may look at it, too."""
+"""A signal may arrive while the main thread reads the global model, and its handler may read it, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No wait is without a limit, and its end says who waited for whom, for what, and who was heard of when."""
+"""Every wait has a limit. Its error says who waited for whom, for what, and when each peer was last heard of."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_process_group_that_nobody_else_comes_to() -> None:
 
 @pytest.mark.parametrize("regions", [[range(6)], [[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2, 3], [5]]], ids=str)
 def test_a_collective_that_one_leaves_names_nobody_else(regions: list[list[int]]) -> None:
-    """Most wait for another one than the one that has ended, and must learn of it from those who do."""
+    """Most workers do not wait for the process that has ended, and must learn of it from those that do."""
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     texts: dict[int, str] = {}
 
