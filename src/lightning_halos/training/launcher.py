@@ -1,8 +1,4 @@
-"""Starts the processes of a simulation.
-
-Rules of this room: one process per described worker, over the devices that there are. What rank 0 recorded comes back
-to the process that called the Trainer.
-"""
+"""Starts the processes of a simulation, one per described worker, and returns the history to the calling process."""
 
 from __future__ import annotations
 
@@ -22,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class SimulationLauncher(MultiProcessingLauncher):
-    """Lightning's launcher, which also brings the history back."""
+    """Lightning's launcher, which also returns rank 0's history to the calling process."""
 
     _strategy: AlgorithmStrategy
 
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         extra: dict[str, Any] = super().get_extra_results(trainer)
-        # In a file, as Lightning does with the weights: the parent reads the queue when its children have ended, and
-        # until then the queue takes no more than a pipe does.
+        # In a file, as Lightning does with the weights: the parent reads the queue only after its children have ended,
+        # and until then the queue's capacity is that of a pipe.
         path = Path(tempfile.mkdtemp()) / "history.pt"
         torch.save([vars(event) for event in self._strategy.history], path)
         return {**extra, "history": str(path), "virtual_seconds": self._strategy.virtual_seconds}

@@ -1,6 +1,6 @@
-"""The strategies that users name: each makes its algorithm from its arguments, and has a name in Lightning's registry.
+"""The strategies for users. Each makes its algorithm from its arguments, and has a name in Lightning's registry.
 
-What is the same for all of them is in ``strategy``, what is different in ``core/algorithms``.
+The common part of all strategies is in ``strategy``; their differences are in ``core/algorithms``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from lightning_halos.training.strategy import AlgorithmStrategy, StartMethod
 class HalosStrategy(AlgorithmStrategy):
     """Trains any LightningModule with HALoS: hierarchical asynchronous local SGD (arXiv 2506.04531).
 
-    One process per device is a worker. Workers run local steps with the module's own optimizers and give the difference
-    to their region's server, which applies it at once and answers with its model. The regions' servers exchange what
-    they have accumulated with the global server. Nobody waits for a slower worker or for a slow link.
+    Each device has a worker process. Workers run local steps with the module's own optimizers and send the difference
+    to their region's server, which applies it at once and answers with its model. The regions' servers exchange their
+    accumulated updates with the global server. No worker waits for a slower worker or for a link between regions.
 
     Args:
-        regions: Number of regions (consecutive ranks), or the ranks of each, such as ``[[0, 1], [2, 3]]``. Default: the
-            environment variable ``HALOS_REGION`` of each process, else one region per node.
-        servers_per_region: Local parameter servers in each region, which share its workers; or a list, the number of
-            each region.
+        regions: Number of regions (with consecutive ranks), or the ranks of each region, such as ``[[0, 1], [2, 3]]``.
+            Default: the environment variable ``HALOS_REGION`` of each process, else one region per node.
+        servers_per_region: Number of local servers in every region, which share its workers, or a list with one number
+            per region.
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
             ``max(1, ceil(H * speed / fastest))``.
@@ -44,17 +44,17 @@ class HalosStrategy(AlgorithmStrategy):
             rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server.
         global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
             local servers, momentum 0.5, and a delay of half the local servers.
-        max_norm_ratio: Drop a push whose Euclidean norm is more than this many times the median of the last 64 that its
-            local server got, once it got 16. Default: ``None``, no limit. Pushes with NaN or infinite values are
-            always dropped.
+        max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
+            pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
+            NaN or infinite values are always rejected.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
-        timeout: Seconds that any wait for a peer may last during training. Before and after it workers wait at least
-            1800 seconds for each other, since rank 0 may validate then.
-        grace_time: Seconds after SIGTERM that saving a checkpoint may take; all processes have ended 5 seconds later,
-            or after the batch that they are in. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30
-            seconds by default.
-        simulate: A cluster to simulate on this machine, or the path of its YAML file: one process per described worker,
-            over the devices of the Trainer, under a virtual clock. Its regions are those of the cluster.
+        timeout: Limit for any wait for a peer during training, in seconds. Before and after training, workers wait at
+            least 1800 seconds for each other, because rank 0 may validate.
+        grace_time: Seconds after SIGTERM that saving a checkpoint may take. All processes end 5 seconds later, or after
+            their present batch. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds by
+            default.
+        simulate: A cluster to simulate on this machine, or the path of its YAML file. The simulation has a process for
+            each described worker, on the devices of the Trainer, and a virtual clock. Regions are those of the cluster.
         accelerator: As in Lightning's strategies.
         parallel_devices: As in Lightning's strategies.
         cluster_environment: As in Lightning's strategies.
@@ -66,7 +66,7 @@ class HalosStrategy(AlgorithmStrategy):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value; when the Trainer is made, if the regions do not fit its workers.
+        ValueError: If an argument is invalid; when the Trainer is made, if the regions do not match its workers.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class HalosStrategy(AlgorithmStrategy):
 
 
 class AsyncLocalSGDStrategy(AlgorithmStrategy):
-    """Asynchronous local SGD with one server for everybody (arXiv 2401.09135).
+    """Asynchronous local SGD with one server for all workers (arXiv 2401.09135).
 
-    As HALoS without its hierarchy: every worker exchanges with the server on rank 0, over whatever link there is. In a
-    real run the server takes in one push at a time, so a worker behind a slow link holds up the others meanwhile.
+    This is HALoS without its hierarchy: every worker pushes to the server on rank 0, also over slow links. In a real
+    run the server receives one push at a time, so a worker with a slow link delays the others.
 
     Args:
         local_steps: Local steps per round (``H``).
@@ -148,7 +148,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -187,15 +187,15 @@ class DilocoStrategy(AlgorithmStrategy):
         outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
             momentum of 0.9.
         start_method: As in :class:`~lightning_halos.HalosStrategy`.
-        timeout: Seconds that workers may wait for each other. That includes the round of the slowest, and rank 0's
-            validation.
+        timeout: Limit for the wait for other workers, in seconds. It includes the round of the slowest worker and rank
+            0's validation.
         simulate: As in :class:`~lightning_halos.HalosStrategy`.
         **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
             ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -222,9 +222,9 @@ class DilocoStrategy(AlgorithmStrategy):
 
 
 class SyncSGDStrategy(AlgorithmStrategy):
-    """Fully synchronous SGD in a simulated cluster: gradients are averaged in every step, as by Lightning's ``"ddp"``.
+    """Fully synchronous SGD in a simulated cluster: gradients are averaged in every step, as with ``"ddp"``.
 
-    For real processes there is Lightning's own ``strategy="ddp"``.
+    For real processes, use Lightning's own ``strategy="ddp"``.
 
     Args:
         simulate: The cluster.
@@ -235,7 +235,7 @@ class SyncSGDStrategy(AlgorithmStrategy):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or there is no cluster to simulate.
+        ValueError: If an argument is invalid, or ``simulate`` is missing.
     """
 
     def __init__(
@@ -247,8 +247,8 @@ class SyncSGDStrategy(AlgorithmStrategy):
     ) -> None:
         if simulate is None:
             raise ValueError(
-                "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or train for"
-                " real with Lightning's strategy='ddp'."
+                "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or use"
+                " Lightning's strategy='ddp' for real processes."
             )
         super().__init__(SyncSGD(), start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
 
