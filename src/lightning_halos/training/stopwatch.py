@@ -24,7 +24,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = torch.get_device_module(device)
+        self._device = getattr(torch, device.type)
         self._pauses = 0
         self._seconds = 0.0
         self._since = self.now()
