@@ -134,7 +134,7 @@ class LeaseStock:
         """Records a worker's request for data of a number of local steps."""
         self._asked.append((worker, steps))
 
-    def forget(self, worker: int) -> None:
+    def cancel(self, worker: int) -> None:
         """Drops a worker's open requests."""
         self._asked = deque((other, steps) for other, steps in self._asked if other != worker)
 

@@ -43,7 +43,7 @@ from lightning_halos.core.servers import Finding, GlobalServer
 
 
 @dataclass
-class Cut:
+class Snapshot:
     """A snapshot of all nodes in progress (Chandy and Lamport, "Distributed Snapshots", 1985).
 
     It consists of the state of the global node when it sent the markers, and of the channel state: updates and progress
@@ -55,7 +55,7 @@ class Cut:
         total: Local steps that all workers have finished.
         done: The data that they trained on.
         updates: Updates that arrived since then, by local server, as dictionaries of their fields.
-        last: Number of the last update before the snapshot, for each local server that has replied.
+        last_updates: Number of the last update before the snapshot, for each local server that has replied.
     """
 
     marker: Marker
@@ -63,7 +63,7 @@ class Cut:
     total: int
     done: Spans
     updates: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)
+    last_updates: dict[int, int] = field(default_factory=dict)
 
 
 class GlobalNode:
@@ -109,7 +109,7 @@ class GlobalNode:
         self._plateaus: list[tuple[int, float]] = []
         self._plateaus_sent = dict.fromkeys(range(servers), 0)
         self._metrics: dict[str, float] = {}
-        self._cut: Cut | None = None
+        self._snapshot: Snapshot | None = None
         self._final: GlobalModel | None = None
 
     @property
@@ -208,7 +208,7 @@ class GlobalNode:
             ProtocolError: If the run has ended.
         """
         self._machine.move(GlobalEvent.SAVE)
-        self._cut = Cut(marker, self.state_dict(), self.budget.total, Spans(self._done))
+        self._snapshot = Snapshot(marker, self.state_dict(), self.budget.total, Spans(self._done))
         return [Send(index, marker) for index in self._counted]
 
     def progress(self) -> dict[str, Any]:
@@ -248,11 +248,11 @@ class GlobalNode:
             return [Send(index, server.receive(update))]
         if index not in self._serving:
             raise ProtocolError(f"Local server {index} sent an update after its last one.")
-        if self._cut is not None:
+        if self._snapshot is not None:
             vector = update.vector
             assert vector is not None
             kept = {**vars(update), "vector": vector.clone()}
-            self._cut.updates.setdefault(index, []).append(kept)
+            self._snapshot.updates.setdefault(index, []).append(kept)
         self._asked_to_stop = self._asked_to_stop or update.stop
         if not update.final:
             self._machine.move(GlobalEvent.UPDATE)
@@ -264,7 +264,7 @@ class GlobalNode:
             if self.state is GlobalState.FINISHED:
                 total = self._applied_before + server.steps
                 sends = self._finish(GlobalModel(server.version, vector=server.model), total)
-        return [*sends, *self._complete_cut()]
+        return [*sends, *self._complete_snapshot()]
 
     def _on_model(self, message: RegionModel) -> list[Send]:
         if self._final is not None:
@@ -294,9 +294,9 @@ class GlobalNode:
         self._reports[index] = message.number
         self.budget.total += message.steps
         self._done.add(message.data)
-        if self._cut is not None and index not in self._cut.last:
-            self._cut.total += message.steps
-            self._cut.done.add(message.data)
+        if self._snapshot is not None and index not in self._snapshot.last_updates:
+            self._snapshot.total += message.steps
+            self._snapshot.done.add(message.data)
         self._counted[index] += message.steps
         self._fastest[index] = message.fastest
         self.counters[index].add(message)
@@ -335,20 +335,24 @@ class GlobalNode:
 
     def _on_reply(self, reply: MarkerReply) -> list[Send]:
         self._machine.move(GlobalEvent.MARKER_REPLY)
-        if self._cut is None or reply.save != self._cut.marker.save:
+        if self._snapshot is None or reply.save != self._snapshot.marker.save:
             return []
-        self._cut.last[reply.server] = reply.updates
-        return self._complete_cut()
+        self._snapshot.last_updates[reply.server] = reply.updates
+        return self._complete_snapshot()
 
-    def _complete_cut(self) -> list[Send]:
+    def _complete_snapshot(self) -> list[Send]:
         """Sends the snapshot to storage if all of its channel state has arrived."""
-        cut = self._cut
-        if cut is None or len(cut.last) < len(self._counted):
+        snapshot = self._snapshot
+        if snapshot is None or len(snapshot.last_updates) < len(self._counted):
             return []
         received = {} if self.server is None else self.server.received
-        if any(received.get(index, 0) < last for index, last in cut.last.items() if self.server is not None):
+        if any(
+            received.get(index, 0) < last for index, last in snapshot.last_updates.items() if self.server is not None
+        ):
             return []
-        self._cut = None
-        updates = [u for index, own in cut.updates.items() for u in own if u["number"] <= cut.last[index]]
-        progress = {"total": cut.total, "done": list(cut.done)}
-        return [Send(STORAGE, Shard(cut.marker, None, {**cut.state, "updates": updates}, progress))]
+        self._snapshot = None
+        updates = [
+            u for index, own in snapshot.updates.items() for u in own if u["number"] <= snapshot.last_updates[index]
+        ]
+        progress = {"total": snapshot.total, "done": list(snapshot.done)}
+        return [Send(STORAGE, Shard(snapshot.marker, None, {**snapshot.state, "updates": updates}, progress))]

@@ -198,7 +198,7 @@ class RegionNode:
             self._working.remove(rank)
             self._finished.append(rank)
             if self._stock is not None:
-                self._stock.forget(rank)
+                self._stock.cancel(rank)
         if not self._working:
             sends.append(self._flush())
         elif self.server.is_due:
@@ -283,7 +283,7 @@ class RegionNode:
     def _on_status(self, message: Status) -> list[Send]:
         self._machine.move(RegionEvent.STATUS)
         self.budget.total = max(self.budget.total, message.total + self._counted - message.counted)
-        self._planner.hear_of(message.fastest)
+        self._planner.set_fastest_elsewhere(message.fastest)
         self._stop = self._stop or message.stop
         self._plateaus += message.plateaus[len(self._plateaus) - message.first_plateau :]
         self._metrics = message.metrics

@@ -107,7 +107,7 @@ class RoundPlanner:
             known = self._speeds.get(worker, speed)
             self._speeds[worker] = known + self._NEWEST * (speed - known)
 
-    def hear_of(self, fastest: float) -> None:
+    def set_fastest_elsewhere(self, fastest: float) -> None:
         """Sets the speed of the fastest worker of all regions."""
         if not self._are_known:
             self._fastest_elsewhere = fastest
