@@ -1,4 +1,4 @@
-"""A file is complete or does not exist, even if writing it fails."""
+"""A file is either complete or does not exist, whatever happens while it is written."""
 
 import os
 import resource
@@ -49,7 +49,7 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.pt is missing"):
-        read_state(tmp_path / "state.pt", Written(1, ""))
+        read_state(tmp_path / "state.pt", Written(1, 0))
 
 
 class InTheMiddleError(Exception):

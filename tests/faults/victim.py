@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_halos.checkpoint.files import _Hashed
+from lightning_halos.checkpoint.files import _Checked
 from lightning_halos.checkpoint.manifest import NAME
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
 from lightning_halos.transport.hosts import GlobalHost, RegionHost
@@ -48,7 +48,7 @@ class Victim(Toy):
             _before(GlobalHost, "_on_update", self._on_update)
             _before(RegionHost, "_on_model", self._on_model)
         elif case.moment == CHECKPOINT:
-            _before(_Hashed, "write", self._on_write)
+            _before(_Checked, "write", self._on_write)
 
     def setup(self, stage: str) -> None:
         if self.case.moment == START:
@@ -87,9 +87,9 @@ class Victim(Toy):
         if self.case.rank > 0 and self.global_rank == 2 and isinstance(message, GlobalModel) and not message.final:
             self._at_this_moment(here=2)
 
-    def _on_write(self, hashed: _Hashed, data: Any) -> None:
-        if not isinstance(hashed.file, _Disk) and hashed.size > 0:
-            hashed.file = _Disk(hashed.file, self.strike)  # type: ignore[assignment]
+    def _on_write(self, checked: _Checked, data: Any) -> None:
+        if not isinstance(checked.file, _Disk) and checked.size > 0:
+            checked.file = _Disk(checked.file, self.strike)  # type: ignore[assignment]
 
     def _at_this_moment(self, here: int) -> None:
         """Makes the fault happen in this process, or in another one while this one waits."""

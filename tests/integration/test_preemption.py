@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_halos import DilocoStrategy
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.places import newest_whole
+from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.transport.errors import PeerLostError
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, load_results
@@ -199,9 +199,12 @@ def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) ->
     assert [result["code"] for result in results] == [143] * 4
     assert results[0]["seconds"] < 12
     assert "worker-1.pt did not come within 2 s" in (tmp_path / "log0").read_text()
-    older = newest_whole(tmp_path / PREEMPTED)
+    older = newest_complete(tmp_path / "another.ckpt")
+    assert older is not None
+    assert (tmp_path / PREEMPTED).resolve() == older  # which ckpt_path="last" finds
     results = run(resumed, tmp_path, {})
-    assert f"{older} is used instead" in (tmp_path / "log0").read_text()
+    assert f"Restoring states from the checkpoint path at {tmp_path / PREEMPTED}" in (tmp_path / "log0").read_text()
+    assert not (tmp_path / PREEMPTED).is_symlink()
     assert_same_model(results)
 
 

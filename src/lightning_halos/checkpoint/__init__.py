@@ -1,6 +1,6 @@
-"""What is written beside a ``.ckpt`` file, so that a run goes on with all its state.
+"""The files beside a ``.ckpt`` file that let a run resume with all its state.
 
-Rules of this package: ``files`` knows bytes and folders, ``manifest`` what belongs together, ``saves`` what is under
-way and ``resume`` what may be read. None of it knows servers, links or Lightning's loops: states come and go as
-dictionaries of tensors and plain values. Nothing is ever unpickled.
+States come and go as dictionaries of tensors and plain values; nothing is ever unpickled. Nothing here knows servers,
+links or Lightning's loops. ``files`` writes and reads bytes, ``manifest`` says what belongs together, ``saves`` keeps
+track of saves, ``writer`` writes in the background, ``places`` knows names, and ``resume`` finds what may be read.
 """

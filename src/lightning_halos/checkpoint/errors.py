@@ -1,7 +1,7 @@
-"""What can be wrong with a checkpoint. Every error names the file and says what to do."""
+"""The error for checkpoints. Its message names the file and says what to do."""
 
 from __future__ import annotations
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is half-written, damaged, or belongs to another model, algorithm or version."""
+    """A checkpoint is incomplete, damaged, or belongs to another model, algorithm or version."""

@@ -1,18 +1,18 @@
-"""Files that are there whole or not at all.
+"""Files that are either complete or do not exist.
 
-Rules of this room: bytes, names and disks; nothing about training. A file is written under a temporary name, brought to
-the disk, and only then given its name, so that a crash at any byte leaves what was there before.
+A file is written under a temporary name, brought to the disk, and renamed as the last act, so that a crash at any byte
+leaves what was there before. Nothing here knows what the bytes mean.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,11 +31,11 @@ class Written:
 
     Attributes:
         size: Bytes.
-        sha256: Checksum, in hexadecimal digits.
+        crc32: Checksum, as ``zlib.crc32`` computes it.
     """
 
     size: int
-    sha256: str
+    crc32: int
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> Written:
@@ -49,23 +49,23 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> Written:
         OSError: If it cannot be written: a full disk, a folder that is not writable. Nothing is left behind then.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    hashed = _Hashed()
+    checked = _Checked()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as hashed.file:
-            fill(hashed)  # type: ignore[arg-type]
-            hashed.file.flush()
-            os.fsync(hashed.file.fileno())
+        with temporary.open("xb") as checked.file:
+            fill(checked)  # type: ignore[arg-type]
+            checked.file.flush()
+            os.fsync(checked.file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # torch reports a failed write in words of its own.
-        if reason := error if isinstance(error, OSError) else hashed.error:
+        # torch reports a failed write in its own words.
+        if reason := error if isinstance(error, OSError) else checked.error:
             raise OSError(f"{path} could not be written: {reason}") from error
         raise
     bring_to_disk(path.parent)
-    return Written(hashed.size, hashed.digest.hexdigest())
+    return Written(checked.size, checked.crc32)
 
 
 def write_state(path: Path, state: Any) -> Written:
@@ -89,9 +89,13 @@ def read_state(path: Path, expected: Written) -> Any:
     if size != expected.size:
         raise CheckpointError(f"{path} is damaged: it has {size} bytes, {expected.size} were written.")
     with path.open("rb") as file:
-        found = _sha256(file)
-        if found != expected.sha256:
-            raise CheckpointError(f"{path} is damaged: its checksum is {found}, {expected.sha256} was written.")
+        found = 0
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+        if found != expected.crc32:
+            raise CheckpointError(
+                f"{path} is damaged: its checksum is {found:08x}, and {expected.crc32:08x} was written."
+            )
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -109,6 +113,27 @@ def bring_to_disk(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Removes a folder with all that is in it, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def link(path: Path, link: Path) -> None:
+    """Makes a symbolic link to a file, or lets an existing one lead to it, in one step."""
+    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex}.part")
+    temporary.symlink_to(os.path.relpath(path, link.parent))
+    os.replace(temporary, link)
+
+
+def share(folder: Path, names: Iterable[str], other: Path) -> None:
+    """Puts the files of a folder into another one, too, without a copy where the file system has hard links.
+
+    Files that are not in the folder are left out: they may be on the disk of another machine.
+    """
+    for name in names:
+        if (folder / name).exists():
+            try:
+                os.link(folder / name, other / name)
+            except OSError:
+                shutil.copyfile(folder / name, other / name)
+    bring_to_disk(other)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
@@ -129,7 +154,7 @@ def is_plain(state: Any) -> bool:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to write ``.ckpt`` files, in one step also if the machine crashes."""
+    """Writes ``.ckpt`` files as Lightning does, but atomically, also if the machine crashes."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or not is_local(path):
@@ -138,13 +163,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_state(Path(path), checkpoint)
 
 
-class _Hashed(io.RawIOBase):
-    """Writes through to a file and keeps the checksum."""
+class _Checked(io.RawIOBase):
+    """Writes to a file and computes the size and checksum."""
 
     file: IO[bytes]
 
     def __init__(self) -> None:
-        self.digest = hashlib.sha256()
+        self.crc32 = 0
         self.size = 0
         self.error: OSError | None = None
 
@@ -157,22 +182,10 @@ class _Hashed(io.RawIOBase):
         except OSError as error:
             self.error = error
             raise
-        self.digest.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
         size = memoryview(data).nbytes
         self.size += size
         return size
 
     def flush(self) -> None:
-        """Leaves that to the end."""
-
-
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(file):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
-    while block := file.read(1 << 20):
-        yield block
+        """Does nothing: the file is flushed at the end."""

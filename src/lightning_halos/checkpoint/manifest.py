@@ -1,8 +1,7 @@
-"""What belongs together: the manifest of a checkpoint's shards.
+"""The manifest of a checkpoint: plain values, as JSON, that say which shards belong together.
 
-Rules of this room: plain values, as JSON. It is written last, when all that it names is on the disk, so a checkpoint
-with a manifest is a whole one. It has all that every worker must know to go on; what only one of them must know is in
-its shard.
+It is written when all shards are on the disk, so shards with a manifest are complete. It holds what every worker must
+know to resume; what only one worker must know is in that worker's shard.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import Written, write
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest and of what is in the shards. It changes when an older package could not read them."""
 
 NAME = "manifest.json"
@@ -71,7 +70,7 @@ class Manifest:
         return sum(map(len, self.groups))
 
     def data_remains(self, max_epochs: int | None) -> bool:
-        """Whether there is data in so many epochs (``None`` or -1: no limit) that was not trained on."""
+        """Whether some data of the first ``max_epochs`` epochs (``None`` or -1: no limit) was not trained on yet."""
         if self.data is None or max_epochs in (None, -1):
             return False
         return sum(stop - start for start, stop in self.done) < int(max_epochs * self.data["steps_per_epoch"])
@@ -100,7 +99,7 @@ class Manifest:
             fields = json.loads(text)
             found = fields.pop("format")
         except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is no manifest of a checkpoint ({error!r}).") from None
+            raise CheckpointError(f"{path} is damaged: it is not the manifest of a checkpoint ({error!r}).") from None
         if found != FORMAT:
             raise CheckpointError(
                 f"{path} has format {found}, written by lightning-halos {fields.get('version', '?')}; this version"
@@ -111,4 +110,4 @@ class Manifest:
             shards = {name: Written(**shard) for name, shard in fields.pop("shards").items()}
             return cls(**fields, shards=shards)
         except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is no manifest of a checkpoint ({error!r}).") from None
+            raise CheckpointError(f"{path} is damaged: it is not the manifest of a checkpoint ({error!r}).") from None

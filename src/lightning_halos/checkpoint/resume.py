@@ -1,7 +1,7 @@
-"""What may be read: finds the shards of a ``.ckpt`` file and says what is wrong with them.
+"""Finds and reads the shards of a ``.ckpt`` file.
 
-Rules of this room: it reads and never writes. What is half-written or damaged is refused, with an error that names the
-file and says what to do.
+Nothing here writes. An incomplete or damaged checkpoint is refused, with an error that names the file and says what to
+do.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import read_state
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.places import folder_of, newest_whole
+from lightning_halos.checkpoint.places import folder_of, is_hpc, newest_complete
 
 KEY = "lightning_halos"
-"""What a ``.ckpt`` file with shards has in addition: ``{"save": ..., "version": ...}``."""
+"""A ``.ckpt`` file with shards has this key in addition: ``{"save": ..., "version": ...}``."""
 
 _WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to go on from the global model alone."
 
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint.
+    """A complete checkpoint.
 
     Attributes:
         folder: Where its shards are.
@@ -42,9 +44,18 @@ class Found:
         if name not in self.manifest.shards:
             raise CheckpointError(f"{self.folder / NAME} does not name {name}. {_WHAT_TO_DO}")
         try:
-            return read_state(self.folder / name, self.manifest.shards[name])
+            return read_state(self._path(name), self.manifest.shards[name])
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_WHAT_TO_DO}") from None
+
+    def has(self, name: str) -> bool:
+        """Whether a shard can be read from this machine."""
+        return self._path(name).is_file()
+
+    def _path(self, name: str) -> Path:
+        # A machine with a disk of its own has the shard only under the first .ckpt file that shares it.
+        others = self.folder.parent.parent.glob(f"*/{self.folder.name}/{name}")
+        return next((path for path in [self.folder / name, *others] if path.is_file()), self.folder / name)
 
 
 @dataclass
@@ -68,32 +79,50 @@ class Resume:
     servers: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+def available(path: Path) -> Path:
+    """Returns the file to read for a path that Lightning chose.
+
+    In SLURM it chooses by the name of a folder: if a save was interrupted, there is no such file.
+
+    Raises:
+        CheckpointError: If there is no complete checkpoint beside it either.
+    """
+    if path.exists() or not is_hpc(path):
+        return path
+    other = newest_complete(path)
+    if other is None:
+        raise CheckpointError(
+            f"{path} was never completed, since its save was interrupted, and there is no other checkpoint beside it."
+            f" Remove {folder_of(path)} to begin anew."
+        )
+    rank_zero_warn(f"{path} was never completed, since its save was interrupted: {other} is used instead.")
+    return other
+
+
 def find(path: Path, save: str) -> Found | None:
     """Finds the shards of a ``.ckpt`` file.
 
     Args:
         path: The file.
-        save: What it says of them.
+        save: The save that the file belongs to.
 
     Returns:
-        The shards, ``None`` if there is no folder of them: the file was taken elsewhere without it.
+        The shards, ``None`` if they have no folder: the file was saved or taken elsewhere without them.
 
     Raises:
-        CheckpointError: If the checkpoint is half-written, or its manifest cannot be read.
+        CheckpointError: If the manifest is missing or cannot be read.
     """
-    folder = folder_of(path.resolve()) / save
-    if not folder.exists():
-        # A file may have been renamed or copied beside its shards, as ModelCheckpoint(save_last="link") may do.
-        elsewhere = sorted(path.resolve().parent.glob(f"*/{save}"))
-        if not elsewhere and not folder.parent.exists():
-            return None
-        folder = elsewhere[0] if elsewhere else folder
+    # A file may have been renamed or copied beside its shards.
+    own, beside = folder_of(path.resolve()) / save, path.resolve().parent.glob(f"*/{save}")
+    folder = next((folder for folder in [own, *sorted(beside)] if folder.exists()), None)
+    if folder is None:
+        return None
     manifest = folder / NAME
     if not manifest.is_file():
-        whole = newest_whole(path)
-        instead = f"The newest whole checkpoint there is {whole}. " if whole else ""
+        other = newest_complete(path)
+        instead = f"The newest complete checkpoint there is {other}. " if other else ""
         raise CheckpointError(
-            f"{path} is half-written: {manifest} is missing, since its save was interrupted or failed."
+            f"{path} is incomplete: {manifest} is missing."
             f" {instead}{_WHAT_TO_DO.replace('that folder', str(folder.parent))}"
         )
     found = Manifest.read(manifest.read_text(errors="replace"), manifest)

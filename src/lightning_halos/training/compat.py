@@ -6,7 +6,8 @@ place. Tested with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Stra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,8 +36,9 @@ __all__ = [
     "is_last_batch",
     "optimizers_to_device",
     "period_of_saves",
+    "replace_link_checkpoint",
+    "restore_link_checkpoint",
     "seed_dataloader_workers",
-    "set_checkpoint_path",
     "set_logged_steps",
     "set_random_states",
     "set_received_sigterm",
@@ -104,14 +106,20 @@ def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     trainer._logger_connector._callback_metrics.update(tensors)
 
 
-def set_checkpoint_path(trainer: pl.Trainer, path: str) -> None:
-    """Sets ``trainer.ckpt_path`` while the Trainer loads a checkpoint."""
-    trainer._checkpoint_connector._ckpt_path = path
-
-
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:
     """Sets ``trainer.received_sigterm``: if it is true, the Trainer ends at the next batch."""
     trainer._signal_connector.received_sigterm = received
+
+
+def replace_link_checkpoint(callback: ModelCheckpoint, link: Callable[[Path, Path], None]) -> None:
+    """Replaces how ``save_last="link"`` links its last file, the second argument, to a checkpoint."""
+    vars(callback)["_link_checkpoint"] = lambda _, path, last: link(Path(path), Path(last))
+
+
+def restore_link_checkpoint(callbacks: Iterable[pl.Callback]) -> None:
+    """Undoes :func:`replace_link_checkpoint`."""
+    for callback in callbacks:
+        vars(callback).pop("_link_checkpoint", None)
 
 
 def period_of_saves(callback: ModelCheckpoint) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_halos.checkpoint.files import is_local
+from lightning_halos.checkpoint.files import is_local, link
+from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.training.compat import set_received_sigterm
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
@@ -71,9 +73,9 @@ class Preemption:
         return self._alarm.preempted_since if self._signalled is None else self._signalled
 
     def check(self) -> None:
-        """Saves, if the run is to end and this process begins saves; ends the process once the save is whole.
+        """Saves, if the run is to end and this process begins saves; ends the process once the save is complete.
 
-        The others go on until they hear that this process has ended, so that the save can become whole.
+        The others go on until they hear that this process has ended, so that the save can become complete.
 
         Raises:
             SIGTERMException: With the exit code of a process that SIGTERM has ended.
@@ -88,6 +90,7 @@ class Preemption:
                 raise SIGTERMException(EXIT_CODE)
         elif self.is_late:
             self._saves.give_up(self._grace_time)
+            self._link_to_newest()
             raise SIGTERMException(EXIT_CODE)
         else:
             if self.saved is None:
@@ -127,6 +130,13 @@ class Preemption:
         set_received_sigterm(self._trainer, False)
         if self._signalled is None:
             self._signalled = time.monotonic()
+
+    def _link_to_newest(self) -> None:
+        """Lets ``ckpt_path="last"`` find the newest complete checkpoint if this one did not become complete."""
+        if self.saved is None or not is_local(self.saved) or os.path.exists(self.saved):
+            return
+        if newest := newest_complete(Path(self.saved)):
+            link(newest, Path(self.saved))
 
     def _save(self) -> None:
         path = preemption_path(self._trainer)

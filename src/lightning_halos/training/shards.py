@@ -1,13 +1,14 @@
 """The Trainer's checkpoints and their shards.
 
-Rules of this room: it connects Lightning's saving and loading with ``checkpoint`` and with the servers. While training
-rank 0 saves alone and nobody waits; when all workers are in step, all of them save together.
+This file connects Lightning's saving and loading with ``checkpoint`` and with the servers. While training, rank 0 saves
+alone and the other workers train on; when all workers are in step, all of them save together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -15,21 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import is_local
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
-from lightning_halos.checkpoint.places import is_last, whole_ones
+from lightning_halos.checkpoint.places import is_hpc, is_last
 from lightning_halos.checkpoint.resume import KEY, Found, Resume, find
-from lightning_halos.checkpoint.saves import Save, Saves
+from lightning_halos.checkpoint.saves import Save, Saves, State
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker, RegionUpdate, ShardWritten
 from lightning_halos.core.servers import unsent
 from lightning_halos.simulation.process import SimulatedProcess
-from lightning_halos.training.compat import set_checkpoint_path
+from lightning_halos.training.compat import replace_link_checkpoint
 from lightning_halos.training.worker_state import (
     forget_optimizers,
     put_worker_state,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from lightning_halos.training.strategy import AlgorithmStrategy
 
 Write = Callable[[dict[str, Any], Path], None]
+
+_END = "the end of the fit"
 
 
 class Shards:
@@ -81,28 +85,44 @@ class Shards:
         """Whether a checkpoint is to have shards: not if it has the weights only, or is not on a disk."""
         return "optimizer_states" in checkpoint and storage_options is None and is_local(path)
 
-    def save_while_training(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves on rank 0, while the others go on. What goes wrong is a warning.
+    def link_when_complete(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Lets the links of ``ModelCheckpoint(save_last="link")`` lead to complete checkpoints only, in this fit."""
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
+                replace_link_checkpoint(callback, self.saves.link)
 
-        With too many saves under way this one gets no shards.
+    def save_while_training(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
+        """Saves on rank 0, while the others train on. An error is a warning.
+
+        One save at a time: while an earlier one is in flight, a checkpoint is left out, unless it was asked for because
+        the run is about to end. If its name is free, its ``.ckpt`` file is written without shards: it has the model.
         """
         preemption = self._strategy._preemption
-        is_skipped = self.saves.is_full and not (preemption is not None and preemption.is_due)
-        if (save := self._begin(checkpoint, path, set() if is_skipped else self._names())) is None:
-            return
-        if is_skipped:
-            reason = "too many earlier ones are not, since rounds or a disk take longer than the time between saves"
-            self.saves.fail(save.marker.save, reason)
-        else:
-            self._keep_states(save.marker)
-        if not is_skipped or save.written_to == save.path:
-            self._write(save, checkpoint, write)
+        is_urgent = is_hpc(path) or (preemption is not None and preemption.saved == str(path))
+        manifest = self._manifest()
+        progress = [checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")]
+        moment = repr((progress, manifest))
+        pending = self.saves.pending(moment)
+        if pending is None and self.saves.in_flight and not is_urgent:
+            self.saves.leave_out(path)
+            if not path.exists() and not is_last(path):
+                checkpoint[KEY] = {"save": "without shards", "version": __version__}
+                with _warning(path):
+                    write(checkpoint, path)
+        elif save := self._begin(checkpoint, path, manifest, moment):
+            if save is not pending:
+                self._keep_states(save.marker)
+            self._write(save, checkpoint, path, write)
 
     def save_at_end(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0, when its training is over: the shards follow when all workers are in step."""
-        if save := self._begin(checkpoint, path, self._names()):
-            self._write(save, checkpoint, write)
-            self._at_end.append(save)
+        pending = self.saves.pending(_END)
+        if pending is None:
+            self.saves.flush(self._strategy._timeout, self._strategy._check_interrupted)
+        if save := self._begin(checkpoint, path, self._manifest(), _END):
+            self._write(save, checkpoint, path, write)
+            if save is not pending and save.state is not State.FAILED:
+                self._at_end.append(save)
 
     def save_together(self, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves when all workers are in step, after the fit.
@@ -116,8 +136,8 @@ class Shards:
                 assert self.ended is not None
                 save = self.saves.begin(path, self.ended[2], self._names())
                 checkpoint[KEY] = {"save": save.marker.save, "version": save.manifest.version}
-                write(checkpoint, save.written_to)
-                self.saves.file_written(save.marker.save)
+                write(checkpoint, save.hidden[path.absolute()])
+                self.saves.file_written(save.marker.save, path)
             except OSError as error:
                 reason = f"{path} could not be written: {error}"
         reason = self._write_together(save, reason)
@@ -125,7 +145,7 @@ class Shards:
             raise OSError(reason)
 
     def remove(self, path: str | PathLike[str], remove_file: Callable[[], None]) -> None:
-        """Removes a checkpoint with its shards, as soon as what replaces it is whole."""
+        """Removes a checkpoint with its shards, as soon as its successor is complete."""
         if not is_local(path) or Path(path).is_symlink():
             remove_file()
         else:
@@ -138,20 +158,20 @@ class Shards:
         self.saves.writer.shard(marker, worker_shard(self._strategy.global_rank), state, process.client.tell)
 
     def end_fit(self, timeout: float) -> None:
-        """Makes all checkpoints of a fit whole, when all workers are in step and the servers still there."""
+        """Completes all checkpoints of a fit, when all workers are in step and the servers still exist."""
         strategy = self._strategy
         process, loop = strategy._process, strategy._loop
         assert isinstance(process, Process | SimulatedProcess)
         assert loop is not None
         assert strategy._collectives is not None
-        if strategy.is_global_zero:
-            self.saves.flush(timeout, self._at_end, strategy._check_interrupted)
+        if strategy.is_global_zero and not self._at_end:
+            self.saves.flush(timeout, strategy._check_interrupted)
         process.settle(loop.vector.read(loop.vector.new()))
         self.ended = process, {"schedulers": loop.schedulers.state_dict()}, self._manifest()
         for _ in range(strategy._collectives.broadcast_object(len(self._at_end))):
             save = self._at_end.pop(0) if self._at_end else None
             if reason := self._write_together(save, ""):
-                rank_zero_warn(f"A checkpoint is not whole: {reason}. Older checkpoints are kept.")
+                rank_zero_warn(f"A checkpoint is not complete: {reason}. Older checkpoints are kept.")
 
     def _keep_states(self, marker: Marker) -> None:
         """Asks everybody for their shards, and writes rank 0's."""
@@ -165,22 +185,20 @@ class Shards:
         process.save(marker)
         self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
 
-    def _begin(self, checkpoint: dict[str, Any], path: Path, expected: set[str]) -> Save | None:
-        try:
-            save = self.saves.begin(path, self._manifest(), expected)
-        except OSError as error:
-            rank_zero_warn(f"The checkpoint {path} could not be written: {error}. Training goes on.")
-            return None
-        checkpoint[KEY] = {"save": save.marker.save, "version": save.manifest.version}
-        return save
+    def _begin(self, checkpoint: dict[str, Any], path: Path, manifest: Manifest, moment: str) -> Save | None:
+        with _warning(path):
+            save = self.saves.begin(path, manifest, self._names(), moment)
+            checkpoint[KEY] = {"save": save.marker.save, "version": save.manifest.version}
+            return save
+        return None
 
-    def _write(self, save: Save, checkpoint: dict[str, Any], write: Write) -> None:
+    def _write(self, save: Save, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         try:
-            write(checkpoint, save.written_to)
+            write(checkpoint, save.hidden[path.absolute()])
         except Exception as error:  # a save must not end the run, whatever an object raises while it is written
-            self.saves.fail(save.marker.save, f"{save.path} could not be written: {error}")
+            self.saves.fail(save.marker.save, f"{path} could not be written: {error}")
         else:
-            self.saves.file_written(save.marker.save)
+            self.saves.file_written(save.marker.save, path)
 
     def _write_together(self, save: Save | None, reason: str) -> str:
         """All workers write their shards of a save of rank 0's. Returns what went wrong, on all ranks."""
@@ -194,16 +212,18 @@ class Shards:
             texts = strategy._collectives.gather_texts(json.dumps(mine))
             if save is not None:
                 assert self.ended is not None
-                process = self.ended[0]
                 for message in (ShardWritten(**fields) for text in texts for fields in json.loads(text)):
                     reason = reason or message.error
                     self.saves.written(message)
-                self.saves.know(save.marker.save, **process.progress())
-                self.saves.flush(strategy._timeout, self._at_end, strategy._check_interrupted)
-                reason = reason or (f"{save.path} could not be written" if save.failed else "")
+                process, _, manifest = self.ended
+                progress = {"metrics": manifest.metrics, "plateaus": manifest.plateaus, **process.progress()}
+                self.saves.know(save.marker.save, **progress)
+                self.saves.flush(strategy._timeout, strategy._check_interrupted)
+                if save.state is not State.COMPLETE:
+                    reason = reason or f"{' and '.join(map(str, save.hidden))} could not be written"
         elif save is not None:
             self.saves.fail(save.marker.save, reason)
-            self.saves.flush(0.0, but=self._at_end)
+            self.saves.give_up(0.0)
         return str(strategy._collectives.broadcast_object(reason))
 
     def _write_ended(self, marker: Marker) -> list[ShardWritten]:
@@ -250,19 +270,18 @@ class Shards:
 
     # ------------------------------------------------------------------ loading
 
-    def load(self, path: Path, checkpoint: dict[str, Any], read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def load(self, path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Reads the shards that belong to a ``.ckpt`` file, when all workers are in step.
 
         Args:
             path: The file.
             checkpoint: Its content.
-            read: Reads a ``.ckpt`` file.
 
         Returns:
             The content for this process: what is this worker's own is in the place of rank 0's.
 
         Raises:
-            CheckpointError: If the checkpoint is half-written or damaged; on all ranks.
+            CheckpointError: If the checkpoint is incomplete or damaged; on all ranks.
         """
         strategy = self._strategy
         collectives = strategy._collectives
@@ -275,12 +294,12 @@ class Shards:
         found, reason = None, ""
         if strategy.is_global_zero:
             try:
-                path, found = self._choose(path, checkpoint, read)
+                found = find(path, saves[0])
             except CheckpointError as error:
                 reason = str(error)
         text = "" if found is None else (found.folder / NAME).read_text()
-        where = [reason, str(path), "" if found is None else str(found.folder), text]
-        reason, chosen, folder, text = collectives.broadcast_object(where)
+        where = [reason, "" if found is None else str(found.folder), text]
+        reason, folder, text = collectives.broadcast_object(where)
         if reason:
             raise CheckpointError(reason)
         if not folder:
@@ -290,9 +309,6 @@ class Shards:
             )
             return checkpoint
         found = Found(Path(folder), Manifest.read(text, Path(folder) / NAME))
-        if _save_of(checkpoint) != found.manifest.save:
-            checkpoint = read(Path(chosen))
-            set_checkpoint_path(_trainer(strategy), chosen)
         reason = ""
         try:
             self.resume = self._read(found)
@@ -309,22 +325,6 @@ class Shards:
             elif strategy.global_rank >= found.manifest.workers:
                 forget_optimizers(checkpoint)
         return checkpoint
-
-    def _choose(
-        self, path: Path, checkpoint: dict[str, Any], read: Callable[[Path], dict[str, Any]]
-    ) -> tuple[Path, Found | None]:
-        """Finds the shards of a file; of a last one that is half-written, those of the newest whole one."""
-        try:
-            return path, find(path, _save_of(checkpoint))
-        except CheckpointError as error:
-            for other in whole_ones(path) if is_last(path) else []:
-                try:
-                    found = find(other, _save_of(read(other)))
-                except CheckpointError:
-                    continue
-                rank_zero_warn(f"{path} is skipped, and {other} is used instead. {error}")
-                return other, found
-            raise
 
     def _read(self, found: Found) -> Resume | None:
         """Reads what is this process's."""
@@ -352,12 +352,12 @@ class Shards:
                 resume.globals = found.read(GLOBAL)
             return resume
         # Where machines do not share a disk, some of the old shards may be out of reach.
-        if (found.folder / worker_shard(rank)).is_file():
+        if found.has(worker_shard(rank)):
             resume.worker = found.read(worker_shard(rank))
         if rank == 0:
             resume.globals = found.read(GLOBAL)
             names = {index: server_shard(index) for index in range(len(manifest.groups))}
-            resume.servers = {i: found.read(name) for i, name in names.items() if (found.folder / name).is_file()}
+            resume.servers = {i: found.read(name) for i, name in names.items() if found.has(name)}
             self._warn(found, resume)
         return resume
 
@@ -415,6 +415,15 @@ def rebuild(
             server.receive(update)
     memory.copy_(server.model)
     resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}
+
+
+@contextmanager
+def _warning(path: Path) -> Iterator[None]:
+    """A save must not end the run, whatever an object raises while it is written."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"The checkpoint {path} could not be written: {error}. Training goes on.")
 
 
 def _groups(strategy: AlgorithmStrategy) -> list[list[int]]:

@@ -30,8 +30,8 @@ from torch.distributed import PrefixStore, Store
 from torch.utils.data import DataLoader
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import AtomicCheckpointIO
-from lightning_halos.checkpoint.resume import Resume
+from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local
+from lightning_halos.checkpoint.resume import Resume, available
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
@@ -52,6 +52,7 @@ from lightning_halos.training.compat import (
     find_trainer,
     is_accumulating,
     optimizers_to_device,
+    restore_link_checkpoint,
     seed_dataloader_workers,
     show_metrics,
     synchronizes_batch_norm,
@@ -588,6 +589,20 @@ class AlgorithmStrategy(ParallelStrategy):
             ends.append((total + data.end - used) / self.world_size)
         return min(ends)
 
+    def _install(self, trainer: pl.Trainer) -> None:
+        """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
+        assert self._loop is not None
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._callbacks = callbacks
+        if self.is_global_zero:
+            saving = [c for c in callbacks if isinstance(c, Checkpoint)]
+            others = [c for c in callbacks if c not in saving]
+            trainer.callbacks = [*others, self._loop, *saving]  # type: ignore[attr-defined]
+            if self._keeps_servers:
+                self._shards.link_when_complete(saving)
+        else:
+            trainer.callbacks = [*without_deciding(callbacks), self._loop]  # type: ignore[attr-defined]
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self._loop is not None
         if self.is_global_zero and (stepped := self._loop.schedulers.plateaus()):
@@ -758,19 +773,17 @@ class AlgorithmStrategy(ParallelStrategy):
         """Reads a checkpoint. For a fit, what is this worker's own is in the place of rank 0's.
 
         Raises:
-            CheckpointError: If it is half-written or damaged.
+            CheckpointError: If it is incomplete or damaged.
         """
-
-        def read(path: str | Path) -> dict[str, Any]:
-            options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
-            return super(AlgorithmStrategy, self).load_checkpoint(path, **options)
-
-        checkpoint = read(checkpoint_path)
+        if is_local(checkpoint_path):
+            checkpoint_path = available(Path(checkpoint_path))
+        options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
+        checkpoint = super().load_checkpoint(checkpoint_path, **options)
         assert self.lightning_module is not None
         is_fit = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if not is_fit or not self._keeps_servers:
             return checkpoint
-        return self._shards.load(Path(checkpoint_path), checkpoint, read)
+        return self._shards.load(Path(checkpoint_path), checkpoint)
 
     def on_train_end(self) -> None:
         assert self._loop is not None
@@ -814,12 +827,11 @@ class AlgorithmStrategy(ParallelStrategy):
 
     def _restore(self, trainer: pl.Trainer) -> None:
         """Gives back every attribute of the Trainer that the training loop needed otherwise."""
-        if self._lightning is not None:
-            self._lightning.restore()
-            self._lightning = None
-        if self._data is not None:
-            self._data.detach()
-            self._data = None
+        if self._loop is not None:
+            self._loop.restore()
+        if self._callbacks is not None:
+            restore_link_checkpoint(self._callbacks)
+            trainer.callbacks, self._callbacks = self._callbacks, None  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ collectives
 
