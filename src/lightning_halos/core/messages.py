@@ -287,15 +287,9 @@ class ShardWritten:
     Attributes:
         save: Name of the save.
         name: Name of the file.
-<<<<<<< HEAD
         size: Size of the file in bytes.
-        sha256: Checksum of the file.
-        error: The reason of a failure; empty if the shard was written.
-=======
-        size: Bytes of the file.
         crc32: Checksum of the file.
-        error: What went wrong; empty if nothing did.
->>>>>>> b69fc66 (Checkpoints: one save in flight, invisible until complete, CRC32, and a writer that outlives every error)
+        error: The reason of a failure; empty if the shard was written.
     """
 
     save: str

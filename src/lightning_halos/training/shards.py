@@ -7,7 +7,7 @@ alone and the other workers train on; when all workers are in step, all of them 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
@@ -85,7 +85,7 @@ class Shards:
         """Whether a checkpoint is to have shards: not if it has the weights only, or is not on a disk."""
         return "optimizer_states" in checkpoint and storage_options is None and is_local(path)
 
-    def link_when_complete(self, callbacks: Sequence[pl.Callback]) -> None:
+    def link_when_complete(self, callbacks: Iterable[pl.Callback]) -> None:
         """Lets the links of ``ModelCheckpoint(save_last="link")`` lead to complete checkpoints only, in this fit."""
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:

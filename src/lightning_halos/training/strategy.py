@@ -52,7 +52,6 @@ from lightning_halos.training.compat import (
     find_trainer,
     is_accumulating,
     optimizers_to_device,
-    restore_link_checkpoint,
     seed_dataloader_workers,
     show_metrics,
     synchronizes_batch_norm,
@@ -389,6 +388,8 @@ class AlgorithmStrategy(ParallelStrategy):
         state = {} if resume is None else resume.worker
         end = self._end(trainer, data, resume)
         self._lightning = TrainerAdapter(trainer, limit, end, None if data is None else data.batches)
+        if self.is_global_zero and self._keeps_servers:
+            self._shards.link_when_complete(trainer.checkpoint_callbacks)
         self._loop = WorkerLoop(
             self._lightning,
             vector,
@@ -588,20 +589,6 @@ class AlgorithmStrategy(ParallelStrategy):
                 used = sum(stop - start for start, stop in done) if world is None else total + world["offset"]
             ends.append((total + data.end - used) / self.world_size)
         return min(ends)
-
-    def _install(self, trainer: pl.Trainer) -> None:
-        """Puts the worker's loop before the callbacks that save, and on other ranks in their place."""
-        assert self._loop is not None
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._callbacks = callbacks
-        if self.is_global_zero:
-            saving = [c for c in callbacks if isinstance(c, Checkpoint)]
-            others = [c for c in callbacks if c not in saving]
-            trainer.callbacks = [*others, self._loop, *saving]  # type: ignore[attr-defined]
-            if self._keeps_servers:
-                self._shards.link_when_complete(saving)
-        else:
-            trainer.callbacks = [*without_deciding(callbacks), self._loop]  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self._loop is not None
@@ -827,11 +814,12 @@ class AlgorithmStrategy(ParallelStrategy):
 
     def _restore(self, trainer: pl.Trainer) -> None:
         """Gives back every attribute of the Trainer that the training loop needed otherwise."""
-        if self._loop is not None:
-            self._loop.restore()
-        if self._callbacks is not None:
-            restore_link_checkpoint(self._callbacks)
-            trainer.callbacks, self._callbacks = self._callbacks, None  # type: ignore[attr-defined]
+        if self._lightning is not None:
+            self._lightning.restore()
+            self._lightning = None
+        if self._data is not None:
+            self._data.detach()
+            self._data = None
 
     # ------------------------------------------------------------------ collectives
 

@@ -19,6 +19,7 @@ from lightning_halos.training.compat import (
     is_accumulating,
     is_last_batch,
     period_of_saves,
+    restore_link_checkpoint,
     set_logged_steps,
 )
 from lightning_halos.training.schedulers import SchedulePosition
@@ -72,6 +73,7 @@ class TrainerAdapter:
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
         trainer.val_check_batch = self._val_check_batch
         self.schedulers.release()
+        restore_link_checkpoint(self._callbacks)
         self._set_callbacks(self._callbacks)
 
     def _set_callbacks(self, callbacks: list[Callback]) -> None:
