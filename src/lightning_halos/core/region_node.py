@@ -216,7 +216,7 @@ class RegionNode:
         self.budget.total += push.steps
         self._stop = self._stop or push.stop or self.budget.exhausted
         self._planner.measure(push.worker, push.batches, push.seconds)
-        # Repeated answers tell the worker of the same steps, since it takes one of the answers, and nobody knows which.
+        # Repeated answers to a push contain the same plateau steps, because the worker uses only one of the answers.
         self._plateaus_had[push.worker] = self._plateaus_sent[push.worker]
         self._plateaus_sent[push.worker] = len(self._plateaus)
 

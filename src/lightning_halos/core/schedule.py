@@ -117,7 +117,7 @@ class RoundPlanner:
         return {"speeds": dict(self._speeds), "fastest_elsewhere": self._fastest_elsewhere}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`."""
+        """Restores a state of :meth:`state_dict`."""
         if self._are_known:
             return
         self._speeds = dict(state["speeds"])

@@ -119,8 +119,8 @@ class ModelVector:
 
     def newly_trainable(self, module: nn.Module) -> list[str]:
         """Names of the parameters of ``module`` that are trainable now but not part of the vector."""
-        travelling = {id(p) for p in self._parameters}
-        return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in travelling]
+        sent = {id(p) for p in self._parameters}
+        return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in sent]
 
     def named_parts(self, module: nn.Module, vector: Tensor) -> dict[str, Tensor]:
         """Returns the parts of ``vector`` by their names in ``module.state_dict()``, including tied names.

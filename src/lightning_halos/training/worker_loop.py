@@ -1,7 +1,7 @@
 """The worker inside Lightning's training loop: it turns batches into rounds.
 
-It is a callback that :class:`~lightning_halos.HalosStrategy` installs for a fit. What the servers decide is not decided
-here, and every attribute of the Trainer that is changed here is given back, so that a Trainer can be used again.
+It is a callback that the strategy installs for a fit. The servers' nodes make the decisions, and
+:class:`~lightning_halos.training.trainer_adapter.TrainerAdapter` changes the Trainer; this file does neither.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from lightning_halos.transport.link import Filled
 from lightning_halos.transport.lockstep import LockstepClient
 
 Keep = Callable[[Marker, dict[str, Any]], None]
-"""Writes a worker's shard: which save, and the state."""
+"""Writes a worker's shard, given the marker of the snapshot and the worker's state."""
 
 
 class WorkerLoop(Callback):
     """Runs one worker's rounds.
 
     Args:
-        lightning: The Trainer, at the start of training.
-        vector: What travels of the module.
-        memory: A vector's memory, holding the module's present values: what the first round starts from. ``None`` if
-            no models are exchanged.
+        lightning: The Trainer's adapter, at the start of training.
+        vector: Converts between the module and its vector.
+        memory: A vector with the module's present values, from which the first round starts. ``None`` if no models are
+            exchanged.
         worker_round: The worker's round.
         client: The worker's end of the link to its local server.
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         data: The training data, if the workers share it.
-        clock: Of a simulation, tells the virtual time in seconds, on rank 0.
-        keep: Writes this worker's shard of a save.
-        state: What to go on from; see :meth:`state`.
-        plateaus: All that rank 0's plateau schedulers were stepped with until that was kept.
-        preemption: What is done about SIGTERM.
-        repeats: Whether shards keep the round too, so that it can be taken up again exactly where it was: in
+        clock: In a simulation, on rank 0: returns the virtual time in seconds.
+        keep: Writes this worker's shard of a checkpoint.
+        state: The state to resume from; see :meth:`state`.
+        plateaus: All steps of rank 0's plateau schedulers before that state.
+        preemption: Handles SIGTERM.
+        repeats: Whether shards also contain the round, so that it is resumed exactly where it was. This is so in
             simulations, where the servers wait for it.
 
     Attributes:
@@ -106,7 +106,7 @@ class WorkerLoop(Callback):
             self._data.attach()
 
     def check(self) -> None:
-        """Raises what must end this process now: a failure, or SIGTERM when all is saved."""
+        """Raises an exception that must end this process now: a failure, or a preemption after everything is saved."""
         self._alarm.check()
         self._preemption.check()
 
@@ -138,7 +138,7 @@ class WorkerLoop(Callback):
         self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # When a simulation resumes from the batch before it, Lightning leaves this validation out: it must not matter.
+        # A simulation that resumes from the batch before this validation skips it, so it must not change random states.
         if self._random is not None:
             set_random_state(self._random)
 
@@ -157,17 +157,17 @@ class WorkerLoop(Callback):
         self._alarm.raised(describe(exception))
 
     def finish(self, stop: bool) -> None:
-        """Gives the last round away, waits for the final global model, and loads it.
+        """Pushes the last round, waits for the final global model, and loads it.
 
         Args:
-            stop: Ask for the whole run to stop.
+            stop: Whether to ask for the complete run to stop.
         """
         self._end_round()
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
 
     def take_up(self) -> None:
-        """Takes up the round where a simulation's checkpoint has it: its result goes to the servers once more."""
+        """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""
         if self._push is None:
             return
         push, self._push = Push(**self._push), None
@@ -187,11 +187,11 @@ class WorkerLoop(Callback):
 
     @property
     def data_identity(self) -> dict[str, int | None] | None:
-        """What identifies the shared training data; ``None`` if the workers do not share any."""
+        """Identity of the shared training data; ``None`` if the workers do not share data."""
         return None if self._data is None else self._data.identity
 
     def own_state(self) -> dict[str, Any]:
-        """Of :meth:`state`, what is not in the ``.ckpt`` file that rank 0 writes at the same time."""
+        """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""
         state = self._position()
         if self._repeats:
             used = 0 if self._data is None else self._data.used_steps
@@ -199,7 +199,7 @@ class WorkerLoop(Callback):
         return state
 
     def state(self) -> dict[str, Any]:
-        """Returns a copy of what a later fit of this worker goes on from."""
+        """Returns a copy of the state from which a later fit of this worker can continue."""
         return {**worker_state(self._trainer), **self._position()}
 
     def _position(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class WorkerLoop(Callback):
 
     def _show(self, position: int) -> None:
         if self._lightning.show(position):
-            # A validation's data is read before on_validation_start is called; the device must not work unseen then.
+            # Lightning reads a validation's data before on_validation_start, so count the device's work before that.
             self.round.compute(0, self.stopwatch.drain())
 
     def _log_time(self) -> None:
@@ -224,7 +224,7 @@ class WorkerLoop(Callback):
 
     def _end_round(self) -> None:
         self._refuse_newly_trainable()
-        # Only once per round, since the device is idle afterwards until the host queues work again.
+        # Only once per round, because the device is idle afterwards until the host queues new work.
         self.round.compute(0, self.stopwatch.drain())
 
     def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
@@ -249,8 +249,8 @@ class WorkerLoop(Callback):
         self.schedulers.pull(position, [*missed, *plateaus])
 
     def _keep_state(self, marker: Marker, push: Push) -> None:
-        """Keeps the state for a save whose marker came before the answer to this worker's push."""
-        if self._decides:  # kept its state when it began the save
+        """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
+        if self._decides:  # it wrote its state when it started the snapshot
             return
         state = self.state()
         if self._repeats:
@@ -260,8 +260,8 @@ class WorkerLoop(Callback):
     def _refuse_newly_trainable(self) -> None:
         if names := self.vector.newly_trainable(self._trainer.lightning_module):
             raise RuntimeError(
-                f"Parameters became trainable while training, so they do not travel: {', '.join(names[:5])}. Make them"
-                " trainable before trainer.fit() starts, or unfreeze them with a callback that derives from"
+                f"Parameters became trainable during training, so they are not sent: {', '.join(names[:5])}. Make them"
+                " trainable before trainer.fit() starts, or unfreeze them with a callback that inherits from"
                 " lightning.pytorch.callbacks.BaseFinetuning."
             )
 
@@ -277,9 +277,9 @@ class WorkerLoop(Callback):
 
     @property
     def _ends_rounds_early(self) -> bool:
-        """Whether a round ends before it is over, because a save waits for it; a simulation's rounds are planned."""
+        """Whether to end a round early, because a snapshot waits for it. Rounds of a simulation are planned."""
         return self._preemption.is_due and not self._repeats
 
 
 def _filled(reach: Reach) -> None:
-    """For a push whose vector is complete already."""
+    """Fills nothing, for a push whose vector is complete."""

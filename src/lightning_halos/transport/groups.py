@@ -1,9 +1,9 @@
 """Process groups and the store that all processes share: one group per local server, two among the leaders.
 
-Groups are made directly, in host memory (gloo), and never as torch's default group. A default group that spans workers
-would make Lightning broadcast in every batch, and let torchmetrics and users' collectives wait for workers that take
-other numbers of steps. Forked processes, such as those of a DataLoader, give up the sockets of groups and store: while
-they hold them, nobody notices that their parent was killed.
+Groups are made directly, for host memory (gloo), and never as torch's default group. A default group that spans workers
+would make Lightning broadcast in every batch, and make torchmetrics and users' collectives wait for workers that take
+other numbers of steps. Forked processes, such as DataLoader workers, close their copies of the sockets of groups and
+store, because otherwise the death of their parent would not close its connections.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 _stores: dict[tuple[str, int], Store] = {}
 _sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
-_store_ports: set[int] = set()  # on which a store of this process accepts connections, at any time
+_store_ports: set[int] = set()  # ports on which a store of this process accepts connections
 _count = itertools.count()
-_PORT = "halos/port"  # of the store that rank 0 hosts
-_PATIENCE = 3.0  # seconds for a connection, before the port is asked for anew
+_PORT = "halos/port"  # key of the port of the store that rank 0 hosts
+_PATIENCE = 3.0  # seconds for a connection attempt, before the port is read again
 
 
 def open_store(address: str, port: int, rank: int, world_size: int, timeout: float) -> Store:
@@ -43,18 +43,18 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
 
     Args:
         address: Address of the process with rank 0.
-        port: A free port there.
+        port: A free port of that process.
         rank: Global rank of this process.
         world_size: Number of processes.
-        timeout: Seconds to wait for the others.
+        timeout: Seconds to wait for the other processes.
 
     Raises:
-        PeerLostError: If they do not all come in time.
+        PeerLostError: If not all processes connect in time.
     """
     if (address, port) not in _stores:
         _store_ports.add(port)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        # A store lives as long as its process: a second Trainer finds it again.
+        # A store lives as long as its process, for a second Trainer.
         try:
             with noting_sockets():
                 store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
@@ -72,7 +72,7 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
 def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) -> Store:
     """Returns a store that rank 0 hosts.
 
-    torchrun's own outlives the workers: when these start again, they would find what the dead ones left in it.
+    torchrun's own store outlives the workers. When they start again, it would still have the entries of dead processes.
 
     Args:
         agent: torchrun's store.
@@ -81,7 +81,7 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
         timeout: Seconds to wait for rank 0.
 
     Raises:
-        DistError: If rank 0 does not come in time.
+        DistError: If rank 0 does not connect in time.
     """
     limit = timedelta(seconds=timeout)
     if rank == 0:
@@ -94,7 +94,7 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
         port = int(agent.get(_PORT))
         try:
             own = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(_PATIENCE, timeout)))
-        except DistError:  # it may be the port of a rank 0 that has ended
+        except DistError:  # it may be the port of an earlier process of rank 0
             if time.monotonic() > deadline:
                 raise
             continue
@@ -103,14 +103,14 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
 
 
 def make_group(store: Store, name: str, rank: int, size: int, timeout: float) -> ProcessGroup:
-    """Makes a process group on the host's memory.
+    """Makes a process group for tensors in host memory.
 
     Args:
         store: The store of all processes.
         name: A name that no other group in the store has.
         rank: This process's rank in the group.
         size: Number of processes in the group.
-        timeout: Seconds that an operation may take.
+        timeout: Limit for an operation, in seconds.
 
     Raises:
         PeerLostError: If the others do not come in time.
@@ -128,7 +128,7 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
 
 @contextmanager
 def noting_sockets() -> Iterator[None]:
-    """Takes note of the sockets that are opened in a ``with`` block, so that forked processes give them up."""
+    """Records the sockets that are opened in a ``with`` block, so that forked processes close them."""
     before = {(descriptor, inode) for descriptor, inode, _ in _open_sockets()}
     yield
     _sockets.update({(descriptor, inode) for descriptor, inode, _ in _open_sockets()} - before)
@@ -149,13 +149,13 @@ def _open_sockets() -> Iterator[tuple[int, int, int]]:
 
 
 def _give_up_sockets() -> None:
-    """Closes this process's copies of its parent's sockets. It runs in every forked process, before all else."""
+    """Closes this process's copies of its parent's sockets. It runs in every forked process, before any other code."""
     if not _sockets:
         return
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor, inode, port in list(_open_sockets()):
         if (descriptor, inode) in _sockets or port in _store_ports:
-            os.dup2(nothing, descriptor, False)  # the number stays taken: torch's copied objects may close it again
+            os.dup2(nothing, descriptor, False)  # keeps the number in use, because torch's objects may close it later
     os.close(nothing)
     _sockets.clear()
 
@@ -169,14 +169,14 @@ class Groups:
 
     Args:
         store: The store of all processes.
-        topology: Who is where.
+        topology: The regions and servers.
         rank: Global rank of this process.
-        timeout: Seconds that an operation may take.
+        timeout: Limit for an operation, in seconds.
 
     Attributes:
-        region: This process and the others of its local server, in the order of their ranks; ``None`` if it is alone.
-        models: The leaders, by the index of their server, for models; ``None`` on other processes or if there is one.
-        control: The leaders once more, on connections of their own, so that a stop notice overtakes a model.
+        region: The workers of this process's local server, in the order of their ranks; ``None`` for a single worker.
+        models: The leaders, by the index of their server, for models; ``None`` on other processes and for one leader.
+        control: The leaders, on separate connections, so that a stop notice overtakes a model.
     """
 
     def __init__(self, store: Store, topology: Topology, rank: int, timeout: float) -> None:
@@ -199,7 +199,7 @@ def gather_through(
     interrupted: Callable[[], None],
     timeout: float,
 ) -> list[str]:
-    """Returns the texts of all processes, by rank. It needs no process group and two round trips to the store.
+    """Returns the texts of all processes, by rank. It needs two round trips to the store, and no process group.
 
     Args:
         store: The store of all processes.
@@ -207,11 +207,11 @@ def gather_through(
         rank: Global rank of this process.
         size: Number of processes.
         text: The text of this process.
-        interrupted: Called several times a second meanwhile; may raise.
-        timeout: Seconds to wait for the others.
+        interrupted: Called several times a second while waiting; may raise.
+        timeout: Seconds to wait for the other processes.
 
     Raises:
-        PeerLostError: If they do not all come in time.
+        PeerLostError: If not all processes give their text in time.
     """
     keys = [f"{key}/{other}" for other in range(size)]
 
@@ -231,12 +231,12 @@ def gather_through(
 
 
 def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout: float = math.inf) -> T:
-    """Runs something that blocks without letting it keep Ctrl-C or SIGTERM from the main thread.
+    """Runs a blocking function in another thread, so that the main thread can still handle Ctrl-C and SIGTERM.
 
     Args:
-        run: What blocks. It runs in another thread.
-        interrupted: Called several times a second meanwhile; may raise.
-        timeout: Seconds that it may take. Default: it has a limit of its own.
+        run: The function.
+        interrupted: Called several times a second while waiting; may raise.
+        timeout: Limit in seconds. Default: none, for functions that have a limit of their own.
 
     Raises:
         TimeoutError: If it takes longer.

@@ -1,8 +1,8 @@
 """Synchronous rounds in real processes: collectives over all workers instead of servers and links.
 
 Nothing is decided here: each process has a replica of :class:`~lightning_halos.core.synchronous_node.SynchronousNode`,
-and the collectives bring all replicas the same. :class:`LockstepProcess` offers what
-:class:`~lightning_halos.transport.process.Process` offers.
+and the collectives give all replicas the same pushes. :class:`LockstepProcess` has the interface of
+:class:`~lightning_halos.transport.process.Process`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class LockstepClient:
         collectives: Collectives over all workers.
         node: This process's replica of the server.
         planner: Decides the workers' local steps.
-        timeout: Seconds to wait for the store that counts the data.
+        timeout: Seconds to wait for the store that counts leases.
 
     Attributes:
         node: The replica.
-        published: Of rank 0: what to tell the others in the next round.
+        published: On rank 0: plateau steps and metrics to send to the other workers in the next round.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class LockstepClient:
         """Yields the data to train on.
 
         Args:
-            steps_per_epoch: Local steps' worth of data in an epoch.
-            first: Local steps' worth of data before this run, from the first epoch's beginning.
-            end: Local steps' worth of data at which to end, from the first epoch's beginning; may be infinite.
+            steps_per_epoch: Data of an epoch, in local steps.
+            first: Start of this run's data, in local steps from the start of the first epoch.
+            end: End of this run's data, in local steps from the start of the first epoch; may be infinite.
 
         Raises:
             PeerLostError: If the store does not answer in time.
@@ -98,7 +98,7 @@ class LockstepClient:
             yield from split(start, int(min(wanted, end - start)), steps_per_epoch)
 
     def _take_part(self, push: Push) -> Pull | GlobalModel | None:
-        """One round of all workers. Returns the answer to this worker, ``None`` if it waits for others to finish."""
+        """Takes part in a round. Returns this worker's answer, ``None`` if it has finished and others have not."""
         mine = [push.steps, push.batches, push.seconds, push.stop, push.final, push.vector is not None]
         table = self._collectives.all_gather(torch.tensor([float(entry) for entry in mine], dtype=torch.float64))
         pushes = [
@@ -116,17 +116,17 @@ class LockstepClient:
 
 
 class LockstepProcess:
-    """What one process runs besides its training, during one fit with synchronous rounds.
+    """The interface of :class:`~lightning_halos.transport.process.Process` for a fit with synchronous rounds.
 
     Args:
-        here: Who this process is, for error messages.
+        here: Name of this process, for error messages.
         client: The worker's end.
-        has_global_model: Whether this process is the one that validates the global model.
+        has_global_model: Whether this process validates the global model.
 
     Attributes:
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         client: The worker's end.
-        has_global_model: Whether this process is the one that validates the global model.
+        has_global_model: Whether this process validates the global model.
     """
 
     def __init__(self, here: str, client: LockstepClient, has_global_model: bool) -> None:
@@ -136,12 +136,12 @@ class LockstepProcess:
 
     @property
     def version(self) -> int:
-        """Updates that are in the global model."""
+        """Number of rounds in the global model."""
         return self.client.node.version
 
     @property
     def steps(self) -> int:
-        """Local steps that all workers have finished."""
+        """Local steps that all workers together have finished."""
         return self.client.node.budget.total
 
     def read(self, out: Tensor) -> None:
@@ -149,12 +149,12 @@ class LockstepProcess:
         out.copy_(self.client.model)
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells everybody, in the next round, what the plateau schedulers were stepped with, and the metrics."""
+        """Sends plateau steps and metrics to all workers in the next round."""
         self.client.published = ([*self.client.published[0], *plateaus], metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """No counters: there are no local servers."""
+        """Returns no counters, because there are no local servers."""
         return []
 
     def close(self, timeout: float) -> None:
-        """Nothing to do: there are no links."""
+        """Does nothing, because there are no links."""
