@@ -280,6 +280,13 @@ def test_an_older_status_undoes_neither_the_stop_nor_the_steps() -> None:
     assert pull.position == 2
 
 
+def test_a_repeated_push_is_answered_with_stop_once_the_steps_of_others_use_up_the_budget() -> None:
+    node = region(workers=1, max_steps=10)
+    assert not only(node.handle(0, push(0, 1)), Pull).stop
+    node.handle(GLOBAL, Status(total=12, fastest=1.0, stop=False, counted=0))  # 20 steps, as the global node will see
+    assert only(node.handle(0, push(0, 1)), Pull).stop
+
+
 def test_a_workers_wish_to_stop_holds_in_its_region_at_once_and_reaches_the_other() -> None:
     node, above = region(workers=1), center()
     sends = node.handle(0, push(0, 1, stop=True))

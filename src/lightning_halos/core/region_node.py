@@ -284,7 +284,7 @@ class RegionNode:
         self._machine.move(RegionEvent.STATUS)
         self.budget.total = max(self.budget.total, message.total + self._counted - message.counted)
         self._planner.set_fastest_elsewhere(message.fastest)
-        self._stop = self._stop or message.stop
+        self._stop = self._stop or message.stop or self.budget.exhausted
         self._plateaus += message.plateaus[len(self._plateaus) - message.first_plateau :]
         self._metrics = message.metrics
         if self.state is RegionState.FINISHED:
