@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import Written, is_plain, read_state, remove_folder, write, write_state
+from lightning_halos.checkpoint.files import WrittenFile, is_plain, read_state, remove_folder, write, write_state
 
 STATE = {"weights": torch.arange(5000.0), "step": 3, "nested": [1.5, "text", (None, True)]}
 
@@ -49,7 +49,7 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.pt is missing"):
-        read_state(tmp_path / "state.pt", Written(1, 0))
+        read_state(tmp_path / "state.pt", WrittenFile(1, 0))
 
 
 class InTheMiddleError(Exception):

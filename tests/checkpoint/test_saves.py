@@ -145,7 +145,7 @@ def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
     folder.mkdir()
     old = folder / "last.ckpt"
     saves = saved(old)
-    for module, function in [(os, "replace"), (files, "remove_folder"), (files, "bring_to_disk")]:
+    for module, function in [(os, "replace"), (files, "remove_folder"), (files, "sync_folder")]:
         crashing(module, function)
     save = begin(saves, folder / name)
     if name != old.name:
@@ -299,7 +299,7 @@ def test_a_shard_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_p
     save = begin(saves, tmp_path / "step=1.ckpt")
     saves.know(save.marker.save, total=1)
     saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
-    with pytest.warns(UserWarning, match=r"step=1.ckpt is not complete: worker-0.pt did not come within 0.2 s"):
+    with pytest.warns(UserWarning, match=r"step=1.ckpt is not complete: worker-0.pt did not arrive within 0.2 s"):
         saves.flush(0.2)
     assert not saves.in_flight
     assert list(tmp_path.iterdir()) == []
@@ -321,7 +321,7 @@ def test_a_save_that_is_given_up_while_it_is_being_completed(tmp_path: Path, mon
 
     def late(manifest: Manifest, folder: Path) -> None:
         write(manifest, folder)
-        with pytest.warns(UserWarning, match="did not come within 0 s"):
+        with pytest.warns(UserWarning, match="did not arrive within 0 s"):
             saves.give_up(0)
 
     with monkeypatch.context() as patch:

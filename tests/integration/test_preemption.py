@@ -198,7 +198,7 @@ def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) ->
     results = run(preempted, Asleep(victim, tmp_path), tmp_path, {"grace_time": 2.0}, {})
     assert [result["code"] for result in results] == [143] * 4
     assert results[0]["seconds"] < 12
-    assert "worker-1.pt did not come within 2 s" in (tmp_path / "log0").read_text()
+    assert "worker-1.pt did not arrive within 2 s" in (tmp_path / "log0").read_text()
     older = newest_complete(tmp_path / "another.ckpt")
     assert older is not None
     assert (tmp_path / PREEMPTED).resolve() == older  # which ckpt_path="last" finds

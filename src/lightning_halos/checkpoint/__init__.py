@@ -1,6 +1,6 @@
-"""The files beside a ``.ckpt`` file that let a run resume with all its state.
+"""The files next to a ``.ckpt`` file that let a run resume with all its state.
 
-States come and go as dictionaries of tensors and plain values; nothing is ever unpickled. Nothing here knows servers,
-links or Lightning's loops. ``files`` writes and reads bytes, ``manifest`` says what belongs together, ``saves`` keeps
-track of saves, ``writer`` writes in the background, ``places`` knows names, and ``resume`` finds what may be read.
+States are dictionaries of tensors and plain values; nothing is unpickled. This package is independent of servers, links
+and Lightning's loops. ``files`` writes and reads files, ``manifest`` lists the shards of a checkpoint, ``saves`` tracks
+saves, ``writer`` writes in the background, ``places`` finds files by name, and ``resume`` finds and reads shards.
 """

@@ -1,7 +1,7 @@
 """Files that are either complete or do not exist.
 
-A file is written under a temporary name, brought to the disk, and renamed as the last act, so that a crash at any byte
-leaves what was there before. Nothing here knows what the bytes mean.
+A file is written under a temporary name, fsynced, and finally renamed, so that a crash at any byte leaves the previous
+file. This file does not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from lightning_halos.core.compat import map_tensors
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file that is on the disk.
+class WrittenFile:
+    """Size and checksum of a file that was written.
 
     Attributes:
-        size: Bytes.
-        crc32: Checksum, as ``zlib.crc32`` computes it.
+        size: Size in bytes.
+        crc32: Checksum by ``zlib.crc32``.
     """
 
     size: int
     crc32: int
 
 
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> Written:
-    """Writes a file, atomically. Its folder is made if it is not there.
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> WrittenFile:
+    """Writes a file atomically. Its folder is created if it does not exist.
 
     Args:
-        path: The file. What has this name is replaced.
-        fill: Writes the content into what it is given, front to back.
+        path: The file. An existing file is replaced.
+        fill: Writes the contents to the file object that it is given, from front to back.
 
     Raises:
-        OSError: If it cannot be written: a full disk, a folder that is not writable. Nothing is left behind then.
+        OSError: If it cannot be written, for example because the disk is full. Then no file remains.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     checked = _Checked()
@@ -60,49 +60,49 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> Written:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # torch reports a failed write in its own words.
+        # torch replaces the OSError of a failed write by an error of its own.
         if reason := error if isinstance(error, OSError) else checked.error:
             raise OSError(f"{path} could not be written: {reason}") from error
         raise
-    bring_to_disk(path.parent)
-    return Written(checked.size, checked.crc32)
+    sync_folder(path.parent)
+    return WrittenFile(checked.size, checked.crc32)
 
 
-def write_state(path: Path, state: Any) -> Written:
-    """Writes tensors and plain values as ``torch.save`` does, atomically; see :func:`write`."""
+def write_state(path: Path, state: Any) -> WrittenFile:
+    """Writes tensors and plain values atomically with ``torch.save``; see :func:`write`."""
     return write(path, lambda file: torch.save(state, file))
 
 
-def read_state(path: Path, expected: Written) -> Any:
-    """Reads what :func:`write_state` wrote, without unpickling anything but tensors and plain values.
+def read_state(path: Path, expected: WrittenFile) -> Any:
+    """Reads a file of :func:`write_state`, without unpickling anything but tensors and plain values.
 
     Args:
         path: The file.
-        expected: What it was when it was written.
+        expected: Its size and checksum when it was written.
 
     Raises:
-        CheckpointError: If it is missing, or not what was written.
+        CheckpointError: If it is missing or has changed.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     size = path.stat().st_size
     if size != expected.size:
-        raise CheckpointError(f"{path} is damaged: it has {size} bytes, {expected.size} were written.")
+        raise CheckpointError(f"{path} is damaged: it has {size} bytes, but {expected.size} were written.")
     with path.open("rb") as file:
         found = 0
         while block := file.read(1 << 20):
             found = zlib.crc32(block, found)
         if found != expected.crc32:
             raise CheckpointError(
-                f"{path} is damaged: its checksum is {found:08x}, and {expected.crc32:08x} was written."
+                f"{path} is damaged: its checksum is {found:08x}, but {expected.crc32:08x} was written."
             )
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def bring_to_disk(folder: Path) -> None:
-    """Makes names that were given or taken in a folder outlast a crash of the machine."""
-    with contextlib.suppress(OSError):  # some file systems cannot open folders; there it is not needed
+def sync_folder(folder: Path) -> None:
+    """Fsyncs a folder, so that names that were added or removed survive a crash of the machine."""
+    with contextlib.suppress(OSError):  # file systems that cannot open folders do not need it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -111,21 +111,21 @@ def bring_to_disk(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder with all that is in it, if it is there."""
+    """Removes a folder and its contents, if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def link(path: Path, link: Path) -> None:
-    """Makes a symbolic link to a file, or lets an existing one lead to it, in one step."""
+    """Creates a symbolic link to a file, or atomically changes an existing link."""
     temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex}.part")
     temporary.symlink_to(os.path.relpath(path, link.parent))
     os.replace(temporary, link)
 
 
 def share(folder: Path, names: Iterable[str], other: Path) -> None:
-    """Puts the files of a folder into another one, too, without a copy where the file system has hard links.
+    """Adds files of a folder to another folder, as hard links if the file system supports them, else as copies.
 
-    Files that are not in the folder are left out: they may be on the disk of another machine.
+    Files that do not exist are skipped, because they may be on the disk of another machine.
     """
     for name in names:
         if (folder / name).exists():
@@ -133,28 +133,28 @@ def share(folder: Path, names: Iterable[str], other: Path) -> None:
                 os.link(folder / name, other / name)
             except OSError:
                 shutil.copyfile(folder / name, other / name)
-    bring_to_disk(other)
+    sync_folder(other)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is of this machine's file system, and not a URL such as ``s3://bucket/file``."""
+    """Returns whether a path is in this machine's file system, and not a URL such as ``s3://bucket/file``."""
     return bool(get_protocol(str(path)) == "file")
 
 
 def is_plain(state: Any) -> bool:
-    """Whether ``torch.load(weights_only=True)`` reads a state: tensors, numbers, texts, and lists and dicts of them."""
+    """Returns whether ``torch.load(weights_only=True)`` can read a state, that is, tensors and plain values."""
     buffer = io.BytesIO()
     try:
         torch.save(map_tensors(lambda _: 0, state), buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except Exception:  # whatever an object raises while it is pickled
+    except Exception:  # pickling an object may raise anything
         return False
     return True
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes ``.ckpt`` files as Lightning does, but atomically, also if the machine crashes."""
+    """Writes ``.ckpt`` files as Lightning does, but atomically, even if the machine crashes."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None or not is_local(path):
@@ -164,7 +164,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class _Checked(io.RawIOBase):
-    """Writes to a file and computes the size and checksum."""
+    """Writes to a file and computes its size and checksum."""
 
     file: IO[bytes]
 
@@ -188,4 +188,4 @@ class _Checked(io.RawIOBase):
         return size
 
     def flush(self) -> None:
-        """Does nothing: the file is flushed at the end."""
+        """Does nothing, because :func:`write` flushes the file at the end."""

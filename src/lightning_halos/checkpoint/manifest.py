@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: plain values, as JSON, that say which shards belong together.
+"""The manifest of a checkpoint: plain values, as JSON, with the list of its shards.
 
-It is written when all shards are on the disk, so shards with a manifest are complete. It holds what every worker must
-know to resume; what only one worker must know is in that worker's shard.
+It is written when all shards are on disk, so shards with a manifest are complete. It contains the state that all
+workers need to resume; a worker's shard contains the state that only this worker needs.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import Written, write
+from lightning_halos.checkpoint.files import WrittenFile, write
 
 FORMAT = 2
-"""Version of the manifest and of what is in the shards. It changes when an older package could not read them."""
+"""Version of the manifest and the shards. It changes when older versions of the package could not read them."""
 
 NAME = "manifest.json"
 GLOBAL = "global.pt"
 
 
 def worker_shard(rank: int) -> str:
-    """Name of a worker's shard."""
+    """Returns the name of a worker's shard."""
     return f"worker-{rank}.pt"
 
 
 def server_shard(index: int) -> str:
-    """Name of a local server's shard."""
+    """Returns the name of a local server's shard."""
     return f"server-{index}.pt"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The contents of a checkpoint.
 
     Attributes:
-        save: Identifies the save. The ``.ckpt`` file has the same.
+        save: Identity of the save. The ``.ckpt`` file has it, too.
         version: Version of the package that wrote it.
-        algorithm: Which algorithm, in which world.
+        algorithm: Name of the algorithm, and whether it was simulated.
         groups: Global ranks of each local server's workers.
-        model: Number of elements that travel of the model, how many of them are parameters, and their dtype.
-        total: Local steps that all workers had finished.
-        data: What identifies the training data, ``None`` if the workers do not share any.
+        model: Number of elements of the model's vector, number of parameters among them, and their dtype.
+        total: Local steps that all workers together had finished.
+        data: Identity of the training data; ``None`` if the workers do not share data.
         done: The data that was trained on; see :class:`~lightning_halos.core.cursor.Spans`.
-        plateaus: What the plateau schedulers of rank 0 were stepped with.
-        metrics: The metrics of rank 0.
-        world: Of a simulation, its clock and rounds.
-        shards: The files.
+        plateaus: Steps of rank 0's plateau schedulers.
+        metrics: Rank 0's metrics.
+        world: In a simulation: its clock and rounds.
+        shards: Size and checksum of each shard.
     """
 
     save: str
@@ -62,7 +62,7 @@ class Manifest:
     plateaus: list[tuple[int, float]]
     metrics: dict[str, float]
     world: dict[str, Any] | None
-    shards: dict[str, Written] = field(default_factory=dict)
+    shards: dict[str, WrittenFile] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -70,13 +70,13 @@ class Manifest:
         return sum(map(len, self.groups))
 
     def data_remains(self, max_epochs: int | None) -> bool:
-        """Whether some data of the first ``max_epochs`` epochs (``None`` or -1: no limit) was not trained on yet."""
+        """Returns whether data of the first ``max_epochs`` epochs (``None`` or -1: no limit) was not trained on yet."""
         if self.data is None or max_epochs in (None, -1):
             return False
         return sum(stop - start for start, stop in self.done) < int(max_epochs * self.data["steps_per_epoch"])
 
     def write(self, folder: Path) -> None:
-        """Writes it, atomically.
+        """Writes the manifest atomically.
 
         Raises:
             OSError: If it cannot be written.
@@ -86,14 +86,14 @@ class Manifest:
 
     @classmethod
     def read(cls, text: str, path: Path) -> Manifest:
-        """Reads what :meth:`write` wrote.
+        """Reads a manifest of :meth:`write`.
 
         Args:
-            text: The content.
-            path: Where it is from, for error messages.
+            text: Its contents.
+            path: Its path, for error messages.
 
         Raises:
-            CheckpointError: If it is damaged, or of a format that this version of the package does not know.
+            CheckpointError: If it is damaged, or has a format that this version of the package does not support.
         """
         try:
             fields = json.loads(text)
@@ -103,11 +103,11 @@ class Manifest:
         if found != FORMAT:
             raise CheckpointError(
                 f"{path} has format {found}, written by lightning-halos {fields.get('version', '?')}; this version"
-                f" reads format {FORMAT}. Resume with that version of lightning-halos, or remove the folder to go on"
+                f" reads format {FORMAT}. Resume with that version of lightning-halos, or remove the folder to resume"
                 " from the global model alone."
             )
         try:
-            shards = {name: Written(**shard) for name, shard in fields.pop("shards").items()}
+            shards = {name: WrittenFile(**shard) for name, shard in fields.pop("shards").items()}
             return cls(**fields, shards=shards)
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: it is not the manifest of a checkpoint ({error!r}).") from None

@@ -1,7 +1,6 @@
 """Finds and reads the shards of a ``.ckpt`` file.
 
-Nothing here writes. An incomplete or damaged checkpoint is refused, with an error that names the file and says what to
-do.
+It never writes. An incomplete or damaged checkpoint is refused, with an error that names the file and says what to do.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from lightning_halos.checkpoint.places import folder_of, is_hpc, newest_complete
 KEY = "lightning_halos"
 """A ``.ckpt`` file with shards has this key in addition: ``{"save": ..., "version": ...}``."""
 
-_WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to go on from the global model alone."
+_WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to resume from the global model alone."
 
 
 @dataclass(frozen=True)
-class Found:
+class CompleteCheckpoint:
     """A complete checkpoint.
 
     Attributes:
-        folder: Where its shards are.
-        manifest: What belongs to it.
+        folder: The folder of its shards.
+        manifest: Its manifest.
     """
 
     folder: Path
@@ -49,26 +48,26 @@ class Found:
             raise CheckpointError(f"{error} {_WHAT_TO_DO}") from None
 
     def has(self, name: str) -> bool:
-        """Whether a shard can be read from this machine."""
+        """Returns whether this machine can read a shard."""
         return self._path(name).is_file()
 
     def _path(self, name: str) -> Path:
-        # A machine with a disk of its own has the shard only under the first .ckpt file that shares it.
+        # A machine with a disk of its own has a shared shard only in the folder of the first .ckpt file.
         others = self.folder.parent.parent.glob(f"*/{self.folder.name}/{name}")
         return next((path for path in [self.folder / name, *others] if path.is_file()), self.folder / name)
 
 
 @dataclass
 class Resume:
-    """What one process goes on from.
+    """The state from which one process resumes.
 
     Attributes:
-        manifest: What belongs to the checkpoint.
-        fits: Whether there are the same workers and servers as before.
+        manifest: The checkpoint's manifest.
+        fits: Whether the workers and servers are the same as in the checkpoint.
         worker: This worker's shard; empty if it has none.
-        server: Of a leader, its local server's shard; ``None`` if it begins anew.
-        globals: On rank 0, the global server's shard, or that of the simulated world.
-        servers: On rank 0, if the servers begin anew: the shards of the old ones, by index, as far as they are there.
+        server: On a leader: its local server's shard; ``None`` if the server starts from the global model.
+        globals: On rank 0: the shard of the global server or of the simulation.
+        servers: On rank 0, if the servers are not the same: the shards of the old local servers that exist, by index.
     """
 
     manifest: Manifest
@@ -82,37 +81,37 @@ class Resume:
 def available(path: Path) -> Path:
     """Returns the file to read for a path that Lightning chose.
 
-    In SLURM it chooses by the name of a folder: if a save was interrupted, there is no such file.
+    In SLURM, Lightning chooses by the name of a folder. If the save was interrupted, the file does not exist.
 
     Raises:
-        CheckpointError: If there is no complete checkpoint beside it either.
+        CheckpointError: If the folder has no other complete checkpoint.
     """
     if path.exists() or not is_hpc(path):
         return path
     other = newest_complete(path)
     if other is None:
         raise CheckpointError(
-            f"{path} was never completed, since its save was interrupted, and there is no other checkpoint beside it."
-            f" Remove {folder_of(path)} to begin anew."
+            f"{path} was never completed, because its save was interrupted, and there is no other checkpoint beside it."
+            f" Remove {folder_of(path)} to start from scratch."
         )
-    rank_zero_warn(f"{path} was never completed, since its save was interrupted: {other} is used instead.")
+    rank_zero_warn(f"{path} was never completed, because its save was interrupted: {other} is used instead.")
     return other
 
 
-def find(path: Path, save: str) -> Found | None:
+def find(path: Path, save: str) -> CompleteCheckpoint | None:
     """Finds the shards of a ``.ckpt`` file.
 
     Args:
         path: The file.
-        save: The save that the file belongs to.
+        save: Identity of the save, from the file.
 
     Returns:
-        The shards, ``None`` if they have no folder: the file was saved or taken elsewhere without them.
+        The shards; ``None`` if they have no folder, because the file was saved or copied without them.
 
     Raises:
         CheckpointError: If the manifest is missing or cannot be read.
     """
-    # A file may have been renamed or copied beside its shards.
+    # The file may have been renamed or copied next to its shards.
     own, beside = folder_of(path.resolve()) / save, path.resolve().parent.glob(f"*/{save}")
     folder = next((folder for folder in [own, *sorted(beside)] if folder.exists()), None)
     if folder is None:
@@ -128,4 +127,4 @@ def find(path: Path, save: str) -> Found | None:
     found = Manifest.read(manifest.read_text(errors="replace"), manifest)
     if found.save != save:
         raise CheckpointError(f"{manifest} belongs to another save ({found.save}) than {path} ({save}). {_WHAT_TO_DO}")
-    return Found(folder, found)
+    return CompleteCheckpoint(folder, found)

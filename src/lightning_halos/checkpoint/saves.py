@@ -1,17 +1,17 @@
 """The saves of a run, from the request to the complete checkpoint. Rank 0 keeps this record.
 
-Whoever finds a checkpoint can use it, because it is invisible until it is complete:
+A checkpoint is invisible until it is complete, so every visible checkpoint can be used:
 
-    PENDING    its files are being written, hidden: <path without .ckpt>/<save>/
-       |       all of them are on the disk
-    WRITTEN    the manifest is written; then the .ckpt file is renamed to its path, as the last act
+    PENDING    its files are being written to a hidden place: <path without .ckpt>/<save>/
+       |       all of them are on disk
+    WRITTEN    the manifest is written; finally the .ckpt file is renamed to its path
        |
-    COMPLETE   what it replaces is removed
+    COMPLETE   the checkpoints that it replaces are removed
 
-    FAILED     from PENDING or WRITTEN: a warning; its files are removed, and what it would have replaced stays
+    FAILED     from PENDING or WRITTEN: a warning; its files are removed, the checkpoints it would have replaced stay
 
-A crash at any moment leaves the checkpoints that were complete before it. ``writer`` writes the files, in the
-background. Which states belong to a save is decided elsewhere.
+A crash at any moment leaves the checkpoints that were complete before it. ``writer`` writes the files in the
+background. The contents of a save are decided by its callers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint import files
-from lightning_halos.checkpoint.files import Written
+from lightning_halos.checkpoint.files import WrittenFile
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import folder_of, is_complete, save_folders
 from lightning_halos.checkpoint.writer import Writer
@@ -38,7 +38,7 @@ from lightning_halos.core.messages import Marker, ShardWritten
 
 
 class State(enum.Enum):
-    """How far a save is; see the top of this file."""
+    """The state of a save; see the top of this file."""
 
     PENDING = enum.auto()
     WRITTEN = enum.auto()
@@ -51,14 +51,14 @@ class Save:
     """One save: the shards of one moment, and one or more ``.ckpt`` files of that moment.
 
     Attributes:
-        marker: Identifies the save, and says where its shards are written.
-        manifest: What the manifest will say.
-        moment: When the states were taken. A request at the same moment joins this save.
-        hidden: Where each ``.ckpt`` file is until it is renamed to its path.
-        missing: What is not on the disk yet: shards, ``.ckpt`` files, and the manifest while its content is unknown.
-        shards: The shards that are on the disk.
-        links: Symbolic links to be made to the ``.ckpt`` files.
-        state: How far it is.
+        marker: The marker of the snapshot, with the save's identity and the folder of its shards.
+        manifest: The manifest, as far as it is known.
+        moment: The moment of the snapshot. A request at the same moment joins this save.
+        hidden: The hidden path of each ``.ckpt`` file, from which it is renamed to its path.
+        missing: Names of missing parts: shards, ``.ckpt`` files, and the manifest while its contents are unknown.
+        shards: The shards that are on disk.
+        links: Symbolic links to create to the ``.ckpt`` files.
+        state: The state of the save.
     """
 
     marker: Marker
@@ -66,7 +66,7 @@ class Save:
     moment: str
     missing: set[str]
     hidden: dict[Path, Path] = field(default_factory=dict)
-    shards: dict[str, Written] = field(default_factory=dict)
+    shards: dict[str, WrittenFile] = field(default_factory=dict)
     links: dict[Path, Path] = field(default_factory=dict)
     state: State = State.PENDING
 
@@ -87,40 +87,40 @@ class Saves:
     """Completes saves and removes the checkpoints that they replace.
 
     Attributes:
-        writer: What this process writes in the background.
+        writer: The background writer of this process.
     """
 
     def __init__(self) -> None:
         self.writer = Writer()
-        self._lock = threading.RLock()  # a signal's handler may save while the main thread does
+        self._lock = threading.RLock()  # a signal handler may save while the main thread does
         self._open: dict[str, Save] = {}
-        self._latest = ""  # the save that was asked for last; nothing is removed until it is complete
+        self._latest = ""  # the latest requested save; nothing is removed until it is complete
         self._latest_is_complete = True
         self._removals: dict[Path, Callable[[], None]] = {}
 
     @property
     def in_flight(self) -> bool:
-        """Whether a process may still hold memory for a save: not all of its files are on the disk."""
+        """Whether a process may still hold memory for a save, because not all of its files are on disk."""
         with self._lock:
             return any(save.state in (State.PENDING, State.FAILED) for save in self._open.values())
 
     @property
     def under_way(self) -> bool:
-        """Whether there is a save that may still become complete, or whose predecessors are being removed."""
+        """Whether a save may still become complete, or its predecessors are being removed."""
         with self._lock:
             return any(save.state is not State.FAILED for save in self._open.values())
 
     def begin(self, path: Path, manifest: Manifest, shards: set[str], moment: str = "") -> Save:
-        """Begins a save, or joins the pending one of the same moment, whose shards then serve both ``.ckpt`` files.
+        """Starts a save, or joins the pending save of the same moment, so that both ``.ckpt`` files share its shards.
 
         Args:
             path: The ``.ckpt`` file.
-            manifest: What is known by now. The save gets an identity of its own.
+            manifest: The manifest, as far as it is known. A new save gets a new identity.
             shards: Names of the shards that will be written.
-            moment: See :class:`Save`; empty if no other may join.
+            moment: See :class:`Save`; empty if no other request may join.
 
         Raises:
-            OSError: If its folder cannot be made.
+            OSError: If its folder cannot be created.
         """
         path, number = path.absolute(), uuid.uuid4().hex[:12]
         with self._lock:
@@ -135,40 +135,40 @@ class Saves:
         return save
 
     def pending(self, moment: str) -> Save | None:
-        """The save that a request at this moment would join."""
+        """Returns the save that a request at this moment would join, ``None`` if there is none."""
         with self._lock:
             same = (save for save in self._open.values() if save.moment == moment != "")
             return next((save for save in same if save.state is State.PENDING), None)
 
     def leave_out(self, path: Path) -> None:
-        """Takes note of a request that is not met, with a warning."""
+        """Records that a request is skipped, with a warning."""
         with self._lock:
             self._latest, self._latest_is_complete = "", False
-        reason = "an earlier one is not yet, since rounds or a disk take longer than the time between saves"
+        reason = "an earlier one is not yet, because rounds or a disk take longer than the time between saves"
         _warn(str(path), f"{reason}. It is left out")
 
     def file_written(self, number: str, path: Path) -> None:
-        """Takes note that a ``.ckpt`` file is on the disk."""
+        """Records that a ``.ckpt`` file is on disk."""
         self._note(number, str(path.absolute()))
 
     def know(self, number: str, **facts: Any) -> None:
-        """Takes what the manifest of a save did not say when it began."""
+        """Adds the fields of a manifest that were unknown when its save started."""
         with self._lock:
             if save := self._open.get(number):
                 save.manifest = replace(save.manifest, **facts)
         self._note(number, NAME)
 
     def written(self, message: ShardWritten) -> None:
-        """Takes note of a shard."""
+        """Records that a shard is on disk, or that it could not be written."""
         if message.error:
             self.fail(message.save, message.error)
         with self._lock:
             if save := self._open.get(message.save):
-                save.shards[message.name] = Written(message.size, message.crc32)
+                save.shards[message.name] = WrittenFile(message.size, message.crc32)
         self._note(message.save, message.name)
 
     def fail(self, number: str, reason: str) -> None:
-        """Gives a save up, with a warning."""
+        """Abandons a save, with a warning."""
         with self._lock:
             save = self._open.get(number)
             if save is None or save.state not in (State.PENDING, State.WRITTEN):
@@ -179,18 +179,18 @@ class Saves:
         _warn(" and ".join(map(str, save.hidden)), reason)
 
     def remove(self, path: Path, remove_file: Callable[[], None]) -> None:
-        """Removes a checkpoint, as soon as the save that was asked for last is complete.
+        """Removes a checkpoint as soon as the latest requested save is complete.
 
         Args:
             path: The ``.ckpt`` file.
-            remove_file: Removes it.
+            remove_file: Removes the file.
         """
         with self._lock:
             self._removals[path.absolute()] = remove_file
         self._remove_replaced()
 
     def link(self, path: Path, link: Path) -> None:
-        """Makes a symbolic link to a ``.ckpt`` file once that is complete. Until then an older link stays."""
+        """Creates a symbolic link to a ``.ckpt`` file when it is complete. Until then an older link stays."""
         path = path.absolute()
         with self._lock:
             for save in self._open.values():
@@ -201,11 +201,11 @@ class Saves:
             files.link(path, link)
 
     def flush(self, timeout: float, interrupted: Callable[[], None] = lambda: None) -> None:
-        """Waits until all saves are complete or have failed; gives up those that are not within ``timeout`` seconds.
+        """Waits until all saves are complete or have failed. Abandons those that take longer than ``timeout`` seconds.
 
         Args:
-            timeout: Seconds.
-            interrupted: Called many times a second meanwhile; may raise.
+            timeout: Limit in seconds.
+            interrupted: Called many times a second while waiting; may raise.
         """
         deadline = time.monotonic() + timeout
         while self.under_way and time.monotonic() < deadline:
@@ -214,16 +214,16 @@ class Saves:
         self.give_up(timeout)
 
     def give_up(self, timeout: float) -> None:
-        """Ends all saves that are not complete, with a warning that they were waited for ``timeout`` seconds."""
+        """Abandons all incomplete saves, with a warning that they took longer than ``timeout`` seconds."""
         with self._lock:
             saves = dict(self._open)
         for number, save in saves.items():
             missing = sorted(save.missing - {NAME}) or [NAME]
-            self.fail(number, f"{', '.join(missing)} did not come within {timeout:g} s")
+            self.fail(number, f"{', '.join(missing)} did not arrive within {timeout:g} s")
             self._note(number, *save.missing)
 
     def _note(self, number: str, *names: str) -> None:
-        """Takes note of what is not missing any more. When nothing is, the save is finished."""
+        """Records that parts are not missing any more. When no part is missing, the save is finished."""
         with self._lock:
             save = self._open.get(number)
             if save is None or save.state not in (State.PENDING, State.FAILED):
@@ -245,7 +245,7 @@ class Saves:
             if hidden.parent != save.folder:
                 files.share(save.folder, [*save.shards, NAME], hidden.parent)
         with self._lock:
-            if save.state is State.FAILED:  # it was given up meanwhile
+            if save.state is State.FAILED:  # it was abandoned meanwhile
                 return
             in_use = {hidden.parent for other in self._open.values() for hidden in other.hidden.values()}
             older = {path: set(save_folders(path)) - in_use for path in save.hidden}
@@ -258,7 +258,7 @@ class Saves:
             self._latest_is_complete |= self._latest == save.marker.save
         try:
             for path, folders in older.items():
-                files.bring_to_disk(path.parent)
+                files.sync_folder(path.parent)
                 _remove_folders(path, folders)
             self._remove_replaced()
         finally:
@@ -277,7 +277,7 @@ class Saves:
 
 
 def _remove_folders(path: Path, folders: Iterable[Path]) -> None:
-    """Removes folders of a ``.ckpt`` file's saves, and the one that they are in if nothing else is in there."""
+    """Removes folders of a ``.ckpt`` file's saves, and their parent folder if it is empty then."""
     for folder in folders:
         files.remove_folder(folder)
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """A thread that writes the files of checkpoints in the background, one after the other.
 
-It neither decides what is written nor bounds how much waits: whoever begins saves does. It outlives every error, since
-the jobs behind a failed one would never be done.
+It decides neither what to write nor how many jobs may wait; its callers do. It survives every error, so that later jobs
+are still done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Writer:
     """A thread that writes. It ends with its process."""
 
     def __init__(self) -> None:
-        # A signal's handler may put a job, too.
+        # A SimpleQueue, because a signal handler may submit a job, too.
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[str], None]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -33,10 +33,10 @@ class Writer:
         """Writes a shard in the background.
 
         Args:
-            marker: Which save, and where.
+            marker: The marker of the snapshot, with the folder.
             name: Name of the file.
-            state: What to write. Nobody may change it from here on.
-            tell: Told in the background how it went.
+            state: The state to write. It must not change any more.
+            tell: Called in the background with the result.
         """
         self.submit(
             lambda: tell(write_shard(marker, name, state)),
@@ -44,11 +44,11 @@ class Writer:
         )
 
     def submit(self, job: Callable[[], None], failed: Callable[[str], None]) -> None:
-        """Does a job after all that wait. Never blocks.
+        """Queues a job. Never blocks.
 
         Args:
             job: The job.
-            failed: Told what the job raised, if it raised anything.
+            failed: Called with the text of the error if the job raises one.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
@@ -62,7 +62,7 @@ class Writer:
                 job()
             except BaseException as error:
                 _report(error, failed)
-            del job, failed  # with the state that they hold, before the next job is waited for
+            del job, failed  # release their state before waiting for the next job
 
 
 def _report(error: BaseException, failed: Callable[[str], None]) -> None:
@@ -70,15 +70,15 @@ def _report(error: BaseException, failed: Callable[[str], None]) -> None:
         log.warning("Writing a checkpoint raised an error.", exc_info=error)
         failed(str(error) if isinstance(error, OSError) else repr(error))
     except BaseException:
-        log.exception("That a checkpoint could not be written could not be reported either.")
+        log.exception("The failure to write a checkpoint could not be reported.")
 
 
 def write_shard(marker: Marker, name: str, state: Any) -> ShardWritten:
-    """Writes a shard. Returns how it went."""
+    """Writes a shard. Returns the message about the result."""
     path = Path(marker.folder) / name
     try:
         written = files.write_state(path, state)
-    except Exception as error:  # a save must not end the run, whatever an object raises while it is written
+    except Exception as error:  # writing an object may raise anything, and a checkpoint must not end the run
         reason = error if isinstance(error, OSError) else f"{path} could not be written: {error}"
         return ShardWritten(marker.save, name, error=str(reason))
     return ShardWritten(marker.save, name, written.size, written.crc32)

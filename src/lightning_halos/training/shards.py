@@ -24,7 +24,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import is_local
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.places import is_hpc, is_last
-from lightning_halos.checkpoint.resume import KEY, Found, Resume, find
+from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.checkpoint.saves import Save, Saves, State
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.algorithms import ServerAlgorithm
@@ -308,7 +308,7 @@ class Shards:
                 " from the global model."
             )
             return checkpoint
-        found = Found(Path(folder), Manifest.read(text, Path(folder) / NAME))
+        found = CompleteCheckpoint(Path(folder), Manifest.read(text, Path(folder) / NAME))
         reason = ""
         try:
             self.resume = self._read(found)
@@ -326,7 +326,7 @@ class Shards:
                 forget_optimizers(checkpoint)
         return checkpoint
 
-    def _read(self, found: Found) -> Resume | None:
+    def _read(self, found: CompleteCheckpoint) -> Resume | None:
         """Reads what is this process's."""
         strategy, manifest = self._strategy, found.manifest
         if manifest.algorithm != strategy._algorithm_name:
@@ -361,7 +361,7 @@ class Shards:
             self._warn(found, resume)
         return resume
 
-    def _warn(self, found: Found, resume: Resume) -> None:
+    def _warn(self, found: CompleteCheckpoint, resume: Resume) -> None:
         """Says what could not be kept, since there are other workers or servers now."""
         manifest, strategy = resume.manifest, self._strategy
         lost = ["the local servers' momentum"]
