@@ -1,8 +1,8 @@
-"""Random runs with faults under a virtual clock, on nodes alone: ``python -m lightning_halos.simulation.chaos``.
+"""Random runs of nodes with faults, under a virtual clock: ``python -m lightning_halos.simulation.chaos``.
 
-Real nodes and small real servers exchange messages over links that delay and repeat them, and lose members; a
-:class:`~lightning_halos.simulation.ledger.Ledger` compares them with its books after every event. Nothing here uses the
-wall clock or any other source of chance than the seed, so that a run that fails can be run again.
+Real nodes with small real servers exchange messages over links that delay and repeat them; workers and servers are lost
+and restarted. After every event a :class:`~lightning_halos.simulation.ledger.Ledger` checks the nodes. Everything is
+derived from the seed, and nothing from the wall clock, so that a failed run can be repeated.
 """
 
 from __future__ import annotations
@@ -41,39 +41,49 @@ from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.simulation.ledger import PARAMETERS, Cut, Data, InvariantError, Ledger, require, same, values_of
+from lightning_halos.simulation.ledger import (
+    PARAMETERS,
+    Data,
+    InvariantError,
+    Ledger,
+    Snapshot,
+    require,
+    same,
+    values_of,
+)
 
 M = TypeVar("M")
 
 _SHAPES = [torch.Size([PARAMETERS])]
 _ELEMENTS = PARAMETERS + 1  # one buffer
 _OPTIMIZER = partial(torch.optim.SGD, lr=1.0, foreach=False)
-_MOST_EVENTS = 50_000  # a run of typical size has some hundreds
-_REMEMBERED = 4  # messages that a link may repeat
+_MOST_EVENTS = 50_000  # a typical run has some hundreds
+_REMEMBERED = 4  # number of messages that a link may repeat
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens in a run, as far as it is drawn in advance.
+    """The settings and faults of a run, which are drawn before it starts.
 
     Attributes:
-        seed: Seed of all that is drawn while it runs.
+        seed: Seed of everything that is drawn during the run.
         regions: Workers in each region.
         servers_per_region: Local servers in each region.
         has_global_server: Whether there is a global server.
         local_steps: Local steps per round.
-        dynamic: Whether slower workers run fewer.
+        dynamic: Whether slower workers run fewer local steps.
         accumulate: Pushes per exchange.
         merge_weight: Weight of the global model in a merge.
-        max_steps: Global steps that are ordered, ``None`` for no limit.
-        steps_per_epoch: Local steps' worth of shared data in an epoch; 0 if the workers do not share data.
-        epochs: The epochs that are ordered, ``None`` for no limit.
+        max_steps: Ordered global steps, ``None`` for no limit.
+        steps_per_epoch: Shared data of an epoch, in local steps; 0 if the workers do not share data.
+        epochs: Ordered epochs, ``None`` for no limit.
         ahead: Data that a local server orders ahead, in local steps.
-        bad: Share of the pushes that have NaN in them.
-        early: Share of the local steps after which a round ends early.
-        repeats: Share of the events before which a link repeats its last messages.
-        faults: What happens before which event: "save", "publish", "stop", "lose a worker" or "restart".
-        fails_late: Whether there are a save and a restart while workers finish.
+        bad: Share of pushes with NaN or infinite values.
+        early: Share of local steps after which a round ends early.
+        repeats: Share of events before which a link repeats its last messages.
+        faults: Pairs of an event's number and the action before it: "save", "publish", "stop", "lose a worker" or
+            "restart".
+        fails_late: Whether a save and a restart happen while workers finish.
     """
 
     seed: int
@@ -96,7 +106,7 @@ class Scenario:
 
     @classmethod
     def draw(cls, seed: int) -> Scenario:
-        """Draws a scenario. The same seed gives the same."""
+        """Draws a scenario. The same seed gives the same scenario."""
         rng = random.Random(seed)
         regions = tuple(rng.randint(1, 3) for _ in range(rng.choice([1, 1, 2, 2, 3])))
         servers = rng.choice([1, 1, 1, min(2, *regions)]) if len(regions) > 1 else rng.randint(1, min(2, regions[0]))
@@ -135,10 +145,10 @@ class _Link:
     """One direction of a connection. Messages arrive in the order in which they were sent.
 
     Attributes:
-        delay: Mean of the delays.
-        last: When the last message arrives.
-        memory: The last messages, which may be sent again.
-        is_open: Whether what is under way will arrive.
+        delay: Mean delay.
+        last: Arrival time of the last message.
+        memory: The last messages, which may be repeated.
+        is_open: Whether messages in flight will arrive.
     """
 
     delay: float
@@ -148,13 +158,13 @@ class _Link:
 
 
 class _Worker:
-    """A worker that trains on nothing: it draws pseudo-gradients, and keeps to the protocol.
+    """A worker that follows the protocol with random pseudo-gradients instead of training.
 
     Args:
         run: The run.
         rank: Its rank.
         local_steps: Local steps of its first round.
-        position: Global step at which it begins.
+        position: Global step at which it starts.
     """
 
     def __init__(self, run: ChaosRun, rank: int, local_steps: int, position: int) -> None:
@@ -175,12 +185,12 @@ class _Worker:
         self._plateaus: list[tuple[int, float]] = []
         self._push: Push | None = None  # since the last pull
         self._is_again = False
-        self._life = 0  # timers of earlier lives do not count
+        self._life = 0  # number of restarts; timers from before a restart are ignored
         self._pushed_at = 0.0
         self._keep()
 
     def begin(self) -> None:
-        """Begins, or goes on with, a round."""
+        """Starts or continues a round."""
         if self._push is not None and self._round.batches == self._push.batches:
             self._end_round()
             return
@@ -196,7 +206,7 @@ class _Worker:
         self._run.at(self._run.now + self._seconds, partial(self._step, self._life))
 
     def on_message(self, message: Message) -> None:
-        """Takes a message of the local server."""
+        """Handles a message of the local server."""
         if isinstance(message, LeaseGrant):
             self._on_grant(message)
         elif isinstance(message, Pull):
@@ -204,14 +214,14 @@ class _Worker:
             if self.state == "pulling" and message.number == self._round.number:
                 self._on_pull(message)
         elif isinstance(message, GlobalModel):
-            # A worker that runs its last round again has pushed it before.
+            # A restarted worker that repeats its last round has already pushed it.
             has_left = self.state == "finished" or (self._push is not None and self._push.final)
             require(message.final and has_left, "worker {} gets {}", self.rank, message)
             self._life += 1
             self.state, self.final, self.model = "finished", message, values_of(message)
 
     def lose(self) -> None:
-        """The worker is lost, and comes back as it was at its last pull, with what it was leased since."""
+        """Loses the worker and restarts it from its state at the last pull, with the data leased since then."""
         if self.state == "finished":
             return
         self._life += 1
@@ -226,7 +236,7 @@ class _Worker:
             self.begin()
 
     def _keep(self) -> None:
-        """Keeps what the worker comes back with."""
+        """Stores the state from which the worker would restart."""
         self._push = None
         self._kept_round = self._round.state_dict()
         self._kept_leases = list(self._leases)
@@ -275,7 +285,7 @@ class _Worker:
                 self._leases.appendleft(Lease(lease.epoch, lease.first + 1, lease.steps - 1))
             first = lease.epoch * self._run.scenario.steps_per_epoch + lease.first
             self._used.append((first, first + 1))
-        if self._push is not None:  # again: the same steps as before
+        if self._push is not None:  # a repeated round has the same steps as before
             self.begin()
         elif self.wants_stop:
             self._end_round(stop=True, final=self._rng.random() < 0.7)
@@ -285,7 +295,7 @@ class _Worker:
             self.begin()
 
     def _end_round(self, stop: bool = False, final: bool = False) -> None:
-        """Pushes. A round that is run again ends like the first time, with another pseudo-gradient."""
+        """Pushes the round. A repeated round ends like the first time, but with another pseudo-gradient."""
         if self._push is not None:
             stop, final = self._push.stop, self._push.final
         vector = self._run.draw_vector() if self._round.has_steps else None
@@ -305,14 +315,14 @@ class ChaosRun:
     """One run.
 
     Args:
-        scenario: What happens.
+        scenario: The settings and faults.
         trace: Called with a line for each event.
 
     Attributes:
-        scenario: What happens.
-        rng: Draws what happens while it runs.
-        ledger: The books.
-        events: Events so far.
+        scenario: The settings and faults.
+        rng: The source of all random choices during the run.
+        ledger: Checks the nodes.
+        events: Number of events so far.
         now: Virtual time.
     """
 
@@ -336,14 +346,14 @@ class ChaosRun:
         accumulate = [scenario.accumulate] * len(self._groups) if scenario.has_global_server else None
         ordered = math.inf if scenario.max_steps is None else scenario.max_steps * len(self._servers)
         self.ledger = Ledger(self._groups, self._initial.tolist(), accumulate, scenario.merge_weight, ordered, data)
-        self._complete: Cut | None = None  # the last complete snapshot
+        self._complete: Snapshot | None = None  # the last complete snapshot
         self._start(None)
 
     def run(self) -> None:
         """Runs to the end.
 
         Raises:
-            InvariantError: If a promise is broken.
+            InvariantError: If an invariant is violated.
             ProtocolError: If a node refuses a message.
         """
         while self._heap:
@@ -355,18 +365,18 @@ class ChaosRun:
         self._check_end()
 
     def check(self) -> None:
-        """Compares the nodes with the books."""
+        """Checks the nodes against the ledger."""
         self.ledger.check(self._regions, self._globals, self._stocks)
 
     def draw_vector(self, may_be_bad: bool = True) -> Tensor:
-        """Draws a vector that no other is like."""
+        """Draws a random vector, which is different from all others."""
         values = [self.rng.uniform(-1, 1) for _ in range(_ELEMENTS)]
         if may_be_bad and self.rng.random() < self.scenario.bad:
             values[self.rng.randrange(_ELEMENTS)] = self.rng.choice([math.nan, math.inf])
         return torch.tensor(values, dtype=torch.float64)
 
     def at(self, moment: float, happen: Callable[[], None]) -> None:
-        """Lets something happen later."""
+        """Schedules an event."""
         self._queued += 1
         heapq.heappush(self._heap, (moment, self._queued, happen))
 
@@ -375,18 +385,18 @@ class ChaosRun:
         self._send(("worker", rank, "up"), message)
 
     def reset_links(self, rank: int) -> None:
-        """Connects a worker anew: what was under way from it and to it is lost."""
+        """Reconnects a worker. Messages in flight from it and to it are lost."""
         for way in ("up", "down"):
             link = self._links.pop(("worker", rank, way), None)
             if link is not None:
                 link.is_open = False
 
-    def _start(self, cut: Cut | None) -> None:
-        """Starts all members, anew or from a snapshot."""
+    def _start(self, snapshot: Snapshot | None) -> None:
+        """Starts all nodes and workers, from scratch or from a snapshot."""
         scenario, workers = self.scenario, sum(self.scenario.regions)
         self._heap.clear()
         self._links: dict[tuple[str, int, str], _Link] = {}
-        shard = None if cut is None else cut.shards[None]
+        shard = None if snapshot is None else snapshot.shards[None]
         progress: dict[str, Any] = {"total": 0, "done": []} if shard is None else shard.progress
         budget = partial(StepBudget, workers, scenario.max_steps, progress["total"])
         self._regions, self._stocks = [], list[LeaseStock]()
@@ -411,11 +421,11 @@ class ChaosRun:
         self._globals = GlobalNode(
             top if scenario.has_global_server else None, len(self._groups), budget(), self._cursor, Spans(done)
         )
-        if cut is not None and shard is not None:
+        if snapshot is not None and shard is not None:
             for index, node in enumerate(self._regions):
-                node.load_state_dict(cut.shards[index].state)
+                node.load_state_dict(snapshot.shards[index].state)
             self._globals.load_state_dict(shard.state)
-            self.ledger.restart(cut, scenario.steps_per_epoch)
+            self.ledger.restart(snapshot, scenario.steps_per_epoch)
         sent = _completed(self._globals.start())
         under_way = [] if shard is None else [(update["server"], update["number"]) for update in shard.state["updates"]]
         self.ledger.at_start(under_way, sent)
@@ -430,7 +440,7 @@ class ChaosRun:
         self.check()
 
     def _inject(self) -> None:
-        """Lets faults happen that are due."""
+        """Makes all faults happen that are due."""
         if self._fails_late and any(worker.state == "finishing" for worker in self.workers):
             self._fails_late = False
             moments = self.events + self.rng.randint(0, 20), self.events + self.rng.randint(20, 80)
@@ -456,24 +466,24 @@ class ChaosRun:
             elif what == "lose a worker":
                 self.rng.choice(self.workers).lose()
             elif self._complete is None and self.rng.random() < 0.8:
-                self._faults.append((self.events + 20, what))  # there may be a snapshot by then
+                self._faults.append((self.events + 20, what))  # later, a snapshot may exist
             else:
                 self._restart()
         if self._links and self.rng.random() < self.scenario.repeats:
             self._repeat(self.rng.choice(list(self._links)))
 
     def _restart(self) -> None:
-        """A server is lost: all members start again from the last complete snapshot, or from nothing without one."""
+        """Restarts all nodes and workers from the last complete snapshot, or without one from scratch."""
         if self._complete is None:
             scenario = self.scenario
             data = Data(scenario.steps_per_epoch) if scenario.steps_per_epoch else None
-            self.ledger = self.ledger.anew(self._initial.tolist(), data)
+            self.ledger = self.ledger.restarted(self._initial.tolist(), data)
         self._start(self._complete)
         if self.scenario.max_steps is None and self.scenario.epochs is None:
             self._faults.append((self.events + self.rng.randint(20, 100), "stop"))
 
     def _repeat(self, key: tuple[str, int, str]) -> None:
-        """A link sends its last messages again, as after a reconnection."""
+        """Makes a link send its last messages again, as after a reconnection."""
         memory = self._links[key].memory
         count = self.rng.randint(1, _REMEMBERED)
         for message in list(memory)[-count:]:
@@ -532,7 +542,7 @@ class ChaosRun:
         assert isinstance(shard, Shard)
         if self.ledger.stored(shard):
             self.note(f"{shard.marker.save} is complete")
-            self._complete = self.ledger.cuts[shard.marker.save]
+            self._complete = self.ledger.snapshots[shard.marker.save]
 
     def _check_end(self) -> None:
         scenario, ledger = self.scenario, self.ledger
@@ -560,7 +570,7 @@ class ChaosRun:
             self._check_data(ledger.data)
 
     def _check_data(self, data: Data) -> None:
-        """All data must still be where the books say."""
+        """Checks that all data is where the ledger says."""
         for index, stock in enumerate(self._stocks):
             held = {i for lease in stock for i in data.indices(lease)}
             require(held == data.of(f"server {index}"), "server {} has the data {}", index, held)
@@ -583,7 +593,7 @@ class ChaosRun:
 
 
 def copy_of(message: M) -> M:
-    """Copies a message, whose receiver may write into its vector."""
+    """Copies a message with its vector, because the receiver may overwrite it."""
     vector = getattr(message, "vector", None)
     if vector is None:
         return message
@@ -600,7 +610,7 @@ def fault_of(seed: int, trace: Callable[[str], object] | None = None) -> str | N
         trace: Called with a line for each event.
 
     Returns:
-        What went wrong, ``None`` if nothing did.
+        The error, ``None`` if the run succeeded.
     """
     scenario = Scenario.draw(seed)
     if trace is not None:
@@ -619,7 +629,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first run; the others' follow")
     parser.add_argument("--verbose", action="store_true", help="print every event")
     options = parser.parse_args(arguments)
-    logging.getLogger("lightning_halos").setLevel(logging.ERROR)  # dropped and repeated updates are on purpose
+    logging.getLogger("lightning_halos").setLevel(logging.ERROR)  # rejected and repeated updates are intended
     begin, failed = time.process_time(), 0
     for seed in range(options.seed, options.seed + options.runs):
         fault = fault_of(seed, print if options.verbose else None)

@@ -1,7 +1,7 @@
-"""A second account of a run, kept from the messages alone, which is compared with the nodes after every event.
+"""A ledger of a run, which is kept from the messages alone and compared with the nodes after every event.
 
-It states the rules of the algorithm once more, for plain SGD with a rate of 1 and in Python numbers, without the code
-of ``core``, so that a mistake there cannot hide. Nothing here sends, delays or decides anything.
+It implements the rules of the algorithm a second time, for plain SGD with a rate of 1, in Python numbers and without
+the code of ``core``, so that the two cannot share a mistake. It sends, delays and decides nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.topology import ServerGroup
 
 PARAMETERS = 3
-"""Parameters in a vector. What is behind them are buffers."""
+"""Number of parameters in a vector. The other elements are buffers."""
 
 Vector = list[float]
 Sent = Sequence[tuple[int, Message]]
@@ -39,19 +39,19 @@ Sent = Sequence[tuple[int, Message]]
 
 
 class InvariantError(AssertionError):
-    """A run has broken a promise of the nodes."""
+    """An invariant of the nodes is violated."""
 
 
 def require(holds: bool, broken: str, *details: object) -> None:
-    """Raises an error unless something holds.
+    """Raises an error unless a condition holds.
 
     Args:
-        holds: Whether it holds.
-        broken: What is wrong otherwise, with ``{}`` for each of the details.
-        details: They are formatted only if they are needed.
+        holds: The condition.
+        broken: The message, with ``{}`` for each of the details.
+        details: The details, which are formatted only if they are needed.
 
     Raises:
-        InvariantError: If it does not hold.
+        InvariantError: If the condition does not hold.
     """
     if not holds:
         raise InvariantError(broken.format(*details))
@@ -68,20 +68,20 @@ class Update:
 
 @dataclass
 class RegionBook:
-    """What a local server must hold.
+    """The expected state of a local server.
 
     Attributes:
         model: Its model.
-        base: The model from which its next update is counted.
-        version: Pushes applied.
+        base: The model from which its next update is computed.
+        version: Number of applied pushes.
         merged_at: The version at the last merge.
         exchanging: Number of the unanswered update, 0 if there is none.
         number: Number of the last update.
         updates: The updates by number.
         unsent: Local steps that are in no update yet.
         finished: Local steps of all pushes.
-        total: Local steps of all workers, as far as the server can know.
-        reported: Local steps of all pushes that the global node was told of.
+        total: Local steps of all workers that the server can know of.
+        reported: Local steps of all pushes that were reported to the global node.
         reports: Steps and data of each report, in the order of their numbers from 1.
         pushes: Number of each worker's last push.
         left: Workers that have sent their final push.
@@ -110,13 +110,13 @@ class RegionBook:
 
     @property
     def has_flushed(self) -> bool:
-        """Whether the last update is sent."""
+        """Whether the last update has been sent."""
         return self.number > 0 and self.updates[self.number].final
 
 
 @dataclass
 class GlobalBook:
-    """What the global node must hold.
+    """The expected state of the global node.
 
     Attributes:
         model: The global model.
@@ -124,7 +124,7 @@ class GlobalBook:
         left: Local servers that have sent their last message.
         reports: Number of each local server's last report.
         counted: Local steps in each local server's reports.
-        total: Local steps of all workers, as far as they were reported.
+        total: Reported local steps of all workers.
         granted: Number of each local server's last answered order of data.
     """
 
@@ -138,10 +138,10 @@ class GlobalBook:
 
 
 class Data:
-    """The owner of every local step's worth of data: the cursor, a server, a worker, or nobody any more.
+    """The owner of the data of every local step: the cursor, a server, a worker, or, after training on it, nobody.
 
     Args:
-        steps_per_epoch: Local steps' worth of data in an epoch.
+        steps_per_epoch: Data of an epoch, in local steps.
         done: The data that was trained on before.
     """
 
@@ -151,26 +151,26 @@ class Data:
         self.count = Counter(self._owner.values())
 
     def move(self, grant: LeaseGrant, source: str, target: str) -> None:
-        """Gives the data of a grant from its owner to another."""
+        """Moves the data of a grant from one owner to another."""
         stop = grant.first + grant.steps
         require(grant.first >= 0 and stop <= self._steps_per_epoch, "{} gets data of two epochs: {}", target, grant)
         self._move(self.indices(grant), source, target)
 
     def finish(self, spans: Iterable[Sequence[int]], worker: str) -> None:
-        """Takes note that a worker has trained on its data."""
+        """Records that a worker has trained on its data."""
         for start, stop in spans:
             self._move(range(start, stop), worker, "nobody")
 
     def of(self, owner: str) -> set[int]:
-        """All data of an owner other than the cursor."""
+        """Returns all data of an owner other than the cursor."""
         return {index for index, mine in self._owner.items() if mine == owner}
 
     def left(self, end: int) -> set[int]:
-        """All data before an end that is the cursor's."""
+        """Returns all data before an end that still belongs to the cursor."""
         return set(range(end)) - set(self._owner)
 
     def indices(self, lease: Lease | LeaseGrant) -> range:
-        """The data of a lease."""
+        """Returns the data of a lease."""
         first = lease.epoch * self._steps_per_epoch + lease.first
         return range(first, first + lease.steps)
 
@@ -184,14 +184,14 @@ class Data:
 
 
 @dataclass
-class Cut:
-    """A snapshot, as far as it is taken.
+class Snapshot:
+    """A snapshot in progress.
 
     Attributes:
-        globals: The book of the global node when it began the snapshot.
-        regions: The book of each local server when it took its part.
-        replied: Local servers whose replies have come.
-        shards: The parts that were given to storage, by local server; ``None`` is the global node.
+        globals: The expected state of the global node when it started the snapshot.
+        regions: The expected state of each local server when it took its part.
+        replied: Local servers whose replies have arrived.
+        shards: The parts that were sent to storage, by local server; ``None`` is the global node.
     """
 
     globals: GlobalBook
@@ -200,7 +200,7 @@ class Cut:
     shards: dict[int | None, Shard] = field(default_factory=dict)
 
     def under_way(self) -> dict[tuple[int, int], Update]:
-        """The updates that belong to neither side, by local server and number."""
+        """Returns the updates in flight, which belong to neither side, by local server and number."""
         return {
             (index, number): update
             for index, book in self.regions.items()
@@ -210,14 +210,14 @@ class Cut:
 
 
 class Ledger:
-    """Keeps the books of a run.
+    """Computes the expected states of all nodes in a run, and compares them with the nodes.
 
     Args:
         groups: The local servers and their workers.
         model: The initial model.
         accumulate: Pushes per exchange of each local server; ``None`` if there is no global server.
         merge_weight: Weight of the global model in a merge.
-        ordered: Local steps that were ordered; may be infinite.
+        ordered: Ordered local steps; may be infinite.
         data: The owners of the data; ``None`` if the workers do not share data.
     """
 
@@ -234,14 +234,14 @@ class Ledger:
         self.globals = GlobalBook(list(model))
         self.data = data
         self.published: list[tuple[int, float]] = []
-        self.cuts: dict[str, Cut] = {}
+        self.snapshots: dict[str, Snapshot] = {}
         self._groups = groups
         self._accumulate = accumulate
         self._merge_weight = merge_weight
         self._ordered = ordered
 
-    def anew(self, model: Vector, data: Data | None) -> Ledger:
-        """Returns the ledger of a run of the same members that starts from nothing."""
+    def restarted(self, model: Vector, data: Data | None) -> Ledger:
+        """Returns an empty ledger for a run of the same nodes and workers that starts from scratch."""
         return Ledger(self._groups, model, self._accumulate, self._merge_weight, self._ordered, data)
 
     @property
@@ -250,17 +250,17 @@ class Ledger:
         return sum(book.finished for book in self.regions)
 
     def at_region(self, index: int, sender: int, message: Message, vector: Vector, sent: Sent) -> None:
-        """Enters what a local server did with a message.
+        """Records how a local server handled a message.
 
         Args:
             index: Index of the local server.
             sender: Address of the sender.
             message: The message.
-            vector: The values of its vector before the server wrote into it.
-            sent: What the server sends.
+            vector: The values of its vector before the server overwrote it.
+            sent: The messages that the server sends.
 
         Raises:
-            InvariantError: If the server should have done something else.
+            InvariantError: If they are not the expected messages.
         """
         book, due = self.regions[index], list[Update]()
         push = message if isinstance(message, Push) and message.number > book.pushes.get(sender, 0) else None
@@ -292,10 +292,10 @@ class Ledger:
             require(answers == (not message.final), "server {} answers {} {} times", index, message, answers)
 
     def at_globals(self, sender: int, message: Message, vector: Vector, sent: Sent) -> None:
-        """Enters what the global node did with a message; see :meth:`at_region`.
+        """Records how the global node handled a message; see :meth:`at_region`.
 
         Raises:
-            InvariantError: If the node should have done something else.
+            InvariantError: If it does not send the expected messages.
         """
         book = self.globals
         if isinstance(message, RegionUpdate | RegionModel):
@@ -307,7 +307,7 @@ class Ledger:
             book.counted[sender] += message.steps
             book.total += message.steps
         elif isinstance(message, MarkerReply):
-            self.cuts[message.save].replied.add(message.server)
+            self.snapshots[message.save].replied.add(message.server)
         answers = 0
         for to, answer in sent:
             if isinstance(answer, GlobalModel):
@@ -327,52 +327,52 @@ class Ledger:
             require(answers == (not message.final), "{} is answered {} times", message, answers)
 
     def stored(self, shard: Shard) -> bool:
-        """Enters a part of a snapshot. Returns whether the snapshot is complete.
+        """Records a part of a snapshot. Returns whether the snapshot is complete.
 
         Raises:
-            InvariantError: If the part was there already, or the complete snapshot is not consistent.
+            InvariantError: If the part was stored before, or the complete snapshot is not consistent.
         """
-        cut = self.cuts[shard.marker.save]
-        require(shard.server not in cut.shards, "server {} writes {} twice", shard.server, shard.marker)
-        cut.shards[shard.server] = shard
+        snapshot = self.snapshots[shard.marker.save]
+        require(shard.server not in snapshot.shards, "server {} writes {} twice", shard.server, shard.marker)
+        snapshot.shards[shard.server] = shard
         if shard.server is not None:
-            cut.regions[shard.server] = copy.deepcopy(self.regions[shard.server])
-        if len(cut.shards) <= len(self.regions):
+            snapshot.regions[shard.server] = copy.deepcopy(self.regions[shard.server])
+        if len(snapshot.shards) <= len(self.regions):
             return False
-        self._check_cut(cut)
+        self._check_snapshot(snapshot)
         return True
 
     def save(self, save: str) -> None:
-        """Takes note that the global node has begun a snapshot."""
-        self.cuts[save] = Cut(copy.deepcopy(self.globals))
+        """Records that the global node has started a snapshot."""
+        self.snapshots[save] = Snapshot(copy.deepcopy(self.globals))
 
-    def restart(self, cut: Cut, steps_per_epoch: int) -> None:
-        """Goes back to a complete snapshot. All members begin to count anew."""
-        self.globals = copy.deepcopy(cut.globals)
-        self.globals.total, spans = sum(b.finished for b in cut.regions.values()), list[tuple[int, int]]()
+    def restart(self, snapshot: Snapshot, steps_per_epoch: int) -> None:
+        """Resets to a complete snapshot. All nodes and workers number their messages from 1 again."""
+        self.globals = copy.deepcopy(snapshot.globals)
+        self.globals.total, spans = sum(b.finished for b in snapshot.regions.values()), list[tuple[int, int]]()
         for index in range(len(self.regions)):
-            book = self.regions[index] = copy.deepcopy(cut.regions[index])
+            book = self.regions[index] = copy.deepcopy(snapshot.regions[index])
             spans += book.trained
             if book.has_flushed:
                 book.exchanging = 0
             if self._accumulate is None:
-                book.number = 0  # its model, its only message, is still to come
+                book.number = 0  # it has not sent its model, which is its only message
             book.reports, book.pushes, book.left, book.granted, book.orders = [], {}, set(), {}, 0
             book.total = self.globals.total
         self.globals.left, self.globals.reports, self.globals.granted = set(), {}, {}
         self.globals.counted = Counter()
         self.data = None if self.data is None else Data(steps_per_epoch, spans)
-        self.published, self.cuts = [], {}
+        self.published, self.snapshots = [], {}
 
     def at_start(self, updates: Iterable[tuple[int, int]], sent: Sent) -> None:
-        """Enters what the global node does first: it applies the updates that were under way.
+        """Records how the global node applies the updates in flight when it starts.
 
         Args:
-            updates: Local server and number of each, in the order in which they are applied.
-            sent: What the node sends.
+            updates: Local server and number of each update, in the order in which they are applied.
+            sent: The messages that the node sends.
 
         Raises:
-            InvariantError: If the node should have done something else.
+            InvariantError: If they are not the expected messages.
         """
         answers = {(to, getattr(message, "number", 0)): values_of(message) for to, message in sent}
         for index, number in updates:
@@ -389,7 +389,7 @@ class Ledger:
             book.updates = {n: Update(u.vector, u.steps, final=False) for n, u in book.updates.items()}
 
     def check(self, regions: Sequence[RegionNode], globals_: GlobalNode, stocks: Sequence[LeaseStock]) -> None:
-        """Compares the books with the nodes.
+        """Compares the nodes with their expected states.
 
         Raises:
             InvariantError: If they differ.
@@ -421,25 +421,25 @@ class Ledger:
         require(total == self.globals.total, "the global node counts {} steps, not {}", total, self.globals.total)
         if self.data is not None:
             self._check_data(self.data, stocks)
-        if self.cuts:
-            self._check_newest(*next(reversed(self.cuts.items())))
+        if self.snapshots:
+            self._check_newest(*next(reversed(self.snapshots.items())))
 
     def _check_data(self, data: Data, stocks: Sequence[LeaseStock]) -> None:
         used = data.count["nobody"]
         require(used == self.finished, "{} steps are finished, and the data of {} is used", self.finished, used)
         for index, stock in enumerate(stocks):
             owned, held = data.count[f"server {index}"], sum(lease.steps for lease in stock)
-            if self.globals.granted.get(index, 0) == self.regions[index].orders:  # else a grant is under way
+            if self.globals.granted.get(index, 0) == self.regions[index].orders:  # else a grant is in flight
                 require(owned == held, "server {} was given data for {} steps and has {} left", index, owned, held)
 
-    def _check_newest(self, save: str, cut: Cut) -> None:
-        """A snapshot must be written as soon as all that belongs to it has come."""
-        if None not in cut.shards and len(cut.replied) == len(self.regions):
-            misses = [key for key in cut.under_way() if key[1] > self.globals.applied.get(key[0], 0)]
+    def _check_newest(self, save: str, snapshot: Snapshot) -> None:
+        """Checks that a snapshot is written as soon as all its parts have arrived."""
+        if None not in snapshot.shards and len(snapshot.replied) == len(self.regions):
+            misses = [key for key in snapshot.under_way() if key[1] > self.globals.applied.get(key[0], 0)]
             require(bool(misses), "{} has all its parts and is not written", save)
 
-    def _check_cut(self, cut: Cut) -> None:
-        shard, due = cut.shards[None], cut.under_way()
+    def _check_snapshot(self, snapshot: Snapshot) -> None:
+        shard, due = snapshot.shards[None], snapshot.under_way()
         assert shard is not None
         updates = {(update["server"], update["number"]): update for update in shard.state["updates"]}
         if self._accumulate is not None:
@@ -450,8 +450,8 @@ class Ledger:
             values = update["vector"].tolist()
             require(same(values, due[key].vector), "{} has {} under way instead of {}", shard.marker, values, due[key])
         under_way = sum(update["steps"] for update in updates.values())
-        unsent = sum(cut.shards[index].state["server"]["steps"] for index in cut.regions)
-        finished, applied = sum(book.finished for book in cut.regions.values()), shard.state["applied"]
+        unsent = sum(snapshot.shards[index].state["server"]["steps"] for index in snapshot.regions)
+        finished, applied = sum(book.finished for book in snapshot.regions.values()), shard.state["applied"]
         require(
             finished == shard.progress["total"] == applied + under_way + unsent,
             "{} has {} steps instead of {}: {} in the global model, {} under way, {} unsent",
@@ -464,11 +464,13 @@ class Ledger:
         )
         if self.data is not None:
             done = {index for start, stop in shard.progress["done"] for index in range(start, stop)}
-            trained = {i for book in cut.regions.values() for start, stop in book.trained for i in range(start, stop)}
+            trained = {
+                i for book in snapshot.regions.values() for start, stop in book.trained for i in range(start, stop)
+            }
             require(done == trained, "{} says that {} are done instead of {}", shard.marker, done, trained)
 
     def _push(self, index: int, push: Push, vector: Vector) -> list[Update]:
-        """Enters a new push. Returns the updates that are due."""
+        """Records a new push. Returns the updates that are due."""
         book, ranks = self.regions[index], self._groups[index].ranks
         require(push.number == book.pushes.get(push.worker, 0) + 1, "a push was lost before {}", push)
         book.pushes[push.worker] = push.number
@@ -555,13 +557,13 @@ class Ledger:
 
 
 def apply(model: Vector, vector: Vector, senders: int) -> None:
-    """Applies an update to a model as plain SGD with a rate of 1 does; buffers are averaged."""
+    """Applies an update to a model by plain SGD with a rate of 1; buffers are averaged."""
     for index, value in enumerate(vector):
         model[index] -= value if index < PARAMETERS else (model[index] - value) / senders
 
 
 def same(first: Vector, second: Vector) -> bool:
-    """Whether two vectors are the same but for rounding."""
+    """Returns whether two vectors are equal except for rounding."""
     if first == second:
         return True
     return len(first) == len(second) and all(
@@ -570,6 +572,6 @@ def same(first: Vector, second: Vector) -> bool:
 
 
 def values_of(message: object) -> Vector:
-    """The values of a message's vector; none if it has no vector."""
+    """Returns the values of a message's vector, an empty list if it has none."""
     vector = getattr(message, "vector", None)
     return [] if vector is None else vector.tolist()
