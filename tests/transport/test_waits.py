@@ -20,7 +20,7 @@ from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.messages import GlobalModel, Push, Status
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.simulation.world import World
-from lightning_halos.transport import client
+from lightning_halos.transport import link
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
@@ -79,26 +79,27 @@ class Worker:
         return Push(1, 0, 0, 0, 0.0, final=True)
 
 
-def test_a_push_that_nobody_answers() -> None:
-    worker = Worker(timeout=0.3)
+def test_a_push_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "AT_THE_EDGES", 0.3)
+    worker = Worker(timeout=0.01)
     with pytest.raises(PeerLostError, match=r"its server did not answer a push for 0.3 s, and rank 1 waited for it"):
         worker.client.exchange(worker.push(), ignore)
 
 
 def test_a_final_model_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "AT_THE_EDGES", 0.5)
-    worker = Worker(timeout=0.1)
+    monkeypatch.setattr(link, "AT_THE_EDGES", 0.5)
+    worker = Worker(timeout=0.01)
     with pytest.raises(PeerLostError, match=r"its server did not send the final model, or news .* for 0.5 s"):
         worker.client.finish(worker.push(), ignore)
 
 
 def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "AT_THE_EDGES", 0.8)
-    worker = Worker(timeout=0.1)
+    monkeypatch.setattr(link, "AT_THE_EDGES", 1.5)
+    worker = Worker(timeout=0.01)
 
     def others_go_on() -> None:
         for _ in range(5):
-            time.sleep(0.3)
+            time.sleep(0.5)
             worker.server.post(Status(0, 0.0, False))
         worker.server.post(GlobalModel(1, True, vector=torch.zeros(1)))
 

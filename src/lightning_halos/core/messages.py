@@ -14,9 +14,13 @@ then the averaged buffers. The receiver owns it: servers overwrite it, to answer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
+
+NOT_NEGATIVE = "finite and not negative"
+Amount = Annotated[float, NOT_NEGATIVE]
+"""A number that is never negative, infinite or NaN. Integers in messages are never negative either."""
 
 
 @dataclass
@@ -43,8 +47,8 @@ class Push:
     version: int
     steps: int
     batches: int
-    seconds: float
-    waited: float = 0.0
+    seconds: Amount
+    waited: Amount = 0.0
     stop: bool = False
     final: bool = False
     vector: Tensor | None = None
@@ -168,9 +172,9 @@ class Progress:
     number: int
     worker: int
     steps: int
-    seconds: float
-    waited: float
-    fastest: float
+    seconds: Amount
+    waited: Amount
+    fastest: Amount
     staleness: int | None = None
     updates: int = 0
     merges: int = 0
@@ -197,7 +201,7 @@ class Status:
     """
 
     total: int
-    fastest: float
+    fastest: Amount
     stop: bool
     counted: int = 0
     first_plateau: int = 0

@@ -84,6 +84,7 @@ class SimulatedProcess:
         self._offset = offset
         self._make_rounds = partial(algorithm.rounds, timing, budget.total, min(ordered, data))
         self._running = rounds
+        form = None if model is None else (model.numel(), model.dtype)
         link: Link
         if rank == 0:
             servers = algorithm.servers(timing, model, shapes)
@@ -92,25 +93,25 @@ class SimulatedProcess:
                 if rounds is None:
                     servers.steps = 0  # those are in the budget
             self.world = World(self._rounds(), servers, budget, self.alarm, timeout, saves, offset)
-            link = self._connect(self.world, groups, timeout)
+            link = self._connect(self.world, groups, timeout, form)
         else:
             assert groups.region is not None
-            link = GlooLink(groups.region, 0, self._world_of_rank_0, timeout)
-            self.alarm.links.append(link)
+            link = GlooLink(groups.region, 0, self._world_of_rank_0, timeout, form)
+            self.alarm.add(link)
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
         if self.world is not None:
             self.world.start()
 
-    def _connect(self, world: World, groups: Groups, timeout: float) -> Link:
+    def _connect(self, world: World, groups: Groups, timeout: float, form: tuple[int, torch.dtype] | None) -> Link:
         """Connects all workers with the world. Returns this process's own worker's end."""
         mine, its = LoopbackLink.pair(self._world_of_rank_0, self._describe(0))
-        self.alarm.links += [mine, its]
+        self.alarm.add(mine, its)
         world.attach(0, its)
         for rank in range(1, self._workers):
             assert groups.region is not None
-            link = GlooLink(groups.region, rank, self._describe(rank), timeout)
-            self.alarm.links.append(link)
+            link = GlooLink(groups.region, rank, self._describe(rank), timeout, form)
+            self.alarm.add(link)
             world.attach(rank, link)
         return mine
 

@@ -48,8 +48,9 @@ class HalosStrategy(AlgorithmStrategy):
             pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
             NaN or infinite values are always rejected.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
-        timeout: Limit for any wait for a peer during training, in seconds. Before and after training, workers wait at
-            least 1800 seconds for each other, because rank 0 may validate.
+        timeout: Seconds of silence after which a peer counts as lost during training. A peer that is busy gets 10 times
+            this limit, and at least 1800 seconds. Before and after training, workers wait at least 1800 seconds for
+            each other, because rank 0 may validate then.
         grace_time: Seconds after SIGTERM that saving a checkpoint may take. All processes end 5 seconds later, or after
             their present batch. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds by
             default.

@@ -64,9 +64,9 @@ from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_o
 from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.transport.alarm import EXIT_CODE
-from lightning_halos.transport.client import AT_THE_EDGES
 from lightning_halos.transport.collectives import Collectives, is_broadcastable
 from lightning_halos.transport.groups import Groups, gather_through, noting_sockets, open_store
+from lightning_halos.transport.link import AT_THE_EDGES
 from lightning_halos.transport.lockstep import LockstepClient, LockstepProcess
 from lightning_halos.transport.process import Process
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 from lightning_halos.core.messages import Failure, Preempted
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
@@ -24,6 +25,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 _GRACE = 3.0  # seconds in which the failed peer can print its own traceback first
 _LIMIT = 20.0  # seconds after which a process whose main thread does not react is ended
 _MOST = 8  # largest number of peers in an error message
+_MOST_CHARACTERS = 100_000  # largest length of a reason for the peers; its end is kept, where a traceback has the error
 
 
 class Alarm:
@@ -34,7 +36,7 @@ class Alarm:
 
     Attributes:
         here: Name of this process.
-        links: All links of this process.
+        links: All links of this process; see :meth:`add`.
         preempted_since: Time at which this process, or a peer, was preempted, by ``time.monotonic``.
     """
 
@@ -44,8 +46,19 @@ class Alarm:
         self.preempted_since: float | None = None
         self._lock = threading.Lock()
         self._error: Exception | None = None
+        self._failure: Failure | None = None
         self._since = 0.0
         self._off = self._failed = False
+
+    def add(self, *links: Link) -> None:
+        """Adds links. If the run has failed already, their peers are told."""
+        with self._lock:
+            self.links += links
+            failure = self._failure
+        if failure is not None:
+            for link in links:
+                link.post(failure)
+                link.close()
 
     def watch(self, timeout: float) -> None:
         """Starts a thread that notices peers which stop without closing their connection.
@@ -96,7 +109,8 @@ class Alarm:
             if self._off or self._error is not None or self.preempted_since is not None:
                 return
             self.preempted_since = time.monotonic() if since is None else since
-        for link in self.links:
+            links = list(self.links)
+        for link in links:
             link.post(Preempted())
 
     def raised(self, reason: str) -> None:
@@ -159,13 +173,15 @@ class Alarm:
             link.join(max(0.0, deadline - time.monotonic()))
 
     def _watch(self, timeout: float) -> None:
-        while not self._off and self._error is None:
-            time.sleep(min(1.0, timeout / 10))
-            now = time.monotonic()
-            for link in self.links:
-                seconds, what = link.silence(now)
-                if seconds > timeout:
-                    self.fail(self.lost(link.peer, what, timeout))
+        try:
+            while not self._off and self._error is None:
+                time.sleep(min(1.0, timeout / 10))
+                now = time.monotonic()
+                for link in list(self.links):
+                    if link.silence(now) > timeout:
+                        self.fail(self.lost(link.peer, "say anything", timeout))
+        except Exception as error:
+            self.fail(error)
 
     def _ring(self, error: Exception | None, failure: Failure) -> None:
         with self._lock:
@@ -174,7 +190,9 @@ class Alarm:
             self._error, self._since = error, time.monotonic()
             self._failed = True
             self._off = error is None
-        for link in self.links:
+            failure = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:])
+            self._failure, links = failure, list(self.links)
+        for link in links:
             link.post(failure)
             link.close()
         if error is not None:
@@ -185,13 +203,15 @@ class Alarm:
     def _end_process(self) -> None:
         if self._off or hasattr(sys, "ps1"):
             return
-        print(
-            f"{self.here} is ended, because its main thread did not react within {_LIMIT:g} s to this error:"
-            f" {self._error}",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(1 if self.preempted_since is None else EXIT_CODE)
+        try:
+            print(
+                f"{self.here} is ended, because its main thread did not react within {_LIMIT:g} s to this error:"
+                f" {self._error}",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+        finally:
+            os._exit(1 if self.preempted_since is None else EXIT_CODE)
 
 
 def describe(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The worker's end of the link to its local server: it sends pushes and waits for the answers.
 
-Only the main thread waits here. Every wait has a limit, and lets the main thread handle Ctrl-C and SIGTERM.
+Only the main thread waits here. Every wait has a limit, and lets the main thread handle Ctrl-C and SIGTERM. A server
+that is busy is waited for; the link notices whether it is alive.
 """
 
 from __future__ import annotations
@@ -28,14 +29,9 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.vector import Reach
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Filled, Filling, Link
+from lightning_halos.transport.link import Filled, Filling, Link, progress_limit
 
 T = TypeVar("T")
-
-AT_THE_EDGES = 1800.0
-"""Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
-
-_NEWS = 2.0  # extra seconds of patience, so that the process whose link is silent reports first: it can name the peer
 
 
 class WorkerClient:
@@ -44,7 +40,7 @@ class WorkerClient:
     Args:
         link: Link to the local server.
         alarm: The alarm to report failures to.
-        timeout: Limit for a wait, in seconds.
+        timeout: Seconds of silence after which a peer counts as lost; see :func:`progress_limit`.
         interrupted: Called several times a second while waiting; may raise.
 
     Attributes:
@@ -54,7 +50,7 @@ class WorkerClient:
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
         self._link = link
         self._alarm = alarm
-        self._timeout = timeout
+        self._limit = progress_limit(timeout)
         self._interrupted = interrupted
         self.keep: Callable[[Marker, Push], None] = lambda marker, push: None
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
@@ -72,7 +68,7 @@ class WorkerClient:
             The answer. Its vector arrives while the second value is iterated over.
 
         Raises:
-            PeerLostError: If no answer arrives in time, or a peer disappeared.
+            PeerLostError: If a peer disappeared or fell silent, or no answer arrives within :func:`progress_limit`.
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
@@ -92,14 +88,14 @@ class WorkerClient:
             The final model. Its vector arrives while the second value is iterated over.
 
         Raises:
-            PeerLostError: If a peer disappeared or fell silent, or no worker made progress for too long (at least 1800
-                seconds).
+            PeerLostError: If a peer disappeared or fell silent, or no worker made progress within
+                :func:`progress_limit`.
             PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
-        # A status arrives whenever another worker has made progress. Dead peers are noticed on the links.
-        patience, what = max(self._timeout, AT_THE_EDGES), "send the final model, or news of others that go on"
-        while not isinstance(message := self._wait(what, self._inbox, patience), GlobalModel):
+        # A status arrives whenever another worker has made progress.
+        what = "send the final model, or news of others that go on"
+        while not isinstance(message := self._wait(what, self._inbox), GlobalModel):
             if isinstance(message, Marker):
                 self.keep(message, push)
             else:
@@ -110,7 +106,7 @@ class WorkerClient:
         """Yields the data to train on. Each lease is requested while the worker trains on the previous one.
 
         Raises:
-            PeerLostError: If no answer arrives in time, or a peer disappeared.
+            PeerLostError: If a peer disappeared or fell silent, or no answer arrives within :func:`progress_limit`.
             PeerFailedError: If a peer failed.
         """
         self._link.post(LeaseRequest(number=1))
@@ -138,9 +134,8 @@ class WorkerClient:
             assert isinstance(message, int)
             yield (arrived := message)
 
-    def _wait(self, what: str, inbox: queue.SimpleQueue[T], timeout: float | None = None) -> T:
-        timeout = self._timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout + _NEWS
+    def _wait(self, what: str, inbox: queue.SimpleQueue[T]) -> T:
+        deadline = time.monotonic() + self._limit
         while True:
             self._alarm.check()
             self._interrupted()
@@ -149,7 +144,7 @@ class WorkerClient:
             except queue.Empty:
                 pass
             if time.monotonic() > deadline and not self._alarm.has_failed:
-                raise self._alarm.lost(self._link.peer, what, timeout)
+                raise self._alarm.lost(self._link.peer, what, self._limit)
 
     def _on_message(self, message: Message, filled: Filled) -> None:
         if isinstance(message, Failure | Preempted):

@@ -7,5 +7,9 @@ class PeerLostError(RuntimeError):
     """A peer disappeared, or was silent for longer than the time limit."""
 
 
+class ProtocolVersionError(RuntimeError):
+    """A peer speaks another version of the protocol between processes."""
+
+
 class PeerFailedError(RuntimeError):
     """A peer reported that it failed. The message has its traceback."""

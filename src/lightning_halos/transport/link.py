@@ -2,8 +2,9 @@
 
 Each end has one thread that sends and one that receives; no other thread may use the process group. The threads are
 daemons, hold no lock while they wait, and end when both ends have said goodbye. A closed connection is noticed at once.
-A peer that is silent is noticed within the time limit, because an idle sender sends signs of life. Vectors are sent in
-parts, so that the first parts are used while the last ones are still computed.
+A peer that is silent for the time limit counts as lost. A peer that is busy does not, because an idle sender sends
+signs of life. Vectors are sent in parts, so that the first parts are used while the last ones are still computed. Every
+message is checked before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,7 +26,10 @@ from torch import Tensor
 from lightning_halos.core.messages import Message
 from lightning_halos.core.vector import PART
 from lightning_halos.transport import wire
-from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
+
+AT_THE_EDGES = 1800.0
+"""Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
 
 Filled = Iterable[int]
 """Yields the number of elements of a vector that are complete, while it is filled from front to back."""
@@ -35,11 +39,14 @@ Memory = Callable[[int, torch.dtype], Tensor]
 """Returns the memory to receive a vector into, for its number of elements and dtype."""
 
 
+class VectorCutOffError(Exception):
+    """The rest of a vector will not arrive. Its message is dropped, and a :class:`Failure` follows."""
+
+
 class Filling:
     """Lets a vector be sent while a ``with`` block fills it from front to back.
 
-    If the block raises, the rest of the vector becomes NaN, which servers reject. So the message is completed, and the
-    report of the failure can follow it on the link.
+    If the block raises, the receiver drops the message.
 
     Args:
         vector: The vector.
@@ -48,7 +55,7 @@ class Filling:
     def __init__(self, vector: Tensor) -> None:
         self._vector = vector
         self._reached = 0
-        self._progress: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._progress: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def reach(self, elements: int) -> None:
         """Reports the number of complete elements. The sender is notified when another part is complete."""
@@ -60,14 +67,18 @@ class Filling:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if error is not None:
-            self._vector[self._reached :] = torch.nan
-        self.reach(self._vector.numel())
+        if error is None:
+            self.reach(self._vector.numel())
+        else:
+            self._progress.put(None)
 
     def __iter__(self) -> Iterator[int]:
         complete = 0
         while complete < self._vector.numel():
-            yield (complete := self._progress.get())
+            elements = self._progress.get()
+            if elements is None:
+                raise VectorCutOffError
+            yield (complete := elements)
 
 
 @dataclass
@@ -102,7 +113,7 @@ class Link(ABC):
         self.bytes_received = 0
         self._outbox: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._waits: dict[str, float] = {}
+        self._listening_since: float | None = None
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         """Starts the threads.
@@ -134,14 +145,16 @@ class Link(ABC):
         """Says goodbye. The threads end when the peer has also said goodbye."""
         self._outbox.put(None)
 
-    def silence(self, now: float) -> tuple[float, str]:
-        """Returns the seconds that this end has been waiting for the peer, and the action that it waits for.
+    def silence(self, now: float) -> float:
+        """Returns the seconds for which this end has listened in vain.
+
+        It is 0 while this end handles a message, because it cannot hear the peer then.
 
         Args:
             now: The present time, by ``time.monotonic``.
         """
-        waits = [(now - since, what) for what, since in list(self._waits.items())]
-        return max(waits, default=(0.0, ""))
+        since = self._listening_since
+        return 0.0 if since is None else now - since
 
     def join(self, timeout: float) -> bool:
         """Waits at most ``timeout`` seconds for each thread to end. Returns whether all have ended."""
@@ -152,8 +165,8 @@ class Link(ABC):
     def _guard(self, run: Callable[[OnMessage], None], on_message: OnMessage, on_failure: OnFailure) -> None:
         try:
             run(on_message)
-        except Exception as error:
-            on_failure(error)
+        except BaseException as error:  # otherwise others would wait for this thread in vain
+            on_failure(error if isinstance(error, Exception) else RuntimeError(f"{self.peer}: {error!r}"))
 
     @abstractmethod
     def _send_all(self, on_message: OnMessage) -> None: ...
@@ -189,29 +202,33 @@ class LoopbackLink(Link):
     def _receive_all(self, on_message: OnMessage) -> None:
         while (outgoing := self._other._outbox.get()) is not None:
             filled = iter(outgoing.filled)
-            on_message(outgoing.message, filled)
-            whole(filled)
+            with suppress(VectorCutOffError):
+                on_message(outgoing.message, filled)
+                whole(filled)
             del outgoing, filled
 
 
 class GlooLink(Link):
     """A link over a gloo process group.
 
-    A message consists of a frame of fixed size (length of the JSON, elements and dtype of the vector, and the start of
-    the JSON), the rest of the JSON, and the vector. Most messages without a vector fit into the frame.
+    The first frame in each direction has the sender's version of the protocol. A message consists of a frame of fixed
+    size (length of the fields, elements and dtype of the vector, and the start of the fields), the rest of the fields,
+    the parts of the vector, and a byte that is 1 if the vector is complete. Most messages without a vector fit into the
+    frame.
 
     Args:
         group: The process group. Only this link may use it between its own rank and ``rank``.
         rank: The peer's rank in the group.
         peer: Name of the peer.
         timeout: Seconds of silence after which the peer counts as lost; see :meth:`Alarm.watch`.
+        form: Number of elements and dtype of the vectors on this link. Default: there are none.
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
     _TEXT, _VECTOR = 0, 1  # tags
     _HEADER = struct.Struct("<qqq")
     _FRAME = 1024  # bytes
-    _GOODBYE, _ALIVE = -1, -2  # instead of a length of JSON
+    _GOODBYE, _ALIVE, _HELLO = -1, -2, -3  # instead of a length of the fields
 
     def __init__(
         self,
@@ -219,20 +236,23 @@ class GlooLink(Link):
         rank: int,
         peer: str,
         timeout: float,
+        form: tuple[int, torch.dtype] | None = None,
         memory: Memory | None = None,
     ) -> None:
         super().__init__(peer)
         self._group = group
         self._rank = rank
-        self._timeout = timeout
+        self._interval = min(10.0, timeout / 4)
         # When a wait exceeds gloo's limit, gloo closes all connections of the group. So this is only a last resort.
-        self._limit = timedelta(seconds=2 * timeout)
+        self._limit = timedelta(seconds=2 * progress_limit(timeout))
+        self._form = form
         self._memory = memory or (lambda elements, dtype: torch.empty(elements, dtype=dtype))
 
     def _send_all(self, on_message: OnMessage) -> None:
+        self._send_frame(self._HELLO, wire.PROTOCOL)
         while True:
             try:
-                outgoing = self._outbox.get(timeout=min(10.0, self._timeout / 4))
+                outgoing = self._outbox.get(timeout=self._interval)
             except queue.Empty:
                 self._send_frame(self._ALIVE)
                 continue
@@ -258,27 +278,59 @@ class GlooLink(Link):
             outgoing.sent()
 
     def _receive_all(self, on_message: OnMessage) -> None:
+        hello, version, _ = self._HEADER.unpack_from(self._receive(self._FRAME))
+        if (hello, version) != (self._HELLO, wire.PROTOCOL):
+            theirs = f"version {version}" if hello == self._HELLO else "an unknown version"
+            raise ProtocolVersionError(
+                f"{self.peer} uses {theirs} of the protocol between processes, and this process uses version"
+                f" {wire.PROTOCOL}. Install the same version of lightning-halos everywhere."
+            )
         while True:
             frame = self._receive(self._FRAME)
             length, elements, dtype = self._HEADER.unpack_from(frame)
             if length == self._GOODBYE:
                 return
             if length != self._ALIVE:
+                self._check_header(length, elements, dtype)
                 data = frame[self._HEADER.size :][:length]
                 if len(data) < length:
                     data += self._receive(length - len(data))
-                self._receive_message(data, elements, wire.dtype_of(dtype), on_message)
+                with suppress(VectorCutOffError):
+                    self._receive_message(data, elements, on_message)
 
-    def _receive_message(self, data: bytes, elements: int, dtype: torch.dtype, on_message: OnMessage) -> None:
-        vector = self._memory(elements, dtype) if elements else None
-        filled = iter(()) if vector is None else self._receive_each(torch.split(vector, PART), self._VECTOR)
+    def _check_header(self, length: int, elements: int, dtype: int) -> None:
+        """Refuses sizes that are not possible on this link, before memory is allocated for them."""
+        expected = (0, 0) if self._form is None else (self._form[0], wire.code_of(self._form[1]))
+        if not 0 <= length <= wire.MOST_BYTES or (elements, dtype) not in ((0, 0), expected):
+            raise ValueError(
+                f"{self.peer} announces a message of {length} bytes with a vector of {elements} elements (dtype"
+                f" {dtype}). At most {wire.MOST_BYTES} bytes are accepted, and {expected[0]} elements (dtype"
+                f" {expected[1]})."
+            )
+
+    def _receive_message(self, data: bytes, elements: int, on_message: OnMessage) -> None:
+        vector = None
+        filled: Iterator[int] = iter(())
+        if elements:
+            assert self._form is not None
+            vector = self._memory(*self._form)
+            filled = self._receive_vector(vector)
         on_message(wire.decode(data, vector), filled)
         whole(filled)
 
     def _receive(self, size: int) -> bytes:
         text = torch.empty(size, dtype=torch.uint8)
         whole(self._receive_each([text], self._TEXT))
-        return bytes(text.tolist())
+        return text.numpy().tobytes()
+
+    def _receive_vector(self, vector: Tensor) -> Iterator[int]:
+        """Receives a vector. Yields the number of received elements."""
+        complete = torch.zeros(1, dtype=torch.uint8)
+        received = self._receive_each([*torch.split(vector, PART), complete], self._VECTOR)
+        yield from (elements for elements in received if elements < vector.numel())
+        if not complete:
+            raise VectorCutOffError
+        yield vector.numel()
 
     def _send_each(self, tensors: Iterable[Tensor], tag: int) -> None:
         """Sends tensors, each as soon as the iterable yields it."""
@@ -288,23 +340,20 @@ class GlooLink(Link):
                 works.append(self._group.send([tensor], self._rank, tag))
                 self.bytes_sent += tensor.nbytes
             for work in works:
-                self._wait(work, "take a message")
+                work.wait(self._limit)
 
     def _receive_each(self, tensors: Iterable[Tensor], tag: int) -> Iterator[int]:
         """Receives tensors. Yields the number of received elements."""
         received = 0
         with self._naming_peer():
             for tensor, work in [(tensor, self._group.recv([tensor], self._rank, tag)) for tensor in tensors]:
-                self._wait(work, "say anything")
+                self._listening_since = time.monotonic()
+                work.wait(self._limit)
+                self._listening_since = None
                 self.heard = time.monotonic()
                 self.bytes_received += tensor.nbytes
                 received += tensor.numel()
                 yield received
-
-    def _wait(self, work: dist.Work, what: str) -> None:
-        self._waits[what] = time.monotonic()
-        work.wait(self._limit)
-        del self._waits[what]
 
     @contextmanager
     def _naming_peer(self) -> Iterator[None]:
@@ -317,6 +366,15 @@ class GlooLink(Link):
             raise PeerLostError(
                 f"{self.peer} disappeared: its connection is closed. Last heard of {since(self.heard)}."
             ) from None
+
+
+def progress_limit(timeout: float) -> float:
+    """Returns the limit for waiting for a living peer: 10 times that for silence, and at least ``AT_THE_EDGES``.
+
+    Args:
+        timeout: Seconds of silence after which a peer counts as lost.
+    """
+    return max(10 * timeout, AT_THE_EDGES)
 
 
 def since(heard: float | None) -> str:
@@ -338,13 +396,20 @@ def whole(filled: Filled) -> None:
 
 
 def _parts_of(vector: Tensor, filled: Filled) -> Iterator[Tensor]:
-    """Yields the parts of a vector as soon as they are complete."""
+    """Yields the parts of a vector as soon as they are complete, and a byte: 1 if the vector is complete, else 0.
+
+    All parts of a vector that is cut off are sent, because the receiver waits for them.
+    """
     progress, complete, stop = iter(filled), 0, 0
     for part in torch.split(vector, PART):
         stop += part.numel()
-        while complete < stop:
-            complete = next(progress)
+        while 0 <= complete < stop:
+            try:
+                complete = next(progress)
+            except VectorCutOffError:
+                complete = -1
         yield part
+    yield torch.tensor([complete >= 0], dtype=torch.uint8)
 
 
 class Slot:
@@ -361,9 +426,8 @@ class Slot:
         self._free = threading.Semaphore(1)
 
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Waits for the memory and returns it. A vector of another size or dtype, to be rejected, gets new memory."""
-        if (elements, dtype) != (self._elements, self._dtype):
-            return torch.empty(elements, dtype=dtype)
+        """Waits for the memory and returns it."""
+        assert (elements, dtype) == (self._elements, self._dtype)
         self._free.acquire()
         if self._vector is None:
             self._vector = torch.empty(elements, dtype=dtype)

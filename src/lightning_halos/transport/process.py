@@ -80,6 +80,7 @@ class Process:
         self._topology = topology
         self._groups = groups
         self._timeout = timeout
+        self._form = model.numel(), model.dtype
         self._saves = saves or Saves()
         self._resume = resume
         self._region_host: RegionHost | None = None
@@ -231,13 +232,13 @@ class Process:
 
     def _gloo_link(self, group: ProcessGroup | None, rank: int, peer: str, memory: Memory | None = None) -> GlooLink:
         assert group is not None
-        link = GlooLink(group, rank, peer, self._timeout, memory)
-        self.alarm.links.append(link)
+        link = GlooLink(group, rank, peer, self._timeout, self._form, memory)
+        self.alarm.add(link)
         return link
 
     def _loopback(self, first: str, second: str) -> tuple[LoopbackLink, LoopbackLink]:
         pair = LoopbackLink.pair(first, second)
-        self.alarm.links += pair
+        self.alarm.add(*pair)
         return pair
 
 

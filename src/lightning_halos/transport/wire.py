@@ -1,72 +1,99 @@
-"""Converts messages to bytes and back: JSON for the fields, raw memory for the vector.
+"""Converts messages to bytes and back: MessagePack for the fields, raw memory for the vector.
 
-It does no I/O. It uses no pickle, because unpickling would run code that a peer has chosen.
+It does no I/O. It does not trust its input: every field must have its type and keep its limits. It uses no pickle,
+because unpickling would run code that a peer has chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import operator
+import sys
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import torch
 from torch import Tensor
 
-from lightning_halos.core import messages
-from lightning_halos.core.messages import Message
+from lightning_halos.core.messages import NOT_NEGATIVE, Message
 
-_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (
-        messages.Push,
-        messages.Pull,
-        messages.RegionUpdate,
-        messages.RegionModel,
-        messages.GlobalModel,
-        messages.Progress,
-        messages.Status,
-        messages.LeaseRequest,
-        messages.LeaseGrant,
-        messages.Marker,
-        messages.MarkerReply,
-        messages.ShardWritten,
-        messages.Preempted,
-        messages.Failure,
-    )
-}
+PROTOCOL = 1
+"""Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
+MOST_BYTES = 2**24
+"""Largest number of bytes of a message's fields."""
+
 _DTYPES = [torch.float32, torch.float64]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Text = Annotated[str, msgspec.Meta(max_length=2**20)]
+_Amount = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # not NaN either
+
+
+def _limited(annotation: Any) -> Any:
+    """Adds limits to the annotation of a field: integers must not be negative, nor texts too long."""
+    if annotation in (int, str):
+        return _Count if annotation is int else _Text
+    if get_origin(annotation) is Annotated:
+        assert get_args(annotation) == (float, NOT_NEGATIVE)
+        return _Amount
+    arguments = tuple(map(_limited, get_args(annotation)))
+    if not arguments:
+        return annotation
+    origin = get_origin(annotation)
+    return _union(arguments) if origin in (Union, types.UnionType) else origin[arguments]
+
+
+def _union(members: Iterable[Any]) -> Any:
+    return functools.reduce(operator.or_, members)
+
+
+def _form_of(kind: type) -> type[msgspec.Struct]:
+    """Returns a type with the fields of a kind of message, except the vector, and with its name as a tag."""
+    hints = get_type_hints(kind, include_extras=True)
+    fields = [(field.name, _limited(hints[field.name])) for field in dataclasses.fields(kind) if field.name != "vector"]
+    return msgspec.defstruct(kind.__name__, fields, tag=kind.__name__, forbid_unknown_fields=True, kw_only=True)
+
+
+_FORMS: dict[type, type[msgspec.Struct]] = {kind: _form_of(kind) for kind in get_args(Message)}
+_KINDS: dict[type[msgspec.Struct], type] = {form: kind for kind, form in _FORMS.items()}
+_DECODER: msgspec.msgpack.Decoder[msgspec.Struct] = msgspec.msgpack.Decoder(_union(_KINDS))
 
 
 def encode(message: Message) -> bytes:
-    """Returns the fields of a message, without its vector, as JSON."""
-    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name != "vector"}
-    return json.dumps([type(message).__name__, fields]).encode()
+    """Returns the fields of a message, without its vector."""
+    form = _FORMS[type(message)]
+    return msgspec.msgpack.encode(form(**{name: getattr(message, name) for name in form.__struct_fields__}))
 
 
 def decode(data: bytes, vector: Tensor | None) -> Message:
-    """Returns the message that :func:`encode` encoded, with ``vector`` in it.
+    """Returns the message of :func:`encode`, with its vector.
 
     Raises:
-        ValueError: If ``data`` is not a message.
+        ValueError: If ``data`` is not a message of these fields.
     """
     try:
-        kind, fields = json.loads(data)
-        return _KINDS[kind](**(fields if vector is None else {**fields, "vector": vector}))
-    except (KeyError, TypeError, ValueError) as error:
+        form = _DECODER.decode(data)
+        fields = {name: getattr(form, name) for name in form.__struct_fields__}
+        message: Message = _KINDS[type(form)](**fields, **({} if vector is None else {"vector": vector}))
+        return message
+    except (msgspec.DecodeError, TypeError) as error:
         raise ValueError(
-            f"Not a message: {data[:80]!r}; do all processes run the same version of lightning-halos? ({error!r})"
+            f"Not a message: {data[:80]!r}; do all processes run the same version of lightning-halos? ({error})"
         ) from None
 
 
 def vector_of(message: Message) -> Tensor | None:
-    """Returns the vector of a message, ``None`` if it has none."""
+    """The vector of a message, ``None`` if it has none."""
     return getattr(message, "vector", None)
 
 
 def describe(vector: Tensor | None) -> tuple[int, int]:
-    """Returns the number of elements and the code of the dtype, for the frame that announces a vector."""
-    return (0, 0) if vector is None else (vector.numel(), _DTYPES.index(vector.dtype))
+    """Returns the number of elements and the code of the dtype, as a frame announces them."""
+    return (0, 0) if vector is None else (vector.numel(), code_of(vector.dtype))
 
 
-def dtype_of(code: int) -> torch.dtype:
-    """Returns the dtype for a code of :func:`describe`."""
-    return _DTYPES[code]
+def code_of(dtype: torch.dtype) -> int:
+    """The code of a vector's dtype in a frame."""
+    return _DTYPES.index(dtype)
