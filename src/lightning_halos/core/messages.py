@@ -1,7 +1,7 @@
 """The messages between workers, local servers and the global server.
 
-They are plain data without behaviour. A message has at most one tensor, ``vector``; every other field can be written as
-JSON, so that nothing is pickled.
+They are plain data without behaviour. A message has at most one tensor, ``vector``; every other field is a plain value,
+so that nothing is pickled.
 
 A link keeps the order of its messages. A sender may send a message again if it does not know whether it arrived, so
 messages that must count once have a ``number``: the sender counts them from 1, and the answer has the number of the
