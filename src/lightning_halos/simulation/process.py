@@ -144,7 +144,7 @@ class SimulatedProcess:
         assert self.world is not None
         return self.world.progress()
 
-    def first_round(self) -> WorkerRound:
+    def make_first_round(self) -> WorkerRound:
         """Returns the worker's first round, which begins without a message."""
         if self._running is not None:  # the worker has its round already
             return WorkerRound(self._rank, 1, self._done // self._workers)
@@ -153,7 +153,7 @@ class SimulatedProcess:
             return WorkerRound(self._rank, 1, self._done // self._workers)
         return WorkerRound(self._rank, begun[self._rank].steps, begun[self._rank].position)
 
-    def leases(self, steps_per_epoch: int, done: int = 0) -> Iterator[Lease]:
+    def make_leases(self, steps_per_epoch: int, done: int = 0) -> Iterator[Lease]:
         """Yields the data of the worker's rounds.
 
         Args:

@@ -35,4 +35,4 @@ class SimulationLauncher(MultiProcessingLauncher):
         path = Path(extra["history"])
         events = torch.load(path, weights_only=True)
         shutil.rmtree(path.parent)
-        self._strategy._recall([Event(**event) for event in events], extra["virtual_seconds"])
+        self._strategy.recall([Event(**event) for event in events], extra["virtual_seconds"])

@@ -13,22 +13,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_halos.core.messages import Marker, Push
+from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.vector import ModelVector, Reach
-from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
-from lightning_halos.transport.alarm import Alarm, describe
-from lightning_halos.transport.client import WorkerClient
+from lightning_halos.training.worlds import World
+from lightning_halos.transport.alarm import describe
 from lightning_halos.transport.link import Filled
-from lightning_halos.transport.lockstep import LockstepClient
 
-Keep = Callable[[Marker, dict[str, Any]], None]
-"""Writes a worker's shard, given the marker of the snapshot and the worker's state."""
+Keep = Callable[[Marker, dict[str, Any], Callable[[ShardWritten], None]], None]
+"""Writes a worker's shard, given the marker of the snapshot, the worker's state, and what reports it to rank 0."""
 
 
 class WorkerLoop(Callback):
@@ -39,19 +37,16 @@ class WorkerLoop(Callback):
         vector: Converts between the module and its vector.
         memory: A vector with the module's present values, from which the first round starts. ``None`` if no models are
             exchanged.
-        worker_round: The worker's round.
-        client: The worker's end of the link to its local server.
-        alarm: The alarm to report failures to.
+        world: The world that the worker trains in.
         data: The training data, if the workers share it.
-        clock: In a simulation, on rank 0: returns the virtual time in seconds.
-        keep: Writes this worker's shard of a checkpoint.
-        state: The state to resume from; see :meth:`state`.
-        plateaus: All steps of rank 0's plateau schedulers before that state.
         preemption: Handles SIGTERM.
-        repeats: Whether shards also contain the round, so that it is resumed exactly where it was. This is so in
-            simulations, where the servers wait for it.
+        keep: Writes this worker's shard of a checkpoint.
+        state: The state to resume from; see :meth:`state`. Empty for a new worker.
+        plateaus: All steps of rank 0's plateau schedulers before that state.
 
     Attributes:
+        round: The worker's round.
+        finished: Whether the final model is loaded.
         stopwatch: Measures how long this worker computes.
     """
 
@@ -60,45 +55,38 @@ class WorkerLoop(Callback):
         lightning: TrainerAdapter,
         vector: ModelVector,
         memory: Tensor | None,
-        worker_round: WorkerRound,
-        client: WorkerClient | LockstepClient,
-        alarm: Alarm,
+        world: World,
         data: SharedData | None,
-        clock: Callable[[], float] | None,
+        preemption: Preemption,
         keep: Keep,
         state: Mapping[str, Any],
         plateaus: Sequence[tuple[int, float]],
-        preemption: Preemption,
-        repeats: bool,
     ) -> None:
-        self.round = worker_round
+        self.round = world.first_round
         self.finished = False
-        self.vector = vector
-        self._memory = memory
-        self._client = client
-        self._alarm = alarm
+        self._vector = vector
+        self._schedulers = lightning.schedulers
+        self._memory = memory if state.get("memory") is None else state["memory"]
+        self._world = world
         self._lightning = lightning
         self._trainer = lightning.trainer
         self._decides = lightning.trainer.is_global_zero
         self._steps_before = 0
         self._data = data
-        self._clock = clock
-        self.schedulers = lightning.schedulers
         self._keep = keep
         self._preemption = preemption
-        self._repeats = repeats
         self._random: dict[str, Any] | None = None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
-            self.schedulers.load_state_dict(state["schedulers"])
-            self._plateaus = plateaus[len(self.schedulers.history) :]
-        if isinstance(client, WorkerClient):
-            client.keep = self._keep_state
+            self._schedulers.load_state_dict(state["schedulers"])
+            self._plateaus = plateaus[len(self._schedulers.history) :]
+        if world.keeper is not None:
+            world.keeper.on_marker(self._keep_state)
         if "round" in state:
             self.round.load_state_dict(state["round"])
         else:
-            self._pull(worker_round.position, [])
+            self._pull(self.round.position, [])
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,13 +95,13 @@ class WorkerLoop(Callback):
 
     def check(self) -> None:
         """Raises an exception that must end this process now: a failure, or a preemption after everything is saved."""
-        self._alarm.check()
+        self._world.alarm.check()
         self._preemption.check()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.check()
         self._steps_before = trainer.global_step
-        self.schedulers.before_batch(self.round.batches)
+        self._schedulers.before_batch(self.round.batches)
         self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -125,7 +113,7 @@ class WorkerLoop(Callback):
             self._data.count_batch(self._lightning.ends_epoch)
         stepped = trainer.global_step - self._steps_before
         self.round.compute(stepped, seconds)
-        if self._repeats and self._decides:
+        if self._world.repeats_rounds and self._decides:
             self._random = random_state()
         if self._lightning.wants_to_stop:
             self.finish(stop=True)
@@ -154,7 +142,7 @@ class WorkerLoop(Callback):
             self.finish(stop=self._lightning.wants_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._alarm.raised(describe(exception))
+        self._world.alarm.raised(describe(exception))
 
     def finish(self, stop: bool) -> None:
         """Pushes the last round, waits for the final global model, and loads it.
@@ -177,23 +165,18 @@ class WorkerLoop(Callback):
             self._exchange(push, _filled)
 
     def _finish(self, push: Push, fill: Callable[[Reach], object]) -> None:
-        final, filled = self._client.finish(push, fill)
+        final, filled = self._world.client.finish(push, fill)
         if final.vector is not None:
-            self.vector.write(final.vector, filled)
-        self._alarm.off()
+            self._vector.write(final.vector, filled)
+        self._world.alarm.off()
         self.finished = True
         self._pull(final.position, [])
         self._lightning.finish(final.position, final.stopped)
 
-    @property
-    def data_identity(self) -> dict[str, int | None] | None:
-        """Identity of the shared training data; ``None`` if the workers do not share data."""
-        return None if self._data is None else self._data.identity
-
     def own_state(self) -> dict[str, Any]:
         """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""
         state = self._position()
-        if self._repeats:
+        if self._world.repeats_rounds:
             used = 0 if self._data is None else self._data.used_steps
             state |= {"round": self.round.state_dict(), "used": used, "memory": to_host(self._memory)}
         return state
@@ -204,7 +187,7 @@ class WorkerLoop(Callback):
 
     def _position(self) -> dict[str, Any]:
         return {
-            "schedulers": self.schedulers.state_dict(),
+            "schedulers": self._schedulers.state_dict(),
             "random": random_state(),
             "ends_epoch": self._lightning.ends_epoch,
         }
@@ -215,8 +198,8 @@ class WorkerLoop(Callback):
             self.round.compute(0, self.stopwatch.drain())
 
     def _log_time(self) -> None:
-        if self._clock is not None:
-            self._trainer.lightning_module.log("virtual_seconds", self._clock(), rank_zero_only=True)
+        if self._world.clock is not None:
+            self._trainer.lightning_module.log("virtual_seconds", self._world.clock(), rank_zero_only=True)
 
     def _next_round(self) -> None:
         self._end_round()
@@ -229,7 +212,7 @@ class WorkerLoop(Callback):
 
     def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
         posted = self.stopwatch.now()
-        pull, filled = self._client.exchange(push, fill)
+        pull, filled = self._world.client.exchange(push, fill)
         if pull.vector is not None:
             self._load(pull.vector, filled)
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
@@ -246,19 +229,20 @@ class WorkerLoop(Callback):
 
     def _pull(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
         missed, self._plateaus = self._plateaus, []
-        self.schedulers.pull(position, [*missed, *plateaus])
+        self._schedulers.pull(position, [*missed, *plateaus])
 
     def _keep_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
         if self._decides:  # it wrote its state when it started the snapshot
             return
         state = self.state()
-        if self._repeats:
+        if self._world.repeats_rounds:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
-        self._keep(marker, state)
+        assert self._world.keeper is not None
+        self._keep(marker, state, self._world.keeper.tell)
 
     def _refuse_newly_trainable(self) -> None:
-        if names := self.vector.newly_trainable(self._trainer.lightning_module):
+        if names := self._vector.newly_trainable(self._trainer.lightning_module):
             raise RuntimeError(
                 f"Parameters became trainable during training, so they are not sent: {', '.join(names[:5])}. Make them"
                 " trainable before trainer.fit() starts, or unfreeze them with a callback that inherits from"
@@ -267,18 +251,18 @@ class WorkerLoop(Callback):
 
     def _fill(self, reach: Reach) -> None:
         assert self._memory is not None
-        self.vector.pseudo_gradient_(self._memory, reach)
+        self._vector.pseudo_gradient_(self._memory, reach)
 
     def _load(self, model: Tensor, filled: Filled) -> None:
         self._memory = model
-        self.vector.write(self._memory, filled)
-        if not self.vector.lossless:
-            self.vector.read(self._memory)
+        self._vector.write(self._memory, filled)
+        if not self._vector.lossless:
+            self._vector.read(self._memory)
 
     @property
     def _ends_rounds_early(self) -> bool:
         """Whether to end a round early, because a snapshot waits for it. Rounds of a simulation are planned."""
-        return self._preemption.is_due and not self._repeats
+        return self._preemption.is_due and not self._world.repeats_rounds
 
 
 def _filled(reach: Reach) -> None:

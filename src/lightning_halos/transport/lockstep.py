@@ -1,14 +1,12 @@
 """Synchronous rounds in real processes: collectives over all workers instead of servers and links.
 
 Nothing is decided here: each process has a replica of :class:`~lightning_halos.core.synchronous_node.SynchronousNode`,
-and the collectives give all replicas the same pushes. :class:`LockstepProcess` has the interface of
-:class:`~lightning_halos.transport.process.Process`.
+and the collectives give all replicas the same pushes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Reach, nobody
-from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.link import Filled
 
@@ -113,48 +110,3 @@ class LockstepClient:
         self.published = ([], metrics)
         self.node.publish(plateaus, metrics)
         return self.node.finish_round(pushes, mean).get(self._rank)
-
-
-class LockstepProcess:
-    """The interface of :class:`~lightning_halos.transport.process.Process` for a fit with synchronous rounds.
-
-    Args:
-        here: Name of this process, for error messages.
-        client: The worker's end.
-        has_global_model: Whether this process validates the global model.
-
-    Attributes:
-        alarm: The alarm to report failures to.
-        client: The worker's end.
-        has_global_model: Whether this process validates the global model.
-    """
-
-    def __init__(self, here: str, client: LockstepClient, has_global_model: bool) -> None:
-        self.alarm = Alarm(here)
-        self.client = client
-        self.has_global_model = has_global_model
-
-    @property
-    def version(self) -> int:
-        """Number of rounds in the global model."""
-        return self.client.node.version
-
-    @property
-    def steps(self) -> int:
-        """Local steps that all workers together have finished."""
-        return self.client.node.budget.total
-
-    def read(self, out: Tensor) -> None:
-        """Copies the global model into the vector ``out``."""
-        out.copy_(self.client.model)
-
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Sends plateau steps and metrics to all workers in the next round."""
-        self.client.published = ([*self.client.published[0], *plateaus], metrics)
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """Returns no counters, because there are no local servers."""
-        return []
-
-    def close(self, timeout: float) -> None:
-        """Does nothing, because there are no links."""

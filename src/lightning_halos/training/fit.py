@@ -1,0 +1,203 @@
+"""One fit of one process: everything that exists only while training, made together at its start.
+
+The strategy keeps what outlives a fit. What a worker does in a batch is in ``worker_loop``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_halos.training.compat import show_metrics
+from lightning_halos.training.preemption import Preemption
+from lightning_halos.training.start import Start
+from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
+from lightning_halos.training.worker_loop import Keep, WorkerLoop
+from lightning_halos.training.worker_state import set_random_state
+from lightning_halos.training.worlds import World
+from lightning_halos.transport.collectives import is_broadcastable
+
+
+class Fit:
+    """One fit.
+
+    Args:
+        start: What it starts from.
+        world: The world that the worker trains in.
+        grace_time: Seconds after SIGTERM that saving a checkpoint may take.
+        keep: Writes this worker's shard of a save.
+
+    Attributes:
+        start: What it starts from.
+        world: The world that the worker trains in.
+        lightning: The Trainer, as it follows the run.
+        loop: The worker's rounds.
+        preemption: What is done about SIGTERM.
+        worker_model: This worker's own model, while the module holds the global one.
+        is_training: Whether workers are on their own: from the end of :meth:`begin` until :meth:`stop`.
+        is_over: Whether the world has ended.
+    """
+
+    def __init__(self, start: Start, world: World, grace_time: float, keep: Keep) -> None:
+        trainer, data, resume = start.trainer, start.data, start.resume
+        self.start = start
+        self.world = world
+        self.worker_model: Tensor | None = None
+        self.is_training = self.is_over = self._is_restored = False
+        self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
+        self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
+        self.loop = WorkerLoop(
+            self.lightning,
+            start.vector,
+            start.memory,
+            world,
+            data,
+            self.preemption,
+            keep,
+            start.worker_state,
+            [] if resume is None else resume.manifest.plateaus,
+        )
+        if resume is not None:
+            show_metrics(trainer, resume.manifest.metrics)
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        return self.start.trainer
+
+    def begin(self) -> None:
+        """Lets all workers begin, when all of them are ready."""
+        self.lightning.install(self.loop)
+        self.start.site.collectives.barrier()
+        self.is_training = True
+        self.loop.take_up()
+        # To begin an epoch's data draws a random number: after this state, if it was kept at the end of one.
+        state, data = self.start.worker_state, self.start.data
+        if state.get("ends_epoch"):
+            set_random_state(state["random"])
+        if data is not None:
+            data.start(self.loop.stopwatch.excluding(self.world.leases))
+        if "random" in state and not state.get("ends_epoch"):
+            set_random_state(state["random"])
+        self.loop.stopwatch.restart()
+
+    def stop(self) -> None:
+        """Gives the Trainer back, and tells all workers what rank 0 decided, when all of them are in step again."""
+        self.is_training = False
+        self.restore()
+        self._share_decisions()
+
+    def restore(self) -> None:
+        """Gives back every attribute of the Trainer that training needed otherwise, once."""
+        if self._is_restored:
+            return
+        self._is_restored = True
+        self.lightning.restore()
+        if self.start.data is not None:
+            self.start.data.detach()
+
+    def close(self, timeout: float) -> None:
+        """Ends the world.
+
+        Args:
+            timeout: Seconds to wait for the goodbyes of the peers.
+        """
+        self.is_training = False
+        self.preemption.release()
+        self.worker_model = None
+        if not self.is_over:
+            self.is_over = True
+            self.world.close(timeout)
+
+    def check(self) -> None:
+        """Raises what must end this process now; see the strategy's method."""
+        if not self.is_over:
+            self.loop.check()
+
+    def check_waiting(self) -> None:
+        """The same, while the main thread waits for others."""
+        if self.is_training and not self.world.repeats_rounds:
+            self.preemption.check()
+        else:  # a simulation saves at the end of rank 0's round, and not while that waits
+            self.preemption.end_if_late()
+
+    def raise_failure(self) -> None:
+        """Raises why the run has failed, unless the Trainer is handling that already."""
+        if not self.is_over and self.trainer.state.status != TrainerStatus.INTERRUPTED:
+            self.world.alarm.check(wait=True)
+
+    # ------------------------------------------------------------------ the global model
+
+    @property
+    def has_two_models(self) -> bool:
+        """Whether this is rank 0, and its worker's model and the global model are different ones now."""
+        return self.is_training and self.world.has_global_model and not self.loop.finished
+
+    @contextmanager
+    def global_model(self) -> Iterator[None]:
+        """Makes the module hold the global model in a ``with`` block; see the strategy's method."""
+        if not self.has_two_models or self.worker_model is not None:
+            yield
+            return
+        self.put_global_model_in()
+        try:
+            yield
+        finally:
+            self.put_worker_model_back()
+
+    def put_global_model_in(self) -> None:
+        """Makes the module hold the global model. Until the worker's is back, time does not count as computing."""
+        self.loop.stopwatch.pause()
+        vector = self.start.vector
+        self.worker_model = vector.read(vector.new())
+        vector.write(self._read_global_model())
+
+    def put_worker_model_back(self) -> None:
+        """Makes the module hold the worker's model again."""
+        assert self.worker_model is not None
+        self.start.vector.write(self.worker_model)
+        self.worker_model = None
+        self.loop.stopwatch.resume()
+
+    def global_parts(self, module: pl.LightningModule) -> dict[str, Tensor]:
+        """Returns the global model's parameters and buffers by name, as far as they travel."""
+        return self.start.vector.named_parts(module, self._read_global_model())
+
+    def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
+        """Tells all workers rank 0's metrics, and what its plateau schedulers were stepped with."""
+        metrics = self.trainer.callback_metrics
+        self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()})
+
+    def _read_global_model(self) -> Tensor:
+        vector = self.start.vector
+        if self.start.algorithm.averages_gradients:  # so all workers have the global model
+            return vector.read(vector.new())
+        model = vector.new()
+        self.world.read(model)
+        return model
+
+    def _share_decisions(self) -> None:
+        """Makes known what rank 0 decided: trainer.test(ckpt_path="best") means the same file on all ranks."""
+        collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.rank
+        schedulers.plateaus()
+        schedulers.catch_up(collectives.broadcast_object(schedulers.history))
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        show_metrics(self.trainer, collectives.broadcast_object(metrics))
+        deciding = {c.state_key: c for c in callbacks_of(self.trainer) if decides(c)}
+        states: dict[str, Any] = {}
+        if rank == 0:
+            states = {key: callback.state_dict() for key, callback in deciding.items()}
+            for key in [key for key, state in states.items() if not is_broadcastable(state)]:
+                rank_zero_warn(
+                    f"The state of the callback {key} stays on rank 0: it cannot be sent without pickling it."
+                )
+                del states[key]
+        states = collectives.broadcast_object(states)
+        if rank > 0:
+            for key in states.keys() & deciding.keys():
+                deciding[key].load_state_dict(states[key])

@@ -1,0 +1,132 @@
+"""Reads the shards of a checkpoint: what each process goes on from, also with other workers, servers or data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_halos.checkpoint.errors import CheckpointError
+from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
+from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
+from lightning_halos.training.site import Site
+from lightning_halos.training.worker_state import forget_optimizers, put_worker_state, take_part_again
+
+
+def load(
+    site: Site, run: str, has_server_shards: bool, path: Path, checkpoint: dict[str, Any], max_epochs: int | None
+) -> tuple[dict[str, Any], Resume | None]:
+    """Reads the shards that belong to a ``.ckpt`` file, when all workers are in step.
+
+    Args:
+        site: This process among the others.
+        run: What the manifest of this run says; shards of others are not used.
+        has_server_shards: Whether local servers have shards of their own. In a simulation the world has them all.
+        path: The file.
+        checkpoint: Its content.
+        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
+
+    Returns:
+        The content for this process, in which what is this worker's own is in the place of rank 0's; and what the next
+        fit goes on from, ``None`` if that is the content alone.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or damaged; on all ranks.
+    """
+    collectives = site.collectives
+    saves = collectives.gather_texts(_save_of(checkpoint))
+    if len(set(saves)) > 1:
+        raise CheckpointError(f"{path} is not the same file for all ranks: copy one to all machines.")
+    if not saves[0]:
+        return checkpoint, None
+    found, reason = None, ""
+    if site.rank == 0:
+        try:
+            found = find(path, saves[0])
+        except CheckpointError as error:
+            reason = str(error)
+    text = "" if found is None else (found.folder / NAME).read_text()
+    where = [reason, "" if found is None else str(found.folder), text]
+    reason, folder, text = collectives.broadcast_object(where)
+    if reason:
+        raise CheckpointError(reason)
+    if not folder:
+        rank_zero_warn(
+            f"{path} has no folder of shards beside it: the servers and the other workers' optimizers begin anew,"
+            " from the global model."
+        )
+        return checkpoint, None
+    found = CompleteCheckpoint(Path(folder), Manifest.read(text, Path(folder) / NAME))
+    reason, resume = "", None
+    try:
+        resume = _read(site, run, has_server_shards, found)
+    except CheckpointError as error:
+        reason = str(error)
+    if reasons := [text for text in collectives.gather_texts(reason) if text]:
+        raise CheckpointError(" ".join(dict.fromkeys(reasons)))
+    if resume is not None and found.manifest.data_remains(max_epochs):
+        take_part_again(checkpoint, max_epochs)
+    if resume is not None and site.rank > 0:
+        if resume.worker:
+            put_worker_state(checkpoint, resume.worker, max_epochs)
+        elif site.rank >= found.manifest.workers:
+            forget_optimizers(checkpoint)
+    return checkpoint, resume
+
+
+def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoint) -> Resume | None:
+    """Reads what is this process's."""
+    rank, manifest, groups = site.rank, found.manifest, [list(group.ranks) for group in site.topology.groups]
+    if manifest.algorithm != run:
+        rank_zero_warn(
+            f"{found.folder} was saved with {manifest.algorithm}, and this is {run}: only the"
+            " global model and rank 0's optimizer are used."
+        )
+        return None
+    resume = Resume(manifest, fits=manifest.groups == groups)
+    if not has_server_shards and not resume.fits:
+        rank_zero_warn(
+            f"{found.folder} was saved in a cluster of the workers {manifest.groups}, by local server, and now"
+            f" there are {groups}: only the global model and rank 0's optimizer are used."
+        )
+        return None
+    if resume.fits:
+        resume.worker = found.read(worker_shard(rank))
+        group = site.topology.group_of(rank)
+        if rank == group.leader and has_server_shards:
+            resume.server = found.read(server_shard(group.index))
+        if rank == 0:
+            resume.globals = found.read(GLOBAL)
+        return resume
+    # Where machines do not share a disk, some of the old shards may be out of reach.
+    if found.has(worker_shard(rank)):
+        resume.worker = found.read(worker_shard(rank))
+    if rank == 0:
+        resume.globals = found.read(GLOBAL)
+        names = {index: server_shard(index) for index in range(len(manifest.groups))}
+        resume.servers = {i: found.read(name) for i, name in names.items() if found.has(name)}
+        _warn(found, resume, groups)
+    return resume
+
+
+def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]]) -> None:
+    """Says what could not be kept, since there are other workers or servers now."""
+    manifest, size = resume.manifest, sum(map(len, groups))
+    lost = ["the local servers' momentum"]
+    if manifest.workers < size:
+        lost.append(f"anything of the {size - manifest.workers} new worker(s), which begin afresh")
+    if manifest.workers > size:
+        gone = manifest.workers - size
+        lost.append(f"the optimizers of the last {gone} worker(s)")
+    if missing := sorted(set(range(len(manifest.groups))) - resume.servers.keys()):
+        lost.append(f"what the local servers {missing} had not sent, whose shards are not in {found.folder}")
+    rank_zero_warn(
+        f"The checkpoint was saved with the workers {manifest.groups}, by local server, and now there are"
+        f" {groups}: the global model, its server's momentum and the position in the data are kept; not"
+        f" kept: {'; '.join(lost)}."
+    )
+
+
+def _save_of(checkpoint: dict[str, Any]) -> str:
+    return str(checkpoint.get(KEY, {}).get("save", ""))

@@ -1,0 +1,25 @@
+"""The worlds that workers train in, behind one protocol: real links, lock-step rounds, and a virtual clock."""
+
+from __future__ import annotations
+
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.training.start import Start
+from lightning_halos.training.worlds.lockstep import LockstepWorld
+from lightning_halos.training.worlds.protocol import Keeper, World
+from lightning_halos.training.worlds.real import RealWorld
+from lightning_halos.training.worlds.simulated import SimulatedWorld
+
+__all__ = ["Keeper", "SimulatedWorld", "World", "make_world"]
+
+
+def make_world(start: Start, cluster: SimulatedCluster | None) -> World:
+    """Makes the world of a fit.
+
+    Args:
+        start: What the fit starts from.
+        cluster: The cluster to simulate; ``None`` for a real run.
+    """
+    if cluster is not None:
+        return SimulatedWorld(start, cluster)
+    return RealWorld(start) if isinstance(start.algorithm, ServerAlgorithm) else LockstepWorld(start)

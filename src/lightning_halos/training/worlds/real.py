@@ -1,0 +1,121 @@
+"""The real world of algorithms with servers: links between processes, and servers in threads beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_halos.checkpoint.resume import Resume
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.cursor import DataCursor, Lease, Spans
+from lightning_halos.core.messages import Marker, Push, RegionUpdate, ShardWritten
+from lightning_halos.core.servers import unsent
+from lightning_halos.core.worker import WorkerRound
+from lightning_halos.training.start import Start
+from lightning_halos.training.worlds.protocol import Keeper
+from lightning_halos.transport.process import Process
+
+
+class RealWorld(Process):
+    """This process's servers and links.
+
+    Args:
+        start: What the fit starts from. Its memory and module get the model that the fit goes on from.
+    """
+
+    repeats_rounds = False
+    clock = None
+
+    def __init__(self, start: Start) -> None:
+        site, algorithm, memory, data, resume = start.site, start.algorithm, start.memory, start.data, start.resume
+        assert isinstance(algorithm, ServerAlgorithm)
+        assert memory is not None
+        budget, done = start.budget, start.done()
+        if resume is not None:
+            if not resume.fits and site.rank == 0:
+                servers = len(site.topology.groups)
+                rebuild(resume, memory, start.vector.shapes, algorithm, servers, budget.total)
+            _share_model(start, memory, resume)
+        super().__init__(
+            site.rank,
+            site.topology,
+            site.groups,
+            algorithm,
+            memory,
+            start.vector.shapes,
+            budget,
+            None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done)),
+            site.timeout,
+            site.interrupted,
+            start.saves,
+            done,
+            resume,
+        )
+        local_steps = algorithm.planner(site.size, budget.max_steps).local_steps(site.rank, budget.total)
+        position = start.trainer.global_step if resume is None else budget.position
+        self.first_round = WorkerRound(site.rank, local_steps, position)
+        self.leases: Iterator[Lease] = self.client.leases()
+
+    @property
+    def keeper(self) -> Keeper:
+        return self
+
+    def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
+        self.client.keep = keep
+
+    def tell(self, message: ShardWritten) -> None:
+        self.client.tell(message)
+
+
+def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
+    """Gives the workers the model that they go on from: that of their server, or the global one if that is new."""
+    if resume.server is not None:
+        memory.copy_(resume.server["server"]["model"])
+    if resume.fits:
+        start.site.broadcast_from_leader_(memory)
+    else:
+        start.site.collectives.broadcast_([memory])
+    start.vector.write(memory)
+    if not start.vector.lossless:
+        start.vector.read(memory)
+
+
+def rebuild(
+    resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], algorithm: ServerAlgorithm, servers: int, total: int
+) -> None:
+    """Ends the old servers as at the end of a fit, on rank 0, so that new ones can begin from the global model.
+
+    What was on its way to the global server, and what the local servers had not sent yet, goes into the global model.
+
+    Args:
+        resume: What to go on from. Its global state becomes that after the end, its server state that of the
+            only server, if there was one.
+        memory: Becomes the global model.
+        shapes: Shapes of the parameters in it.
+        algorithm: The algorithm.
+        servers: Number of local servers of the new run.
+        total: Local steps that the new run begins with.
+    """
+    assert resume.globals is not None
+    had_one, has_one = len(resume.manifest.groups) == 1, servers == 1
+    fresh: dict[str, Any] = {"server": None, "applied": total, "updates": [], "received": {}, "counters": {}}
+    if had_one:
+        only = resume.servers[0]
+        memory.copy_(only["server"]["model"])
+        if has_one:
+            resume.server = {**only, "server": {**only["server"], "steps": 0}}
+        resume.globals = fresh if has_one else None
+        return
+    server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), shapes)
+    assert server is not None
+    server.load_state_dict(resume.globals["server"])
+    for update in resume.globals["updates"]:
+        server.receive(RegionUpdate(**update))
+    for index, state in resume.servers.items():
+        if (update := unsent(index, state["server"])).steps:
+            server.receive(update)
+    memory.copy_(server.model)
+    resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}
