@@ -1,7 +1,7 @@
-"""Random runs of nodes with faults, under a virtual clock: ``python -m lightning_halos.simulation.chaos``.
+"""Random runs of nodes with faults, under a virtual clock: ``python -m tests.chaos``.
 
 Real nodes with small real servers exchange messages over links that delay and repeat them; workers and servers are lost
-and restarted. After every event a :class:`~lightning_halos.simulation.ledger.Ledger` checks the nodes. Everything is
+and restarted. After every event a :class:`~tests.chaos.ledger.Ledger` checks the nodes. Everything is
 derived from the seed, and nothing from the wall clock, so that a failed run can be repeated.
 """
 
@@ -41,7 +41,7 @@ from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.simulation.ledger import (
+from tests.chaos.ledger import (
     PARAMETERS,
     Data,
     InvariantError,
@@ -624,7 +624,7 @@ def fault_of(seed: int, trace: Callable[[str], object] | None = None) -> str | N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs scenarios and prints the seeds that fail. Returns 1 if any does."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_halos.simulation.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, help="number of runs, with a seed each")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first run; the others' follow")
     parser.add_argument("--verbose", action="store_true", help="print every event")
@@ -643,7 +643,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _completed(sends: list[Send]) -> list[tuple[int, Message]]:
     return [(send.to, send.complete()) for send in sends]  # type: ignore[misc]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

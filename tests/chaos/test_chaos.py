@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from lightning_halos.core.servers import LocalServer
-from lightning_halos.simulation import chaos
+from tests.chaos import runs as chaos
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_300_random_runs_with_faults_keep_every_promise() -> None:
     failed = {seed: fault for seed in range(300) if (fault := chaos.fault_of(seed)) is not None}
-    assert not failed, "see one with: python -m lightning_halos.simulation.chaos --runs 1 --verbose --seed SEED"
+    assert not failed, "see one with: python -m tests.chaos --runs 1 --verbose --seed SEED"
 
 
 def test_they_cover_what_can_happen() -> None:
