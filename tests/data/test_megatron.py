@@ -235,11 +235,11 @@ class TestErrors:
     def test_sequences_too_short_for_the_context(self, prefix: Path) -> None:
         self.refused(prefix, ValueError, "10 sequence(s) of 17 tokens", "Use context=16 or less", context=17)
         write(prefix, documents())
-        self.refused(prefix, ValueError, "176 tokens in all", "Use context=175 or less", context=176)
+        self.refused(prefix, ValueError, "holds 176 tokens", "Use context=175 or less", context=176)
 
     @pytest.mark.parametrize("context", [0, -1, 2.0, True])
     def test_context(self, prefix: Path, context: Any) -> None:
-        with pytest.raises(ValueError, match=f"context={context!r} must be a positive number of tokens"):
+        with pytest.raises(ValueError, match=f"context={context!r} must be a whole number of at least 1"):
             IndexedTokens(prefix, context)
 
 

@@ -83,7 +83,7 @@ class TestMegatron:
         ("name", "value"), [("context", 0), ("batch_size", 0), ("val_sequences", -1), ("num_workers", 1.5)]
     )
     def test_wrong_values(self, numbered: str, name: str, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"{name}={value} must be an integer of at least"):
+        with pytest.raises(ValueError, match=f"{name}={value} must be a whole number of at least"):
             MegatronDataModule(numbered, **{name: value})
 
     def test_too_many_sequences_for_validation(self, numbered: str) -> None:

@@ -189,7 +189,7 @@ class TestErrors:
             (["none.yaml"], "none.yaml"),
             (["--random-cluster", "2"], "--random-cluster 2 must be RxW, regions and workers per region, such as 4x4"),
             (["--random-cluster", "0x2"], "regions=0 must be a whole number of at least 1"),
-            (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be at least 0"),
+            (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
             ([PAPER, "--hours", "0"], "hours=0.0 must be a positive number of hours"),
             ([PAPER, "--local-steps", "0"], "local_steps=0 must be"),
             ([PAPER, "--servers-per-region", "9"], "servers_per_region=9 is more than the 4 worker(s)"),

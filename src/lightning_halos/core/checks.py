@@ -8,14 +8,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 
-def check_count(name: str, value: Any) -> None:
-    """Checks that a value is a whole number of at least 1.
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Checks that a value is a whole number of at least ``least``.
 
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
 
 def check_seconds(name: str, value: Any) -> None:

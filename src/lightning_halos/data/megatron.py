@@ -11,34 +11,31 @@ boundaries D (8 bytes each), the sequences' lengths in tokens (S times 4 bytes),
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
 import re
 import struct
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_halos.core.checks import check_count
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_BYTES_PER_SEQUENCE = 4 + 8
-_BYTES_PER_BOUNDARY = 8
 _DTYPES = {
     code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))
 }
-_FLOATS = (6, 7)  # libraries disagree about which of them has 4 bytes and which has 8
 _LFS_POINTER = b"version https://git-lfs.github.com"  # first bytes of the pointer that replaces a file in Git LFS
-_CHUNK = 1 << 20  # numbers of the index that are processed at a time
 
 
 class IndexedTokens(Dataset[Tensor]):
@@ -70,8 +67,7 @@ class IndexedTokens(Dataset[Tensor]):
     """
 
     def __init__(self, prefix: str | Path, context: int, as_stored: bool = False) -> None:
-        if not isinstance(context, int) or isinstance(context, bool) or context < 1:
-            raise ValueError(f"context={context!r} must be a positive number of tokens.")
+        check_count("context", context)
         self._arguments = (prefix, context, as_stored)
         self._context = context
         path = without_suffix(Path(prefix))
@@ -81,9 +77,7 @@ class IndexedTokens(Dataset[Tensor]):
         self._row = index.length or index.tokens
         self._pieces = (self._row - 1) // context
         if not self._pieces:
-            what = (
-                f"{index.sequences} sequence(s) of {self._row} tokens" if index.length else f"{self._row} tokens in all"
-            )
+            what = f"{index.sequences} sequence(s) of {self._row} tokens" if index.length else f"{self._row} tokens"
             raise ValueError(
                 f"{path}.idx holds {what}, too short for context={context}, which takes {context + 1}."
                 f" Use context={self._row - 1} or less."
@@ -113,39 +107,22 @@ class IndexedTokens(Dataset[Tensor]):
         """The bytes of the sequences that begin at the given bytes, even if shards are cut inside a sequence."""
         if not self._shards:
             self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
-        shards = np.searchsorted(self._starts, firsts, "right") - 1
-        size = (self._context + 1) * self.dtype.itemsize
-        if shards.min() == shards.max():  # the usual case, which saves a copy
-            begins, data = firsts - self._starts[shards[0]], self._shards[shards[0]]
-            if begins.max() + size <= len(data):
-                rows: NDArray[np.uint8] = sliding_window_view(data, size)[begins]
-                return rows
-        read = np.empty((len(firsts), size), np.uint8)
-        for shard in np.unique(shards):
-            chosen = np.flatnonzero(shards == shard)
-            begins, data = firsts[chosen] - self._starts[shard], self._shards[shard]
-            fits = begins + size <= len(data)
-            if fits.any():
-                read[chosen[fits]] = sliding_window_view(data, size)[begins[fits]]
-            for row in chosen[~fits]:
-                read[row] = self._join(int(firsts[row]), size)
-        return read
-
-    def _join(self, first: int, size: int) -> NDArray[np.uint8]:
-        """Joins ``size`` bytes that begin at ``first`` and span several shards."""
-        shard, parts = int(np.searchsorted(self._starts, first, "right")) - 1, []
-        while size > 0:
-            begin = first - self._starts[shard]
-            parts.append(self._shards[shard][begin : begin + size])
-            first, size, shard = first + len(parts[-1]), size - len(parts[-1]), shard + 1
-        return np.concatenate(parts)
+        rows = np.empty((len(firsts), (self._context + 1) * self.dtype.itemsize), np.uint8)
+        for row, first in zip(rows, firsts.tolist(), strict=True):
+            shard = bisect.bisect(self._starts, first) - 1
+            while len(row):
+                begin = first - self._starts[shard]
+                part = self._shards[shard][begin : begin + len(row)]
+                row[: len(part)] = part
+                row, first, shard = row[len(part) :], first + len(part), shard + 1
+        return rows
 
 
 class IndexedTokensWriter:
     """Writes a corpus of tokens in Megatron's format, sequence by sequence; a context manager.
 
     The files get their names when everything is written, the index last. If an exception leaves the context, no file
-    remains. Memory: 4 bytes per sequence.
+    remains. Memory: 24 bytes per sequence while the index is written, 4 bytes before.
 
     Args:
         prefix: The files' path without ``.idx`` and ``.bin``. Existing files are replaced.
@@ -214,16 +191,13 @@ class IndexedTokensWriter:
 
     def _write_index(self, file: Any) -> None:
         count, code = len(self._sizes), {dtype: code for code, dtype in _DTYPES.items()}[self._dtype]
+        sizes = np.array(self._sizes, "<i4")
+        begins = np.zeros(count, "<i8")
+        np.cumsum(sizes[:-1], out=begins[1:])
+        begins *= self._dtype.itemsize
         file.write(_HEADER.pack(_MAGIC, _VERSION, code, count, count + 1))
-        sizes = np.frombuffer(self._sizes, np.int32) if count else np.empty(0, np.int32)
-        file.write(sizes.astype("<i4").data)
-        begin = 0
-        for chunk in _chunks(sizes):
-            ends = begin + np.cumsum(chunk, dtype=np.int64) * self._dtype.itemsize
-            file.write(np.concatenate([[begin], ends[:-1]]).astype("<i8").data)
-            begin = int(ends[-1])
-        for first in range(0, count + 1, _CHUNK):
-            file.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").data)
+        for numbers in (sizes, begins, np.arange(count + 1, dtype="<i8")):
+            file.write(numbers.data)
 
     @staticmethod
     def _finish(file: Any) -> None:
@@ -236,21 +210,13 @@ def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-@dataclass(frozen=True)
-class _Index:
-    """The contents of an ``.idx`` file.
-
-    Attributes:
-        dtype: Data type of the tokens.
-        sequences: Number of sequences.
-        tokens: Number of tokens of all sequences.
-        length: Length of every sequence, ``None`` if the lengths differ.
-    """
+class _Index(NamedTuple):
+    """The contents of an ``.idx`` file."""
 
     dtype: np.dtype[Any]
     sequences: int
-    tokens: int
-    length: int | None
+    tokens: int  # of all sequences
+    length: int | None  # of every sequence; ``None`` if the lengths differ
 
 
 def _read_index(prefix: Path) -> _Index:
@@ -276,9 +242,9 @@ def _read_index(prefix: Path) -> _Index:
     if version != _VERSION:
         raise ValueError(f"{path} has version {version} of the format; only version {_VERSION} is supported.")
     if code not in _DTYPES:
-        what = "a floating-point type, but tokens are integers" if code in _FLOATS else "unknown"
+        what = "a floating-point type, but tokens are integers" if code in (6, 7) else "unknown"
         raise ValueError(f"{path} has data type {code}, which is {what}. Known: {', '.join(map(str, _DTYPES))}.")
-    expected = _HEADER.size + _BYTES_PER_SEQUENCE * sequences + _BYTES_PER_BOUNDARY * boundaries
+    expected = _HEADER.size + (4 + 8) * sequences + 8 * boundaries
     if size != expected:
         raise ValueError(
             f"{path} has {size} bytes, but its header ({sequences} sequences) promises {expected}: it is truncated or"
@@ -288,9 +254,7 @@ def _read_index(prefix: Path) -> _Index:
         raise ValueError(f"{path} contains no sequence.")
     dtype = _DTYPES[code]
     sizes = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
-    summaries = [(int(chunk.min()), int(chunk.max()), int(chunk.sum(dtype=np.int64))) for chunk in _chunks(sizes)]
-    least, most, sums = zip(*summaries, strict=True)
-    shortest, longest, tokens = min(least), max(most), sum(sums)
+    shortest, longest, tokens = int(sizes.min()), int(sizes.max()), int(sizes.sum(dtype=np.int64))
     begins = np.memmap(path, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,))
     end = int(begins[-1]) + int(sizes[-1]) * dtype.itemsize
     if shortest < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:
@@ -338,10 +302,6 @@ def _shards(prefix: Path) -> list[Path]:
 def _refuse_pointer(path: Path, head: bytes) -> None:
     if head.startswith(_LFS_POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with `git lfs pull`.")
-
-
-def _chunks(numbers: NDArray[Any]) -> list[NDArray[Any]]:
-    return [numbers[first : first + _CHUNK] for first in range(0, len(numbers), _CHUNK)]
 
 
 def without_suffix(path: Path) -> Path:

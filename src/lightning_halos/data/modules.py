@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_halos.core.checks import check_count
 from lightning_halos.data.corpora import Corpus, SampleBy
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
 from lightning_halos.data.stream import PackedStream, hold_out
@@ -65,15 +65,13 @@ class TokenDataModule(pl.LightningDataModule, ABC):
             ("val_sequences", val_sequences, 0),
             ("num_workers", num_workers, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+            check_count(name, value, least)
         self._tokenizer_name = tokenizer
         self._context = context
         self._batch_size = batch_size
         self._val_sequences = val_sequences
         self._num_workers = num_workers
         self._shuffle = shuffle
-        self._is_set_up = False
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -104,9 +102,8 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         """Returns the training set and the validation set."""
 
     def setup(self, stage: str) -> None:
-        if not self._is_set_up:
+        if not hasattr(self, "train_dataset"):
             self.train_dataset, self.val_dataset = self.load()
-            self._is_set_up = True
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         is_stream = isinstance(self.train_dataset, PackedStream)
@@ -119,16 +116,13 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         return batch.long()
 
     def _loader(self, dataset: Dataset[Tensor], **options: Any) -> DataLoader[Tensor]:
-        return DataLoader(
-            dataset,
-            self._batch_size,
-            num_workers=self._num_workers,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        pin_memory = torch.cuda.is_available()
+        return DataLoader(dataset, self._batch_size, num_workers=self._num_workers, pin_memory=pin_memory, **options)
 
-    def _divide(self, sequences: IndexedTokens) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-        """Splits off the last sequences for validation."""
+    def _load_files(self, prefix: str | Path) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+        """Maps tokens in Megatron's format; the last sequences are for validation."""
+        # Apple's devices do not support uint16.
+        sequences = IndexedTokens(prefix, self._context, as_stored=not torch.backends.mps.is_available())
         first = len(sequences) - self._val_sequences
         if first < 1:
             raise ValueError(
@@ -143,15 +137,11 @@ class MegatronDataModule(TokenDataModule):
 
     Nothing is loaded or copied: processes map the files and share the operating system's page cache. By default the
     training sequences are read in order, because such corpora are usually shuffled already. The last sequences are for
-    validation.
+    validation. Arguments that are not described here are those of :class:`TokenDataModule`.
 
     Args:
         prefix: The files' path without ``.idx`` and ``.bin``; the ``.bin`` may be sharded. See :class:`IndexedTokens`.
         context: Tokens that a model sees at once. To use sequences as they are stored, give their length minus one.
-        batch_size: Sequences per batch and device.
-        val_sequences: Number of sequences, from the end, that are for validation; 0 for none.
-        num_workers: Worker processes per ``DataLoader``.
-        shuffle: Whether to shuffle the training sequences, differently in each epoch.
         tokenizer: The tokenizer's folder, or its name on the Hugging Face hub. Default: the folder
             ``PREFIX-tokenizer``, which ``lightning-halos prepare-data`` writes, if it exists.
 
@@ -178,7 +168,7 @@ class MegatronDataModule(TokenDataModule):
         self._prefix = prefix
 
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-        return self._divide(_indexed_tokens(self._prefix, self._context))
+        return self._load_files(self._prefix)
 
 
 class TextDataModule(TokenDataModule):
@@ -193,20 +183,11 @@ class TextDataModule(TokenDataModule):
     and every ``DataLoader`` worker reads different documents (see :class:`PackedStream`), so the strategy's shared
     cursor is not used.
 
+    ``files``, ``dataset``, ``config``, ``split``, ``field`` and ``sample_by`` are the arguments of :class:`Corpus`; the
+    others that are not described here are those of :class:`TokenDataModule`.
+
     Args:
-        tokenizer: A tokenizer's folder, or its name on the Hugging Face hub.
-        files: Text, JSON-lines or Parquet files: paths, globs or folders. See :class:`Corpus`.
-        dataset: Instead of files, a dataset's name on the Hugging Face hub.
-        config: The dataset's configuration.
-        split: The dataset's split.
-        field: Name of the field with the text, in JSON lines, Parquet and datasets.
-        sample_by: What counts as a document in text files: ``"document"`` (the complete file), ``"paragraph"`` or
-            ``"line"``.
         streaming: Whether to tokenize while reading.
-        context: Tokens that a model sees at once.
-        batch_size: Sequences per batch and device.
-        val_sequences: Number of sequences that are kept for validation, and not trained on; 0 for none.
-        num_workers: Worker processes per ``DataLoader``.
         shuffle: Whether to shuffle: the training sequences, differently in each epoch; when streaming, the documents,
             within a buffer, in the same order in every epoch.
         shuffle_buffer: Number of documents in this buffer.
@@ -250,9 +231,9 @@ class TextDataModule(TokenDataModule):
 
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
         if not self._streaming:
-            return self._divide(_indexed_tokens(self._cache(), self._context))
+            return self._load_files(self._cache())
         tokenizer = self._known_tokenizer
-        held_out: Sequence[Tensor] = []
+        held_out: Any = []
         digests: frozenset[bytes] = frozenset()
         if self._val_sequences:
             held_out, digests = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
@@ -260,7 +241,7 @@ class TextDataModule(TokenDataModule):
         train = PackedStream(
             self._corpus, tokenizer, self._context, rank, world_size, self._shuffle_buffer, self._seed, digests
         )
-        return train, _Sequences(held_out)
+        return train, Subset(held_out, range(len(held_out)))
 
     @property
     def _known_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -273,27 +254,6 @@ class TextDataModule(TokenDataModule):
         tokenizer: Any = self._known_tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-        key = _digest(
-            [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, vocabulary, tokenizer.eos_token_id]
-        )
-        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning-halos" / key
-
-
-class _Sequences(Dataset[Tensor]):
-    def __init__(self, sequences: Sequence[Tensor]) -> None:
-        self._sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._sequences[index]
-
-
-def _indexed_tokens(prefix: str | Path, context: int) -> IndexedTokens:
-    # Apple's devices do not support uint16.
-    return IndexedTokens(prefix, context, as_stored=not torch.backends.mps.is_available())
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:32]
+        key = [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, vocabulary, tokenizer.eos_token_id]
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        return Path(datasets.config.HF_DATASETS_CACHE) / "lightning-halos" / name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,12 +89,10 @@ def hold_out(
             used.add(digest(text))
             yield tokens
 
-    found: list[Tensor] = []
-    for sequence in pack(noted(), context):
-        found.append(torch.from_numpy(sequence.copy()))
-        if len(found) == sequences:
-            return found, frozenset(used)
-    raise ValueError(f"val_sequences={sequences} is more than the {len(found)} sequences of {corpus}.")
+    found = [torch.from_numpy(sequence.copy()) for sequence in islice(pack(noted(), context), sequences)]
+    if len(found) < sequences:
+        raise ValueError(f"val_sequences={sequences} is more than the {len(found)} sequences of {corpus}.")
+    return found, frozenset(used)
 
 
 def digest(text: str) -> bytes:

@@ -5,11 +5,10 @@ Everything here streams: a corpus may be larger than the memory.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,19 +26,12 @@ _BATCH_CHARACTERS = 1 << 20  # bounds the memory of a batch of documents
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a corpus that was written.
+    """Counts of a corpus that was written."""
 
-    Attributes:
-        documents: Number of documents that were read, without empty ones.
-        text_bytes: Their size in UTF-8, in bytes.
-        tokens: Their number of tokens, including an end-of-text token for each document.
-        sequences: Number of sequences that were written.
-    """
-
-    documents: int
-    text_bytes: int
-    tokens: int
-    sequences: int
+    documents: int  # without empty ones
+    text_bytes: int  # in UTF-8
+    tokens: int  # including an end-of-text token for each document
+    sequences: int  # as written
 
 
 def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
@@ -101,10 +93,9 @@ def write_tokens(
             raise ValueError("The corpus contains no text.")
 
     dtype = smallest_dtype(len(tokenizer))
-    shuffle = context is not None and seed is not None
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    ordered = Path(tempfile.mkdtemp(prefix=".lightning-halos-", dir=prefix.parent)) / "ordered" if shuffle else prefix
-    try:
+    with TemporaryDirectory(prefix=".lightning-halos-", dir=prefix.parent) as folder:
+        ordered = prefix if context is None or seed is None else Path(folder) / "ordered"
         with IndexedTokensWriter(ordered, dtype) as writer:
             for tokens in counted() if context is None else pack(counted(), context):
                 writer.add(tokens)
@@ -116,9 +107,6 @@ def write_tokens(
             with IndexedTokensWriter(prefix, dtype) as writer:
                 for index in order:
                     writer.add(sequences[int(index)].numpy())
-    finally:
-        if shuffle:
-            shutil.rmtree(ordered.parent)
     return Summary(read, text_bytes, made, writer.num_sequences)
 
 

@@ -38,12 +38,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def fetch_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer, with or without an end-of-text token; see :func:`load_tokenizer`.
-
-    Raises:
-        ValueError: If it does not exist or cannot be reached.
-        ModuleNotFoundError: Without the extra ``lm``.
-    """
+    """Loads a tokenizer as :func:`load_tokenizer`, but accepts one without an end-of-text token."""
     transformers = language_package("transformers")
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(name))

@@ -31,8 +31,7 @@ def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> Simu
     """
     check_count("regions", regions)
     check_count("workers_per_region", workers_per_region)
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0.")
+    check_count("seed", seed, least=0)
     draw = np.random.default_rng(seed)
     speeds = draw.uniform(0.1, 1.0, (regions, workers_per_region))
     one_way = np.triu(10 ** draw.uniform(-1.0, 0.0, (regions, regions)), k=1)
