@@ -20,14 +20,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_halos.core.checks import check_count
-from lightning_halos.extras import language_package
-from lightning_halos.language.evaluation import PACKAGES, check_arguments, find_tasks, loaded_model, run_tasks
+from lightning_halos.language.evaluation import Benchmark, loaded_model
 from lightning_halos.language.models import find_language_model, find_tokenizer
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.strategy import AlgorithmStrategy
 
 if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
 
@@ -42,18 +40,14 @@ class LMEvalCallback(Callback):
     as ``lm_eval/<task>/<metric>``, such as ``lm_eval/lambada_openai/perplexity``, and their standard errors as
     ``lm_eval/<task>/<metric>_stderr``. The attribute ``results`` has the last results of lm-eval.
 
+    Arguments that are not described here are those of :func:`~lightning_halos.evaluate`.
+
     Args:
         tasks: Names of tasks or groups of lm-eval, as a list or separated by commas, or paths of YAML files.
         every_n_steps: Evaluate also whenever the global step passes a multiple of this. Default: only at the end.
         at_end: Whether to evaluate the final model when the fit has ended.
         tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule.
         submodule: Name of the submodule that is the model, if there are several.
-        include_path: Folder or folders with YAML files that define more tasks.
-        limit: Questions per task; below 1, a share of them. Default: all.
-        num_fewshot: Solved examples before each question. Default: as the task defines it.
-        batch_size: Sequences per forward pass, or ``"auto"``: as many as fit into memory.
-        bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
-        seed: Seed of lm-eval's random choices, such as few-shot examples.
 
     Raises:
         FileNotFoundError: If a folder of tasks does not exist.
@@ -78,7 +72,8 @@ class LMEvalCallback(Callback):
         bootstrap_iters: int = 1000,
         seed: int = 1234,
     ) -> None:
-        self.tasks = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
+        self._benchmark = Benchmark(tasks, include_path, limit, num_fewshot, batch_size, bootstrap_iters, seed)
+        self.tasks = self._benchmark.tasks
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps)
         elif not at_end:
@@ -88,13 +83,7 @@ class LMEvalCallback(Callback):
         self.results: dict[str, Any] | None = None
         self._tokenizer = tokenizer
         self._submodule = submodule
-        self._include_path = include_path
         self._batch_size = batch_size
-        self._limit = limit
-        self._num_fewshot = num_fewshot
-        self._bootstrap_iters = bootstrap_iters
-        self._seed = seed
-        self._manager: TaskManager | None = None
         self._passed = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -108,11 +97,8 @@ class LMEvalCallback(Callback):
             )
         find_language_model(pl_module, self._submodule)
         self._find_tokenizer(trainer)
-        if trainer.is_global_zero and self._manager is None:
-            for package in PACKAGES:
-                language_package(package)
-            with isolate_rng():
-                self._manager = find_tasks(self.tasks, self._include_path)
+        if trainer.is_global_zero:
+            self._benchmark.load()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._passed = trainer.global_step
@@ -131,7 +117,6 @@ class LMEvalCallback(Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert self._manager is not None
         _, model = find_language_model(pl_module, self._submodule)
         with (
             isolate_rng(),
@@ -140,9 +125,7 @@ class LMEvalCallback(Callback):
             loaded_model(model, self._find_tokenizer(trainer), self._batch_size) as lm,
             trainer.precision_plugin.forward_context(),
         ):
-            self.results = run_tasks(
-                lm, self.tasks, self._manager, self._limit, self._num_fewshot, self._bootstrap_iters, self._seed
-            )
+            self.results = self._benchmark.run(lm)
         metrics = flatten(self.results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

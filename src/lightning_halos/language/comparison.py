@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lightning_halos.core.checks import is_number
+
 Results = Mapping[str, Any]
 
 # The difference between two equal models exceeds this many standard errors in one of twenty cases.
@@ -96,14 +98,11 @@ def compare(results: Sequence[Results]) -> list[Comparison]:
     """
     if len(results) < 2:
         raise ValueError(f"A comparison needs results of at least 2 models, but got {len(results)}.")
-    rows = []
-    for task, depth in _in_order(results[0]):
-        if any(task not in one["results"] for one in results):
-            continue
-        for key in sorted(_metrics(results[0]["results"][task])):
-            if any(key not in _metrics(one["results"][task]) for one in results):
-                continue
-            rows.append(_compare(results, task, depth, key))
+    rows = [
+        _compare(results, task, depth, key)
+        for task, depth in _in_order(results[0])
+        for key in sorted(set.intersection(*(_metrics(one, task) for one in results)))
+    ]
     if not rows:
         tasks = "; ".join(", ".join(one["results"]) for one in results)
         raise ValueError(f"The results have no metric of a task in common. Their tasks are: {tasks}.")
@@ -151,9 +150,9 @@ def comparison_json(rows: Sequence[Comparison], labels: Sequence[str]) -> dict[s
 def _compare(results: Sequence[Results], task: str, depth: int, key: str) -> Comparison:
     metric, _, filter_name = key.partition(",")
     higher = results[0].get("higher_is_better", {}).get(task, {}).get(metric)
-    values = tuple((float(one["results"][task][key]), _stderr(one["results"][task], key)) for one in results)
+    values = tuple((one["results"][task][key], _stderr(one["results"][task], key)) for one in results)
     logarithmic = metric.endswith("perplexity")
-    scaled = [_logarithm(value, stderr) if logarithmic else (value, stderr) for value, stderr in values]
+    scaled = [(math.log(v), None if e is None else e / v) for v, e in values] if logarithmic else values
     differences = []
     for one, (value, stderr) in zip(results[1:], scaled[1:], strict=True):
         difference = value - scaled[0][0]
@@ -168,29 +167,16 @@ def _compare(results: Sequence[Results], task: str, depth: int, key: str) -> Com
 
 
 def _paired_stderr(first: Results, second: Results, task: str, key: str) -> float | None:
-    children = first.get("group_subtasks", {}).get(task)
-    if not children:
-        return _paired_stderr_of_task(first, second, task, key)
-    tasks = _leaves(first, task)
-    if tasks != _leaves(second, task):
+    weights = _weights(first, task, key)
+    if weights is None or weights != _weights(second, task, key):
         return None
-    weights = _weights(first, task, tasks, key)
-    if weights is None or weights != _weights(second, task, tasks, key):
-        return None
-    total = 0.0
-    for weight, leaf in zip(weights, tasks, strict=True):
-        stderr = _paired_stderr_of_task(first, second, leaf, key)
-        if stderr is None:
+    errors = []
+    for leaf, weight in weights.items():
+        ours, theirs = _contributions(first, leaf, key), _contributions(second, leaf, key)
+        if ours is None or theirs is None or ours.keys() != theirs.keys() or len(ours) < 2:
             return None
-        total += (weight * stderr) ** 2
-    return math.sqrt(total)
-
-
-def _paired_stderr_of_task(first: Results, second: Results, task: str, key: str) -> float | None:
-    ours, theirs = _contributions(first, task, key), _contributions(second, task, key)
-    if ours is None or theirs is None or ours.keys() != theirs.keys() or len(ours) < 2:
-        return None
-    return stdev(theirs[question] - ours[question] for question in ours) / math.sqrt(len(ours))
+        errors.append(weight * stdev(theirs[question] - ours[question] for question in ours) / math.sqrt(len(ours)))
+    return math.hypot(*errors)
 
 
 def _contributions(results: Results, task: str, key: str) -> dict[tuple[int, str], float] | None:
@@ -207,30 +193,31 @@ def _contributions(results: Results, task: str, key: str) -> dict[tuple[int, str
             values[sample["doc_id"], sample["doc_hash"]] = float(sample[metric])
     if not values:
         return None
-    shown = float(results["results"][task][key])
+    shown = results["results"][task][key]
     if metric.endswith("perplexity"):
         values, shown = {question: -value for question, value in values.items()}, math.log(shown)
     return values if math.isclose(fmean(values.values()), shown, rel_tol=1e-6, abs_tol=1e-9) else None
 
 
-def _weights(results: Results, group: str, tasks: Sequence[str], key: str) -> list[float] | None:
+def _weights(results: Results, name: str, key: str) -> dict[str, float] | None:
     """The weights that give a group's value from its tasks' values: by size or equal; ``None`` if neither does."""
+    tasks = _leaves(results, name)
+    if tasks == [name]:
+        return {name: 1.0}
     parts = [results["results"].get(task, {}) for task in tasks]
-    if any(not isinstance(part.get(key), (int, float)) or not part.get("sample_len") for part in parts):
+    if any(not is_number(part.get(key)) or not part.get("sample_len") for part in parts):
         return None
     sizes = [part["sample_len"] for part in parts]
     for weights in ([size / sum(sizes) for size in sizes], [1 / len(sizes)] * len(sizes)):
         value = sum(weight * part[key] for weight, part in zip(weights, parts, strict=True))
-        if math.isclose(value, results["results"][group][key], rel_tol=1e-6, abs_tol=1e-9):
-            return weights
+        if math.isclose(value, results["results"][name][key], rel_tol=1e-6, abs_tol=1e-9):
+            return dict(zip(tasks, weights, strict=True))
     return None
 
 
 def _leaves(results: Results, group: str) -> list[str]:
     children = results.get("group_subtasks", {}).get(group)
-    if not children:
-        return [group]
-    return [leaf for child in sorted(children) for leaf in _leaves(results, child)]
+    return [leaf for child in sorted(children) for leaf in _leaves(results, child)] if children else [group]
 
 
 def _in_order(results: Results) -> list[tuple[str, int]]:
@@ -250,23 +237,15 @@ def _in_order(results: Results) -> list[tuple[str, int]]:
     return [(name, depth) for name, depth in ordered.items() if name in results["results"]]
 
 
-def _metrics(values: Mapping[str, Any]) -> list[str]:
+def _metrics(results: Results, task: str) -> set[str]:
     """The keys of metrics, which lm-eval writes as ``metric,filter``, without those of standard errors."""
-    return [
-        key
-        for key, value in values.items()
-        if "," in key and "_stderr," not in key and isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
+    values = results["results"].get(task, {})
+    return {key for key, value in values.items() if "," in key and "_stderr," not in key and is_number(value)}
 
 
 def _stderr(values: Mapping[str, Any], key: str) -> float | None:
-    metric, _, filter_name = key.partition(",")
-    stderr = values.get(f"{metric}_stderr,{filter_name}")
-    return float(stderr) if isinstance(stderr, (int, float)) else None
-
-
-def _logarithm(value: float, stderr: float | None) -> tuple[float, float | None]:
-    return math.log(value), None if stderr is None else stderr / value
+    stderr = values.get(key.replace(",", "_stderr,", 1))
+    return stderr if is_number(stderr) else None
 
 
 def _with_error(value: float, stderr: float | None, signed: bool = False) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import _ModuleMode
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_halos.core.checks import check_count, is_number
 from lightning_halos.extras import language_package
 from lightning_halos.language.export import export_checkpoint
 from lightning_halos.language.models import find_tokenizer
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 
-PACKAGES = ("transformers", "datasets", "lm_eval", "accelerate")
 _NEEDS_NETWORK = (
     "Without a local folder it comes from the Hugging Face hub, which needs the network, or a copy in the hub's cache"
     " (HF_HOME) from an earlier run."
@@ -84,122 +85,96 @@ def evaluate(
         OSError: If something has to come from the hub, which cannot be reached.
         ValueError: If an argument is invalid, or a task is unknown.
     """
-    names = check_arguments(tasks, limit, num_fewshot, batch_size, bootstrap_iters, include_path)
-    for package in PACKAGES:
-        language_package(package)
-    language_model = _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {}))
-    with isolate_rng():
-        manager = find_tasks(names, include_path)
-        with language_model as lm:
-            results = run_tasks(lm, names, manager, limit, num_fewshot, bootstrap_iters, seed)
-    return results | {"model_name": _name(model)}
+    benchmark = Benchmark(tasks, include_path, limit, num_fewshot, batch_size, bootstrap_iters, seed)
+    benchmark.load()
+    name = model if isinstance(model, (str, Path)) else model.name_or_path or type(model).__name__
+    with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {})) as lm:
+        return benchmark.run(lm) | {"model_name": str(name)}
 
 
-def check_arguments(
-    tasks: str | Sequence[str],
-    limit: int | float | None,
-    num_fewshot: int | None,
-    batch_size: int | str,
-    bootstrap_iters: int,
-    include_path: str | Path | Sequence[str | Path] | None,
-) -> list[str]:
-    """Checks the arguments of :func:`evaluate` before anything is loaded.
+class Benchmark:
+    """Tasks of lm-eval, and how to run them. The arguments, which are checked at once, are those of :func:`evaluate`.
 
-    Returns:
-        The names of the tasks.
-
-    Raises:
-        FileNotFoundError: If a folder of tasks does not exist.
-        ValueError: If another argument is invalid.
+    Attributes:
+        tasks: The names of the tasks.
     """
-    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    names = [name.strip() for name in names]
-    if not names or not all(names):
-        raise ValueError(f"tasks={tasks!r} must name at least one task, such as 'hellaswag,lambada_openai'.")
-    if limit is not None and (isinstance(limit, bool) or limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise ValueError(f"limit={limit!r} must be a number of questions per task, or a share of them below 1.")
-    if num_fewshot is not None and (isinstance(num_fewshot, bool) or num_fewshot < 0):
-        raise ValueError(f"num_fewshot={num_fewshot!r} must be 0 or more.")
-    if batch_size != "auto" and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
-        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1, or 'auto'.")
-    if bootstrap_iters < 1:
-        raise ValueError(f"bootstrap_iters={bootstrap_iters!r} must be a whole number of at least 1.")
-    for folder in _folders(include_path):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"include_path={str(folder)!r} is not a folder with YAML files that define tasks.")
-    return names
 
+    def __init__(
+        self,
+        tasks: str | Sequence[str],
+        include_path: str | Path | Sequence[str | Path] | None,
+        limit: int | float | None,
+        num_fewshot: int | None,
+        batch_size: int | str,
+        bootstrap_iters: int,
+        seed: int,
+    ) -> None:
+        self.tasks = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+        if not self.tasks or not all(self.tasks):
+            raise ValueError(f"tasks={tasks!r} must name at least one task, such as 'hellaswag,lambada_openai'.")
+        if limit is not None and (not is_number(limit) or limit <= 0 or (limit > 1 and limit != int(limit))):
+            raise ValueError(f"limit={limit!r} must be a number of questions per task, or a share of them below 1.")
+        if num_fewshot is not None:
+            check_count("num_fewshot", num_fewshot, least=0)
+        if batch_size != "auto":
+            check_count("batch_size", batch_size)
+        check_count("bootstrap_iters", bootstrap_iters)
+        folders = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
+        for folder in map(Path, folders):
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"include_path={str(folder)!r} is not a folder with YAML files that define tasks."
+                )
+        self._folders: list[str | Path] = [str(folder) for folder in folders]
+        self._options = {"limit": limit, "num_fewshot": num_fewshot, "bootstrap_iters": bootstrap_iters}
+        self._seed = seed
+        self._manager: TaskManager | None = None
 
-def find_tasks(names: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> TaskManager:
-    """Finds tasks and their data.
+    def load(self) -> None:
+        """Finds the tasks and their data, unless it has been done. For the errors see :func:`evaluate`.
 
-    Args:
-        names: Names of tasks or groups, or paths of YAML files.
-        include_path: Folder or folders with YAML files that define more tasks. If they define all of ``names``, the
-            thousands of tasks that come with lm-eval are not searched, which saves half a minute.
+        If the given folders define all of the tasks, the thousands that come with lm-eval are not searched, which saves
+        half a minute.
+        """
+        if self._manager is not None:
+            return
+        for package in ("transformers", "datasets", "lm_eval", "accelerate"):
+            language_package(package)
+        from lm_eval.tasks import TaskManager
 
-    Raises:
-        OSError: If the data of a task cannot be loaded.
-        ValueError: If a task is unknown.
-    """
-    from lm_eval.tasks import TaskManager
+        with isolate_rng():
+            manager = TaskManager(include_path=self._folders, include_defaults=False) if self._folders else None
+            if manager is None or not set(self.tasks) <= set(manager.all_tasks):
+                manager = TaskManager(include_path=self._folders or None)
+            unknown = [name for name in self.tasks if name not in manager.all_tasks and not Path(name).is_file()]
+            if unknown:
+                raise ValueError(
+                    f"There is no task called {', '.join(unknown)}. `lm-eval ls tasks` lists the tasks that come with"
+                    " lm-eval. Give the folder of other tasks with --include-path FOLDER (include_path=... in Python)."
+                )
+            with _explained(f"the data of {', '.join(self.tasks)}"):
+                manager.load(list(self.tasks))
+        self._manager = manager
 
-    folders: list[str | Path] = [str(folder) for folder in _folders(include_path)]
-    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders or None)
-    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
-    if unknown:
-        raise ValueError(
-            f"There is no task called {', '.join(unknown)}. `lm-eval ls tasks` lists the tasks that come with lm-eval."
-            " Give the folder of other tasks with --include-path FOLDER (include_path=... in Python)."
-        )
-    with _explained(f"the data of {', '.join(names)}"):
-        manager.load(list(names))
-    return manager
+    def run(self, lm: HFLM) -> Results:
+        """Runs the tasks, which must have been loaded, and seeds all random number generators."""
+        from lm_eval import simple_evaluate
 
-
-def run_tasks(
-    lm: HFLM,
-    names: Sequence[str],
-    manager: TaskManager,
-    limit: int | float | None,
-    num_fewshot: int | None,
-    bootstrap_iters: int,
-    seed: int,
-) -> Results:
-    """Runs tasks and seeds all random number generators. For the arguments see :func:`evaluate`."""
-    from lm_eval import simple_evaluate
-
-    with _without_process_pool():
-        results = simple_evaluate(
-            lm,
-            tasks=list(names),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=bootstrap_iters,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    if results is None:
-        raise ValueError("lm-eval returns results only in the process with LOCAL_RANK=0. Evaluate there.")
-    return dict(results)
+        os.environ["DISABLE_MULTIPROC"] = "1"  # for lm-eval's bootstrap: forking is unsafe with threads and CUDA
+        kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        options = self._options | dict.fromkeys(kinds, self._seed)
+        results = simple_evaluate(lm, tasks=list(self.tasks), task_manager=self._manager, **options)
+        if results is None:
+            raise ValueError("lm-eval returns results only in the process with LOCAL_RANK=0. Evaluate there.")
+        return dict(results)
 
 
 @contextmanager
 def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Iterator[HFLM]:
     """Wraps a loaded model for lm-eval, and restores its training mode afterwards.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer. lm-eval gets a copy, because it may add a padding token.
-        batch_size: Sequences per forward pass, or ``"auto"``.
+    lm-eval gets a copy of the tokenizer, because it may add a padding token.
     """
-    from copy import deepcopy
-
     from lm_eval.models.huggingface import HFLM
 
     mode = _ModuleMode()
@@ -274,10 +249,9 @@ def _language_model(
                 f"device={device!r}, dtype={dtype!r} and model_args={model_args!r} are for a model that evaluate()"
                 " loads. A loaded model is evaluated as it is: move it with model.to(...) first."
             )
-        if tokenizer is None:
-            raise ValueError("tokenizer=None must be the tokenizer of the loaded model.")
         chosen = find_tokenizer(tokenizer)
-        assert chosen is not None
+        if chosen is None:
+            raise ValueError("tokenizer=None must be the tokenizer of the loaded model.")
         with loaded_model(model, chosen, batch_size) as lm:
             yield lm
         return
@@ -292,16 +266,10 @@ def _language_model(
             source = str(Path(model).resolve())  # a relative path could be taken for a name on the hub
         elif Path(model).is_absolute() or str(model).startswith((".", "~")):
             raise FileNotFoundError(f"{model} is neither a folder of a Hugging Face model nor a .ckpt file.")
-        default = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"batch_size": batch_size, "dtype": dtype, **model_args}
+        options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _explained(f"the model {model}"):
-            lm = HFLM(
-                pretrained=source,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                device=device or default,
-                dtype=dtype,
-                **model_args,
-            )
+            lm = HFLM(pretrained=source, tokenizer=tokenizer, **options)
         yield lm
 
 
@@ -312,30 +280,3 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"Could not load {what}: {str(error).splitlines()[0]} {_NEEDS_NETWORK}") from error
-
-
-@contextmanager
-def _without_process_pool() -> Iterator[None]:
-    """Keeps lm-eval from forking processes for its bootstrap: forking is unsafe with threads and CUDA contexts."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _folders(include_path: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    if include_path is None:
-        return []
-    return [Path(path) for path in ([include_path] if isinstance(include_path, (str, Path)) else include_path)]
-
-
-def _name(model: Any) -> str:
-    if isinstance(model, (str, Path)):
-        return str(model)
-    return str(getattr(model, "name_or_path", "") or type(model).__name__)

@@ -6,10 +6,9 @@ It reads one checkpoint and writes one folder, without a Trainer. The callback
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -73,15 +72,15 @@ def export_checkpoint(
         )
     record = record or {}
     weights = {name.replace(_COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
-    with _written(record.get("files", {})) as files:
-        model = _make_model(str(config or files), record.get("architecture"))
+    with TemporaryDirectory() as folder:
+        _write_files(record.get("files", {}), Path(folder))
+        model = _make_model(str(config or folder), record.get("architecture"))
         _load(model, weights, record.get("submodule"), checkpoint)
         if model.can_generate() and "generation_config.json" in record.get("files", {}):
-            model.generation_config = type(model.generation_config).from_pretrained(files)
+            model.generation_config = type(model.generation_config).from_pretrained(folder)
         model.save_pretrained(output)
-    if tokenizer is not None:
-        chosen = find_tokenizer(tokenizer)
-        assert chosen is not None
+    chosen = find_tokenizer(tokenizer)
+    if chosen is not None:
         chosen.save_pretrained(output)
     else:
         _write_files(record.get("tokenizer_files", {}), output)
@@ -91,13 +90,7 @@ def export_checkpoint(
 
 
 def model_card(architecture: str, parameters: int, training: Mapping[str, str]) -> str:
-    """Returns the model card: Markdown below a header with metadata in YAML, as the hub expects it.
-
-    Args:
-        architecture: The model's class.
-        parameters: Number of its parameters.
-        training: The training settings, by name.
-    """
+    """Returns the model card: Markdown below metadata in YAML, as the hub expects it."""
     rows = [("Architecture", architecture), ("Parameters", f"{parameters:,}"), *training.items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
@@ -123,14 +116,6 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     if not isinstance(contents, dict) or "state_dict" not in contents:
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
     return contents
-
-
-@contextmanager
-def _written(files: Mapping[str, str | bytes]) -> Iterator[str]:
-    """Yields a temporary folder with these files."""
-    with TemporaryDirectory() as folder:
-        _write_files(files, Path(folder))
-        yield folder
 
 
 def _write_files(files: Mapping[str, str | bytes], folder: Path) -> None:
@@ -159,9 +144,8 @@ def _make_model(config: str, architecture: str | None) -> Any:
 
 def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str | None, checkpoint: str | Path) -> None:
     """Loads the weights of the submodule. By default it is the only submodule with weights of the expected names."""
-    expected = model.state_dict().keys()
     if submodule is None:
-        some = next(iter(expected))
+        some = next(iter(model.state_dict()))
         prefixes = [name.removesuffix(some) for name in weights if name == some or name.endswith(f".{some}")]
         if len(prefixes) != 1:
             raise ValueError(
@@ -178,14 +162,11 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
             f"{checkpoint} contains adapters of peft, not a complete model. Save the merged model instead"
             " (model.merge_and_unload().save_pretrained(FOLDER)), or the adapters (model.save_pretrained(FOLDER))."
         )
-    differing = [name for name in sorted(own.keys() & expected) if own[name].shape != model.state_dict()[name].shape]
-    missing, unknown = sorted(expected - own.keys()), sorted(own.keys() - expected)
-    if missing or unknown or differing:
+    try:
+        model.load_state_dict(own, assign=True)
+    except RuntimeError as error:
         raise ValueError(
-            f"The weights in {checkpoint} do not fit a {type(model).__name__} of this configuration: missing"
-            f" {json.dumps(missing[:3])}, unknown {json.dumps(unknown[:3])}, different shape"
-            f" {json.dumps(differing[:3])} ({len(missing)}, {len(unknown)} and {len(differing)} in all). Give the"
-            " configuration of the model that was trained."
-        )
-    model.load_state_dict(own, assign=True)
+            f"The weights in {checkpoint} do not fit this configuration. Give the configuration of the model that was"
+            f" trained. {textwrap.shorten(str(error), 500)}"
+        ) from None
     model.tie_weights()

@@ -38,9 +38,11 @@ def find_language_model(module: nn.Module, submodule: str | None = None) -> tupl
 
     root = module if submodule is None else module.get_submodule(submodule)
     found: dict[str, PreTrainedModel] = {}
+    inside: set[nn.Module] = set()
     for name, part in root.named_modules(prefix=submodule or ""):
-        if isinstance(part, PreTrainedModel) and not any(_is_inside(name, outer) for outer in found):
+        if isinstance(part, PreTrainedModel) and part not in inside:
             found[name] = part
+            inside.update(part.modules())
     where = type(module).__name__ if submodule is None else f"{type(module).__name__}.{submodule}"
     if not found:
         raise ValueError(
@@ -84,7 +86,3 @@ def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrai
             " tokenizer of the tokenizers library in PreTrainedTokenizerFast(tokenizer_object=...)."
         )
     return given
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return outer == "" or name == outer or name.startswith(f"{outer}.")
