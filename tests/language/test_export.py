@@ -141,7 +141,7 @@ def test_without_the_callback_a_configuration_is_asked_for_and_enough(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(module.lm))
     config(width=32).save_pretrained(tmp_path / "config")
-    with pytest.raises(ValueError, match="do not fit this configuration.*size mismatch for"):
+    with pytest.raises(ValueError, match=r"do not fit this configuration.*size mismatch for"):
         export_checkpoint(checkpoint, tmp_path / "other", config=tmp_path / "config")
 
 
