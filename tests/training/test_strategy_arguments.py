@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from lightning_halos import (
     HalosMonitor,
     HalosStrategy,
 )
-from lightning_halos.core.algorithms.halos import default_global_optimizer, default_local_optimizer
+from lightning_halos.core.algorithms.halos import Halos
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,28 @@ def test_synchronous_sgd_by_name_says_what_to_pass() -> None:
 
 def test_the_defaults_for_4_regions_of_4_workers_are_the_papers_values() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
-    local, everywhere = default_local_optimizer(4)([parameter]), default_global_optimizer(4)([parameter])
+    algorithm = Halos()
+    local = algorithm.make_local_optimizer(workers=4, servers=4)([parameter])
+    everywhere = algorithm.make_global_optimizer(servers=4)([parameter])
     assert isinstance(local, DelayedNesterov)
     assert local.defaults == {"lr": 0.2, "momentum": 0.9, "delay": 16, "activation": 0.0}
     assert everywhere.defaults == {"lr": pytest.approx(0.15), "momentum": 0.5, "delay": 2, "activation": 0.0}
+
+
+@pytest.mark.parametrize("workers", [1, 4, 16])
+def test_a_single_server_averages_its_workers_by_default(workers: int) -> None:
+    model = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Halos().make_local_optimizer(workers, servers=1)([model])
+    for worker in range(workers):
+        model.grad = -torch.tensor([float(worker)])  # each worker moved from the same model to its own rank
+        optimizer.step()
+    assert model.item() == pytest.approx((workers - 1) / 2)
+    assert not any("momentum" in state for state in optimizer.state.values())
+
+
+def test_an_optimizer_that_is_given_replaces_that_of_a_single_server() -> None:
+    given = partial(DelayedNesterov, lr=0.2)
+    assert Halos(local_optimizer=given).make_local_optimizer(4, servers=1) is given
 
 
 def test_the_monitor_needs_a_halos_strategy() -> None:

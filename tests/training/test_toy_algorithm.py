@@ -39,7 +39,7 @@ class Averaging(ServerAlgorithm):
     def period(self, workers: int) -> int:
         return 2 * workers
 
-    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+    def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         return partial(torch.optim.SGD, lr=1 / workers)
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:

@@ -41,7 +41,8 @@ class HalosStrategy(AlgorithmStrategy):
             Default: 8 per worker of the server.
         merge_weight: Weight of the global model when a local server merges it (``alpha``).
         local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a
-            rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server.
+            rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server. If the run has
+            one local server, as with one region: a rate of 1 / workers, and no momentum.
         global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
             local servers, momentum 0.5, and a delay of half the local servers.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64

@@ -45,7 +45,7 @@ class AsyncLocalSGD(ServerAlgorithm):
         everybody = tuple(sorted(rank for ranks in regions for rank in ranks))
         return Topology(Topology.build(regions, 1, names).names, (ServerGroup(0, home, everybody),))
 
-    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+    def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         return self.optimizer or default_optimizer(workers)
 
 

@@ -117,11 +117,12 @@ class ServerAlgorithm(Algorithm):
             )
 
     @abstractmethod
-    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
+    def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         """Returns the function that makes a local server's optimizer.
 
         Args:
             workers: Number of the server's workers.
+            servers: Number of local servers. A single one has no global server above it.
         """
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:
@@ -165,7 +166,7 @@ class ServerAlgorithm(Algorithm):
         return LocalServer(
             index,
             model,
-            self.make_local_optimizer(workers),
+            self.make_local_optimizer(workers, servers),
             None if servers == 1 else self.period(workers),
             self.merge_weight,
             shapes,

@@ -21,7 +21,8 @@ class Halos(ServerAlgorithm):
         accumulate_updates: Pushes between two exchanges (``K``). Default: ``updates_per_worker`` per worker.
         updates_per_worker: Pushes between two exchanges, per worker of the server.
         servers_per_region: Number of local servers in every region, or a list with one number per region.
-        local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`.
+        local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`, or
+            :func:`default_single_optimizer` if there is one local server in the run.
         global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`.
 
     Raises:
@@ -62,8 +63,9 @@ class Halos(ServerAlgorithm):
     def period(self, workers: int) -> int:
         return self.accumulate_updates or self.updates_per_worker * workers
 
-    def make_local_optimizer(self, workers: int) -> OptimizerFactory:
-        return self.local_optimizer or default_local_optimizer(workers)
+    def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
+        default = default_single_optimizer if servers == 1 else default_local_optimizer
+        return self.local_optimizer or default(workers)
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:
         return self.global_optimizer or default_global_optimizer(servers)
@@ -75,6 +77,17 @@ def default_local_optimizer(workers: int) -> OptimizerFactory:
     The sum of the rates over one round of all workers, and the number of rounds in a momentum window, are the paper's.
     """
     return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=4 * workers)
+
+
+def default_single_optimizer(workers: int) -> OptimizerFactory:
+    """Returns the optimizer of the only local server, for a number of workers: rate 1 / workers, no momentum.
+
+    A round of all workers then moves the model to about the mean of theirs, and one worker trains as it would alone.
+    The paper's momentum suits long runs in several regions: a run of some hundred steps in one region loses most of its
+    progress to it, whatever the number of workers, and momentum is no clear gain in some thousand steps
+    (``benchmarks/defaults.py``, ``docs/parameters.md``).
+    """
+    return partial(DelayedNesterov, lr=1 / workers, momentum=0.0, delay=1)
 
 
 def default_global_optimizer(servers: int) -> OptimizerFactory:
