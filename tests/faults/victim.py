@@ -45,8 +45,8 @@ class Victim(Toy):
         self._struck = folder / "struck"
         self._now = folder / "now"
         if case.moment == EXCHANGE:
-            _before(GlobalHost, "_on_update", self._on_update)
-            _before(RegionHost, "_on_model", self._on_model)
+            _before(GlobalHost, "_on_message", self._on_update)
+            _before(RegionHost, "_on_message", self._on_model)
         elif case.moment == CHECKPOINT:
             _before(_Checked, "write", self._on_write)
 
@@ -82,7 +82,7 @@ class Victim(Toy):
         if self.case.rank == 0 and index == 1 and isinstance(message, RegionUpdate):
             self.strike()
 
-    def _on_model(self, host: RegionHost, message: object, *_: Any) -> None:
+    def _on_model(self, host: RegionHost, peer: int, message: object, *_: Any) -> None:
         """The global model is on its way to region 1."""
         if self.case.rank > 0 and self.global_rank == 2 and isinstance(message, GlobalModel) and not message.final:
             self._at_this_moment(here=2)

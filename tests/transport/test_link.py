@@ -22,7 +22,7 @@ from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
 from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.link import Filling, GlooLink, LoopbackLink, whole
 
-TIMEOUT = 2.0  # seconds of silence
+TIMEOUT = 4.0  # seconds of silence
 ELEMENTS = 3 * PART + 5
 FORM = (ELEMENTS, torch.float32)
 
@@ -110,7 +110,7 @@ def ends(timeout: float = TIMEOUT) -> Iterator[tuple[End, End]]:
 class TestLiveness:
     def test_a_peer_that_is_busy_with_a_message_is_waited_for(self) -> None:
         with ends() as (a, b):
-            b.handle = lambda message: time.sleep(3 * TIMEOUT if message == LeaseRequest(1, 1) else 0)
+            b.handle = lambda message: time.sleep(2.5 * TIMEOUT if message == LeaseRequest(1, 1) else 0)
             vector = torch.zeros(ELEMENTS)
             a.link.post(LeaseRequest(1, 1))
             a.link.post(Push(0, 0, 1, 1, 1.0, vector=vector))  # nobody takes it until the first one is handled
@@ -128,7 +128,7 @@ class TestLiveness:
 
             def answer() -> None:
                 server.wait_for(1)
-                time.sleep(3 * TIMEOUT)
+                time.sleep(2.5 * TIMEOUT)
                 server.link.post(Pull(1, 8, 0, False, vector=torch.ones(ELEMENTS)))
 
             threading.Thread(target=answer, daemon=True).start()
