@@ -262,7 +262,7 @@ def test_a_moment_that_is_over_cannot_be_joined(tmp_path: Path) -> None:
 
 
 def test_a_link_leads_to_a_complete_checkpoint_at_any_time(tmp_path: Path) -> None:
-    """As ModelCheckpoint(save_last="link") asks for it: leading to nothing, it would make a run begin anew."""
+    """Like the link of ModelCheckpoint(save_last="link"): a dangling link would make a run start from scratch."""
     saves, last = Saves(), tmp_path / "last.ckpt"
     first = begin(saves, tmp_path / "step=1.ckpt")
     saves.link(tmp_path / "step=1.ckpt", last)

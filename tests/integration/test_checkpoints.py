@@ -177,9 +177,9 @@ def test_a_run_resumes_with_other_workers_and_regions(run: Run, tmp_path: Path, 
     assert max(used.values()) <= 2
     for rank, result in enumerate(results):
         if result["trained_on"]:  # on a busy machine the others may have taken all data before a worker starts
-            assert bool(result["first"]["steps"]) == (rank < 4)  # new workers begin afresh
+            assert bool(result["first"]["steps"]) == (rank < 4)  # new workers start from scratch
         assert len(result["said"]) == (rank == 0)
-    assert "not kept: the local servers' momentum" in results[0]["said"][0]
+    assert "Not kept: the local servers' momentum" in results[0]["said"][0]
     end = results[0]["global_step"]
     assert results[0]["seen"][-1] == end
     assert any(24 < step < end for step in results[0]["seen"])
@@ -250,7 +250,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path
     for result in results:
         errors = result["errors"]
         assert "Error(s) in loading state_dict for Wider" in errors["other_model"]  # Lightning's own
-        assert errors["other_part"].startswith("CheckpointError: The checkpoint is of another model: ")
+        assert errors["other_part"].startswith("CheckpointError: The checkpoint belongs to another model: ")
         assert errors["damaged"].startswith("CheckpointError: ")
         assert "worker-1.pt is damaged: its checksum is" in errors["damaged"]
         assert errors["incomplete"].startswith(f"CheckpointError: {tmp_path / 'step=20.ckpt'} is incomplete")

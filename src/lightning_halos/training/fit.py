@@ -1,6 +1,6 @@
-"""One fit of one process: everything that exists only while training, made together at its start.
+"""One fit of one process: all objects that exist only during training, made together at its start.
 
-The strategy keeps what outlives a fit. What a worker does in a batch is in ``worker_loop``.
+The strategy keeps the objects that outlive a fit. The work in a batch is in ``worker_loop``.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Fit:
     """One fit.
 
     Args:
-        start: What it starts from.
+        start: The state from which it starts.
         world: The world that the worker trains in.
         grace_time: Seconds after SIGTERM that saving a checkpoint may take.
-        keep: Writes this worker's shard of a save.
+        keep: Writes this worker's shard of a checkpoint.
 
     Attributes:
-        start: What it starts from.
+        start: The state from which it starts.
         world: The world that the worker trains in.
-        lightning: The Trainer, as it follows the run.
-        loop: The worker's rounds.
-        preemption: What is done about SIGTERM.
-        worker_model: This worker's own model, while the module holds the global one.
-        is_training: Whether workers are on their own: from the end of :meth:`begin` until :meth:`stop`.
-        is_over: Whether the world has ended.
+        lightning: The Trainer's adapter.
+        loop: The worker's loop.
+        preemption: Handles SIGTERM.
+        worker_model: This worker's own model, while the module has the global model.
+        is_training: Whether each worker trains on its own: from the end of :meth:`begin` until :meth:`stop`.
+        is_over: Whether the world is closed.
     """
 
     def __init__(self, start: Start, world: World, grace_time: float, keep: Keep) -> None:
@@ -71,12 +71,12 @@ class Fit:
         return self.start.trainer
 
     def begin(self) -> None:
-        """Lets all workers begin, when all of them are ready."""
+        """Starts training, when all workers are ready."""
         self.lightning.install(self.loop)
         self.start.site.collectives.barrier()
         self.is_training = True
         self.loop.take_up()
-        # To begin an epoch's data draws a random number: after this state, if it was kept at the end of one.
+        # Starting an epoch's data draws a random number. If the state is from the end of an epoch, restore it before.
         state, data = self.start.worker_state, self.start.data
         if state.get("ends_epoch"):
             set_random_state(state["random"])
@@ -87,13 +87,13 @@ class Fit:
         self.loop.stopwatch.restart()
 
     def stop(self) -> None:
-        """Gives the Trainer back, and tells all workers what rank 0 decided, when all of them are in step again."""
+        """Restores the Trainer, and shares rank 0's decisions, when all workers are in step again."""
         self.is_training = False
         self.restore()
         self._share_decisions()
 
     def restore(self) -> None:
-        """Gives back every attribute of the Trainer that training needed otherwise, once."""
+        """Restores every attribute of the Trainer that was changed for training. Later calls do nothing."""
         if self._is_restored:
             return
         self._is_restored = True
@@ -102,10 +102,10 @@ class Fit:
             self.start.data.detach()
 
     def close(self, timeout: float) -> None:
-        """Ends the world.
+        """Closes the world.
 
         Args:
-            timeout: Seconds to wait for the goodbyes of the peers.
+            timeout: Seconds to wait for the peers' goodbyes.
         """
         self.is_training = False
         self.preemption.release()
@@ -115,19 +115,19 @@ class Fit:
             self.world.close(timeout)
 
     def check(self) -> None:
-        """Raises what must end this process now; see the strategy's method."""
+        """Raises an exception that must end this process now; see the strategy's method."""
         if not self.is_over:
             self.loop.check()
 
     def check_waiting(self) -> None:
-        """The same, while the main thread waits for others."""
+        """Does the same as :meth:`check` while the main thread waits for other processes."""
         if self.is_training and not self.world.repeats_rounds:
             self.preemption.check()
-        else:  # a simulation saves at the end of rank 0's round, and not while that waits
+        else:  # a simulation saves at the end of rank 0's round, not while rank 0 waits
             self.preemption.end_if_late()
 
     def raise_failure(self) -> None:
-        """Raises why the run has failed, unless the Trainer is handling that already."""
+        """Raises the reason of a failed run, unless the Trainer is already handling it."""
         if not self.is_over and self.trainer.state.status != TrainerStatus.INTERRUPTED:
             self.world.alarm.check(wait=True)
 
@@ -135,12 +135,12 @@ class Fit:
 
     @property
     def has_two_models(self) -> bool:
-        """Whether this is rank 0, and its worker's model and the global model are different ones now."""
+        """Whether this is rank 0 during training, where the worker's model and the global model differ."""
         return self.is_training and self.world.has_global_model and not self.loop.finished
 
     @contextmanager
     def global_model(self) -> Iterator[None]:
-        """Makes the module hold the global model in a ``with`` block; see the strategy's method."""
+        """Puts the global model into the module for a ``with`` block; see the strategy's method."""
         if not self.has_two_models or self.worker_model is not None:
             yield
             return
@@ -151,38 +151,38 @@ class Fit:
             self.put_worker_model_back()
 
     def put_global_model_in(self) -> None:
-        """Makes the module hold the global model. Until the worker's is back, time does not count as computing."""
+        """Puts the global model into the module. Time until the worker's model is back does not count as computing."""
         self.loop.stopwatch.pause()
         vector = self.start.vector
         self.worker_model = vector.read(vector.new())
         vector.write(self._read_global_model())
 
     def put_worker_model_back(self) -> None:
-        """Makes the module hold the worker's model again."""
+        """Puts the worker's model back into the module."""
         assert self.worker_model is not None
         self.start.vector.write(self.worker_model)
         self.worker_model = None
         self.loop.stopwatch.resume()
 
     def global_parts(self, module: pl.LightningModule) -> dict[str, Tensor]:
-        """Returns the global model's parameters and buffers by name, as far as they travel."""
+        """Returns those of the global model's parameters and buffers that are sent, by name."""
         return self.start.vector.named_parts(module, self._read_global_model())
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
-        """Tells all workers rank 0's metrics, and what its plateau schedulers were stepped with."""
+        """Sends rank 0's metrics, and the steps of its plateau schedulers, to all workers."""
         metrics = self.trainer.callback_metrics
         self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()})
 
     def _read_global_model(self) -> Tensor:
         vector = self.start.vector
-        if self.start.algorithm.averages_gradients:  # so all workers have the global model
+        if self.start.algorithm.averages_gradients:  # then the module already has the global model
             return vector.read(vector.new())
         model = vector.new()
         self.world.read(model)
         return model
 
     def _share_decisions(self) -> None:
-        """Makes known what rank 0 decided: trainer.test(ckpt_path="best") means the same file on all ranks."""
+        """Shares rank 0's decisions, so that trainer.test(ckpt_path="best") means the same file on all ranks."""
         collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.rank
         schedulers.plateaus()
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))

@@ -1,4 +1,4 @@
-"""Reads the shards of a checkpoint: what each process goes on from, also with other workers, servers or data."""
+"""Reads the shards of a checkpoint, for the same or other workers, servers and data."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def load(
     """Reads the shards that belong to a ``.ckpt`` file, when all workers are in step.
 
     Args:
-        site: This process among the others.
-        run: What the manifest of this run says; shards of others are not used.
-        has_server_shards: Whether local servers have shards of their own. In a simulation the world has them all.
+        site: This process's place and connections.
+        run: Name of the algorithm, as in the manifest. Shards of other algorithms are not used.
+        has_server_shards: Whether local servers have shards of their own. In a simulation one shard has all servers.
         path: The file.
-        checkpoint: Its content.
-        max_epochs: Epochs of the run; ``None`` or -1 without a limit.
+        checkpoint: Its contents.
+        max_epochs: Epochs of the run; ``None`` or -1 for no limit.
 
     Returns:
-        The content for this process, in which what is this worker's own is in the place of rank 0's; and what the next
-        fit goes on from, ``None`` if that is the content alone.
+        The contents for this process, with this worker's own state instead of rank 0's; and the state from which the
+        next fit resumes, ``None`` if it resumes from the contents alone.
 
     Raises:
-        CheckpointError: If the checkpoint is incomplete or damaged; on all ranks.
+        CheckpointError: On all ranks, if the checkpoint is incomplete or damaged.
     """
     collectives = site.collectives
     saves = collectives.gather_texts(_save_of(checkpoint))
     if len(set(saves)) > 1:
-        raise CheckpointError(f"{path} is not the same file for all ranks: copy one to all machines.")
+        raise CheckpointError(f"{path} is not the same file on all ranks. Copy one file to all machines.")
     if not saves[0]:
         return checkpoint, None
     found, reason = None, ""
@@ -53,8 +53,8 @@ def load(
         raise CheckpointError(reason)
     if not folder:
         rank_zero_warn(
-            f"{path} has no folder of shards beside it: the servers and the other workers' optimizers begin anew,"
-            " from the global model."
+            f"{path} has no folder of shards: the servers start from the global model, and the other workers'"
+            " optimizers from scratch."
         )
         return checkpoint, None
     found = CompleteCheckpoint(Path(folder), Manifest.read(text, Path(folder) / NAME))
@@ -76,19 +76,19 @@ def load(
 
 
 def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoint) -> Resume | None:
-    """Reads what is this process's."""
+    """Reads this process's shards."""
     rank, manifest, groups = site.rank, found.manifest, [list(group.ranks) for group in site.topology.groups]
     if manifest.algorithm != run:
         rank_zero_warn(
-            f"{found.folder} was saved with {manifest.algorithm}, and this is {run}: only the"
-            " global model and rank 0's optimizer are used."
+            f"{found.folder} was saved with {manifest.algorithm}, but this is {run}: only the global model and rank 0's"
+            " optimizer are used."
         )
         return None
     resume = Resume(manifest, fits=manifest.groups == groups)
     if not has_server_shards and not resume.fits:
         rank_zero_warn(
-            f"{found.folder} was saved in a cluster of the workers {manifest.groups}, by local server, and now"
-            f" there are {groups}: only the global model and rank 0's optimizer are used."
+            f"{found.folder} was saved in a cluster with the workers {manifest.groups}, by local server, but now they"
+            f" are {groups}: only the global model and rank 0's optimizer are used."
         )
         return None
     if resume.fits:
@@ -99,7 +99,7 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         if rank == 0:
             resume.globals = found.read(GLOBAL)
         return resume
-    # Where machines do not share a disk, some of the old shards may be out of reach.
+    # If machines do not share a disk, this machine may not have all old shards.
     if found.has(worker_shard(rank)):
         resume.worker = found.read(worker_shard(rank))
     if rank == 0:
@@ -111,20 +111,19 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
 
 
 def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]]) -> None:
-    """Says what could not be kept, since there are other workers or servers now."""
+    """Warns about the state that could not be kept with other workers or servers."""
     manifest, size = resume.manifest, sum(map(len, groups))
     lost = ["the local servers' momentum"]
     if manifest.workers < size:
-        lost.append(f"anything of the {size - manifest.workers} new worker(s), which begin afresh")
+        lost.append(f"the optimizers of the {size - manifest.workers} new worker(s), which start from scratch")
     if manifest.workers > size:
         gone = manifest.workers - size
         lost.append(f"the optimizers of the last {gone} worker(s)")
     if missing := sorted(set(range(len(manifest.groups))) - resume.servers.keys()):
-        lost.append(f"what the local servers {missing} had not sent, whose shards are not in {found.folder}")
+        lost.append(f"the unsent updates of the local servers {missing}, whose shards are not in {found.folder}")
     rank_zero_warn(
-        f"The checkpoint was saved with the workers {manifest.groups}, by local server, and now there are"
-        f" {groups}: the global model, its server's momentum and the position in the data are kept; not"
-        f" kept: {'; '.join(lost)}."
+        f"The checkpoint was saved with the workers {manifest.groups}, by local server, but now they are {groups}. The"
+        f" global model, its server's momentum and the position in the data are kept. Not kept: {'; '.join(lost)}."
     )
 
 

@@ -1,7 +1,7 @@
-"""SIGTERM: a scheduler or a spot market takes the machine away, and the run saves a checkpoint before it ends.
+"""Handles SIGTERM, which announces that the machine is taken away: the run saves a checkpoint and ends.
 
-Rules of this room: the signal's handler only takes note. What follows happens where the main thread works or waits, and
-whoever learns of it tells all peers, so that the signal may come to any process.
+The signal handler only records the signal, because it may interrupt any code. The main thread reacts where it works or
+waits, and tells all peers, so that the signal may be sent to any process.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from lightning_halos.transport.alarm import EXIT_CODE, Alarm
 
 _over: tuple[int, mmap.mmap] | None = None
 """Process id, and a byte that the process shares with its DataLoader workers: 1 when their run is over."""
-_LATER = 3.0  # seconds that the others leave rank 0, so that it can say what is missing
+_LATER = 3.0  # extra seconds of the other processes, so that rank 0 can report missing shards first
 
 
 class Preemption:
-    """What one process does about SIGTERM during one fit.
+    """Handles SIGTERM in one process during one fit.
 
     Args:
         trainer: The Trainer.
-        alarm: Passes the news on to the peers.
-        grace_time: Seconds from the signal until rank 0 gives up; the others leave it 3 more.
-        saves: The saves under way; ``None`` if this process does not begin any.
+        alarm: Passes the preemption on to the peers.
+        grace_time: Seconds from the signal until rank 0 abandons the save. Other processes wait 3 seconds longer.
+        saves: The record of saves; ``None`` on processes other than rank 0.
 
     Attributes:
-        saved: The checkpoint of this preemption.
+        saved: Path of the checkpoint of this preemption; ``None`` before it is saved.
     """
 
     def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float, saves: Saves | None) -> None:
@@ -60,12 +60,12 @@ class Preemption:
 
     @property
     def is_due(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run has to end."""
         return self._since is not None
 
     @property
     def is_late(self) -> bool:
-        """Whether there is no more time for a save."""
+        """Whether the time for a save is over."""
         return self._since is not None and time.monotonic() - self._since > self._grace_time
 
     @property
@@ -73,17 +73,17 @@ class Preemption:
         return self._alarm.preempted_since if self._signalled is None else self._signalled
 
     def check(self) -> None:
-        """Saves, if the run is to end and this process begins saves; ends the process once the save is complete.
+        """On rank 0, saves a checkpoint if the run has to end, and ends the process when it is complete.
 
-        The others go on until they hear that this process has ended, so that the save can become complete.
+        Other processes go on until rank 0 has ended, so that the save can be completed.
 
         Raises:
-            SIGTERMException: With the exit code of a process that SIGTERM has ended.
+            SIGTERMException: To end the process, with the exit code of a preempted process.
         """
         if (since := self._since) is None:
             return
         self._alarm.preempt(since)
-        if self._alarm.is_over:  # the run is at its end, and nobody waits for a save
+        if self._alarm.is_over:  # the run has ended, so no save is needed
             self.end_if_late()
         elif self._saves is None:
             if time.monotonic() - since > self._grace_time + _LATER:
@@ -108,7 +108,7 @@ class Preemption:
             raise SIGTERMException(EXIT_CODE)
 
     def release(self) -> None:
-        """Gives the signal back to whoever had it."""
+        """Restores the previous signal handler."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
@@ -116,7 +116,7 @@ class Preemption:
                 set_received_sigterm(self._trainer, True)
 
     def forget(self) -> None:
-        """Removes the checkpoint of an earlier preemption, when the run that resumed after it has ended by itself."""
+        """Removes the checkpoint of an earlier preemption, after the run that resumed from it has ended by itself."""
         path, resumed = preemption_path(self._trainer), self._trainer.ckpt_path
         if self._saves is None or self.is_due or path is None or resumed is None:
             return
@@ -126,7 +126,7 @@ class Preemption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if callable(self._previous):
             self._previous(number, frame)  # Lightning passes the signal on to the processes that it launched
-        # Lightning would end this process at once, before the others have written their shards.
+        # Otherwise Lightning would end this process at once, before other processes have written their shards.
         set_received_sigterm(self._trainer, False)
         if self._signalled is None:
             self._signalled = time.monotonic()
@@ -143,20 +143,20 @@ class Preemption:
         if path is None:
             rank_zero_info("SIGTERM: the run ends. Without a ModelCheckpoint nothing is saved.")
             return
-        rank_zero_info(f'SIGTERM: the run saves {path} and ends. Go on with trainer.fit(..., ckpt_path="last").')
+        rank_zero_info(f'SIGTERM: the run saves {path} and ends. Resume with trainer.fit(..., ckpt_path="last").')
         self.saved = path
         self._trainer.save_checkpoint(path)
 
 
 def preemption_path(trainer: pl.Trainer) -> str | None:
-    """Where a checkpoint is saved when the run is preempted.
+    """Returns the path of the checkpoint of a preemption.
 
     Args:
         trainer: The Trainer.
 
     Returns:
-        A file beside those of the first ``ModelCheckpoint``, which ``ckpt_path="last"`` finds; ``None`` if the Trainer
-        has none.
+        A file in the folder of the first ``ModelCheckpoint``, which ``ckpt_path="last"`` finds; ``None`` without a
+        ``ModelCheckpoint``.
     """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
@@ -169,14 +169,14 @@ def preemption_path(trainer: pl.Trainer) -> str | None:
 
 @dataclass
 class OutlivingSigterm:
-    """Starts a DataLoader worker that outlives the SIGTERM which its whole process group gets.
+    """Lets a DataLoader worker survive a SIGTERM that is sent to its complete process group.
 
-    Its training process still wants batches from it, until the checkpoint is saved. When the run is over, SIGTERM from
-    its training process ends it at once; a worker that is not forked does not know that.
+    Its training process needs more batches until the checkpoint is saved. When the run is over, SIGTERM ends a forked
+    DataLoader worker at once; a worker that is not forked cannot know that.
 
     Attributes:
         seconds: Seconds from SIGTERM until the DataLoader worker ends by itself.
-        worker_init_fn: The user's own function that runs when the DataLoader worker starts.
+        worker_init_fn: The user's own function to run when the DataLoader worker starts.
     """
 
     seconds: float
@@ -202,6 +202,6 @@ class OutlivingSigterm:
 
 
 def let_data_workers_end() -> None:
-    """Lets the DataLoader workers of this process end at the next SIGTERM, since the run is over."""
+    """Lets the DataLoader workers of this process end at the next SIGTERM, because the run is over."""
     if _over is not None:
         _over[1][0] = 1

@@ -1,7 +1,7 @@
 """Saves the Trainer's checkpoints with their shards.
 
-This file connects Lightning's saving with ``checkpoint`` and with the servers. While training, rank 0 saves alone and
-the other workers train on; when all workers are in step, all of them save together.
+This file connects Lightning's saving with ``checkpoint`` and with the servers. During training, rank 0 saves alone
+while the other workers go on training; when all workers are in step, all of them save together.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _END = "the end of the fit"
 
 @dataclass(frozen=True)
 class Ended:
-    """What is left of a fit that has ended, for checkpoints.
+    """The state of an ended fit, for later checkpoints.
 
     Attributes:
         keeper: Its servers.
         schedulers: State of the learning-rate schedulers.
-        manifest: What a manifest said at its end.
+        manifest: The manifest at its end.
     """
 
     keeper: Keeper
@@ -57,17 +57,17 @@ class Ended:
 
 
 class Shards:
-    """What one process does about checkpoints.
+    """Saves and loads the checkpoints of one process.
 
     Args:
-        site: This process among the others.
-        run: What the manifest says of the run; see :func:`name_of`.
-        has_server_shards: Whether local servers have shards of their own. In a simulation the world has them all.
+        site: This process's place and connections.
+        run: Name of the algorithm, for the manifest.
+        has_server_shards: Whether local servers have shards of their own. In a simulation one shard has all servers.
 
     Attributes:
-        resume: What the next fit goes on from.
-        ended: What is left of the last fit; ``None`` if there was none, or it failed.
-        saves: The saves under way.
+        resume: The state from which the next fit resumes.
+        ended: The state of the last fit; ``None`` if there was none, or it failed.
+        saves: The record of saves.
     """
 
     def __init__(self, site: Site, run: str, has_server_shards: bool) -> None:
@@ -80,32 +80,32 @@ class Shards:
         self._at_end: list[Save] = []
 
     def start_fit(self) -> Resume | None:
-        """Forgets what an earlier fit has left, if that failed. Returns what to go on from."""
+        """Clears the state of an earlier fit. Returns the state from which this fit resumes."""
         resume, self.resume, self.ended = self.resume, None, None
         self._at_end = []
         self.saves = Saves()
         return resume
 
     def load(self, path: Path, checkpoint: dict[str, Any], max_epochs: int | None) -> dict[str, Any]:
-        """Reads the shards that belong to a ``.ckpt`` file, which the next fit goes on from; see :func:`load`."""
+        """Reads the shards of a ``.ckpt`` file, from which the next fit resumes; see :func:`load`."""
         content, self.resume = load(self._site, self._run, self._has_server_shards, path, checkpoint, max_epochs)
         return content
 
     def belong_to(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> bool:
-        """Whether a checkpoint is to have shards: not if it has the weights only, or is not on a disk."""
+        """Returns whether a checkpoint gets shards: not if it only has weights, or is not on a disk."""
         return "optimizer_states" in checkpoint and storage_options is None and is_local(path)
 
     def link_when_complete(self, callbacks: Iterable[pl.Callback]) -> None:
-        """Lets the links of ``ModelCheckpoint(save_last="link")`` lead to complete checkpoints only, in this fit."""
+        """Makes the links of ``ModelCheckpoint(save_last="link")`` point only to complete checkpoints in this fit."""
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
                 replace_link_checkpoint(callback, self.saves.link)
 
     def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves on rank 0, while the others train on. An error is a warning.
+        """Saves on rank 0 during training. An error becomes a warning.
 
-        One save at a time: while an earlier one is in flight, a checkpoint is left out, unless it was asked for because
-        the run is about to end. If its name is free, its ``.ckpt`` file is written without shards: it has the model.
+        While an earlier save is in flight, the checkpoint is left out, unless it was requested because the run is about
+        to end. If its name is free, its ``.ckpt`` file with the model is still written, without shards.
         """
         is_urgent = is_hpc(path) or fit.preemption.saved == str(path)
         manifest = self._manifest(fit)
@@ -124,7 +124,7 @@ class Shards:
             self._write(save, checkpoint, path, write)
 
     def save_at_end(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves on rank 0, when its training is over: the shards follow when all workers are in step."""
+        """Saves on rank 0 after its training. The shards follow when all workers are in step."""
         pending = self.saves.pending(_END)
         if pending is None:
             self.saves.flush(self._site.timeout, self._site.interrupted)
@@ -134,10 +134,10 @@ class Shards:
                 self._at_end.append(save)
 
     def save_together(self, trainer: pl.Trainer, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves when all workers are in step, after the fit.
+        """Saves on all workers together, after the fit.
 
         Raises:
-            OSError: If it cannot be written; on all ranks.
+            OSError: On all ranks, if the checkpoint cannot be written.
         """
         save, reason = None, ""
         if self._site.rank == 0:
@@ -153,19 +153,19 @@ class Shards:
             raise OSError(reason)
 
     def remove(self, path: str | PathLike[str], remove_file: Callable[[], None]) -> None:
-        """Removes a checkpoint with its shards, as soon as its successor is complete."""
+        """Removes a checkpoint with its shards as soon as its successor is complete."""
         if not is_local(path) or Path(path).is_symlink():
             remove_file()
         else:
             self.saves.remove(Path(path), remove_file)
 
     def write_own(self, marker: Marker, state: dict[str, Any], tell: Callable[[ShardWritten], None]) -> None:
-        """Writes this worker's shard of a save, in the background.
+        """Writes this worker's shard in the background.
 
         Args:
-            marker: The marker of the save.
+            marker: The marker of the snapshot.
             state: The worker's state.
-            tell: Tells rank 0 that it is written.
+            tell: Sends the result to rank 0.
         """
         self.saves.writer.shard(marker, worker_shard(self._site.rank), state, tell)
 
@@ -183,7 +183,7 @@ class Shards:
                 rank_zero_warn(f"A checkpoint is not complete: {reason}. Older checkpoints are kept.")
 
     def _keep_states(self, fit: Fit, marker: Marker) -> None:
-        """Asks everybody for their shards, and writes rank 0's."""
+        """Starts the snapshot of all servers and workers, and writes rank 0's shard."""
         keeper, vector = fit.world.keeper, fit.start.vector
         assert keeper is not None
         state = fit.loop.own_state()
@@ -203,13 +203,13 @@ class Shards:
     def _write(self, save: Save, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         try:
             write(checkpoint, save.hidden[path.absolute()])
-        except Exception as error:  # a save must not end the run, whatever an object raises while it is written
+        except Exception as error:  # writing an object may raise anything, and a checkpoint must not end the run
             self.saves.fail(save.marker.save, f"{path} could not be written: {error}")
         else:
             self.saves.file_written(save.marker.save, path)
 
     def _write_together(self, trainer: pl.Trainer, save: Save | None, reason: str) -> str:
-        """All workers write their shards of a save of rank 0's. Returns what went wrong, on all ranks."""
+        """Writes the shards of all workers for a save of rank 0. Returns the error, or "", on all ranks."""
         site = self._site
         told = site.collectives.broadcast_object(
             [reason, save.marker.save, save.marker.folder] if save is not None else [reason, "", ""]
@@ -234,11 +234,11 @@ class Shards:
         return str(site.collectives.broadcast_object(reason))
 
     def _write_ended(self, trainer: pl.Trainer, marker: Marker) -> list[ShardWritten]:
-        """Writes what this process has, after the fit."""
+        """Writes the shards of this process after the fit."""
         assert self.ended is not None
         site = self._site
         state = {**worker_state(trainer), "schedulers": self.ended.schedulers, "random": random_state()}
-        # All are where rank 0 is, which the .ckpt file tells.
+        # All workers are at the position of rank 0, which is in the .ckpt file.
         del state["loops"]
         server, globals_ = self.ended.keeper.state()
         parts = {worker_shard(site.rank): state}
@@ -274,7 +274,7 @@ class Shards:
 
 @contextmanager
 def _warning(path: Path) -> Iterator[None]:
-    """A save must not end the run, whatever an object raises while it is written."""
+    """Turns any error into a warning, because a checkpoint must not end the run."""
     try:
         yield
     except Exception as error:

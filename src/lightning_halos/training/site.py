@@ -1,6 +1,6 @@
-"""This process among those of all workers: its rank, the regions, and its connections.
+"""This process's place among all workers: its rank, the regions, and its connections.
 
-All of it is made once, when an entry point of the Trainer has started the processes, and outlives every fit.
+A site is made once, when an entry point of the Trainer has started the processes, and outlives every fit.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Site:
     Attributes:
         rank: Global rank.
         size: Number of workers.
-        topology: Which worker is in which region.
+        topology: The regions and servers.
         store: The store of all processes.
-        collectives: Collectives over all workers, for when they are in step.
+        collectives: Collectives over all workers, for use when they are in step.
         groups: Process groups for links; in a simulation, of all workers.
-        timeout: Seconds that any wait for a peer may last.
+        timeout: Limit for any wait for a peer, in seconds.
         interrupted: Called several times a second while the main thread waits; may raise.
     """
 
@@ -48,11 +48,11 @@ class Site:
 
     @property
     def here(self) -> str:
-        """Names this process's worker, for messages."""
+        """Name of this process's worker, for messages."""
         return self.topology.describe(self.rank)
 
     def make_default_group(self) -> None:
-        """Makes the default process group of torch, for when all workers are in step."""
+        """Makes torch's default process group, for use when all workers are in step."""
         number = self.collectives.count(f"default/{self.rank}", 1, self.timeout)
         with noting_sockets():
             dist.init_process_group(
@@ -64,14 +64,14 @@ class Site:
             )
 
     def collectives_of_a_fit(self) -> Collectives:
-        """Connects all workers for the rounds of one fit, in which nobody waits longer than the timeout."""
+        """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
         number = self.collectives.count(f"fits/{self.rank}", 1, self.timeout)
         store = PrefixStore(f"lockstep/{number}", self.store)
-        everybody = [range(self.size)]  # rounds are all-reduces among all workers
+        everybody = [range(self.size)]  # rounds are all-reduces over all workers
         return Collectives.connect(everybody, self.rank, store, self.interrupted, self.topology.describe, self.timeout)
 
     def broadcast_from_leader_(self, tensor: Tensor) -> None:
-        """Copies a tensor of the process that hosts a local server to the server's other workers, in place."""
+        """Overwrites a tensor on the workers of a local server with that of the server's leader."""
         if self.groups.region is None:
             return
         group = self.topology.group_of(self.rank)
@@ -97,22 +97,22 @@ def connect(
     timeout: float,
     interrupted: Callable[[], None],
 ) -> Site:
-    """Connects this process with those of all other workers. To be called by all of them.
+    """Connects this process with those of all other workers. All of them must call it.
 
     Args:
-        environment: Where the store is.
+        environment: Has the address of the store.
         rank: Global rank of this process.
         size: Number of workers.
-        algorithm: Decides which local servers there are.
-        topology: Which worker is in which region, as far as this process knows.
-        may_be_named: Whether processes may name their regions instead, with ``HALOS_REGION``.
+        algorithm: Arranges the local servers.
+        topology: The regions and servers, if this process knows them.
+        may_be_named: Whether processes may name their regions with ``HALOS_REGION``, which replaces ``topology``.
         is_simulated: Whether the processes simulate a cluster, all on one machine.
-        timeout: Seconds that any wait for a peer may last.
+        timeout: Limit for any wait for a peer, in seconds.
         interrupted: Called several times a second while the main thread waits; may raise.
 
     Raises:
         ValueError: If only some processes name their region.
-        PeerLostError: If not all processes come in time.
+        PeerLostError: If not all processes connect in time.
     """
     store = open_store(environment.main_address, environment.main_port, rank, size, timeout)
     if may_be_named:
@@ -122,7 +122,7 @@ def connect(
             topology = algorithm.arrange(*regions_by_name(names))
     assert topology is not None
     places = Topology.build([range(size)], servers_per_region=1) if is_simulated else topology
-    # Rank 0 may validate the final model while the others wait for it.
+    # Other workers may have to wait while rank 0 validates the final model.
     patience = max(timeout, AT_THE_EDGES)
     collectives = Collectives.connect(
         places.regions, rank, PrefixStore("collectives", store), interrupted, topology.describe, patience

@@ -1,4 +1,4 @@
-"""What a fit starts from, and what is ordered: the arithmetic of resuming. It starts nothing itself."""
+"""The state from which a fit starts, and the ordered work: the arithmetic of resuming. It starts nothing itself."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lightning_halos.training.trainer_adapter import callbacks_of, unfreezes
 
 @dataclass(frozen=True)
 class Start:
-    """What a fit starts from.
+    """The state from which a fit starts.
 
     Attributes:
-        site: This process among the others.
+        site: This process's place and connections.
         algorithm: The algorithm.
         trainer: The Trainer, at the start of training.
-        vector: What travels of the module.
-        memory: A vector's memory with the module's present values; ``None`` if no models are exchanged.
+        vector: Converts between the module and its vector.
+        memory: A vector with the module's present values; ``None`` if no models are exchanged.
         data: The training data, if the workers share it.
-        resume: What to go on from; ``None`` if the run is new.
-        saves: The saves under way.
+        resume: The state to resume from; ``None`` for a new run.
+        saves: The record of saves.
     """
 
     site: Site
@@ -49,17 +49,17 @@ class Start:
 
     @property
     def worker_state(self) -> Mapping[str, Any]:
-        """State of this worker to go on from; empty if it is new."""
+        """This worker's state to resume from; empty for a new worker."""
         return {} if self.resume is None else self.resume.worker
 
     @property
     def budget(self) -> StepBudget:
-        """The step budget, in a new object."""
+        """A new step budget."""
         trainer, size = self.trainer, self.site.size
         max_steps = trainer.max_steps if trainer.max_steps != -1 else None
         total = trainer.global_step * size
         if self.resume is not None:
-            # With other workers the global step stays, since schedules follow it.
+            # With another number of workers the global step is kept, because schedules follow it.
             was = self.resume.manifest
             total = was.total if was.workers == size else was.total // was.workers * size
         return StepBudget(size, max_steps, total)
@@ -77,7 +77,7 @@ class Start:
 
     @property
     def end(self) -> float:
-        """Global steps at which the run ends by itself; infinite if only somebody can end it."""
+        """Global step at which the run ends by itself; infinite if it only ends when it is asked to stop."""
         ends = [math.inf if self.trainer.max_steps == -1 else float(self.trainer.max_steps)]
         if self.data is not None:
             total, used = self.budget.total, self.data.first
@@ -97,24 +97,24 @@ class Start:
         if self.resume is not None and self.resume.manifest.data is not None:
             rank_zero_warn(
                 f"The checkpoint was saved with other training data ({self.resume.manifest.data}, now"
-                f" {self.data.identity}): which samples of this epoch were used is not known."
+                f" {self.data.identity}), so it is unknown which samples of this epoch were used."
             )
         return Spans([(0, self.data.first)] if self.data.first else [])
 
     @classmethod
     def find(cls, site: Site, algorithm: Algorithm, trainer: pl.Trainer, resume: Resume | None, saves: Saves) -> Start:
-        """Finds out what a fit starts from. To be called by all workers together.
+        """Determines the state from which a fit starts. All workers must call it together.
 
         Args:
-            site: This process among the others.
+            site: This process's place and connections.
             algorithm: The algorithm.
             trainer: The Trainer, at the start of training.
-            resume: What to go on from; ``None`` if the run is new.
-            saves: The saves under way.
+            resume: The state to resume from; ``None`` for a new run.
+            saves: The record of saves.
 
         Raises:
-            CheckpointError: If the checkpoint is of another model.
-            RuntimeError: If another worker's module has another number of elements.
+            CheckpointError: If the checkpoint belongs to another model.
+            RuntimeError: If the modules of the workers have different numbers of elements.
         """
         vector = ModelVector(trainer.lightning_module, all_parameters=unfreezes(callbacks_of(trainer)))
         _check(site, vector, resume)
@@ -124,17 +124,17 @@ class Start:
 
 
 def _check(site: Site, vector: ModelVector, resume: Resume | None) -> None:
-    """Refuses a checkpoint of another model, and workers whose modules differ in size."""
+    """Refuses a checkpoint of another model, and workers with modules of different sizes."""
     if resume is not None and resume.manifest.model != vector.identity:
         raise CheckpointError(
-            f"The checkpoint is of another model: {resume.manifest.model} travelled of it, and of this one"
-            f" {vector.identity}. Train the same module with the same parameters frozen, or remove the folder of"
-            " its shards to go on from its .ckpt file alone."
+            f"The checkpoint belongs to another model: its vector has {resume.manifest.model}, but this model's has"
+            f" {vector.identity}. Train the same module with the same parameters frozen, or remove the folder of its"
+            " shards to resume from its .ckpt file alone."
         )
     elements = site.collectives.gather_texts(str(vector.num_elements))
     if others := [rank for rank, count in enumerate(elements) if count != elements[site.rank]]:
         raise RuntimeError(
-            f"The module of {site.here} has {vector.num_elements} elements that travel, that of"
+            f"The vector of the module of {site.here} has {vector.num_elements} elements, that of"
             f" {site.topology.describe(others[0])} has {elements[others[0]]}. All workers must train the same module"
             " with the same parameters frozen."
         )

@@ -1,6 +1,6 @@
-"""The Lightning strategy: it launches processes, connects them, and hands Lightning's hooks to the present fit.
+"""The Lightning strategy: it launches processes, connects them, and passes Lightning's hooks on to the present fit.
 
-What exists only while training is in ``fit``, and what a worker does in a batch in ``worker_loop``.
+Objects that exist only during training are in ``fit``, and the work in a batch is in ``worker_loop``.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 class AlgorithmStrategy(ParallelStrategy):
     """Trains any LightningModule with an algorithm in which workers run local steps and exchange models.
 
-    One process per device is a worker. :class:`~lightning_halos.HalosStrategy` and the other strategies are this one
-    with an algorithm of their own.
+    Each device has a worker process. :class:`~lightning_halos.HalosStrategy` and the other strategies are subclasses
+    that make their own algorithm.
 
     Args:
         algorithm: The algorithm.
-        regions: Number of regions (consecutive ranks), or the ranks of each, such as ``[[0, 1], [2, 3]]``. Default: the
-            environment variable ``HALOS_REGION`` of each process, else one region per node.
+        regions: Number of regions (with consecutive ranks), or the ranks of each region, such as ``[[0, 1], [2, 3]]``.
+            Default: the environment variable ``HALOS_REGION`` of each process, else one region per node.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: As in :class:`~lightning_halos.HalosStrategy`.
         grace_time: As in :class:`~lightning_halos.HalosStrategy`.
@@ -82,7 +82,7 @@ class AlgorithmStrategy(ParallelStrategy):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value; when the Trainer is made, if the regions do not fit its workers.
+        ValueError: If an argument is invalid; when the Trainer is made, if the regions do not match its workers.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class AlgorithmStrategy(ParallelStrategy):
                 " 'examples/clusters/paper.yaml'."
             )
         if simulate is not None and regions is not None:
-            raise ValueError(f"regions={regions!r} must be None with simulate=...: the cluster says which there are.")
+            raise ValueError(
+                f"regions={regions!r} must be None with simulate=..., because the cluster has the regions."
+            )
         self.algorithm = algorithm
         self._cluster = simulate
         self._regions = regions
@@ -136,11 +138,11 @@ class AlgorithmStrategy(ParallelStrategy):
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
 
-    # ------------------------------------------------------------------ who and where
+    # ------------------------------------------------------------------ properties
 
     @property
     def is_distributed(self) -> bool:
-        """Whether samplers are to be distributed among the workers."""
+        """Whether samplers have to be distributed among the workers."""
         return True
 
     @property
@@ -168,30 +170,30 @@ class AlgorithmStrategy(ParallelStrategy):
 
     @property
     def topology(self) -> Topology:
-        """Which worker is in which region. Known once an entry point of the Trainer has started its processes."""
+        """The regions and servers. Known after an entry point of the Trainer has started its processes."""
         topology = self._topology if self._site is None else self._site.topology
         assert topology is not None
         return topology
 
     @property
     def servers(self) -> World | None:
-        """The object that knows the global model and the servers' counters; only on rank 0 and while it fits."""
+        """The world with the global model and the servers' counters; only on rank 0 and during a fit."""
         fit = self._fit
         return fit.world if fit is not None and not fit.is_over and fit.world.has_global_model else None
 
     @property
     def round(self) -> WorkerRound | None:
-        """This worker's round; only while it fits."""
+        """This worker's round; only during a fit."""
         return None if self._fit is None or self._fit.is_over else self._fit.loop.round
 
     @property
     def history(self) -> list[Event]:
-        """Of a simulation, all events of the last fit so far, by virtual time; only on rank 0, and after the fit."""
+        """All events of a simulation's present or last fit, by virtual time; during a fit only on rank 0."""
         return self._history if self._simulation is None else self._simulation.history
 
     @property
     def virtual_seconds(self) -> float:
-        """Of a simulation, the virtual time at which rank 0's present round ends; after the fit, at which it ended."""
+        """A simulation's virtual time: the end of rank 0's present round; after the fit, the end of the fit."""
         return self._virtual_seconds if self._simulation is None else self._simulation.virtual_seconds
 
     @property
@@ -210,7 +212,7 @@ class AlgorithmStrategy(ParallelStrategy):
         return self.lightning_module.trainer
 
     def recall(self, history: list[Event], virtual_seconds: float) -> None:
-        """Keeps what a simulation that has ended recorded."""
+        """Stores the history of a simulation that has ended."""
         self._history, self._virtual_seconds = history, virtual_seconds
 
     # ------------------------------------------------------------------ setup
@@ -233,7 +235,7 @@ class AlgorithmStrategy(ParallelStrategy):
         assert self.parallel_devices is not None
         if self.num_nodes > 1 or self.cluster_environment.creates_processes_externally:
             raise ValueError(
-                "simulate=... starts a process for each worker of the cluster by itself, on one machine: use"
+                "simulate=... itself starts a process for each worker of the cluster, on one machine. Use"
                 " Trainer(num_nodes=1), without torchrun or SLURM."
             )
         devices = self.parallel_devices
@@ -242,7 +244,7 @@ class AlgorithmStrategy(ParallelStrategy):
         self._launcher = SimulationLauncher(self, "fork" if self._start_method == "popen" else self._start_method)
 
     def set_world_ranks(self) -> None:
-        """Tells the cluster environment this process's rank, as Lightning's ``DDPStrategy`` does."""
+        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
@@ -254,8 +256,8 @@ class AlgorithmStrategy(ParallelStrategy):
         self.set_world_ranks()
         if dist.is_initialized():
             raise RuntimeError(
-                "torch.distributed has a default process group, and with one Lightning makes all workers wait for each"
-                " other in every batch. Call torch.distributed.destroy_process_group() before the Trainer runs."
+                "torch.distributed has a default process group, with which Lightning would make all workers wait for"
+                " each other in every batch. Call torch.distributed.destroy_process_group() before the Trainer runs."
             )
         if self._site is None:
             assert self.cluster_environment is not None
@@ -310,9 +312,9 @@ class AlgorithmStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ training
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Lets DataLoader workers outlive SIGTERM, as the process that they work for does."""
+        """Lets DataLoader workers survive SIGTERM, as their training process does."""
         if isinstance(dataloader, DataLoader) and not isinstance(dataloader.worker_init_fn, OutlivingSigterm):
-            seed_dataloader_workers(dataloader, self.global_rank)  # which Lightning does next, where there is none yet
+            seed_dataloader_workers(dataloader, self.global_rank)  # Lightning would skip it after the next line
             dataloader.worker_init_fn = OutlivingSigterm(self._grace_time, dataloader.worker_init_fn)
         return dataloader
 
@@ -334,7 +336,7 @@ class AlgorithmStrategy(ParallelStrategy):
             self._fit.publish(stepped)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Averages the gradients over all workers before they are clipped and used, if the algorithm does that."""
+        """Averages the gradients over all workers before they are clipped and used, if the algorithm requires it."""
         super().post_backward(closure_loss)
         if not self.algorithm.averages_gradients or not self._is_training or is_accumulating(self._trainer):
             return
@@ -347,7 +349,7 @@ class AlgorithmStrategy(ParallelStrategy):
 
     def on_validation_start(self) -> None:
         if self._fit is not None and self._fit.has_two_models:
-            self._fit.loop.stopwatch.restart()  # since the end of the last batch there was only the start of this
+            self._fit.loop.stopwatch.restart()  # the time since the last batch was spent on starting the validation
             self._fit.put_global_model_in()
 
     def on_validation_end(self) -> None:
@@ -357,18 +359,19 @@ class AlgorithmStrategy(ParallelStrategy):
 
     @contextmanager
     def global_model(self) -> Iterator[None]:
-        """Makes the module hold the present global model in a ``with`` block, as validation does, to look at it.
+        """Puts the present global model into the module for a ``with`` block, as validation does.
 
-        For callbacks of rank 0 while it fits; the other workers train on, and this one's speed does not suffer. In
-        validation and after the fit the module holds the global model already; on other ranks nothing happens.
+        It is for callbacks of rank 0 during a fit. The other workers go on training, and the time does not count in
+        this worker's speed. During validation and after the fit the module already has the global model. On other ranks
+        nothing happens.
         """
         with nullcontext() if self._fit is None else self._fit.global_model():
             yield
 
     def check(self) -> None:
-        """Ends this process if it has to: the run has failed, or has saved a checkpoint after SIGTERM.
+        """Ends this process if the run has failed, or has saved a checkpoint after SIGTERM.
 
-        For callbacks that take long while it fits, to call now and then. Batches do it by themselves.
+        Callbacks that take long during a fit should call it repeatedly. Every batch calls it, too.
 
         Raises:
             RuntimeError: If the run has failed.
@@ -378,7 +381,7 @@ class AlgorithmStrategy(ParallelStrategy):
             self._fit.check()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the state of the *global* model while it fits on rank 0, of the module otherwise."""
+        """Returns the state of the *global* model on rank 0 during a fit, and of the module otherwise."""
         with self._not_computing():
             state = super().lightning_module_state_dict()
             fit = self._fit
@@ -395,19 +398,19 @@ class AlgorithmStrategy(ParallelStrategy):
 
     @property
     def _is_training(self) -> bool:
-        """Whether workers train on their own now."""
+        """Whether each worker trains on its own now."""
         return self._fit is not None and self._fit.is_training
 
     @property
     def _keeps_servers(self) -> bool:
-        """Whether there are servers whose state is worth keeping."""
+        """Whether the algorithm has servers whose state belongs in checkpoints."""
         if self._cluster is not None:
             return not self.algorithm.averages_gradients
         return isinstance(self.algorithm, ServerAlgorithm)
 
     @property
     def _keeps_shards(self) -> bool:
-        """Whether checkpoints have shards now: not without servers, nor when the run has failed."""
+        """Whether checkpoints have shards now: not without servers, and not after the run has failed."""
         if not self._keeps_servers:
             return False
         if self._fit is not None and not self._fit.is_over:
@@ -417,10 +420,10 @@ class AlgorithmStrategy(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Writes a checkpoint: see ``docs/checkpoints.md``. While it fits only rank 0 does, and nobody waits.
+        """Writes a checkpoint; see ``docs/checkpoints.md``. During a fit only rank 0 does, and no worker waits.
 
         Raises:
-            OSError: If it cannot be written after the fit. While it fits that is a warning.
+            OSError: If it cannot be written after the fit. During a fit this is a warning.
         """
 
         def write(content: dict[str, Any], path: Path) -> None:
@@ -429,7 +432,7 @@ class AlgorithmStrategy(ParallelStrategy):
         fit, shards, keeps_shards = self._fit, self._shards, self._keeps_shards
         is_preempted = fit is not None and fit.preemption.saved is not None
         if is_preempted and self._keeps_servers and not keeps_shards:
-            return  # what callbacks save of an interrupted run would have no shards, and be newer than what has
+            return  # a checkpoint of an interrupted run would have no shards, but be newer than the one that has
         if fit is not None and fit.is_training and not keeps_shards:
             fit.raise_failure()
         with self._not_computing():
@@ -447,7 +450,7 @@ class AlgorithmStrategy(ParallelStrategy):
             self._shards.remove(filepath, partial(self.checkpoint_io.remove_checkpoint, filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint. For a fit, what is this worker's own is in the place of rank 0's.
+        """Reads a checkpoint. For a fit, this worker's own state replaces rank 0's.
 
         Raises:
             CheckpointError: If it is incomplete or damaged.
@@ -482,7 +485,7 @@ class AlgorithmStrategy(ParallelStrategy):
 
     @property
     def _is_rank_zero_alone(self) -> bool:
-        """Whether rank 0 does something that the other workers do not take part in: validation while fitting."""
+        """Whether only rank 0 is working here, that is, validating during a fit."""
         trainer = find_trainer(self.lightning_module)
         return (
             trainer is not None
@@ -492,39 +495,39 @@ class AlgorithmStrategy(ParallelStrategy):
 
     @property
     def _in_step(self) -> Collectives | None:
-        """The collectives over all workers, when these are in step; within a fit each worker is on its own."""
+        """The collectives over all workers if these are in step; ``None`` during a fit."""
         is_alone = self._is_training or self._is_rank_zero_alone
         return None if is_alone or self._site is None else self._site.collectives
 
     def barrier(self, name: str | None = None) -> None:
-        """Waits for all workers, outside of training; nothing to wait for inside."""
+        """Waits for all workers. During training it does nothing."""
         if collectives := self._in_step:
             collectives.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Returns the object of the worker ``src``, outside of training; the worker's own inside.
+        """Returns the object of the worker ``src``. During training it returns the worker's own object.
 
         Raises:
-            TypeError: If the object is not made of numbers, strings, tensors, lists and dicts: nothing is pickled.
+            TypeError: If the object has parts other than numbers, strings, tensors, lists and dicts.
         """
         if collectives := self._in_step:
             return collectives.broadcast_object(obj, src)
         return obj
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces a tensor over all workers, outside of training; returns the worker's own inside."""
+        """Reduces a tensor over all workers. During training it returns the worker's own tensor."""
         collectives = self._in_step
         if not isinstance(tensor, Tensor) or collectives is None:
             return tensor
         return collectives.reduce(tensor, "mean" if reduce_op is None else str(reduce_op))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gathers a tensor of all workers, outside of training; inside there is one worker: ``tensor[None]``."""
+        """Gathers a tensor from all workers. During training it returns ``tensor[None]``."""
         collectives = self._in_step
         return tensor.unsqueeze(0) if collectives is None else collectives.all_gather(tensor)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
-        """Whether all (or any) of the workers decide so, outside of training; the worker's own decision inside."""
+        """Returns whether all (or any) workers decide so. During training it returns the worker's own decision."""
         collectives = self._in_step
         if collectives is None:
             return bool(decision)
@@ -534,7 +537,7 @@ class AlgorithmStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and exception.code is None:
-            exception.code = EXIT_CODE  # Lightning's own would be a success to whoever starts the run again
+            exception.code = EXIT_CODE  # Lightning's own exit code would look like success to a launcher
         if self._fit is not None:
             self._fit.restore()
 

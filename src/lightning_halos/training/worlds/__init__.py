@@ -1,4 +1,4 @@
-"""The worlds that workers train in, behind one protocol: real links, lock-step rounds, and a virtual clock."""
+"""The worlds that workers train in, with one protocol: real links, synchronous rounds, and a virtual clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_world(start: Start, cluster: SimulatedCluster | None) -> World:
     """Makes the world of a fit.
 
     Args:
-        start: What the fit starts from.
+        start: The state from which the fit starts.
         cluster: The cluster to simulate; ``None`` for a real run.
     """
     if cluster is not None:

@@ -1,6 +1,6 @@
-"""The real world of algorithms whose rounds end together: collectives among all workers, and no links.
+"""The real world of synchronous algorithms: collectives over all workers, and no links.
 
-Every process has a replica of the server. Nothing is kept of it in checkpoints but the model.
+Every process has a replica of the server. Checkpoints only contain the model, and no state of the server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LockstepWorld:
     """This process's replica of the server, and its collectives.
 
     Args:
-        start: What the fit starts from.
+        start: The state from which the fit starts.
     """
 
     keeper = None
