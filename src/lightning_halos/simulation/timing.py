@@ -14,7 +14,6 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 # Tie-break as in the published simulator: rank * 1e-6 ms, so that the order of simultaneous events is defined.
 _TIE = 1e-6
 _FEW_REGIONS = 8  # up to this number of regions, all rings are tried
-_EFFORT = 100  # largest number of steps of a search, per region
 
 
 class Timing:
@@ -62,59 +61,25 @@ class Timing:
     def ring_bandwidth(self) -> float:
         """Returns the Gbit/s of the slowest link of the best ring over the regions; of the network of a single region.
 
-        With more than 8 regions a limited search finds the ring, so a better one may exist.
+        With more than 8 regions this is an upper bound, which favors algorithms with an all-reduce. A ring reaches it,
+        or nearly, unless the links are chosen to prevent that.
         """
         table = self.cluster.bandwidths
         regions = len(table)
         if regions > _FEW_REGIONS:
-            return _search_ring(table)
+            return _bound_of_rings(table)
         rings = ((0, *rest) for rest in permutations(range(1, regions)))
         return max(min(table[a][b] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)) for ring in rings)
 
 
-def _search_ring(table: Sequence[Sequence[float]]) -> float:
-    """Finds the largest bandwidth with a ring of links that are at least as fast, by bisection."""
-    import numpy as np
-
-    links = np.array(table)
-    np.fill_diagonal(links, 0.0)  # a link of a ring connects two different regions
-    candidates = np.unique(links[links > 0])
-    found, missed = 0, len(candidates)
-    while missed - found > 1:
-        middle = (found + missed) // 2
-        if _has_ring((links >= candidates[middle]).tolist()):
-            found = middle
-        else:
-            missed = middle
-    return float(candidates[found])
-
-
-def _has_ring(usable: list[list[bool]]) -> bool:
-    """Returns whether a limited depth-first search finds a ring of usable links.
-
-    It tries the hardest region first: the one with the fewest usable links to and from the remaining regions.
-    """
-    regions = range(len(usable))
-    after = [{b for b in regions if usable[a][b]} for a in regions]
-    before = [{a for a in regions if usable[a][b]} for b in regions]
-    left = set(regions[1:])
-
-    def hardest_last(region: int) -> list[int]:
-        return sorted(after[region] & left, key=lambda b: len(before[b] & left) + len(after[b] & left), reverse=True)
-
-    path, untried = [0], [hardest_last(0)]
-    effort = _EFFORT * len(usable)
-    while path:
-        if not left and 0 in after[path[-1]]:
-            return True
-        if not untried[-1]:
-            untried.pop()
-            left.add(path.pop())
-        elif effort:
-            effort -= 1
-            path.append(untried[-1].pop())
-            left.remove(path[-1])
-            untried.append(hardest_last(path[-1]))
-        else:
-            return False
-    return False
+def _bound_of_rings(table: Sequence[Sequence[float]]) -> float:
+    """Returns an upper bound of the slowest link of a ring: a ring enters and leaves each region, by two others."""
+    regions = range(len(table))
+    bounds = []
+    for region in regions:
+        others = [other for other in regions if other != region]
+        incoming = sorted(others, key=lambda other: table[other][region])[-2:]
+        outgoing = sorted(others, key=lambda other: table[region][other])[-2:]
+        pairs = [(a, b) for a in incoming for b in outgoing if a != b]
+        bounds.append(max(min(table[a][region], table[region][b]) for a, b in pairs))
+    return min(bounds)
