@@ -13,15 +13,10 @@ SOURCE = Path(lightning_halos.__file__).parent
 COMPAT = {"core/compat.py", "training/compat.py"}
 OVERRIDDEN = {"_configure_launcher", "_launcher"}  # of Lightning's Strategy; training/compat.py says so
 OF_OTHERS = {"os._exit", "self.load()._fingerprint"}  # of Python, and of datasets, which documents it
-NOT_MOVED_YET = {
-    "training/launcher.py",
-    "training/shards.py",
-}
-
 FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in COMPAT | NOT_MOVED_YET])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in COMPAT])
 def test_private_names_of_other_packages_are_only_in_compat(name: str) -> None:
     tree = ast.parse((SOURCE / name).read_text())
     assert sorted(foreign_names(tree)) == []

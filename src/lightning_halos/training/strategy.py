@@ -241,7 +241,8 @@ class AlgorithmStrategy(ParallelStrategy):
         devices = self.parallel_devices
         self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
         self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
-        self._launcher = SimulationLauncher(self, "fork" if self._start_method == "popen" else self._start_method)
+        start_method = "fork" if self._start_method == "popen" else self._start_method
+        self._launcher = SimulationLauncher(self, start_method, recorder=self)
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""

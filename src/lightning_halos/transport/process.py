@@ -1,27 +1,23 @@
 """What one process runs besides its training: its servers, and the links of its worker and servers.
 
-Rules of this room: it is made when all processes are in step, and ends with a goodbye on every link. Which rank hosts
-what comes from the topology.
+It is made when all processes are in step, and ends with a goodbye on every link. Nothing is decided or written to disk
+here: the nodes decide, and the caller writes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_halos.checkpoint.manifest import GLOBAL as GLOBAL_SHARD
-from lightning_halos.checkpoint.manifest import server_shard
-from lightning_halos.checkpoint.resume import Resume
-from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.messages import Marker, Shard
+from lightning_halos.core.messages import Marker, ShardWritten
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
@@ -29,7 +25,7 @@ from lightning_halos.core.topology import Topology
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
-from lightning_halos.transport.hosts import GlobalHost, Host, RegionHost
+from lightning_halos.transport.hosts import GlobalHost, Host, RegionHost, Store
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory, Slot
 
 
@@ -48,9 +44,11 @@ class Process:
             share any.
         timeout: Seconds that any wait for a peer may last.
         interrupted: Called several times a second while the worker waits; may raise.
-        saves: The saves under way.
+        store: Writes a server's part of a snapshot in the background.
+        written: Called on rank 0 when a process reports that its part of a snapshot is written.
         done: The data that was trained on before.
-        resume: What to go on from.
+        server_state: State of this process's local server to go on from.
+        global_state: State of the global server to go on from.
 
     Attributes:
         alarm: Where failures go.
@@ -70,9 +68,11 @@ class Process:
         cursor: DataCursor | None,
         timeout: float,
         interrupted: Callable[[], None],
-        saves: Saves | None = None,
+        store: Store = lambda shard: None,
+        written: Callable[[ShardWritten], None] = lambda message: None,
         done: Spans | None = None,
-        resume: Resume | None = None,
+        server_state: Mapping[str, Any] | None = None,
+        global_state: Mapping[str, Any] | None = None,
     ) -> None:
         self.alarm = Alarm(topology.describe(rank))
         self.global_host: GlobalHost | None = None
@@ -81,8 +81,7 @@ class Process:
         self._groups = groups
         self._timeout = timeout
         self._form = model.numel(), model.dtype
-        self._saves = saves or Saves()
-        self._resume = resume
+        self._store = store
         self._region_host: RegionHost | None = None
         group = topology.group_of(rank)
         if rank == 0:
@@ -93,13 +92,13 @@ class Process:
                 cursor,
                 done,
             )
-            if resume is not None and resume.globals is not None:
-                node.load_state_dict(resume.globals)
-            self.global_host = GlobalHost(node, self.alarm, self._store, self._saves.written)
+            if global_state is not None:
+                node.load_state_dict(global_state)
+            self.global_host = GlobalHost(node, self.alarm, store, written)
         link: Link
         if rank == group.leader:
             stock = None if cursor is None else LeaseStock(algorithm.local_steps * len(group.ranks))
-            link = self._host_region(algorithm, model, shapes, budget, stock)
+            link = self._host_region(algorithm, model, shapes, budget, stock, server_state)
         else:
             leader = f"the server of {topology.describe(group.leader)}"
             link = self._gloo_link(groups.region, 0, leader, _reuse(model))
@@ -143,11 +142,10 @@ class Process:
         assert self.global_host is not None
         return self.global_host.statistics()
 
-    def save(self, marker: Marker) -> None:
-        """Keeps the state of all servers and workers as it is now; they write it in the background."""
+    def save(self, marker: Marker) -> bool:
+        """Starts a snapshot. Returns whether it does, which is not so at the end of the run. Only on rank 0."""
         assert self.global_host is not None
-        if not self.global_host.save(marker):
-            self._saves.fail(marker.save, "the run has ended meanwhile")
+        return self.global_host.save(marker)
 
     def settle(self, model: Tensor) -> None:
         """Lets this process's local server take the final global model, when the run is over."""
@@ -179,6 +177,7 @@ class Process:
         shapes: Sequence[torch.Size],
         budget: StepBudget,
         stock: LeaseStock | None,
+        state: Mapping[str, Any] | None,
     ) -> LoopbackLink:
         """Starts the local server. Returns this process's own worker's end of a link to it."""
         topology, group = self._topology, self._topology.group_of(self._rank)
@@ -190,8 +189,8 @@ class Process:
             copy.copy(budget),
             stock,
         )
-        if self._resume is not None and self._resume.server is not None:
-            node.load_state_dict(self._resume.server)
+        if state is not None:
+            node.load_state_dict(state)
         slot = Slot(model.numel(), model.dtype)
         within_region = group.region == topology.group_of(0).region
         self._region_host = host = RegionHost(node, slot, self.alarm, within_region, self._store)
@@ -219,16 +218,9 @@ class Process:
         host.start()
         return mine
 
-    def _store(self, shard: Shard) -> None:
-        """Writes a server's part of a snapshot in the background, and tells rank 0."""
-        name = GLOBAL_SHARD if shard.server is None else server_shard(shard.server)
-        if shard.server is None:
-            self._saves.know(shard.marker.save, **shard.progress)
-            tell = self._saves.written
-        else:
-            assert self._region_host is not None
-            tell = self._region_host.tell
-        self._saves.writer.shard(shard.marker, name, shard.state, tell)
+    def tell(self, message: ShardWritten) -> None:
+        """Tells rank 0 whether a part of a snapshot has been written, by this process's worker or local server."""
+        (self.client if self._region_host is None else self._region_host).tell(message)
 
     def _gloo_link(self, group: ProcessGroup | None, rank: int, peer: str, memory: Memory | None = None) -> GlooLink:
         assert group is not None

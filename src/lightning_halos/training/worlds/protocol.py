@@ -34,7 +34,7 @@ class Keeper(Protocol):
     def tell(self, message: ShardWritten) -> None:
         """Tells rank 0 that a shard of this process is written."""
 
-    def save(self, marker: Marker) -> None:
+    def save(self, marker: Marker) -> object:
         """Keeps the state of all servers and workers as it is now; they write it in the background. On rank 0."""
 
     def settle(self, model: Tensor) -> None:

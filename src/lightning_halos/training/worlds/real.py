@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_halos.checkpoint.manifest import GLOBAL, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
-from lightning_halos.core.messages import Marker, Push, RegionUpdate, ShardWritten
+from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard
 from lightning_halos.core.servers import unsent
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
@@ -33,6 +34,7 @@ class RealWorld(Process):
         site, algorithm, memory, data, resume = start.site, start.algorithm, start.memory, start.data, start.resume
         assert isinstance(algorithm, ServerAlgorithm)
         assert memory is not None
+        self._saves = start.saves
         budget, done = start.budget, start.done()
         if resume is not None:
             if not resume.fits and site.rank == 0:
@@ -50,9 +52,11 @@ class RealWorld(Process):
             None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done)),
             site.timeout,
             site.interrupted,
-            start.saves,
+            self._write,
+            start.saves.written,
             done,
-            resume,
+            None if resume is None else resume.server,
+            None if resume is None else resume.globals,
         )
         local_steps = algorithm.planner(site.size, budget.max_steps).local_steps(site.rank, budget.total)
         position = start.trainer.global_step if resume is None else budget.position
@@ -66,8 +70,19 @@ class RealWorld(Process):
     def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
         self.client.keep = keep
 
-    def tell(self, message: ShardWritten) -> None:
-        self.client.tell(message)
+    def save(self, marker: Marker) -> bool:
+        has_begun = super().save(marker)
+        if not has_begun:
+            self._saves.fail(marker.save, "the run has ended meanwhile")
+        return has_begun
+
+    def _write(self, shard: Shard) -> None:
+        """Writes a server's part of a snapshot in the background, and tells rank 0."""
+        if shard.server is None:
+            self._saves.know(shard.marker.save, **shard.progress)
+            self._saves.writer.shard(shard.marker, GLOBAL, shard.state, self._saves.written)
+        else:
+            self._saves.writer.shard(shard.marker, server_shard(shard.server), shard.state, self.tell)
 
 
 def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
