@@ -94,7 +94,7 @@ class FailsToValidate(Toy):
 
 def test_one_worker_fits_again_after_a_failed_validation(run: Run) -> None:
     (result,) = run(one_worker, workers=1)
-    assert result == {"global_step": 8, "aside": True}
+    assert result == {"global_step": 8, "is_over": True}
 
 
 def one_worker() -> Result:
@@ -105,7 +105,7 @@ def one_worker() -> Result:
     module.fails = False
     again = make_trainer(halos(regions=1), devices=1, max_steps=8)
     again.fit(module, loader(), loader(8))
-    return {"global_step": again.global_step, "aside": trainer.strategy._worker_model is None}
+    return {"global_step": again.global_step, "is_over": trainer.strategy.round is None}
 
 
 def any_fit() -> Result:

@@ -229,7 +229,7 @@ def test_rank_0_decides_for_everybody(tmp_path: Path) -> None:
 def test_a_worker_that_raises_ends_the_simulation() -> None:
     class Broken(Toy):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            alarm = self.trainer.strategy._process.alarm
+            alarm = self.trainer.strategy._fit.world.alarm
             if self.global_rank == 0:  # what its errors would call the others
                 assert {link.peer for link in alarm.links} == {WORLD, *NAMED}
             if self.global_rank == 2 and batch_idx == 5:
