@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from lightning.fabric.plugins import ClusterEnvironment
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_name
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import Groups, gather_through, noting_sockets, open_store
+from lightning_halos.transport.groups import Groups, gather_through, noting_sockets
 from lightning_halos.transport.link import AT_THE_EDGES
 
 
@@ -87,7 +86,7 @@ class Site:
 
 
 def connect(
-    environment: ClusterEnvironment,
+    store: Store,
     rank: int,
     size: int,
     algorithm: Algorithm,
@@ -100,7 +99,7 @@ def connect(
     """Connects this process with those of all other workers. All of them must call it.
 
     Args:
-        environment: Has the address of the store.
+        store: The store of all processes.
         rank: Global rank of this process.
         size: Number of workers.
         algorithm: Arranges the local servers.
@@ -114,7 +113,6 @@ def connect(
         ValueError: If only some processes name their region.
         PeerLostError: If not all processes connect in time.
     """
-    store = open_store(environment.main_address, environment.main_port, rank, size, timeout)
     if may_be_named:
         mine = os.environ.get(REGION_VARIABLE, "")
         names = gather_through(store, REGION_VARIABLE, rank, size, mine, interrupted, timeout)

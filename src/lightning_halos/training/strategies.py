@@ -19,7 +19,8 @@ from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSG
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import StrategyRegistry
-from lightning_halos.training.strategy import AlgorithmStrategy, StartMethod
+from lightning_halos.training.connected_strategy import StartMethod
+from lightning_halos.training.strategy import AlgorithmStrategy
 
 
 class HalosStrategy(AlgorithmStrategy):

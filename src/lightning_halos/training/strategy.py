@@ -9,18 +9,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,36 +25,28 @@ from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local
 from lightning_halos.checkpoint.resume import available
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_seconds
-from lightning_halos.core.topology import Topology, assign_regions, check_regions
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
-    MultiProcessingLauncher,
-    SubprocessScriptLauncher,
     find_trainer,
     is_accumulating,
     optimizers_to_device,
     seed_dataloader_workers,
     synchronizes_batch_norm,
 )
+from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
 from lightning_halos.training.fit import Fit
-from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.preemption import OutlivingSigterm, let_data_workers_end
 from lightning_halos.training.shards import Shards
-from lightning_halos.training.shared_data import LightningRank
-from lightning_halos.training.site import Site, connect
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
-from lightning_halos.transport.collectives import Collectives
-
-StartMethod = Literal["popen", "spawn", "fork"]
 
 _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 
 
-class AlgorithmStrategy(ParallelStrategy):
+class AlgorithmStrategy(ConnectedStrategy):
     """Trains any LightningModule with an algorithm in which workers run local steps and exchange models.
 
     Each device has a worker process. :class:`~lightning_halos.HalosStrategy` and the other strategies are subclasses
@@ -76,9 +65,6 @@ class AlgorithmStrategy(ParallelStrategy):
         cluster_environment: As in Lightning's strategies.
         checkpoint_io: As in Lightning's strategies.
         precision_plugin: As in Lightning's strategies.
-
-    Attributes:
-        algorithm: The algorithm.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -100,80 +86,24 @@ class AlgorithmStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(
+            algorithm,
+            regions,
+            start_method,
+            timeout,
+            simulate,
             accelerator,
             parallel_devices,
             cluster_environment,
             AtomicCheckpointIO() if checkpoint_io is None else checkpoint_io,
             precision_plugin,
         )
-        check_regions(regions)
-        check_seconds("timeout", timeout)
         check_seconds("grace_time", grace_time)
-        if start_method not in get_args(StartMethod):
-            raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
-        if isinstance(simulate, str):
-            simulate = SimulatedCluster.from_yaml(simulate)
-        if simulate is not None and not isinstance(simulate, SimulatedCluster):
-            raise TypeError(
-                f"simulate=<{type(simulate).__name__}> must be a SimulatedCluster, or the path of its file, such as"
-                " 'examples/clusters/paper.yaml'."
-            )
-        if simulate is not None and regions is not None:
-            raise ValueError(
-                f"regions={regions!r} must be None with simulate=..., because the cluster has the regions."
-            )
-        self.algorithm = algorithm
-        self._cluster = simulate
-        self._regions = regions
-        self._start_method = start_method
-        self._timeout = float(timeout)
         self._grace_time = float(grace_time)
-        self._num_nodes = 1
-        self._topology: Topology | None = None
-        self._site: Site | None = None
         self._shards: Shards | None = None
         self._fit: Fit | None = None
-        self._made_default_group = False
         self._limit_val_batches: int | float | None = None
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
-
-    # ------------------------------------------------------------------ properties
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether samplers have to be distributed among the workers."""
-        return True
-
-    @property
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        if self._is_rank_zero_alone:
-            return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
-
-    @property
-    def topology(self) -> Topology:
-        """The regions and servers. Known after an entry point of the Trainer has started its processes."""
-        topology = self._topology if self._site is None else self._site.topology
-        assert topology is not None
-        return topology
 
     @property
     def servers(self) -> World | None:
@@ -201,80 +131,17 @@ class AlgorithmStrategy(ParallelStrategy):
         fit = self._fit
         return fit.world if fit is not None and isinstance(fit.world, SimulatedWorld) else None
 
-    @property
-    def _connected(self) -> Site:
-        assert self._site is not None, "no entry point of the Trainer has started the processes yet"
-        return self._site
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
     def recall(self, history: list[Event], virtual_seconds: float) -> None:
         """Stores the history of a simulation that has ended."""
         self._history, self._virtual_seconds = history, virtual_seconds
 
     # ------------------------------------------------------------------ setup
 
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if self._cluster is not None:
-            self._configure_simulation(self._cluster)
-            return
-        regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
-        if regions is not None:
-            self._topology = self.algorithm.arrange(regions)
-        if self._start_method == "popen":
-            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = MultiProcessingLauncher(self, start_method=self._start_method)
-
-    def _configure_simulation(self, cluster: SimulatedCluster) -> None:
-        assert self.cluster_environment is not None
-        assert self.parallel_devices is not None
-        if self.num_nodes > 1 or self.cluster_environment.creates_processes_externally:
-            raise ValueError(
-                "simulate=... itself starts a process for each worker of the cluster, on one machine. Use"
-                " Trainer(num_nodes=1), without torchrun or SLURM."
-            )
-        devices = self.parallel_devices
-        self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
-        self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
-        start_method = "fork" if self._start_method == "popen" else self._start_method
-        self._launcher = SimulationLauncher(self, start_method, recorder=self)
-
-    def set_world_ranks(self) -> None:
-        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
     def setup_environment(self) -> None:
         super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        if dist.is_initialized():
-            raise RuntimeError(
-                "torch.distributed has a default process group, with which Lightning would make all workers wait for"
-                " each other in every batch. Call torch.distributed.destroy_process_group() before the Trainer runs."
-            )
-        if self._site is None:
-            assert self.cluster_environment is not None
-            self._site = connect(
-                self.cluster_environment,
-                self.global_rank,
-                self.world_size,
-                self.algorithm,
-                self._topology,
-                self._cluster is None and self._regions is None,
-                self._cluster is not None,
-                self._timeout,
-                self._check_interrupted,
-            )
-            run = f"{self.algorithm.title}{'' if self._cluster is None else ' in a simulated cluster'}"
-            self._shards = Shards(self._site, run, has_server_shards=self._cluster is None)
+        if self._shards is None:
+            run = f"{self.algorithm.title}{'' if self.cluster is None else ' in a simulated cluster'}"
+            self._shards = Shards(self.site, run, has_server_shards=self.cluster is None)
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -290,7 +157,7 @@ class AlgorithmStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         else:
-            self._synchronize_module()
+            self.synchronize_module()
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             optimizers_to_device(self.optimizers, self.root_device)
@@ -298,17 +165,7 @@ class AlgorithmStrategy(ParallelStrategy):
                 self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         elif self.world_size > 1:
             # All workers are in step here: torchmetrics and users' own collectives may have a default group.
-            self._connected.make_default_group()
-            self._made_default_group = True
-
-    def model_to_device(self) -> None:
-        assert self.model is not None
-        self.model.to(self.root_device)
-
-    def _synchronize_module(self) -> None:
-        assert self.lightning_module is not None
-        module = self.lightning_module
-        self._connected.collectives.broadcast_([*module.parameters(), *module.buffers()])
+            self.make_default_group()
 
     # ------------------------------------------------------------------ training
 
@@ -320,12 +177,12 @@ class AlgorithmStrategy(ParallelStrategy):
         return dataloader
 
     def on_train_start(self) -> None:
-        self._synchronize_module()
+        self.synchronize_module()
         assert self._shards is not None
-        shards, trainer = self._shards, self._trainer
+        shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
-        start = Start.find(self._connected, self.algorithm, trainer, resume, shards.saves)
-        world = make_world(start, self._cluster)
+        start = Start.find(self.site, self.algorithm, trainer, resume, shards.saves)
+        world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time, shards.write_own)
         if self.is_global_zero and world.keeper is not None:
             shards.link_when_complete(trainer.checkpoint_callbacks)
@@ -339,12 +196,12 @@ class AlgorithmStrategy(ParallelStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients over all workers before they are clipped and used, if the algorithm requires it."""
         super().post_backward(closure_loss)
-        if not self.algorithm.averages_gradients or not self._is_training or is_accumulating(self._trainer):
+        if not self.algorithm.averages_gradients or not self.trains_alone or is_accumulating(self.trainer):
             return
         assert self.lightning_module is not None
         gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        mean = self._connected.collectives.sum_(flat) / self.world_size
+        mean = self.site.collectives.sum_(flat) / self.world_size
         for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -398,14 +255,13 @@ class AlgorithmStrategy(ParallelStrategy):
         return nullcontext() if fit is None or fit.is_over else fit.loop.stopwatch.paused()
 
     @property
-    def _is_training(self) -> bool:
-        """Whether each worker trains on its own now."""
+    def trains_alone(self) -> bool:
         return self._fit is not None and self._fit.is_training
 
     @property
     def _keeps_servers(self) -> bool:
         """Whether the algorithm has servers whose state belongs in checkpoints."""
-        if self._cluster is not None:
+        if self.cluster is not None:
             return not self.algorithm.averages_gradients
         return isinstance(self.algorithm, ServerAlgorithm)
 
@@ -440,7 +296,7 @@ class AlgorithmStrategy(ParallelStrategy):
             if shards is None or not keeps_shards or not shards.belong_to(checkpoint, filepath, storage_options):
                 super().save_checkpoint(checkpoint, filepath, storage_options)
             elif fit is None or not fit.is_training:
-                shards.save_together(self._trainer, checkpoint, Path(filepath), write)
+                shards.save_together(self.trainer, checkpoint, Path(filepath), write)
             elif fit.has_two_models:
                 shards.save_while_training(fit, checkpoint, Path(filepath), write)
             elif self.is_global_zero:
@@ -460,10 +316,10 @@ class AlgorithmStrategy(ParallelStrategy):
             checkpoint_path = available(Path(checkpoint_path))
         options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
         checkpoint = super().load_checkpoint(checkpoint_path, **options)
-        is_fit = self._trainer.state.fn == TrainerFn.FITTING
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
         if not is_fit or not self._keeps_servers or self._shards is None:
             return checkpoint
-        return self._shards.load(Path(checkpoint_path), checkpoint, self._trainer.max_epochs)
+        return self._shards.load(Path(checkpoint_path), checkpoint, self.trainer.max_epochs)
 
     def on_train_end(self) -> None:
         assert self._fit is not None
@@ -472,67 +328,15 @@ class AlgorithmStrategy(ParallelStrategy):
             assert self._shards is not None
             self._shards.end_fit(self._fit)
         self._fit.preemption.forget()
-        self._end_fit(self._timeout)
+        self._end_fit(self.timeout)
         if self.algorithm.averages_gradients:
-            self._synchronize_module()  # the workers' buffers differ
+            self.synchronize_module()  # the workers' buffers differ
 
     def _end_fit(self, timeout: float) -> None:
         if self._simulation is not None:
             self.recall(self._simulation.history, self._simulation.virtual_seconds)
         if self._fit is not None:
             self._fit.close(timeout)
-
-    # ------------------------------------------------------------------ collectives
-
-    @property
-    def _is_rank_zero_alone(self) -> bool:
-        """Whether only rank 0 is working here, that is, validating during a fit."""
-        trainer = find_trainer(self.lightning_module)
-        return (
-            trainer is not None
-            and trainer.state.fn == TrainerFn.FITTING
-            and trainer.state.stage in (RunningStage.SANITY_CHECKING, RunningStage.VALIDATING)
-        )
-
-    @property
-    def _in_step(self) -> Collectives | None:
-        """The collectives over all workers if these are in step; ``None`` during a fit."""
-        is_alone = self._is_training or self._is_rank_zero_alone
-        return None if is_alone or self._site is None else self._site.collectives
-
-    def barrier(self, name: str | None = None) -> None:
-        """Waits for all workers. During training it does nothing."""
-        if collectives := self._in_step:
-            collectives.barrier()
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Returns the object of the worker ``src``. During training it returns the worker's own object.
-
-        Raises:
-            TypeError: If the object has parts other than numbers, strings, tensors, lists and dicts.
-        """
-        if collectives := self._in_step:
-            return collectives.broadcast_object(obj, src)
-        return obj
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces a tensor over all workers. During training it returns the worker's own tensor."""
-        collectives = self._in_step
-        if not isinstance(tensor, Tensor) or collectives is None:
-            return tensor
-        return collectives.reduce(tensor, "mean" if reduce_op is None else str(reduce_op))
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gathers a tensor from all workers. During training it returns ``tensor[None]``."""
-        collectives = self._in_step
-        return tensor.unsqueeze(0) if collectives is None else collectives.all_gather(tensor)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
-        """Returns whether all (or any) workers decide so. During training it returns the worker's own decision."""
-        collectives = self._in_step
-        if collectives is None:
-            return bool(decision)
-        return bool(collectives.reduce(torch.tensor(int(decision)), "min" if all else "max"))
 
     # ------------------------------------------------------------------ the end
 
@@ -551,12 +355,9 @@ class AlgorithmStrategy(ParallelStrategy):
         let_data_workers_end()
         self._end_fit(_GOODBYE)
         self._fit = None
-        if self._made_default_group:
-            dist.destroy_process_group()
-            self._made_default_group = False
         super().teardown()
 
-    def _check_interrupted(self) -> None:
+    def check_interrupted(self) -> None:
         trainer = find_trainer(self.lightning_module)
         if trainer is not None and trainer.received_sigterm:
             raise SIGTERMException(EXIT_CODE)

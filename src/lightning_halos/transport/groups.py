@@ -199,7 +199,7 @@ def gather_through(
     interrupted: Callable[[], None],
     timeout: float,
 ) -> list[str]:
-    """Returns the texts of all processes, by rank. It needs two round trips to the store, and no process group.
+    """Returns the texts of all processes, by rank. It needs a few round trips to the store, and no process group.
 
     Args:
         store: The store of all processes.
@@ -218,7 +218,13 @@ def gather_through(
     def gather() -> list[str]:
         store.set(keys[rank], text)
         store.wait(keys, timedelta(seconds=timeout))
-        return [value.decode() for value in store.multi_get(keys)]
+        texts = [value.decode() for value in store.multi_get(keys)]
+        # Rank 0 has the store: it must not end, whatever it reads, before all others have read it too.
+        if store.add(f"{key}/readers", 1) == size:
+            store.set(f"{key}/all have read", "")
+        if rank == 0:
+            store.wait([f"{key}/all have read"], timedelta(seconds=timeout))
+        return texts
 
     try:
         return interruptible(gather, interrupted)

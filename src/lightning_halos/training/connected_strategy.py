@@ -1,0 +1,301 @@
+"""The part of the strategy that knows processes: it launches and connects them, and offers Lightning's collectives.
+
+It knows nothing of training but whether workers are in step. What it connects is in ``site``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed import Store
+
+from lightning_halos.core.algorithms import Algorithm
+from lightning_halos.core.checks import check_seconds
+from lightning_halos.core.topology import Topology, assign_regions, check_regions
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.history import Event
+from lightning_halos.training.compat import (
+    MultiProcessingLauncher,
+    SubprocessScriptLauncher,
+    find_trainer,
+)
+from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.shared_data import LightningRank
+from lightning_halos.training.site import Site, connect
+from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.groups import open_store
+
+StartMethod = Literal["popen", "spawn", "fork"]
+
+
+class ConnectedStrategy(ParallelStrategy):
+    """One process per worker, and collectives among them; see ``AlgorithmStrategy`` for the arguments.
+
+    Attributes:
+        algorithm: The algorithm.
+        cluster: The cluster to simulate; ``None`` for a real run.
+        timeout: Limit for any wait for a peer, in seconds.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        regions: int | list[list[int]] | None,
+        start_method: StartMethod,
+        timeout: float,
+        simulate: SimulatedCluster | str | None,
+        accelerator: pl.accelerators.Accelerator | None,
+        parallel_devices: list[torch.device] | None,
+        cluster_environment: ClusterEnvironment | None,
+        checkpoint_io: CheckpointIO | None,
+        precision_plugin: Precision | None,
+    ) -> None:
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision_plugin,
+        )
+        check_regions(regions)
+        check_seconds("timeout", timeout)
+        if start_method not in get_args(StartMethod):
+            raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
+        if isinstance(simulate, str):
+            simulate = SimulatedCluster.from_yaml(simulate)
+        if simulate is not None and not isinstance(simulate, SimulatedCluster):
+            raise TypeError(
+                f"simulate=<{type(simulate).__name__}> must be a SimulatedCluster, or the path of its file, such as"
+                " 'examples/clusters/paper.yaml'."
+            )
+        if simulate is not None and regions is not None:
+            raise ValueError(
+                f"regions={regions!r} must be None with simulate=..., because the cluster has the regions."
+            )
+        self.algorithm = algorithm
+        self.cluster = simulate
+        self._regions = regions
+        self._start_method = start_method
+        self.timeout = float(timeout)
+        self._num_nodes = 1
+        self._topology: Topology | None = None
+        self._store: Store | None = None
+        self._site: Site | None = None
+        self._made_default_group = False
+
+    # ------------------------------------------------------------------ properties
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether samplers have to be distributed among the workers."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        if self.is_rank_zero_alone:
+            return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
+
+    @property
+    def topology(self) -> Topology:
+        """The regions and servers. Known after an entry point of the Trainer has started its processes."""
+        topology = self._topology if self._site is None else self._site.topology
+        assert topology is not None
+        return topology
+
+    @property
+    def site(self) -> Site:
+        """This process among those of all workers. Known once an entry point of the Trainer has started them."""
+        assert self._site is not None, "no entry point of the Trainer has started the processes yet"
+        return self._site
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer, while it runs."""
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # ------------------------------------------------------------------ setup
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.cluster is not None:
+            self._configure_simulation(self.cluster)
+            return
+        regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
+        if regions is not None:
+            self._topology = self.algorithm.arrange(regions)
+        if self._start_method == "popen":
+            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = MultiProcessingLauncher(self, start_method=self._start_method)
+
+    def _configure_simulation(self, cluster: SimulatedCluster) -> None:
+        assert self.cluster_environment is not None
+        assert self.parallel_devices is not None
+        if self.num_nodes > 1 or self.cluster_environment.creates_processes_externally:
+            raise ValueError(
+                "simulate=... itself starts a process for each worker of the cluster, on one machine. Use"
+                " Trainer(num_nodes=1), without torchrun or SLURM."
+            )
+        devices = self.parallel_devices
+        self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
+        self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
+        start_method = "fork" if self._start_method == "popen" else self._start_method
+        self._launcher = SimulationLauncher(self, start_method, recorder=self)
+
+    def set_world_ranks(self) -> None:
+        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        if dist.is_initialized():
+            raise RuntimeError(
+                "torch.distributed has a default process group, with which Lightning would make all workers wait for"
+                " each other in every batch. Call torch.distributed.destroy_process_group() before the Trainer runs."
+            )
+        if self._site is None:
+            assert self.cluster_environment is not None
+            environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
+            # Kept also if connecting fails: the others may still read from the store of rank 0 why it does.
+            self._store = open_store(environment.main_address, environment.main_port, rank, size, self.timeout)
+            self._site = connect(
+                self._store,
+                rank,
+                size,
+                self.algorithm,
+                self._topology,
+                self.cluster is None and self._regions is None,
+                self.cluster is not None,
+                self.timeout,
+                self.check_interrupted,
+            )
+
+    @property
+    @abstractmethod
+    def history(self) -> list[Event]:
+        """All events of the last fit in a simulation."""
+
+    @property
+    @abstractmethod
+    def virtual_seconds(self) -> float:
+        """The virtual time of a simulation."""
+
+    @abstractmethod
+    def recall(self, history: list[Event], virtual_seconds: float) -> None:
+        """Stores the history of a simulation that has ended."""
+
+    @abstractmethod
+    def check_interrupted(self) -> None:
+        """Raises what must end this process while its main thread waits for others."""
+
+    def make_default_group(self) -> None:
+        """Makes the default process group of torch, until :meth:`teardown`."""
+        self.site.make_default_group()
+        self._made_default_group = True
+
+    def teardown(self) -> None:
+        if self._made_default_group:
+            dist.destroy_process_group()
+            self._made_default_group = False
+        super().teardown()
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def synchronize_module(self) -> None:
+        """Gives the modules of all workers the parameters and buffers of rank 0's."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        self.site.collectives.broadcast_([*module.parameters(), *module.buffers()])
+
+    # ------------------------------------------------------------------ collectives
+
+    @property
+    def is_rank_zero_alone(self) -> bool:
+        """Whether only rank 0 is working here, that is, validating during a fit."""
+        trainer = find_trainer(self.lightning_module)
+        return (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.state.stage in (RunningStage.SANITY_CHECKING, RunningStage.VALIDATING)
+        )
+
+    @property
+    @abstractmethod
+    def trains_alone(self) -> bool:
+        """Whether this worker trains at its own pace now."""
+
+    @property
+    def _in_step(self) -> Collectives | None:
+        """The collectives over all workers if these are in step; ``None`` during a fit."""
+        return None if self.trains_alone or self.is_rank_zero_alone or self._site is None else self._site.collectives
+
+    def barrier(self, name: str | None = None) -> None:
+        """Waits for all workers. During training it does nothing."""
+        if collectives := self._in_step:
+            collectives.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Returns the object of the worker ``src``. During training it returns the worker's own object.
+
+        Raises:
+            TypeError: If the object has parts other than numbers, strings, tensors, lists and dicts.
+        """
+        if collectives := self._in_step:
+            return collectives.broadcast_object(obj, src)
+        return obj
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces a tensor over all workers. During training it returns the worker's own tensor."""
+        collectives = self._in_step
+        if not isinstance(tensor, Tensor) or collectives is None:
+            return tensor
+        return collectives.reduce(tensor, "mean" if reduce_op is None else str(reduce_op))
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gathers a tensor from all workers. During training it returns ``tensor[None]``."""
+        collectives = self._in_step
+        return tensor.unsqueeze(0) if collectives is None else collectives.all_gather(tensor)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
+        """Returns whether all (or any) workers decide so. During training it returns the worker's own decision."""
+        collectives = self._in_step
+        if collectives is None:
+            return bool(decision)
+        return bool(collectives.reduce(torch.tensor(int(decision)), "min" if all else "max"))
