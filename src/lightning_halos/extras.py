@@ -10,20 +10,12 @@ from typing import Any
 
 
 def language_package(name: str) -> Any:
-    """Imports a package of the extra ``lm``.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed. The message says how to install it.
-    """
+    """Imports a package of the extra ``lm``, or says in a ``ModuleNotFoundError`` how to install it."""
     return _package(name, "Language models need it", "lm")
 
 
 def picture_package(name: str) -> Any:
-    """Imports a package of the extra ``examples`` for drawing pictures.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed. The message says how to install it.
-    """
+    """Imports a package of the extra ``examples``, or says in a ``ModuleNotFoundError`` how to install it."""
     return _package(name, "The picture of plan --output needs it", "examples")
 
 

@@ -114,11 +114,9 @@ def describe_optimizer(optimizer: Optimizer) -> str:
 
 def _halos_settings(strategy: AlgorithmStrategy) -> dict[str, Any]:
     topology, algorithm = strategy.topology, strategy.algorithm
-    sizes = [0] * len(topology.names)
-    for group in topology.groups:
-        sizes[group.region] += len(group.ranks)
+    regions = zip(topology.names, topology.regions, strict=True)
     return {
-        "Regions": ", ".join(f"{name}: {size} worker(s)" for name, size in zip(topology.names, sizes, strict=True)),
+        "Regions": ", ".join(f"{name}: {len(ranks)} worker(s)" for name, ranks in regions),
         "Local servers": len(topology.groups),
         **{field.name: _describe(getattr(algorithm, field.name)) for field in fields(algorithm)},
     }

@@ -82,18 +82,9 @@ def _scores(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str
     language_package("lm_eval")
     from lm_eval.utils import simple_parse_args_string
 
-    results = evaluate(
-        model,
-        arguments.tasks,
-        tokenizer=arguments.tokenizer,
-        include_path=arguments.include_path,
-        limit=arguments.limit,
-        num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        model_args=simple_parse_args_string(arguments.model_args),
-    )
+    names = ("tasks", "tokenizer", "include_path", "limit", "num_fewshot", "batch_size", "device", "dtype")
+    options = {name: getattr(arguments, name) for name in names}
+    results = evaluate(model, **options, model_args=simple_parse_args_string(arguments.model_args))
     write_results(results, folder)
     print(f"\n{model}\n\n{results_table(results)}\nWrote {folder / 'results.json'} and {folder / 'results.md'}")
     return results

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from lightning_halos.core.checks import check_count
+
 _EXAMPLES = """\
 examples:
   lightning-halos prepare-data books/*.txt --output tokens/books --tokenizer EleutherAI/pythia-70m
@@ -70,9 +72,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     for name in ("context", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1.")
+        if getattr(arguments, name) is not None:
+            check_count(f"--{name}", getattr(arguments, name))
     if arguments.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the tokenizer first runs
 
@@ -82,15 +83,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
     if bool(arguments.files) == bool(arguments.dataset):
         raise ValueError("give either INPUT files or --dataset NAME.")
-    corpus = Corpus(
-        arguments.files or None,
-        arguments.dataset,
-        arguments.config,
-        arguments.split,
-        arguments.field,
-        arguments.sample_by,
-        arguments.streaming,
-    )
+    names = ("files", "dataset", "config", "split", "field", "sample_by", "streaming")
+    corpus = Corpus(**{name: getattr(arguments, name) for name in names})
     prefix = Path(arguments.output)
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
@@ -100,11 +94,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     summary = write_tokens(corpus.documents(), tokenizer, prefix, arguments.context, seed)
     folder = Path(f"{prefix}-tokenizer")
     tokenizer.save_pretrained(folder)
+    length = f" of {arguments.context + 1} tokens" if arguments.context else ""
     print(f"documents        {summary.documents:,}")
     print(f"tokens           {summary.tokens:,}")
     print(f"bytes per token  {summary.text_bytes / summary.tokens:.3f}")
-    print(
-        f"sequences        {summary.sequences:,}" + (f" of {arguments.context + 1} tokens" if arguments.context else "")
-    )
+    print(f"sequences        {summary.sequences:,}{length}")
     print(f"vocabulary       {len(tokenizer):,}")
     print(f"\n{prefix}.idx, {prefix}.bin, {folder}/")

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_halos.core.checks import is_number
 from lightning_halos.core.compat import add_each_, multiply_each_, zero_each_
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-__all__ = ["DelayedNesterov"]
 
 # Elements of a large CPU tensor that are processed at a time: few enough to stay in the cores' caches between the
 # elementwise operations of an update, and enough to be worth a call and to be shared among threads.
@@ -218,10 +217,7 @@ def _refuse_bad_values(group: dict[str, Any]) -> None:
         if not good:
             raise ValueError(f"{name} must be {wanted}, got {group[name]!r}")
 
-    def is_number(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)  # no tensors: reading them would sync
-
-    # Comparisons with NaN are false, so NaN is refused everywhere.
+    # Comparisons with NaN are false, so NaN is refused everywhere. Tensors are no numbers: to read one would sync.
     lr, momentum, delay, activation = (group[name] for name in ("lr", "momentum", "delay", "activation"))
     refuse_unless(is_number(lr) and 0 <= lr < math.inf, "lr", "a finite number >= 0")
     refuse_unless(is_number(momentum) and 0 <= momentum < 1, "momentum", "a number in [0, 1)")

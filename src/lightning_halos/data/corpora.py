@@ -8,11 +8,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import mimetypes
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from fsspec.compression import compr
 
 from lightning_halos.extras import language_package
 
@@ -70,7 +72,7 @@ class Corpus:
             ModuleNotFoundError: If the extra ``lm`` is not installed, or ``zstandard`` and a file is a ``.zst``.
         """
         datasets = language_package("datasets")
-        if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in _compressions():
+        if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in compr:
             raise ModuleNotFoundError(f"{self}: files that end in .zst need a package: pip install zstandard")
         try:
             if self.dataset:
@@ -82,9 +84,7 @@ class Corpus:
                 loaded = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            hint = (
-                " A dataset of the Hugging Face hub needs the network, or an earlier download." if self.dataset else ""
-            )
+            hint = " A dataset of the hub needs the network, or an earlier download." if self.dataset else ""
             raise ValueError(f"Cannot load {self}: {reason}.{hint}") from error
         columns = loaded.column_names or list(next(iter(loaded), {}))
         if self._field not in columns:
@@ -149,12 +149,6 @@ class Corpus:
         if self.files:
             return self.files if isinstance(self.files, str) else " ".join(self.files)
         return ":".join(part for part in (self.dataset, self.config, self.split) if part)
-
-
-def _compressions() -> Collection[str]:
-    """The compressions that ``datasets`` can read in this environment, by fsspec's names."""
-    compressions: Collection[str] = language_package("fsspec.compression").compr
-    return compressions
 
 
 def _find(pattern: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """Writes plans as a table, as JSON and as a picture.
 
-It only formats a plan's numbers and computes no new ones. matplotlib is imported where a picture is drawn, so that a
-table does not need it.
+It only formats the numbers of plans, which are all on one cluster, that of the timing, and computes no new ones.
+matplotlib is imported where a picture is drawn, so that a table does not need it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,7 @@ def describe(timing: Timing) -> str:
 
 
 def table(plans: Sequence[Plan], timing: Timing) -> str:
-    """Returns the plans as a table, with a column for each plan.
-
-    Args:
-        plans: At least one plan, all on the same cluster.
-        timing: The durations on this cluster.
-    """
+    """Returns the plans as a table, with a column for each plan."""
     fastest = min(plan.seconds_per_global_step for plan in plans)
     measures: list[tuple[str, Callable[[Plan], str]]] = [
         ("local steps per round", lambda plan: _span(plan.local_steps)),
@@ -63,10 +58,10 @@ def table(plans: Sequence[Plan], timing: Timing) -> str:
         ("GB between regions", lambda plan: f"{plan.bytes_between / 1e9:,.1f}"),
         ("  per global step", lambda plan: f"{plan.bytes_between / 1e9 / plan.global_steps:.3f}"),
         ("", lambda plan: ""),
-        ("staleness of pushes: mean", lambda plan: _mean(plan.pushes)),
+        ("staleness of pushes: mean", lambda plan: _of(plan.pushes, "mean")),
         ("  95th percentile", lambda plan: f"{plan.pushes.p95}"),
         ("  maximum", lambda plan: f"{plan.pushes.maximum}"),
-        ("staleness of region updates: mean", lambda plan: _mean(plan.updates)),
+        ("staleness of region updates: mean", lambda plan: _of(plan.updates, "mean")),
         ("  95th percentile", lambda plan: _of(plan.updates, "p95")),
         ("  maximum", lambda plan: _of(plan.updates, "maximum")),
         ("pushes in region updates", lambda plan: "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"),
@@ -99,12 +94,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_json(plans: Sequence[Plan], timing: Timing) -> dict[str, Any]:
-    """Returns the plans as values that JSON can represent. Names end in their unit.
-
-    Args:
-        plans: Plans on the same cluster.
-        timing: The durations on this cluster.
-    """
+    """Returns the plans as values that JSON can represent. Names end in their unit."""
     return {"cluster": {**asdict(timing.cluster), "message_bytes": timing.message_bytes}} | {
         "plans": {plan.algorithm: _plan_as_json(plan, timing) for plan in plans}
     }
@@ -143,10 +133,7 @@ def _plan_as_json(plan: Plan, timing: Timing) -> dict[str, Any]:
 def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
     """Draws how the time is spent under each plan, over all workers and for each worker.
 
-    Args:
-        plans: At least one plan, all on the same cluster.
-        timing: The durations on this cluster.
-        path: The file to write. Its suffix determines the format.
+    The file's suffix determines the format.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -215,10 +202,10 @@ def _name_bars(axes: Axes, kind: str, names: Sequence[str], timing: Timing) -> N
 
 def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int]]]:
     """The rows of a breakdown: workers, or regions if there are more than ``most`` workers; with names and ranks."""
-    cluster = timing.cluster
-    if cluster.num_workers > most:
+    cluster, ranks = timing.cluster, range(timing.cluster.num_workers)
+    if len(ranks) > most:
         return "region", list(cluster.names), cluster.regions
-    return "worker", [str(rank) for rank in range(cluster.num_workers)], [[rank] for rank in range(cluster.num_workers)]
+    return "worker", [str(rank) for rank in ranks], [[rank] for rank in ranks]
 
 
 def _span(values: Sequence[int] | Any) -> str:
@@ -228,12 +215,10 @@ def _span(values: Sequence[int] | Any) -> str:
     return f"{least}" if least == most else f"{least} to {most}"
 
 
-def _mean(staleness: Staleness | None) -> str:
-    return "-" if staleness is None or not staleness.count else f"{staleness.mean:.2f}"
-
-
 def _of(staleness: Staleness | None, name: str) -> str:
-    return "-" if staleness is None or not staleness.count else str(getattr(staleness, name))
+    if staleness is None or not staleness.count:
+        return "-"
+    return f"{staleness.mean:.2f}" if name == "mean" else str(getattr(staleness, name))
 
 
 def _by_activity(shares: Floats) -> dict[str, float]:

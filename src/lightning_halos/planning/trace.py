@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.planning.planner import Plan, Recording
+from lightning_halos.planning.planner import Arrivals, Plan, Recording
 from lightning_halos.simulation.timing import Timing
 
 Event = dict[str, Any]
@@ -20,27 +20,15 @@ _GLOBAL_LANE, _SERVER_LANES, _WORKER_LANES = 1, 10, 100_000
 
 
 def write_trace(plan: Plan, timing: Timing, path: Path) -> None:
-    """Writes the events that a plan recorded.
-
-    Args:
-        plan: A plan that was made with ``record_ms``.
-        timing: The durations on its cluster.
-        path: The JSON file to write.
-    """
+    """Writes the events that a plan recorded (it was made with ``record_ms``) to a JSON file."""
     with path.open("w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        for index, event in enumerate(events(plan, timing)):
+        for index, event in enumerate(_events(plan, timing)):
             file.write((",\n" if index else "") + json.dumps(event))
         file.write("\n]}\n")
 
 
-def events(plan: Plan, timing: Timing) -> Iterator[Event]:
-    """Yields the events of the trace: first the names of lanes, then the workers' events, then the servers'.
-
-    Args:
-        plan: A plan that was made with ``record_ms``.
-        timing: The durations on its cluster.
-    """
+def _events(plan: Plan, timing: Timing) -> Iterator[Event]:
     yield from _names(plan, timing)
     regions, limit = timing.cluster.region_of, plan.recording.until_ms
     for worker, starts in _starts(plan):
@@ -93,10 +81,7 @@ def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
     home, limit = timing.cluster.global_region, recording.until_ms
     for group, pushes in zip(recording.groups, recording.pushes, strict=True):
         lane = (group.region, _SERVER_LANES + group.index) if recording.exchanges else (home, _GLOBAL_LANE)
-        rows = zip(pushes.times.tolist(), pushes.senders.tolist(), pushes.staleness.tolist(), strict=True)
-        for version, (time, worker, staleness) in enumerate(rows, start=1):
-            details = {"worker": worker, "version": version, "staleness": staleness}
-            yield _instant("push applied", *lane, time, details)
+        yield from _arrivals(pushes, *lane, "push applied", "worker")
     for group, own in zip(recording.groups, recording.exchanges, strict=False):
         lane = (group.region, _SERVER_LANES + group.index)
         columns = (own.sent, own.arrived, own.merged, own.sent_versions, own.merged_versions)
@@ -108,11 +93,13 @@ def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
             if merged <= limit:
                 yield _instant("merge", *lane, merged, {"version": merged_version})
     if recording.updates is not None:
-        arrivals = recording.updates
-        rows = zip(arrivals.times.tolist(), arrivals.senders.tolist(), arrivals.staleness.tolist(), strict=True)
-        for version, (time, server, staleness) in enumerate(rows, start=1):
-            details = {"local server": server, "version": version, "staleness": staleness}
-            yield _instant("update applied", home, _GLOBAL_LANE, time, details)
+        yield from _arrivals(recording.updates, home, _GLOBAL_LANE, "update applied", "local server")
+
+
+def _arrivals(arrivals: Arrivals, region: int, lane: int, name: str, sender: str) -> Iterator[Event]:
+    rows = zip(arrivals.times.tolist(), arrivals.senders.tolist(), arrivals.staleness.tolist(), strict=True)
+    for version, (time, number, staleness) in enumerate(rows, start=1):
+        yield _instant(name, region, lane, time, {sender: number, "version": version, "staleness": staleness})
 
 
 def _name(what: str, region: int, lane: int, name: str) -> Iterator[Event]:
