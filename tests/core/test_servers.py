@@ -329,6 +329,20 @@ class TestState:
         server.merge(answer(5.0, 5.0))
         assert server.model.tolist() == [-1, 0]
 
+    def test_of_a_server_that_flushed_while_it_waited_for_an_answer_has_nothing_to_send(self):
+        flushed, server = local_server(k=2), local_server(k=2)
+        for _ in range(5):
+            flushed.receive(push(1.0, 0.0))
+        flushed.flush()
+        server.load_state_dict(flushed.state_dict())
+        assert not server.is_due
+
+    def test_of_the_only_server_of_a_finished_run_counts_no_steps_that_are_done(self):
+        server = local_server(k=None)
+        server.receive(push(1.0, 0.0, steps=8))
+        server.settle(server.model.clone())
+        assert server.state_dict()["steps"] == 0
+
 
 class TestBuffers:
     """Two parameters, then two buffers."""

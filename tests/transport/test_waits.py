@@ -17,9 +17,13 @@ import torch
 from torch.distributed import TCPStore
 
 from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.algorithms import SyncSGD
 from lightning_halos.core.messages import GlobalModel, Push, Status
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.simulation.world import World
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.network import SynchronousNetwork, Work
+from lightning_halos.simulation.timing import Timing
+from lightning_halos.training.worlds.simulation import Simulation
 from lightning_halos.transport import link
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -109,11 +113,13 @@ def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: p
 
 
 def test_a_worker_of_a_simulation_that_hangs() -> None:
-    world = World(None, type("Servers", (), {})(), StepBudget(4), Alarm("rank 0"), 0.3, Saves(), 0)
+    work = Work(StepBudget(4))
+    network = SynchronousNetwork(Timing(SimulatedCluster([[1]], [[1] * 4], 100), 1000), work, SyncSGD(), None)
+    simulation = Simulation(network, work, Alarm("rank 0"), 0.3, Saves())
     _, its = LoopbackLink.pair("the world", "rank 3")
-    world.attach(3, its)
+    simulation.attach(3, its)
     with pytest.raises(PeerLostError, match=r"rank 3 did not finish its round for 0.3 s, and rank 0 waited for it"):
-        world._wait_for(3)
+        simulation._wait_for(3)
 
 
 def test_whatever_blocks() -> None:

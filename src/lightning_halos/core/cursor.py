@@ -68,13 +68,16 @@ class DataCursor:
         steps_per_epoch: Data of an epoch, in local steps. The last step of an epoch may be smaller.
         epochs: Number of epochs, ``None`` for no limit.
         done: Ranges that earlier fits have used already.
+        end: Where the data ends at the latest, in local steps from the beginning of the first epoch.
     """
 
-    def __init__(self, steps_per_epoch: int, epochs: int | None = None, done: Spans | None = None) -> None:
+    def __init__(
+        self, steps_per_epoch: int, epochs: int | None = None, done: Spans | None = None, end: float = math.inf
+    ) -> None:
         self._steps_per_epoch = steps_per_epoch
         self._done = done or Spans()
         self._next = 0
-        self._end = math.inf if epochs is None else epochs * steps_per_epoch
+        self._end = end if epochs is None else min(end, epochs * steps_per_epoch)
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:
         """Leases a range.

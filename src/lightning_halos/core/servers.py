@@ -414,6 +414,7 @@ class LocalServer(ParameterServer):
         self._base = self._begin()
         self._merged_at = self.version
         self.exchanging = False
+        self.steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         # After the flush everything has been sent, and no answer is expected.
@@ -421,7 +422,7 @@ class LocalServer(ParameterServer):
         return {
             **super().state_dict(),
             "base": self._begin() if self._base is None else self._base.clone(),
-            "merged_at": self._merged_at,
+            "merged_at": self.version if is_flushed else self._merged_at,
             "merges": self.merges,
             "steps": self.steps,
             "exchanging": self.exchanging and not is_flushed,

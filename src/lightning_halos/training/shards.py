@@ -106,12 +106,16 @@ class Shards:
 
         While an earlier save is in flight, the checkpoint is left out, unless it was requested because the run is about
         to end. If its name is free, its ``.ckpt`` file with the model is still written, without shards.
+        A simulation waits for the earlier save instead, which takes no virtual time: what it saves must not depend on
+        the speed of this machine.
         """
         is_urgent = is_hpc(path) or fit.preemption.saved == str(path)
         manifest = self._manifest(fit)
         progress = [checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")]
         moment = repr((progress, manifest))
         pending = self.saves.pending(moment)
+        if pending is None and fit.world.repeats_rounds:
+            self.saves.flush(self._site.timeout, fit.world.alarm.check)
         if pending is None and self.saves.in_flight and not is_urgent:
             self.saves.leave_out(path)
             if not path.exists() and not is_last(path):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from lightning_halos.core.cursor import Lease
+import torch
+from torch import Tensor
+
+from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
-from lightning_halos.simulation.algorithms import simulated
+from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
-from lightning_halos.simulation.process import SimulatedProcess
+from lightning_halos.simulation.network import Work, make_network
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import Keeper
+from lightning_halos.training.worlds.simulation import Simulation
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.client import WorkerClient
+from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
 
-class SimulatedWorld(SimulatedProcess):
-    """This process's link to the world, and on rank 0 the world.
+class SimulatedWorld:
+    """This process's link to the simulation, and on rank 0 the simulation.
 
     Args:
         start: What the fit starts from.
@@ -28,39 +36,97 @@ class SimulatedWorld(SimulatedProcess):
     repeats_rounds = True
 
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
-        site, data, resume, vector, budget = start.site, start.data, start.resume, start.vector, start.budget
-        running, offset, used = None, 0 if data is None else data.first - budget.total, 0
+        site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
+        budget, used = start.budget, 0
+        offset = 0 if data is None else data.first - budget.total
+        schedule: Mapping[str, Any] | None = None
         if resume is not None:
             world = resume.manifest.world
             assert world is not None
-            running = world["rounds"]
+            schedule = world["rounds"]
             if start.goes_on_in_data:
                 offset = world["offset"]
-            if running is not None:
+            if schedule is not None:
                 budget.total = world["base"]
-                used = resume.worker.get("used", _planned(running, site.rank))
+                used = resume.worker.get("used", _planned(schedule, site.rank))
             if "model" in resume.worker:
                 vector.write(resume.worker["model"])
-        super().__init__(
-            site.rank,
-            site.topology.describe,
-            site.groups,
-            simulated(start.algorithm, site.topology),
-            Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize),
-            start.memory,
-            vector.shapes,
-            budget,
-            math.inf if data is None else data.end - budget.total - offset,
-            site.timeout,
-            site.interrupted,
-            start.saves,
-            offset,
-            running,
-            None if resume is None else resume.globals,
-        )
+        ordered = math.inf if budget.max_steps is None else budget.max_steps * budget.workers
+        available = math.inf if data is None else data.end - offset
+        end = min(ordered, available)
+        work = Work(budget, end) if data is None else Work(budget, end, data.steps_per_epoch, offset)
+        timing = Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize)
+        make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
+
+        self.alarm = Alarm(site.topology.describe(site.rank))
+        self._simulation: Simulation | None = None
+        self._rank = site.rank
+        self._work = work
+        self._schedule = schedule
+        self._make_rounds = partial(make, None)
         self._averages_gradients = start.algorithm.averages_gradients
-        self.first_round = self.make_first_round()
-        self.leases: Iterator[Lease] = iter(()) if data is None else self.make_leases(data.steps_per_epoch, used)
+        form = None if memory is None else (memory.numel(), memory.dtype)
+        there = f"the simulated world of {site.topology.describe(0)}"
+        link: Link
+        if site.rank == 0:
+            network = make(memory)
+            if resume is not None and resume.globals is not None:
+                network.load_state_dict(resume.globals)
+            if schedule is not None:
+                network.load_schedule(schedule)
+            self._simulation = Simulation(network, work, self.alarm, site.timeout, start.saves)
+            link = self._connect(self._simulation, start, there, form)
+        else:
+            assert site.groups.region is not None
+            link = GlooLink(site.groups.region, 0, there, site.timeout, form)
+            self.alarm.add(link)
+        self.client = WorkerClient(link, self.alarm, site.timeout, site.interrupted)
+        self.alarm.watch(site.timeout)
+        if self._simulation is not None:
+            self._simulation.start()
+        self.first_round = self._first_round()
+        self.leases: Iterator[Lease] = iter(()) if data is None else self._leases(used, has_more=ordered < available)
+
+    def _connect(self, simulation: Simulation, start: Start, there: str, form: tuple[int, torch.dtype] | None) -> Link:
+        """Connects all workers with the simulation. Returns this process's own worker's end."""
+        site = start.site
+        mine, its = LoopbackLink.pair(there, site.topology.describe(0))
+        self.alarm.add(mine, its)
+        simulation.attach(0, its)
+        for rank in range(1, site.size):
+            assert site.groups.region is not None
+            link = GlooLink(site.groups.region, rank, site.topology.describe(rank), site.timeout, form)
+            self.alarm.add(link)
+            simulation.attach(rank, link)
+        return mine
+
+    def _first_round(self) -> WorkerRound:
+        budget = self._work.budget
+        if self._schedule is None:
+            network = self._make_rounds()
+            network.start()
+            if (first := network.rounds[self._rank]).steps:
+                return WorkerRound(self._rank, first.steps, first.position)
+        # The worker has its round already, or there is less work than there are workers.
+        return WorkerRound(self._rank, 1, budget.total // budget.workers)
+
+    def _leases(self, used: int, has_more: bool) -> Iterator[Lease]:
+        """Yields the data of the worker's rounds.
+
+        Args:
+            used: Local steps of the worker's first round that it has done already.
+            has_more: Whether there is data behind the work, at which DataLoader workers may look ahead.
+        """
+        network, last = self._make_rounds(), None
+        if self._schedule is not None:
+            network.load_schedule(self._schedule)
+        for r in network.replay():
+            if r.worker == self._rank:
+                for last in split(r.first + self._work.offset + used, r.steps - used, self._work.steps_per_epoch):
+                    yield last
+                used = 0
+        while has_more and last is not None:
+            yield last
 
     @property
     def keeper(self) -> Keeper | None:
@@ -68,17 +134,38 @@ class SimulatedWorld(SimulatedProcess):
 
     @property
     def clock(self) -> Callable[[], float] | None:
-        return None if self.world is None else lambda: self.virtual_seconds
+        return None if self._simulation is None else lambda: self.virtual_seconds
 
     @property
     def history(self) -> list[Event]:
         """All that had happened when rank 0's present round began; after training, all. On rank 0."""
-        return [] if self.world is None else self.world.seen()
+        return [] if self._simulation is None else self._simulation.seen()
 
     @property
     def virtual_seconds(self) -> float:
         """Virtual time at which rank 0's present round ends; after training, at which it ended."""
-        return 0.0 if self.world is None else self.world.virtual_ms / 1e3
+        return 0.0 if self._simulation is None else self._simulation.virtual_ms / 1e3
+
+    @property
+    def has_global_model(self) -> bool:
+        return self._simulation is not None
+
+    @property
+    def version(self) -> int:
+        return self._here.version
+
+    @property
+    def steps(self) -> int:
+        return self._here.steps
+
+    def read(self, out: Tensor) -> None:
+        self._here.read(out)
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._here.publish(plateaus, metrics)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return self._here.statistics()
 
     def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
         self.client.keep = keep
@@ -86,7 +173,28 @@ class SimulatedWorld(SimulatedProcess):
     def tell(self, message: ShardWritten) -> None:
         self.client.tell(message)
 
+    def save(self, marker: Marker) -> None:
+        self._here.save(marker)
 
-def _planned(rounds: dict[str, Any], rank: int) -> int:
+    def settle(self, model: Tensor) -> None:
+        if self._simulation is not None:
+            self._simulation.settle()
+
+    def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        return None, None if self._simulation is None else self._simulation.state()
+
+    def progress(self) -> dict[str, Any]:
+        return self._here.progress()
+
+    def close(self, timeout: float) -> None:
+        self.alarm.close(timeout)
+
+    @property
+    def _here(self) -> Simulation:
+        assert self._simulation is not None
+        return self._simulation
+
+
+def _planned(schedule: Mapping[str, Any], rank: int) -> int:
     """Local steps of a worker's round in a checkpoint: it has computed all of it."""
-    return sum(steps for worker, _, _, _, steps, _ in rounds["running"] if worker == rank)
+    return sum(steps for worker, _, _, _, steps, _ in schedule["running"] if worker == rank)

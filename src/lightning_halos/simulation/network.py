@@ -1,0 +1,599 @@
+"""The nodes of a run on a described cluster: messages are delivered in the order of a virtual clock.
+
+No decisions of the algorithm: the nodes of ``core`` take those. No threads and no workers: a driver asks which rounds
+end next, and gives the workers' pushes. A round's place in time is known when it begins, whatever it computes. So a
+network whose pushes have no vectors has the same rounds: this is how each worker process knows its data ahead.
+
+Updates and global models take the cluster's time from one region to another. Everything else takes no time, as in the
+published simulator: it is delivered before anything else happens. So does the final model, when the run is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
+from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
+from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.messages import (
+    GlobalModel,
+    LeaseGrant,
+    LeaseRequest,
+    Message,
+    Pull,
+    Push,
+    RegionUpdate,
+    Shard,
+)
+from lightning_halos.core.protocol import GLOBAL, Send
+from lightning_halos.core.region_node import RegionNode
+from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.core.synchronous_node import SynchronousNode
+from lightning_halos.core.topology import ServerGroup, Topology
+from lightning_halos.simulation.history import Event
+from lightning_halos.simulation.timing import Timing
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of a worker.
+
+    Attributes:
+        worker: Global rank of the worker.
+        begin: Virtual milliseconds at which the server's model leaves for the worker.
+        end: Virtual milliseconds at which the worker's push arrives at the server.
+        first: Local steps that were handed out, to all workers, before this round's.
+        steps: Local steps; 0 if there is no work left, so that the push is the worker's last.
+        position: Global step that the worker's schedules begin the round with.
+    """
+
+    worker: int
+    begin: float
+    end: float
+    first: int
+    steps: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work that is ordered.
+
+    Attributes:
+        budget: The step budget when the run begins.
+        end: Local steps of all workers, earlier runs included, at which no work is left; may be infinite.
+        steps_per_epoch: Local steps' worth of data in an epoch. Default: epochs do not matter.
+        offset: Where in the data the run would begin without earlier runs, in local steps from the first epoch's
+            beginning: what earlier runs trained on, less ``budget.total``.
+    """
+
+    budget: StepBudget
+    end: float = math.inf
+    steps_per_epoch: int = 1 << 62
+    offset: int = 0
+
+
+class Network(ABC):
+    """The nodes of a run, what they have sent to each other, and the rounds of the workers.
+
+    Args:
+        timing: The durations on the cluster.
+        work: The work that is ordered.
+        algorithm: Plans the workers' rounds.
+
+    Attributes:
+        now: Virtual milliseconds of the last event.
+        rounds: The rounds under way, by worker.
+        steps: Local steps that all workers have finished in this run.
+        history: The events so far.
+        outbox: Messages to workers that were not delivered yet: pairs of a global rank and a message. The driver
+            delivers them.
+        finished: Whether the final model is sent.
+    """
+
+    def __init__(self, timing: Timing, work: Work, algorithm: Algorithm) -> None:
+        self.now = 0.0
+        self.rounds: dict[int, Round] = {}
+        self.steps = 0
+        self.history: list[Event] = []
+        self.outbox: list[tuple[int, Message]] = []
+        self.finished = False
+        self._timing = timing
+        self._work = work
+        self._workers = work.budget.workers
+        # Towards the end rounds get shorter. What is handed out is exactly what is ordered, by the cursor.
+        limit = None if work.end == math.inf else math.ceil(work.end / self._workers)
+        speeds = dict(enumerate(timing.cluster.relative_speeds))
+        self._planner = algorithm.planner(self._workers, limit, speeds)
+        self._next = work.budget.total
+        self._used = Spans([(0, self._next + work.offset)] if self._next + work.offset else [])
+        self._cursor = DataCursor(work.steps_per_epoch, done=self._used, end=work.end + work.offset)
+        self._left: list[int] = []
+
+    @property
+    @abstractmethod
+    def model(self) -> Tensor | None:
+        """The global model; ``None`` if the workers have it themselves."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """Updates that are in the global model."""
+
+    @property
+    def total(self) -> int:
+        """Local steps that all workers have finished, in earlier runs too."""
+        return self._work.budget.total + self.steps
+
+    @property
+    def handed_out(self) -> int:
+        """Where in the data the next round would begin, in local steps from the first epoch's beginning."""
+        return self._next + self._work.offset
+
+    def start(self) -> None:
+        """Begins the first rounds of all workers, or goes on with those of :meth:`load_schedule`."""
+        if not self.rounds:
+            self._begin_all(dict.fromkeys(range(self._workers)))
+
+    @abstractmethod
+    def due(self) -> list[Round]:
+        """Delivers the messages that arrive before the next rounds end.
+
+        Returns:
+            The rounds that end next, at the same moment, in the order in which :meth:`finish` handles them. Empty when
+            the run is over.
+        """
+
+    @abstractmethod
+    def finish(self, pushes: Sequence[Push]) -> None:
+        """Ends the rounds of :meth:`due`, and begins the workers' next rounds.
+
+        Args:
+            pushes: What the workers pushed, in the order of the rounds. Their durations become the virtual ones.
+        """
+
+    @abstractmethod
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Returns the counters of each local server, as :class:`~lightning_halos.HalosMonitor` shows them."""
+        return []
+
+    def settle(self) -> None:  # noqa: B027  (without local servers there is nothing to do)
+        """Lets local servers take the final model, when the run is over, so that a later run can go on from there."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the servers and of the messages under way: tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of :meth:`state_dict`. To be called before :meth:`load_schedule`."""
+
+    def schedule(self) -> dict[str, Any]:
+        """Returns which workers are in which rounds, and what was handed out: plain values, the same for everybody."""
+        running = [dataclasses.astuple(self.rounds[worker]) for worker in sorted(self.rounds)]
+        return {"next": self._next, "steps": self.steps, "running": running, "left": list(self._left)}
+
+    def load_schedule(self, schedule: Mapping[str, Any]) -> None:
+        """Goes on from a moment of :meth:`schedule`."""
+        self._next, self.steps = schedule["next"], schedule["steps"]
+        self._used.add([(0, self._next + self._work.offset)])
+        rounds = [Round(*fields) for fields in schedule["running"]]
+        self.rounds = {r.worker: r for r in rounds}
+        self.now = max((r.begin for r in rounds), default=0.0)
+
+    def replay(self) -> Iterator[Round]:
+        """Runs without vectors. Yields all rounds that have steps in the order of dispatch, running ones first."""
+        self.start()
+        yield from (r for r in sorted(self.rounds.values(), key=lambda r: r.first) if r.steps)
+        while ended := self.due():
+            pushes = [Push(r.worker, 0, r.steps, r.steps, 0.0, final=not r.steps) for r in ended]
+            self.finish(pushes)
+            self.outbox.clear()
+            begun = [self.rounds[push.worker] for push in pushes if push.worker in self.rounds]
+            yield from (r for r in sorted(begun, key=lambda r: r.first) if r.steps)
+
+    @abstractmethod
+    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
+        """Begins rounds now. The pulls are the answers of the servers; there are none at the start of a run."""
+
+    @abstractmethod
+    def _lease(self, worker: int, steps: int) -> int:
+        """Hands out the next data to a worker. Returns its local steps; 0 if there is no more."""
+
+    def _begin(self, worker: int, pull: Pull | None, position: int | None = None) -> Round:
+        """Begins a round, which gets as many local steps as planned, or as are left; it ends at once if that is none.
+
+        Args:
+            worker: The worker.
+            pull: The answer of its server. It gets what the round is, in the place of what was planned.
+            position: Global step that the schedules begin with. Default: the local steps that were handed out before,
+                divided by the number of workers.
+        """
+        planned = self._planner.local_steps(worker, self.total) if pull is None else pull.local_steps
+        if pull is not None and pull.stop:
+            planned = 0
+        first = self._next
+        while (missing := planned - (self._next - first)) and (leased := self._lease(worker, missing)):
+            self._next += leased
+        steps = self._next - first
+        position = first // self._workers if position is None else position
+        if pull is not None:
+            pull.stop = not steps
+            if steps:
+                pull.local_steps, pull.position = steps, position
+        self.rounds[worker] = Round(worker, self.now, self.now, first, steps, position)
+        return self.rounds[worker]
+
+    def _set_end(self, worker: int, end: float) -> None:
+        self.rounds[worker] = dataclasses.replace(self.rounds[worker], end=end)
+
+    def _end(self, push: Push) -> Round:
+        """Ends the round of a push, whose durations become the virtual ones."""
+        ended = self.rounds.pop(push.worker)
+        self.now = ended.end
+        self.steps += push.steps
+        push.seconds = self._timing.compute(ended.worker, ended.steps) / 1e3
+        push.waited = (ended.end - ended.begin) / 1e3 - push.seconds
+        if push.final:
+            self._left.append(push.worker)
+        return ended
+
+    def _note(
+        self, kind: str, version: int, model: Tensor | None, server: int = -1, worker: int = -1, staleness: int = 0
+    ) -> None:
+        keeps = self._timing.cluster.record_parameters and kind != "end"
+        parameters = model.clone() if keeps and model is not None else None
+        self.history.append(Event(self.now, kind, server, worker, version, self.steps, staleness, parameters))
+
+
+class RegionNetwork(Network):
+    """Local servers that answer each push at once, and a global server (HALoS, Async-Local-SGD).
+
+    Args:
+        timing: The durations on the cluster.
+        work: The work that is ordered.
+        algorithm: Plans the workers' rounds.
+        groups: The local servers, and their workers.
+        locals_: The local servers.
+        global_: The global server; ``None`` if there is one local server.
+    """
+
+    def __init__(
+        self,
+        timing: Timing,
+        work: Work,
+        algorithm: Algorithm,
+        groups: Sequence[ServerGroup],
+        locals_: Sequence[LocalServer],
+        global_: GlobalServer | None,
+    ) -> None:
+        super().__init__(timing, work, algorithm)
+        self._home = timing.cluster.global_region
+        self._places = [group.region for group in groups]
+        self._group_of = {rank: group.index for group in groups for rank in group.ranks}
+        self._locals = [
+            RegionNode(server, self._planner, group.ranks, dataclasses.replace(work.budget), LeaseStock(0))
+            for group, server in zip(groups, locals_, strict=True)
+        ]
+        self._global = GlobalNode(global_, len(groups), dataclasses.replace(work.budget), self._cursor)
+        self._under_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
+        self._sent = 0
+        self._requests = dict.fromkeys(self._group_of, 0)
+        self._granted: LeaseGrant | None = None
+
+    @property
+    def model(self) -> Tensor:
+        return self._locals[0].model if self._global.server is None else self._global.server.model
+
+    @property
+    def version(self) -> int:
+        return self._locals[0].version if self._global.server is None else self._global.version
+
+    def due(self) -> list[Round]:
+        while True:
+            arrival = self._under_way[0][0] if self._under_way else math.inf
+            following = min(self.rounds.values(), key=lambda r: (r.end, r.worker), default=None)
+            if following is not None and following.end <= arrival:
+                return [following]
+            if not self._under_way:
+                return []
+            self._deliver()
+
+    def finish(self, pushes: Sequence[Push]) -> None:
+        (push,) = pushes
+        self._end(push)
+        self._receive(push)
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._route(GLOBAL, self._global.publish(plateaus, metrics))
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return [counters.statistics() for counters in self._global.counters.values()]
+
+    def settle(self) -> None:
+        for node in self._locals:
+            node.settle(self.model.clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "locals": [node.state_dict() for node in self._locals],
+            "global": self._global.state_dict(),
+            "traffic": [list(node.traffic) for node in self._locals],
+            "sent": self._sent,
+            "under_way": [
+                (arrival, number, index, type(message).__name__, {**vars(message), "vector": _copy(message.vector)})
+                for arrival, number, index, message in self._under_way
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for node, saved, traffic in zip(self._locals, state["locals"], state["traffic"], strict=True):
+            node.load_state_dict(saved)
+            node.traffic = (traffic[0], traffic[1])
+        self._global.load_state_dict(state["global"])
+        self._sent = state["sent"]
+        self._under_way = [
+            (arrival, number, index, _MODELS[kind](**{**fields, "vector": _copy(fields["vector"])}))
+            for arrival, number, index, kind, fields in state["under_way"]
+        ]
+
+    def schedule(self) -> dict[str, Any]:
+        return {**super().schedule(), "known": [node.budget.total for node in self._locals]}
+
+    def load_schedule(self, schedule: Mapping[str, Any]) -> None:
+        super().load_schedule(schedule)
+        self._global.budget.total = self.total
+        for node, known in zip(self._locals, schedule["known"], strict=True):
+            node.budget.total = known
+        flushes = {i for *_, i, message in self._under_way if isinstance(message, RegionUpdate) and message.final}
+        for worker in schedule["left"]:
+            self._leave_again(worker, flushes)
+
+    def _leave_again(self, worker: int, flushes: set[int]) -> None:
+        """Tells a new node that a worker has left. The last update that it sends then was sent before.
+
+        Args:
+            worker: The worker.
+            flushes: Local servers whose last update is under way.
+        """
+        index = self._group_of[worker]
+        self._left.append(worker)
+        for send in self._locals[index].handle(worker, Push(worker, 0, 0, 0, 0.0, final=True)):
+            if not isinstance(send.message, RegionUpdate):
+                self._route(index, [send])
+            elif index not in flushes:
+                self._route(GLOBAL, self._global.handle(index, send.message))
+
+    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
+        for worker, pull in pulls.items():
+            begun = self._begin(worker, pull)
+            if begun.steps:
+                place = self._places[self._group_of[worker]]
+                self._set_end(worker, self.now + self._timing.round(worker, place, begun.steps))
+
+    def _lease(self, worker: int, steps: int) -> int:
+        index = self._group_of[worker]
+        self._requests[worker] += 1
+        self._route(index, self._locals[index].handle(worker, LeaseRequest(steps, self._requests[worker])))
+        grant, self._granted = self._granted, None
+        assert grant is not None
+        return grant.steps
+
+    def _receive(self, push: Push) -> None:
+        worker, index = push.worker, self._group_of[push.worker]
+        node = self._locals[index]
+        rejected = node.server.rejected
+        if push.vector is not None:
+            self._count_bytes(index, self._timing.cluster.region_of[worker] == self._places[index])
+        has_vector = push.vector is not None
+        sends = node.handle(worker, push)
+        for send in sends:
+            send.complete()
+        if has_vector:
+            staleness = node.server.staleness if node.server.rejected == rejected else 0
+            self._note("push", node.version, node.model, index, worker, staleness)
+        self._route(index, sends)
+        pull = next((send.message for send in sends if isinstance(send.message, Pull)), None)
+        if pull is not None:
+            self._begin_all({worker: pull})
+
+    def _deliver(self) -> None:
+        self.now, _, index, message = heapq.heappop(self._under_way)
+        node = self._locals[index]
+        if isinstance(message, RegionUpdate):
+            assert self._global.server is not None
+            sends = self._global.handle(index, message)
+            self._note("update", self.version, self.model, index, staleness=self._global.server.staleness)
+            self._route(GLOBAL, sends)
+            return
+        merges = node.server.merges
+        self._route(index, node.handle(GLOBAL, message))
+        if node.server.merges > merges:
+            self._note("merge", node.version, node.model, index)
+
+    def _route(self, origin: int, sends: Sequence[Send]) -> None:
+        """Delivers the messages of a node: models after their time, the others at once.
+
+        Args:
+            origin: Index of a local server, or ``GLOBAL``.
+            sends: The messages.
+        """
+        for send in sends:
+            message, to = send.message, send.to
+            assert not isinstance(message, Shard)
+            if origin == GLOBAL and isinstance(message, GlobalModel) and not message.final:
+                self._post(self._timing.transfer(self._home, self._places[to]), to, message)
+            elif origin == GLOBAL:
+                if isinstance(message, GlobalModel) and not self.finished:
+                    self.finished = True
+                    self._under_way = []  # answers that local servers would ignore, since they have flushed
+                    self._note("end", self.version, None)
+                self._route(to, self._locals[to].handle(GLOBAL, message))
+            elif to == GLOBAL and isinstance(message, RegionUpdate):
+                self._count_bytes(origin, self._places[origin] == self._home)
+                self._post(self._timing.transfer(self._places[origin], self._home), origin, message)
+            elif to == GLOBAL:
+                self._route(GLOBAL, self._global.handle(origin, message))
+            elif isinstance(message, LeaseGrant):
+                self._granted = message
+            else:
+                self.outbox.append((to, message))
+
+    def _post(self, duration: float, index: int, message: RegionUpdate | GlobalModel) -> None:
+        self._sent += 1
+        heapq.heappush(self._under_way, (self.now + duration, self._sent, index, message))
+
+    def _count_bytes(self, index: int, within_region: bool) -> None:
+        """Counts a model that goes to or from a local server, and the answer to it."""
+        within, between = self._locals[index].traffic
+        size = 2 * self._timing.message_bytes
+        self._locals[index].traffic = (within + size, between) if within_region else (within, between + size)
+
+
+_MODELS: dict[str, Callable[..., RegionUpdate | GlobalModel]] = {
+    "RegionUpdate": RegionUpdate,
+    "GlobalModel": GlobalModel,
+}
+
+
+class SynchronousNetwork(Network):
+    """Rounds that begin and end together, with an all-reduce (DiLoCo, synchronous SGD).
+
+    Args:
+        timing: The durations on the cluster.
+        work: The work that is ordered.
+        algorithm: Plans the workers' rounds.
+        server: The server; ``None`` if the workers average their gradients themselves.
+    """
+
+    def __init__(
+        self,
+        timing: Timing,
+        work: Work,
+        algorithm: Algorithm,
+        server: SynchronousServer | None,
+    ) -> None:
+        super().__init__(timing, work, algorithm)
+        self._node = SynchronousNode(server, self._planner, dataclasses.replace(work.budget))
+        self._all_reduce = timing.all_reduce() if self._workers > 1 else 0.0
+
+    @property
+    def model(self) -> Tensor | None:
+        return self._node.model
+
+    @property
+    def version(self) -> int:
+        return self._node.version
+
+    def due(self) -> list[Round]:
+        end = min((r.end for r in self.rounds.values()), default=0.0)
+        return [self.rounds[worker] for worker in sorted(self.rounds) if self.rounds[worker].end == end]
+
+    def finish(self, pushes: Sequence[Push]) -> None:
+        for push in pushes:
+            self._end(push)
+        vectors = [push.vector for push in pushes if push.vector is not None]
+        mean = None
+        if vectors:
+            mean = torch.zeros_like(vectors[0])
+            for vector in vectors:
+                mean += vector
+            mean /= len(vectors)
+        answers = self._node.finish_round(pushes, mean)
+        if any(push.steps for push in pushes):
+            self._note("round", self.version, self.model)
+        for push in pushes:
+            answer = answers.get(push.worker)
+            if isinstance(answer, Pull) and push.vector is not None:
+                assert self.model is not None
+                answer.vector = push.vector.copy_(self.model)
+        self.outbox += answers.items()
+        self.finished = len(self._node.finished) == self._workers
+        if self.finished:
+            self._note("end", self.version, None)
+        else:
+            self._begin_all({worker: answer for worker, answer in answers.items() if isinstance(answer, Pull)})
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._node.publish(plateaus, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._node.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._node.load_state_dict(state)
+
+    def load_schedule(self, schedule: Mapping[str, Any]) -> None:
+        super().load_schedule(schedule)
+        self._left = list(schedule["left"])
+        self._node.budget.total = self.total
+        self._node.finished = set(self._left)
+
+    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
+        # Where all rounds are equal, all schedules begin at the same global step.
+        planned = {self._planner.local_steps(worker, self.total) for worker in pulls}
+        position = self._node.budget.position if len(planned) == 1 else None
+        begun = [self._begin(worker, pulls[worker], position) for worker in sorted(pulls)]
+        computing = max((self._timing.compute(r.worker, r.steps) for r in begun), default=0.0)
+        for r in begun:
+            if r.steps:
+                self._set_end(r.worker, self.now + computing + self._all_reduce)
+
+    def _lease(self, worker: int, steps: int) -> int:
+        lease = self._cursor.take(steps)
+        return 0 if lease is None else lease.steps
+
+
+def make_network(
+    algorithm: Algorithm,
+    topology: Topology,
+    timing: Timing,
+    work: Work,
+    shapes: Sequence[torch.Size],
+    model: Tensor | None,
+) -> Network:
+    """Makes the network of an algorithm.
+
+    Args:
+        algorithm: The algorithm.
+        topology: The local servers and their workers.
+        timing: The durations on the cluster.
+        work: The work that is ordered.
+        shapes: Shapes of the parameters in the model.
+        model: The initial model, which stays as it is; ``None`` to know the rounds only.
+    """
+    if isinstance(algorithm, SynchronousAlgorithm):
+        server = None if model is None else algorithm.server(model.clone(), shapes)
+        return SynchronousNetwork(timing, work, algorithm, server)
+    assert isinstance(algorithm, ServerAlgorithm)
+    groups, number = topology.groups, len(topology.groups)
+    if model is None:
+        sgd, one = partial(torch.optim.SGD, lr=1.0), torch.zeros(1)
+        period = None if number == 1 else 1
+        locals_ = [LocalServer(g.index, one.clone(), sgd, period, 0.0, workers=len(g.ranks)) for g in groups]
+        global_ = None if number == 1 else GlobalServer(one.clone(), sgd, servers=number)
+    else:
+        locals_ = [
+            algorithm.local_server(g.index, number, len(g.ranks), model.clone(), shapes, topology.describe)
+            for g in groups
+        ]
+        global_ = algorithm.global_server(number, model.clone(), shapes)
+    return RegionNetwork(timing, work, algorithm, groups, locals_, global_)
+
+
+def _copy(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.clone()

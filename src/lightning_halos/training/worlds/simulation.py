@@ -1,0 +1,190 @@
+"""A simulation on rank 0: what the worker processes push is delivered under a virtual clock.
+
+One thread owns the network of nodes. When a round ends it waits for that round's push and for no other, so the order of
+events never depends on how long anything takes on this machine. Rank 0 reads the network, or tells it something, only
+while the thread waits for rank 0: that is a moment of virtual time, too.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from lightning_halos.checkpoint.manifest import GLOBAL
+from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core.messages import Failure, Marker, Message, Preempted, Push, ShardWritten
+from lightning_halos.simulation.history import Event
+from lightning_halos.simulation.network import Network, Work
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.link import Filled, Link, whole
+
+
+class Simulation:
+    """Runs a network with the pushes of real workers, in a thread of its own.
+
+    Args:
+        network: The network.
+        work: The work that it was made for.
+        alarm: Where failures go.
+        timeout: Seconds that a worker may take for a round.
+        saves: The saves under way.
+
+    Attributes:
+        virtual_ms: Virtual milliseconds at which rank 0's present round ends; after training, at which it ended.
+        version: Updates that were in the global model when rank 0's present round began; after training, all.
+        steps: Local steps of this run that all workers had finished then.
+    """
+
+    def __init__(self, network: Network, work: Work, alarm: Alarm, timeout: float, saves: Saves) -> None:
+        self.virtual_ms = 0.0
+        self.version = self.steps = 0
+        self._network = network
+        self._work = work
+        self._alarm = alarm
+        self._timeout = timeout
+        self._saves = saves
+        self._links: dict[int, Link] = {}
+        self._inboxes: list[queue.SimpleQueue[Push]] = [queue.SimpleQueue() for _ in range(work.budget.workers)]
+        self._moment = threading.Condition()
+        self._waits_for_rank_0 = False
+        self._statistics: list[dict[str, Any]] = []
+        self._seen = 0
+
+    def attach(self, rank: int, link: Link) -> None:
+        """Connects a worker."""
+        self._links[rank] = link
+        link.start(lambda message, filled: self._on_message(rank, message, filled), self._alarm.fail)
+
+    def start(self) -> None:
+        """Starts the clock, once all workers are connected."""
+        self._network.start()
+        self._look()
+        threading.Thread(target=self._guard, name="halos world", daemon=True).start()
+
+    def save(self, marker: Marker) -> None:
+        """Keeps the network as it is at the end of rank 0's present round, before its push.
+
+        All other workers are in a round then, or have left. Each keeps its state and its push when that round is over.
+        """
+        with self._rank_0_is_due():
+            state, progress = self._network.state_dict(), self.progress()
+            progress["world"]["rounds"] = self._network.schedule()
+            for rank, link in self._links.items():
+                if rank > 0:
+                    link.post(marker)
+        self._saves.know(marker.save, **progress)
+        self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
+
+    def settle(self) -> None:
+        """Lets the servers take the final model, when the run is over."""
+        self._network.settle()
+
+    def state(self) -> dict[str, Any]:
+        """What a later run goes on from, when this one is over and settled."""
+        return self._network.state_dict()
+
+    def progress(self) -> dict[str, Any]:
+        """How far the run is: local steps, the data that was handed out, and what they are counted from."""
+        end = self._network.handed_out
+        return {
+            "total": self._network.total,
+            "done": [(0, end)] if end else [],
+            "world": {"base": self._work.budget.total, "offset": self._work.offset, "rounds": None},
+        }
+
+    def seen(self) -> list[Event]:
+        """All that had happened when rank 0's present round began; after training, all."""
+        return self._network.history[: self._seen]
+
+    def read(self, out: Tensor) -> None:
+        """Copies the global model at the end of rank 0's present round into ``out``; leaves it if there is none."""
+        with self._rank_0_is_due():
+            if self._network.model is not None:
+                out.copy_(self._network.model)
+
+    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics.
+
+        They learn of it with the first model that they get after rank 0's present round.
+        """
+        with self._rank_0_is_due():
+            self._network.publish(plateaus, metrics)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Counters of each local server when rank 0's present round began."""
+        return self._statistics
+
+    @contextmanager
+    def _rank_0_is_due(self) -> Iterator[None]:
+        with self._moment:
+            while not self._waits_for_rank_0:
+                self._alarm.check()
+                self._moment.wait(0.2)
+            yield
+
+    def _on_message(self, rank: int, message: Message, filled: Filled) -> None:
+        if isinstance(message, Failure | Preempted):
+            self._alarm.told(message)
+            return
+        if isinstance(message, ShardWritten):
+            self._saves.written(message)
+            return
+        assert isinstance(message, Push)
+        whole(filled)
+        self._inboxes[rank].put(message)
+
+    def _guard(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self._alarm.fail(error)
+
+    def _run(self) -> None:
+        network = self._network
+        while rounds := network.due():
+            self._deliver()
+            network.finish([self._wait_for(ending.worker) for ending in rounds])
+            if rounds[0].worker == 0:
+                self._look()
+            self._deliver()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self._network.finished:
+            self._look()
+            with self._moment:
+                self._waits_for_rank_0 = True
+        outbox, self._network.outbox = self._network.outbox, []
+        for rank, message in outbox:
+            self._links[rank].post(message)
+
+    def _look(self) -> None:
+        """Keeps what rank 0 may see until its next round, since the world goes on while it looks."""
+        network = self._network
+        self._statistics = network.statistics()
+        self.version, self.steps, self._seen = network.version, network.steps, len(network.history)
+        self.virtual_ms = network.rounds[0].end if 0 in network.rounds else network.now
+
+    def _wait_for(self, worker: int) -> Push:
+        with self._moment:
+            self._waits_for_rank_0 = worker == 0
+            self._moment.notify_all()
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                push = self._inboxes[worker].get(timeout=min(1.0, self._timeout))
+                break
+            except queue.Empty:
+                if self._alarm.is_over:
+                    raise
+                if time.monotonic() > deadline:
+                    raise self._alarm.lost(self._links[worker].peer, "finish its round", self._timeout) from None
+        with self._moment:
+            self._waits_for_rank_0 = False
+        return push
