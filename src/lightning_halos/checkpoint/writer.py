@@ -29,17 +29,25 @@ class Writer:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[str], None]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def shard(self, marker: Marker, name: str, state: Any, tell: Tell) -> None:
+    def shard(
+        self, marker: Marker, name: str, state: Any, tell: Tell, complete: Callable[[], None] = lambda: None
+    ) -> None:
         """Writes a shard in the background.
 
         Args:
             marker: The marker of the snapshot, with the folder.
             name: Name of the file.
-            state: The state to write. It must not change any more.
+            state: The state to write. Nobody else may change it from here on.
             tell: Called in the background with the result.
+            complete: Called in the background before the state is written, to complete it.
         """
+
+        def job() -> None:
+            complete()
+            tell(write_shard(marker, name, state))
+
         self.submit(
-            lambda: tell(write_shard(marker, name, state)),
+            job,
             lambda reason: tell(ShardWritten(marker.save, name, error=f"{name}: {reason}")),
         )
 

@@ -40,6 +40,7 @@ from lightning_halos.core.protocol import (
 from lightning_halos.core.region_node import grant_of
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.servers import Finding, GlobalServer
+from lightning_halos.core.snapshot import ServerSnapshot
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Snapshot:
     Attributes:
         marker: The marker of the snapshot.
         state: State of the global node.
+        server: The copy of the global server's state in it; ``None`` without a global server.
         total: Local steps that all workers have finished.
         done: The data that they trained on.
         updates: Updates that arrived since then, by local server, as dictionaries of their fields.
@@ -60,6 +62,7 @@ class Snapshot:
 
     marker: Marker
     state: dict[str, Any]
+    server: ServerSnapshot | None
     total: int
     done: Spans
     updates: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -208,7 +211,9 @@ class GlobalNode:
             ProtocolError: If the run has ended.
         """
         self._machine.move(GlobalEvent.SAVE)
-        self._snapshot = Snapshot(marker, self.state_dict(), self.budget.total, Spans(self._done))
+        server = None if self.server is None else self.server.snapshot()
+        state = self._state(None if server is None else server.state)
+        self._snapshot = Snapshot(marker, state, server, self.budget.total, Spans(self._done))
         return [Send(index, marker) for index in self._counted]
 
     def progress(self) -> dict[str, Any]:
@@ -219,8 +224,11 @@ class GlobalNode:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state from which a later run can continue, without messages in flight."""
+        return self._state(None if self.server is None else self.server.state_dict())
+
+    def _state(self, server: dict[str, Any] | None) -> dict[str, Any]:
         return {
-            "server": None if self.server is None else self.server.state_dict(),
+            "server": server,
             "applied": self.applied,
             "updates": [],
             "received": {} if self.server is None else dict(self.server.received),
@@ -355,4 +363,5 @@ class GlobalNode:
             u for index, own in snapshot.updates.items() for u in own if u["number"] <= snapshot.last_updates[index]
         ]
         progress = {"total": snapshot.total, "done": list(snapshot.done)}
-        return [Send(STORAGE, Shard(snapshot.marker, None, {**snapshot.state, "updates": updates}, progress))]
+        state = {**snapshot.state, "updates": updates}
+        return [Send(STORAGE, Shard(snapshot.marker, None, state, snapshot.server, progress))]

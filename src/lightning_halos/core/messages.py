@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from lightning_halos.core.snapshot import ServerSnapshot
+
 NOT_NEGATIVE = "finite and not negative"
 Amount = Annotated[float, NOT_NEGATIVE]
 """A number that is never negative, infinite or NaN. Integers in messages are never negative either."""
@@ -274,14 +276,20 @@ class Shard:
     Attributes:
         marker: The marker of the snapshot.
         server: Index of the local server whose state this is; ``None`` for the global server.
-        state: Tensors and plain values.
+        state: Tensors and plain values. Valid when ``snapshot`` is complete.
+        snapshot: The copy of the server's state within ``state``; ``None`` if there is no server.
         progress: In the global server's shard: the progress of the run, for the manifest.
     """
 
     marker: Marker
     server: int | None
     state: dict[str, Any]
+    snapshot: ServerSnapshot | None
     progress: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self) -> bool:
+        """Copies the next portion of the server's state. Returns whether ``state`` is complete."""
+        return self.snapshot is None or self.snapshot.advance()
 
 
 @dataclass

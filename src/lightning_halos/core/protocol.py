@@ -33,6 +33,7 @@ class Send:
         message: The message.
         fill: Computes the message's vector from front to back and reports the number of complete elements; ``None`` if
             the vector is complete. It must run before the node handles another message, and in the order of the list.
+            A shard may be completed later, with :meth:`Shard.advance`.
     """
 
     to: int
@@ -43,6 +44,9 @@ class Send:
         """Computes the message's vector, if necessary, and returns the message."""
         if self.fill is not None:
             self.fill(nobody)
+        if isinstance(self.message, Shard):
+            while not self.message.advance():
+                pass
         return self.message
 
 

@@ -161,7 +161,10 @@ class RegionNode:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state from which a later run can continue."""
-        return {"server": self.server.state_dict(), "speeds": self._planner.state_dict()}
+        return self._state(self.server.state_dict())
+
+    def _state(self, server: dict[str, Any]) -> dict[str, Any]:
+        return {"server": server, "speeds": self._planner.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`, before :meth:`start`."""
@@ -334,7 +337,8 @@ class RegionNode:
             return []
         self._machine.move(RegionEvent.MARKER)
         self._marked.add(marker.save)
-        shard = Shard(marker, self.server.index, self.state_dict())
+        snapshot = self.server.snapshot()
+        shard = Shard(marker, self.server.index, self._state(snapshot.state), snapshot)
         reply = MarkerReply(marker.save, self.server.index, self.server.number)
         workers = [Send(rank, marker) for rank in self._asked]
         return [*workers, Send(GLOBAL, reply), Send(STORAGE, shard)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.outliers import NormLimit
+from lightning_halos.core.snapshot import Portion, ServerSnapshot
 from lightning_halos.core.vector import PART, Reach, nobody
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class ParameterServer:
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._optimizer = optimizer(self._parameters)
         self._portions = _portions(self._sizes) if type(self._optimizer) in _BY_PARAMETER else [slice(len(self._sizes))]
+        self._snapshots: weakref.WeakSet[ServerSnapshot] = weakref.WeakSet()  # an abandoned one costs nothing
 
     @property
     def rejected(self) -> int:
@@ -120,9 +123,31 @@ class ParameterServer:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the server's state, of tensors and plain values."""
+        return self.snapshot().complete()
+
+    def snapshot(self) -> ServerSnapshot:
+        """Starts a copy of the server's state as it is now. The server may go on before the copy is complete."""
+        groups = self._optimizer.param_groups
+        numbers = {id(p): number for number, p in enumerate(p for group in groups for p in group["params"])}
+        portions, stop = [], 0
+        for portion in self._portions:
+            start, stop = stop, stop + sum(self._sizes[portion])
+            portions.append(Portion(slice(start, stop), [numbers[id(p)] for p in self._parameters[portion]]))
+        snapshot = ServerSnapshot(self._state(), [*portions, Portion(slice(stop, None), [])])
+        self._snapshots.add(snapshot)
+        return snapshot
+
+    def _preserve(self, *portions: int) -> None:
+        """Copies portions of the tensors for the snapshots in progress, before they are overwritten; default: all."""
+        for snapshot in self._snapshots:
+            for portion in portions or range(len(self._portions) + 1):
+                snapshot.take(portion)
+
+    def _state(self) -> dict[str, Any]:
+        """Returns the server's state: its own tensors, and copies of plain values."""
         return {
-            "model": self.model.clone(),
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "model": self.model,
+            "optimizer": self._optimizer.state_dict(),
             "optimizer_type": type(self._optimizer).__name__,
             "version": self.version,
             "rejections": dict(self.rejections),
@@ -149,6 +174,7 @@ class ParameterServer:
             )
         if state["optimizer_type"] != (mine := type(self._optimizer).__name__):
             raise ValueError(f"its server optimizer is {state['optimizer_type']}, this one is {mine}")
+        self._preserve()
         own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if state["senders"] != self.senders:
@@ -210,7 +236,8 @@ class ParameterServer:
     def _apply(self, vector: Tensor, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
         """Applies a valid update and fills the answer, one portion of the model after the other."""
         stop = 0
-        for portion in self._portions if is_good else []:
+        for index, portion in enumerate(self._portions if is_good else []):
+            self._preserve(index)
             parameters = self._parameters[portion]
             start, stop = stop, stop + sum(self._sizes[portion])
             flat = vector[start:stop]
@@ -222,6 +249,7 @@ class ParameterServer:
                 parameter.grad = None
             self._answer(answer, start, stop, reach)
         if is_good:
+            self._preserve(len(self._portions))
             self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
         self._answer(answer, stop, self.model.numel(), reach)
 
@@ -377,6 +405,7 @@ class LocalServer(ParameterServer):
         """
         vector = update.vector
         assert vector is not None
+        self._preserve()
         if not update.final:
             self._base = torch.empty_like(vector)
         for start in range(0, vector.numel(), PART):
@@ -398,6 +427,7 @@ class LocalServer(ParameterServer):
             return
         assert reply.vector is not None
         self.exchanging = False
+        self._preserve()
         self.model.lerp_(reply.vector, self._merge_weight)
         self._base.copy_(self.model)
         self._merged_at = self.version
@@ -410,18 +440,19 @@ class LocalServer(ParameterServer):
         Args:
             model: The final global model. It is copied.
         """
+        self._preserve()
         self.model.copy_(model)
         self._base = self._begin()
         self._merged_at = self.version
         self.exchanging = False
         self.steps = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         # After the flush everything has been sent, and no answer is expected.
         is_flushed = self._base is None
         return {
-            **super().state_dict(),
-            "base": self._begin() if self._base is None else self._base.clone(),
+            **super()._state(),
+            "base": self.model if is_flushed and self.exchanges else self._base,
             "merged_at": self.version if is_flushed else self._merged_at,
             "merges": self.merges,
             "steps": self.steps,
@@ -496,8 +527,8 @@ class GlobalServer(ParameterServer):
         self._apply(update.vector, is_good, answer)
         return GlobalModel(self.version, vector=answer, number=update.number)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "steps": self.steps}
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -32,8 +33,10 @@ from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Filled, Filling, Link, Slot
 
-Store = Callable[[Shard], None]
-"""Writes a part of a snapshot in the background."""
+_YIELD = 0.001  # seconds; without a pause a thread would take a lock again before those that wait for it wake up
+
+Store = Callable[[Shard, Callable[[], None]], None]
+"""Writes a part of a snapshot in the background, after it has called the function that completes it."""
 
 
 class Host:
@@ -86,6 +89,14 @@ class Host:
         with self._lock:
             out.copy_(self._node.model)
 
+    def _complete(self, shard: Shard) -> None:
+        """Completes a shard of the node, with the lock for one portion at a time, so that no message waits for long."""
+        is_complete = False
+        while not is_complete:
+            with self._lock:
+                is_complete = shard.advance()
+            time.sleep(_YIELD)
+
     def state(self) -> dict[str, Any]:
         """Returns a copy of the node's state."""
         with self._lock:
@@ -105,7 +116,7 @@ class Host:
         for send in sends:
             message = send.message
             if isinstance(message, Shard):
-                self._store(message)
+                self._store(message, partial(self._complete, message))
                 continue
             link = (self._models if travels_with_models(message) else self._controls)[send.to]
             if send.fill is None:
@@ -197,7 +208,8 @@ class RegionHost(Host):
 
     def settle(self, model: Tensor) -> None:
         """Replaces the local server's model by the final global model, when the run is over."""
-        self._node.settle(model)
+        with self._lock:
+            self._node.settle(model)
 
     def _on_message(self, peer: int, message: Message, filled: Filled) -> None:
         if isinstance(message, Push):

@@ -68,7 +68,7 @@ class Process:
         cursor: DataCursor | None,
         timeout: float,
         interrupted: Callable[[], None],
-        store: Store = lambda shard: None,
+        store: Store = lambda shard, complete: None,
         written: Callable[[ShardWritten], None] = lambda message: None,
         done: Spans | None = None,
         server_state: Mapping[str, Any] | None = None,

@@ -76,13 +76,12 @@ class RealWorld(Process):
             self._saves.fail(marker.save, "the run has ended meanwhile")
         return has_begun
 
-    def _write(self, shard: Shard) -> None:
+    def _write(self, shard: Shard, complete: Callable[[], None]) -> None:
         """Writes a server's part of a snapshot in the background, and tells rank 0."""
+        name, tell = (GLOBAL, self._saves.written) if shard.server is None else (server_shard(shard.server), self.tell)
         if shard.server is None:
             self._saves.know(shard.marker.save, **shard.progress)
-            self._saves.writer.shard(shard.marker, GLOBAL, shard.state, self._saves.written)
-        else:
-            self._saves.writer.shard(shard.marker, server_shard(shard.server), shard.state, self.tell)
+        self._saves.writer.shard(shard.marker, name, shard.state, tell, complete)
 
 
 def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
