@@ -1,11 +1,12 @@
-"""The nodes of a run on a described cluster: messages are delivered in the order of a virtual clock.
+"""The nodes of a run on a described cluster, which deliver messages in the order of a virtual clock.
 
-No decisions of the algorithm: the nodes of ``core`` take those. No threads and no workers: a driver asks which rounds
-end next, and gives the workers' pushes. A round's place in time is known when it begins, whatever it computes. So a
-network whose pushes have no vectors has the same rounds: this is how each worker process knows its data ahead.
+The nodes of ``core`` make all decisions of the algorithm. There are no threads and no workers here: a driver asks for
+the rounds that end next, and passes the workers' pushes. The end of a round is known when it begins, and does not
+depend on its result. So a network whose pushes have no vectors has the same rounds; each worker process uses one to
+know its data in advance.
 
-Updates and global models take the cluster's time from one region to another. Everything else takes no time, as in the
-published simulator: it is delivered before anything else happens. So does the final model, when the run is over.
+Updates and global models take the cluster's time from one region to another. As in the published simulator, all other
+messages take no time and are delivered at once. So is the final model, when the run is over.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class Round:
 
     Attributes:
         worker: Global rank of the worker.
-        begin: Virtual milliseconds at which the server's model leaves for the worker.
-        end: Virtual milliseconds at which the worker's push arrives at the server.
-        first: Local steps that were handed out, to all workers, before this round's.
-        steps: Local steps; 0 if there is no work left, so that the push is the worker's last.
-        position: Global step that the worker's schedules begin the round with.
+        begin: Virtual time in milliseconds at which the server sends its model to the worker.
+        end: Virtual time in milliseconds at which the worker's push arrives at the server.
+        first: Local steps that were leased to all workers before this round.
+        steps: Local steps of the round; 0 if no work is left, so that the push is the worker's last.
+        position: Global step with which the worker's schedules start the round.
     """
 
     worker: int
@@ -68,14 +69,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Work:
-    """The work that is ordered.
+    """The ordered work.
 
     Attributes:
-        budget: The step budget when the run begins.
-        end: Local steps of all workers, earlier runs included, at which no work is left; may be infinite.
-        steps_per_epoch: Local steps' worth of data in an epoch. Default: epochs do not matter.
-        offset: Where in the data the run would begin without earlier runs, in local steps from the first epoch's
-            beginning: what earlier runs trained on, less ``budget.total``.
+        budget: The step budget at the start of the run.
+        end: Local steps of all workers, including earlier runs, after which no work is left; may be infinite.
+        steps_per_epoch: Data of an epoch, in local steps. Default: no epochs.
+        offset: Position in the data minus local steps: the data that earlier runs trained on, in local steps, minus
+            ``budget.total``.
     """
 
     budget: StepBudget
@@ -85,21 +86,20 @@ class Work:
 
 
 class Network(ABC):
-    """The nodes of a run, what they have sent to each other, and the rounds of the workers.
+    """The nodes of a run, the messages between them, and the rounds of the workers.
 
     Args:
         timing: The durations on the cluster.
-        work: The work that is ordered.
+        work: The ordered work.
         algorithm: Plans the workers' rounds.
 
     Attributes:
-        now: Virtual milliseconds of the last event.
-        rounds: The rounds under way, by worker.
-        steps: Local steps that all workers have finished in this run.
+        now: Virtual time of the last event in milliseconds.
+        rounds: The rounds in progress, by worker.
+        steps: Local steps that all workers together have finished in this run.
         history: The events so far.
-        outbox: Messages to workers that were not delivered yet: pairs of a global rank and a message. The driver
-            delivers them.
-        finished: Whether the final model is sent.
+        outbox: Messages to workers, which the driver has to deliver: pairs of a global rank and a message.
+        finished: Whether the final model has been sent.
     """
 
     def __init__(self, timing: Timing, work: Work, algorithm: Algorithm) -> None:
@@ -112,7 +112,7 @@ class Network(ABC):
         self._timing = timing
         self._work = work
         self._workers = work.budget.workers
-        # Towards the end rounds get shorter. What is handed out is exactly what is ordered, by the cursor.
+        # Towards the end rounds get shorter. The cursor leases exactly the ordered work.
         limit = None if work.end == math.inf else math.ceil(work.end / self._workers)
         speeds = dict(enumerate(timing.cluster.relative_speeds))
         self._planner = algorithm.planner(self._workers, limit, speeds)
@@ -124,25 +124,25 @@ class Network(ABC):
     @property
     @abstractmethod
     def model(self) -> Tensor | None:
-        """The global model; ``None`` if the workers have it themselves."""
+        """The global model; ``None`` if only the workers have it."""
 
     @property
     @abstractmethod
     def version(self) -> int:
-        """Updates that are in the global model."""
+        """Number of updates in the global model."""
 
     @property
     def total(self) -> int:
-        """Local steps that all workers have finished, in earlier runs too."""
+        """Local steps that all workers together have finished, including earlier runs."""
         return self._work.budget.total + self.steps
 
     @property
     def handed_out(self) -> int:
-        """Where in the data the next round would begin, in local steps from the first epoch's beginning."""
+        """End of the leased data, in local steps from the start of the first epoch."""
         return self._next + self._work.offset
 
     def start(self) -> None:
-        """Begins the first rounds of all workers, or goes on with those of :meth:`load_schedule`."""
+        """Starts the first rounds of all workers, unless :meth:`load_schedule` has restored rounds."""
         if not self.rounds:
             self._begin_all(dict.fromkeys(range(self._workers)))
 
@@ -157,38 +157,38 @@ class Network(ABC):
 
     @abstractmethod
     def finish(self, pushes: Sequence[Push]) -> None:
-        """Ends the rounds of :meth:`due`, and begins the workers' next rounds.
+        """Ends the rounds of :meth:`due`, and starts the workers' next rounds.
 
         Args:
-            pushes: What the workers pushed, in the order of the rounds. Their durations become the virtual ones.
+            pushes: The workers' pushes, in the order of the rounds. Their durations are replaced by virtual ones.
         """
 
     @abstractmethod
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server, as :class:`~lightning_halos.HalosMonitor` shows them."""
         return []
 
-    def settle(self) -> None:  # noqa: B027  (without local servers there is nothing to do)
-        """Lets local servers take the final model, when the run is over, so that a later run can go on from there."""
+    def settle(self) -> None:  # noqa: B027  (does nothing without local servers)
+        """Replaces the local servers' models by the final model, for a later run that continues from there."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of the servers and of the messages under way: tensors and plain values."""
+        """Returns a copy of the state of the servers and the messages in flight, of tensors and plain values."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state of :meth:`state_dict`. To be called before :meth:`load_schedule`."""
+        """Restores a state of :meth:`state_dict`. Call it before :meth:`load_schedule`."""
 
     def schedule(self) -> dict[str, Any]:
-        """Returns which workers are in which rounds, and what was handed out: plain values, the same for everybody."""
+        """Returns the rounds in progress and the leased data, as plain values that are the same for all processes."""
         running = [dataclasses.astuple(self.rounds[worker]) for worker in sorted(self.rounds)]
         return {"next": self._next, "steps": self.steps, "running": running, "left": list(self._left)}
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
-        """Goes on from a moment of :meth:`schedule`."""
+        """Restores the rounds of :meth:`schedule`."""
         self._next, self.steps = schedule["next"], schedule["steps"]
         self._used.add([(0, self._next + self._work.offset)])
         rounds = [Round(*fields) for fields in schedule["running"]]
@@ -196,7 +196,7 @@ class Network(ABC):
         self.now = max((r.begin for r in rounds), default=0.0)
 
     def replay(self) -> Iterator[Round]:
-        """Runs without vectors. Yields all rounds that have steps in the order of dispatch, running ones first."""
+        """Runs without vectors. Yields all rounds that have steps, in order; first the rounds in progress."""
         self.start()
         yield from (r for r in sorted(self.rounds.values(), key=lambda r: r.first) if r.steps)
         while ended := self.due():
@@ -208,19 +208,19 @@ class Network(ABC):
 
     @abstractmethod
     def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
-        """Begins rounds now. The pulls are the answers of the servers; there are none at the start of a run."""
+        """Starts rounds now. The pulls are the answers of the servers, or ``None`` at the start of a run."""
 
     @abstractmethod
     def _lease(self, worker: int, steps: int) -> int:
-        """Hands out the next data to a worker. Returns its local steps; 0 if there is no more."""
+        """Leases the next data to a worker. Returns its local steps, 0 if no data is left."""
 
     def _begin(self, worker: int, pull: Pull | None, position: int | None = None) -> Round:
-        """Begins a round, which gets as many local steps as planned, or as are left; it ends at once if that is none.
+        """Starts a round with the planned local steps, or with those that are left. An empty round ends at once.
 
         Args:
             worker: The worker.
-            pull: The answer of its server. It gets what the round is, in the place of what was planned.
-            position: Global step that the schedules begin with. Default: the local steps that were handed out before,
+            pull: The answer of its server, which is updated with the actual round.
+            position: Global step with which the schedules start. Default: the local steps that were leased before,
                 divided by the number of workers.
         """
         planned = self._planner.local_steps(worker, self.total) if pull is None else pull.local_steps
@@ -242,7 +242,7 @@ class Network(ABC):
         self.rounds[worker] = dataclasses.replace(self.rounds[worker], end=end)
 
     def _end(self, push: Push) -> Round:
-        """Ends the round of a push, whose durations become the virtual ones."""
+        """Ends the round of a push, and replaces the push's durations by virtual ones."""
         ended = self.rounds.pop(push.worker)
         self.now = ended.end
         self.steps += push.steps
@@ -265,9 +265,9 @@ class RegionNetwork(Network):
 
     Args:
         timing: The durations on the cluster.
-        work: The work that is ordered.
+        work: The ordered work.
         algorithm: Plans the workers' rounds.
-        groups: The local servers, and their workers.
+        groups: The local servers and their workers.
         locals_: The local servers.
         global_: The global server; ``None`` if there is one local server.
     """
@@ -364,11 +364,11 @@ class RegionNetwork(Network):
             self._leave_again(worker, flushes)
 
     def _leave_again(self, worker: int, flushes: set[int]) -> None:
-        """Tells a new node that a worker has left. The last update that it sends then was sent before.
+        """Tells a new node that a worker has finished. A last update that this triggers may have been sent before.
 
         Args:
             worker: The worker.
-            flushes: Local servers whose last update is under way.
+            flushes: Local servers whose last update is in flight.
         """
         index = self._group_of[worker]
         self._left.append(worker)
@@ -426,7 +426,7 @@ class RegionNetwork(Network):
             self._note("merge", node.version, node.model, index)
 
     def _route(self, origin: int, sends: Sequence[Send]) -> None:
-        """Delivers the messages of a node: models after their time, the others at once.
+        """Delivers the messages of a node: models after their transfer time, other messages at once.
 
         Args:
             origin: Index of a local server, or ``GLOBAL``.
@@ -440,7 +440,7 @@ class RegionNetwork(Network):
             elif origin == GLOBAL:
                 if isinstance(message, GlobalModel) and not self.finished:
                     self.finished = True
-                    self._under_way = []  # answers that local servers would ignore, since they have flushed
+                    self._under_way = []  # answers, which local servers would ignore after their flush
                     self._note("end", self.version, None)
                 self._route(to, self._locals[to].handle(GLOBAL, message))
             elif to == GLOBAL and isinstance(message, RegionUpdate):
@@ -458,7 +458,7 @@ class RegionNetwork(Network):
         heapq.heappush(self._under_way, (self.now + duration, self._sent, index, message))
 
     def _count_bytes(self, index: int, within_region: bool) -> None:
-        """Counts a model that goes to or from a local server, and the answer to it."""
+        """Counts the bytes of a message with a model to or from a local server, and of its answer."""
         within, between = self._locals[index].traffic
         size = 2 * self._timing.message_bytes
         self._locals[index].traffic = (within + size, between) if within_region else (within, between + size)
@@ -471,13 +471,13 @@ _MODELS: dict[str, Callable[..., RegionUpdate | GlobalModel]] = {
 
 
 class SynchronousNetwork(Network):
-    """Rounds that begin and end together, with an all-reduce (DiLoCo, synchronous SGD).
+    """Rounds that start and end together, with an all-reduce (DiLoCo, synchronous SGD).
 
     Args:
         timing: The durations on the cluster.
-        work: The work that is ordered.
+        work: The ordered work.
         algorithm: Plans the workers' rounds.
-        server: The server; ``None`` if the workers average their gradients themselves.
+        server: The server; ``None`` if the workers average their gradients.
     """
 
     def __init__(
@@ -544,7 +544,7 @@ class SynchronousNetwork(Network):
         self._node.finished = set(self._left)
 
     def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
-        # Where all rounds are equal, all schedules begin at the same global step.
+        # If all rounds have the same number of steps, all schedules start at the same global step.
         planned = {self._planner.local_steps(worker, self.total) for worker in pulls}
         position = self._node.budget.position if len(planned) == 1 else None
         begun = [self._begin(worker, pulls[worker], position) for worker in sorted(pulls)]
@@ -572,9 +572,9 @@ def make_network(
         algorithm: The algorithm.
         topology: The local servers and their workers.
         timing: The durations on the cluster.
-        work: The work that is ordered.
+        work: The ordered work.
         shapes: Shapes of the parameters in the model.
-        model: The initial model, which stays as it is; ``None`` to know the rounds only.
+        model: The initial model, which is copied; ``None`` for a network that only computes the rounds.
     """
     if isinstance(algorithm, SynchronousAlgorithm):
         server = None if model is None else algorithm.server(model.clone(), shapes)

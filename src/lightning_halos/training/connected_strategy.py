@@ -1,6 +1,6 @@
-"""The part of the strategy that knows processes: it launches and connects them, and offers Lightning's collectives.
+"""The part of the strategy that launches and connects processes, and implements Lightning's collectives.
 
-It knows nothing of training but whether workers are in step. What it connects is in ``site``.
+About training it only needs to know whether workers are in step. The connections are in ``site``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ StartMethod = Literal["popen", "spawn", "fork"]
 
 
 class ConnectedStrategy(ParallelStrategy):
-    """One process per worker, and collectives among them; see ``AlgorithmStrategy`` for the arguments.
+    """Launches a process per worker, with collectives over them; see ``AlgorithmStrategy`` for the arguments.
 
     Attributes:
         algorithm: The algorithm.
@@ -133,7 +133,7 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def site(self) -> Site:
-        """This process among those of all workers. Known once an entry point of the Trainer has started them."""
+        """This process's place and connections. Known after an entry point of the Trainer has started the processes."""
         assert self._site is not None, "no entry point of the Trainer has started the processes yet"
         return self._site
 
@@ -191,7 +191,7 @@ class ConnectedStrategy(ParallelStrategy):
         if self._site is None:
             assert self.cluster_environment is not None
             environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
-            # Kept also if connecting fails: the others may still read from the store of rank 0 why it does.
+            # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(environment.main_address, environment.main_port, rank, size, self.timeout)
             self._site = connect(
                 self._store,
@@ -221,10 +221,10 @@ class ConnectedStrategy(ParallelStrategy):
 
     @abstractmethod
     def check_interrupted(self) -> None:
-        """Raises what must end this process while its main thread waits for others."""
+        """Raises an exception that must end this process, while its main thread waits for other processes."""
 
     def make_default_group(self) -> None:
-        """Makes the default process group of torch, until :meth:`teardown`."""
+        """Makes torch's default process group, until :meth:`teardown`."""
         self.site.make_default_group()
         self._made_default_group = True
 
@@ -239,7 +239,7 @@ class ConnectedStrategy(ParallelStrategy):
         self.model.to(self.root_device)
 
     def synchronize_module(self) -> None:
-        """Gives the modules of all workers the parameters and buffers of rank 0's."""
+        """Copies the parameters and buffers of rank 0's module to the modules of all workers."""
         assert self.lightning_module is not None
         module = self.lightning_module
         self.site.collectives.broadcast_([*module.parameters(), *module.buffers()])

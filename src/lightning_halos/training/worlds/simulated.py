@@ -1,4 +1,4 @@
-"""The simulated world: a link to rank 0, where the servers run under a virtual clock."""
+"""The simulated world: each process has a link to rank 0, where the servers run under a virtual clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SimulatedWorld:
     """This process's link to the simulation, and on rank 0 the simulation.
 
     Args:
-        start: What the fit starts from.
+        start: The state from which the fit starts.
         cluster: The cluster.
     """
 
@@ -107,15 +107,15 @@ class SimulatedWorld:
             network.start()
             if (first := network.rounds[self._rank]).steps:
                 return WorkerRound(self._rank, first.steps, first.position)
-        # The worker has its round already, or there is less work than there are workers.
+        # The worker resumes its round, or there is less work than workers.
         return WorkerRound(self._rank, 1, budget.total // budget.workers)
 
     def _leases(self, used: int, has_more: bool) -> Iterator[Lease]:
         """Yields the data of the worker's rounds.
 
         Args:
-            used: Local steps of the worker's first round that it has done already.
-            has_more: Whether there is data behind the work, at which DataLoader workers may look ahead.
+            used: Local steps of the worker's first round that it has already done.
+            has_more: Whether there is data after the ordered work, which DataLoader workers may read ahead.
         """
         network, last = self._make_rounds(), None
         if self._schedule is not None:
@@ -138,12 +138,12 @@ class SimulatedWorld:
 
     @property
     def history(self) -> list[Event]:
-        """All that had happened when rank 0's present round began; after training, all. On rank 0."""
+        """The events before the start of rank 0's present round; after training, all events. Only on rank 0."""
         return [] if self._simulation is None else self._simulation.seen()
 
     @property
     def virtual_seconds(self) -> float:
-        """Virtual time at which rank 0's present round ends; after training, at which it ended."""
+        """Virtual time: the end of rank 0's present round; after training, the end of the run."""
         return 0.0 if self._simulation is None else self._simulation.virtual_ms / 1e3
 
     @property
@@ -196,5 +196,5 @@ class SimulatedWorld:
 
 
 def _planned(schedule: Mapping[str, Any], rank: int) -> int:
-    """Local steps of a worker's round in a checkpoint: it has computed all of it."""
+    """Returns the local steps of a worker's round in a checkpoint, all of which it has computed."""
     return sum(steps for worker, _, _, _, steps, _ in schedule["running"] if worker == rank)

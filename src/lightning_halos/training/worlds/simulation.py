@@ -1,8 +1,8 @@
-"""A simulation on rank 0: what the worker processes push is delivered under a virtual clock.
+"""The simulation on rank 0, which delivers the pushes of the worker processes under a virtual clock.
 
-One thread owns the network of nodes. When a round ends it waits for that round's push and for no other, so the order of
-events never depends on how long anything takes on this machine. Rank 0 reads the network, or tells it something, only
-while the thread waits for rank 0: that is a moment of virtual time, too.
+One thread owns the network of nodes. When a round ends, it waits for the push of that round and for no other, so the
+order of events does not depend on this machine's timing. Rank 0 reads or changes the network only while the thread
+waits for rank 0, which is a defined moment of virtual time.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Simulation:
     Args:
         network: The network.
         work: The work that it was made for.
-        alarm: Where failures go.
-        timeout: Seconds that a worker may take for a round.
-        saves: The saves under way.
+        alarm: The alarm to report failures to.
+        timeout: Limit for the wait for a worker's round, in seconds.
+        saves: The record of saves.
 
     Attributes:
-        virtual_ms: Virtual milliseconds at which rank 0's present round ends; after training, at which it ended.
-        version: Updates that were in the global model when rank 0's present round began; after training, all.
-        steps: Local steps of this run that all workers had finished then.
+        virtual_ms: Virtual time in milliseconds: the end of rank 0's present round; after training, the end of the run.
+        version: Number of updates in the global model at the start of rank 0's present round; after training, at the
+            end.
+        steps: Local steps of this run that all workers together had finished then.
     """
 
     def __init__(self, network: Network, work: Work, alarm: Alarm, timeout: float, saves: Saves) -> None:
@@ -62,15 +63,15 @@ class Simulation:
         link.start(lambda message, filled: self._on_message(rank, message, filled), self._alarm.fail)
 
     def start(self) -> None:
-        """Starts the clock, once all workers are connected."""
+        """Starts the clock, when all workers are connected."""
         self._network.start()
         self._look()
         threading.Thread(target=self._guard, name="halos world", daemon=True).start()
 
     def save(self, marker: Marker) -> None:
-        """Keeps the network as it is at the end of rank 0's present round, before its push.
+        """Takes a snapshot at the end of rank 0's present round, before its push.
 
-        All other workers are in a round then, or have left. Each keeps its state and its push when that round is over.
+        All other workers are in a round then, or have finished. Each saves its state and its push after that round.
         """
         with self._rank_0_is_due():
             state, progress = self._network.state_dict(), self.progress()
@@ -82,15 +83,15 @@ class Simulation:
         self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
 
     def settle(self) -> None:
-        """Lets the servers take the final model, when the run is over."""
+        """Replaces the local servers' models by the final model, when the run is over."""
         self._network.settle()
 
     def state(self) -> dict[str, Any]:
-        """What a later run goes on from, when this one is over and settled."""
+        """Returns the state from which a later run can continue, after the end of this one."""
         return self._network.state_dict()
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is: local steps, the data that was handed out, and what they are counted from."""
+        """Returns the progress of the run: local steps, the leased data, and the start that both are counted from."""
         end = self._network.handed_out
         return {
             "total": self._network.total,
@@ -99,25 +100,25 @@ class Simulation:
         }
 
     def seen(self) -> list[Event]:
-        """All that had happened when rank 0's present round began; after training, all."""
+        """Returns the events before the start of rank 0's present round; after training, all events."""
         return self._network.history[: self._seen]
 
     def read(self, out: Tensor) -> None:
-        """Copies the global model at the end of rank 0's present round into ``out``; leaves it if there is none."""
+        """Copies the global model at the end of rank 0's present round into ``out``, if the algorithm has one."""
         with self._rank_0_is_due():
             if self._network.model is not None:
                 out.copy_(self._network.model)
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics.
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers.
 
-        They learn of it with the first model that they get after rank 0's present round.
+        Workers get them with their first model after rank 0's present round.
         """
         with self._rank_0_is_due():
             self._network.publish(plateaus, metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Counters of each local server when rank 0's present round began."""
+        """Returns the counters of each local server at the start of rank 0's present round."""
         return self._statistics
 
     @contextmanager
@@ -165,7 +166,7 @@ class Simulation:
             self._links[rank].post(message)
 
     def _look(self) -> None:
-        """Keeps what rank 0 may see until its next round, since the world goes on while it looks."""
+        """Copies what rank 0 may see until its next round, because the simulation goes on meanwhile."""
         network = self._network
         self._statistics = network.statistics()
         self.version, self.steps, self._seen = network.version, network.steps, len(network.history)
