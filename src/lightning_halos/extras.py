@@ -26,6 +26,5 @@ def _package(name: str, why: str, extra: str) -> Any:
         if error.name != name.partition(".")[0]:
             raise
         raise ModuleNotFoundError(
-            f'{error.name} is not installed. {why}: pip install "lightning-halos[{extra}]".',
-            name=error.name,
+            f'{error.name} is not installed. {why}: pip install "lightning-halos[{extra}]".', name=error.name
         ) from None

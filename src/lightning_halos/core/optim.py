@@ -68,12 +68,7 @@ class DelayedNesterov(Optimizer):
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.2,
-        momentum: float = 0.9,
-        delay: int = 16,
-        activation: float = 0.0,
+        self, params: ParamsT, lr: float = 0.2, momentum: float = 0.9, delay: int = 16, activation: float = 0.0
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "delay": delay, "activation": activation}
         _refuse_bad_values(defaults)

@@ -68,19 +68,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     if vocab_size < _BYTES + 1:
         raise ValueError(f"vocab_size={vocab_size!r} must be at least {_BYTES + 1}: all bytes and {END_OF_TEXT}.")
     tokenizers, transformers = language_package("tokenizers"), language_package("transformers")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = byte_level
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(documents, trainer)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[END_OF_TEXT])
     tokenizer: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model,
+        tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
