@@ -29,7 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (plan, prepare_data, export, evaluate):
-        command.add(commands)
+        command.add_arguments(
+            commands.add_parser(
+                command.__name__.rpartition(".")[2].replace("_", "-"),
+                help=command.SUMMARY,
+                description=command.SUMMARY,
+                epilog=command.EXAMPLES,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
     namespace = parser.parse_args(arguments)
     namespace.command = shlex.join([PROGRAM, *arguments])
     try:

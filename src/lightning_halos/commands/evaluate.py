@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-_EXAMPLES = """\
+SUMMARY = "Score a language model on benchmark tasks with lm-eval, or compare several: results.json and results.md."
+EXAMPLES = """\
 examples:
   lightning-halos evaluate checkpoints/last.ckpt --tasks hellaswag,lambada_openai,winogrande,mmlu
   lightning-halos evaluate EleutherAI/pythia-70m --tasks lambada_openai --device cuda --dtype bfloat16 --batch-size auto
@@ -20,16 +21,8 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the program."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="score a language model on benchmark tasks with lm-eval, or compare several",
-        description="Scores a language model on benchmark tasks with lm-eval, or compares several. Writes results.json"
-        " and results.md.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_evaluate)
     parser.add_argument(
         "model", nargs="?", help="a .ckpt file, a folder of a Hugging Face model, or a name on the Hugging Face hub"

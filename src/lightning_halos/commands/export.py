@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-_EXAMPLES = """\
+SUMMARY = "Turn a Lightning checkpoint into a Hugging Face folder: weights, configurations, tokenizer and model card."
+EXAMPLES = """\
 examples:
   lightning-halos export checkpoints/last.ckpt my-model
       then AutoModelForCausalLM.from_pretrained("my-model")
@@ -14,16 +15,8 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the program."""
-    parser = commands.add_parser(
-        "export",
-        help="turn a Lightning checkpoint into a Hugging Face folder",
-        description="Turns a Lightning checkpoint into a Hugging Face folder: safetensors, configuration, generation"
-        " configuration, tokenizer, and a model card with the training settings.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_export)
     parser.add_argument(
         "checkpoint", type=Path, help="the .ckpt file, from a training with the callback HuggingFaceCheckpoint"

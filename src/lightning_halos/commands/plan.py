@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from lightning_halos.simulation.cluster import SimulatedCluster
     from lightning_halos.simulation.timing import Timing
 
-_PLAN_EXAMPLES = """\
+SUMMARY = "Say where the time would go on a cluster, under each algorithm, without training."
+EXAMPLES = """\
 examples:
   lightning-halos plan examples/clusters/paper.yaml
       where the time would go, under each algorithm
@@ -27,17 +28,10 @@ _TIMELINE_MINUTES = 5.0
 _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in proportion, so that viewers can open it
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the program."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
     from lightning_halos.core.algorithms import ALGORITHMS
 
-    parser = commands.add_parser(
-        "plan",
-        help="say where the time would go on a cluster, under each algorithm, without training",
-        description="Says where the time would go on a cluster, under each algorithm, without training.",
-        epilog=_PLAN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     parser.set_defaults(run=_plan)
     where = parser.add_argument_group("the cluster")
     where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")

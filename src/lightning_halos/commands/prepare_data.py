@@ -9,7 +9,8 @@ from typing import get_args
 
 from lightning_halos.core.checks import check_count
 
-_EXAMPLES = """\
+SUMMARY = "Tokenize text into Megatron's format: PREFIX.idx and PREFIX.bin, with the tokenizer in PREFIX-tokenizer."
+EXAMPLES = """\
 examples:
   lightning-halos prepare-data books/*.txt --output tokens/books --tokenizer EleutherAI/pythia-70m
       one sequence per document: MegatronDataModule("tokens/books", context=...) packs them to any context
@@ -21,18 +22,10 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the program."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
     from lightning_halos.data.corpora import SampleBy
 
-    parser = commands.add_parser(
-        "prepare-data",
-        help="tokenize text into Megatron's memory-mapped format",
-        description="Tokenizes text into Megatron's memory-mapped format, PREFIX.idx and PREFIX.bin, and writes the"
-        " tokenizer to PREFIX-tokenizer.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     parser.set_defaults(run=_prepare)
     text = parser.add_argument_group("the text")
     text.add_argument("files", nargs="*", metavar="INPUT", help="text, .jsonl or .parquet files, globs, or folders")
