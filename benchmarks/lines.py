@@ -12,24 +12,24 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src/lightning_halos"
 ADDS = {
     "Async-Local-SGD": {
-        "baselines.py": ["AsyncLocalSGDStrategy"],
-        "core/settings.py": ["default_one_server_optimizer"],
+        "core/algorithms/async_local_sgd.py": ["AsyncLocalSGD", "default_optimizer"],
+        "training/strategies.py": ["AsyncLocalSGDStrategy"],
     },
-    "DiLoCo, in both worlds": {
-        "baselines.py": ["DilocoStrategy"],
-        "core/settings.py": ["default_outer_optimizer"],
+    "DiLoCo": {
+        "core/algorithms/diloco.py": ["Diloco", "default_outer_optimizer"],
+        "training/strategies.py": ["DilocoStrategy"],
+    },
+    "synchronous SGD": {
+        "core/algorithms/sync_sgd.py": ["SyncSGD"],
+        "training/strategies.py": ["SyncSGDStrategy"],
+    },
+    "synchronous rounds of both": {
+        "core/algorithms/base.py": ["SynchronousAlgorithm"],
         "core/servers.py": ["SynchronousServer"],
-    },
-    "DiLoCo, real processes": {"transport/lockstep.py": ["LockstepClient", "LockstepProcess"]},
-    "DiLoCo, simulated": {
-        "simulation/algorithms.py": ["Lockstep"],
-        "simulation/servers.py": ["OuterServer"],
-        "simulation/rounds.py": ["SynchronousRounds"],
-    },
-    "synchronous SGD, simulated": {
-        "baselines.py": ["SyncSGDStrategy"],
-        "simulation/algorithms.py": ["EveryStep"],
-        "simulation/servers.py": ["NoServer"],
+        "core/synchronous_node.py": ["SynchronousNode"],
+        "simulation/network.py": ["SynchronousNetwork"],
+        "training/worlds/lockstep.py": ["LockstepWorld"],
+        "transport/lockstep.py": ["LockstepClient"],
     },
 }
 
@@ -58,7 +58,7 @@ def main() -> None:
     for baseline, files in ADDS.items():
         lines = sum(definition_lines(PACKAGE / file, names) for file, names in files.items())
         print(f"{baseline:28}{lines:6}  {lines / whole:6.1%} of the package")
-    print(f"{'the whole package':28}{whole:6}")
+    print(f"{'the complete package':28}{whole:6}")
 
 
 if __name__ == "__main__":
