@@ -110,12 +110,7 @@ def compare(results: Sequence[Results]) -> list[Comparison]:
 
 
 def comparison_table(rows: Sequence[Comparison], labels: Sequence[str]) -> str:
-    """Returns a table in Markdown, with an explanation of how to read it.
-
-    Args:
-        rows: The return value of :func:`compare`.
-        labels: A name for each model.
-    """
+    """Returns a table in Markdown, with an explanation of how to read it. ``labels`` are the models' names."""
     header = ["Task", "Metric", "", *labels]
     for label in labels[1:]:
         header += [f"{label} - {labels[0]}", ""]

@@ -25,17 +25,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """A combination of settings and its plan.
+    """A combination of settings and its plan."""
 
-    Attributes:
-        local_steps: ``H``.
-        updates_per_worker: ``K`` divided by the number of the server's workers.
-        servers_per_region: Local servers in each region.
-        plan: The plan.
-    """
-
-    local_steps: int
-    updates_per_worker: int
+    local_steps: int  # H
+    updates_per_worker: int  # K divided by the number of the server's workers
     servers_per_region: int
     plan: Plan
 
@@ -78,15 +71,9 @@ def sweep(
     updates_per_worker: Sequence[int] = UPDATES_PER_WORKER,
     servers_per_region: Sequence[int] = SERVERS_PER_REGION,
 ) -> list[Trial]:
-    """Plans HALoS under every combination of settings.
+    """Plans HALoS under every combination of settings, each for a number of virtual hours.
 
-    Args:
-        timing: The durations on the cluster.
-        hours: Virtual hours to simulate for each combination.
-        local_steps: Values of ``H``.
-        updates_per_worker: Values of ``K`` divided by the number of a server's workers.
-        servers_per_region: Numbers of local servers in each region. Values that exceed the workers of a region are left
-            out.
+    Numbers of servers that exceed the workers of a region are left out.
 
     Raises:
         ValueError: If the time is too short for an exchange with the global server, or there would be none.
@@ -110,13 +97,15 @@ def sweep(
 
 
 def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) -> Trial | None:
-    """Returns the setting with the least staleness among those that keep utilization high.
+    """Returns the setting with the least staleness among those that keep workers busy and send enough pushes.
 
     Args:
         trials: At least one trial.
-        keep: Utilization counts as high if it is at least this share of the best one.
-        sent: Minimum share of the pushes that are part of an update to the global server. If no trial reaches it, the
-            result is ``None``.
+        keep: Minimum utilization, as a share of the best one.
+        sent: Minimum share of the pushes that are part of an update to the global server.
+
+    Returns:
+        The trial; ``None`` if no busy one reaches ``sent``.
     """
     best = max(trial.utilization for trial in trials)
     busy = (trial for trial in trials if trial.utilization >= keep * best and trial.sent >= sent)
@@ -124,12 +113,7 @@ def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) ->
 
 
 def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
-    """Returns all trials as a table, followed by a recommendation.
-
-    Args:
-        trials: At least one trial.
-        timing: The durations on the cluster.
-    """
+    """Returns all trials as a table, followed by a recommendation."""
     choice = recommend(trials)
     rows = [list(_COLUMNS)]
     for trial in trials:
