@@ -33,7 +33,7 @@ def begin(saves: Saves, path: Path, moment: str = "") -> Save:
 
 
 def write_shards(saves: Saves, save: Save) -> None:
-    saves.know(save.marker.save, total=7, done=[(0, 7)])
+    saves.complete_manifest(save.marker.save, total=7, done=[(0, 7)])
     for name in sorted(NAMES):
         saves.written(write_shard(save.marker, name, {"value": 1}))
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_invisible_until_it_is_complete(tmp_path: Path, name: st
     before = visible(tmp_path)
     save = begin(saves, path)
     assert save.state is State.PENDING
-    saves.know(save.marker.save, total=7)
+    saves.complete_manifest(save.marker.save, total=7)
     saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
     wait_until_idle(saves)
     assert visible(tmp_path) == before
@@ -181,7 +181,7 @@ def test_a_shard_that_cannot_be_written_is_a_warning_and_the_older_checkpoint_st
     saves = saved(old)
     save = begin(saves, path)
     saves.remove(old, old.unlink)
-    saves.know(save.marker.save, total=9)
+    saves.complete_manifest(save.marker.save, total=9)
     (save.folder / "global.pt").mkdir()  # in its place
     with pytest.warns(UserWarning, match=r"step=2.ckpt is not complete: .*global.pt could not be written"):
         saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
@@ -297,7 +297,7 @@ def test_a_save_that_joins_none_may_begin_while_another_is_in_flight(tmp_path: P
 def test_a_shard_that_does_not_come_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
     saves = Saves()
     save = begin(saves, tmp_path / "step=1.ckpt")
-    saves.know(save.marker.save, total=1)
+    saves.complete_manifest(save.marker.save, total=1)
     saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
     with pytest.warns(UserWarning, match=r"step=1.ckpt is not complete: worker-0.pt did not arrive within 0.2 s"):
         saves.flush(0.2)

@@ -151,7 +151,7 @@ class Saves:
         """Records that a ``.ckpt`` file is on disk."""
         self._note(number, str(path.absolute()))
 
-    def know(self, number: str, **facts: Any) -> None:
+    def complete_manifest(self, number: str, **facts: Any) -> None:
         """Adds the fields of a manifest that were unknown when its save started."""
         with self._lock:
             if save := self._open.get(number):

@@ -228,7 +228,7 @@ class Shards:
                     self.saves.written(message)
                 manifest = self.ended.manifest
                 progress = {"metrics": manifest.metrics, "plateaus": manifest.plateaus, **self.ended.keeper.progress()}
-                self.saves.know(save.marker.save, **progress)
+                self.saves.complete_manifest(save.marker.save, **progress)
                 self.saves.flush(site.timeout, site.interrupted)
                 if save.state is not State.COMPLETE:
                     reason = reason or f"{' and '.join(map(str, save.hidden))} could not be written"

@@ -1,7 +1,7 @@
-"""What one process runs besides its training: its servers, and the links of its worker and servers.
+"""The servers of one process, and the links of its worker and servers.
 
-It is made when all processes are in step, and ends with a goodbye on every link. Nothing is decided or written to disk
-here: the nodes decide, and the caller writes.
+They are made when all processes are in step, and end with a goodbye on every link. The nodes make all decisions, and
+the caller writes files.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ class Process:
 
     Args:
         rank: Global rank of this process.
-        topology: Who is where.
+        topology: The regions and servers.
         groups: This process's process groups.
         algorithm: The algorithm.
-        model: The initial model of all processes: the worker's vector. Servers get copies.
+        model: The initial model, in the worker's vector. Servers get copies.
         shapes: Shapes of the parameters in it.
         budget: The step budget.
-        cursor: The cursor over the training data, as it stands when training starts; ``None`` if the workers do not
-            share any.
-        timeout: Seconds that any wait for a peer may last.
+        cursor: The cursor over the training data at the start of training; ``None`` if the workers do not share data.
+        timeout: Limit for any wait for a peer, in seconds.
         interrupted: Called several times a second while the worker waits; may raise.
         store: Writes a server's part of a snapshot in the background.
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
         done: The data that was trained on before.
-        server_state: State of this process's local server to go on from.
-        global_state: State of the global server to go on from.
+        server_state: State from which this process's local server resumes.
+        global_state: State from which the global server resumes.
 
     Attributes:
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         client: The worker's end of the link to its local server.
         global_host: The host of the global server; ``None`` on all ranks but 0.
     """
@@ -107,24 +106,24 @@ class Process:
 
     @property
     def has_global_model(self) -> bool:
-        """Whether this process is the one that can read the global model."""
+        """Whether this process can read the global model."""
         return self.global_host is not None
 
     @property
     def _model_host(self) -> Host:
-        """The host of the global model: with a single local server, of that."""
+        """The host of the global model, which is that of a single local server."""
         host = self._region_host if len(self._topology.groups) == 1 else self.global_host
         assert host is not None
         return host
 
     @property
     def version(self) -> int:
-        """Updates that are in the global model."""
+        """Number of updates in the global model."""
         return self._model_host.version
 
     @property
     def steps(self) -> int:
-        """Local steps that are in the global model."""
+        """Local steps in the global model."""
         assert self.global_host is not None
         return self.global_host.applied
 
@@ -133,41 +132,41 @@ class Process:
         self._model_host.read(out)
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells everybody what the plateau schedulers of rank 0 were stepped with, and its metrics."""
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
         assert self.global_host is not None
         self.global_host.publish(list(plateaus), metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """The counters of each local server; see :class:`~lightning_halos.HalosMonitor`."""
+        """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`."""
         assert self.global_host is not None
         return self.global_host.statistics()
 
     def save(self, marker: Marker) -> bool:
-        """Starts a snapshot. Returns whether it does, which is not so at the end of the run. Only on rank 0."""
+        """Starts a snapshot, only on rank 0. Returns ``False`` without one if the run has ended."""
         assert self.global_host is not None
         return self.global_host.save(marker)
 
     def settle(self, model: Tensor) -> None:
-        """Lets this process's local server take the final global model, when the run is over."""
+        """Replaces the model of this process's local server by the final global model, when the run is over."""
         if self._region_host is not None:
             self._region_host.settle(model)
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """What a later run goes on from, when this one is over and settled.
+        """Returns the state from which a later run can continue, after the end of this one.
 
         Returns:
-            The state of this process's local server, and of the global server; ``None`` for what it does not host.
+            The states of this process's local server and of the global server; ``None`` for those it does not host.
         """
         server = None if self._region_host is None else self._region_host.state()
         return server, None if self.global_host is None else self.global_host.state()
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is: local steps, and the data that was trained on."""
+        """Returns the progress of the run: finished local steps, and the data that was trained on."""
         assert self.global_host is not None
         return self.global_host.progress()
 
     def close(self, timeout: float) -> None:
-        """Says goodbye to all peers and waits for theirs, for so many seconds at most."""
+        """Says goodbye to all peers and waits at most ``timeout`` seconds for their goodbyes."""
         self.alarm.close(timeout)
 
     def _host_region(
@@ -235,7 +234,7 @@ class Process:
 
 
 def _reuse(vector: Tensor) -> Memory:
-    """Receives models into the worker's own vector: what it held was given away with the push."""
+    """Returns a function that receives models into the worker's own vector, whose values were sent with the push."""
 
     def memory(elements: int, dtype: torch.dtype) -> Tensor:
         assert (elements, dtype) == (vector.numel(), vector.dtype)

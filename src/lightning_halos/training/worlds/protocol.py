@@ -1,4 +1,4 @@
-"""What a fit needs of the world that its worker trains in: real links, a virtual clock, or lock-step rounds."""
+"""The interface between a fit and the world that its worker trains in: real, synchronous or simulated."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ class Client(Protocol):
     """The worker's end; see :class:`~lightning_halos.transport.client.WorkerClient`."""
 
     def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
-        """Gives the worker's push, and waits for the answer."""
+        """Sends the worker's push, and waits for the answer."""
 
     def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
-        """Gives the worker's last push, and waits for the final model."""
+        """Sends the worker's last push, and waits for the final model."""
 
 
 class Keeper(Protocol):
-    """What checkpoints need of a world whose servers they keep."""
+    """The interface between checkpoints and a world whose servers they contain."""
 
     def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
-        """Sets what copies this worker's state: given the marker of a save, and the worker's unanswered push."""
+        """Sets the function that saves this worker's state, given a marker and the worker's unanswered push."""
 
     def tell(self, message: ShardWritten) -> None:
-        """Tells rank 0 that a shard of this process is written."""
+        """Tells rank 0 that a shard of this process has been written."""
 
     def save(self, marker: Marker) -> object:
-        """Keeps the state of all servers and workers as it is now; they write it in the background. On rank 0."""
+        """Starts a snapshot of all servers and workers, which they write in the background. On rank 0."""
 
     def settle(self, model: Tensor) -> None:
-        """Lets this process's servers take the final model, when the run is over."""
+        """Replaces the models of this process's local servers by the final model, when the run is over."""
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """What a later run goes on from, when this one is over and settled.
+        """Returns the state from which a later run can continue, after the end of this one.
 
         Returns:
-            The state of this process's local server, and of the global server; ``None`` for what it does not host.
+            The states of this process's local server and of the global server; ``None`` for those it does not host.
         """
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is: fields of a checkpoint's manifest. On rank 0."""
+        """Returns the progress of the run, as fields of a checkpoint's manifest. On rank 0."""
 
 
 class World(Protocol):
-    """What a worker trains in during one fit. It is made when all workers are in step.
+    """The world that a worker trains in during one fit. It is made when all workers are in step.
 
     Attributes:
-        alarm: Where failures go.
+        alarm: The alarm to report failures to.
         client: The worker's end.
-        first_round: The worker's first round, which begins without a message.
-        leases: The worker's training data; nothing if the workers do not share it.
-        has_global_model: Whether this process is the one that can read the global model.
-        keeper: What checkpoints need; ``None`` if there are no servers to keep.
-        repeats_rounds: Whether a resumed run repeats rounds exactly as they were, since they are planned ahead.
-        clock: Tells the virtual time in seconds; ``None`` in real time, and on other ranks than 0.
+        first_round: The worker's first round, which starts without a message.
+        leases: Leases of the worker's training data; empty if the workers do not share data.
+        has_global_model: Whether this process can read the global model.
+        keeper: The interface for checkpoints; ``None`` without servers.
+        repeats_rounds: Whether a resumed run repeats rounds exactly, because they are planned in advance.
+        clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
     """
 
     @property
@@ -84,24 +84,24 @@ class World(Protocol):
 
     @property
     def version(self) -> int:
-        """Updates that are in the global model. On rank 0."""
+        """Number of updates in the global model. On rank 0."""
 
     @property
     def steps(self) -> int:
-        """Local steps that are in the global model. On rank 0."""
+        """Local steps in the global model. On rank 0."""
 
     def read(self, out: Tensor) -> None:
-        """Copies the global model into the vector ``out``; leaves it if only the workers have a model. On rank 0."""
+        """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
 
     def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Tells all workers what the plateau schedulers of rank 0 were stepped with, and its metrics. On rank 0."""
+        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers. On rank 0."""
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`. On rank 0."""
 
     def close(self, timeout: float) -> None:
-        """Says goodbye to all peers, and waits for theirs.
+        """Says goodbye to all peers, and waits for their goodbyes.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Limit in seconds.
         """

@@ -1,4 +1,4 @@
-"""The real world of algorithms with servers: links between processes, and servers in threads beside the training."""
+"""The real world of algorithms with servers: links between processes, and servers in threads next to the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class RealWorld(Process):
     """This process's servers and links.
 
     Args:
-        start: What the fit starts from. Its memory and module get the model that the fit goes on from.
+        start: The state from which the fit starts. In a resumed run its memory and module are overwritten with the
+            model to resume from.
     """
 
     repeats_rounds = False
@@ -80,12 +81,12 @@ class RealWorld(Process):
         """Writes a server's part of a snapshot in the background, and tells rank 0."""
         name, tell = (GLOBAL, self._saves.written) if shard.server is None else (server_shard(shard.server), self.tell)
         if shard.server is None:
-            self._saves.know(shard.marker.save, **shard.progress)
+            self._saves.complete_manifest(shard.marker.save, **shard.progress)
         self._saves.writer.shard(shard.marker, name, shard.state, tell, complete)
 
 
 def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
-    """Gives the workers the model that they go on from: that of their server, or the global one if that is new."""
+    """Gives the workers the model to resume from: that of their server or, with new servers, the global model."""
     if resume.server is not None:
         memory.copy_(resume.server["server"]["model"])
     if resume.fits:
@@ -100,18 +101,18 @@ def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
 def rebuild(
     resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], algorithm: ServerAlgorithm, servers: int, total: int
 ) -> None:
-    """Ends the old servers as at the end of a fit, on rank 0, so that new ones can begin from the global model.
+    """Flushes the old servers of a checkpoint, on rank 0, so that new servers can start from the global model.
 
-    What was on its way to the global server, and what the local servers had not sent yet, goes into the global model.
+    Updates in flight, and unsent updates of the local servers, are applied to the global model.
 
     Args:
-        resume: What to go on from. Its global state becomes that after the end, its server state that of the
-            only server, if there was one.
-        memory: Becomes the global model.
+        resume: The state to resume from. Its global state is replaced by the state after the flush, and its server
+            state by that of the only old server, if there was only one.
+        memory: Is overwritten with the global model.
         shapes: Shapes of the parameters in it.
         algorithm: The algorithm.
         servers: Number of local servers of the new run.
-        total: Local steps that the new run begins with.
+        total: Local steps at the start of the new run.
     """
     assert resume.globals is not None
     had_one, has_one = len(resume.manifest.groups) == 1, servers == 1

@@ -79,7 +79,7 @@ class Simulation:
             for rank, link in self._links.items():
                 if rank > 0:
                     link.post(marker)
-        self._saves.know(marker.save, **progress)
+        self._saves.complete_manifest(marker.save, **progress)
         self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
 
     def settle(self) -> None:
