@@ -52,17 +52,7 @@ class Fit:
         self.is_training = self.is_over = self._is_restored = False
         self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
-        self.loop = WorkerLoop(
-            self.lightning,
-            start.vector,
-            start.memory,
-            world,
-            data,
-            self.preemption,
-            keep,
-            start.worker_state,
-            [] if resume is None else resume.manifest.plateaus,
-        )
+        self.loop = WorkerLoop(start, world, self.lightning, self.preemption, keep)
         if resume is not None:
             show_metrics(trainer, resume.manifest.metrics)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ class Start:
     def worker_state(self) -> Mapping[str, Any]:
         """This worker's state to resume from; empty for a new worker."""
         return {} if self.resume is None else self.resume.worker
+
+    @property
+    def plateaus(self) -> Sequence[tuple[int, float]]:
+        """All steps of rank 0's plateau schedulers until now."""
+        return [] if self.resume is None else self.resume.manifest.plateaus
 
     @property
     def budget(self) -> StepBudget:

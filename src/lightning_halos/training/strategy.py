@@ -40,6 +40,7 @@ from lightning_halos.training.fit import Fit
 from lightning_halos.training.preemption import OutlivingSigterm, let_data_workers_end
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
+from lightning_halos.training.trainer_adapter import NoValidation
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
 
@@ -101,7 +102,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         self._grace_time = float(grace_time)
         self._shards: Shards | None = None
         self._fit: Fit | None = None
-        self._limit_val_batches: int | float | None = None
+        self._no_validation = NoValidation()
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
 
@@ -161,8 +162,8 @@ class AlgorithmStrategy(ConnectedStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             optimizers_to_device(self.optimizers, self.root_device)
-            if not self.is_global_zero and self._limit_val_batches is None:
-                self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+            if not self.is_global_zero:
+                self._no_validation.apply(trainer)
         elif self.world_size > 1:
             # All workers are in step here: torchmetrics and users' own collectives may have a default group.
             self.make_default_group()
@@ -347,9 +348,8 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._fit.restore()
 
     def teardown(self) -> None:
-        trainer = find_trainer(self.lightning_module)
-        if trainer is not None and self._limit_val_batches is not None:
-            trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
+        if (trainer := find_trainer(self.lightning_module)) is not None:
+            self._no_validation.undo(trainer)
         if self._fit is not None:
             self._fit.restore()
         let_data_workers_end()

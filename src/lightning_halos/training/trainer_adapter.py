@@ -215,6 +215,23 @@ class TrainerAdapter:
         return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
 
 
+class NoValidation:
+    """Keeps the ranks other than 0 from validating during a fit. It exists before the fit and is undone after it."""
+
+    def __init__(self) -> None:
+        self._limit: int | float | None = None
+
+    def apply(self, trainer: pl.Trainer) -> None:
+        """Sets the Trainer's limit of validation batches to 0."""
+        if self._limit is None:
+            self._limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def undo(self, trainer: pl.Trainer) -> None:
+        """Restores the limit, if it was changed."""
+        if self._limit is not None:
+            trainer.limit_val_batches, self._limit = self._limit, None
+
+
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     """Returns the Trainer's callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

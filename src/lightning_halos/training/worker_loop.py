@@ -6,7 +6,7 @@ It is a callback that the strategy installs for a fit. The servers' nodes make t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_halos.core.messages import Marker, Push, ShardWritten
-from lightning_halos.core.vector import ModelVector, Reach
+from lightning_halos.core.vector import Reach
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.preemption import Preemption
-from lightning_halos.training.shared_data import SharedData
+from lightning_halos.training.start import Start
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
@@ -33,16 +33,11 @@ class WorkerLoop(Callback):
     """Runs one worker's rounds.
 
     Args:
-        lightning: The Trainer's adapter, at the start of training.
-        vector: Converts between the module and its vector.
-        memory: A vector with the module's present values, from which the first round starts. ``None`` if no models are
-            exchanged.
+        start: The state from which the fit starts.
         world: The world that the worker trains in.
-        data: The training data, if the workers share it.
+        lightning: The Trainer's adapter.
         preemption: Handles SIGTERM.
         keep: Writes this worker's shard of a checkpoint.
-        state: The state to resume from; see :meth:`state`. Empty for a new worker.
-        plateaus: All steps of rank 0's plateau schedulers before that state.
 
     Attributes:
         round: The worker's round.
@@ -51,36 +46,28 @@ class WorkerLoop(Callback):
     """
 
     def __init__(
-        self,
-        lightning: TrainerAdapter,
-        vector: ModelVector,
-        memory: Tensor | None,
-        world: World,
-        data: SharedData | None,
-        preemption: Preemption,
-        keep: Keep,
-        state: Mapping[str, Any],
-        plateaus: Sequence[tuple[int, float]],
+        self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption, keep: Keep
     ) -> None:
+        state = start.worker_state
         self.round = world.first_round
         self.finished = False
-        self._vector = vector
-        self._schedulers = lightning.schedulers
-        self._memory = memory if state.get("memory") is None else state["memory"]
+        self._vector = start.vector
+        self._memory = start.memory if state.get("memory") is None else state["memory"]
+        self._data = start.data
         self._world = world
         self._lightning = lightning
-        self._trainer = lightning.trainer
-        self._decides = lightning.trainer.is_global_zero
-        self._steps_before = 0
-        self._data = data
-        self._keep = keep
+        self._trainer = start.trainer
+        self._schedulers = lightning.schedulers
         self._preemption = preemption
+        self._keep = keep
+        self._decides = start.site.rank == 0
+        self._steps_before = 0
         self._random: dict[str, Any] | None = None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
             self._schedulers.load_state_dict(state["schedulers"])
-            self._plateaus = plateaus[len(self._schedulers.history) :]
+            self._plateaus = start.plateaus[len(self._schedulers.history) :]
         if world.keeper is not None:
             world.keeper.on_marker(self._keep_state)
         if "round" in state:
