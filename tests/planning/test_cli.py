@@ -192,6 +192,7 @@ class TestErrors:
             (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
             ([PAPER, "--hours", "0"], "hours=0.0 must be a positive number of hours"),
             ([PAPER, "--local-steps", "0"], "local_steps=0 must be"),
+            ([PAPER, "--baseline-local-steps", "0"], "baseline_local_steps=0 must be"),
             ([PAPER, "--servers-per-region", "9"], "servers_per_region=9 is more than the 4 worker(s)"),
             ([PAPER, "--message-bytes", "-3"], "message_bytes=-3 must be"),
             ([PAPER, "--output", "x", "--timeline-minutes", "0"], "--timeline-minutes 0 must be positive"),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_halos import AlgorithmStrategy, SimulatedCluster
+from lightning_halos.cli import main
 from lightning_halos.core.algorithms import ALGORITHMS, ServerAlgorithm
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.planning.planner import make_timing, plan
@@ -76,6 +77,9 @@ def test_it_is_planned() -> None:
     assert result.updates.count > 0
 
 
-def test_a_line_in_the_table_gives_it_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_in_the_table_gives_it_a_name_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(ALGORITHMS, "averaging", Averaging)
-    assert plan("averaging", make_timing(CLUSTER), hours=0.1).title == "Averaging"
+    main(["plan", "--random-cluster", "2x2", "--hours", "0.1", "--algorithm", "averaging"])
+    assert "averaging" in capsys.readouterr().out

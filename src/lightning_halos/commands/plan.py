@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_halos.core.algorithms import Algorithm
     from lightning_halos.simulation.cluster import SimulatedCluster
     from lightning_halos.simulation.timing import Timing
 
@@ -69,9 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lightning_halos.core.algorithms import ALGORITHMS
     from lightning_halos.extras import picture_package
-    from lightning_halos.planning.planner import PlanSettings, make_timing, plan
+    from lightning_halos.planning.planner import make_timing, plan
     from lightning_halos.planning.report import as_json, save_picture, table
     from lightning_halos.planning.trace import write_trace
 
@@ -82,16 +83,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         return
     if arguments.output:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
-    settings = PlanSettings(
-        local_steps=arguments.local_steps,
-        dynamic_local_steps=not arguments.same_local_steps,
-        accumulate_updates=arguments.accumulate_updates,
-        servers_per_region=arguments.servers_per_region,
-        baseline_local_steps=arguments.baseline_local_steps,
-    )
     record_ms = _timeline_ms(arguments, cluster.num_workers) if arguments.output else 0.0
-    algorithms = [algorithm for algorithm in ALGORITHMS if algorithm in (arguments.algorithm or ALGORITHMS)]
-    plans = [plan(algorithm, timing, arguments.hours, settings, record_ms) for algorithm in algorithms]
+    plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in _algorithms(arguments)]
     text = table(plans, timing)
     print(text, end="")
     if arguments.output:
@@ -102,6 +95,28 @@ def _plan(arguments: argparse.Namespace) -> None:
             write_trace(one, timing, folder / f"{name}-{one.algorithm}.trace.json")
         save_picture(plans, timing, folder / f"{name}.png")
         print(f"\nSee {folder / name}.* and, in https://ui.perfetto.dev, {folder / name}-*.trace.json")
+
+
+def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
+    """Makes the algorithms that were asked for, in the order of the table."""
+    from lightning_halos.core.algorithms import ALGORITHMS, Halos
+    from lightning_halos.core.checks import check_count
+
+    check_count("baseline_local_steps", arguments.baseline_local_steps)
+    algorithms = []
+    for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
+        changes: dict[str, Any] = {}
+        if isinstance(algorithm, Halos):
+            changes = {
+                "local_steps": arguments.local_steps,
+                "dynamic_local_steps": not arguments.same_local_steps,
+                "accumulate_updates": arguments.accumulate_updates,
+                "servers_per_region": arguments.servers_per_region,
+            }
+        elif not algorithm.averages_gradients:
+            changes = {"local_steps": arguments.baseline_local_steps}
+        algorithms.append(dataclasses.replace(algorithm, **changes))
+    return algorithms
 
 
 def _sweep(arguments: argparse.Namespace, timing: Timing) -> None:

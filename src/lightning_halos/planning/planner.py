@@ -5,7 +5,8 @@ It works on numbers only: no tensors, no printing. It follows the rules of the s
 
 A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, and the pushes to a
 server are the merged progressions of its workers. Arrays therefore replace an event queue, and servers are computed one
-after the other. The order of simultaneous events is: pushes by worker, updates at the global server by sender, merges.
+after the other. Simultaneous pushes are in the order of workers, simultaneous updates at the global server in the order
+in which they were sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lightning_halos.core.algorithms import ALGORITHMS, Algorithm, Halos, ServerAlgorithm
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_count
 from lightning_halos.core.topology import ServerGroup
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -26,56 +27,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MS_PER_HOUR = 3.6e6
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """Settings of the algorithms.
-
-    Attributes:
-        local_steps: Local steps per round of the fastest worker under HALoS (``H``).
-        dynamic_local_steps: Whether slower workers run fewer local steps under HALoS.
-        accumulate_updates: Pushes per exchange with the global server (``K``). Default: ``updates_per_worker`` times
-            the number of the server's workers.
-        updates_per_worker: Determines the default of ``accumulate_updates``.
-        servers_per_region: Local servers in each region.
-        baseline_local_steps: Local steps per round of Async-Local-SGD, of DiLoCo, and of DiLoCo with dynamic steps.
-
-    Raises:
-        ValueError: If a value is invalid.
-    """
-
-    local_steps: int = 8
-    dynamic_local_steps: bool = True
-    accumulate_updates: int | None = None
-    updates_per_worker: int = 8
-    servers_per_region: int = 1
-    baseline_local_steps: int = 32
-
-    def __post_init__(self) -> None:
-        check_count("updates_per_worker", self.updates_per_worker)
-        check_count("baseline_local_steps", self.baseline_local_steps)
-        self.make("halos")
-
-    def make(self, name: str) -> Algorithm:
-        """Makes an algorithm of :data:`~lightning_halos.core.algorithms.ALGORITHMS` with these settings.
-
-        Raises:
-            ValueError: If there is no such algorithm.
-        """
-        if name not in ALGORITHMS:
-            raise ValueError(f"algorithm={name!r} must be one of {', '.join(ALGORITHMS)}.")
-        if name == "sync_sgd":
-            return ALGORITHMS[name]()
-        if name != "halos":
-            return ALGORITHMS[name](local_steps=self.baseline_local_steps)
-        return Halos(
-            local_steps=self.local_steps,
-            dynamic_local_steps=self.dynamic_local_steps,
-            accumulate_updates=self.accumulate_updates,
-            updates_per_worker=self.updates_per_worker,
-            servers_per_region=self.servers_per_region,
-        )
 
 
 @dataclass(frozen=True)
@@ -263,26 +214,22 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
 
 
 def plan(
-    algorithm: Algorithm | str,
+    algorithm: Algorithm,
     timing: Timing,
     hours: float = 1.0,
-    settings: PlanSettings | None = None,
     record_ms: float = 0.0,
 ) -> Plan:
     """Simulates an algorithm on a cluster.
 
     Args:
-        algorithm: The algorithm, or a name in :data:`~lightning_halos.core.algorithms.ALGORITHMS`.
+        algorithm: The algorithm.
         timing: The durations on the cluster.
         hours: Virtual hours to simulate.
-        settings: Settings of an algorithm that is given by name; default: the defaults.
         record_ms: Virtual milliseconds from the start whose events are kept in :attr:`Plan.recording`.
 
     Raises:
-        ValueError: If there is no such algorithm, or nothing is finished in the time.
+        ValueError: If the time is invalid, or nothing is finished in it.
     """
-    if isinstance(algorithm, str):
-        algorithm = (settings or PlanSettings()).make(algorithm)
     if not 0 < hours < float("inf"):
         raise ValueError(f"hours={hours!r} must be a positive number of hours.")
     cluster, horizon = timing.cluster, hours * MS_PER_HOUR
@@ -375,7 +322,8 @@ def _with_servers(
         raise ValueError(_too_short(algorithm.name, horizon, float(durations.min())))
     updates, update_tally = None, _Tally()
     if accumulate:
-        updates = _arrive([own.arrived for own in exchanges], sent_steps, range(len(groups))).until(horizon)
+        arrived, sent_at = [own.arrived for own in exchanges], [own.sent for own in exchanges]
+        updates = _arrive(arrived, sent_steps, range(len(groups)), sent_at).until(horizon)
         update_tally.add(updates)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     return Plan(
@@ -410,17 +358,20 @@ def _multiples(duration: float, horizon: float) -> Floats:
     return ends[: np.searchsorted(ends, horizon, side="right")]
 
 
-def _arrive(times: Sequence[Floats], steps: Sequence[npt.NDArray[np.int64]], names: Sequence[int]) -> Arrivals:
+def _arrive(
+    times: Sequence[Floats], steps: Sequence[Ints], names: Sequence[int], sent: Sequence[Floats] | None = None
+) -> Arrivals:
     """Merges the updates of several senders to one server.
 
     Args:
         times: Arrival times of each sender's updates, ascending. An update starts from the answer to the previous one.
         steps: Local steps that each of these updates contains.
         names: The senders' ranks or indices.
+        sent: When each update was sent, which orders simultaneous arrivals. Default: they are in the order of senders.
     """
     counts = np.array([len(own) for own in times])
     when, work = np.concatenate(times), np.concatenate(steps)
-    order = np.argsort(when, kind="stable")
+    order = np.argsort(when, kind="stable") if sent is None else np.lexsort((np.concatenate(sent), when))
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
     started = np.empty_like(position)  # the version that each update started from

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_halos.planning.planner import Plan, PlanSettings, plan
+from lightning_halos.core.algorithms import Halos
+from lightning_halos.planning.planner import Plan, plan
 from lightning_halos.planning.report import align, describe
 from lightning_halos.simulation.timing import Timing
 
@@ -85,11 +86,11 @@ def sweep(
     for steps in local_steps:
         for servers in [number for number in servers_per_region if number <= smallest]:
             for updates in updates_per_worker:
-                settings = PlanSettings(steps, updates_per_worker=updates, servers_per_region=servers)
-                result = plan("halos", timing, hours, settings)
+                halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers)
+                result = plan(halos, timing, hours)
                 if result.sent_share is None:
                     raise ValueError(
-                        f"hours={hours:g} is too short: with {settings}, no exchange with the global server is"
+                        f"hours={hours:g} is too short: with {halos}, no exchange with the global server is"
                         " completed. Give more hours."
                     )
                 trials.append(Trial(steps, updates, servers, result))
