@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from lightning_halos.simulation.network import Work, make_network
 
 from lightning_halos.core.algorithms import ALGORITHMS, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.messages import Pull, Push
@@ -16,6 +15,7 @@ from lightning_halos.planning.planner import MS_PER_HOUR, make_timing, plan
 from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.planning.sweep import Trial, recommend, sweep, sweep_table
 from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.network import Work, make_network
 from tests.simulation.paper import PAPER
 
 UNEQUAL = SimulatedCluster(  # asymmetric links, regions of 2, 5 and 3, the global server in none of the ends
