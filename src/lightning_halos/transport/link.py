@@ -146,7 +146,7 @@ class Link(ABC):
         self._outbox.put(None)
 
     def silence(self, now: float) -> float:
-        """Returns the seconds for which this end has listened in vain.
+        """Returns the seconds for which this end has listened and received nothing.
 
         It is 0 while this end handles a message, because it cannot hear the peer then.
 
@@ -165,7 +165,7 @@ class Link(ABC):
     def _guard(self, run: Callable[[OnMessage], None], on_message: OnMessage, on_failure: OnFailure) -> None:
         try:
             run(on_message)
-        except BaseException as error:  # otherwise others would wait for this thread in vain
+        except BaseException as error:  # otherwise others would wait for this thread for ever
             on_failure(error if isinstance(error, Exception) else RuntimeError(f"{self.peer}: {error!r}"))
 
     @abstractmethod
