@@ -95,27 +95,23 @@ class IndexedTokens(Dataset[Tensor]):
         return self.__getitems__([range(self._length)[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Returns the sequences of a batch, with one read; a ``DataLoader`` calls it."""
-        rows, pieces = np.divmod(np.asarray(indices, np.int64), self._pieces)
-        tokens = self._read((rows * self._row + pieces * self._context) * self.dtype.itemsize).view(self.dtype)
+        """Returns the sequences of a batch; a ``DataLoader`` calls it. Shards may be cut inside of a sequence."""
+        if not self._shards:
+            self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
+        tokens = np.empty((len(indices), self._context + 1), self.dtype)
+        for rest, index in zip(tokens.view(np.uint8), indices, strict=True):
+            row, piece = divmod(int(index), self._pieces)
+            first = (row * self._row + piece * self._context) * self.dtype.itemsize
+            shard = bisect.bisect(self._starts, first) - 1
+            while len(rest):
+                begin = first - self._starts[shard]
+                part = self._shards[shard][begin : begin + len(rest)]
+                rest[: len(part)] = part
+                rest, first, shard = rest[len(part) :], first + len(part), shard + 1
         return list(torch.from_numpy(tokens.astype(self._out, copy=False)).unbind())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IndexedTokens, self._arguments
-
-    def _read(self, firsts: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The bytes of the sequences that begin at the given bytes, even if shards are cut inside a sequence."""
-        if not self._shards:
-            self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
-        rows = np.empty((len(firsts), (self._context + 1) * self.dtype.itemsize), np.uint8)
-        for row, first in zip(rows, firsts.tolist(), strict=True):
-            shard = bisect.bisect(self._starts, first) - 1
-            while len(row):
-                begin = first - self._starts[shard]
-                part = self._shards[shard][begin : begin + len(row)]
-                row[: len(part)] = part
-                row, first, shard = row[len(part) :], first + len(part), shard + 1
-        return rows
 
 
 class IndexedTokensWriter:
@@ -193,7 +189,7 @@ class IndexedTokensWriter:
         count, code = len(self._sizes), {dtype: code for code, dtype in _DTYPES.items()}[self._dtype]
         sizes = np.array(self._sizes, "<i4")
         begins = np.zeros(count, "<i8")
-        np.cumsum(sizes[:-1], out=begins[1:])
+        np.cumsum(sizes[:-1], dtype=np.int64, out=begins[1:])
         begins *= self._dtype.itemsize
         file.write(_HEADER.pack(_MAGIC, _VERSION, code, count, count + 1))
         for numbers in (sizes, begins, np.arange(count + 1, dtype="<i8")):
