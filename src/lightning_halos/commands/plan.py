@@ -90,7 +90,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.output:
         folder = _folder(arguments)
         _write(folder / f"{name}.txt", f"$ {arguments.command}\n\n{text}")
-        _write_json(folder / f"{name}.json", {"command": arguments.command, **as_json(plans, timing)})
+        values = {"command": arguments.command, **as_json(plans, timing)}
+        _write(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
         for one in plans:
             write_trace(one, timing, folder / f"{name}-{one.algorithm}.trace.json")
         save_picture(plans, timing, folder / f"{name}.png")
@@ -167,7 +168,3 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1) + "\n")

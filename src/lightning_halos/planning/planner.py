@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,131 +32,81 @@ MS_PER_HOUR = 3.6e6
 
 @dataclass(frozen=True)
 class Staleness:
-    """Statistics of the staleness of updates: the server's versions between an update's start and its arrival.
+    """Statistics of the staleness of updates: the server's versions between an update's start and its arrival."""
 
-    Attributes:
-        count: Number of updates.
-        mean: Mean staleness, in versions.
-        p95: 95th percentile (nearest rank), in versions.
-        maximum: Largest staleness, in versions.
-        missed_steps: Mean number of local steps that these versions contain.
-    """
-
-    count: int
-    mean: float
-    p95: int
-    maximum: int
-    missed_steps: float
+    count: int  # of updates
+    mean: float  # in versions
+    p95: int  # by nearest rank, in versions
+    maximum: int  # in versions
+    missed_steps: float  # mean number of local steps that these versions contain
 
 
-@dataclass(frozen=True)
-class Arrivals:
-    """Updates in the order of their arrival at a server. Update i creates the server's version i + 1.
+class Arrivals(NamedTuple):
+    """Updates in the order of their arrival at a server. Update i creates the server's version i + 1."""
 
-    Attributes:
-        times: Arrival times, in virtual milliseconds.
-        senders: Senders: ranks of workers or, at the global server, indices of local servers.
-        staleness: Versions between each update's start and its arrival.
-        missed_steps: Local steps that these versions contain.
-    """
-
-    times: Floats
-    senders: Ints
-    staleness: Ints
-    missed_steps: Ints
+    times: Floats  # in virtual milliseconds
+    senders: Ints  # ranks of workers or, at the global server, indices of local servers
+    staleness: Ints  # versions between each update's start and its arrival
+    missed_steps: Ints  # local steps that these versions contain
 
     def until(self, time: float) -> Arrivals:
         """Returns a copy with the updates that arrive no later than ``time``."""
         stop = int(np.searchsorted(self.times, time, side="right"))
-        return Arrivals(
-            self.times[:stop].copy(),
-            self.senders[:stop].copy(),
-            self.staleness[:stop].copy(),
-            self.missed_steps[:stop].copy(),
-        )
+        return Arrivals._make(column[:stop].copy() for column in self)
 
 
-@dataclass(frozen=True)
-class Exchanges:
-    """The exchanges of a local server with the global server, in order. Times are in virtual milliseconds.
+class Exchanges(NamedTuple):
+    """The exchanges of a local server with the global server, in order. Times are in virtual milliseconds."""
 
-    Attributes:
-        sent: Times at which the local server sends an update.
-        arrived: Times at which the update arrives at the global server.
-        merged: Times at which the local server merges the answer.
-        sent_versions: The local server's versions when it sends.
-        merged_versions: The local server's versions when it merges.
-    """
+    sent: Floats  # when the local server sends an update
+    arrived: Floats  # when the update arrives at the global server
+    merged: Floats  # when the local server merges the answer
+    sent_versions: Ints  # the local server's versions when it sends
+    merged_versions: Ints  # the local server's versions when it merges
 
-    sent: Floats
-    arrived: Floats
-    merged: Floats
-    sent_versions: Ints
-    merged_versions: Ints
+    def until(self, time: float) -> Exchanges:
+        """Returns the exchanges that begin no later than ``time``."""
+        stop = int(np.searchsorted(self.sent, time, side="right"))
+        return Exchanges._make(column[:stop] for column in self)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The events up to a time.
+    """The events up to a time."""
 
-    Attributes:
-        until_ms: The time, in virtual milliseconds.
-        groups: The servers that workers push to, with their workers.
-        pushes: The pushes to each of these servers.
-        exchanges: The exchanges of each of these servers; empty without a global server above them.
-        updates: The updates that arrive at the global server.
-        rounds: End times of the rounds of a synchronous algorithm.
-    """
-
-    until_ms: float
-    groups: tuple[ServerGroup, ...] = ()
-    pushes: tuple[Arrivals, ...] = ()
-    exchanges: tuple[Exchanges, ...] = ()
-    updates: Arrivals | None = None
-    rounds: Floats = field(default_factory=lambda: np.empty(0))
+    until_ms: float  # virtual
+    groups: tuple[ServerGroup, ...] = ()  # the servers that workers push to, with their workers
+    pushes: tuple[Arrivals, ...] = ()  # to each of these servers
+    exchanges: tuple[Exchanges, ...] = ()  # of each of these servers; empty without a global server above them
+    updates: Arrivals | None = None  # at the global server
+    rounds: Floats = field(default_factory=lambda: np.empty(0))  # end times, of a synchronous algorithm
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The behaviour of an algorithm on a cluster.
-
-    Attributes:
-        algorithm: Name of the algorithm.
-        title: Its name for people.
-        elapsed_ms: Virtual milliseconds that the numbers cover; for a synchronous algorithm, complete rounds only.
-        local_steps: Local steps per round, by rank.
-        rounds: Finished rounds, by rank.
-        compute_ms: Virtual milliseconds per round of computing, by rank.
-        communication_ms: Virtual milliseconds per round of communicating, by rank.
-        waiting_ms: Virtual milliseconds per round of waiting for the slowest worker, by rank.
-        bytes_inside: Bytes on links inside regions.
-        bytes_between: Bytes on links between regions.
-        pushes: Staleness of the workers' pushes.
-        updates: Staleness of the local servers' updates; ``None`` without local servers.
-        global_updates: Number of versions of the global model.
-        sent_share: Share of the pushes, up to each local server's last merge, that are part of an update to the global
-            server; ``None`` without a merge. Pushes that arrive during an exchange are part of no update, because the
-            next update counts from the merge.
-        accumulate_updates: Pushes per exchange (``K``), by local server.
-        recording: The events of the time that was asked for.
-    """
+    """The behaviour of an algorithm on a cluster. Arrays are by rank."""
 
     algorithm: str
-    title: str
-    elapsed_ms: float
-    local_steps: Ints
-    rounds: Ints
-    compute_ms: Floats
-    communication_ms: Floats
-    waiting_ms: Floats
-    bytes_inside: int
-    bytes_between: int
-    pushes: Staleness
-    updates: Staleness | None
-    global_updates: int
+    title: str  # the algorithm's name for people
+    elapsed_ms: float  # virtual time that the numbers cover; for a synchronous algorithm, complete rounds only
+    local_steps: Ints  # per round
+    rounds: Ints  # finished
+    compute_ms: Floats  # virtual time per round
+    communication_ms: Floats  # virtual time per round
+    waiting_ms: Floats  # virtual time per round that is spent waiting for the slowest worker
+    bytes_inside: int  # on links inside regions
+    bytes_between: int  # on links between regions
+    pushes: Staleness  # of the workers' pushes
+    updates: Staleness | None  # of the local servers' updates; ``None`` without local servers
+    global_updates: int  # versions of the global model
     sent_share: float | None
-    accumulate_updates: tuple[int, ...]
-    recording: Recording
+    """Share of the pushes, up to each local server's last merge, that are part of an update to the global server.
+
+    ``None`` without a merge. Pushes that arrive during an exchange are part of no update: the next one counts from the
+    merge.
+    """
+    accumulate_updates: tuple[int, ...]  # pushes per exchange (K), by local server
+    recording: Recording  # the events of the time that was asked for
 
     @property
     def global_steps(self) -> float:
@@ -213,12 +164,7 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
     return Timing(cluster, size)
 
 
-def plan(
-    algorithm: Algorithm,
-    timing: Timing,
-    hours: float = 1.0,
-    record_ms: float = 0.0,
-) -> Plan:
+def plan(algorithm: Algorithm, timing: Timing, hours: float = 1.0, record_ms: float = 0.0) -> Plan:
     """Simulates an algorithm on a cluster.
 
     Args:
@@ -346,7 +292,7 @@ def _with_servers(
             record_ms,
             tuple(groups),
             tuple(recorded),
-            tuple(_started_by(own, record_ms) for own in exchanges),
+            tuple(own.until(record_ms) for own in exchanges),
             None if updates is None else updates.until(record_ms),
         ),
     )
@@ -394,17 +340,6 @@ def _exchange(times: Floats, accumulate: int, there: float, back: float) -> Exch
     start = np.array(sent, dtype=np.float64)
     integers = (np.array(versions, dtype=np.int64), np.array(merged_versions[1:], dtype=np.int64))
     return Exchanges(start, start + there, start + there + back, *integers)
-
-
-def _started_by(exchanges: Exchanges, time: float) -> Exchanges:
-    stop = int(np.searchsorted(exchanges.sent, time, side="right"))
-    return Exchanges(
-        exchanges.sent[:stop],
-        exchanges.arrived[:stop],
-        exchanges.merged[:stop],
-        exchanges.sent_versions[:stop],
-        exchanges.merged_versions[:stop],
-    )
 
 
 def _too_short(algorithm: str, horizon: float, duration: float) -> str:

@@ -5,6 +5,7 @@ It compares times and staleness, never losses, which only training can tell.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,18 +83,17 @@ def sweep(
     if len(timing.cluster.regions) == 1 and 1 in servers_per_region:
         raise ValueError("A sweep varies exchanges with the global server, and a cluster of one region has none.")
     smallest = min(map(len, timing.cluster.regions))
+    possible = [number for number in servers_per_region if number <= smallest]
     trials = []
-    for steps in local_steps:
-        for servers in [number for number in servers_per_region if number <= smallest]:
-            for updates in updates_per_worker:
-                halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers)
-                result = plan(halos, timing, hours)
-                if result.sent_share is None:
-                    raise ValueError(
-                        f"hours={hours:g} is too short: with {halos}, no exchange with the global server is"
-                        " completed. Give more hours."
-                    )
-                trials.append(Trial(steps, updates, servers, result))
+    for steps, servers, updates in itertools.product(local_steps, possible, updates_per_worker):
+        halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers)
+        result = plan(halos, timing, hours)
+        if result.sent_share is None:
+            raise ValueError(
+                f"hours={hours:g} is too short: with {halos}, no exchange with the global server is completed. Give"
+                " more hours."
+            )
+        trials.append(Trial(steps, updates, servers, result))
     return trials
 
 

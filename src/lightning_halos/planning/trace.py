@@ -84,8 +84,7 @@ def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
         yield from _arrivals(pushes, *lane, "push applied", "worker")
     for group, own in zip(recording.groups, recording.exchanges, strict=False):
         lane = (group.region, _SERVER_LANES + group.index)
-        columns = (own.sent, own.arrived, own.merged, own.sent_versions, own.merged_versions)
-        for sent, arrived, merged, version, merged_version in zip(*(c.tolist() for c in columns), strict=True):
+        for sent, arrived, merged, version, merged_version in zip(*(column.tolist() for column in own), strict=True):
             yield _slice("exchange", *lane, sent, min(merged, limit), {"version": version})
             yield _slice("update to the global server", *lane, sent, min(arrived, limit))
             if arrived < limit:
@@ -97,8 +96,8 @@ def _servers(recording: Recording, timing: Timing) -> Iterator[Event]:
 
 
 def _arrivals(arrivals: Arrivals, region: int, lane: int, name: str, sender: str) -> Iterator[Event]:
-    rows = zip(arrivals.times.tolist(), arrivals.senders.tolist(), arrivals.staleness.tolist(), strict=True)
-    for version, (time, number, staleness) in enumerate(rows, start=1):
+    rows = zip(*(column.tolist() for column in arrivals), strict=True)
+    for version, (time, number, staleness, _) in enumerate(rows, start=1):
         yield _instant(name, region, lane, time, {sender: number, "version": version, "staleness": staleness})
 
 
