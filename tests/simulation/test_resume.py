@@ -7,9 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.multiprocessing import ProcessExitedException
 
 from tests.simulation.test_world import Toy, fit, loader
@@ -54,6 +55,43 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(
     assert paths
     for path in paths:
         assert_equal(expected, resume(name, path, **flags))
+
+
+class Saving(Callback):
+    """Saves at the start of the first batch and of the first one of the second epoch, and within a validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.batches = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if self.batches in (1, 17):
+            self.save(trainer, f"batch {self.batches}")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, number: int, *_: Any) -> None:
+        if number == 1 and not (self.folder / "validation.ckpt").exists():
+            self.save(trainer, "validation")
+
+    def save(self, trainer: pl.Trainer, name: str) -> None:
+        if trainer.is_global_zero:
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+
+def test_a_run_may_be_saved_in_any_hook(tmp_path: Path) -> None:
+    flags = {"max_steps": 20, "val_check_interval": 6, "check_val_every_n_epoch": None}
+    expected = run("halos", **flags)
+    assert_equal(expected, run("halos", **flags, callbacks=Saving(tmp_path)))
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert [path.stem for path in paths] == ["batch 1", "batch 17", "validation"]
+    for path in paths:
+        assert_equal(expected, resume("halos", path, **flags))
+
+
+def test_a_run_may_be_saved_where_a_validation_follows(tmp_path: Path) -> None:
+    flags = {"max_steps": 20, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    expected = run("halos", tmp_path, 5, **flags)
+    assert_equal(expected, resume("halos", tmp_path / "step=10.ckpt", **flags))
 
 
 class Preempted(Toy):

@@ -63,6 +63,8 @@ class Fit:
     def begin(self) -> None:
         """Starts training, when all workers are ready."""
         self.lightning.install(self.loop)
+        if self.world.repeats_rounds and self.start.resume is not None:
+            self.lightning.hold_validation()
         self.start.site.collectives.barrier()
         self.is_training = True
         self.loop.take_up()

@@ -56,6 +56,7 @@ class TrainerAdapter:
         self._callbacks = callbacks_of(trainer)
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
+        self._no_validation = NoValidation()
 
     def install(self, loop: Callback) -> None:
         """Adds the worker's loop to the callbacks: on rank 0 before those that save, on other ranks instead of them."""
@@ -72,9 +73,23 @@ class TrainerAdapter:
         trainer = self.trainer
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
         trainer.val_check_batch = self._val_check_batch
+        self.release_validation()
         self.schedulers.release()
         restore_link_checkpoint(self._callbacks)
         self._set_callbacks(self._callbacks)
+
+    def hold_validation(self) -> None:
+        """Keeps Lightning from the validation data before the first batch of a resumed run.
+
+        If a validation follows the batch that was saved, Lightning counts it as done, for which it begins the
+        validation data: that draws a random number. It also does that before the first batch of an epoch.
+        """
+        if not getattr(self.trainer.fit_loop.epoch_loop.val_loop, "restarted_mid_evaluation", False):
+            self._no_validation.apply(self.trainer)
+
+    def release_validation(self) -> None:
+        """Ends :meth:`hold_validation`."""
+        self._no_validation.undo(self.trainer)
 
     def _set_callbacks(self, callbacks: list[Callback]) -> None:
         self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
@@ -216,7 +231,7 @@ class TrainerAdapter:
 
 
 class NoValidation:
-    """Keeps the ranks other than 0 from validating during a fit. It exists before the fit and is undone after it."""
+    """Keeps a rank from validating: those other than 0 during a fit, for which it exists before and after the fit."""
 
     def __init__(self) -> None:
         self._limit: int | float | None = None

@@ -62,7 +62,8 @@ class WorkerLoop(Callback):
         self._keep = keep
         self._decides = start.site.rank == 0
         self._steps_before = 0
-        self._random: dict[str, Any] | None = None
+        # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
+        self._random: dict[str, Any] | None = state.get("random") if world.repeats_rounds and self._decides else None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
@@ -86,6 +87,7 @@ class WorkerLoop(Callback):
         self._preemption.check()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._lightning.release_validation()
         self.check()
         self._steps_before = trainer.global_step
         self._schedulers.before_batch(self.round.batches)
@@ -175,7 +177,7 @@ class WorkerLoop(Callback):
     def _position(self) -> dict[str, Any]:
         return {
             "schedulers": self._schedulers.state_dict(),
-            "random": random_state(),
+            "random": self._random if self._random is not None and self._trainer.validating else random_state(),
             "ends_epoch": self._lightning.ends_epoch,
         }
 
