@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt torch
-	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis pytest pytest-timeout \
+	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --editable . hypothesis "jsonargparse[signatures]" pytest pytest-timeout \
 	    lightning==$$(sed -n 's/.*"lightning>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 	touch $@
 
