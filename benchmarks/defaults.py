@@ -2,14 +2,14 @@
 
 Trains two of the examples in simulated clusters, which give the same result however busy the machine is, under
 
-    default      HalosStrategy() without a setting
+    default      HalosStrategy() without settings; left out with several regions, where it equals ``published``
     published    the same with the values of the HALoS paper, which were made for long runs in 4 regions of 4 workers
     ddp          synchronous SGD on the same samples: what such a run can reach
 
 and prints each final validation loss, and what it is above that of ddp as a share of what ``published`` is. Exits with
 1 if the share of ``default`` is above its limit for any task and cluster. ``--all`` adds the settings that were tried::
 
-    python benchmarks/defaults.py                      # three seeds; docs/parameters.md has the table
+    python benchmarks/defaults.py                      # three seeds: the table in docs/parameters.md
     python benchmarks/defaults.py --quick              # one seed and fewer steps: what `make bench` runs
     python benchmarks/defaults.py --all --tasks digits --workers 16
     python benchmarks/defaults.py --all --regions 2
@@ -171,8 +171,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--regions", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--only", nargs="+", help="only the settings of these names")
     args = parser.parse_args()
+    if args.workers % args.regions:
+        parser.error(f"{args.workers} workers cannot be spread over {args.regions} regions evenly")
 
     warnings.filterwarnings("ignore")
     for name in ("lightning", "lightning.pytorch"):
@@ -180,10 +181,13 @@ def main() -> int:
     torch.set_num_threads(1)
 
     size = args.workers // args.regions
-    settings = {"published": local(0.8, 0.9, 4 * size, size), "default": {}}
+    settings = {"published": local(0.8, 0.9, 4 * size, size)}
+    if args.regions == 1:  # in several regions the published values are the default
+        settings["default"] = {}
     if args.all:
         settings |= candidates(size, args.regions)
-    start, worst = time.perf_counter(), -1.0
+    start = time.perf_counter()
+    shares = []  # of the default, for each task and cluster
     for name in args.tasks:
         task = TASKS[name]()
         steps = task.steps // 2 if args.quick else task.steps
@@ -198,22 +202,21 @@ def main() -> int:
                 print(f"{'':10}{'ddp':24}{limit:8.4f}{'':11}{' '.join(f'{loss:.4f}' for loss in losses)}", flush=True)
             above = None
             for setting, arguments in settings.items():
-                if args.only and setting not in args.only:
-                    continue
                 strategies = (HalosStrategy(**arguments, simulate=cluster) for _ in seeds)
                 losses = [train(task, strategy, seed, steps) for strategy, seed in zip(strategies, seeds, strict=True)]
                 above = above or mean(losses) - limit
                 share = (mean(losses) - limit) / above
                 if setting == "default":
-                    worst = max(worst, share)
+                    shares.append(share)
                 print(
                     f"{cluster_name:10}{setting:24}{mean(losses):8.4f}{share:8.2f}   "
                     f"{' '.join(f'{loss:.4f}' for loss in losses)}",
                     flush=True,
                 )
-    print(f"\nThe default is at most {worst:.2f} of what the published values are above ddp (limit {LIMIT}).")
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes.")
-    return int(not worst <= LIMIT)
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes.")
+    for share in shares:
+        print(f"The default is {share:.2f} of what the published values are above ddp (limit {LIMIT}).")
+    return int(not all(share <= LIMIT for share in shares))  # a share of nan is a failure
 
 
 if __name__ == "__main__":
