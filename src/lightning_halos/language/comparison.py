@@ -25,20 +25,15 @@ NOISE = 1.96
 class Difference:
     """The difference between a model and the first model.
 
-    Attributes:
-        value: This model's value minus the first model's; for perplexities, the difference of their natural logarithms.
-        stderr: Standard error of the difference; ``None`` if lm-eval gives none for this metric.
-        paired: Whether the standard error is computed from the differences of individual questions. It is then smaller
-            than that of two independent samples, because the difficulty of the questions cancels out.
-        better: Whether this model is better than the first; ``None`` if they are equal or the metric has no direction.
-        logarithmic: Whether the value is a difference of logarithms.
+    A paired standard error is computed from the differences of individual questions. It is smaller than that of two
+    independent samples, because the difficulty of the questions cancels out.
     """
 
-    value: float
-    stderr: float | None
-    paired: bool
-    better: bool | None
-    logarithmic: bool
+    value: float  # this model's value minus the first model's; if logarithmic, of their natural logarithms
+    stderr: float | None  # ``None`` if lm-eval gives none for this metric
+    paired: bool  # the standard error
+    better: bool | None  # than the first model; ``None`` if they are equal or the metric has no direction
+    logarithmic: bool  # as for perplexities
 
     @property
     def within_noise(self) -> bool | None:
@@ -48,23 +43,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one task or group.
+    """One metric of one task or group."""
 
-    Attributes:
-        task: Name of the task or group.
-        depth: Number of groups that contain it.
-        metric: The metric, with lm-eval's filter if it has one, as in ``"exact_match,strict-match"``.
-        higher_is_better: Whether higher values are better; ``None`` if the metric has no direction.
-        values: The value and its standard error, for each model.
-        differences: The difference between each model, except the first, and the first.
-    """
-
-    task: str
-    depth: int
-    metric: str
-    higher_is_better: bool | None
-    values: tuple[tuple[float, float | None], ...]
-    differences: tuple[Difference, ...]
+    task: str  # or group
+    depth: int  # number of groups that contain it
+    metric: str  # with lm-eval's filter if it has one, as in ``"exact_match,strict-match"``
+    higher_is_better: bool | None  # ``None`` if the metric has no direction
+    values: tuple[tuple[float, float | None], ...]  # the value and its standard error, for each model
+    differences: tuple[Difference, ...]  # between each model, except the first, and the first
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ in which they were sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,8 @@ class Arrivals(NamedTuple):
     def until(self, time: float) -> Arrivals:
         """Returns a copy with the updates that arrive no later than ``time``."""
         stop = int(np.searchsorted(self.times, time, side="right"))
-        return Arrivals._make(column[:stop].copy() for column in self)
+        columns: Iterable[Any] = (column[:stop].copy() for column in self)
+        return Arrivals(*columns)
 
 
 class Exchanges(NamedTuple):
@@ -67,7 +68,8 @@ class Exchanges(NamedTuple):
     def until(self, time: float) -> Exchanges:
         """Returns the exchanges that begin no later than ``time``."""
         stop = int(np.searchsorted(self.sent, time, side="right"))
-        return Exchanges._make(column[:stop] for column in self)
+        columns: Iterable[Any] = (column[:stop] for column in self)
+        return Exchanges(*columns)
 
 
 @dataclass(frozen=True)
