@@ -191,12 +191,14 @@ class Snapshot:
         globals: The expected state of the global node when it started the snapshot.
         regions: The expected state of each local server when it took its part.
         replied: Local servers whose replies have arrived.
-        shards: The parts that were sent to storage, by local server; ``None`` is the global node.
+        taken: Local servers that have taken their parts; ``None`` is the global node.
+        shards: The parts that are copied completely, by local server; ``None`` is the global node.
     """
 
     globals: GlobalBook
     regions: dict[int, RegionBook] = field(default_factory=dict)
     replied: set[int] = field(default_factory=set)
+    taken: set[int | None] = field(default_factory=set)
     shards: dict[int | None, Shard] = field(default_factory=dict)
 
     def under_way(self) -> dict[tuple[int, int], Update]:
@@ -326,17 +328,26 @@ class Ledger:
         if isinstance(message, RegionUpdate):
             require(answers == (not message.final), "{} is answered {} times", message, answers)
 
-    def stored(self, shard: Shard) -> bool:
-        """Records a part of a snapshot. Returns whether the snapshot is complete.
+    def taken(self, shard: Shard) -> None:
+        """Records that a node has taken its part of a snapshot, whose tensors may be copied later.
 
         Raises:
-            InvariantError: If the part was stored before, or the complete snapshot is not consistent.
+            InvariantError: If the node has taken the part before.
         """
         snapshot = self.snapshots[shard.marker.save]
-        require(shard.server not in snapshot.shards, "server {} writes {} twice", shard.server, shard.marker)
-        snapshot.shards[shard.server] = shard
+        require(shard.server not in snapshot.taken, "server {} takes part in {} twice", shard.server, shard.marker)
+        snapshot.taken.add(shard.server)
         if shard.server is not None:
             snapshot.regions[shard.server] = copy.deepcopy(self.regions[shard.server])
+
+    def stored(self, shard: Shard) -> bool:
+        """Records a part of a snapshot that is complete. Returns whether the snapshot is complete.
+
+        Raises:
+            InvariantError: If the complete snapshot is not consistent.
+        """
+        snapshot = self.snapshots[shard.marker.save]
+        snapshot.shards[shard.server] = shard
         if len(snapshot.shards) <= len(self.regions):
             return False
         self._check_snapshot(snapshot)
@@ -354,7 +365,7 @@ class Ledger:
             book = self.regions[index] = copy.deepcopy(snapshot.regions[index])
             spans += book.trained
             if book.has_flushed:
-                book.exchanging = 0
+                book.exchanging, book.merged_at = 0, book.version
             if self._accumulate is None:
                 book.number = 0  # it has not sent its model, which is its only message
             book.reports, book.pushes, book.left, book.granted, book.orders = [], {}, set(), {}, 0
@@ -434,13 +445,24 @@ class Ledger:
 
     def _check_newest(self, save: str, snapshot: Snapshot) -> None:
         """Checks that a snapshot is written as soon as all its parts have arrived."""
-        if None not in snapshot.shards and len(snapshot.replied) == len(self.regions):
+        if None not in snapshot.taken and len(snapshot.replied) == len(self.regions):
             misses = [key for key in snapshot.under_way() if key[1] > self.globals.applied.get(key[0], 0)]
             require(bool(misses), "{} has all its parts and is not written", save)
+
+    def _check_vectors(self, shard: Shard, name: str, expected: Vector) -> None:
+        """Checks that a copy is the state at the marker, though the server went on while it was made."""
+        vector = None if shard.state["server"] is None else shard.state["server"][name]
+        if vector is not None:
+            broken = "{} has the {} {} of server {} instead of {}"
+            require(same(vector.tolist(), expected), broken, shard.marker, name, vector, shard.server, expected)
 
     def _check_snapshot(self, snapshot: Snapshot) -> None:
         shard, due = snapshot.shards[None], snapshot.under_way()
         assert shard is not None
+        self._check_vectors(shard, "model", snapshot.globals.model)
+        for index, book in snapshot.regions.items():
+            self._check_vectors(snapshot.shards[index], "model", book.model)
+            self._check_vectors(snapshot.shards[index], "base", book.base)
         updates = {(update["server"], update["number"]): update for update in shard.state["updates"]}
         if self._accumulate is not None:
             require(

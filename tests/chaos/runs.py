@@ -540,7 +540,14 @@ class ChaosRun:
 
     def _store(self, shard: Message | Shard) -> None:
         assert isinstance(shard, Shard)
-        if self.ledger.stored(shard):
+        self.ledger.taken(shard)
+        self._copy_portion(shard)
+
+    def _copy_portion(self, shard: Shard) -> None:
+        """Copies a part of a shard, while its server goes on."""
+        if not shard.advance():
+            self.at(self.now + self.rng.expovariate(1.0), partial(self._copy_portion, shard))
+        elif self.ledger.stored(shard):
             self.note(f"{shard.marker.save} is complete")
             self._complete = self.ledger.snapshots[shard.marker.save]
 
@@ -642,4 +649,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _completed(sends: list[Send]) -> list[tuple[int, Message]]:
-    return [(send.to, send.complete()) for send in sends]  # type: ignore[misc]
+    """Computes the vectors of messages. A shard is left as it is, since its server goes on while it is copied."""
+    return [(send.to, send.message if isinstance(send.message, Shard) else send.complete()) for send in sends]  # type: ignore[misc]
