@@ -100,8 +100,8 @@ def round_trip_process(folder: Path) -> None:
 
     def exchange() -> None:
         push = worker.push(memory)
-        pull, filled = process.client.exchange(push, partial(vector.pseudo_gradient_, memory))
-        vector.write(memory, filled)
+        pull, progress = process.client.exchange(push, partial(vector.pseudo_gradient_, memory))
+        vector.write(memory, progress)
         worker.receive(pull, waited=0.0)
 
     if rank == 0:
@@ -123,7 +123,7 @@ def round_trip_process(folder: Path) -> None:
             exchange()
             times.append((between - start, time.perf_counter() - begin))
         (folder / "times").write_text(json.dumps(times[1:]))
-    process.client.finish(worker.push(None, final=True), lambda reach: None)
+    process.client.finish(worker.push(None, final=True), lambda advance: None)
     process.close(timeout)
 
 

@@ -107,7 +107,7 @@ def test_writing_gives_the_same_bits_as_direct_copies(stream):
     modules, (direct, staged) = both(StagedCopies(stream))
     values = torch.randn(direct.num_elements)
     direct.write(values)
-    staged.write(values, filled=[*range(0, direct.num_elements, PART // 2), direct.num_elements])
+    staged.write(values, progress=[*range(0, direct.num_elements, PART // 2), direct.num_elements])
     states = [module.state_dict() for module in modules]
     for name, tensor in states[0].items():
         assert torch.equal(states[1][name], tensor), name
@@ -148,12 +148,12 @@ def test_computations_afterwards_wait_for_what_was_written_also_when_the_rest_do
     module = nn.Linear(PART, 4, bias=False)
     vector = ModelVector(module, copies=StagedCopies(stream))
 
-    def filled():
+    def progress():
         yield PART
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        vector.write(torch.full_like(vector.new(), 7.0), filled())
+        vector.write(torch.full_like(vector.new(), 7.0), progress())
     assert stream.log[-1] == "end"
     assert torch.equal(module.weight.flatten()[:PART], torch.full((PART,), 7.0))
 

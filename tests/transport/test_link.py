@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
 from lightning_halos.transport.groups import make_group
-from lightning_halos.transport.link import Filling, GlooLink, LoopbackLink, whole
+from lightning_halos.transport.link import GlooLink, LoopbackLink, VectorProgress, wait_all
 
 TIMEOUT = 4.0  # seconds of silence
 ELEMENTS = 3 * PART + 5
@@ -31,9 +31,17 @@ def ignore(*_: object) -> None: ...
 
 
 @pytest.fixture(autouse=True)
-def _no_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An alarm that nobody asks ends its process."""
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An alarm that nobody asks does not end the process, and threads do not outlive their test."""
     monkeypatch.setattr(Alarm, "_end_process", ignore)
+    yield
+    for end in End.all:
+        end.alarm.disarm()
+        end.link.close()
+        end.failed.set()
+    for end in End.all:
+        end.link.join(10)
+    End.all.clear()
 
 
 @contextmanager
@@ -56,6 +64,8 @@ def groups(size: int = 2) -> Iterator[list[ProcessGroup]]:
 class End:
     """One end of a link, which keeps what it receives, and how it fails."""
 
+    all: ClassVar[list[End]] = []
+
     def __init__(self, link: Any, timeout: float = TIMEOUT) -> None:
         self.link = link
         self.alarm = Alarm(f"the peer of {link.peer}")
@@ -65,6 +75,7 @@ class End:
         self.failure: Exception | None = None
         self.failed = threading.Event()
         self.handle: Callable[[Message], None] = ignore
+        End.all.append(self)
 
     def start(self) -> End:
         self.link.start(self._on_message, self._on_failure)
@@ -88,8 +99,8 @@ class End:
             except Exception as error:
                 self._on_failure(error)
 
-    def _on_message(self, message: Message, filled: Iterable[int]) -> None:
-        whole(filled)
+    def _on_message(self, message: Message, progress: Iterable[int]) -> None:
+        wait_all(progress)
         self.handle(message)
         self.received.append(message)
 
@@ -132,9 +143,11 @@ class TestLiveness:
                 server.link.post(Pull(1, 8, 0, False, vector=torch.ones(ELEMENTS)))
 
             threading.Thread(target=answer, daemon=True).start()
-            pull, filled = client.exchange(Push(1, 0, 1, 1, 1.0), ignore)
-            assert max(filled) == ELEMENTS
+            pull, progress = client.exchange(Push(1, 0, 1, 1, 1.0), ignore)
+            assert max(progress) == ELEMENTS
             assert pull.version == 1
+            alarm.disarm()
+            link.close()
 
     def test_a_peer_that_is_silent_is_lost(self) -> None:
         with groups() as (mine, _):
@@ -147,10 +160,11 @@ class TestLiveness:
         def leave(message: Message) -> None:
             raise SystemExit
 
-        with ends() as (a, b):
-            b.handle = leave
-            a.link.post(LeaseRequest())
-            assert b.failed.wait(30)
+        first, second = LoopbackLink.pair("b", "a")
+        a, b = End(first).start(), End(second).start()
+        b.handle = leave
+        a.link.post(LeaseRequest())
+        assert b.failed.wait(30)
 
     def test_a_link_that_is_added_after_a_failure_tells_its_peer(self) -> None:
         mine, its = LoopbackLink.pair("b", "a")
@@ -158,7 +172,7 @@ class TestLiveness:
         alarm = Alarm("a")
         alarm.fail(ValueError("a mistake"))
         alarm.add(mine)
-        alarm.off()
+        alarm.disarm()
         (failure,) = b.wait_for(1)
         assert isinstance(failure, Failure)
         assert "a mistake" in failure.reason
@@ -181,9 +195,9 @@ class TestVectors:
     def test_a_vector_that_is_cut_off_is_dropped_and_the_failure_follows(self, kind: str) -> None:
         def send_half(a: End) -> None:
             vector = torch.zeros(ELEMENTS)
-            with suppress(ZeroDivisionError), Filling(vector) as filling:
-                a.link.post(Push(0, 0, 1, 1, 1.0, vector=vector), filling)
-                filling.reach(PART)
+            with suppress(ZeroDivisionError), VectorProgress(vector) as progress:
+                a.link.post(Push(0, 0, 1, 1, 1.0, vector=vector), progress)
+                progress.advance(PART)
                 raise ZeroDivisionError
             assert torch.equal(vector, torch.zeros(ELEMENTS))
             a.link.post(Failure("a", "a mistake"))
@@ -206,9 +220,9 @@ class TestWhatArrives:
         with groups() as (mine, its):
             asked_for: list[int] = []
 
-            def memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
-                asked_for.append(elements)
-                return torch.empty(elements, dtype=dtype)
+            def memory() -> torch.Tensor:
+                asked_for.append(1)
+                return torch.empty(ELEMENTS)
 
             end = End(GlooLink(mine, 1, "b", 60.0, form, memory), 60.0).start()
             for header in headers:

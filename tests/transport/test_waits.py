@@ -55,7 +55,7 @@ class TestLost:
         alarm = Alarm("rank 0 (region eu)")
         alarm.links += [Peer("rank 1", 0.3), Peer("rank 2", 40), Peer("rank 3", None), Peer("rank 2", 7)]
         alarm.links += LoopbackLink.pair("itself", "itself")
-        error = alarm.lost("rank 3", "say anything", 30)
+        error = alarm.peer_lost("rank 3", "say anything", 30)
         assert re.fullmatch(
             r"rank 3 did not say anything for 30 s, and rank 0 \(region eu\) waited for it"
             r" \(HalosStrategy\(timeout=...\)\)\. Last heard of: rank 3 never;"
@@ -66,7 +66,7 @@ class TestLost:
     def test_does_not_name_thousands(self) -> None:
         alarm = Alarm("rank 0")
         alarm.links += [Peer(f"rank {rank}", rank) for rank in range(1, 100)]
-        text = str(alarm.lost("rank 99", "say anything", 30))
+        text = str(alarm.peer_lost("rank 99", "say anything", 30))
         assert len(re.findall("s ago", text)) == 8
         assert "rank 99 99" in text
 

@@ -156,16 +156,16 @@ class GlobalNode:
         self._under_way = {}
         return sends
 
-    def inspect(self, message: Message, filled: Iterable[int]) -> Finding | None:
+    def inspect(self, message: Message, progress: Iterable[int]) -> Finding | None:
         """Inspects the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
 
         Args:
             message: The message.
-            filled: Yields the number of elements that have arrived so far.
+            progress: Yields the number of elements that have arrived so far.
         """
         if isinstance(message, RegionUpdate) and message.vector is not None and self.server is not None:
-            return self.server.inspect(message.vector, filled)
-        for _ in filled:
+            return self.server.inspect(message.vector, progress)
+        for _ in progress:
             pass
         return None
 

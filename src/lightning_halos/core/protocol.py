@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 from lightning_halos.core.messages import GlobalModel, Marker, Message, RegionModel, RegionUpdate, Shard
-from lightning_halos.core.vector import Reach, nobody
+from lightning_halos.core.vector import Advance, ignore_progress
 
 GLOBAL = -1
 """Address of the global node. A local server's workers have their ranks as addresses, local servers their indices."""
@@ -38,12 +38,12 @@ class Send:
 
     to: int
     message: Message | Shard
-    fill: Callable[[Reach], object] | None = None
+    fill: Callable[[Advance], object] | None = None
 
     def complete(self) -> Message | Shard:
         """Computes the message's vector, if necessary, and returns the message."""
         if self.fill is not None:
-            self.fill(nobody)
+            self.fill(ignore_progress)
         if isinstance(self.message, Shard):
             while not self.message.advance():
                 pass

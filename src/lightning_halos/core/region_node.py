@@ -39,7 +39,7 @@ from lightning_halos.core.protocol import (
 )
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import Finding, LocalServer
-from lightning_halos.core.vector import nobody
+from lightning_halos.core.vector import ignore_progress
 
 
 class RegionNode:
@@ -110,16 +110,16 @@ class RegionNode:
         """Orders the first data."""
         return self._lease()
 
-    def inspect(self, message: Message, filled: Iterable[int]) -> Finding | None:
+    def inspect(self, message: Message, progress: Iterable[int]) -> Finding | None:
         """Inspects the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
 
         Args:
             message: The message.
-            filled: Yields the number of elements that have arrived so far.
+            progress: Yields the number of elements that have arrived so far.
         """
         if isinstance(message, Push) and message.vector is not None:
-            return self.server.inspect(message.vector, filled)
-        for _ in filled:
+            return self.server.inspect(message.vector, progress)
+        for _ in progress:
             pass
         return None
 
@@ -187,7 +187,7 @@ class RegionNode:
             staleness = self.server.staleness if is_good else None
             apply = partial(self.server.apply, push, is_good, answer)
             if push.final:
-                apply(nobody)
+                apply(ignore_progress)
             else:
                 sends.append(Send(rank, self._pull(push, answer), apply))
         else:

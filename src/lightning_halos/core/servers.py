@@ -22,7 +22,7 @@ from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.outliers import NormLimit
 from lightning_halos.core.snapshot import Portion, ServerSnapshot
-from lightning_halos.core.vector import PART, Reach, nobody
+from lightning_halos.core.vector import PART, Advance, ignore_progress
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +100,15 @@ class ParameterServer:
         """Number of rejected updates."""
         return sum(self.rejections.values())
 
-    def inspect(self, vector: Tensor, filled: Iterable[int] | None = None) -> Finding:
+    def inspect(self, vector: Tensor, progress: Iterable[int] | None = None) -> Finding:
         """Checks an update and computes its norm, in one pass over its memory. Reads nothing that an update changes.
 
         Args:
             vector: The update.
-            filled: Yields the number of elements that have arrived so far. Default: all have arrived.
+            progress: Yields the number of elements that have arrived so far. Default: all have arrived.
         """
         there, finite, norm, end = 0, True, 0.0, self._num_parameters
-        for stop in [vector.numel()] if filled is None else filled:
+        for stop in [vector.numel()] if progress is None else progress:
             parameters, buffers = vector[there : min(stop, end)], vector[max(there, end) : stop]
             part = norm_of(parameters)
             # The norm of finite values may be infinite, because squares overflow first.
@@ -233,7 +233,7 @@ class ParameterServer:
         fits = vector.dtype == self.model.dtype and vector.shape == self.model.shape
         return vector if fits else torch.empty_like(self.model)
 
-    def _apply(self, vector: Tensor, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
+    def _apply(self, vector: Tensor, is_good: bool, answer: Tensor, advance: Advance = ignore_progress) -> None:
         """Applies a valid update and fills the answer, one portion of the model after the other."""
         stop = 0
         for index, portion in enumerate(self._portions if is_good else []):
@@ -247,18 +247,18 @@ class ParameterServer:
             self._optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
-            self._answer(answer, start, stop, reach)
+            self._answer(answer, start, stop, advance)
         if is_good:
             self._preserve(len(self._portions))
             self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
-        self._answer(answer, stop, self.model.numel(), reach)
+        self._answer(answer, stop, self.model.numel(), advance)
 
-    def _answer(self, answer: Tensor, start: int, stop: int, reach: Reach) -> None:
+    def _answer(self, answer: Tensor, start: int, stop: int, advance: Advance) -> None:
         """Copies the elements from ``start`` to ``stop`` of the model into the answer."""
         for begin in range(start, stop, PART):
             end = min(begin + PART, stop)
             answer[begin:end].copy_(self.model[begin:end])
-            reach(end)
+            advance(end)
 
 
 class LocalServer(ParameterServer):
@@ -365,17 +365,17 @@ class LocalServer(ParameterServer):
             is_good = self._count(finding, push.version, push.worker, name)
         return self._memory(push.vector), is_good
 
-    def apply(self, push: Push, is_good: bool, answer: Tensor, reach: Reach = nobody) -> None:
+    def apply(self, push: Push, is_good: bool, answer: Tensor, advance: Advance = ignore_progress) -> None:
         """Applies a push, if necessary, and fills its answer.
 
         Args:
             push: The push.
             is_good: Whether it must be applied, from :meth:`accept`.
             answer: The memory for the answer, from :meth:`accept`. It is filled with the model for the next round.
-            reach: Called with the number of complete elements of the answer.
+            advance: Called with the number of complete elements of the answer.
         """
         assert push.vector is not None
-        self._apply(push.vector, is_good, answer, reach)
+        self._apply(push.vector, is_good, answer, advance)
 
     def begin_exchange(self) -> RegionUpdate:
         """Returns the update that is due. :meth:`fill` must compute its vector before the next push or merge."""
@@ -396,12 +396,12 @@ class LocalServer(ParameterServer):
         self.fill(update)
         return update
 
-    def fill(self, update: RegionUpdate, reach: Reach = nobody) -> None:
+    def fill(self, update: RegionUpdate, advance: Advance = ignore_progress) -> None:
         """Computes the vector of an update in place.
 
         Args:
             update: The update from :meth:`begin_exchange`.
-            reach: Called with the number of complete elements of the vector.
+            advance: Called with the number of complete elements of the vector.
         """
         vector = update.vector
         assert vector is not None
@@ -415,7 +415,7 @@ class LocalServer(ParameterServer):
             parameters = min(stop, max(start, self._num_parameters))
             vector[start:parameters].sub_(self.model[start:parameters])
             vector[parameters:stop] = self.model[parameters:stop]
-            reach(stop)
+            advance(stop)
 
     def merge(self, reply: GlobalModel) -> None:
         """Merges the global server's answer. Ignored unless it answers the unanswered update.

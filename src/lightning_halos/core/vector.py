@@ -18,11 +18,11 @@ from lightning_halos.core.copies import Copies, Run, copies_of
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
 
-Reach = Callable[[int], None]
+Advance = Callable[[int], None]
 """Called repeatedly with the number of complete elements of a vector, while it is filled from front to back."""
 
 
-def nobody(elements: int) -> None:
+def ignore_progress(elements: int) -> None:
     """Ignores the number of complete elements."""
 
 
@@ -87,24 +87,24 @@ class ModelVector:
         return out
 
     @torch.no_grad()
-    def write(self, vector: Tensor, filled: Iterable[int] | None = None) -> None:
+    def write(self, vector: Tensor, progress: Iterable[int] | None = None) -> None:
         """Copies the values of ``vector`` into the module.
 
         Args:
             vector: The vector.
-            filled: Yields the number of complete elements, while the vector is filled from front to back. Default: the
-                vector is complete.
+            progress: Yields the number of complete elements, while the vector is filled from front to back. Default:
+                the vector is complete.
         """
         runs = self._runs(vector)
-        self._copies.to_device(runs if filled is None else _filled(runs, filled))
+        self._copies.to_device(runs if progress is None else _filled(runs, progress))
 
     @torch.no_grad()
-    def pseudo_gradient_(self, start: Tensor, reach: Reach = nobody) -> Tensor:
+    def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress) -> Tensor:
         """Turns the vector at the start of a round into the vector of its push, in place.
 
         Args:
             start: The vector at the start of the round.
-            reach: Called with the number of complete elements.
+            advance: Called with the number of complete elements.
 
         Returns:
             ``start``, which now has start minus end for the parameters, and the present values of the buffers.
@@ -114,7 +114,7 @@ class ModelVector:
                 subtract_each_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
             else:
                 copy_each_(parts, tensors)
-            reach(stop)
+            advance(stop)
         return start
 
     def newly_trainable(self, module: nn.Module) -> list[str]:
@@ -167,12 +167,12 @@ class ModelVector:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _filled(runs: Iterable[Run], filled: Iterable[int]) -> Iterator[Run]:
+def _filled(runs: Iterable[Run], progress: Iterable[int]) -> Iterator[Run]:
     """Yields each run as soon as its parts of the vector are complete."""
-    progress, complete = iter(filled), 0
+    steps, complete = iter(progress), 0
     for run in runs:
         while complete < run[-1]:
-            complete = next(progress)
+            complete = next(steps)
         yield run
 
 

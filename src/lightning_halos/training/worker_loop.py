@@ -6,7 +6,7 @@ It is a callback that the strategy installs for a fit. The servers' nodes make t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_halos.core.messages import Marker, Push, ShardWritten
-from lightning_halos.core.vector import Reach
+from lightning_halos.core.vector import Advance
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
@@ -23,7 +23,6 @@ from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
-from lightning_halos.transport.link import Filled
 
 Keep = Callable[[Marker, dict[str, Any], Callable[[ShardWritten], None]], None]
 """Writes a worker's shard, given the marker of the snapshot, the worker's state, and what reports it to rank 0."""
@@ -131,7 +130,7 @@ class WorkerLoop(Callback):
             self.finish(stop=self._lightning.wants_to_stop)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._world.alarm.raised(describe(exception))
+        self._world.alarm.report(describe(exception))
 
     def finish(self, stop: bool) -> None:
         """Pushes the last round, waits for the final global model, and loads it.
@@ -153,11 +152,11 @@ class WorkerLoop(Callback):
         else:
             self._exchange(push, _filled)
 
-    def _finish(self, push: Push, fill: Callable[[Reach], object]) -> None:
-        final, filled = self._world.client.finish(push, fill)
+    def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        final, progress = self._world.client.finish(push, fill)
         if final.vector is not None:
-            self._vector.write(final.vector, filled)
-        self._world.alarm.off()
+            self._vector.write(final.vector, progress)
+        self._world.alarm.disarm()
         self.finished = True
         self._pull(final.position, [])
         self._lightning.finish(final.position, final.stopped)
@@ -199,11 +198,11 @@ class WorkerLoop(Callback):
         # Only once per round, because the device is idle afterwards until the host queues new work.
         self.round.compute(0, self.stopwatch.drain())
 
-    def _exchange(self, push: Push, fill: Callable[[Reach], object]) -> None:
+    def _exchange(self, push: Push, fill: Callable[[Advance], object]) -> None:
         posted = self.stopwatch.now()
-        pull, filled = self._world.client.exchange(push, fill)
+        pull, progress = self._world.client.exchange(push, fill)
         if pull.vector is not None:
-            self._load(pull.vector, filled)
+            self._load(pull.vector, progress)
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
         self._pull(pull.position, pull.plateaus)
         if not self._decides:
@@ -238,13 +237,13 @@ class WorkerLoop(Callback):
                 " lightning.pytorch.callbacks.BaseFinetuning."
             )
 
-    def _fill(self, reach: Reach) -> None:
+    def _fill(self, advance: Advance) -> None:
         assert self._memory is not None
-        self._vector.pseudo_gradient_(self._memory, reach)
+        self._vector.pseudo_gradient_(self._memory, advance)
 
-    def _load(self, model: Tensor, filled: Filled) -> None:
+    def _load(self, model: Tensor, progress: Iterable[int]) -> None:
         self._memory = model
-        self._vector.write(self._memory, filled)
+        self._vector.write(self._memory, progress)
         if not self._vector.lossless:
             self._vector.read(self._memory)
 
@@ -254,5 +253,5 @@ class WorkerLoop(Callback):
         return self._preemption.is_due and not self._world.repeats_rounds
 
 
-def _filled(reach: Reach) -> None:
+def _filled(advance: Advance) -> None:
     """Fills nothing, for a push whose vector is complete."""

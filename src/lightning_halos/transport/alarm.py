@@ -73,7 +73,7 @@ class Alarm:
         reason = str(error) if isinstance(error, PeerLostError) else describe(error)
         self._ring(error, Failure(self.here, reason))
 
-    def lost(self, peer: str, what: str, timeout: float) -> PeerLostError:
+    def peer_lost(self, peer: str, what: str, timeout: float) -> PeerLostError:
         """Returns the error for a wait that lasted too long, with the time of each peer's last sign of life.
 
         Args:
@@ -92,7 +92,7 @@ class Alarm:
             + (f" Last heard of: {told}." if told else "")
         )
 
-    def told(self, news: Failure | Preempted) -> None:
+    def receive(self, news: Failure | Preempted) -> None:
         """Handles a failure or preemption that a peer reported or passed on."""
         if isinstance(news, Preempted):
             self.preempt()
@@ -113,11 +113,11 @@ class Alarm:
         for link in links:
             link.post(Preempted())
 
-    def raised(self, reason: str) -> None:
+    def report(self, reason: str) -> None:
         """Tells the peers that the main thread of this process failed."""
         self._ring(None, Failure(self.here, reason))
 
-    def off(self) -> None:
+    def disarm(self) -> None:
         """Ignores failures from now on, because the run is over."""
         with self._lock:
             self._off = True
@@ -150,14 +150,14 @@ class Alarm:
         if self._error is None or self._off:
             return
         if self.preempted_since is not None and isinstance(self._error, (PeerFailedError, PeerLostError)):
-            self.off()
+            self.disarm()
             raise SystemExit(EXIT_CODE)
         remaining = self._since + _GRACE - time.monotonic()
         if isinstance(self._error, PeerFailedError) and remaining > 0:
             if not wait:
                 return
             time.sleep(remaining)
-        self.off()
+        self.disarm()
         raise self._error
 
     def close(self, timeout: float) -> None:
@@ -179,7 +179,7 @@ class Alarm:
                 now = time.monotonic()
                 for link in list(self.links):
                     if link.silence(now) > timeout:
-                        self.fail(self.lost(link.peer, "say anything", timeout))
+                        self.fail(self.peer_lost(link.peer, "say anything", timeout))
         except Exception as error:
             self.fail(error)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from torch import Tensor
@@ -27,9 +27,9 @@ from lightning_halos.core.messages import (
     ShardWritten,
     Status,
 )
-from lightning_halos.core.vector import Reach
+from lightning_halos.core.vector import Advance
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Filled, Filling, Link, progress_limit
+from lightning_halos.transport.link import Link, VectorProgress, progress_limit
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class WorkerClient:
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
 
-    def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
+    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         """Sends a push and waits for the answer.
 
         Args:
@@ -75,9 +75,9 @@ class WorkerClient:
         while isinstance(message := self._wait("answer a push", self._inbox), Marker):
             self.keep(message, push)
         assert isinstance(message, Pull)
-        return message, self._filled(message.vector)
+        return message, self._arrival_of(message.vector)
 
-    def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
+    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the last push and waits for the final global model, as long as the other workers make progress.
 
         Args:
@@ -100,7 +100,7 @@ class WorkerClient:
                 self.keep(message, push)
             else:
                 assert isinstance(message, Status)
-        return message, self._filled(message.vector)
+        return message, self._arrival_of(message.vector)
 
     def leases(self) -> Iterator[Lease]:
         """Yields the data to train on. Each lease is requested while the worker trains on the previous one.
@@ -118,15 +118,15 @@ class WorkerClient:
         """Tells rank 0 whether this worker's shard of a checkpoint has been written."""
         self._link.post(message)
 
-    def _push(self, push: Push, fill: Callable[[Reach], object]) -> None:
+    def _push(self, push: Push, fill: Callable[[Advance], object]) -> None:
         if push.vector is None:
             self._link.post(push)
             return
-        with Filling(push.vector) as filling:
-            self._link.post(push, filling)
-            fill(filling.reach)
+        with VectorProgress(push.vector) as progress:
+            self._link.post(push, progress)
+            fill(progress.advance)
 
-    def _filled(self, vector: Tensor | None) -> Filled:
+    def _arrival_of(self, vector: Tensor | None) -> Iterable[int]:
         assert vector is not None
         arrived = 0
         while arrived < vector.numel():
@@ -144,15 +144,15 @@ class WorkerClient:
             except queue.Empty:
                 pass
             if time.monotonic() > deadline and not self._alarm.has_failed:
-                raise self._alarm.lost(self._link.peer, what, self._limit)
+                raise self._alarm.peer_lost(self._link.peer, what, self._limit)
 
-    def _on_message(self, message: Message, filled: Filled) -> None:
+    def _on_message(self, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Failure | Preempted):
-            self._alarm.told(message)
+            self._alarm.receive(message)
             return
         if isinstance(message, LeaseGrant):
             self._grants.put(message)
             return
         self._inbox.put(message)
-        for arrived in filled:
+        for arrived in progress:
             self._inbox.put(arrived)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.protocol import GLOBAL, GlobalState, Send, travels_with_models
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Filled, Filling, Link, Slot
+from lightning_halos.transport.link import Link, Slot, VectorProgress
 
 _YIELD = 0.001  # seconds; without a pause a thread would take a lock again before those that wait for it wake up
 
@@ -102,13 +102,13 @@ class Host:
         with self._lock:
             return self._node.state_dict()
 
-    def _on_message(self, peer: int, message: Message, filled: Filled) -> None:
+    def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Failure | Preempted):
-            self._alarm.told(message)
+            self._alarm.receive(message)
         elif isinstance(message, ShardWritten):
             self._forward(message)
         else:
-            finding = self._node.inspect(message, filled)
+            finding = self._node.inspect(message, progress)
             with self._lock:
                 self._post(self._node.handle(peer, message, finding))
 
@@ -124,9 +124,9 @@ class Host:
                 continue
             vector = getattr(message, "vector", None)
             assert vector is not None
-            with Filling(vector) as filling:
-                link.post(message, filling, sent=self._after_sending(message))
-                send.fill(filling.reach)
+            with VectorProgress(vector) as progress:
+                link.post(message, progress, sent=self._after_sending(message))
+                send.fill(progress.advance)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
         """Returns the function to call when a message is sent and its vector's memory may be reused."""
@@ -198,7 +198,7 @@ class RegionHost(Host):
         if node.server.exchanging:
             self._sent.put(torch.empty_like(node.model))  # for the answer that is still missing
 
-    def memory(self, elements: int, dtype: torch.dtype) -> Tensor:
+    def memory(self) -> Tensor:
         """Returns the memory for an answer of the global server: the memory of the update that it answers."""
         return self._sent.get()
 
@@ -211,10 +211,10 @@ class RegionHost(Host):
         with self._lock:
             self._node.settle(model)
 
-    def _on_message(self, peer: int, message: Message, filled: Filled) -> None:
+    def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Push):
             self._node.traffic = self._traffic()
-        super()._on_message(peer, message, filled)
+        super()._on_message(peer, message, progress)
         if isinstance(message, Push) and message.final and message.vector is not None:
             self._slot.give_back(message.vector)
 

@@ -31,22 +31,20 @@ from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
 AT_THE_EDGES = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
 
-Filled = Iterable[int]
-"""Yields the number of elements of a vector that are complete, while it is filled from front to back."""
-OnMessage = Callable[[Message, Filled], None]
+OnMessage = Callable[[Message, Iterable[int]], None]
 OnFailure = Callable[[Exception], None]
-Memory = Callable[[int, torch.dtype], Tensor]
-"""Returns the memory to receive a vector into, for its number of elements and dtype."""
+Memory = Callable[[], Tensor]
+"""Returns the memory to receive a vector into."""
 
 
 class VectorCutOffError(Exception):
     """The rest of a vector will not arrive. Its message is dropped, and a :class:`Failure` follows."""
 
 
-class Filling:
-    """Lets a vector be sent while a ``with`` block fills it from front to back.
+class VectorProgress:
+    """Progress of a vector, which can be sent while a ``with`` block fills it from front to back.
 
-    If the block raises, the receiver drops the message.
+    Iterating over it yields the number of complete elements. If the block raises, the receiver drops the message.
 
     Args:
         vector: The vector.
@@ -57,18 +55,18 @@ class Filling:
         self._reached = 0
         self._progress: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
-    def reach(self, elements: int) -> None:
+    def advance(self, elements: int) -> None:
         """Reports the number of complete elements. The sender is notified when another part is complete."""
         before, self._reached = self._reached, elements
         if elements // PART > before // PART or elements == self._vector.numel():
             self._progress.put(elements)
 
-    def __enter__(self) -> Filling:
+    def __enter__(self) -> VectorProgress:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is None:
-            self.reach(self._vector.numel())
+            self.advance(self._vector.numel())
         else:
             self._progress.put(None)
 
@@ -84,13 +82,8 @@ class Filling:
 @dataclass
 class _Outgoing:
     message: Message
-    filling: Filling | None
+    progress: Iterable[int]
     sent: Callable[[], None] | None
-
-    @property
-    def filled(self) -> Filled:
-        vector = wire.vector_of(self.message)
-        return self.filling or ([] if vector is None else [vector.numel()])
 
 
 class Link(ABC):
@@ -130,16 +123,20 @@ class Link(ABC):
             self._threads.append(thread)
             thread.start()
 
-    def post(self, message: Message, filling: Filling | None = None, sent: Callable[[], None] | None = None) -> None:
+    def post(
+        self, message: Message, progress: VectorProgress | None = None, sent: Callable[[], None] | None = None
+    ) -> None:
         """Sends a message, without waiting.
 
         Args:
             message: The message. Its vector must not change until it is sent.
-            filling: Progress of the message's vector, if it is not complete yet.
+            progress: Progress of the message's vector, if it is not complete yet.
             sent: Called in the sending thread when the message's vector may be overwritten. Never called if the peer
                 keeps the vector.
         """
-        self._outbox.put(_Outgoing(message, filling, sent))
+        vector = wire.vector_of(message)
+        complete = [] if vector is None else [vector.numel()]
+        self._outbox.put(_Outgoing(message, progress or complete, sent))
 
     def close(self) -> None:
         """Says goodbye. The threads end when the peer has also said goodbye."""
@@ -201,11 +198,11 @@ class LoopbackLink(Link):
 
     def _receive_all(self, on_message: OnMessage) -> None:
         while (outgoing := self._other._outbox.get()) is not None:
-            filled = iter(outgoing.filled)
             with suppress(VectorCutOffError):
-                on_message(outgoing.message, filled)
-                whole(filled)
-            del outgoing, filled
+                progress = iter(outgoing.progress)
+                on_message(outgoing.message, progress)
+                wait_all(progress)
+            del outgoing, progress
 
 
 class GlooLink(Link):
@@ -246,7 +243,7 @@ class GlooLink(Link):
         # When a wait exceeds gloo's limit, gloo closes all connections of the group. So this is only a last resort.
         self._limit = timedelta(seconds=2 * progress_limit(timeout))
         self._form = form
-        self._memory = memory or (lambda elements, dtype: torch.empty(elements, dtype=dtype))
+        self._memory = memory
 
     def _send_all(self, on_message: OnMessage) -> None:
         self._send_frame(self._HELLO, wire.PROTOCOL)
@@ -273,7 +270,7 @@ class GlooLink(Link):
         if len(data) > room:
             self._send_each([torch.frombuffer(bytearray(data[room:]), dtype=torch.uint8)], self._TEXT)
         if vector is not None:
-            self._send_each(_parts_of(vector, outgoing.filled), self._VECTOR)
+            self._send_each(_parts_of(vector, outgoing.progress), self._VECTOR)
         if outgoing.sent is not None:
             outgoing.sent()
 
@@ -310,17 +307,17 @@ class GlooLink(Link):
 
     def _receive_message(self, data: bytes, elements: int, on_message: OnMessage) -> None:
         vector = None
-        filled: Iterator[int] = iter(())
+        progress: Iterator[int] = iter(())
         if elements:
             assert self._form is not None
-            vector = self._memory(*self._form)
-            filled = self._receive_vector(vector)
-        on_message(wire.decode(data, vector), filled)
-        whole(filled)
+            vector = torch.empty(self._form[0], dtype=self._form[1]) if self._memory is None else self._memory()
+            progress = self._receive_vector(vector)
+        on_message(wire.decode(data, vector), progress)
+        wait_all(progress)
 
     def _receive(self, size: int) -> bytes:
         text = torch.empty(size, dtype=torch.uint8)
-        whole(self._receive_each([text], self._TEXT))
+        wait_all(self._receive_each([text], self._TEXT))
         return text.numpy().tobytes()
 
     def _receive_vector(self, vector: Tensor) -> Iterator[int]:
@@ -389,23 +386,23 @@ def since(heard: float | None) -> str:
     return f"{seconds:.1f} s ago, at {time.strftime('%H:%M:%S', time.localtime(time.time() - seconds))}"
 
 
-def whole(filled: Filled) -> None:
+def wait_all(progress: Iterable[int]) -> None:
     """Waits until a vector has arrived completely."""
-    for _ in filled:
+    for _ in progress:
         pass
 
 
-def _parts_of(vector: Tensor, filled: Filled) -> Iterator[Tensor]:
+def _parts_of(vector: Tensor, progress: Iterable[int]) -> Iterator[Tensor]:
     """Yields the parts of a vector as soon as they are complete, and a byte: 1 if the vector is complete, else 0.
 
     All parts of a vector that is cut off are sent, because the receiver waits for them.
     """
-    progress, complete, stop = iter(filled), 0, 0
+    steps, complete, stop = iter(progress), 0, 0
     for part in torch.split(vector, PART):
         stop += part.numel()
         while 0 <= complete < stop:
             try:
-                complete = next(progress)
+                complete = next(steps)
             except VectorCutOffError:
                 complete = -1
         yield part
@@ -425,12 +422,11 @@ class Slot:
         self._vector: Tensor | None = None
         self._free = threading.Semaphore(1)
 
-    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+    def take(self) -> Tensor:
         """Waits for the memory and returns it."""
-        assert (elements, dtype) == (self._elements, self._dtype)
         self._free.acquire()
         if self._vector is None:
-            self._vector = torch.empty(elements, dtype=dtype)
+            self._vector = torch.empty(self._elements, dtype=self._dtype)
         return self._vector
 
     def give_back(self, vector: Tensor) -> None:

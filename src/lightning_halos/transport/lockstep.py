@@ -6,7 +6,7 @@ and the collectives give all replicas the same pushes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.synchronous_node import SynchronousNode
-from lightning_halos.core.vector import Reach, nobody
+from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.link import Filled
 
 
 class LockstepClient:
@@ -51,27 +50,27 @@ class LockstepClient:
         assert self.node.model is not None
         return self.node.model
 
-    def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
+    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         """Takes part in a round; see :meth:`WorkerClient.exchange`.
 
         Raises:
             PeerLostError: If a worker has ended, or did not arrive in time.
         """
         assert push.vector is not None
-        fill(nobody)
+        fill(ignore_progress)
         pull = self._take_part(push)
         assert isinstance(pull, Pull)
         pull.vector = push.vector.copy_(self.model)
         return pull, [self.model.numel()]
 
-    def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
+    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Takes part in rounds until all workers have finished; see :meth:`WorkerClient.finish`.
 
         Raises:
             PeerLostError: If a worker has ended, or did not arrive in time.
         """
         if push.vector is not None:
-            fill(nobody)
+            fill(ignore_progress)
         while not isinstance(final := self._take_part(push), GlobalModel):
             push = Push(self._rank, push.version, 0, 0, 0.0, final=True)
         return final, [self.model.numel()]

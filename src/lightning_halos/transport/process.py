@@ -100,7 +100,8 @@ class Process:
             link = self._host_region(algorithm, model, shapes, budget, stock, server_state)
         else:
             leader = f"the server of {topology.describe(group.leader)}"
-            link = self._gloo_link(groups.region, 0, leader, _reuse(model))
+            # The worker's own vector, whose values were sent with the push.
+            link = self._gloo_link(groups.region, 0, leader, lambda: model)
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
 
@@ -231,13 +232,3 @@ class Process:
         pair = LoopbackLink.pair(first, second)
         self.alarm.add(*pair)
         return pair
-
-
-def _reuse(vector: Tensor) -> Memory:
-    """Returns a function that receives models into the worker's own vector, whose values were sent with the push."""
-
-    def memory(elements: int, dtype: torch.dtype) -> Tensor:
-        assert (elements, dtype) == (vector.numel(), vector.dtype)
-        return vector
-
-    return memory

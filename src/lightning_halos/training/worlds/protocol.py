@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
-from lightning_halos.core.vector import Reach
+from lightning_halos.core.vector import Advance
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Filled
 
 
 class Client(Protocol):
     """The worker's end; see :class:`~lightning_halos.transport.client.WorkerClient`."""
 
-    def exchange(self, push: Push, fill: Callable[[Reach], object]) -> tuple[Pull, Filled]:
+    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         """Sends the worker's push, and waits for the answer."""
 
-    def finish(self, push: Push, fill: Callable[[Reach], object]) -> tuple[GlobalModel, Filled]:
+    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the worker's last push, and waits for the final model."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_halos.core.messages import Failure, Marker, Message, Preempted, P
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Network, Work
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Filled, Link, whole
+from lightning_halos.transport.link import Link, wait_all
 
 
 class Simulation:
@@ -60,7 +60,7 @@ class Simulation:
     def attach(self, rank: int, link: Link) -> None:
         """Connects a worker."""
         self._links[rank] = link
-        link.start(lambda message, filled: self._on_message(rank, message, filled), self._alarm.fail)
+        link.start(lambda message, progress: self._on_message(rank, message, progress), self._alarm.fail)
 
     def start(self) -> None:
         """Starts the clock, when all workers are connected."""
@@ -129,15 +129,15 @@ class Simulation:
                 self._moment.wait(0.2)
             yield
 
-    def _on_message(self, rank: int, message: Message, filled: Filled) -> None:
+    def _on_message(self, rank: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Failure | Preempted):
-            self._alarm.told(message)
+            self._alarm.receive(message)
             return
         if isinstance(message, ShardWritten):
             self._saves.written(message)
             return
         assert isinstance(message, Push)
-        whole(filled)
+        wait_all(progress)
         self._inboxes[rank].put(message)
 
     def _guard(self) -> None:
@@ -185,7 +185,7 @@ class Simulation:
                 if self._alarm.is_over:
                     raise
                 if time.monotonic() > deadline:
-                    raise self._alarm.lost(self._links[worker].peer, "finish its round", self._timeout) from None
+                    raise self._alarm.peer_lost(self._links[worker].peer, "finish its round", self._timeout) from None
         with self._moment:
             self._waits_for_rank_0 = False
         return push
