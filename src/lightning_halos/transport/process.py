@@ -81,6 +81,7 @@ class Process:
         self._timeout = timeout
         self._form = model.numel(), model.dtype
         self._store = store
+        self._steps_before = budget.total
         self._region_host: RegionHost | None = None
         group = topology.group_of(rank)
         if rank == 0:
@@ -124,9 +125,9 @@ class Process:
 
     @property
     def steps(self) -> int:
-        """Local steps in the global model."""
+        """Local steps of this run in the global model."""
         assert self.global_host is not None
-        return self.global_host.applied
+        return self.global_host.applied - self._steps_before
 
     def read(self, out: Tensor) -> None:
         """Copies the global model into the vector ``out``."""

@@ -37,6 +37,7 @@ class LockstepWorld:
         planner = algorithm.planner(site.size, budget.max_steps)
         node = SynchronousNode(algorithm.server(start.memory.clone(), start.vector.shapes), planner, budget)
         self.alarm = Alarm(site.here)
+        self._steps_before = budget.total
         self.client = LockstepClient(site.rank, site.collectives_of_a_fit(), node, planner, site.timeout)
         self.has_global_model = site.rank == 0
         local_steps = planner.local_steps(site.rank, budget.total)
@@ -51,7 +52,7 @@ class LockstepWorld:
 
     @property
     def steps(self) -> int:
-        return self.client.node.budget.total
+        return self.client.node.budget.total - self._steps_before
 
     def read(self, out: Tensor) -> None:
         out.copy_(self.client.model)

@@ -87,7 +87,7 @@ class World(Protocol):
 
     @property
     def steps(self) -> int:
-        """Local steps in the global model. On rank 0."""
+        """Local steps of this run in the global model. On rank 0."""
 
     def read(self, out: Tensor) -> None:
         """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
