@@ -43,7 +43,7 @@ from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.groups import Groups, make_group
-from lightning_halos.transport.process import Process
+from lightning_halos.transport.runtime import NodeRuntime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -85,7 +85,7 @@ def round_trip_process(folder: Path) -> None:
     vector = ModelVector(module)
     memory = vector.read(vector.new())
     groups = Groups(store, topology, rank, timeout)
-    process = Process(
+    runtime = NodeRuntime(
         rank, topology, groups, Halos(), memory, vector.shapes, StepBudget(2), None, timeout, lambda: None
     )
     worker = WorkerRound(rank, local_steps=8)
@@ -100,7 +100,7 @@ def round_trip_process(folder: Path) -> None:
 
     def exchange() -> None:
         push = worker.push(memory)
-        pull, progress = process.client.exchange(push, partial(vector.pseudo_gradient_, memory))
+        pull, progress = runtime.client.exchange(push, partial(vector.pseudo_gradient_, memory))
         vector.write(memory, progress)
         worker.receive(pull, waited=0.0)
 
@@ -123,8 +123,8 @@ def round_trip_process(folder: Path) -> None:
             exchange()
             times.append((between - start, time.perf_counter() - begin))
         (folder / "times").write_text(json.dumps(times[1:]))
-    process.client.finish(worker.push(None, final=True), lambda advance: None)
-    process.close(timeout)
+    runtime.client.finish(worker.push(None, final=True), lambda advance: None)
+    runtime.close(timeout)
 
 
 def round_trip() -> bool:

@@ -35,7 +35,7 @@ from lightning_halos.core.messages import (
     Push,
     Shard,
 )
-from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, ProtocolError, Send, travels_with_models
+from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import GlobalServer, LocalServer
@@ -527,7 +527,7 @@ class ChaosRun:
             if to == STORAGE:
                 self._store(message)
             elif to == GLOBAL:
-                self._send(("models" if travels_with_models(message) else "control", index, "up"), message)
+                self._send(("models" if uses_models_link(message) else "control", index, "up"), message)
             else:
                 self._send(("worker", to, "down"), message)
 
@@ -536,7 +536,7 @@ class ChaosRun:
             if to == STORAGE:
                 self._store(message)
             else:
-                self._send(("models" if travels_with_models(message) else "control", to, "down"), message)
+                self._send(("models" if uses_models_link(message) else "control", to, "down"), message)
 
     def _store(self, shard: Message | Shard) -> None:
         assert isinstance(shard, Shard)

@@ -340,7 +340,7 @@ class TestState:
     def test_of_the_only_server_of_a_finished_run_counts_no_steps_that_are_done(self):
         server = local_server(k=None)
         server.receive(push(1.0, 0.0, steps=8))
-        server.settle(server.model.clone())
+        server.adopt_final_model(server.model.clone())
         assert server.state_dict()["steps"] == 0
 
 

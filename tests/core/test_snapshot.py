@@ -74,7 +74,7 @@ class Peers:
             self.server.merge(GlobalModel(1, vector=self.vector(), number=self.in_flight.number))
             self.in_flight = None
         elif self.is_flushed:
-            self.server.settle(self.vector())
+            self.server.adopt_final_model(self.vector())
             self.is_flushed = False
         elif self.draw.random() < 0.05:
             self.server.flush()

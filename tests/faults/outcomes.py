@@ -149,7 +149,6 @@ def struck(case: Case, folder: Path) -> Result:
     silence = SILENCE if case.fault == "SIGSTOP" else 60.0
     alarm._GRACE = strategy._GOODBYE = 0.5
     collectives._ROLL_CALL = 1.0
-    strategy.AT_THE_EDGES = silence
     return fitted(Victim(case, folder, folder / "checkpoints"), folder / "checkpoints", timeout=silence)
 
 

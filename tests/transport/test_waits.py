@@ -84,21 +84,21 @@ class Worker:
 
 
 def test_a_push_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "AT_THE_EDGES", 0.3)
+    monkeypatch.setattr(link, "MIN_PATIENCE", 0.3)
     worker = Worker(timeout=0.01)
     with pytest.raises(PeerLostError, match=r"its server did not answer a push for 0.3 s, and rank 1 waited for it"):
         worker.client.exchange(worker.push(), ignore)
 
 
 def test_a_final_model_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "AT_THE_EDGES", 0.5)
+    monkeypatch.setattr(link, "MIN_PATIENCE", 0.5)
     worker = Worker(timeout=0.01)
     with pytest.raises(PeerLostError, match=r"its server did not send the final model, or news .* for 0.5 s"):
         worker.client.finish(worker.push(), ignore)
 
 
 def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "AT_THE_EDGES", 1.5)
+    monkeypatch.setattr(link, "MIN_PATIENCE", 1.5)
     worker = Worker(timeout=0.01)
 
     def others_go_on() -> None:

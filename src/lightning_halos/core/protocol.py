@@ -50,7 +50,7 @@ class Send:
         return self.message
 
 
-def travels_with_models(message: Message) -> bool:
+def uses_models_link(message: Message) -> bool:
     """Returns whether a message between a local server and the global server is sent on the models link.
 
     Other messages have a link of their own, so that a stop notice overtakes a model. A marker is sent on the models

@@ -155,9 +155,9 @@ class RegionNode:
                     return self._on_lease_request(sender, message)
         raise ProtocolError(f"Local server {self.server.index} got an unexpected message from {sender}: {message!r}.")
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the model by the final global model after the run, for a later run that continues from there."""
-        self.server.settle(model)
+        self.server.adopt_final_model(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state from which a later run can continue."""

@@ -434,7 +434,7 @@ class LocalServer(ParameterServer):
         self._global_version = reply.version
         self.merges += 1
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the model by the final global model after the flush, for a later run that continues from there.
 
         Args:
@@ -535,7 +535,7 @@ class GlobalServer(ParameterServer):
         self.steps = state["steps"]
 
 
-def unsent(index: int, state: Mapping[str, Any]) -> RegionUpdate:
+def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     """Returns the last update that a local server of a state would send; see :meth:`LocalServer.flush`.
 
     Args:

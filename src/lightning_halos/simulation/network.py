@@ -171,7 +171,7 @@ class Network(ABC):
         """Returns the counters of each local server, as :class:`~lightning_halos.HalosMonitor` shows them."""
         return []
 
-    def settle(self) -> None:  # noqa: B027  (does nothing without local servers)
+    def adopt_final_model(self) -> None:  # noqa: B027  (does nothing without local servers)
         """Replaces the local servers' models by the final model, for a later run that continues from there."""
 
     @abstractmethod
@@ -324,9 +324,9 @@ class RegionNetwork(Network):
     def statistics(self) -> list[dict[str, Any]]:
         return [counters.statistics() for counters in self._global.counters.values()]
 
-    def settle(self) -> None:
+    def adopt_final_model(self) -> None:
         for node in self._locals:
-            node.settle(self.model.clone())
+            node.adopt_final_model(self.model.clone())
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -216,7 +216,7 @@ class ConnectedStrategy(ParallelStrategy):
         """The virtual time of a simulation."""
 
     @abstractmethod
-    def recall(self, history: list[Event], virtual_seconds: float) -> None:
+    def store_history(self, history: list[Event], virtual_seconds: float) -> None:
         """Stores the history of a simulation that has ended."""
 
     @abstractmethod

@@ -67,7 +67,7 @@ class Fit:
             self.lightning.hold_validation()
         self.start.site.collectives.barrier()
         self.is_training = True
-        self.loop.take_up()
+        self.loop.resume_round()
         # Starting an epoch's data draws a random number. If the state is from the end of an epoch, restore it before.
         state, data = self.start.worker_state, self.start.data
         if state.get("ends_epoch"):

@@ -23,7 +23,7 @@ class Recorder(Protocol):
     @property
     def virtual_seconds(self) -> float: ...
 
-    def recall(self, history: list[Event], virtual_seconds: float) -> None:
+    def store_history(self, history: list[Event], virtual_seconds: float) -> None:
         """Keeps the history and the final time of a simulation that has ended."""
 
 
@@ -53,4 +53,4 @@ class SimulationLauncher(MultiProcessingLauncher):
         path = Path(extra["history"])
         events = torch.load(path, weights_only=True)
         shutil.rmtree(path.parent)
-        self._recorder.recall([Event(**event) for event in events], extra["virtual_seconds"])
+        self._recorder.store_history([Event(**event) for event in events], extra["virtual_seconds"])

@@ -11,7 +11,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.training.site import Site
-from lightning_halos.training.worker_state import forget_optimizers, put_worker_state, take_part_again
+from lightning_halos.training.worker_state import clear_optimizers, put_worker_state, take_part_again
 
 
 def load(
@@ -71,7 +71,7 @@ def load(
         if resume.worker:
             put_worker_state(checkpoint, resume.worker, max_epochs)
         elif site.rank >= found.manifest.workers:
-            forget_optimizers(checkpoint)
+            clear_optimizers(checkpoint)
     return checkpoint, resume
 
 

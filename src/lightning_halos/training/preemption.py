@@ -115,7 +115,7 @@ class Preemption:
             if self._signalled is not None:
                 set_received_sigterm(self._trainer, True)
 
-    def forget(self) -> None:
+    def remove_old_checkpoint(self) -> None:
         """Removes the checkpoint of an earlier preemption, after the run that resumed from it has ended by itself."""
         path, resumed = preemption_path(self._trainer), self._trainer.ckpt_path
         if self._saves is None or self.is_due or path is None or resumed is None:

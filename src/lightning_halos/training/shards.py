@@ -179,7 +179,7 @@ class Shards:
         assert keeper is not None
         if self._site.rank == 0 and not self._at_end:
             self.saves.flush(self._site.timeout, self._site.interrupted)
-        keeper.settle(vector.read(vector.new()))
+        keeper.adopt_final_model(vector.read(vector.new()))
         self.ended = Ended(keeper, fit.lightning.schedulers.state_dict(), self._manifest(fit))
         for _ in range(self._site.collectives.broadcast_object(len(self._at_end))):
             save = self._at_end.pop(0) if self._at_end else None

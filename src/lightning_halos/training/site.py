@@ -18,7 +18,7 @@ from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_name
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import Groups, gather_through, noting_sockets
-from lightning_halos.transport.link import AT_THE_EDGES
+from lightning_halos.transport.link import MIN_PATIENCE
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Site:
                 store=PrefixStore(f"default/{number}", self.store),
                 rank=self.rank,
                 world_size=self.size,
-                timeout=timedelta(seconds=max(self.timeout, AT_THE_EDGES)),
+                timeout=timedelta(seconds=max(self.timeout, MIN_PATIENCE)),
             )
 
     def collectives_of_a_fit(self) -> Collectives:
@@ -121,7 +121,7 @@ def connect(
     assert topology is not None
     places = Topology.build([range(size)], servers_per_region=1) if is_simulated else topology
     # Other workers may have to wait while rank 0 validates the final model.
-    patience = max(timeout, AT_THE_EDGES)
+    patience = max(timeout, MIN_PATIENCE)
     collectives = Collectives.connect(
         places.regions, rank, PrefixStore("collectives", store), interrupted, topology.describe, patience
     )

@@ -132,7 +132,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         fit = self._fit
         return fit.world if fit is not None and isinstance(fit.world, SimulatedWorld) else None
 
-    def recall(self, history: list[Event], virtual_seconds: float) -> None:
+    def store_history(self, history: list[Event], virtual_seconds: float) -> None:
         """Stores the history of a simulation that has ended."""
         self._history, self._virtual_seconds = history, virtual_seconds
 
@@ -328,14 +328,14 @@ class AlgorithmStrategy(ConnectedStrategy):
         if self._keeps_shards:
             assert self._shards is not None
             self._shards.end_fit(self._fit)
-        self._fit.preemption.forget()
+        self._fit.preemption.remove_old_checkpoint()
         self._end_fit(self.timeout)
         if self.algorithm.averages_gradients:
             self.synchronize_module()  # the workers' buffers differ
 
     def _end_fit(self, timeout: float) -> None:
         if self._simulation is not None:
-            self.recall(self._simulation.history, self._simulation.virtual_seconds)
+            self.store_history(self._simulation.history, self._simulation.virtual_seconds)
         if self._fit is not None:
             self._fit.close(timeout)
 

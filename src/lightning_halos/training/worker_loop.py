@@ -142,7 +142,7 @@ class WorkerLoop(Callback):
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
 
-    def take_up(self) -> None:
+    def resume_round(self) -> None:
         """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""
         if self._push is None:
             return

@@ -81,7 +81,7 @@ def _has_ended(fit_loop: dict[str, Any], max_epochs: int | None) -> bool:
     return bool(max_epochs not in (None, -1) and processed + ends_epoch >= max_epochs)
 
 
-def forget_optimizers(checkpoint: dict[str, Any]) -> None:
+def clear_optimizers(checkpoint: dict[str, Any]) -> None:
     """Clears the optimizers' history for a new worker, but keeps their learning rates."""
     for state in checkpoint["optimizer_states"]:
         state["state"] = {}

@@ -28,7 +28,7 @@ from lightning_halos.core.messages import (
     Shard,
     ShardWritten,
 )
-from lightning_halos.core.protocol import GLOBAL, GlobalState, Send, travels_with_models
+from lightning_halos.core.protocol import GLOBAL, GlobalState, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link, Slot, VectorProgress
@@ -118,7 +118,7 @@ class Host:
             if isinstance(message, Shard):
                 self._store(message, partial(self._complete, message))
                 continue
-            link = (self._models if travels_with_models(message) else self._controls)[send.to]
+            link = (self._models if uses_models_link(message) else self._controls)[send.to]
             if send.fill is None:
                 link.post(message, sent=self._after_sending(message))
                 continue
@@ -206,10 +206,10 @@ class RegionHost(Host):
         """Tells rank 0 that a part of a snapshot has been written."""
         self._controls[GLOBAL].post(message)
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the local server's model by the final global model, when the run is over."""
         with self._lock:
-            self._node.settle(model)
+            self._node.adopt_final_model(model)
 
     def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Push):

@@ -28,7 +28,7 @@ from lightning_halos.core.vector import PART
 from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
 
-AT_THE_EDGES = 1800.0
+MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
 
 OnMessage = Callable[[Message, Iterable[int]], None]
@@ -366,12 +366,12 @@ class GlooLink(Link):
 
 
 def progress_limit(timeout: float) -> float:
-    """Returns the limit for waiting for a living peer: 10 times that for silence, and at least ``AT_THE_EDGES``.
+    """Returns the limit for waiting for a living peer: 10 times that for silence, and at least ``MIN_PATIENCE``.
 
     Args:
         timeout: Seconds of silence after which a peer counts as lost.
     """
-    return max(10 * timeout, AT_THE_EDGES)
+    return max(10 * timeout, MIN_PATIENCE)
 
 
 def since(heard: float | None) -> str:

@@ -36,7 +36,7 @@ class Keeper(Protocol):
     def save(self, marker: Marker) -> object:
         """Starts a snapshot of all servers and workers, which they write in the background. On rank 0."""
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the models of this process's local servers by the final model, when the run is over."""
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

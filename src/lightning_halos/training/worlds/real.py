@@ -13,14 +13,14 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
 from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard
-from lightning_halos.core.servers import unsent
+from lightning_halos.core.servers import unsent_update
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import Keeper
-from lightning_halos.transport.process import Process
+from lightning_halos.transport.runtime import NodeRuntime
 
 
-class RealWorld(Process):
+class RealWorld(NodeRuntime):
     """This process's servers and links.
 
     Args:
@@ -130,7 +130,7 @@ def rebuild(
     for update in resume.globals["updates"]:
         server.receive(RegionUpdate(**update))
     for index, state in resume.servers.items():
-        if (update := unsent(index, state["server"])).steps:
+        if (update := unsent_update(index, state["server"])).steps:
             server.receive(update)
     memory.copy_(server.model)
     resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}

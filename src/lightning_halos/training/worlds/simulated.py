@@ -139,7 +139,7 @@ class SimulatedWorld:
     @property
     def history(self) -> list[Event]:
         """The events before the start of rank 0's present round; after training, all events. Only on rank 0."""
-        return [] if self._simulation is None else self._simulation.seen()
+        return [] if self._simulation is None else self._simulation.visible_history()
 
     @property
     def virtual_seconds(self) -> float:
@@ -176,9 +176,9 @@ class SimulatedWorld:
     def save(self, marker: Marker) -> None:
         self._here.save(marker)
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         if self._simulation is not None:
-            self._simulation.settle()
+            self._simulation.adopt_final_model()
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         return None, None if self._simulation is None else self._simulation.state()

@@ -65,7 +65,7 @@ class Simulation:
     def start(self) -> None:
         """Starts the clock, when all workers are connected."""
         self._network.start()
-        self._look()
+        self._update_view()
         threading.Thread(target=self._guard, name="halos world", daemon=True).start()
 
     def save(self, marker: Marker) -> None:
@@ -82,9 +82,9 @@ class Simulation:
         self._saves.complete_manifest(marker.save, **progress)
         self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
 
-    def settle(self) -> None:
+    def adopt_final_model(self) -> None:
         """Replaces the local servers' models by the final model, when the run is over."""
-        self._network.settle()
+        self._network.adopt_final_model()
 
     def state(self) -> dict[str, Any]:
         """Returns the state from which a later run can continue, after the end of this one."""
@@ -99,7 +99,7 @@ class Simulation:
             "world": {"base": self._work.budget.total, "offset": self._work.offset, "rounds": None},
         }
 
-    def seen(self) -> list[Event]:
+    def visible_history(self) -> list[Event]:
         """Returns the events before the start of rank 0's present round; after training, all events."""
         return self._network.history[: self._seen]
 
@@ -152,20 +152,20 @@ class Simulation:
             self._deliver()
             network.finish([self._wait_for(ending.worker) for ending in rounds])
             if rounds[0].worker == 0:
-                self._look()
+                self._update_view()
             self._deliver()
         self._deliver()
 
     def _deliver(self) -> None:
         if self._network.finished:
-            self._look()
+            self._update_view()
             with self._moment:
                 self._waits_for_rank_0 = True
         outbox, self._network.outbox = self._network.outbox, []
         for rank, message in outbox:
             self._links[rank].post(message)
 
-    def _look(self) -> None:
+    def _update_view(self) -> None:
         """Copies what rank 0 may see until its next round, because the simulation goes on meanwhile."""
         network = self._network
         self._statistics = network.statistics()

@@ -29,7 +29,7 @@ from lightning_halos.transport.hosts import GlobalHost, Host, RegionHost, Store
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory, Slot
 
 
-class Process:
+class NodeRuntime:
     """The servers and links of one process, during one fit.
 
     Args:
@@ -148,10 +148,10 @@ class Process:
         assert self.global_host is not None
         return self.global_host.save(marker)
 
-    def settle(self, model: Tensor) -> None:
+    def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the model of this process's local server by the final global model, when the run is over."""
         if self._region_host is not None:
-            self._region_host.settle(model)
+            self._region_host.adopt_final_model(model)
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Returns the state from which a later run can continue, after the end of this one.
