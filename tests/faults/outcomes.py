@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.training import strategy
+from lightning_halos.training import site, strategy
 from lightning_halos.transport import alarm, collectives
 from tests.faults.cases import CHECKPOINT, END, START, Case
 from tests.faults.victim import FULL, MISTAKE, Victim
@@ -149,6 +149,7 @@ def struck(case: Case, folder: Path) -> Result:
     silence = SILENCE if case.fault == "SIGSTOP" else 60.0
     alarm._GRACE = strategy._GOODBYE = 0.5
     collectives._ROLL_CALL = 1.0
+    site.MIN_PATIENCE = silence
     return fitted(Victim(case, folder, folder / "checkpoints"), folder / "checkpoints", timeout=silence)
 
 
