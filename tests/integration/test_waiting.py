@@ -62,7 +62,8 @@ def test_fast_workers_take_more_steps_by_their_speed(tmp_path: Path, dynamic: bo
     results = simulate(tmp_path, Straggling(), loader(), slow=3, strategy=strategy, max_steps=80)
     steps = [result["optimizer_steps"] for result in results]
     assert sum(steps) == 80 * 4, "a simulation hands out the ordered steps exactly"
-    assert min(steps[:3]) >= 3.5 * steps[3]
+    # Four times as many while all have work, but every worker finishes the round that it is in.
+    assert min(steps[:3]) >= 3 * steps[3]
     assert_no_step_lost(results)
     assert_same_model(results)
 

@@ -360,7 +360,7 @@ class Collectives:
         try:
             missing = interruptible(call_the_roll, self._interrupted, 2 * _ROLL_CALL)
         except (RuntimeError, TimeoutError):
-            return f"{self._describe(0)} has ended or does not run any more."
+            return f"{self._describe(0)} has ended or is stopped."
         if not missing:
             return "All of them came, but a connection between them broke."
         return f"Did not come, or has ended: {', '.join(map(self._describe, sorted(missing)))}."
