@@ -409,6 +409,17 @@ def test_a_snapshot_waits_for_an_update_that_is_slower_than_the_reply() -> None:
     assert receivers(sends, Shard) == [STORAGE]
 
 
+def test_a_snapshot_copies_no_update_that_was_sent_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = center()
+    node.save(Marker("a", "folder"))
+    node.handle(1, MarkerReply("a", 1, updates=0))
+    copies: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copies.append(tensor) or tensor)
+    for number in (1, 2, 3):
+        node.handle(1, update(1, number))  # the other server's marker is on a slow link
+    assert copies == []
+
+
 def test_a_run_goes_on_from_a_snapshot_with_the_updates_that_were_on_their_way() -> None:
     node = center()
     node.save(Marker("a", "folder"))

@@ -256,7 +256,7 @@ class GlobalNode:
             return [Send(index, server.receive(update))]
         if index not in self._serving:
             raise ProtocolError(f"Local server {index} sent an update after its last one.")
-        if self._snapshot is not None:
+        if self._snapshot is not None and update.number <= self._snapshot.last_updates.get(index, update.number):
             vector = update.vector
             assert vector is not None
             kept = {**vars(update), "vector": vector.clone()}
