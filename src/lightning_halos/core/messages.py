@@ -94,7 +94,7 @@ class RegionUpdate:
         steps: Local steps of the pushes in the update.
         final: Whether this is the local server's last update.
         stop: In a final update: whether one of the server's workers asked for the complete run to stop.
-        vector: The accumulated update (model at the last merge minus model now), then the local server's buffers.
+        vector: The accumulated update (model at the last update or merge minus model now), then the buffers.
         number: Number of this update among the server's updates, from 1. 0 if they are not numbered; then each is new.
     """
 

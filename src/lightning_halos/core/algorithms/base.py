@@ -51,12 +51,12 @@ class Algorithm(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Name in commands and checkpoints."""
+        """Name in commands."""
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """Name as it is printed."""
+        """Name in messages, and in checkpoints, which only a run of the same algorithm resumes."""
 
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
         """Arranges the local servers. Default: one in each region.
