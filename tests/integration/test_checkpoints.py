@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_halos import AsyncLocalSGDStrategy, CheckpointError
@@ -197,8 +199,17 @@ class PartlyFrozen(Toy):
         self.net[0].requires_grad_(False)
 
 
-def refused(folder: Path, module: Toy, path: Any = "step=20.ckpt", **flags: Any) -> str:
-    trainer = make_trainer(halos(regions=[[0], [1]]), devices=2, max_steps=30, **flags)
+class Unsaveable(pl.Callback):
+    """On one rank, a callback whose state can be neither copied nor written."""
+
+    rank: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lock": threading.Lock()} if rank_zero_only.rank == self.rank else {}
+
+
+def refused(folder: Path, module: Toy, path: Any = "step=20.ckpt", regions: Any = ((0,), (1,)), **flags: Any) -> str:
+    trainer = make_trainer(halos(regions=regions), devices=2, max_steps=30, **flags)
     try:
         trainer.fit(module, loader(), ckpt_path=folder / path)
     except (CheckpointError, RuntimeError) as error:
@@ -223,12 +234,34 @@ def gone_wrong(folder: Path) -> Result:
     errors["damaged"] = refused(folder, Toy())
     trainer.strategy.barrier()
     if trainer.is_global_zero:
+        shard.unlink()
+    trainer.strategy.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        errors["out_of_reach"] = refused(folder, Toy(), regions=[[0, 1]])
+    out_of_reach = [str(warning.message) for warning in caught if "Not kept" in str(warning.message)]
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
         shard.write_bytes(whole)
-        (folder / "step=20" / shard.parent.name / NAME).unlink()
+        manifest = folder / "step=20" / shard.parent.name / NAME
+        manifest.write_bytes(manifest.read_bytes().replace(b"algorithm", b"\xff"))
+    trainer.strategy.barrier()
+    errors["not_text"] = refused(folder, Toy())
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        manifest.unlink()
     trainer.strategy.barrier()
     errors["incomplete"] = refused(folder, Toy())
-    trainer = make_trainer(halos(regions=[[0], [1]]), devices=2, max_steps=11)
+    unsaveable = Unsaveable()
+    trainer = make_trainer(halos(regions=[[0], [1]]), devices=2, max_steps=11, callbacks=unsaveable)
     trainer.fit(Toy(), loader())
+    for rank in range(2):
+        unsaveable.rank = rank
+        try:
+            trainer.save_checkpoint(folder / "unsaveable.ckpt")
+        except OSError as error:
+            errors[f"unsaveable on {rank}"] = str(error)
+    unsaveable.rank = None
     if trainer.is_global_zero:
         (folder / "blocked.ckpt").mkdir()
         (folder / "elsewhere").mkdir()
@@ -242,7 +275,7 @@ def gone_wrong(folder: Path) -> Result:
         warnings.simplefilter("always")
         errors["without_shards"] = refused(folder, Toy(), "elsewhere/step=10.ckpt")
     without = [str(warning.message) for warning in caught if "has no folder of shards" in str(warning.message)]
-    return {"errors": errors, "without_shards": without}
+    return {"errors": errors, "without_shards": without, "out_of_reach": out_of_reach}
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path: Path) -> None:
@@ -253,11 +286,19 @@ def test_what_is_wrong_with_a_checkpoint_is_said_on_all_ranks(run: Run, tmp_path
         assert errors["other_part"].startswith("CheckpointError: The checkpoint belongs to another model: ")
         assert errors["damaged"].startswith("CheckpointError: ")
         assert "worker-1.pt is damaged: its checksum is" in errors["damaged"]
+        assert errors["out_of_reach"] == ""
+        assert errors["not_text"].startswith(f"CheckpointError: {tmp_path / 'step=20'}")
+        assert f"{NAME} is damaged" in errors["not_text"]
+        for rank, name in enumerate(("unsaveable.ckpt", "worker-1.pt")):
+            assert f"{name} could not be written: cannot pickle" in errors[f"unsaveable on {rank}"]
         assert errors["incomplete"].startswith(f"CheckpointError: {tmp_path / 'step=20.ckpt'} is incomplete")
         assert str(tmp_path / "step=10.ckpt") in errors["incomplete"]  # what to take instead
         assert errors["blocked"] == f"{tmp_path / 'blocked.ckpt'} could not be written"
         assert errors["without_shards"] == ""  # it goes on from the global model
     assert len(results[0]["without_shards"]) == 1
+    _, warning = results[0]["out_of_reach"]
+    assert "the optimizers of the workers [1], whose shards (worker-1.pt) are not in" in warning
+    assert not list(tmp_path.glob("unsaveable*"))
 
 
 def on_a_full_disk(folder: Path) -> Result:

@@ -81,11 +81,14 @@ class Manifest:
         Raises:
             OSError: If it cannot be written.
         """
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
-        write(folder / NAME, lambda file: file.write(text.encode()))
+        write(folder / NAME, lambda file: file.write(self.text().encode()))
+
+    def text(self) -> str:
+        """Returns the manifest as JSON."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
-    def read(cls, text: str, path: Path) -> Manifest:
+    def read(cls, text: str | bytes, path: Path) -> Manifest:
         """Reads a manifest of :meth:`write`.
 
         Args:

@@ -124,7 +124,7 @@ def find(path: Path, save: str) -> CompleteCheckpoint | None:
             f"{path} is incomplete: {manifest} is missing."
             f" {instead}{_WHAT_TO_DO.replace('that folder', str(folder.parent))}"
         )
-    found = Manifest.read(manifest.read_text(errors="replace"), manifest)
+    found = Manifest.read(manifest.read_bytes(), manifest)
     if found.save != save:
         raise CheckpointError(f"{manifest} belongs to another save ({found.save}) than {path} ({save}). {_WHAT_TO_DO}")
     return CompleteCheckpoint(folder, found)

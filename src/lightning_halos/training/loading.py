@@ -44,11 +44,10 @@ def load(
     if site.rank == 0:
         try:
             found = find(path, saves[0])
-        except CheckpointError as error:
-            reason = str(error)
-    text = "" if found is None else (found.folder / NAME).read_text()
-    where = [reason, "" if found is None else str(found.folder), text]
-    reason, folder, text = collectives.broadcast_object(where)
+        except Exception as error:  # whatever it is, the other workers are told
+            reason = _reason(error, f"the shards of {path}")
+    told = [reason, *(["", ""] if found is None else [str(found.folder), found.manifest.text()])]
+    reason, folder, text = collectives.broadcast_object(told)
     if reason:
         raise CheckpointError(reason)
     if not folder:
@@ -58,13 +57,15 @@ def load(
         )
         return checkpoint, None
     found = CompleteCheckpoint(Path(folder), Manifest.read(text, Path(folder) / NAME))
-    reason, resume = "", None
+    resume = None
     try:
         resume = _read(site, run, has_server_shards, found)
-    except CheckpointError as error:
-        reason = str(error)
+    except Exception as error:  # whatever it is, the other workers are told
+        reason = _reason(error, f"the shards in {folder}")
     if reasons := [text for text in collectives.gather_texts(reason) if text]:
         raise CheckpointError(" ".join(dict.fromkeys(reasons)))
+    if resume is not None:
+        _warn_of_missing(site, found, resume)
     if resume is not None and found.manifest.data_remains(max_epochs):
         take_part_again(checkpoint, max_epochs)
     if resume is not None and site.rank > 0:
@@ -125,6 +126,22 @@ def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]]) ->
         f"The checkpoint was saved with the workers {manifest.groups}, by local server, but now they are {groups}. The"
         f" global model, its server's momentum and the position in the data are kept. Not kept: {'; '.join(lost)}."
     )
+
+
+def _warn_of_missing(site: Site, found: CompleteCheckpoint, resume: Resume) -> None:
+    """Warns about old workers whose shards their new processes cannot reach."""
+    is_missing = site.rank < found.manifest.workers and not resume.worker
+    texts = site.collectives.gather_texts("missing" if is_missing else "")
+    if missing := [rank for rank, text in enumerate(texts) if text]:
+        rank_zero_warn(
+            f"Not kept: the optimizers of the workers {missing}, whose shards"
+            f" ({', '.join(map(worker_shard, missing))}) are not in {found.folder} on their machines. They start with"
+            " rank 0's. Copy the shards there to keep them."
+        )
+
+
+def _reason(error: Exception, what: str) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{what} could not be read: {error!r}"
 
 
 def _save_of(checkpoint: dict[str, Any]) -> str:

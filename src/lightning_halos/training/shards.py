@@ -151,7 +151,7 @@ class Shards:
                 checkpoint[KEY] = {"save": save.marker.save, "version": save.manifest.version}
                 write(checkpoint, save.hidden[path.absolute()])
                 self.saves.file_written(save.marker.save, path)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the other workers are told
                 reason = f"{path} could not be written: {error}"
         if reason := self._write_together(trainer, save, reason):
             raise OSError(reason)
@@ -238,14 +238,17 @@ class Shards:
         return str(site.collectives.broadcast_object(reason))
 
     def _write_ended(self, trainer: pl.Trainer, marker: Marker) -> list[ShardWritten]:
-        """Writes the shards of this process after the fit."""
+        """Writes the shards of this process after the fit. Any error is in what it returns."""
         assert self.ended is not None
-        site = self._site
-        state = {**worker_state(trainer), "schedulers": self.ended.schedulers, "random": random_state()}
-        # All workers are at the position of rank 0, which is in the .ckpt file.
-        del state["loops"]
-        server, globals_ = self.ended.keeper.state()
-        parts = {worker_shard(site.rank): state}
+        site, name = self._site, worker_shard(self._site.rank)
+        try:
+            state = {**worker_state(trainer), "schedulers": self.ended.schedulers, "random": random_state()}
+            # All workers are at the position of rank 0, which is in the .ckpt file.
+            del state["loops"]
+            server, globals_ = self.ended.keeper.state()
+        except Exception as error:  # whatever it is, the other workers are told
+            return [ShardWritten(marker.save, name, error=f"{name} could not be written: {error}")]
+        parts = {name: state}
         if server is not None:
             parts[server_shard(site.topology.group_of(site.rank).index)] = server
         if globals_ is not None:
