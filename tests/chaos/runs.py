@@ -262,7 +262,7 @@ class _Worker:
 
     def _on_pull(self, pull: Pull) -> None:
         require(1 <= pull.local_steps <= self._run.scenario.local_steps, "worker {} gets {}", self.rank, pull)
-        self._plateaus += pull.plateaus
+        self._plateaus += pull.plateau_steps
         published = self._run.ledger.published[: len(self._plateaus)]
         require(
             self._plateaus == published, "worker {} was told {} instead of {}", self.rank, self._plateaus, published
@@ -455,7 +455,7 @@ class ChaosRun:
                 self._saves += 1
                 save = f"save {self._saves}"
                 self.ledger.save(save)
-                self._post_globals(_completed(self._globals.save(Marker(save, ""))))
+                self._post_globals(_completed(self._globals.start_snapshot(Marker(save, ""))))
                 self.check()
             elif what == "publish":
                 steps = [(0, self.rng.random()) for _ in range(self.rng.randint(0, 2))]

@@ -195,7 +195,7 @@ def happen_in_center(node: GlobalNode, event: GlobalEvent) -> None:
     elif event is GlobalEvent.PUBLISH:
         node.publish([], {})
     else:
-        node.save(Marker("a", "folder"))
+        node.start_snapshot(Marker("a", "folder"))
 
 
 @pytest.mark.parametrize("event", GlobalEvent, ids=lambda event: event.name)
@@ -371,12 +371,12 @@ def test_plateau_steps_reach_every_worker_once_even_if_a_pull_is_repeated() -> N
     node.handle(GLOBAL, status)
     first = only(node.handle(0, push(0, 1)), Pull)
     again = only(node.handle(0, push(0, 1)), Pull)
-    assert first.plateaus == again.plateaus == [(0, 1.5)]
+    assert first.plateau_steps == again.plateau_steps == [(0, 1.5)]
     node.handle(GLOBAL, above.publish([(0, 2.5)], {})[0].message)
-    assert only(node.handle(0, push(0, 1)), Pull).plateaus == [(0, 1.5)], "the worker may have the first answer"
-    assert only(node.handle(0, push(0, 2)), Pull).plateaus == [(0, 2.5)]
-    assert only(node.handle(0, push(0, 3)), Pull).plateaus == []
-    assert above.publish([(0, 1.0)], {})[0].message.plateaus == [(0, 1.0)], "a status holds only what is new"
+    assert only(node.handle(0, push(0, 1)), Pull).plateau_steps == [(0, 1.5)], "the worker may have the first answer"
+    assert only(node.handle(0, push(0, 2)), Pull).plateau_steps == [(0, 2.5)]
+    assert only(node.handle(0, push(0, 3)), Pull).plateau_steps == []
+    assert above.publish([(0, 1.0)], {})[0].message.plateau_steps == [(0, 1.0)], "a status holds only what is new"
 
 
 # ---------------------------------------------------------------------- snapshots
@@ -385,7 +385,7 @@ def test_plateau_steps_reach_every_worker_once_even_if_a_pull_is_repeated() -> N
 def test_a_snapshot_holds_what_was_on_its_way_and_nothing_that_was_sent_after_it() -> None:
     node = center()
     node.handle(0, update(0, 1))
-    markers = node.save(Marker("a", "folder"))
+    markers = node.start_snapshot(Marker("a", "folder"))
     assert receivers(markers, Marker) == [0, 1]
     node.handle(0, progress(0, 1))
     node.handle(1, update(1, 1))  # sent before region 1 took its snapshot
@@ -402,7 +402,7 @@ def test_a_snapshot_holds_what_was_on_its_way_and_nothing_that_was_sent_after_it
 
 def test_a_snapshot_waits_for_an_update_that_is_slower_than_the_reply() -> None:
     node = center()
-    node.save(Marker("a", "folder"))
+    node.start_snapshot(Marker("a", "folder"))
     node.handle(1, MarkerReply("a", 1, updates=0))
     assert node.handle(0, MarkerReply("a", 0, updates=1)) == []
     sends = node.handle(0, update(0, 1))
@@ -411,7 +411,7 @@ def test_a_snapshot_waits_for_an_update_that_is_slower_than_the_reply() -> None:
 
 def test_a_snapshot_copies_no_update_that_was_sent_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     node = center()
-    node.save(Marker("a", "folder"))
+    node.start_snapshot(Marker("a", "folder"))
     node.handle(1, MarkerReply("a", 1, updates=0))
     copies: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: copies.append(tensor) or tensor)
@@ -422,7 +422,7 @@ def test_a_snapshot_copies_no_update_that_was_sent_after_it(monkeypatch: pytest.
 
 def test_a_run_goes_on_from_a_snapshot_with_the_updates_that_were_on_their_way() -> None:
     node = center()
-    node.save(Marker("a", "folder"))
+    node.start_snapshot(Marker("a", "folder"))
     node.handle(0, update(0, 1))
     node.handle(0, MarkerReply("a", 0, updates=1))
     shard = only(node.handle(1, MarkerReply("a", 1, updates=0)), Shard)
@@ -438,7 +438,7 @@ def test_a_run_goes_on_from_a_snapshot_with_the_updates_that_were_on_their_way()
 
 def test_a_last_update_without_steps_changes_nothing_when_a_run_goes_on_either() -> None:
     node = center()
-    node.save(Marker("a", "folder"))
+    node.start_snapshot(Marker("a", "folder"))
     node.handle(0, RegionUpdate(0, 0, 0, True, False, torch.zeros(2), 1))
     node.handle(0, MarkerReply("a", 0, updates=1))
     restarted = center()

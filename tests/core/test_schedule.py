@@ -62,14 +62,14 @@ class TestRoundPlanner:
 
     def test_compares_with_the_fastest_of_all_regions(self):
         planner = self.planner(speeds=(4, 2))
-        planner.set_fastest_elsewhere(8.0)
+        planner.set_fastest_overall(8.0)
         assert [planner.local_steps(worker, total=0) for worker in range(2)] == [4, 2]
         assert (planner.fastest, planner.fastest_here) == (8.0, 4)
 
     def test_forgets_a_fastest_worker_elsewhere_that_became_slower(self):
         planner = self.planner(speeds=(4,))
-        planner.set_fastest_elsewhere(8.0)
-        planner.set_fastest_elsewhere(2.0)
+        planner.set_fastest_overall(8.0)
+        planner.set_fastest_overall(2.0)
         assert planner.fastest == 4
 
     def test_halves_the_effect_of_one_odd_round_and_follows_a_lasting_change(self):

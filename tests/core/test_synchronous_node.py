@@ -63,9 +63,9 @@ def test_what_is_published_is_in_the_next_answers_once() -> None:
     node = make()
     node.publish([(0, 0.5)], {"loss": 1.0})
     first = pulls(node.finish_round([push(rank) for rank in range(WORKERS)], None))
-    assert {(tuple(p.plateaus), p.metrics["loss"]) for p in first.values()} == {(((0, 0.5),), 1.0)}
+    assert {(tuple(p.plateau_steps), p.metrics["loss"]) for p in first.values()} == {(((0, 0.5),), 1.0)}
     second = pulls(node.finish_round([push(rank) for rank in range(WORKERS)], None))
-    assert {(tuple(p.plateaus), p.metrics["loss"]) for p in second.values()} == {((), 1.0)}
+    assert {(tuple(p.plateau_steps), p.metrics["loss"]) for p in second.values()} == {((), 1.0)}
 
 
 @pytest.mark.parametrize("model", [None, torch.ones(2)], ids=["without a server", "with a server"])

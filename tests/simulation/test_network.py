@@ -221,8 +221,8 @@ def test_what_rank_0_publishes_is_in_the_next_pulls() -> None:
 
     driver.run(publish)
     (before,) = told
-    assert not any(pull.plateaus or pull.metrics for pull in driver.pulls[:before])
-    assert sum(len(pull.plateaus) for pull in driver.pulls[before:]) == WORKERS
+    assert not any(pull.plateau_steps or pull.metrics for pull in driver.pulls[:before])
+    assert sum(len(pull.plateau_steps) for pull in driver.pulls[before:]) == WORKERS
     assert all(pull.metrics == {"loss": 2.0} for pull in driver.pulls[before:])
 
 

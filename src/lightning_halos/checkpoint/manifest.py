@@ -15,11 +15,11 @@ from typing import Any
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import WrittenFile, write
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest and the shards. It changes when older versions of the package could not read them."""
 
 NAME = "manifest.json"
-GLOBAL = "global.pt"
+GLOBAL_SHARD = "global.pt"
 
 
 def worker_shard(rank: int) -> str:
@@ -45,7 +45,7 @@ class Manifest:
         total: Local steps that all workers together had finished.
         data: Identity of the training data; ``None`` if the workers do not share data.
         done: The data that was trained on; see :class:`~lightning_halos.core.cursor.Spans`.
-        plateaus: Steps of rank 0's plateau schedulers.
+        plateau_steps: Steps of rank 0's plateau schedulers.
         metrics: Rank 0's metrics.
         world: In a simulation: its clock and rounds.
         shards: Size and checksum of each shard.
@@ -59,7 +59,7 @@ class Manifest:
     total: int
     data: dict[str, Any] | None
     done: list[tuple[int, int]]
-    plateaus: list[tuple[int, float]]
+    plateau_steps: list[tuple[int, float]]
     metrics: dict[str, float]
     world: dict[str, Any] | None
     shards: dict[str, WrittenFile] = field(default_factory=dict)

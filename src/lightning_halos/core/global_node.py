@@ -109,7 +109,7 @@ class GlobalNode:
         self._counted = dict.fromkeys(range(servers), 0)
         self._reports = dict.fromkeys(range(servers), 0)
         self._grants: dict[int, LeaseGrant] = {}
-        self._plateaus: list[tuple[int, float]] = []
+        self._plateau_steps: list[tuple[int, float]] = []
         self._plateaus_sent = dict.fromkeys(range(servers), 0)
         self._metrics: dict[str, float] = {}
         self._snapshot: Snapshot | None = None
@@ -197,14 +197,14 @@ class GlobalNode:
                     return self._on_reply(message)
         raise ProtocolError(f"The global server got an unexpected message from {sender}: {message!r}.")
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> list[Send]:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> list[Send]:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all local servers."""
         self._machine.move(GlobalEvent.PUBLISH)
-        self._plateaus += plateaus
+        self._plateau_steps += plateau_steps
         self._metrics = metrics
         return self._tell_all()
 
-    def save(self, marker: Marker) -> list[Send]:
+    def start_snapshot(self, marker: Marker) -> list[Send]:
         """Starts a snapshot of all nodes. An unfinished snapshot is abandoned.
 
         Raises:
@@ -318,14 +318,14 @@ class GlobalNode:
         return [self._tell(index) for index in self._counted]
 
     def _tell(self, index: int) -> Send:
-        first, self._plateaus_sent[index] = self._plateaus_sent[index], len(self._plateaus)
+        first, self._plateaus_sent[index] = self._plateaus_sent[index], len(self._plateau_steps)
         status = Status(
             total=self.budget.total,
             fastest=max(self._fastest.values(), default=0.0),
             stop=self.state is not GlobalState.RUNNING,
             counted=self._counted[index],
-            first_plateau=first,
-            plateaus=self._plateaus[first:],
+            first_plateau_step=first,
+            plateau_steps=self._plateau_steps[first:],
             metrics=self._metrics,
         )
         return Send(index, status)

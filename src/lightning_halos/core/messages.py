@@ -67,8 +67,8 @@ class Pull:
         local_steps: Local steps that the next round should have.
         position: Global steps so far: local steps of all workers, divided by the number of workers.
         stop: Whether the run is over; the worker then sends a final :class:`Push`.
-        plateaus: Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index and
-            the value that it was stepped with.
+        plateau_steps: Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index
+            and the value that it was stepped with.
         metrics: The metrics that rank 0 published last, by name.
         vector: The local server's model.
         number: The number of the push that this answers.
@@ -78,7 +78,7 @@ class Pull:
     local_steps: int
     position: int
     stop: bool
-    plateaus: list[tuple[int, float]] = field(default_factory=list)
+    plateau_steps: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     vector: Tensor | None = None
     number: int = 0
@@ -196,9 +196,8 @@ class Status:
         fastest: Local steps per second of the fastest worker of all regions.
         stop: Whether the run is over, so that no worker may start another round.
         counted: Local steps in ``total`` that the receiver has reported.
-        first_plateau: Number of steps of plateau schedulers before ``plateaus``, since the start.
-        plateaus: Steps of rank 0's plateau schedulers: pairs of the scheduler's index and the value that it was stepped
-            with.
+        first_plateau_step: Number of steps before ``plateau_steps``, since the start.
+        plateau_steps: Steps of rank 0's plateau schedulers; see :class:`Pull`.
         metrics: The metrics that rank 0 published last, by name.
     """
 
@@ -206,8 +205,8 @@ class Status:
     fastest: Amount
     stop: bool
     counted: int = 0
-    first_plateau: int = 0
-    plateaus: list[tuple[int, float]] = field(default_factory=list)
+    first_plateau_step: int = 0
+    plateau_steps: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
 

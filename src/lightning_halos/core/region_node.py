@@ -83,7 +83,7 @@ class RegionNode:
         self._granted = 0  # number of the last order that was answered
         self._asked: dict[int, int] = dict.fromkeys(workers, 0)  # number of each worker's last lease request
         self._leased: dict[int, LeaseGrant] = {}  # the last grant of each worker
-        self._plateaus: list[tuple[int, float]] = []
+        self._plateau_steps: list[tuple[int, float]] = []
         self._plateaus_had = dict.fromkeys(workers, 0)  # plateau steps that each worker had when it pushed
         self._plateaus_sent = dict.fromkeys(workers, 0)
         self._metrics: dict[str, float] = {}
@@ -221,7 +221,7 @@ class RegionNode:
         self._planner.measure(push.worker, push.batches, push.seconds)
         # Repeated answers to a push contain the same plateau steps, because the worker uses only one of the answers.
         self._plateaus_had[push.worker] = self._plateaus_sent[push.worker]
-        self._plateaus_sent[push.worker] = len(self._plateaus)
+        self._plateaus_sent[push.worker] = len(self._plateau_steps)
 
     def _pull(self, push: Push, vector: Tensor | None) -> Pull:
         rank = push.worker
@@ -230,7 +230,7 @@ class RegionNode:
             local_steps=self._planner.local_steps(rank, self.budget.total),
             position=self.budget.position,
             stop=self._stop,
-            plateaus=self._plateaus[self._plateaus_had[rank] : self._plateaus_sent[rank]],
+            plateau_steps=self._plateau_steps[self._plateaus_had[rank] : self._plateaus_sent[rank]],
             metrics=self._metrics,
             vector=vector,
             number=push.number,
@@ -286,9 +286,9 @@ class RegionNode:
     def _on_status(self, message: Status) -> list[Send]:
         self._machine.move(RegionEvent.STATUS)
         self.budget.total = max(self.budget.total, message.total + self._counted - message.counted)
-        self._planner.set_fastest_elsewhere(message.fastest)
+        self._planner.set_fastest_overall(message.fastest)
         self._stop = self._stop or message.stop or self.budget.exhausted
-        self._plateaus += message.plateaus[len(self._plateaus) - message.first_plateau :]
+        self._plateau_steps += message.plateau_steps[len(self._plateau_steps) - message.first_plateau_step :]
         self._metrics = message.metrics
         if self.state is RegionState.FINISHED:
             return []

@@ -89,11 +89,11 @@ class RoundPlanner:
         self._max_steps = max_steps
         self._are_known = speeds is not None
         self._speeds: dict[int, float] = dict(speeds or {})
-        self._fastest_elsewhere = 0.0
+        self._fastest_overall = 0.0
 
     @property
     def fastest(self) -> float:
-        return max([self._fastest_elsewhere, *self._speeds.values()])
+        return max([self._fastest_overall, *self._speeds.values()])
 
     @property
     def fastest_here(self) -> float:
@@ -107,21 +107,21 @@ class RoundPlanner:
             known = self._speeds.get(worker, speed)
             self._speeds[worker] = known + self._NEWEST * (speed - known)
 
-    def set_fastest_elsewhere(self, fastest: float) -> None:
+    def set_fastest_overall(self, fastest: float) -> None:
         """Sets the speed of the fastest worker of all regions."""
         if not self._are_known:
-            self._fastest_elsewhere = fastest
+            self._fastest_overall = fastest
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the measured speeds and the fastest speed elsewhere."""
-        return {"speeds": dict(self._speeds), "fastest_elsewhere": self._fastest_elsewhere}
+        """Returns the measured speeds and the fastest speed of all regions."""
+        return {"speeds": dict(self._speeds), "fastest_overall": self._fastest_overall}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`."""
         if self._are_known:
             return
         self._speeds = dict(state["speeds"])
-        self._fastest_elsewhere = state["fastest_elsewhere"]
+        self._fastest_overall = state["fastest_overall"]
 
     def known_steps(self, worker: int) -> int:
         """Returns a worker's local steps per round by its speed, or 1 before its first measurement."""

@@ -38,7 +38,7 @@ class SynchronousNode:
         self._planner = planner
         self._rounds = 0
         self._stop = self._asked_to_stop = False
-        self._plateaus: list[tuple[int, float]] = []
+        self._plateau_steps: list[tuple[int, float]] = []
         self._metrics: dict[str, float] = {}
 
     @property
@@ -50,9 +50,9 @@ class SynchronousNode:
         """The model; ``None`` without a server."""
         return None if self.server is None else self.server.model
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sets what the next answers tell all workers: steps of plateau schedulers, and the metrics of rank 0."""
-        self._plateaus = [*self._plateaus, *plateaus]
+        self._plateau_steps = [*self._plateau_steps, *plateau_steps]
         self._metrics = metrics
 
     def finish_round(self, pushes: Sequence[Push], mean: Tensor | None) -> dict[int, Pull | GlobalModel]:
@@ -79,8 +79,8 @@ class SynchronousNode:
         if len(self.finished) == self.budget.workers:
             final = GlobalModel(self.version, True, self._asked_to_stop, self.budget.position, self.model)
             return dict.fromkeys(range(self.budget.workers), final)
-        plateaus, self._plateaus = self._plateaus, []
-        return {push.worker: self._pull(push, plateaus) for push in pushes if not push.final}
+        plateau_steps, self._plateau_steps = self._plateau_steps, []
+        return {push.worker: self._pull(push, plateau_steps) for push in pushes if not push.final}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state from which a later run can continue."""
@@ -92,12 +92,12 @@ class SynchronousNode:
         if self.server is not None:
             self.server.load_state_dict(state["server"])
 
-    def _pull(self, push: Push, plateaus: list[tuple[int, float]]) -> Pull:
+    def _pull(self, push: Push, plateau_steps: list[tuple[int, float]]) -> Pull:
         return Pull(
             version=self.version,
             local_steps=self._planner.local_steps(push.worker, self.budget.total),
             position=self.budget.position,
             stop=self._stop,
-            plateaus=plateaus,
+            plateau_steps=plateau_steps,
             metrics=self._metrics,
         )

@@ -164,7 +164,7 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
 
     def statistics(self) -> list[dict[str, Any]]:
@@ -318,8 +318,8 @@ class RegionNetwork(Network):
         self._end(push)
         self._receive(push)
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self._route(GLOBAL, self._global.publish(plateaus, metrics))
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._route(GLOBAL, self._global.publish(plateau_steps, metrics))
 
     def statistics(self) -> list[dict[str, Any]]:
         return [counters.statistics() for counters in self._global.counters.values()]
@@ -528,8 +528,8 @@ class SynchronousNetwork(Network):
         else:
             self._begin_all({worker: answer for worker, answer in answers.items() if isinstance(answer, Pull)})
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self._node.publish(plateaus, metrics)
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._node.publish(plateau_steps, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         return self._node.state_dict()

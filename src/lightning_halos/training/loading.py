@@ -8,7 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.manifest import GLOBAL, NAME, Manifest, server_shard, worker_shard
+from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import clear_optimizers, put_worker_state, take_part_again
@@ -98,13 +98,13 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         if rank == group.leader and has_server_shards:
             resume.server = found.read(server_shard(group.index))
         if rank == 0:
-            resume.globals = found.read(GLOBAL)
+            resume.globals = found.read(GLOBAL_SHARD)
         return resume
     # If machines do not share a disk, this machine may not have all old shards.
     if found.has(worker_shard(rank)):
         resume.worker = found.read(worker_shard(rank))
     if rank == 0:
-        resume.globals = found.read(GLOBAL)
+        resume.globals = found.read(GLOBAL_SHARD)
         names = {index: server_shard(index) for index in range(len(manifest.groups))}
         resume.servers = {i: found.read(name) for i, name in names.items() if found.has(name)}
         _warn(found, resume, groups)

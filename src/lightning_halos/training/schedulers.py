@@ -34,7 +34,7 @@ class SchedulePosition:
         optimizers: Their optimizers.
         position: Global step at which the run starts.
         limit: Global steps of the complete run, ``None`` for no limit.
-        decides: Whether this worker steps the plateau schedulers (rank 0).
+        is_rank_0: Whether this worker steps the plateau schedulers (rank 0).
 
     Attributes:
         history: All steps of rank 0's plateau schedulers that this worker knows: pairs of the scheduler's index and the
@@ -48,13 +48,13 @@ class SchedulePosition:
         optimizers: Sequence[Optimizer],
         position: int,
         limit: int | None,
-        decides: bool,
+        is_rank_0: bool,
     ) -> None:
         self._module = module
         self._configs = list(configs) if module.automatic_optimization else []
         self._optimizers = optimizers
         self._limit = limit
-        self._decides = decides
+        self._is_rank_0 = is_rank_0
         self._frequencies = [config.frequency for config in self._configs]
         self._follows = [config.interval == "step" and not config.reduce_on_plateau for config in self._configs]
         self._counts = [_count(config) for config in self._configs]
@@ -64,7 +64,7 @@ class SchedulePosition:
         stepped = zip(self._counts, self._frequencies, self._follows, strict=True)
         self._position = max([position, *(count * frequency for count, frequency, follows in stepped if follows)])
         for config in self._configs:
-            if config.reduce_on_plateau and not decides:
+            if config.reduce_on_plateau and not is_rank_0:
                 config.frequency = _NEVER
         self._save()
 
@@ -96,7 +96,7 @@ class SchedulePosition:
         Returns:
             Pairs of the scheduler's index and the monitored value.
         """
-        if not self._decides:
+        if not self._is_rank_0:
             return []
         stepped: list[tuple[int, float]] = []
         for index, config in enumerate(self._configs):
@@ -117,15 +117,15 @@ class SchedulePosition:
         """
         if self._limit is not None:
             position = min(position, self._limit)
-        if self._decides:
+        if self._is_rank_0:
             plateaus, self._plateaus = self._plateaus, []
         if any(self._follows):
             epochs = self._restore()
             for config, times in zip(self._configs, epochs, strict=True):
                 self._step(config, times)
-        if not self._decides:
+        if not self._is_rank_0:
             self.history += plateaus
-        if any(self._follows) or not self._decides:
+        if any(self._follows) or not self._is_rank_0:
             for index, value in plateaus:
                 self._step(self._configs[index], 1, value)
         for config, frequency, follows in zip(self._configs, self._frequencies, self._follows, strict=True):

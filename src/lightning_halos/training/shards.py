@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.files import is_local
-from lightning_halos.checkpoint.manifest import GLOBAL, Manifest, server_shard, worker_shard
+from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.places import is_hpc, is_last
 from lightning_halos.checkpoint.resume import KEY, Resume
 from lightning_halos.checkpoint.saves import Save, Saves, State
@@ -33,7 +33,7 @@ from lightning_halos.training.worker_state import (
     random_state,
     worker_state,
 )
-from lightning_halos.training.worlds import Keeper
+from lightning_halos.training.worlds import CheckpointedWorld
 from lightning_halos.version import __version__
 
 Write = Callable[[dict[str, Any], Path], None]
@@ -46,12 +46,12 @@ class Ended:
     """The state of an ended fit, for later checkpoints.
 
     Attributes:
-        keeper: Its servers.
+        world: The world with its servers.
         schedulers: State of the learning-rate schedulers.
         manifest: The manifest at its end.
     """
 
-    keeper: Keeper
+    world: CheckpointedWorld
     schedulers: dict[str, Any]
     manifest: Manifest
 
@@ -124,7 +124,7 @@ class Shards:
                     write(checkpoint, path)
         elif save := self._begin(checkpoint, path, manifest, moment):
             if save is not pending:
-                self._keep_states(fit, save.marker)
+                self._start_snapshot(fit, save.marker)
             self._write(save, checkpoint, path, write)
 
     def save_at_end(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
@@ -175,26 +175,26 @@ class Shards:
 
     def end_fit(self, fit: Fit) -> None:
         """Completes all checkpoints of a fit, when all workers are in step and the servers still exist."""
-        keeper, vector = fit.world.keeper, fit.start.vector
-        assert keeper is not None
+        world, vector = fit.world.checkpointed, fit.start.vector
+        assert world is not None
         if self._site.rank == 0 and not self._at_end:
             self.saves.flush(self._site.timeout, self._site.interrupted)
-        keeper.adopt_final_model(vector.read(vector.new()))
-        self.ended = Ended(keeper, fit.lightning.schedulers.state_dict(), self._manifest(fit))
+        world.adopt_final_model(vector.read(vector.new()))
+        self.ended = Ended(world, fit.lightning.schedulers.state_dict(), self._manifest(fit))
         for _ in range(self._site.collectives.broadcast_object(len(self._at_end))):
             save = self._at_end.pop(0) if self._at_end else None
             if reason := self._write_together(fit.trainer, save, ""):
                 rank_zero_warn(f"A checkpoint is not complete: {reason}. Older checkpoints are kept.")
 
-    def _keep_states(self, fit: Fit, marker: Marker) -> None:
+    def _start_snapshot(self, fit: Fit, marker: Marker) -> None:
         """Starts the snapshot of all servers and workers, and writes rank 0's shard."""
-        keeper, vector = fit.world.keeper, fit.start.vector
-        assert keeper is not None
+        world, vector = fit.world.checkpointed, fit.start.vector
+        assert world is not None
         state = fit.loop.own_state()
         if fit.world.repeats_rounds:
             own = fit.worker_model
             state["model"] = vector.read(vector.new()) if own is None else own.clone()
-        keeper.save(marker)
+        world.start_snapshot(marker)
         self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
 
     def _begin(self, checkpoint: dict[str, Any], path: Path, manifest: Manifest, moment: str) -> Save | None:
@@ -227,7 +227,11 @@ class Shards:
                     reason = reason or message.error
                     self.saves.written(message)
                 manifest = self.ended.manifest
-                progress = {"metrics": manifest.metrics, "plateaus": manifest.plateaus, **self.ended.keeper.progress()}
+                progress = {
+                    "metrics": manifest.metrics,
+                    "plateau_steps": manifest.plateau_steps,
+                    **self.ended.world.progress(),
+                }
                 self.saves.complete_manifest(save.marker.save, **progress)
                 self.saves.flush(site.timeout, site.interrupted)
                 if save.state is not State.COMPLETE:
@@ -245,21 +249,21 @@ class Shards:
             state = {**worker_state(trainer), "schedulers": self.ended.schedulers, "random": random_state()}
             # All workers are at the position of rank 0, which is in the .ckpt file.
             del state["loops"]
-            server, globals_ = self.ended.keeper.state()
+            server, globals_ = self.ended.world.state()
         except Exception as error:  # whatever it is, the other workers are told
             return [ShardWritten(marker.save, name, error=f"{name} could not be written: {error}")]
         parts = {name: state}
         if server is not None:
             parts[server_shard(site.topology.group_of(site.rank).index)] = server
         if globals_ is not None:
-            parts[GLOBAL] = globals_
+            parts[GLOBAL_SHARD] = globals_
         return [write_shard(marker, name, part) for name, part in parts.items()]
 
     def _names(self) -> set[str]:
         groups = self._site.topology.groups
         workers = [worker_shard(rank) for group in groups for rank in group.ranks]
         servers = [server_shard(group.index) for group in groups] if self._has_server_shards else []
-        return {GLOBAL, *workers, *servers}
+        return {GLOBAL_SHARD, *workers, *servers}
 
     def _manifest(self, fit: Fit) -> Manifest:
         metrics = {name: float(value) for name, value in fit.trainer.callback_metrics.items()}
@@ -273,7 +277,7 @@ class Shards:
             total=0,
             data=None if data is None else data.identity,
             done=[],
-            plateaus=list(fit.lightning.schedulers.history),
+            plateau_steps=list(fit.lightning.schedulers.history),
             metrics=metrics,
             world=None,
         )

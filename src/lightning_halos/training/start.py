@@ -53,9 +53,9 @@ class Start:
         return {} if self.resume is None else self.resume.worker
 
     @property
-    def plateaus(self) -> Sequence[tuple[int, float]]:
+    def plateau_steps(self) -> Sequence[tuple[int, float]]:
         """All steps of rank 0's plateau schedulers until now."""
-        return [] if self.resume is None else self.resume.manifest.plateaus
+        return [] if self.resume is None else self.resume.manifest.plateau_steps
 
     @property
     def budget(self) -> StepBudget:

@@ -185,7 +185,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         start = Start.find(self.site, self.algorithm, trainer, resume, shards.saves)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time, shards.write_own)
-        if self.is_global_zero and world.keeper is not None:
+        if self.is_global_zero and world.checkpointed is not None:
             shards.link_when_complete(trainer.checkpoint_callbacks)
         self._fit.begin()
 
@@ -260,16 +260,16 @@ class AlgorithmStrategy(ConnectedStrategy):
         return self._fit is not None and self._fit.is_training
 
     @property
-    def _keeps_servers(self) -> bool:
+    def _saves_servers(self) -> bool:
         """Whether the algorithm has servers whose state belongs in checkpoints."""
         if self.cluster is not None:
             return not self.algorithm.averages_gradients
         return isinstance(self.algorithm, ServerAlgorithm)
 
     @property
-    def _keeps_shards(self) -> bool:
+    def _saves_shards(self) -> bool:
         """Whether checkpoints have shards now: not without servers, and not after the run has failed."""
-        if not self._keeps_servers:
+        if not self._saves_servers:
             return False
         if self._fit is not None and not self._fit.is_over:
             return not self._fit.world.alarm.has_failed
@@ -287,14 +287,14 @@ class AlgorithmStrategy(ConnectedStrategy):
         def write(content: dict[str, Any], path: Path) -> None:
             self.checkpoint_io.save_checkpoint(content, path)
 
-        fit, shards, keeps_shards = self._fit, self._shards, self._keeps_shards
+        fit, shards, saves_shards = self._fit, self._shards, self._saves_shards
         is_preempted = fit is not None and fit.preemption.saved is not None
-        if is_preempted and self._keeps_servers and not keeps_shards:
+        if is_preempted and self._saves_servers and not saves_shards:
             return  # a checkpoint of an interrupted run would have no shards, but be newer than the one that has
-        if fit is not None and fit.is_training and not keeps_shards:
+        if fit is not None and fit.is_training and not saves_shards:
             fit.raise_failure()
         with self._not_computing():
-            if shards is None or not keeps_shards or not shards.belong_to(checkpoint, filepath, storage_options):
+            if shards is None or not saves_shards or not shards.belong_to(checkpoint, filepath, storage_options):
                 super().save_checkpoint(checkpoint, filepath, storage_options)
             elif fit is None or not fit.is_training:
                 shards.save_together(self.trainer, checkpoint, Path(filepath), write)
@@ -318,14 +318,14 @@ class AlgorithmStrategy(ConnectedStrategy):
         options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
         checkpoint = super().load_checkpoint(checkpoint_path, **options)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
-        if not is_fit or not self._keeps_servers or self._shards is None:
+        if not is_fit or not self._saves_servers or self._shards is None:
             return checkpoint
         return self._shards.load(Path(checkpoint_path), checkpoint, self.trainer.max_epochs)
 
     def on_train_end(self) -> None:
         assert self._fit is not None
         self._fit.stop()
-        if self._keeps_shards:
+        if self._saves_shards:
             assert self._shards is not None
             self._shards.end_fit(self._fit)
         self._fit.preemption.remove_old_checkpoint()

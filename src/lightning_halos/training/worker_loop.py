@@ -24,7 +24,7 @@ from lightning_halos.training.worker_state import random_state, set_random_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
 
-Keep = Callable[[Marker, dict[str, Any], Callable[[ShardWritten], None]], None]
+WriteShard = Callable[[Marker, dict[str, Any], Callable[[ShardWritten], None]], None]
 """Writes a worker's shard, given the marker of the snapshot, the worker's state, and what reports it to rank 0."""
 
 
@@ -36,7 +36,7 @@ class WorkerLoop(Callback):
         world: The world that the worker trains in.
         lightning: The Trainer's adapter.
         preemption: Handles SIGTERM.
-        keep: Writes this worker's shard of a checkpoint.
+        write_shard: Writes this worker's shard of a checkpoint.
 
     Attributes:
         round: The worker's round.
@@ -45,7 +45,7 @@ class WorkerLoop(Callback):
     """
 
     def __init__(
-        self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption, keep: Keep
+        self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption, write_shard: WriteShard
     ) -> None:
         state = start.worker_state
         self.round = world.first_round
@@ -58,18 +58,18 @@ class WorkerLoop(Callback):
         self._trainer = start.trainer
         self._schedulers = lightning.schedulers
         self._preemption = preemption
-        self._keep = keep
-        self._decides = start.site.rank == 0
+        self._write_shard = write_shard
+        self._is_rank_0 = start.site.rank == 0
         self._steps_before = 0
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
-        self._random: dict[str, Any] | None = state.get("random") if world.repeats_rounds and self._decides else None
+        self._random: dict[str, Any] | None = state.get("random") if world.repeats_rounds and self._is_rank_0 else None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
             self._schedulers.load_state_dict(state["schedulers"])
-            self._plateaus = start.plateaus[len(self._schedulers.history) :]
-        if world.keeper is not None:
-            world.keeper.on_marker(self._keep_state)
+            self._plateaus = start.plateau_steps[len(self._schedulers.history) :]
+        if world.checkpointed is not None:
+            world.checkpointed.on_marker(self._save_state)
         if "round" in state:
             self.round.load_state_dict(state["round"])
         else:
@@ -101,7 +101,7 @@ class WorkerLoop(Callback):
             self._data.count_batch(self._lightning.ends_epoch)
         stepped = trainer.global_step - self._steps_before
         self.round.compute(stepped, seconds)
-        if self._world.repeats_rounds and self._decides:
+        if self._world.repeats_rounds and self._is_rank_0:
             self._random = random_state()
         if self._lightning.wants_to_stop:
             self.finish(stop=True)
@@ -204,8 +204,8 @@ class WorkerLoop(Callback):
         if pull.vector is not None:
             self._load(pull.vector, progress)
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
-        self._pull(pull.position, pull.plateaus)
-        if not self._decides:
+        self._pull(pull.position, pull.plateau_steps)
+        if not self._is_rank_0:
             show_metrics(self._trainer, pull.metrics)
         if self.round.stopped:
             self.finish(stop=False)
@@ -219,15 +219,15 @@ class WorkerLoop(Callback):
         missed, self._plateaus = self._plateaus, []
         self._schedulers.pull(position, [*missed, *plateaus])
 
-    def _keep_state(self, marker: Marker, push: Push) -> None:
+    def _save_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
-        if self._decides:  # it wrote its state when it started the snapshot
+        if self._is_rank_0:  # it wrote its state when it started the snapshot
             return
         state = self.state()
         if self._world.repeats_rounds:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
-        assert self._world.keeper is not None
-        self._keep(marker, state, self._world.keeper.tell)
+        assert self._world.checkpointed is not None
+        self._write_shard(marker, state, self._world.checkpointed.tell)
 
     def _refuse_newly_trainable(self) -> None:
         if names := self._vector.newly_trainable(self._trainer.lightning_module):

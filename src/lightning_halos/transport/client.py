@@ -44,7 +44,7 @@ class WorkerClient:
         interrupted: Called several times a second while waiting; may raise.
 
     Attributes:
-        keep: Called with the marker of a snapshot and the unanswered push, to copy this worker's state.
+        on_marker: Called with the marker of a snapshot and the unanswered push, to copy this worker's state.
     """
 
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
@@ -52,7 +52,7 @@ class WorkerClient:
         self._alarm = alarm
         self._limit = progress_limit(timeout)
         self._interrupted = interrupted
-        self.keep: Callable[[Marker, Push], None] = lambda marker, push: None
+        self.on_marker: Callable[[Marker, Push], None] = lambda marker, push: None
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
@@ -73,7 +73,7 @@ class WorkerClient:
         """
         self._push(push, fill)
         while isinstance(message := self._wait("answer a push", self._inbox), Marker):
-            self.keep(message, push)
+            self.on_marker(message, push)
         assert isinstance(message, Pull)
         return message, self._arrival_of(message.vector)
 
@@ -97,7 +97,7 @@ class WorkerClient:
         what = "send the final model, or news of others that go on"
         while not isinstance(message := self._wait(what, self._inbox), GlobalModel):
             if isinstance(message, Marker):
-                self.keep(message, push)
+                self.on_marker(message, push)
             else:
                 assert isinstance(message, Status)
         return message, self._arrival_of(message.vector)

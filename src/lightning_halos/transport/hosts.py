@@ -153,12 +153,12 @@ class GlobalHost(Host):
         """Local steps in the global model."""
         return self._node.applied
 
-    def save(self, marker: Marker) -> bool:
+    def start_snapshot(self, marker: Marker) -> bool:
         """Starts a snapshot of all nodes. Returns ``False`` without one if the run has ended."""
         with self._lock:
             if self._node.state is GlobalState.FINISHED:
                 return False
-            self._post(self._node.save(marker))
+            self._post(self._node.start_snapshot(marker))
             return True
 
     def progress(self) -> dict[str, Any]:
@@ -166,10 +166,10 @@ class GlobalHost(Host):
         with self._lock:
             return self._node.progress()
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
         with self._lock:
-            self._post(self._node.publish(plateaus, metrics))
+            self._post(self._node.publish(plateau_steps, metrics))
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server, as of its last report."""

@@ -105,7 +105,7 @@ class LockstepClient:
         if vectors:
             gift = torch.zeros_like(self.model) if push.vector is None else push.vector
             mean = self._collectives.sum_(gift) / vectors
-        plateaus, metrics = self._collectives.broadcast_object(list(self.published))
+        plateau_steps, metrics = self._collectives.broadcast_object(list(self.published))
         self.published = ([], metrics)
-        self.node.publish(plateaus, metrics)
+        self.node.publish(plateau_steps, metrics)
         return self.node.finish_round(pushes, mean).get(self._rank)

@@ -133,20 +133,20 @@ class NodeRuntime:
         """Copies the global model into the vector ``out``."""
         self._model_host.read(out)
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
         assert self.global_host is not None
-        self.global_host.publish(list(plateaus), metrics)
+        self.global_host.publish(list(plateau_steps), metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`."""
         assert self.global_host is not None
         return self.global_host.statistics()
 
-    def save(self, marker: Marker) -> bool:
+    def start_snapshot(self, marker: Marker) -> bool:
         """Starts a snapshot, only on rank 0. Returns ``False`` without one if the run has ended."""
         assert self.global_host is not None
-        return self.global_host.save(marker)
+        return self.global_host.start_snapshot(marker)
 
     def adopt_final_model(self, model: Tensor) -> None:
         """Replaces the model of this process's local server by the final global model, when the run is over."""

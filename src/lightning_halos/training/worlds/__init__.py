@@ -6,11 +6,11 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.lockstep import LockstepWorld
-from lightning_halos.training.worlds.protocol import Keeper, World
+from lightning_halos.training.worlds.protocol import CheckpointedWorld, World
 from lightning_halos.training.worlds.real import RealWorld
 from lightning_halos.training.worlds.simulated import SimulatedWorld
 
-__all__ = ["Keeper", "SimulatedWorld", "World", "make_world"]
+__all__ = ["CheckpointedWorld", "SimulatedWorld", "World", "make_world"]
 
 
 def make_world(start: Start, cluster: SimulatedCluster | None) -> World:

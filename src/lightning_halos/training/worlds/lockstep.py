@@ -26,7 +26,7 @@ class LockstepWorld:
         start: The state from which the fit starts.
     """
 
-    keeper = None
+    checkpointed = None
     repeats_rounds = False
     clock = None
 
@@ -57,8 +57,8 @@ class LockstepWorld:
     def read(self, out: Tensor) -> None:
         out.copy_(self.client.model)
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self.client.published = ([*self.client.published[0], *plateaus], metrics)
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self.client.published = ([*self.client.published[0], *plateau_steps], metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
         return []

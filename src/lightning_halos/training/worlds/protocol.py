@@ -24,16 +24,16 @@ class Client(Protocol):
         """Sends the worker's last push, and waits for the final model."""
 
 
-class Keeper(Protocol):
+class CheckpointedWorld(Protocol):
     """The interface between checkpoints and a world whose servers they contain."""
 
-    def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
+    def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
         """Sets the function that saves this worker's state, given a marker and the worker's unanswered push."""
 
     def tell(self, message: ShardWritten) -> None:
         """Tells rank 0 that a shard of this process has been written."""
 
-    def save(self, marker: Marker) -> object:
+    def start_snapshot(self, marker: Marker) -> object:
         """Starts a snapshot of all servers and workers, which they write in the background. On rank 0."""
 
     def adopt_final_model(self, model: Tensor) -> None:
@@ -59,7 +59,7 @@ class World(Protocol):
         first_round: The worker's first round, which starts without a message.
         leases: Leases of the worker's training data; empty if the workers do not share data.
         has_global_model: Whether this process can read the global model.
-        keeper: The interface for checkpoints; ``None`` without servers.
+        checkpointed: The interface for checkpoints; ``None`` without servers.
         repeats_rounds: Whether a resumed run repeats rounds exactly, because they are planned in advance.
         clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
     """
@@ -75,7 +75,7 @@ class World(Protocol):
     @property
     def has_global_model(self) -> bool: ...
     @property
-    def keeper(self) -> Keeper | None: ...
+    def checkpointed(self) -> CheckpointedWorld | None: ...
     @property
     def repeats_rounds(self) -> bool: ...
     @property
@@ -92,7 +92,7 @@ class World(Protocol):
     def read(self, out: Tensor) -> None:
         """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers. On rank 0."""
 
     def statistics(self) -> list[dict[str, Any]]:

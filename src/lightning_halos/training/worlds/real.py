@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_halos.checkpoint.manifest import GLOBAL, server_shard
+from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, Spans
@@ -16,7 +16,7 @@ from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard
 from lightning_halos.core.servers import unsent_update
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import Keeper
+from lightning_halos.training.worlds.protocol import CheckpointedWorld
 from lightning_halos.transport.runtime import NodeRuntime
 
 
@@ -65,23 +65,25 @@ class RealWorld(NodeRuntime):
         self.leases: Iterator[Lease] = self.client.leases()
 
     @property
-    def keeper(self) -> Keeper:
+    def checkpointed(self) -> CheckpointedWorld:
         return self
 
-    def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
-        self.client.keep = keep
+    def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
+        self.client.on_marker = save
 
-    def save(self, marker: Marker) -> bool:
-        has_begun = super().save(marker)
+    def start_snapshot(self, marker: Marker) -> bool:
+        has_begun = super().start_snapshot(marker)
         if not has_begun:
             self._saves.fail(marker.save, "the run has ended meanwhile")
         return has_begun
 
     def _write(self, shard: Shard, complete: Callable[[], None]) -> None:
         """Writes a server's part of a snapshot in the background, and tells rank 0."""
-        name, tell = (GLOBAL, self._saves.written) if shard.server is None else (server_shard(shard.server), self.tell)
         if shard.server is None:
+            name, tell = GLOBAL_SHARD, self._saves.written
             self._saves.complete_manifest(shard.marker.save, **shard.progress)
+        else:
+            name, tell = server_shard(shard.server), self.tell
         self._saves.writer.shard(shard.marker, name, shard.state, tell, complete)
 
 

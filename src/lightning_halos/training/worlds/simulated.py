@@ -18,7 +18,7 @@ from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Work, make_network
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import Keeper
+from lightning_halos.training.worlds.protocol import CheckpointedWorld
 from lightning_halos.training.worlds.simulation import Simulation
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -129,7 +129,7 @@ class SimulatedWorld:
             yield last
 
     @property
-    def keeper(self) -> Keeper | None:
+    def checkpointed(self) -> CheckpointedWorld | None:
         return None if self._averages_gradients else self
 
     @property
@@ -161,20 +161,20 @@ class SimulatedWorld:
     def read(self, out: Tensor) -> None:
         self._here.read(out)
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self._here.publish(plateaus, metrics)
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._here.publish(plateau_steps, metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
         return self._here.statistics()
 
-    def on_marker(self, keep: Callable[[Marker, Push], None]) -> None:
-        self.client.keep = keep
+    def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
+        self.client.on_marker = save
 
     def tell(self, message: ShardWritten) -> None:
         self.client.tell(message)
 
-    def save(self, marker: Marker) -> None:
-        self._here.save(marker)
+    def start_snapshot(self, marker: Marker) -> None:
+        self._here.start_snapshot(marker)
 
     def adopt_final_model(self, model: Tensor) -> None:
         if self._simulation is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_halos.checkpoint.manifest import GLOBAL
+from lightning_halos.checkpoint.manifest import GLOBAL_SHARD
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.messages import Failure, Marker, Message, Preempted, Push, ShardWritten
 from lightning_halos.simulation.history import Event
@@ -68,7 +68,7 @@ class Simulation:
         self._update_view()
         threading.Thread(target=self._guard, name="halos world", daemon=True).start()
 
-    def save(self, marker: Marker) -> None:
+    def start_snapshot(self, marker: Marker) -> None:
         """Takes a snapshot at the end of rank 0's present round, before its push.
 
         All other workers are in a round then, or have finished. Each saves its state and its push after that round.
@@ -80,7 +80,7 @@ class Simulation:
                 if rank > 0:
                     link.post(marker)
         self._saves.complete_manifest(marker.save, **progress)
-        self._saves.writer.shard(marker, GLOBAL, state, self._saves.written)
+        self._saves.writer.shard(marker, GLOBAL_SHARD, state, self._saves.written)
 
     def adopt_final_model(self) -> None:
         """Replaces the local servers' models by the final model, when the run is over."""
@@ -109,13 +109,13 @@ class Simulation:
             if self._network.model is not None:
                 out.copy_(self._network.model)
 
-    def publish(self, plateaus: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers.
 
         Workers get them with their first model after rank 0's present round.
         """
         with self._rank_0_is_due():
-            self._network.publish(plateaus, metrics)
+            self._network.publish(plateau_steps, metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server at the start of rank 0's present round."""
