@@ -115,7 +115,7 @@ def round_trip_process(folder: Path) -> None:
             send()
             receive()
             between = time.perf_counter()
-            worker.compute(steps=8, seconds=1.0)
+            worker.count(steps=8, seconds=1.0)
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.mul_(0.999)

@@ -278,7 +278,7 @@ class _Worker:
         if life != self._life:
             return
         self._run.note("worker {} finishes a local step", self.rank)
-        self._round.compute(1, self._seconds)
+        self._round.count(1, self._seconds)
         if self._shares_data:
             lease = self._leases.popleft()
             if lease.steps > 1:

@@ -345,7 +345,7 @@ class Worker:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            self.round.compute(steps=1, seconds=1.0)
+            self.round.count(steps=1, seconds=1.0)
         return self.round.push(self.vector.pseudo_gradient_(pull.vector))
 
 

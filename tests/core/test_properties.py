@@ -264,7 +264,7 @@ class Network:
             self._leave(worker)
             return
         while not round_.over:
-            round_.compute(steps=1, seconds=draw.randint(1, 4))
+            round_.count(steps=1, seconds=draw.randint(1, 4))
         values = [float(draw.randint(-8, 8)) for _ in START]
         if draw.random() < 0.1:
             values[draw.randrange(3)] = float("nan")

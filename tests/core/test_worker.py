@@ -11,18 +11,18 @@ def pull(version=0, local_steps=8, position=0, stop=False):
 def test_a_round_is_over_when_it_has_its_local_steps():
     round_ = WorkerRound(0, local_steps=2)
     assert not round_.over
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     assert not round_.over
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     assert round_.over
 
 
 def test_batches_inside_an_accumulation_window_take_time_but_are_no_steps():
     round_ = WorkerRound(0, local_steps=1)
-    round_.compute(steps=0, seconds=1.0)
+    round_.count(steps=0, seconds=1.0)
     assert not round_.has_steps
     assert not round_.over
-    round_.compute(steps=1, seconds=1.5)
+    round_.count(steps=1, seconds=1.5)
     assert round_.has_steps
     assert round_.over
     push = round_.push(torch.zeros(1))
@@ -31,9 +31,9 @@ def test_batches_inside_an_accumulation_window_take_time_but_are_no_steps():
 
 def test_several_optimizers_in_a_batch_count_as_several_steps_of_one_batch():
     round_ = WorkerRound(0, local_steps=2)
-    round_.compute(steps=2, seconds=1.0)
+    round_.count(steps=2, seconds=1.0)
     assert not round_.over
-    round_.compute(steps=2, seconds=1.0)
+    round_.count(steps=2, seconds=1.0)
     assert round_.over
     push = round_.push(None)
     assert (push.steps, push.batches) == (4, 2)
@@ -42,7 +42,7 @@ def test_several_optimizers_in_a_batch_count_as_several_steps_of_one_batch():
 def test_a_push_says_whose_it_is_what_it_started_from_and_how_long_the_worker_waited():
     round_ = WorkerRound(3, local_steps=1)
     round_.receive(pull(version=17), waited=0.25)
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     vector = torch.zeros(1)
     push = round_.push(vector, stop=True, final=True)
     assert (push.worker, push.version, push.waited, push.stop, push.final) == (3, 17, 0.25, True, True)
@@ -60,12 +60,12 @@ def test_rounds_are_numbered_from_1():
 
 def test_the_next_round_starts_from_nothing():
     round_ = WorkerRound(0, local_steps=1)
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     round_.push(None)
     round_.receive(pull(local_steps=3, position=5), waited=0.0)
     assert (round_.batches, round_.position, round_.has_steps) == (0, 5, False)
     for over in (False, False, True):
-        round_.compute(steps=1, seconds=0.5)
+        round_.count(steps=1, seconds=0.5)
         assert round_.over is over
     push = round_.push(None)
     assert (push.steps, push.batches, push.seconds) == (3, 3, 1.5)
@@ -74,13 +74,13 @@ def test_the_next_round_starts_from_nothing():
 
 def test_the_global_step_is_estimated_at_the_rate_of_the_round_before():
     round_ = WorkerRound(0, local_steps=4, position=10)
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     assert round_.global_step == 11  # one per batch in the first round
-    round_.compute(steps=1, seconds=1.0)
+    round_.count(steps=1, seconds=1.0)
     round_.push(None)
     round_.receive(pull(position=15), waited=0.0)  # 5 global steps in 2 batches
     assert round_.rate == 2.5
-    assert [round_.global_step, *(round_.compute(1, 1.0) or round_.global_step for _ in range(2))] == [15, 17, 20]
+    assert [round_.global_step, *(round_.count(1, 1.0) or round_.global_step for _ in range(2))] == [15, 17, 20]
 
 
 def test_a_round_without_a_step_keeps_the_rate():

@@ -59,7 +59,7 @@ class WorkerRound:
         """Estimated global step: that of the last pull, plus this round's batches at the previous round's rate."""
         return self.position + int(self.batches * self.rate)
 
-    def compute(self, steps: int, seconds: float) -> None:
+    def count(self, steps: int, seconds: float) -> None:
         """Counts one batch.
 
         Args:

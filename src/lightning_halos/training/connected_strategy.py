@@ -120,7 +120,7 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        if self.is_rank_zero_alone:
+        if self.only_rank_zero_validates:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
 
@@ -247,7 +247,7 @@ class ConnectedStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ collectives
 
     @property
-    def is_rank_zero_alone(self) -> bool:
+    def only_rank_zero_validates(self) -> bool:
         """Whether only rank 0 is working here, that is, validating during a fit."""
         trainer = find_trainer(self.lightning_module)
         return (
@@ -258,13 +258,15 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     @abstractmethod
-    def trains_alone(self) -> bool:
+    def trains_at_own_pace(self) -> bool:
         """Whether this worker trains at its own pace now."""
 
     @property
     def _in_step(self) -> Collectives | None:
         """The collectives over all workers if these are in step; ``None`` during a fit."""
-        return None if self.trains_alone or self.is_rank_zero_alone or self._site is None else self._site.collectives
+        if self._site is None or self.trains_at_own_pace or self.only_rank_zero_validates:
+            return None
+        return self._site.collectives
 
     def barrier(self, name: str | None = None) -> None:
         """Waits for all workers. During training it does nothing."""

@@ -63,11 +63,11 @@ class Fit:
     def begin(self) -> None:
         """Starts training, when all workers are ready."""
         self.lightning.install(self.loop)
-        if self.world.repeats_rounds and self.start.resume is not None:
+        if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         self.start.site.collectives.barrier()
         self.is_training = True
-        self.loop.resume_round()
+        self.loop.repeat_push()
         # Starting an epoch's data draws a random number. If the state is from the end of an epoch, restore it before.
         state, data = self.start.worker_state, self.start.data
         if state.get("ends_epoch"):
@@ -113,7 +113,7 @@ class Fit:
 
     def check_waiting(self) -> None:
         """Does the same as :meth:`check` while the main thread waits for other processes."""
-        if self.is_training and not self.world.repeats_rounds:
+        if self.is_training and not self.world.is_simulated:
             self.preemption.check()
         else:  # a simulation saves at the end of rank 0's round, not while rank 0 waits
             self.preemption.end_if_late()

@@ -114,7 +114,7 @@ class Shards:
         progress = [checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")]
         moment = repr((progress, manifest))
         pending = self.saves.pending(moment)
-        if pending is None and fit.world.repeats_rounds:
+        if pending is None and fit.world.is_simulated:
             self.saves.flush(self._site.timeout, fit.world.alarm.check)
         if pending is None and self.saves.in_flight and not is_urgent:
             self.saves.leave_out(path)
@@ -191,7 +191,7 @@ class Shards:
         world, vector = fit.world.checkpointed, fit.start.vector
         assert world is not None
         state = fit.loop.own_state()
-        if fit.world.repeats_rounds:
+        if fit.world.is_simulated:
             own = fit.worker_model
             state["model"] = vector.read(vector.new()) if own is None else own.clone()
         world.start_snapshot(marker)

@@ -197,7 +197,7 @@ class AlgorithmStrategy(ConnectedStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients over all workers before they are clipped and used, if the algorithm requires it."""
         super().post_backward(closure_loss)
-        if not self.algorithm.averages_gradients or not self.trains_alone or is_accumulating(self.trainer):
+        if not self.algorithm.averages_gradients or not self.trains_at_own_pace or is_accumulating(self.trainer):
             return
         assert self.lightning_module is not None
         gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
@@ -256,7 +256,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         return nullcontext() if fit is None or fit.is_over else fit.loop.stopwatch.paused()
 
     @property
-    def trains_alone(self) -> bool:
+    def trains_at_own_pace(self) -> bool:
         return self._fit is not None and self._fit.is_training
 
     @property

@@ -120,7 +120,7 @@ class TrainerAdapter:
             position: The final global step.
             stopped: Whether the run was asked to stop.
         """
-        self.show(position, is_final=True)
+        self.set_global_step(position, is_final=True)
         # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
         self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
@@ -137,7 +137,7 @@ class TrainerAdapter:
 
     # ------------------------------------------------------------------ the global step
 
-    def show(self, position: int, is_final: bool = False) -> bool:
+    def set_global_step(self, position: int, is_final: bool = False) -> bool:
         """Sets the Trainer's global step to the run's, and schedules what happens at this step.
 
         The Trainer's global step stays below the last step until the run really ends, so that saves and validations at

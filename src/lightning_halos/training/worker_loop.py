@@ -62,7 +62,7 @@ class WorkerLoop(Callback):
         self._is_rank_0 = start.site.rank == 0
         self._steps_before = 0
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
-        self._random: dict[str, Any] | None = state.get("random") if world.repeats_rounds and self._is_rank_0 else None
+        self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
@@ -73,7 +73,7 @@ class WorkerLoop(Callback):
         if "round" in state:
             self.round.load_state_dict(state["round"])
         else:
-            self._pull(self.round.position, [])
+            self._move_schedulers(self.round.position, [])
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -100,8 +100,8 @@ class WorkerLoop(Callback):
         if self._data is not None:
             self._data.count_batch(self._lightning.ends_epoch)
         stepped = trainer.global_step - self._steps_before
-        self.round.compute(stepped, seconds)
-        if self._world.repeats_rounds and self._is_rank_0:
+        self.round.count(stepped, seconds)
+        if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
         if self._lightning.wants_to_stop:
             self.finish(stop=True)
@@ -110,7 +110,7 @@ class WorkerLoop(Callback):
         elif self.round.over or (stepped and self._ends_rounds_early):
             self._next_round()
         else:
-            self._show(self.round.global_step)
+            self._set_global_step(self.round.global_step)
         self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,7 +142,7 @@ class WorkerLoop(Callback):
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
 
-    def resume_round(self) -> None:
+    def repeat_push(self) -> None:
         """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""
         if self._push is None:
             return
@@ -158,13 +158,13 @@ class WorkerLoop(Callback):
             self._vector.write(final.vector, progress)
         self._world.alarm.disarm()
         self.finished = True
-        self._pull(final.position, [])
+        self._move_schedulers(final.position, [])
         self._lightning.finish(final.position, final.stopped)
 
     def own_state(self) -> dict[str, Any]:
         """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""
         state = self._position()
-        if self._world.repeats_rounds:
+        if self._world.is_simulated:
             used = 0 if self._data is None else self._data.used_steps
             state |= {"round": self.round.state_dict(), "used": used, "memory": to_host(self._memory)}
         return state
@@ -180,10 +180,10 @@ class WorkerLoop(Callback):
             "ends_epoch": self._lightning.ends_epoch,
         }
 
-    def _show(self, position: int) -> None:
-        if self._lightning.show(position):
+    def _set_global_step(self, position: int) -> None:
+        if self._lightning.set_global_step(position):
             # Lightning reads a validation's data before on_validation_start, so count the device's work before that.
-            self.round.compute(0, self.stopwatch.drain())
+            self.round.count(0, self.stopwatch.drain())
 
     def _log_time(self) -> None:
         if self._world.clock is not None:
@@ -196,7 +196,7 @@ class WorkerLoop(Callback):
     def _end_round(self) -> None:
         self._refuse_newly_trainable()
         # Only once per round, because the device is idle afterwards until the host queues new work.
-        self.round.compute(0, self.stopwatch.drain())
+        self.round.count(0, self.stopwatch.drain())
 
     def _exchange(self, push: Push, fill: Callable[[Advance], object]) -> None:
         posted = self.stopwatch.now()
@@ -204,18 +204,18 @@ class WorkerLoop(Callback):
         if pull.vector is not None:
             self._load(pull.vector, progress)
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
-        self._pull(pull.position, pull.plateau_steps)
+        self._move_schedulers(pull.position, pull.plateau_steps)
         if not self._is_rank_0:
             show_metrics(self._trainer, pull.metrics)
         if self.round.stopped:
             self.finish(stop=False)
         else:
-            self._show(pull.position)
+            self._set_global_step(pull.position)
 
     def _take_used(self) -> list[tuple[int, int]]:
         return [] if self._data is None else self._data.take_used()
 
-    def _pull(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
+    def _move_schedulers(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
         missed, self._plateaus = self._plateaus, []
         self._schedulers.pull(position, [*missed, *plateaus])
 
@@ -224,7 +224,7 @@ class WorkerLoop(Callback):
         if self._is_rank_0:  # it wrote its state when it started the snapshot
             return
         state = self.state()
-        if self._world.repeats_rounds:
+        if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
         assert self._world.checkpointed is not None
         self._write_shard(marker, state, self._world.checkpointed.tell)
@@ -250,7 +250,7 @@ class WorkerLoop(Callback):
     @property
     def _ends_rounds_early(self) -> bool:
         """Whether to end a round early, because a snapshot waits for it. Rounds of a simulation are planned."""
-        return self._preemption.is_due and not self._world.repeats_rounds
+        return self._preemption.is_due and not self._world.is_simulated
 
 
 def _filled(advance: Advance) -> None:

@@ -27,7 +27,7 @@ class LockstepWorld:
     """
 
     checkpointed = None
-    repeats_rounds = False
+    is_simulated = False
     clock = None
 
     def __init__(self, start: Start) -> None:

@@ -60,7 +60,7 @@ class World(Protocol):
         leases: Leases of the worker's training data; empty if the workers do not share data.
         has_global_model: Whether this process can read the global model.
         checkpointed: The interface for checkpoints; ``None`` without servers.
-        repeats_rounds: Whether a resumed run repeats rounds exactly, because they are planned in advance.
+        is_simulated: Whether the world is simulated. Then rounds are planned, and a resumed run repeats them exactly.
         clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
     """
 
@@ -77,7 +77,7 @@ class World(Protocol):
     @property
     def checkpointed(self) -> CheckpointedWorld | None: ...
     @property
-    def repeats_rounds(self) -> bool: ...
+    def is_simulated(self) -> bool: ...
     @property
     def clock(self) -> Callable[[], float] | None: ...
 

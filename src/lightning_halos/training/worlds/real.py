@@ -28,7 +28,7 @@ class RealWorld(NodeRuntime):
             model to resume from.
     """
 
-    repeats_rounds = False
+    is_simulated = False
     clock = None
 
     def __init__(self, start: Start) -> None:

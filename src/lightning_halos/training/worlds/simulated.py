@@ -33,7 +33,7 @@ class SimulatedWorld:
         cluster: The cluster.
     """
 
-    repeats_rounds = True
+    is_simulated = True
 
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
