@@ -11,9 +11,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -24,7 +22,6 @@ from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.topology import Topology, assign_regions, check_regions
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
@@ -32,7 +29,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.shared_data import LightningRank
-from lightning_halos.training.site import Site, connect
+from lightning_halos.training.site import Site, named_regions
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import open_store
 
@@ -55,19 +52,9 @@ class ConnectedStrategy(ParallelStrategy):
         start_method: StartMethod,
         timeout: float,
         simulate: SimulatedCluster | str | None,
-        accelerator: pl.accelerators.Accelerator | None,
-        parallel_devices: list[torch.device] | None,
-        cluster_environment: ClusterEnvironment | None,
-        checkpoint_io: CheckpointIO | None,
-        precision_plugin: Precision | None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            accelerator,
-            parallel_devices,
-            cluster_environment,
-            checkpoint_io,
-            precision_plugin,
-        )
+        super().__init__(**kwargs)
         check_regions(regions)
         check_seconds("timeout", timeout)
         if start_method not in get_args(StartMethod):
@@ -170,7 +157,7 @@ class ConnectedStrategy(ParallelStrategy):
         self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
         self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
         start_method = "fork" if self._start_method == "popen" else self._start_method
-        self._launcher = SimulationLauncher(self, start_method, recorder=self)
+        self._launcher = SimulationLauncher(self, start_method)
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
@@ -193,31 +180,12 @@ class ConnectedStrategy(ParallelStrategy):
             environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(environment.main_address, environment.main_port, rank, size, self.timeout)
-            self._site = connect(
-                self._store,
-                rank,
-                size,
-                self.algorithm,
-                self._topology,
-                self.cluster is None and self._regions is None,
-                self.cluster is not None,
-                self.timeout,
-                self.check_interrupted,
-            )
-
-    @property
-    @abstractmethod
-    def history(self) -> list[Event]:
-        """All events of the last fit in a simulation."""
-
-    @property
-    @abstractmethod
-    def virtual_seconds(self) -> float:
-        """The virtual time of a simulation."""
-
-    @abstractmethod
-    def store_history(self, history: list[Event], virtual_seconds: float) -> None:
-        """Stores the history of a simulation that has ended."""
+            topology, interrupted, simulated = self._topology, self.check_interrupted, self.cluster is not None
+            may_be_named = not simulated and self._regions is None
+            if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
+                topology = self.algorithm.arrange(*named)
+            assert topology is not None
+            self._site = Site(self._store, rank, size, topology, simulated, self.timeout, interrupted)
 
     @abstractmethod
     def check_interrupted(self) -> None:

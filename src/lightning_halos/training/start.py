@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,29 +22,40 @@ from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import callbacks_of, unfreezes
 
 
-@dataclass(frozen=True)
 class Start:
-    """The state from which a fit starts.
+    """The state from which a fit starts. Making it compares the workers' modules, so all workers must do so together.
 
-    Attributes:
+    Args:
         site: This process's place and connections.
         algorithm: The algorithm.
         trainer: The Trainer, at the start of training.
+        resume: The state to resume from; ``None`` for a new run.
+        saves: The record of saves.
+
+    Attributes:
         vector: Converts between the module and its vector.
         memory: A vector with the module's present values; ``None`` if no models are exchanged.
         data: The training data, if the workers share it.
-        resume: The state to resume from; ``None`` for a new run.
-        saves: The record of saves.
+
+    Raises:
+        CheckpointError: If the checkpoint belongs to another model.
+        RuntimeError: If the modules of the workers have different numbers of elements.
     """
 
-    site: Site
-    algorithm: Algorithm
-    trainer: pl.Trainer
-    vector: ModelVector
-    memory: Tensor | None
-    data: SharedData | None
-    resume: Resume | None
-    saves: Saves
+    def __init__(
+        self, site: Site, algorithm: Algorithm, trainer: pl.Trainer, resume: Resume | None, saves: Saves
+    ) -> None:
+        self.site = site
+        self.algorithm = algorithm
+        self.trainer = trainer
+        self.resume = resume
+        self.saves = saves
+        self.vector = ModelVector(trainer.lightning_module, all_parameters=unfreezes(callbacks_of(trainer)))
+        _check(site, self.vector, resume)
+        self.memory: Tensor | None = None
+        if not algorithm.averages_gradients:
+            self.memory = self.vector.read(self.vector.new())
+        self.data = SharedData.find(trainer) if algorithm.shares_data else None
 
     @property
     def worker_state(self) -> Mapping[str, Any]:
@@ -105,27 +115,6 @@ class Start:
                 f" {self.data.identity}), so it is unknown which samples of this epoch were used."
             )
         return Spans([(0, self.data.first)] if self.data.first else [])
-
-    @classmethod
-    def find(cls, site: Site, algorithm: Algorithm, trainer: pl.Trainer, resume: Resume | None, saves: Saves) -> Start:
-        """Determines the state from which a fit starts. All workers must call it together.
-
-        Args:
-            site: This process's place and connections.
-            algorithm: The algorithm.
-            trainer: The Trainer, at the start of training.
-            resume: The state to resume from; ``None`` for a new run.
-            saves: The record of saves.
-
-        Raises:
-            CheckpointError: If the checkpoint belongs to another model.
-            RuntimeError: If the modules of the workers have different numbers of elements.
-        """
-        vector = ModelVector(trainer.lightning_module, all_parameters=unfreezes(callbacks_of(trainer)))
-        _check(site, vector, resume)
-        memory = None if algorithm.averages_gradients else vector.read(vector.new())
-        data = SharedData.find(trainer) if algorithm.shares_data else None
-        return cls(site, algorithm, trainer, vector, memory, data, resume, saves)
 
 
 def _check(site: Site, vector: ModelVector, resume: Resume | None) -> None:

@@ -8,10 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.optim import Optimizer
 
@@ -58,11 +54,8 @@ class HalosStrategy(AlgorithmStrategy):
             default.
         simulate: A cluster to simulate on this machine, or the path of its YAML file. The simulation has a process for
             each described worker, on the devices of the Trainer, and a virtual clock. Regions are those of the cluster.
-        accelerator: As in Lightning's strategies.
-        parallel_devices: As in Lightning's strategies.
-        cluster_environment: As in Lightning's strategies.
-        checkpoint_io: As in Lightning's strategies.
-        precision_plugin: As in Lightning's strategies.
+        **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
+            ``checkpoint_io``, ``precision_plugin``.
 
     With 4 regions of 4 workers the defaults are the paper's values (section 5.1): local rate 0.2, momentum 0.9, delay
     16; global rate 0.15, momentum 0.5, delay 2; K 32.
@@ -87,11 +80,7 @@ class HalosStrategy(AlgorithmStrategy):
         timeout: float = 1800,
         grace_time: float = 20,
         simulate: SimulatedCluster | str | None = None,
-        accelerator: pl.accelerators.Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
+        **kwargs: Any,
     ) -> None:
         algorithm = Halos(
             local_steps=local_steps,
@@ -103,19 +92,7 @@ class HalosStrategy(AlgorithmStrategy):
             global_optimizer=global_optimizer,
             max_norm_ratio=max_norm_ratio,
         )
-        super().__init__(
-            algorithm,
-            regions,
-            start_method,
-            timeout,
-            grace_time,
-            simulate,
-            accelerator,
-            parallel_devices,
-            cluster_environment,
-            checkpoint_io,
-            precision_plugin,
-        )
+        super().__init__(algorithm, regions, start_method, timeout, grace_time, simulate, **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
@@ -143,11 +120,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
             0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
         max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
-        start_method: As in :class:`~lightning_halos.HalosStrategy`.
-        timeout: As in :class:`~lightning_halos.HalosStrategy`.
-        simulate: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
-            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -160,9 +133,6 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         dynamic_local_steps: bool = True,
         optimizer: OptimizerFactory | None = None,
         max_norm_ratio: float | None = None,
-        start_method: StartMethod = "popen",
-        timeout: float = 1800,
-        simulate: SimulatedCluster | str | None = None,
         **kwargs: Any,
     ) -> None:
         algorithm = AsyncLocalSGD(
@@ -171,7 +141,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
             optimizer=optimizer,
             max_norm_ratio=max_norm_ratio,
         )
-        super().__init__(algorithm, start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+        super().__init__(algorithm, **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
@@ -189,12 +159,8 @@ class DilocoStrategy(AlgorithmStrategy):
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
         outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
             momentum of 0.9.
-        start_method: As in :class:`~lightning_halos.HalosStrategy`.
-        timeout: Limit for the wait for other workers, in seconds. It includes the round of the slowest worker and rank
-            0's validation.
-        simulate: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
-            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on. The ``timeout`` limits the
+            wait for other workers, which includes the round of the slowest of them and rank 0's validation.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -206,9 +172,6 @@ class DilocoStrategy(AlgorithmStrategy):
         local_steps: int = 32,
         dynamic_local_steps: bool = False,
         outer_optimizer: OptimizerFactory | None = None,
-        start_method: StartMethod = "popen",
-        timeout: float = 1800,
-        simulate: SimulatedCluster | str | None = None,
         **kwargs: Any,
     ) -> None:
         algorithm = Diloco(
@@ -216,7 +179,7 @@ class DilocoStrategy(AlgorithmStrategy):
             dynamic_local_steps=dynamic_local_steps,
             outer_optimizer=outer_optimizer,
         )
-        super().__init__(algorithm, start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+        super().__init__(algorithm, **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
@@ -231,29 +194,20 @@ class SyncSGDStrategy(AlgorithmStrategy):
 
     Args:
         simulate: The cluster.
-        start_method: As in :class:`~lightning_halos.HalosStrategy`.
-        timeout: As in :class:`~lightning_halos.HalosStrategy`.
-        **kwargs: ``grace_time`` as in :class:`~lightning_halos.HalosStrategy`; as in Lightning's strategies
-            ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``.
+        **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is invalid, or ``simulate`` is missing.
     """
 
-    def __init__(
-        self,
-        simulate: SimulatedCluster | str | None = None,
-        start_method: StartMethod = "popen",
-        timeout: float = 1800,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, simulate: SimulatedCluster | str | None = None, **kwargs: Any) -> None:
         if simulate is None:
             raise ValueError(
                 "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or use"
                 " Lightning's strategy='ddp' for real processes."
             )
-        super().__init__(SyncSGD(), start_method=start_method, timeout=timeout, simulate=simulate, **kwargs)
+        super().__init__(SyncSGD(), simulate=simulate, **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -55,17 +53,12 @@ class AlgorithmStrategy(ConnectedStrategy):
 
     Args:
         algorithm: The algorithm.
-        regions: Number of regions (with consecutive ranks), or the ranks of each region, such as ``[[0, 1], [2, 3]]``.
-            Default: the environment variable ``HALOS_REGION`` of each process, else one region per node.
-        start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
-        timeout: As in :class:`~lightning_halos.HalosStrategy`.
-        grace_time: As in :class:`~lightning_halos.HalosStrategy`.
-        simulate: As in :class:`~lightning_halos.HalosStrategy`.
-        accelerator: As in Lightning's strategies.
-        parallel_devices: As in Lightning's strategies.
-        cluster_environment: As in Lightning's strategies.
-        checkpoint_io: As in Lightning's strategies.
-        precision_plugin: As in Lightning's strategies.
+        regions: As in :class:`~lightning_halos.HalosStrategy`, and so are all other arguments.
+        start_method: As there.
+        timeout: As there.
+        grace_time: As there.
+        simulate: As there.
+        **kwargs: As there.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -80,24 +73,10 @@ class AlgorithmStrategy(ConnectedStrategy):
         timeout: float = 1800,
         grace_time: float = 20,
         simulate: SimulatedCluster | str | None = None,
-        accelerator: pl.accelerators.Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            algorithm,
-            regions,
-            start_method,
-            timeout,
-            simulate,
-            accelerator,
-            parallel_devices,
-            cluster_environment,
-            AtomicCheckpointIO() if checkpoint_io is None else checkpoint_io,
-            precision_plugin,
-        )
+        kwargs["checkpoint_io"] = kwargs.get("checkpoint_io") or AtomicCheckpointIO()
+        super().__init__(algorithm, regions, start_method, timeout, simulate, **kwargs)
         check_seconds("grace_time", grace_time)
         self._grace_time = float(grace_time)
         self._shards: Shards | None = None
@@ -182,7 +161,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         assert self._shards is not None
         shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
-        start = Start.find(self.site, self.algorithm, trainer, resume, shards.saves)
+        start = Start(self.site, self.algorithm, trainer, resume, shards.saves)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time, shards.write_own)
         if self.is_global_zero and world.checkpointed is not None:
