@@ -24,27 +24,13 @@ from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
-__all__ = [
+__all__ = [  # names of Lightning; the functions below need no mention
     "MultiProcessingLauncher",
     "StrategyRegistry",
     "SubprocessScriptLauncher",
-    "begin_epoch_of_data",
     "collect_random_states",
-    "find_trainer",
-    "has_trained_enough",
-    "is_accumulating",
-    "is_last_batch",
     "optimizers_to_device",
-    "period_of_saves",
-    "replace_link_checkpoint",
-    "restore_link_checkpoint",
-    "seed_dataloader_workers",
-    "set_logged_steps",
     "set_random_states",
-    "set_received_sigterm",
-    "show_metrics",
-    "synchronizes_batch_norm",
-    "training_loader",
 ]
 
 
@@ -61,9 +47,6 @@ def synchronizes_batch_norm(strategy: ParallelStrategy) -> bool:
 def seed_dataloader_workers(loader: DataLoader[Any], rank: int) -> None:
     """Gives the loader's workers seeds of their own after ``seed_everything(workers=True)``, as Lightning does."""
     _auto_add_worker_init_fn(loader, rank)
-
-
-# ------------------------------------------------------------------ the loops
 
 
 def has_trained_enough(trainer: pl.Trainer) -> bool:
@@ -95,9 +78,6 @@ def begin_epoch_of_data(trainer: pl.Trainer) -> None:
     """Makes a new iterator over the training data."""
     assert trainer.fit_loop._data_fetcher is not None
     iter(trainer.fit_loop._data_fetcher)
-
-
-# ------------------------------------------------------------------ the Trainer's attributes
 
 
 def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:

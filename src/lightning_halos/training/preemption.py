@@ -21,11 +21,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
 
 from lightning_halos.checkpoint.files import is_local, link
 from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.checkpoint.saves import Saves
-from lightning_halos.training.compat import set_received_sigterm
+from lightning_halos.training.compat import seed_dataloader_workers, set_received_sigterm
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
 
 _over: tuple[int, mmap.mmap] | None = None
@@ -149,15 +150,7 @@ class Preemption:
 
 
 def preemption_path(trainer: pl.Trainer) -> str | None:
-    """Returns the path of the checkpoint of a preemption.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        A file in the folder of the first ``ModelCheckpoint``, which ``ckpt_path="last"`` finds; ``None`` without a
-        ``ModelCheckpoint``.
-    """
+    """Returns a file in the folder of the first ``ModelCheckpoint``, which ``ckpt_path="last"`` finds."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             folder = str(callback.dirpath)
@@ -167,25 +160,38 @@ def preemption_path(trainer: pl.Trainer) -> str | None:
     return None
 
 
-@dataclass
-class OutlivingSigterm:
-    """Lets a DataLoader worker survive a SIGTERM that is sent to its complete process group.
+def outlive_sigterm(loader: DataLoader[Any], rank: int, seconds: float) -> None:
+    """Lets a loader's workers survive a SIGTERM that is sent to their complete process group, while a run goes on.
 
-    Its training process needs more batches until the checkpoint is saved. When the run is over, SIGTERM ends a forked
+    Their training process needs more batches until the checkpoint is saved. When the run is over, SIGTERM ends a forked
     DataLoader worker at once; a worker that is not forked cannot know that.
 
-    Attributes:
-        seconds: Seconds from SIGTERM until the DataLoader worker ends by itself.
-        worker_init_fn: The user's own function to run when the DataLoader worker starts.
+    Args:
+        loader: The loader, which an earlier fit may have had already.
+        rank: Global rank of the training process.
+        seconds: Seconds from SIGTERM until a DataLoader worker ends by itself.
     """
+    global _over
+    if _over is None or _over[0] != os.getpid():
+        _over = os.getpid(), mmap.mmap(-1, 1)
+    _over[1][0] = 0
+    if not isinstance(loader.worker_init_fn, _OutlivingSigterm):
+        seed_dataloader_workers(loader, rank)  # Lightning would skip it after the next line
+        loader.worker_init_fn = _OutlivingSigterm(seconds, loader.worker_init_fn)
+
+
+def let_data_workers_end() -> None:
+    """Lets the DataLoader workers of this process end at the next SIGTERM, because the run is over."""
+    if _over is not None:
+        _over[1][0] = 1
+
+
+@dataclass
+class _OutlivingSigterm:
+    """Replaces a loader's ``worker_init_fn``, which it runs. See :func:`outlive_sigterm`."""
 
     seconds: float
     worker_init_fn: Callable[[int], None] | None
-
-    def __post_init__(self) -> None:
-        global _over
-        if _over is None or _over[0] != os.getpid() or _over[1][0]:
-            _over = os.getpid(), mmap.mmap(-1, 1)
 
     def __call__(self, worker: int) -> None:
         """Runs in the DataLoader worker when it starts."""
@@ -199,9 +205,3 @@ class OutlivingSigterm:
         end = threading.Timer(self.seconds, os._exit, (0,))
         end.daemon = True
         end.start()
-
-
-def let_data_workers_end() -> None:
-    """Lets the DataLoader workers of this process end at the next SIGTERM, because the run is over."""
-    if _over is not None:
-        _over[1][0] = 1

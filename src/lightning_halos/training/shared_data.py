@@ -27,11 +27,7 @@ class LightningRank(int):
 
 
 class Leases:
-    """A worker's leases, grouped by epoch.
-
-    Args:
-        leases: The leases, in order.
-    """
+    """A worker's leases, in order, grouped by epoch."""
 
     def __init__(self, leases: Iterator[Lease]) -> None:
         self._leases = leases
@@ -77,7 +73,7 @@ class SharedSampler(Sampler[int]):
         sampler: The replaced sampler, which determines the shuffling.
         leases: The worker's leases.
         step_samples: Samples per local step.
-        samples: Samples of an epoch that are used.
+        samples: Samples of an epoch that are used, which may be fewer than the dataset has.
     """
 
     def __init__(self, sampler: DistributedSampler[Any], leases: Leases, step_samples: int, samples: int) -> None:
@@ -108,12 +104,7 @@ class SharedSampler(Sampler[int]):
 
 
 class SharedData:
-    """The training data of a fit, if its workers can share it.
-
-    Args:
-        trainer: The Trainer, after its training data is set up.
-        combined: Its training data.
-        loader: The only loader in it.
+    """The training data of a fit whose workers share it; see :meth:`find`.
 
     Attributes:
         steps_per_epoch: Data of an epoch, in local steps.
@@ -123,6 +114,7 @@ class SharedData:
         end: Data of all ordered epochs, in local steps; infinite without a number of epochs.
         epochs: The ordered number of epochs, ``None`` without one.
         batches: Batches per epoch of a worker's fixed shard.
+        identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
     def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any]) -> None:
@@ -140,13 +132,19 @@ class SharedData:
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
+        sampler: Any = loader.sampler
+        self.identity: dict[str, int | None] = {
+            "steps_per_epoch": self.steps_per_epoch,
+            "step_samples": size * accumulate,
+            "samples": samples,
+            "seed": sampler.seed if sampler.shuffle else None,
+        }
         self._accumulate = accumulate
-        self._window = 0
-        self._used = Spans()
         self._step_samples = size * accumulate
-        self._seed = loader.sampler.seed if loader.sampler.shuffle else None  # type: ignore[attr-defined]
-        self._samples = min(samples, batches * size)
+        self._epoch_samples = min(samples, batches * size)
         self._length = samples
+        self._batches_of_step = 0
+        self._used = Spans()
         self._leases: Leases
         self._limits = combined.limits
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
@@ -184,25 +182,11 @@ class SharedData:
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
             begin_epoch_of_data(self._trainer)
 
-    @property
-    def identity(self) -> dict[str, int | None]:
-        """Properties that a later fit must share, so that a range of the data means the same samples."""
-        return {
-            "steps_per_epoch": self.steps_per_epoch,
-            "step_samples": self._step_samples,
-            "samples": self._length,
-            "seed": self._seed,
-        }
-
     def count_batch(self, ends_epoch: bool) -> None:
-        """Counts a batch that was trained on.
-
-        Args:
-            ends_epoch: Whether it is the last batch of the worker's epoch.
-        """
-        self._window += 1
-        if self._window == self._accumulate or ends_epoch:
-            self._window = 0
+        """Counts a batch that was trained on, which may be the last one of the worker's epoch."""
+        self._batches_of_step += 1
+        if self._batches_of_step == self._accumulate or ends_epoch:
+            self._batches_of_step = 0
             epoch, first = self._leases.use()
             start = epoch * self.steps_per_epoch + first
             self._used.add([(start, start + 1)])
@@ -235,7 +219,7 @@ class SharedData:
                 " started, so the workers cannot share it. Keep its length, or pass a sampler of your own."
             )
         sampler = loader.batch_sampler.sampler
-        shared = SharedSampler(sampler, self._leases, self._step_samples, self._samples)
+        shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples)
         shared.set_epoch(self._trainer.current_epoch)
         self._replaced.append((loader.batch_sampler, sampler))
         loader.batch_sampler.sampler = shared
@@ -247,8 +231,7 @@ class SharedData:
         for batch_sampler, sampler in self._replaced:
             batch_sampler.sampler = sampler
         if self._replaced:
-            fit_loop = self._trainer.fit_loop
-            fit_loop.max_batches = self.batches
+            self._trainer.fit_loop.max_batches = self.batches
             if (combined := training_loader(self._trainer)) is not None:
                 combined.limits = self._limits
         self._replaced.clear()

@@ -1,7 +1,7 @@
 """Measures how long a worker computes, including the work in its device's queue.
 
 A device works asynchronously: without synchronization, the host's clock shows how fast work is queued, not how fast it
-is done. Time spent otherwise, such as saving a checkpoint, is excluded with pauses.
+is done. Other work, such as saving a checkpoint, is excluded with pauses.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Measures the seconds that a worker computes. It runs from the start.
-
-    Args:
-        device: The device that the worker computes on.
-    """
+    """Measures the seconds that a worker computes on a device. It runs from the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = getattr(torch, device.type)

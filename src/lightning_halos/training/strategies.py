@@ -49,9 +49,9 @@ class HalosStrategy(AlgorithmStrategy):
         timeout: Seconds of silence after which a peer counts as lost during training. A peer that is busy gets 10 times
             this limit, and at least 1800 seconds. Before and after training, workers wait at least 1800 seconds for
             each other, because rank 0 may validate then.
-        grace_time: Seconds after SIGTERM that saving a checkpoint may take. All processes end 5 seconds later, or after
-            their present batch. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds by
-            default.
+        grace_time: Seconds after SIGTERM that saving a checkpoint may take. All processes have ended 3 seconds later,
+            or after their present batch. See ``docs/checkpoints.md``. torchrun and SLURM send SIGKILL after 30 seconds
+            by default.
         simulate: A cluster to simulate on this machine, or the path of its YAML file. The simulation has a process for
             each described worker, on the devices of the Trainer, and a virtual clock. Regions are those of the cluster.
         **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,

@@ -30,12 +30,11 @@ from lightning_halos.training.compat import (
     find_trainer,
     is_accumulating,
     optimizers_to_device,
-    seed_dataloader_workers,
     synchronizes_batch_norm,
 )
 from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
 from lightning_halos.training.fit import Fit
-from lightning_halos.training.preemption import OutlivingSigterm, let_data_workers_end
+from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
@@ -151,9 +150,8 @@ class AlgorithmStrategy(ConnectedStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Lets DataLoader workers survive SIGTERM, as their training process does."""
-        if isinstance(dataloader, DataLoader) and not isinstance(dataloader.worker_init_fn, OutlivingSigterm):
-            seed_dataloader_workers(dataloader, self.global_rank)  # Lightning would skip it after the next line
-            dataloader.worker_init_fn = OutlivingSigterm(self._grace_time, dataloader.worker_init_fn)
+        if isinstance(dataloader, DataLoader):
+            outlive_sigterm(dataloader, self.global_rank, self._grace_time)
         return dataloader
 
     def on_train_start(self) -> None:
