@@ -19,7 +19,8 @@ import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,19 +72,19 @@ class IndexedTokens(Dataset[Tensor]):
         self._arguments = (prefix, context, as_stored)
         self._context = context
         path = without_suffix(Path(prefix))
-        index = _read_index(path)
-        self.dtype, self.num_tokens = index.dtype, index.tokens
-        self._out = index.dtype if as_stored else np.dtype(np.int64)
-        self._row = index.length or index.tokens
+        self.dtype, self.num_tokens, lengths = _read_index(path)
+        self._out = self.dtype if as_stored else np.dtype(np.int64)
+        is_cut_one_by_one = lengths.min() == lengths.max()
+        self._row = int(lengths[0]) if is_cut_one_by_one else self.num_tokens
         self._pieces = (self._row - 1) // context
         if not self._pieces:
-            what = f"{index.sequences} sequence(s) of {self._row} tokens" if index.length else f"{self._row} tokens"
+            what = f"{len(lengths)} sequence(s) of {self._row} tokens" if is_cut_one_by_one else f"{self._row} tokens"
             raise ValueError(
                 f"{path}.idx holds {what}, too short for context={context}, which takes {context + 1}."
                 f" Use context={self._row - 1} or less."
             )
-        self._length = index.tokens // self._row * self._pieces
-        self._files = _data_files(path, index)
+        self._length = self.num_tokens // self._row * self._pieces
+        self._files = _data_files(path, self.num_tokens, self.dtype)
         self._starts = [0, *itertools.accumulate(file.stat().st_size for file in self._files[:-1])]
         self._shards: list[NDArray[np.uint8]] = []
 
@@ -134,30 +135,26 @@ class IndexedTokensWriter:
             names = ", ".join(known.name for known in _DTYPES.values())
             raise ValueError(f"dtype={np.dtype(dtype).name} must be one of {names}.")
         self._limits = np.iinfo(self._dtype)
-        path = without_suffix(Path(prefix))
-        self._paths = [_with(path, suffix) for suffix in (".bin", ".idx")]
-        self._temporary = [file.with_name(f".{file.name}.{os.getpid()}") for file in self._paths]
+        self._prefix = without_suffix(Path(prefix))
         self._sizes = array("i")
 
     def __enter__(self) -> IndexedTokensWriter:
-        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary[0].open("wb")
+        folder = self._prefix.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = TemporaryDirectory(prefix=f".{self._prefix.name}-", dir=folder)
+        self._bin = Path(self._folder.name, "bin").open("wb")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self._finish(self._bin)
+        with self._folder, self._bin, Path(self._folder.name, "idx").open("wb") as index:
             if kind is None:
-                with self._temporary[1].open("wb") as file:
-                    self._write_index(file)
-                    self._finish(file)
-                self._paths[1].unlink(missing_ok=True)  # the old index must never be seen with the new tokens
-                for temporary, path in zip(self._temporary, self._paths, strict=True):
-                    temporary.replace(path)
-        finally:
-            self._bin.close()
-            for temporary in self._temporary:
-                temporary.unlink(missing_ok=True)
+                self._write_index(index)
+                for file in (index, self._bin):
+                    file.flush()
+                    os.fsync(file.fileno())
+                _with(self._prefix, ".idx").unlink(missing_ok=True)  # it must never be seen with the new tokens
+                os.replace(self._bin.name, _with(self._prefix, ".bin"))
+                os.replace(index.name, _with(self._prefix, ".idx"))
 
     @property
     def num_sequences(self) -> int:
@@ -195,27 +192,14 @@ class IndexedTokensWriter:
         for numbers in (sizes, begins, np.arange(count + 1, dtype="<i8")):
             file.write(numbers.data)
 
-    @staticmethod
-    def _finish(file: Any) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
     """Returns the smallest data type for tokens of a vocabulary: uint16 (as in Pythia's Pile) or int32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-class _Index(NamedTuple):
-    """The contents of an ``.idx`` file."""
-
-    dtype: np.dtype[Any]
-    sequences: int
-    tokens: int  # of all sequences
-    length: int | None  # of every sequence; ``None`` if the lengths differ
-
-
-def _read_index(prefix: Path) -> _Index:
+def _read_index(prefix: Path) -> tuple[np.dtype[Any], int, NDArray[np.int32]]:
+    """Returns the data type, the number of tokens, and the sequences' lengths, which are mapped."""
     path = _with(prefix, ".idx")
     if not path.is_file():
         if prefix.is_dir():
@@ -249,38 +233,37 @@ def _read_index(prefix: Path) -> _Index:
     if not sequences:
         raise ValueError(f"{path} contains no sequence.")
     dtype = _DTYPES[code]
-    sizes = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
-    shortest, longest, tokens = int(sizes.min()), int(sizes.max()), int(sizes.sum(dtype=np.int64))
+    lengths = np.memmap(path, "<i4", "r", _HEADER.size, (sequences,))
     begins = np.memmap(path, "<i8", "r", _HEADER.size + 4 * sequences, (sequences,))
-    end = int(begins[-1]) + int(sizes[-1]) * dtype.itemsize
-    if shortest < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:
+    tokens, end = int(lengths.sum(dtype=np.int64)), int(begins[-1]) + int(lengths[-1]) * dtype.itemsize
+    if lengths.min() < 0 or begins[0] != 0 or end != tokens * dtype.itemsize:
         raise ValueError(
             f"{path} is damaged: its {sequences} sequences have {tokens * dtype.itemsize} bytes, but end after {end}."
             " Copy it again, or make it again."
         )
-    return _Index(dtype, sequences, tokens, longest if shortest == longest else None)
+    return dtype, tokens, lengths
 
 
-def _data_files(prefix: Path, index: _Index) -> list[Path]:
-    """The ``.bin`` file or its shards, in order. Their size must be the one that the index gives."""
+def _data_files(prefix: Path, tokens: int, dtype: np.dtype[Any]) -> list[Path]:
+    """Returns the ``.bin`` file or its shards, in order, if they have the size that the index gives."""
     single = _with(prefix, ".bin")
     files = [single] if single.is_file() else _shards(prefix)
     for file in files:
         with file.open("rb") as opened:
             _refuse_pointer(file, opened.read(len(_LFS_POINTER)))
-    size, expected = sum(file.stat().st_size for file in files), index.tokens * index.dtype.itemsize
+    size, expected = sum(file.stat().st_size for file in files), tokens * dtype.itemsize
     if size != expected:
         what = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
         problem = "the data is truncated or a shard is missing" if size < expected else "the data is too long"
         raise ValueError(
-            f"{what}: {size} bytes, but {prefix.name}.idx promises {expected} ({index.tokens} tokens of"
-            f" {index.dtype.name}): {problem}, or index and data do not belong together. Copy both again."
+            f"{what}: {size} bytes, but {prefix.name}.idx promises {expected} ({tokens} tokens of"
+            f" {dtype.name}): {problem}, or index and data do not belong together. Copy both again."
         )
     return files
 
 
 def _shards(prefix: Path) -> list[Path]:
-    """The shards in order. They are numbered from 0 to N-1 or, like the shards of Pythia's Pile, from 0 to N."""
+    """Returns the shards, numbered from 0 to N-1 or, like those of Pythia's Pile, from 0 to N of N."""
     name = re.compile(re.escape(prefix.name) + r"-(\d+)-of-(\d+)\.bin")
     found = {int(match[1]): (match, file) for file in prefix.parent.iterdir() if (match := name.fullmatch(file.name))}
     if not found:

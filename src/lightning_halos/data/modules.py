@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -59,13 +59,10 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         self, tokenizer: str | None, context: int, batch_size: int, val_sequences: int, num_workers: int, shuffle: bool
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("context", context, 1),
-            ("batch_size", batch_size, 1),
-            ("val_sequences", val_sequences, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            check_count(name, value, least)
+        check_count("context", context)
+        check_count("batch_size", batch_size)
+        check_count("val_sequences", val_sequences, least=0)
+        check_count("num_workers", num_workers, least=0)
         self._tokenizer_name = tokenizer
         self._context = context
         self._batch_size = batch_size
@@ -224,34 +221,25 @@ class TextDataModule(TokenDataModule):
         self._seed = seed
 
     def prepare_data(self) -> None:
-        if not self._streaming:
-            prefix = self._cache()
-            if not prefix.with_suffix(".idx").exists():
-                write_tokens(self._corpus.documents(), self._known_tokenizer, prefix)
+        tokenizer: Any = self.tokenizer
+        if not self._streaming and not (prefix := self._cache()).with_suffix(".idx").exists():
+            write_tokens(self._corpus.documents(), tokenizer, prefix)
 
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
         if not self._streaming:
             return self._load_files(self._cache())
-        tokenizer = self._known_tokenizer
-        held_out: Any = []
-        digests: frozenset[bytes] = frozenset()
-        if self._val_sequences:
-            held_out, digests = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
+        tokenizer: Any = self.tokenizer
+        held_out, documents = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         train = PackedStream(
-            self._corpus, tokenizer, self._context, rank, world_size, self._shuffle_buffer, self._seed, digests
+            self._corpus, tokenizer, self._context, rank, world_size, self._shuffle_buffer, self._seed, documents
         )
-        return train, Subset(held_out, range(len(held_out)))
-
-    @property
-    def _known_tokenizer(self) -> PreTrainedTokenizerBase:
-        assert self.tokenizer is not None
-        return self.tokenizer
+        return train, Subset(cast("Dataset[Tensor]", held_out), range(len(held_out)))
 
     def _cache(self) -> Path:
         """The prefix of the cached tokens: the same for the same text and tokenizer."""
         datasets = language_package("datasets")
-        tokenizer: Any = self._known_tokenizer
+        tokenizer: Any = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         key = [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, vocabulary, tokenizer.eos_token_id]

@@ -6,7 +6,6 @@ itself detects the ``DataLoader`` worker.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -41,7 +40,7 @@ class PackedStream(IterableDataset[Tensor]):
         shuffle_buffer: Size of the buffer from which the next document is drawn at random; 0 reads in order. Every
             pass has the same order.
         seed: Seed of the shuffling.
-        leave_out: Digests of the validation documents, which are skipped; see :func:`digest`.
+        leave_out: Documents that are skipped, because the validation uses them.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class PackedStream(IterableDataset[Tensor]):
         world_size: int = 1,
         shuffle_buffer: int = 0,
         seed: int = 0,
-        leave_out: frozenset[bytes] = frozenset(),
+        leave_out: frozenset[str] = frozenset(),
     ) -> None:
         distributed = language_package("datasets.distributed")
         self._corpus, self._tokenizer, self._context, self._leave_out = corpus, tokenizer, context, leave_out
@@ -65,36 +64,27 @@ class PackedStream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         if get_worker_info() is not None:  # DataLoader workers are parallel already, and may be forked with threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        texts = self._corpus.documents(self._documents)
-        kept = (text for text in texts if not self._leave_out or digest(text) not in self._leave_out)
+        kept = (text for text in self._corpus.documents(self._documents) if text not in self._leave_out)
         for sequence in pack((tokens for _, tokens in tokenize(kept, self._tokenizer)), self._context):
             yield torch.from_numpy(sequence)
 
 
 def hold_out(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int, sequences: int
-) -> tuple[list[Tensor], frozenset[bytes]]:
-    """Takes the first sequences of a corpus for validation.
-
-    Returns:
-        The sequences, and the digests of their documents, which training has to leave out.
+) -> tuple[list[Tensor], frozenset[str]]:
+    """Returns the first sequences of a corpus for validation, and their documents, which training has to leave out.
 
     Raises:
         ValueError: If the corpus has fewer sequences.
     """
-    used: set[bytes] = set()
+    used: set[str] = set()
 
     def noted() -> Iterator[list[int]]:
         for text, tokens in tokenize(corpus.documents(), tokenizer):
-            used.add(digest(text))
+            used.add(text)
             yield tokens
 
     found = [torch.from_numpy(sequence.copy()) for sequence in islice(pack(noted(), context), sequences)]
     if len(found) < sequences:
         raise ValueError(f"val_sequences={sequences} is more than the {len(found)} sequences of {corpus}.")
     return found, frozenset(used)
-
-
-def digest(text: str) -> bytes:
-    """Returns a digest of 16 bytes that identifies a document."""
-    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
 
     A fast tokenizer processes the documents of a batch in parallel on all cores.
     """
-    for texts in _batches(documents):
+    documents = iter(documents)
+    while texts := list(_batch(documents)):
         encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for text, tokens in zip(texts, encoded["input_ids"], strict=True):
             yield text, [*tokens, tokenizer.eos_token_id]
@@ -110,14 +112,10 @@ def write_tokens(
     return Summary(read, text_bytes, made, writer.num_sequences)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    texts: list[str] = []
+def _batch(documents: Iterator[str]) -> Iterator[str]:
     characters = 0
-    for text in documents:
-        texts.append(text)
+    for text in islice(documents, _BATCH_DOCUMENTS):
+        yield text
         characters += len(text)
-        if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+        if characters >= _BATCH_CHARACTERS:
+            return
