@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import WrittenFile, is_plain, read_state, remove_folder, write, write_state
+from lightning_halos.checkpoint.files import WrittenFile, is_plain, read_state, write, write_state
 
 STATE = {"weights": torch.arange(5000.0), "step": 3, "nested": [1.5, "text", (None, True)]}
 
@@ -123,7 +123,3 @@ def test_plain_states(state: object) -> None:
 )
 def test_states_that_would_have_to_be_unpickled(state: object) -> None:
     assert not is_plain(state)
-
-
-def test_removing_what_is_not_there_is_fine(tmp_path: Path) -> None:
-    remove_folder(tmp_path / "nothing")

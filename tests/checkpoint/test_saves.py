@@ -140,12 +140,12 @@ def test_a_crash_at_any_moment_leaves_a_complete_checkpoint(
 
     def crashing(module: object, function: str) -> None:
         original = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *args: (crash(), original(*args), crash())[1])
+        monkeypatch.setattr(module, function, lambda *args, **kwargs: (crash(), original(*args, **kwargs), crash())[1])
 
     folder.mkdir()
     old = folder / "last.ckpt"
     saves = saved(old)
-    for module, function in [(os, "replace"), (files, "remove_folder"), (files, "sync_folder")]:
+    for module, function in [(os, "replace"), (shutil, "rmtree"), (files, "sync_folder")]:
         crashing(module, function)
     save = begin(saves, folder / name)
     if name != old.name:
@@ -182,7 +182,7 @@ def test_a_shard_that_cannot_be_written_is_a_warning_and_the_older_checkpoint_st
     save = begin(saves, path)
     saves.remove(old, old.unlink)
     saves.complete_manifest(save.marker.save, total=9)
-    (save.folder / "global.pt").mkdir()  # in its place
+    (Path(save.marker.folder) / "global.pt").mkdir()  # in its place
     with pytest.warns(UserWarning, match=r"step=2.ckpt is not complete: .*global.pt could not be written"):
         saves.written(write_shard(save.marker, "global.pt", {"value": 1}))
     assert saves.in_flight  # worker 0 still has its part in memory

@@ -27,23 +27,14 @@ from lightning_halos.core.compat import map_tensors
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Size and checksum of a file that was written.
-
-    Attributes:
-        size: Size in bytes.
-        crc32: Checksum by ``zlib.crc32``.
-    """
+    """Size in bytes and checksum, by ``zlib.crc32``, of a file that was written."""
 
     size: int
     crc32: int
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> WrittenFile:
-    """Writes a file atomically. Its folder is created if it does not exist.
-
-    Args:
-        path: The file. An existing file is replaced.
-        fill: Writes the contents to the file object that it is given, from front to back.
+    """Writes a file atomically, and its folder if it does not exist. ``fill`` writes the contents, front to back.
 
     Raises:
         OSError: If it cannot be written, for example because the disk is full. Then no file remains.
@@ -76,12 +67,8 @@ def write_state(path: Path, state: Any) -> WrittenFile:
 def read_state(path: Path, expected: WrittenFile) -> Any:
     """Reads a file of :func:`write_state`, without unpickling anything but tensors and plain values.
 
-    Args:
-        path: The file.
-        expected: Its size and checksum when it was written.
-
     Raises:
-        CheckpointError: If it is missing or has changed.
+        CheckpointError: If it is missing, or is not what was written.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
@@ -108,11 +95,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder and its contents, if it exists."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def link(path: Path, link: Path) -> None:
@@ -167,14 +149,9 @@ class _Checked(io.RawIOBase):
     """Writes to a file and computes its size and checksum."""
 
     file: IO[bytes]
-
-    def __init__(self) -> None:
-        self.crc32 = 0
-        self.size = 0
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
+    size = 0
+    crc32 = 0
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
@@ -186,6 +163,3 @@ class _Checked(io.RawIOBase):
         size = memoryview(data).nbytes
         self.size += size
         return size
-
-    def flush(self) -> None:
-        """Does nothing, because :func:`write` flushes the file at the end."""

@@ -34,34 +34,19 @@ def server_shard(index: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a checkpoint.
+    """The contents of a checkpoint."""
 
-    Attributes:
-        save: Identity of the save. The ``.ckpt`` file has it, too.
-        version: Version of the package that wrote it.
-        algorithm: Name of the algorithm, and whether it was simulated.
-        groups: Global ranks of each local server's workers.
-        model: Number of elements of the model's vector, number of parameters among them, and their dtype.
-        total: Local steps that all workers together had finished.
-        data: Identity of the training data; ``None`` if the workers do not share data.
-        done: The data that was trained on; see :class:`~lightning_halos.core.cursor.Spans`.
-        plateau_steps: Steps of rank 0's plateau schedulers.
-        metrics: Rank 0's metrics.
-        world: In a simulation: its clock and rounds.
-        shards: Size and checksum of each shard.
-    """
-
-    save: str
-    version: str
-    algorithm: str
-    groups: list[list[int]]
-    model: dict[str, Any]
-    total: int
-    data: dict[str, Any] | None
-    done: list[tuple[int, int]]
-    plateau_steps: list[tuple[int, float]]
-    metrics: dict[str, float]
-    world: dict[str, Any] | None
+    save: str  # identity of the save; the .ckpt file has it, too
+    version: str  # of the package that wrote it
+    algorithm: str  # its name, and whether it was simulated
+    groups: list[list[int]]  # global ranks of each local server's workers
+    model: dict[str, Any]  # number of elements of the model's vector, number of parameters among them, and their dtype
+    total: int  # local steps that all workers together had finished
+    data: dict[str, Any] | None  # identity of the training data; None if the workers do not share data
+    done: list[tuple[int, int]]  # the data that was trained on; see core.cursor.Spans
+    plateau_steps: list[tuple[int, float]]  # of rank 0's plateau schedulers
+    metrics: dict[str, float]  # of rank 0
+    world: dict[str, Any] | None  # of a simulation: its clock and rounds
     shards: dict[str, WrittenFile] = field(default_factory=dict)
 
     @property
@@ -76,11 +61,7 @@ class Manifest:
         return sum(stop - start for start, stop in self.done) < int(max_epochs * self.data["steps_per_epoch"])
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest atomically.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Writes the manifest atomically."""
         write(folder / NAME, lambda file: file.write(self.text().encode()))
 
     def text(self) -> str:
@@ -89,11 +70,7 @@ class Manifest:
 
     @classmethod
     def read(cls, text: str | bytes, path: Path) -> Manifest:
-        """Reads a manifest of :meth:`write`.
-
-        Args:
-            text: Its contents.
-            path: Its path, for error messages.
+        """Reads the contents of the file at ``path``.
 
         Raises:
             CheckpointError: If it is damaged, or has a format that this version of the package does not support.

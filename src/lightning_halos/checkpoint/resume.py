@@ -24,12 +24,7 @@ _WHAT_TO_DO = "Resume from another checkpoint, or remove that folder to resume f
 
 @dataclass(frozen=True)
 class CompleteCheckpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        folder: The folder of its shards.
-        manifest: Its manifest.
-    """
+    """A complete checkpoint, with the folder of its shards."""
 
     folder: Path
     manifest: Manifest
@@ -59,23 +54,14 @@ class CompleteCheckpoint:
 
 @dataclass
 class Resume:
-    """The state from which one process resumes.
-
-    Attributes:
-        manifest: The checkpoint's manifest.
-        fits: Whether the workers and servers are the same as in the checkpoint.
-        worker: This worker's shard; empty if it has none.
-        server: On a leader: its local server's shard; ``None`` if the server starts from the global model.
-        globals: On rank 0: the shard of the global server or of the simulation.
-        servers: On rank 0, if the servers are not the same: the shards of the old local servers that exist, by index.
-    """
+    """The state from which one process resumes."""
 
     manifest: Manifest
-    fits: bool
-    worker: dict[str, Any] = field(default_factory=dict)
-    server: dict[str, Any] | None = None
-    globals: dict[str, Any] | None = None
-    servers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    fits: bool  # whether the workers and servers are the same as in the checkpoint
+    worker: dict[str, Any] = field(default_factory=dict)  # this worker's shard; empty if it has none
+    server: dict[str, Any] | None = None  # on a leader: None if its local server starts from the global model
+    globals: dict[str, Any] | None = None  # on rank 0: of the global server or of the simulation
+    servers: dict[int, dict[str, Any]] = field(default_factory=dict)  # on rank 0 unless it fits: of the old servers
 
 
 def available(path: Path) -> Path:
@@ -99,11 +85,7 @@ def available(path: Path) -> Path:
 
 
 def find(path: Path, save: str) -> CompleteCheckpoint | None:
-    """Finds the shards of a ``.ckpt`` file.
-
-    Args:
-        path: The file.
-        save: Identity of the save, from the file.
+    """Finds the shards of a ``.ckpt`` file by the identity of its save.
 
     Returns:
         The shards; ``None`` if they have no folder, because the file was saved or copied without them.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -48,39 +49,16 @@ class State(enum.Enum):
 
 @dataclass
 class Save:
-    """One save: the shards of one moment, and one or more ``.ckpt`` files of that moment.
+    """One save: the shards of one moment, and one or more ``.ckpt`` files of that moment."""
 
-    Attributes:
-        marker: The marker of the snapshot, with the save's identity and the folder of its shards.
-        manifest: The manifest, as far as it is known.
-        moment: The moment of the snapshot. A request at the same moment joins this save.
-        hidden: The hidden path of each ``.ckpt`` file, from which it is renamed to its path.
-        missing: Names of missing parts: shards, ``.ckpt`` files, and the manifest while its contents are unknown.
-        shards: The shards that are on disk.
-        links: Symbolic links to create to the ``.ckpt`` files.
-        state: The state of the save.
-    """
-
-    marker: Marker
-    manifest: Manifest
-    moment: str
-    missing: set[str]
-    hidden: dict[Path, Path] = field(default_factory=dict)
-    shards: dict[str, WrittenFile] = field(default_factory=dict)
-    links: dict[Path, Path] = field(default_factory=dict)
+    marker: Marker  # of the snapshot, with the save's identity and the folder of its shards
+    manifest: Manifest  # as far as it is known
+    moment: str  # a request at the same moment joins this save; empty if none may
+    missing: set[str]  # names of shards and .ckpt files, and of the manifest while its contents are unknown
+    hidden: dict[Path, Path] = field(default_factory=dict)  # from which each .ckpt file is renamed to its path
+    shards: dict[str, WrittenFile] = field(default_factory=dict)  # that are on disk
+    links: dict[Path, Path] = field(default_factory=dict)  # to create to .ckpt files
     state: State = State.PENDING
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the shards."""
-        return Path(self.marker.folder)
-
-    def add(self, path: Path) -> None:
-        """Adds a ``.ckpt`` file."""
-        folder = folder_of(path) / self.marker.save
-        folder.mkdir(parents=True, exist_ok=True)
-        self.hidden[path] = folder / path.name
-        self.missing.add(str(path))
 
 
 class Saves:
@@ -94,8 +72,7 @@ class Saves:
         self.writer = Writer()
         self._lock = threading.RLock()  # a signal handler may save while the main thread does
         self._open: dict[str, Save] = {}
-        self._latest = ""  # the latest requested save; nothing is removed until it is complete
-        self._latest_is_complete = True
+        self._awaited: str | None = None  # the latest requested save; nothing is removed until it is complete
         self._removals: dict[Path, Callable[[], None]] = {}
 
     @property
@@ -117,7 +94,7 @@ class Saves:
             path: The ``.ckpt`` file.
             manifest: The manifest, as far as it is known. A new save gets a new identity.
             shards: Names of the shards that will be written.
-            moment: See :class:`Save`; empty if no other request may join.
+            moment: See :class:`Save`.
 
         Raises:
             OSError: If its folder cannot be created.
@@ -126,10 +103,13 @@ class Saves:
         with self._lock:
             save = self.pending(moment)
             if save is None:
-                self._latest, self._latest_is_complete = number, False
                 marker = Marker(number, str(folder_of(path) / number))
                 save = Save(marker, replace(manifest, save=number, shards={}), moment, {NAME, *shards})
-            save.add(path)
+                self._awaited = number
+            folder = folder_of(path) / save.marker.save
+            folder.mkdir(parents=True, exist_ok=True)
+            save.hidden[path] = folder / path.name
+            save.missing.add(str(path))
             self._open[save.marker.save] = save
             self._removals.pop(path, None)
         return save
@@ -143,7 +123,7 @@ class Saves:
     def leave_out(self, path: Path) -> None:
         """Records that a request is skipped, with a warning."""
         with self._lock:
-            self._latest, self._latest_is_complete = "", False
+            self._awaited = ""  # until a later one is complete
         reason = "an earlier one is not yet, because rounds or a disk take longer than the time between saves"
         _warn(str(path), f"{reason}. It is left out")
 
@@ -179,12 +159,7 @@ class Saves:
         _warn(" and ".join(map(str, save.hidden)), reason)
 
     def remove(self, path: Path, remove_file: Callable[[], None]) -> None:
-        """Removes a checkpoint as soon as the latest requested save is complete.
-
-        Args:
-            path: The ``.ckpt`` file.
-            remove_file: Removes the file.
-        """
+        """Removes a ``.ckpt`` file, by calling a function, and its shards as soon as the latest save is complete."""
         with self._lock:
             self._removals[path.absolute()] = remove_file
         self._remove_replaced()
@@ -203,9 +178,7 @@ class Saves:
     def flush(self, timeout: float, interrupted: Callable[[], None] = lambda: None) -> None:
         """Waits until all saves are complete or have failed. Abandons those that take longer than ``timeout`` seconds.
 
-        Args:
-            timeout: Limit in seconds.
-            interrupted: Called many times a second while waiting; may raise.
+        ``interrupted`` is called many times a second while waiting; it may raise.
         """
         deadline = time.monotonic() + timeout
         while self.under_way and time.monotonic() < deadline:
@@ -240,10 +213,11 @@ class Saves:
                 self.writer.submit(lambda: self._finish(save), lambda reason: self.fail(number, reason))
 
     def _finish(self, save: Save) -> None:
-        replace(save.manifest, shards=save.shards).write(save.folder)
+        folder = Path(save.marker.folder)
+        replace(save.manifest, shards=save.shards).write(folder)
         for hidden in save.hidden.values():
-            if hidden.parent != save.folder:
-                files.share(save.folder, [*save.shards, NAME], hidden.parent)
+            if hidden.parent != folder:
+                files.share(folder, [*save.shards, NAME], hidden.parent)
         with self._lock:
             if save.state is State.FAILED:  # it was abandoned meanwhile
                 return
@@ -255,7 +229,8 @@ class Saves:
             save.state = State.COMPLETE
             for link, path in save.links.items():
                 files.link(path, link)
-            self._latest_is_complete |= self._latest == save.marker.save
+            if self._awaited == save.marker.save:
+                self._awaited = None
         try:
             for path, folders in older.items():
                 files.sync_folder(path.parent)
@@ -267,7 +242,7 @@ class Saves:
 
     def _remove_replaced(self) -> None:
         with self._lock:
-            if not self._latest_is_complete:
+            if self._awaited is not None:
                 return
             removals = [(path, remove_file, save_folders(path)) for path, remove_file in self._removals.items()]
             self._removals = {}
@@ -279,7 +254,7 @@ class Saves:
 def _remove_folders(path: Path, folders: Iterable[Path]) -> None:
     """Removes folders of a ``.ckpt`` file's saves, and their parent folder if it is empty then."""
     for folder in folders:
-        files.remove_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder_of(path).rmdir()
 

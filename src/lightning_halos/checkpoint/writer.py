@@ -46,18 +46,10 @@ class Writer:
             complete()
             tell(write_shard(marker, name, state))
 
-        self.submit(
-            job,
-            lambda reason: tell(ShardWritten(marker.save, name, error=f"{name}: {reason}")),
-        )
+        self.submit(job, lambda reason: tell(ShardWritten(marker.save, name, error=f"{name}: {reason}")))
 
     def submit(self, job: Callable[[], None], failed: Callable[[str], None]) -> None:
-        """Queues a job. Never blocks.
-
-        Args:
-            job: The job.
-            failed: Called with the text of the error if the job raises one.
-        """
+        """Queues a job, and never blocks. ``failed`` is called with the text of an error that the job raises."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
             self._thread.start()

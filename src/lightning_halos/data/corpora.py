@@ -67,8 +67,7 @@ class Corpus:
         """Returns the documents: a ``datasets.Dataset`` for a downloaded dataset, else a ``datasets.IterableDataset``.
 
         Raises:
-            ValueError: If the dataset cannot be reached or does not exist, or has no such configuration, split or
-                field.
+            ValueError: If the dataset, or its configuration, split or field, does not exist or cannot be reached.
             ModuleNotFoundError: If the extra ``lm`` is not installed, or ``zstandard`` and a file is a ``.zst``.
         """
         datasets = language_package("datasets")
@@ -92,10 +91,7 @@ class Corpus:
         return loaded.select_columns([self._field])
 
     def documents(self, loaded: Any = None) -> Iterator[str]:
-        """Yields the text of each document, in order, without the empty ones.
-
-        Args:
-            loaded: The result of :meth:`load`, or a part of it, such as a shard. Default: the result of :meth:`load`.
+        """Yields the text of each document that is not empty, in order; of ``loaded``, if it is a part of :meth:`load`.
 
         Raises:
             ValueError: As :meth:`load`; also if a value of the field is not text.
@@ -118,11 +114,7 @@ class Corpus:
 
     @cached_property
     def paths(self) -> list[Path]:
-        """The files, in order.
-
-        Raises:
-            FileNotFoundError: If a path, glob or folder yields no file.
-        """
+        """The files, in order."""
         paths: dict[Path, None] = {}
         for pattern in [self.files] if isinstance(self.files, str) else self.files or ():
             found = _find(str(pattern))

@@ -1,7 +1,6 @@
 r"""Reads and writes tokens in Megatron's memory-mapped format: ``PREFIX.idx`` and ``PREFIX.bin``.
 
-This file deals with numbers only, not with text or tokenizers. Files are mapped, never loaded, because they may be
-larger than the memory. A damaged file is refused before training starts.
+This file deals with numbers only, not with text or tokenizers. A damaged file is refused before training starts.
 
 The format is that of ``MMapIndexedDataset`` in Megatron-LM, GPT-NeoX and EleutherAI/pythia (little-endian). The
 ``.idx`` has 9 bytes ``MMIDIDX\0\0``, version 1 (8 bytes), data type (1 byte), number of sequences S and of document
@@ -47,8 +46,8 @@ class IndexedTokens(Dataset[Tensor]):
     ``context + 1`` tokens and begins with the last token of the previous piece, so that a model predicts every token
     once, except the first. The tail that does not fill a context is left out.
 
-    Files are mapped, not loaded: memory depends on the batch and not on the corpus. The data set is pickled as its
-    arguments; each process maps the files when it first reads.
+    Files are mapped, not loaded, because they may be larger than the memory. The data set is pickled as its arguments;
+    each process maps the files when it first reads.
 
     Args:
         prefix: The files' path without ``.idx`` and ``.bin``. The ``.bin`` may be sharded at any byte, as some corpora
@@ -63,8 +62,7 @@ class IndexedTokens(Dataset[Tensor]):
 
     Raises:
         FileNotFoundError: If a file or shard is missing.
-        ValueError: If a file has another format, version or data type, or is truncated; if index and data do not belong
-            together; if the sequences are too short for the context.
+        ValueError: If a file is damaged or has another format, or the sequences are too short for the context.
     """
 
     def __init__(self, prefix: str | Path, context: int, as_stored: bool = False) -> None:
@@ -162,10 +160,7 @@ class IndexedTokensWriter:
         return len(self._sizes)
 
     def add(self, tokens: ArrayLike) -> None:
-        """Adds a sequence.
-
-        Args:
-            tokens: Integers, of shape ``[length]``.
+        """Adds a sequence: integers of shape ``[length]``.
 
         Raises:
             ValueError: If they have another type or shape, or do not fit into the data type.

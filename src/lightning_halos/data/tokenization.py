@@ -105,10 +105,9 @@ def write_tokens(
                 raise ValueError(f"The corpus has {made} tokens, too few for context={context}. Use a smaller context.")
         if context is not None and seed is not None:
             sequences = IndexedTokens(ordered, context, as_stored=True)
-            order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-            with IndexedTokensWriter(prefix, dtype) as writer:
-                for index in order:
-                    writer.add(sequences[int(index)].numpy())
+            with IndexedTokensWriter(prefix, dtype) as shuffled:
+                for index in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)):
+                    shuffled.add(sequences[int(index)].numpy())
     return Summary(read, text_bytes, made, writer.num_sequences)
 
 

@@ -19,10 +19,7 @@ _BYTES = 256
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer.
-
-    Args:
-        name: A folder, or a name on the Hugging Face hub such as ``"EleutherAI/pythia-70m"``.
+    """Loads a tokenizer from a folder, or by its name on the Hugging Face hub such as ``"EleutherAI/pythia-70m"``.
 
     Raises:
         ValueError: If it does not exist or cannot be reached, or if it has no end-of-text token, which separates

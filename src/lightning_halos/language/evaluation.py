@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 
-_NEEDS_NETWORK = (
-    "Without a local folder it comes from the Hugging Face hub, which needs the network, or a copy in the hub's cache"
-    " (HF_HOME) from an earlier run."
-)
-
 
 def evaluate(
     model: str | Path | PreTrainedModel,
@@ -131,11 +126,7 @@ class Benchmark:
         self._manager: TaskManager | None = None
 
     def load(self) -> None:
-        """Finds the tasks and their data, unless it has been done. For the errors see :func:`evaluate`.
-
-        If the given folders define all of the tasks, the thousands that come with lm-eval are not searched, which saves
-        half a minute.
-        """
+        """Finds the tasks and their data, unless it has been done. For the errors see :func:`evaluate`."""
         if self._manager is not None:
             return
         for package in ("transformers", "datasets", "lm_eval", "accelerate"):
@@ -143,6 +134,7 @@ class Benchmark:
         from lm_eval.tasks import TaskManager
 
         with isolate_rng():
+            # To search the thousands of tasks that come with lm-eval takes half a minute.
             manager = TaskManager(include_path=self._folders, include_defaults=False) if self._folders else None
             if manager is None or not set(self.tasks) <= set(manager.all_tasks):
                 manager = TaskManager(include_path=self._folders or None)
@@ -171,10 +163,7 @@ class Benchmark:
 
 @contextmanager
 def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> Iterator[HFLM]:
-    """Wraps a loaded model for lm-eval, and restores its training mode afterwards.
-
-    lm-eval gets a copy of the tokenizer, because it may add a padding token.
-    """
+    """Wraps a loaded model for lm-eval, and restores its training mode afterwards."""
     from lm_eval.models.huggingface import HFLM
 
     mode = _ModuleMode()
@@ -183,6 +172,7 @@ def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
     level = hf_logger.level
     hf_logger.setLevel(logging.ERROR)  # hide its warning that the model is already loaded
     try:
+        # A copy of the tokenizer, because lm-eval may add a padding token.
         lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size)
     finally:
         hf_logger.setLevel(level)
@@ -193,14 +183,7 @@ def loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
 
 
 def write_results(results: Results, folder: str | Path) -> None:
-    """Writes ``results.json`` and ``results.md``.
-
-    For each answer, the JSON keeps only what a later comparison needs: the question's identity and its metrics.
-
-    Args:
-        results: The return value of :func:`evaluate`.
-        folder: The folder, which is created if it does not exist.
-    """
+    """Writes ``results.json``, with what a later comparison needs of each answer, and ``results.md``."""
     from lm_eval.utils import handle_non_serializable
 
     folder = Path(folder)
@@ -221,10 +204,7 @@ def results_table(results: Results) -> str:
     """Returns lm-eval's table of the results in Markdown, followed by a table of groups if it has any."""
     from lm_eval.utils import make_table
 
-    tables = [make_table(results)]
-    if results.get("groups"):
-        tables.append(make_table(results, "groups"))
-    return "\n".join(tables)
+    return "\n".join(make_table(results, part) for part in ("results", "groups") if results.get(part))
 
 
 def _essence(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -279,4 +259,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"Could not load {what}: {str(error).splitlines()[0]} {_NEEDS_NETWORK}") from error
+        raise OSError(
+            f"Could not load {what}: {str(error).splitlines()[0]} Without a local folder it comes from the Hugging Face"
+            " hub, which needs the network, or a copy in the hub's cache (HF_HOME) from an earlier run."
+        ) from error

@@ -17,21 +17,14 @@ if TYPE_CHECKING:
 
 
 def find_language_model(module: nn.Module, submodule: str | None = None) -> tuple[str, PreTrainedModel]:
-    """Finds the ``transformers.PreTrainedModel`` among the submodules of a module.
+    """Finds the ``transformers.PreTrainedModel`` in a module, or in one of its submodules, and its name in the module.
 
-    Args:
-        module: The LightningModule.
-        submodule: Name of the submodule that is the model or contains it, such as ``"student"``. Default: search the
-            complete module.
-
-    Returns:
-        The model's name in the module, such as ``"model"``, and the model. For a compiled model, this is the original
-        module, such as ``"model._orig_mod"``.
+    A compiled model is found under the name of the original module, such as ``"model._orig_mod"``.
 
     Raises:
         AttributeError: If the submodule does not exist.
         ModuleNotFoundError: If transformers is not installed.
-        ValueError: If the module contains no model, or several that are not part of each other.
+        ValueError: If there is no model, or there are several that are not part of each other.
     """
     language_package("transformers")
     from transformers import PreTrainedModel
@@ -58,14 +51,7 @@ def find_language_model(module: nn.Module, submodule: str | None = None) -> tupl
 
 
 def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrainedTokenizerBase | None:
-    """Returns a tokenizer of transformers.
-
-    Args:
-        tokenizer: The tokenizer, its name or folder, or ``None`` for the ``tokenizer`` of the Trainer's datamodule.
-        trainer: The Trainer.
-
-    Returns:
-        The tokenizer, ``None`` if neither argument gives one.
+    """Returns the tokenizer that is given, itself or by its name or folder, or else that of the Trainer's datamodule.
 
     Raises:
         ModuleNotFoundError: If transformers is not installed.
