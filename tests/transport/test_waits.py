@@ -23,7 +23,7 @@ from lightning_halos.core.schedule import StepBudget
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import SynchronousNetwork, Work
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.training.worlds.simulation import Simulation
+from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport import link
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -113,13 +113,13 @@ def test_a_final_model_may_take_any_time_as_long_as_there_is_news(monkeypatch: p
 
 
 def test_a_worker_of_a_simulation_that_hangs() -> None:
-    work = Work(StepBudget(4))
-    network = SynchronousNetwork(Timing(SimulatedCluster([[1]], [[1] * 4], 100), 1000), work, SyncSGD(), None)
-    simulation = Simulation(network, work, Alarm("rank 0"), 0.3, Saves())
+    timing = Timing(SimulatedCluster([[1]], [[1] * 4], 100), 1000)
+    network = SynchronousNetwork(timing, Work(StepBudget(4)), SyncSGD(), None)
+    servers = SimulatedServers(network, Alarm("rank 0"), 0.3, Saves())
     _, its = LoopbackLink.pair("the world", "rank 3")
-    simulation.attach(3, its)
+    servers.attach(3, its)
     with pytest.raises(PeerLostError, match=r"rank 3 did not finish its round for 0.3 s, and rank 0 waited for it"):
-        simulation._wait_for(3)
+        servers._wait_for(3)
 
 
 def test_whatever_blocks() -> None:

@@ -6,12 +6,19 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightning_halos.core.algorithms import Algorithm
-    from lightning_halos.simulation.cluster import SimulatedCluster
-    from lightning_halos.simulation.timing import Timing
+import yaml
+
+from lightning_halos.core.algorithms import ALGORITHMS, Algorithm, Halos
+from lightning_halos.core.checks import check_count
+from lightning_halos.extras import picture_package
+from lightning_halos.planning.planner import make_timing, plan
+from lightning_halos.planning.random_cluster import random_cluster
+from lightning_halos.planning.report import as_json, save_picture, table
+from lightning_halos.planning.sweep import sweep, sweep_table
+from lightning_halos.planning.trace import write_trace
+from lightning_halos.simulation.cluster import SimulatedCluster
 
 SUMMARY = "Say where the time would go on a cluster, under each algorithm, without training."
 EXAMPLES = """\
@@ -32,8 +39,6 @@ _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in prop
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
-    from lightning_halos.core.algorithms import ALGORITHMS
-
     parser.set_defaults(run=_plan)
     where = parser.add_argument_group("the cluster")
     where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")
@@ -71,38 +76,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lightning_halos.extras import picture_package
-    from lightning_halos.planning.planner import make_timing, plan
-    from lightning_halos.planning.report import as_json, save_picture, table
-    from lightning_halos.planning.trace import write_trace
-
     name, cluster = _cluster(arguments)
-    timing = make_timing(cluster, arguments.message_bytes)
+    timing, folder = make_timing(cluster, arguments.message_bytes), arguments.output
     if arguments.sweep:
-        _sweep(arguments, timing)
+        _report(arguments, "sweep", sweep_table(sweep(timing, arguments.hours), timing))
         return
-    if arguments.output:
+    if folder:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
-    record_ms = _timeline_ms(arguments, cluster.num_workers) if arguments.output else 0.0
+    record_ms = _timeline_ms(arguments, cluster.num_workers) if folder else 0.0
     plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in _algorithms(arguments)]
-    text = table(plans, timing)
-    print(text, end="")
-    if arguments.output:
-        folder = _folder(arguments)
-        _write(folder / f"{name}.txt", f"$ {arguments.command}\n\n{text}")
+    _report(arguments, name, table(plans, timing))
+    if folder:
         values = {"command": arguments.command, **as_json(plans, timing)}
-        _write(folder / f"{name}.json", json.dumps(values, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         for one in plans:
             write_trace(one, timing, folder / f"{name}-{one.algorithm}.trace.json")
         save_picture(plans, timing, folder / f"{name}.png")
         print(f"\nSee {folder / name}.* and, in https://ui.perfetto.dev, {folder / name}-*.trace.json")
 
 
+def _report(arguments: argparse.Namespace, name: str, text: str) -> None:
+    """Prints a text and, with ``--output``, writes it to a file with the command that made it."""
+    print(text, end="")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / f"{name}.txt").write_text(f"$ {arguments.command}\n\n{text}", encoding="utf-8")
+
+
 def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
-    from lightning_halos.core.algorithms import ALGORITHMS, Halos
-    from lightning_halos.core.checks import check_count
-
     check_count("baseline_local_steps", arguments.baseline_local_steps)
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
@@ -120,22 +122,8 @@ def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
     return algorithms
 
 
-def _sweep(arguments: argparse.Namespace, timing: Timing) -> None:
-    from lightning_halos.planning.sweep import sweep, sweep_table
-
-    text = sweep_table(sweep(timing, arguments.hours), timing)
-    print(text, end="")
-    if arguments.output:
-        _write(_folder(arguments) / "sweep.txt", f"$ {arguments.command}\n\n{text}")
-
-
 def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     """The name for files about the cluster, and the cluster."""
-    import yaml
-
-    from lightning_halos.planning.random_cluster import random_cluster
-    from lightning_halos.simulation.cluster import SimulatedCluster
-
     path, size = arguments.cluster, arguments.random_cluster
     if (path is None) == (size is None):
         raise ValueError("give either the file that describes the cluster, or --random-cluster RxW such as 4x4.")
@@ -156,15 +144,4 @@ def _timeline_ms(arguments: argparse.Namespace, workers: int) -> float:
         minutes = _TIMELINE_MINUTES * min(1.0, _TIMELINE_WORKERS / workers)
     if minutes <= 0:
         raise ValueError(f"--timeline-minutes {minutes:g} must be positive.")
-    hours: float = arguments.hours
-    return min(minutes, 60 * hours) * _MS_PER_MINUTE
-
-
-def _folder(arguments: argparse.Namespace) -> Path:
-    folder: Path = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return float(min(minutes, 60 * arguments.hours) * _MS_PER_MINUTE)

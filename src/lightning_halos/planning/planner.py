@@ -11,9 +11,10 @@ in which they were sent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MS_PER_HOUR = 3.6e6
+ACTIVITIES = ("computing", "communicating", "waiting")  # the last one: for the slowest worker of a synchronous round
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,6 @@ class Arrivals(NamedTuple):
     staleness: Ints  # versions between each update's start and its arrival
     missed_steps: Ints  # local steps that these versions contain
 
-    def until(self, time: float) -> Arrivals:
-        """Returns a copy with the updates that arrive no later than ``time``."""
-        stop = int(np.searchsorted(self.times, time, side="right"))
-        columns: Iterable[Any] = (column[:stop].copy() for column in self)
-        return Arrivals(*columns)
-
 
 class Exchanges(NamedTuple):
     """The exchanges of a local server with the global server, in order. Times are in virtual milliseconds."""
@@ -64,12 +60,6 @@ class Exchanges(NamedTuple):
     merged: Floats  # when the local server merges the answer
     sent_versions: Ints  # the local server's versions when it sends
     merged_versions: Ints  # the local server's versions when it merges
-
-    def until(self, time: float) -> Exchanges:
-        """Returns the exchanges that begin no later than ``time``."""
-        stop = int(np.searchsorted(self.sent, time, side="right"))
-        columns: Iterable[Any] = (column[:stop] for column in self)
-        return Exchanges(*columns)
 
 
 @dataclass(frozen=True)
@@ -93,9 +83,7 @@ class Plan:
     elapsed_ms: float  # virtual time that the numbers cover; for a synchronous algorithm, complete rounds only
     local_steps: Ints  # per round
     rounds: Ints  # finished
-    compute_ms: Floats  # virtual time per round
-    communication_ms: Floats  # virtual time per round
-    waiting_ms: Floats  # virtual time per round that is spent waiting for the slowest worker
+    round_ms: Floats  # virtual time that each worker (row) spends per round on each of the ACTIVITIES (columns)
     bytes_inside: int  # on links inside regions
     bytes_between: int  # on links between regions
     pushes: Staleness  # of the workers' pushes
@@ -127,20 +115,19 @@ class Plan:
 
     @property
     def worker_shares(self) -> Floats:
-        """Shares of computing, communicating and waiting (columns) in each worker's time (rows)."""
-        parts = np.stack([self.compute_ms, self.communication_ms, self.waiting_ms], axis=1)
-        shares: Floats = parts / parts.sum(axis=1, keepdims=True)
+        """Shares of the activities (columns) in each worker's time (rows)."""
+        shares: Floats = self.round_ms / self.round_ms.sum(axis=1, keepdims=True)
         return shares
 
     @property
     def shares(self) -> Floats:
-        """Shares of computing, communicating and waiting, averaged over workers."""
+        """Shares of the activities, averaged over workers."""
         mean: Floats = self.worker_shares.mean(axis=0)
         return mean
 
     @property
     def round_shares(self) -> Floats:
-        """Shares of computing, communicating and waiting, averaged over finished rounds instead of workers."""
+        """Shares of the activities, averaged over finished rounds instead of workers."""
         mean: Floats = np.average(self.worker_shares, axis=0, weights=self.rounds)
         return mean
 
@@ -180,36 +167,30 @@ def plan(algorithm: Algorithm, timing: Timing, hours: float = 1.0, record_ms: fl
     """
     if not 0 < hours < float("inf"):
         raise ValueError(f"hours={hours!r} must be a positive number of hours.")
-    cluster, horizon = timing.cluster, hours * MS_PER_HOUR
-    steps = timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps)
-    if not isinstance(algorithm, ServerAlgorithm):
-        return _in_lockstep(algorithm, timing, horizon, steps, record_ms)
-    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-    periods = [] if len(groups) == 1 else [algorithm.period(len(group.ranks)) for group in groups]
-    return _with_servers(algorithm, timing, horizon, steps, groups, periods, record_ms)
+    horizon = hours * MS_PER_HOUR
+    steps = np.array(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
+    if isinstance(algorithm, ServerAlgorithm):
+        return _with_servers(algorithm, timing, horizon, steps, record_ms)
+    return _in_lockstep(algorithm, timing, horizon, steps, record_ms)
 
 
-def _in_lockstep(
-    algorithm: Algorithm, timing: Timing, horizon: float, local_steps: list[int], record_ms: float
-) -> Plan:
+def _in_lockstep(algorithm: Algorithm, timing: Timing, horizon: float, local_steps: Ints, record_ms: float) -> Plan:
     """Plans a synchronous algorithm, whose rounds end for all workers at once, with an all-reduce."""
     workers, regions = timing.cluster.num_workers, len(timing.cluster.regions)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
-    all_reduce = timing.all_reduce()
-    ends = _multiples(float(compute.max()) + all_reduce, horizon)
+    all_reduce, slowest = timing.all_reduce(), float(compute.max())
+    ends = _multiples(slowest + all_reduce, horizon)
     if not len(ends):
-        raise ValueError(_too_short(algorithm.name, horizon, float(compute.max()) + all_reduce))
+        raise ValueError(_too_short(algorithm.name, horizon, slowest + all_reduce))
     total = len(ends) * 2 * (workers - 1) * timing.message_bytes
     between = total * regions // workers if regions > 1 else 0
     return Plan(
         algorithm.name,
         algorithm.title,
         elapsed_ms=float(ends[-1]),
-        local_steps=np.array(local_steps),
+        local_steps=local_steps,
         rounds=np.full(workers, len(ends)),
-        compute_ms=compute,
-        communication_ms=np.full(workers, all_reduce),
-        waiting_ms=compute.max() - compute,
+        round_ms=np.stack([compute, np.full(workers, all_reduce), slowest - compute], axis=1),
         bytes_inside=total - between,
         bytes_between=between,
         pushes=Staleness(len(ends) * workers, 0.0, 0, 0, 0.0),
@@ -222,21 +203,17 @@ def _in_lockstep(
 
 
 def _with_servers(
-    algorithm: Algorithm,
-    timing: Timing,
-    horizon: float,
-    local_steps: list[int],
-    groups: Sequence[ServerGroup],
-    accumulate: Sequence[int],
-    record_ms: float,
+    algorithm: ServerAlgorithm, timing: Timing, horizon: float, local_steps: Ints, record_ms: float
 ) -> Plan:
-    """Plans an algorithm whose servers apply pushes on arrival; with ``accumulate``, they use a global server."""
-    home, regions = timing.cluster.global_region, timing.cluster.region_of
-    rounds = np.zeros(len(local_steps), dtype=np.int64)
-    durations = np.empty(len(local_steps))
-    crossing, staying = 0, 0  # messages
+    """Plans an algorithm whose local servers apply pushes on arrival; several of them use a global server."""
+    cluster, workers = timing.cluster, len(local_steps)
+    home, region_of = cluster.global_region, cluster.region_of
+    groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
+    periods = [] if len(groups) == 1 else [algorithm.period(len(group.ranks)) for group in groups]
+    durations, rounds = np.empty(workers), np.zeros(workers, dtype=np.int64)
+    messages = Counter[bool]()  # by whether they cross a region's border
     sent, merged = 0, 0  # pushes
-    tally = _Tally()
+    push_tally, update_tally = _Tally(), _Tally()
     recorded, exchanges, sent_steps = [], [], []
     for group in groups:
         times = []
@@ -244,60 +221,63 @@ def _with_servers(
             durations[rank] = timing.round(rank, group.region, local_steps[rank])
             times.append(_multiples(durations[rank], horizon))
             rounds[rank] = len(times[-1])
-            if regions[rank] == group.region:
-                staying += 2 * len(times[-1])
-            else:
-                crossing += 2 * len(times[-1])
+            messages[region_of[rank] != group.region] += 2 * len(times[-1])
         steps = [np.full(len(own), local_steps[rank]) for rank, own in zip(group.ranks, times, strict=True)]
         pushes = _arrive(times, steps, group.ranks)
-        tally.add(pushes)
-        recorded.append(pushes.until(record_ms))
-        if accumulate:
-            there, back = timing.transfer(group.region, home), timing.transfer(home, group.region)
-            own_exchanges = _exchange(pushes.times, accumulate[group.index], there, back)
-            exchanges.append(own_exchanges)
-            done = np.concatenate([[0], np.cumsum(np.array(local_steps)[pushes.senders])])
-            sent_steps.append(np.diff(done[own_exchanges.sent_versions], prepend=0))
-            merges = int((own_exchanges.merged <= horizon).sum())
-            messages = int((own_exchanges.arrived <= horizon).sum()) + merges
-            sent += accumulate[group.index] * merges
-            merged += int(own_exchanges.merged_versions[merges - 1]) if merges else 0
-            if group.region == home:
-                staying += messages
-            else:
-                crossing += messages
+        push_tally.add(pushes)
+        recorded.append(_until(pushes, record_ms))
+        if periods:
+            period = periods[group.index]
+            own = _exchange(
+                pushes.times, period, timing.transfer(group.region, home), timing.transfer(home, group.region)
+            )
+            exchanges.append(own)
+            done = np.concatenate([[0], np.cumsum(local_steps[pushes.senders])])
+            sent_steps.append(np.diff(done[own.sent_versions], prepend=0))
+            merges = int((own.merged <= horizon).sum())
+            messages[group.region != home] += int((own.arrived <= horizon).sum()) + merges
+            sent += period * merges
+            merged += int(own.merged_versions[merges - 1]) if merges else 0
     if not rounds.any():
         raise ValueError(_too_short(algorithm.name, horizon, float(durations.min())))
-    updates, update_tally = None, _Tally()
-    if accumulate:
+    updates = None
+    if periods:
         arrived, sent_at = [own.arrived for own in exchanges], [own.sent for own in exchanges]
-        updates = _arrive(arrived, sent_steps, range(len(groups)), sent_at).until(horizon)
+        updates = _until(_arrive(arrived, sent_steps, range(len(groups)), sent_at), horizon)
         update_tally.add(updates)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     return Plan(
         algorithm.name,
         algorithm.title,
         elapsed_ms=horizon,
-        local_steps=np.array(local_steps),
+        local_steps=local_steps,
         rounds=rounds,
-        compute_ms=compute,
-        communication_ms=durations - compute,
-        waiting_ms=np.zeros(len(local_steps)),
-        bytes_inside=staying * timing.message_bytes,
-        bytes_between=crossing * timing.message_bytes,
-        pushes=tally.result(),
+        round_ms=np.stack([compute, durations - compute, np.zeros(workers)], axis=1),
+        bytes_inside=messages[False] * timing.message_bytes,
+        bytes_between=messages[True] * timing.message_bytes,
+        pushes=push_tally.result(),
         updates=None if updates is None else update_tally.result(),
         global_updates=int(rounds.sum()) if updates is None else len(updates.times),
         sent_share=sent / merged if merged else None,
-        accumulate_updates=tuple(accumulate),
+        accumulate_updates=tuple(periods),
         recording=Recording(
             record_ms,
             tuple(groups),
             tuple(recorded),
-            tuple(own.until(record_ms) for own in exchanges),
-            None if updates is None else updates.until(record_ms),
+            tuple(_until(own, record_ms) for own in exchanges),
+            None if updates is None else _until(updates, record_ms),
         ),
     )
+
+
+Events = TypeVar("Events", Arrivals, Exchanges)
+
+
+def _until(events: Events, time: float) -> Events:
+    """Returns a copy with the events that begin no later than ``time``."""
+    stop = int(np.searchsorted(events[0], time, side="right"))
+    columns: Iterable[Any] = (column[:stop].copy() for column in events)
+    return type(events)(*columns)
 
 
 def _multiples(duration: float, horizon: float) -> Floats:

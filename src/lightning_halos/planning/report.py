@@ -6,7 +6,7 @@ matplotlib is imported where a picture is drawn, so that a table does not need i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_halos.extras import picture_package
-from lightning_halos.planning.planner import MS_PER_HOUR, Floats, Plan, Staleness
+from lightning_halos.planning.planner import ACTIVITIES, MS_PER_HOUR, Floats, Plan
 from lightning_halos.simulation.timing import Timing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ACTIVITIES = ("computing", "communicating", "waiting")
 _COLOURS = ("#2f7d4f", "#e0a030", "#b9bec6")
 _MOST_ROWS = 32  # with more workers, a table breaks the time down by region
 _MOST_BARS = 128  # with more workers, a panel of the picture shows regions
@@ -38,37 +37,9 @@ def describe(timing: Timing) -> str:
 def table(plans: Sequence[Plan], timing: Timing) -> str:
     """Returns the plans as a table, with a column for each plan."""
     fastest = min(plan.seconds_per_global_step for plan in plans)
-    measures: list[tuple[str, Callable[[Plan], str]]] = [
-        ("local steps per round", lambda plan: _span(plan.local_steps)),
-        ("pushes per exchange (K)", lambda plan: _span(plan.accumulate_updates)),
-        ("simulated hours", lambda plan: f"{plan.elapsed_ms / MS_PER_HOUR:.3f}"),
-        ("", lambda plan: ""),
-        ("seconds per global step", lambda plan: f"{plan.seconds_per_global_step:.3f}"),
-        ("  times the fastest here", lambda plan: f"{plan.seconds_per_global_step / fastest:.2f}"),
-        ("", lambda plan: ""),
-        ("share of all workers' time: computing", lambda plan: f"{plan.shares[0]:.1%}"),
-        ("  communicating", lambda plan: f"{plan.shares[1]:.1%}"),
-        ("  waiting", lambda plan: f"{plan.shares[2]:.1%}"),
-        ("share of a mean round: computing", lambda plan: f"{plan.round_shares[0]:.1%}"),
-        ("  communicating", lambda plan: f"{plan.round_shares[1]:.1%}"),
-        ("  waiting", lambda plan: f"{plan.round_shares[2]:.1%}"),
-        ("", lambda plan: ""),
-        ("GB inside regions", lambda plan: f"{plan.bytes_inside / 1e9:,.1f}"),
-        ("  per global step", lambda plan: f"{plan.bytes_inside / 1e9 / plan.global_steps:.3f}"),
-        ("GB between regions", lambda plan: f"{plan.bytes_between / 1e9:,.1f}"),
-        ("  per global step", lambda plan: f"{plan.bytes_between / 1e9 / plan.global_steps:.3f}"),
-        ("", lambda plan: ""),
-        ("staleness of pushes: mean", lambda plan: _of(plan.pushes, "mean")),
-        ("  95th percentile", lambda plan: f"{plan.pushes.p95}"),
-        ("  maximum", lambda plan: f"{plan.pushes.maximum}"),
-        ("staleness of region updates: mean", lambda plan: _of(plan.updates, "mean")),
-        ("  95th percentile", lambda plan: _of(plan.updates, "p95")),
-        ("  maximum", lambda plan: _of(plan.updates, "maximum")),
-        ("pushes in region updates", lambda plan: "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"),
-        ("global updates per second", lambda plan: f"{plan.updates_per_second:.4f}"),
-    ]
+    columns = [_measures(plan, fastest) for plan in plans]
     rows = [["", *(plan.algorithm for plan in plans)]]
-    rows += [[name, *(value(plan) for plan in plans)] for name, value in measures]
+    rows += [[cells[0][0], *(value for _, value in cells)] for cells in zip(*columns, strict=True)]
     text = f"{describe(timing)}\n\n{align(rows)}"
     kind, names, groups = _breakdown(timing, _MOST_ROWS)
     if len(groups) > _MOST_ROWS:
@@ -79,6 +50,32 @@ def table(plans: Sequence[Plan], timing: Timing) -> str:
         for name, ranks in zip(names, groups, strict=True)
     ]
     return f"{text}\n\nThe time of each {kind}, {' / '.join(ACTIVITIES)}:\n\n{align(rows)}\n"
+
+
+def _measures(plan: Plan, fastest: float) -> Iterator[tuple[str, str]]:
+    """Yields the names and values of a plan's column; ``fastest`` is the least time per global step of all plans."""
+    yield "local steps per round", _span(plan.local_steps)
+    yield "pushes per exchange (K)", _span(plan.accumulate_updates)
+    yield "simulated hours", f"{plan.elapsed_ms / MS_PER_HOUR:.3f}"
+    yield "", ""
+    yield "seconds per global step", f"{plan.seconds_per_global_step:.3f}"
+    yield "  times the fastest here", f"{plan.seconds_per_global_step / fastest:.2f}"
+    yield "", ""
+    for title, shares in (("share of all workers' time", plan.shares), ("share of a mean round", plan.round_shares)):
+        for activity, share in zip(ACTIVITIES, shares, strict=True):
+            yield f"{title}: {activity}" if activity == ACTIVITIES[0] else f"  {activity}", f"{share:.1%}"
+    yield "", ""
+    for where, size in (("inside", plan.bytes_inside), ("between", plan.bytes_between)):
+        yield f"GB {where} regions", f"{size / 1e9:,.1f}"
+        yield "  per global step", f"{size / 1e9 / plan.global_steps:.3f}"
+    yield "", ""
+    for sender, staleness in (("pushes", plan.pushes), ("region updates", plan.updates)):
+        values = ["-"] * 3
+        if staleness is not None and staleness.count:
+            values = [f"{staleness.mean:.2f}", str(staleness.p95), str(staleness.maximum)]
+        yield from zip((f"staleness of {sender}: mean", "  95th percentile", "  maximum"), values, strict=True)
+    yield "pushes in region updates", "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"
+    yield "global updates per second", f"{plan.updates_per_second:.4f}"
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -121,9 +118,7 @@ def _plan_as_json(plan: Plan, timing: Timing) -> dict[str, Any]:
                 "region": timing.cluster.names[region],
                 "rounds": int(plan.rounds[rank]),
                 "local_steps_per_round": int(plan.local_steps[rank]),
-                "computing_ms_per_round": float(plan.compute_ms[rank]),
-                "communicating_ms_per_round": float(plan.communication_ms[rank]),
-                "waiting_ms_per_round": float(plan.waiting_ms[rank]),
+                **{f"{name}_ms_per_round": ms for name, ms in _by_activity(plan.round_ms[rank]).items()},
             }
             for rank, region in enumerate(timing.cluster.region_of)
         ],
@@ -213,12 +208,6 @@ def _span(values: Sequence[int] | Any) -> str:
         return "-"
     least, most = min(values), max(values)
     return f"{least}" if least == most else f"{least} to {most}"
-
-
-def _of(staleness: Staleness | None, name: str) -> str:
-    if staleness is None or not staleness.count:
-        return "-"
-    return f"{staleness.mean:.2f}" if name == "mean" else str(getattr(staleness, name))
 
 
 def _by_activity(shares: Floats) -> dict[str, float]:

@@ -70,8 +70,7 @@ def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
 
 def _parts(plan: Plan, worker: int) -> list[tuple[str, float]]:
     """The parts of a worker's round in order, with their durations in milliseconds."""
-    compute, wait = float(plan.compute_ms[worker]), float(plan.waiting_ms[worker])
-    communication = float(plan.communication_ms[worker])
+    compute, communication, wait = plan.round_ms[worker].tolist()
     if plan.recording.groups:
         return [("pull", communication / 2), ("compute", compute), ("push", communication / 2)]
     return [("compute", compute), ("wait", wait), ("all-reduce", communication)]

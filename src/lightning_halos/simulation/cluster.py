@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from lightning_halos.core.checks import is_number
+
 
 @dataclass(frozen=True)
 class SimulatedCluster:
@@ -56,11 +58,10 @@ class SimulatedCluster:
             )
         if not _is_positive(self.step_ms):
             raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
-        size = self.message_bytes
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        size, home = self.message_bytes, self.global_region
+        if size is not None and (not isinstance(size, int) or not _is_positive(size)):
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
-        home = self.global_region
-        if not isinstance(home, int) or isinstance(home, bool) or not 0 <= home < regions:
+        if not isinstance(home, int) or not is_number(home) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
         if isinstance(self.names, str):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
@@ -145,4 +146,4 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_number(value) and 0 < value < math.inf

@@ -11,11 +11,12 @@ messages take no time and are delivered at once. So is the final model, when the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +47,7 @@ from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.timing import Timing
 
 
-@dataclass(frozen=True)
+@dataclass
 class Round:
     """A round of a worker.
 
@@ -94,6 +95,7 @@ class Network(ABC):
         algorithm: Plans the workers' rounds.
 
     Attributes:
+        work: The ordered work.
         now: Virtual time of the last event in milliseconds.
         rounds: The rounds in progress, by worker.
         steps: Local steps that all workers together have finished in this run.
@@ -103,6 +105,7 @@ class Network(ABC):
     """
 
     def __init__(self, timing: Timing, work: Work, algorithm: Algorithm) -> None:
+        self.work = work
         self.now = 0.0
         self.rounds: dict[int, Round] = {}
         self.steps = 0
@@ -110,14 +113,13 @@ class Network(ABC):
         self.outbox: list[tuple[int, Message]] = []
         self.finished = False
         self._timing = timing
-        self._work = work
         self._workers = work.budget.workers
         # Towards the end rounds get shorter. The cursor leases exactly the ordered work.
         limit = None if work.end == math.inf else math.ceil(work.end / self._workers)
         speeds = dict(enumerate(timing.cluster.relative_speeds))
         self._planner = algorithm.planner(self._workers, limit, speeds)
         self._next = work.budget.total
-        self._used = Spans([(0, self._next + work.offset)] if self._next + work.offset else [])
+        self._used = Spans([(0, self.handed_out)] if self.handed_out else [])
         self._cursor = DataCursor(work.steps_per_epoch, done=self._used, end=work.end + work.offset)
         self._left: list[int] = []
 
@@ -134,17 +136,18 @@ class Network(ABC):
     @property
     def total(self) -> int:
         """Local steps that all workers together have finished, including earlier runs."""
-        return self._work.budget.total + self.steps
+        return self.work.budget.total + self.steps
 
     @property
     def handed_out(self) -> int:
         """End of the leased data, in local steps from the start of the first epoch."""
-        return self._next + self._work.offset
+        return self._next + self.work.offset
 
     def start(self) -> None:
-        """Starts the first rounds of all workers, unless :meth:`load_schedule` has restored rounds."""
+        """Starts the first rounds of all workers, unless there are rounds already."""
         if not self.rounds:
-            self._begin_all(dict.fromkeys(range(self._workers)))
+            steps = {worker: self._planner.local_steps(worker, self.total) for worker in range(self._workers)}
+            self._begin_all({worker: Pull(0, planned, 0, stop=False) for worker, planned in steps.items()})
 
     @abstractmethod
     def due(self) -> list[Round]:
@@ -189,8 +192,8 @@ class Network(ABC):
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
         """Restores the rounds of :meth:`schedule`."""
-        self._next, self.steps = schedule["next"], schedule["steps"]
-        self._used.add([(0, self._next + self._work.offset)])
+        self._next, self.steps, self._left = schedule["next"], schedule["steps"], list(schedule["left"])
+        self._used.add([(0, self.handed_out)])
         rounds = [Round(*fields) for fields in schedule["running"]]
         self.rounds = {r.worker: r for r in rounds}
         self.now = max((r.begin for r in rounds), default=0.0)
@@ -198,23 +201,23 @@ class Network(ABC):
     def replay(self) -> Iterator[Round]:
         """Runs without vectors. Yields all rounds that have steps, in order; first the rounds in progress."""
         self.start()
-        yield from (r for r in sorted(self.rounds.values(), key=lambda r: r.first) if r.steps)
-        while ended := self.due():
-            pushes = [Push(r.worker, 0, r.steps, r.steps, 0.0, final=not r.steps) for r in ended]
-            self.finish(pushes)
-            self.outbox.clear()
-            begun = [self.rounds[push.worker] for push in pushes if push.worker in self.rounds]
-            yield from (r for r in sorted(begun, key=lambda r: r.first) if r.steps)
+        ended = list(self.rounds.values())
+        while ended:
+            begun = [self.rounds[r.worker] for r in ended if r.worker in self.rounds]
+            yield from sorted((r for r in begun if r.steps), key=lambda r: r.first)
+            if ended := self.due():
+                self.finish([Push(r.worker, 0, r.steps, r.steps, 0.0, final=not r.steps) for r in ended])
+                self.outbox.clear()
 
     @abstractmethod
-    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
-        """Starts rounds now. The pulls are the answers of the servers, or ``None`` at the start of a run."""
+    def _begin_all(self, pulls: Mapping[int, Pull]) -> None:
+        """Starts rounds now, with the answers of the servers."""
 
     @abstractmethod
     def _lease(self, worker: int, steps: int) -> int:
         """Leases the next data to a worker. Returns its local steps, 0 if no data is left."""
 
-    def _begin(self, worker: int, pull: Pull | None, position: int | None = None) -> Round:
+    def _begin(self, worker: int, pull: Pull, position: int | None = None) -> Round:
         """Starts a round with the planned local steps, or with those that are left. An empty round ends at once.
 
         Args:
@@ -223,25 +226,18 @@ class Network(ABC):
             position: Global step with which the schedules start. Default: the local steps that were leased before,
                 divided by the number of workers.
         """
-        planned = self._planner.local_steps(worker, self.total) if pull is None else pull.local_steps
-        if pull is not None and pull.stop:
-            planned = 0
-        first = self._next
+        planned, first = 0 if pull.stop else pull.local_steps, self._next
         while (missing := planned - (self._next - first)) and (leased := self._lease(worker, missing)):
             self._next += leased
         steps = self._next - first
         position = first // self._workers if position is None else position
-        if pull is not None:
-            pull.stop = not steps
-            if steps:
-                pull.local_steps, pull.position = steps, position
-        self.rounds[worker] = Round(worker, self.now, self.now, first, steps, position)
-        return self.rounds[worker]
+        pull.stop = not steps
+        if steps:
+            pull.local_steps, pull.position = steps, position
+        begun = self.rounds[worker] = Round(worker, self.now, self.now, first, steps, position)
+        return begun
 
-    def _set_end(self, worker: int, end: float) -> None:
-        self.rounds[worker] = dataclasses.replace(self.rounds[worker], end=end)
-
-    def _end(self, push: Push) -> Round:
+    def _end(self, push: Push) -> None:
         """Ends the round of a push, and replaces the push's durations by virtual ones."""
         ended = self.rounds.pop(push.worker)
         self.now = ended.end
@@ -250,12 +246,11 @@ class Network(ABC):
         push.waited = (ended.end - ended.begin) / 1e3 - push.seconds
         if push.final:
             self._left.append(push.worker)
-        return ended
 
     def _note(
         self, kind: str, version: int, model: Tensor | None, server: int = -1, worker: int = -1, staleness: int = 0
     ) -> None:
-        keeps = self._timing.cluster.record_parameters and kind != "end"
+        keeps = self._timing.cluster.record_parameters and model is not None
         parameters = model.clone() if keeps and model is not None else None
         self.history.append(Event(self.now, kind, server, worker, version, self.steps, staleness, parameters))
 
@@ -264,9 +259,7 @@ class RegionNetwork(Network):
     """Local servers that answer each push at once, and a global server (HALoS, Async-Local-SGD).
 
     Args:
-        timing: The durations on the cluster.
-        work: The ordered work.
-        algorithm: Plans the workers' rounds.
+        timing, work, algorithm: As in :class:`Network`.
         groups: The local servers and their workers.
         locals_: The local servers.
         global_: The global server; ``None`` if there is one local server.
@@ -290,18 +283,19 @@ class RegionNetwork(Network):
             for group, server in zip(groups, locals_, strict=True)
         ]
         self._global = GlobalNode(global_, len(groups), dataclasses.replace(work.budget), self._cursor)
+        self._top = locals_[0] if global_ is None else global_
         self._under_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
         self._sent = 0
         self._requests = dict.fromkeys(self._group_of, 0)
-        self._granted: LeaseGrant | None = None
+        self._granted = 0
 
     @property
     def model(self) -> Tensor:
-        return self._locals[0].model if self._global.server is None else self._global.server.model
+        return self._top.model
 
     @property
     def version(self) -> int:
-        return self._locals[0].version if self._global.server is None else self._global.version
+        return self._top.version
 
     def due(self) -> list[Round]:
         while True:
@@ -314,9 +308,21 @@ class RegionNetwork(Network):
             self._deliver()
 
     def finish(self, pushes: Sequence[Push]) -> None:
-        (push,) = pushes
-        self._end(push)
-        self._receive(push)
+        for push in pushes:
+            self._end(push)
+            worker, index, has_vector = push.worker, self._group_of[push.worker], push.vector is not None
+            node = self._locals[index]
+            rejected = node.server.rejected
+            if has_vector:
+                self._count_bytes(index, self._timing.cluster.region_of[worker] == self._places[index])
+            sends = node.handle(worker, push)
+            for send in sends:
+                send.complete()
+            if has_vector:
+                staleness = node.server.staleness if node.server.rejected == rejected else 0
+                self._note("push", node.version, node.model, index, worker, staleness)
+            self._route(index, sends)
+            self._begin_all({send.to: send.message for send in sends if isinstance(send.message, Pull)})
 
     def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
         self._route(GLOBAL, self._global.publish(plateau_steps, metrics))
@@ -335,21 +341,19 @@ class RegionNetwork(Network):
             "traffic": [list(node.traffic) for node in self._locals],
             "sent": self._sent,
             "under_way": [
-                (arrival, number, index, type(message).__name__, {**vars(message), "vector": _copy(message.vector)})
+                (arrival, number, index, type(message).__name__, copy.deepcopy(vars(message)))
                 for arrival, number, index, message in self._under_way
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for node, saved, traffic in zip(self._locals, state["locals"], state["traffic"], strict=True):
+        for node, saved, (within, between) in zip(self._locals, state["locals"], state["traffic"], strict=True):
             node.load_state_dict(saved)
-            node.traffic = (traffic[0], traffic[1])
+            node.traffic = within, between
         self._global.load_state_dict(state["global"])
         self._sent = state["sent"]
-        self._under_way = [
-            (arrival, number, index, _MODELS[kind](**{**fields, "vector": _copy(fields["vector"])}))
-            for arrival, number, index, kind, fields in state["under_way"]
-        ]
+        kinds = {kind.__name__: kind for kind in (RegionUpdate, GlobalModel)}
+        self._under_way = [(*key, kinds[kind](**copy.deepcopy(fields))) for *key, kind, fields in state["under_way"]]
 
     def schedule(self) -> dict[str, Any]:
         return {**super().schedule(), "known": [node.budget.total for node in self._locals]}
@@ -360,66 +364,34 @@ class RegionNetwork(Network):
         for node, known in zip(self._locals, schedule["known"], strict=True):
             node.budget.total = known
         flushes = {i for *_, i, message in self._under_way if isinstance(message, RegionUpdate) and message.final}
-        for worker in schedule["left"]:
-            self._leave_again(worker, flushes)
+        for worker in self._left:  # the new nodes do not know yet that it has finished
+            index = self._group_of[worker]
+            for send in self._locals[index].handle(worker, Push(worker, 0, 0, 0, 0.0, final=True)):
+                if not isinstance(send.message, RegionUpdate):
+                    self._route(index, [send])
+                elif index not in flushes:  # it had arrived
+                    self._route(GLOBAL, self._global.handle(index, send.message))
 
-    def _leave_again(self, worker: int, flushes: set[int]) -> None:
-        """Tells a new node that a worker has finished. A last update that this triggers may have been sent before.
-
-        Args:
-            worker: The worker.
-            flushes: Local servers whose last update is in flight.
-        """
-        index = self._group_of[worker]
-        self._left.append(worker)
-        for send in self._locals[index].handle(worker, Push(worker, 0, 0, 0, 0.0, final=True)):
-            if not isinstance(send.message, RegionUpdate):
-                self._route(index, [send])
-            elif index not in flushes:
-                self._route(GLOBAL, self._global.handle(index, send.message))
-
-    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
+    def _begin_all(self, pulls: Mapping[int, Pull]) -> None:
         for worker, pull in pulls.items():
             begun = self._begin(worker, pull)
             if begun.steps:
-                place = self._places[self._group_of[worker]]
-                self._set_end(worker, self.now + self._timing.round(worker, place, begun.steps))
+                begun.end += self._timing.round(worker, self._places[self._group_of[worker]], begun.steps)
 
     def _lease(self, worker: int, steps: int) -> int:
         index = self._group_of[worker]
         self._requests[worker] += 1
         self._route(index, self._locals[index].handle(worker, LeaseRequest(steps, self._requests[worker])))
-        grant, self._granted = self._granted, None
-        assert grant is not None
-        return grant.steps
-
-    def _receive(self, push: Push) -> None:
-        worker, index = push.worker, self._group_of[push.worker]
-        node = self._locals[index]
-        rejected = node.server.rejected
-        if push.vector is not None:
-            self._count_bytes(index, self._timing.cluster.region_of[worker] == self._places[index])
-        has_vector = push.vector is not None
-        sends = node.handle(worker, push)
-        for send in sends:
-            send.complete()
-        if has_vector:
-            staleness = node.server.staleness if node.server.rejected == rejected else 0
-            self._note("push", node.version, node.model, index, worker, staleness)
-        self._route(index, sends)
-        pull = next((send.message for send in sends if isinstance(send.message, Pull)), None)
-        if pull is not None:
-            self._begin_all({worker: pull})
+        return self._granted
 
     def _deliver(self) -> None:
         self.now, _, index, message = heapq.heappop(self._under_way)
-        node = self._locals[index]
         if isinstance(message, RegionUpdate):
-            assert self._global.server is not None
             sends = self._global.handle(index, message)
-            self._note("update", self.version, self.model, index, staleness=self._global.server.staleness)
+            self._note("update", self.version, self.model, index, staleness=self._top.staleness)
             self._route(GLOBAL, sends)
             return
+        node = self._locals[index]
         merges = node.server.merges
         self._route(index, node.handle(GLOBAL, message))
         if node.server.merges > merges:
@@ -433,25 +405,25 @@ class RegionNetwork(Network):
             sends: The messages.
         """
         for send in sends:
-            message, to = send.message, send.to
+            to, message = send.to, send.message
             assert not isinstance(message, Shard)
-            if origin == GLOBAL and isinstance(message, GlobalModel) and not message.final:
+            if isinstance(message, RegionUpdate):
+                self._count_bytes(origin, self._places[origin] == self._home)
+                self._post(self._timing.transfer(self._places[origin], self._home), origin, message)
+            elif to == GLOBAL:
+                self._route(GLOBAL, self._global.handle(origin, message))
+            elif origin != GLOBAL and isinstance(message, LeaseGrant):
+                self._granted = message.steps
+            elif origin != GLOBAL:
+                self.outbox.append((to, message))
+            elif isinstance(message, GlobalModel) and not message.final:
                 self._post(self._timing.transfer(self._home, self._places[to]), to, message)
-            elif origin == GLOBAL:
+            else:
                 if isinstance(message, GlobalModel) and not self.finished:
                     self.finished = True
                     self._under_way = []  # answers, which local servers would ignore after their flush
                     self._note("end", self.version, None)
                 self._route(to, self._locals[to].handle(GLOBAL, message))
-            elif to == GLOBAL and isinstance(message, RegionUpdate):
-                self._count_bytes(origin, self._places[origin] == self._home)
-                self._post(self._timing.transfer(self._places[origin], self._home), origin, message)
-            elif to == GLOBAL:
-                self._route(GLOBAL, self._global.handle(origin, message))
-            elif isinstance(message, LeaseGrant):
-                self._granted = message
-            else:
-                self.outbox.append((to, message))
 
     def _post(self, duration: float, index: int, message: RegionUpdate | GlobalModel) -> None:
         self._sent += 1
@@ -464,29 +436,15 @@ class RegionNetwork(Network):
         self._locals[index].traffic = (within + size, between) if within_region else (within, between + size)
 
 
-_MODELS: dict[str, Callable[..., RegionUpdate | GlobalModel]] = {
-    "RegionUpdate": RegionUpdate,
-    "GlobalModel": GlobalModel,
-}
-
-
 class SynchronousNetwork(Network):
     """Rounds that start and end together, with an all-reduce (DiLoCo, synchronous SGD).
 
     Args:
-        timing: The durations on the cluster.
-        work: The ordered work.
-        algorithm: Plans the workers' rounds.
+        timing, work, algorithm: As in :class:`Network`.
         server: The server; ``None`` if the workers average their gradients.
     """
 
-    def __init__(
-        self,
-        timing: Timing,
-        work: Work,
-        algorithm: Algorithm,
-        server: SynchronousServer | None,
-    ) -> None:
+    def __init__(self, timing: Timing, work: Work, algorithm: Algorithm, server: SynchronousServer | None) -> None:
         super().__init__(timing, work, algorithm)
         self._node = SynchronousNode(server, self._planner, dataclasses.replace(work.budget))
         self._all_reduce = timing.all_reduce() if self._workers > 1 else 0.0
@@ -539,19 +497,18 @@ class SynchronousNetwork(Network):
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
         super().load_schedule(schedule)
-        self._left = list(schedule["left"])
         self._node.budget.total = self.total
         self._node.finished = set(self._left)
 
-    def _begin_all(self, pulls: Mapping[int, Pull | None]) -> None:
+    def _begin_all(self, pulls: Mapping[int, Pull]) -> None:
         # If all rounds have the same number of steps, all schedules start at the same global step.
-        planned = {self._planner.local_steps(worker, self.total) for worker in pulls}
-        position = self._node.budget.position if len(planned) == 1 else None
+        is_even = len({pull.local_steps for pull in pulls.values()}) == 1
+        position = self._node.budget.position if is_even else None
         begun = [self._begin(worker, pulls[worker], position) for worker in sorted(pulls)]
         computing = max((self._timing.compute(r.worker, r.steps) for r in begun), default=0.0)
         for r in begun:
             if r.steps:
-                self._set_end(r.worker, self.now + computing + self._all_reduce)
+                r.end = self.now + computing + self._all_reduce
 
     def _lease(self, worker: int, steps: int) -> int:
         lease = self._cursor.take(steps)
@@ -593,7 +550,3 @@ def make_network(
         ]
         global_ = algorithm.global_server(number, model.clone(), shapes)
     return RegionNetwork(timing, work, algorithm, groups, locals_, global_)
-
-
-def _copy(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.clone()

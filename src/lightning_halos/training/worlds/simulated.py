@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.history import Event
-from lightning_halos.simulation.network import Work, make_network
+from lightning_halos.simulation.network import Network, Work, make_network
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld
-from lightning_halos.training.worlds.simulation import Simulation
+from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
 
-class SimulatedWorld:
-    """This process's link to the simulation, and on rank 0 the simulation.
+class SimulatedWorld(SimulatedServers):
+    """This process's worker in a simulation, its link to rank 0 and, on rank 0, the servers.
 
     Args:
         start: The state from which the fit starts.
@@ -58,75 +54,47 @@ class SimulatedWorld:
         timing = Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize)
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
-        self.alarm = Alarm(site.topology.describe(site.rank))
-        self._simulation: Simulation | None = None
-        self._rank = site.rank
-        self._work = work
-        self._schedule = schedule
-        self._make_rounds = partial(make, None)
+        servers, rounds = make(memory) if site.rank == 0 else None, make(None)
+        if servers is not None and resume is not None and resume.globals is not None:
+            servers.load_state_dict(resume.globals)
+        if schedule is not None:
+            rounds.load_schedule(schedule)
+            if servers is not None:
+                servers.load_schedule(schedule)
+        super().__init__(servers, Alarm(site.topology.describe(site.rank)), site.timeout, start.saves)
         self._averages_gradients = start.algorithm.averages_gradients
-        form = None if memory is None else (memory.numel(), memory.dtype)
-        there = f"the simulated world of {site.topology.describe(0)}"
-        link: Link
-        if site.rank == 0:
-            network = make(memory)
-            if resume is not None and resume.globals is not None:
-                network.load_state_dict(resume.globals)
-            if schedule is not None:
-                network.load_schedule(schedule)
-            self._simulation = Simulation(network, work, self.alarm, site.timeout, start.saves)
-            link = self._connect(self._simulation, start, there, form)
-        else:
-            assert site.groups.region is not None
-            link = GlooLink(site.groups.region, 0, there, site.timeout, form)
-            self.alarm.add(link)
-        self.client = WorkerClient(link, self.alarm, site.timeout, site.interrupted)
+        self.client = WorkerClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
         self.alarm.watch(site.timeout)
-        if self._simulation is not None:
-            self._simulation.start()
-        self.first_round = self._first_round()
-        self.leases: Iterator[Lease] = iter(()) if data is None else self._leases(used, has_more=ordered < available)
+        if servers is not None:
+            self.start()
+        rounds.start()
+        first = rounds.rounds.get(site.rank)
+        # A worker that resumes its round, or has no work, gets a round that does not count.
+        self.first_round = WorkerRound(site.rank, 1, budget.total // budget.workers)
+        if schedule is None and first is not None and first.steps:
+            self.first_round = WorkerRound(site.rank, first.steps, first.position)
+        self.leases: Iterator[Lease] = iter(())
+        if data is not None:
+            self.leases = _leases(rounds, site.rank, used, has_more=ordered < available)
 
-    def _connect(self, simulation: Simulation, start: Start, there: str, form: tuple[int, torch.dtype] | None) -> Link:
-        """Connects all workers with the simulation. Returns this process's own worker's end."""
+    def _connect(self, start: Start) -> Link:
+        """Connects this process with rank 0, which connects with all. Returns the worker's end of its link."""
         site = start.site
-        mine, its = LoopbackLink.pair(there, site.topology.describe(0))
-        self.alarm.add(mine, its)
-        simulation.attach(0, its)
-        for rank in range(1, site.size):
-            assert site.groups.region is not None
-            link = GlooLink(site.groups.region, rank, site.topology.describe(rank), site.timeout, form)
-            self.alarm.add(link)
-            simulation.attach(rank, link)
-        return mine
-
-    def _first_round(self) -> WorkerRound:
-        budget = self._work.budget
-        if self._schedule is None:
-            network = self._make_rounds()
-            network.start()
-            if (first := network.rounds[self._rank]).steps:
-                return WorkerRound(self._rank, first.steps, first.position)
-        # The worker resumes its round, or there is less work than workers.
-        return WorkerRound(self._rank, 1, budget.total // budget.workers)
-
-    def _leases(self, used: int, has_more: bool) -> Iterator[Lease]:
-        """Yields the data of the worker's rounds.
-
-        Args:
-            used: Local steps of the worker's first round that it has already done.
-            has_more: Whether there is data after the ordered work, which DataLoader workers may read ahead.
-        """
-        network, last = self._make_rounds(), None
-        if self._schedule is not None:
-            network.load_schedule(self._schedule)
-        for r in network.replay():
-            if r.worker == self._rank:
-                for last in split(r.first + self._work.offset + used, r.steps - used, self._work.steps_per_epoch):
-                    yield last
-                used = 0
-        while has_more and last is not None:
-            yield last
+        describe, region = site.topology.describe, site.groups.region
+        there = f"the simulated world of {describe(0)}"
+        form = None if start.memory is None else (start.memory.numel(), start.memory.dtype)
+        link: Link
+        if site.rank > 0:
+            assert region is not None
+            link = GlooLink(region, 0, there, site.timeout, form)
+        else:
+            link, its = LoopbackLink.pair(there, describe(0))
+            self.attach(0, its)
+            for rank in range(1, site.size):
+                assert region is not None
+                self.attach(rank, GlooLink(region, rank, describe(rank), site.timeout, form))
+        self.alarm.add(link)
+        return link
 
     @property
     def checkpointed(self) -> CheckpointedWorld | None:
@@ -134,38 +102,7 @@ class SimulatedWorld:
 
     @property
     def clock(self) -> Callable[[], float] | None:
-        return None if self._simulation is None else lambda: self.virtual_seconds
-
-    @property
-    def history(self) -> list[Event]:
-        """The events before the start of rank 0's present round; after training, all events. Only on rank 0."""
-        return [] if self._simulation is None else self._simulation.visible_history()
-
-    @property
-    def virtual_seconds(self) -> float:
-        """Virtual time: the end of rank 0's present round; after training, the end of the run."""
-        return 0.0 if self._simulation is None else self._simulation.virtual_ms / 1e3
-
-    @property
-    def has_global_model(self) -> bool:
-        return self._simulation is not None
-
-    @property
-    def version(self) -> int:
-        return self._here.version
-
-    @property
-    def steps(self) -> int:
-        return self._here.steps
-
-    def read(self, out: Tensor) -> None:
-        self._here.read(out)
-
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self._here.publish(plateau_steps, metrics)
-
-    def statistics(self) -> list[dict[str, Any]]:
-        return self._here.statistics()
+        return (lambda: self.virtual_seconds) if self.has_global_model else None
 
     def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
         self.client.on_marker = save
@@ -173,26 +110,27 @@ class SimulatedWorld:
     def tell(self, message: ShardWritten) -> None:
         self.client.tell(message)
 
-    def start_snapshot(self, marker: Marker) -> None:
-        self._here.start_snapshot(marker)
-
-    def adopt_final_model(self, model: Tensor) -> None:
-        if self._simulation is not None:
-            self._simulation.adopt_final_model()
-
-    def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        return None, None if self._simulation is None else self._simulation.state()
-
-    def progress(self) -> dict[str, Any]:
-        return self._here.progress()
-
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
 
-    @property
-    def _here(self) -> Simulation:
-        assert self._simulation is not None
-        return self._simulation
+
+def _leases(rounds: Network, rank: int, used: int, has_more: bool) -> Iterator[Lease]:
+    """Yields the data of a worker's rounds.
+
+    Args:
+        rounds: A network that only computes the rounds.
+        rank: The worker.
+        used: Local steps of the worker's first round that it has already done.
+        has_more: Whether there is data after the ordered work, which DataLoader workers may read ahead.
+    """
+    last = None
+    for r in rounds.replay():
+        if r.worker == rank:
+            for last in split(r.first + rounds.work.offset + used, r.steps - used, rounds.work.steps_per_epoch):
+                yield last
+            used = 0
+    while has_more and last is not None:
+        yield last
 
 
 def _planned(schedule: Mapping[str, Any], rank: int) -> int:
