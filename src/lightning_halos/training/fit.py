@@ -18,7 +18,7 @@ from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
-from lightning_halos.training.worker_loop import WorkerLoop, WriteShard
+from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.collectives import is_broadcastable
@@ -31,7 +31,6 @@ class Fit:
         start: The state from which the fit starts.
         world: The world that the worker trains in.
         grace_time: Seconds after SIGTERM that saving a checkpoint may take.
-        write_shard: Writes this worker's shard of a checkpoint.
 
     Attributes:
         lightning: The Trainer's adapter.
@@ -40,7 +39,7 @@ class Fit:
         is_over: Whether the world is closed.
     """
 
-    def __init__(self, start: Start, world: World, grace_time: float, write_shard: WriteShard) -> None:
+    def __init__(self, start: Start, world: World, grace_time: float) -> None:
         trainer, data, resume = start.trainer, start.data, start.resume
         self.start = start
         self.world = world
@@ -48,7 +47,7 @@ class Fit:
         self.is_training = self.is_over = self._is_restored = False
         self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
-        self.loop = WorkerLoop(start, world, self.lightning, self.preemption, write_shard)
+        self.loop = WorkerLoop(start, world, self.lightning, self.preemption)
         if resume is not None:
             show_metrics(trainer, resume.manifest.metrics)
 

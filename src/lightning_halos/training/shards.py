@@ -91,10 +91,6 @@ class Shards:
         content, self.resume = load(self._site, self._run, self._has_server_shards, path, checkpoint, max_epochs)
         return content
 
-    def belong_to(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> bool:
-        """Returns whether a checkpoint gets shards: not if it only has weights, or is not on a disk."""
-        return "optimizer_states" in checkpoint and storage_options is None and is_local(path)
-
     def link_when_complete(self, callbacks: Iterable[pl.Callback]) -> None:
         """Makes the links of ``ModelCheckpoint(save_last="link")`` point only to complete checkpoints in this fit."""
         for callback in callbacks:
@@ -162,16 +158,6 @@ class Shards:
             remove_file()
         else:
             self.saves.remove(Path(path), remove_file)
-
-    def write_own(self, marker: Marker, state: dict[str, Any], tell: Callable[[ShardWritten], None]) -> None:
-        """Writes this worker's shard in the background.
-
-        Args:
-            marker: The marker of the snapshot.
-            state: The worker's state.
-            tell: Sends the result to rank 0.
-        """
-        self.saves.writer.shard(marker, worker_shard(self._site.rank), state, tell)
 
     def end_fit(self, fit: Fit) -> None:
         """Completes all checkpoints of a fit, when all workers are in step and the servers still exist."""

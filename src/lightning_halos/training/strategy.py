@@ -161,7 +161,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         resume = shards.start_fit()
         start = Start(self.site, self.algorithm, trainer, resume, shards.saves)
         world = make_world(start, self.cluster)
-        self._fit = Fit(start, world, self._grace_time, shards.write_own)
+        self._fit = Fit(start, world, self._grace_time)
         if self.is_global_zero and world.checkpointed is not None:
             shards.link_when_complete(trainer.checkpoint_callbacks)
         self._fit.begin()
@@ -260,18 +260,16 @@ class AlgorithmStrategy(ConnectedStrategy):
         Raises:
             OSError: If it cannot be written after the fit. During a fit this is a warning.
         """
-
-        def write(content: dict[str, Any], path: Path) -> None:
-            self.checkpoint_io.save_checkpoint(content, path)
-
         fit, shards, saves_shards = self._fit, self._shards, self._saves_shards
         is_preempted = fit is not None and fit.preemption.saved is not None
         if is_preempted and self._saves_servers and not saves_shards:
             return  # a checkpoint of an interrupted run would have no shards, but be newer than the one that has
         if fit is not None and fit.is_training and not saves_shards:
             fit.raise_failure()
+        has_shards = saves_shards and "optimizer_states" in checkpoint and not storage_options and is_local(filepath)
+        write = self.checkpoint_io.save_checkpoint
         with self._not_computing():
-            if shards is None or not saves_shards or not shards.belong_to(checkpoint, filepath, storage_options):
+            if shards is None or not has_shards:
                 super().save_checkpoint(checkpoint, filepath, storage_options)
             elif fit is None or not fit.is_training:
                 shards.save_together(self.trainer, checkpoint, Path(filepath), write)

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_halos.core.messages import Marker, Push, ShardWritten
+from lightning_halos.checkpoint.manifest import worker_shard
+from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.vector import Advance
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.preemption import Preemption
@@ -24,9 +25,6 @@ from lightning_halos.training.worker_state import random_state, set_random_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
 
-WriteShard = Callable[[Marker, dict[str, Any], Callable[[ShardWritten], None]], None]
-"""Writes a worker's shard, given the marker of the snapshot, the worker's state, and what reports it to rank 0."""
-
 
 class WorkerLoop(Callback):
     """Runs one worker's rounds.
@@ -36,7 +34,6 @@ class WorkerLoop(Callback):
         world: The world that the worker trains in.
         lightning: The Trainer's adapter.
         preemption: Handles SIGTERM.
-        write_shard: Writes this worker's shard of a checkpoint.
 
     Attributes:
         round: The worker's round.
@@ -44,9 +41,7 @@ class WorkerLoop(Callback):
         stopwatch: Measures how long this worker computes.
     """
 
-    def __init__(
-        self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption, write_shard: WriteShard
-    ) -> None:
+    def __init__(self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption) -> None:
         state = start.worker_state
         self.round = world.first_round
         self.finished = False
@@ -58,8 +53,9 @@ class WorkerLoop(Callback):
         self._trainer = start.trainer
         self._schedulers = lightning.schedulers
         self._preemption = preemption
-        self._write_shard = write_shard
-        self._is_rank_0 = start.site.rank == 0
+        self._writer = start.saves.writer
+        self._rank = start.site.rank
+        self._is_rank_0 = self._rank == 0
         self._steps_before = 0
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
         self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
@@ -227,7 +223,7 @@ class WorkerLoop(Callback):
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
         assert self._world.checkpointed is not None
-        self._write_shard(marker, state, self._world.checkpointed.tell)
+        self._writer.shard(marker, worker_shard(self._rank), state, self._world.checkpointed.tell)
 
     def _refuse_newly_trainable(self) -> None:
         if names := self._vector.newly_trainable(self._trainer.lightning_module):
