@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import RandomSampler
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -19,7 +21,9 @@ from tests.integration.toys import (
     loader,
     make_trainer,
     outcome,
+    samples,
 )
+from tests.integration.virtual import simulate
 
 STEPS = 40
 
@@ -116,6 +120,20 @@ def test_schedule_by_epoch(run: Run) -> None:
         assert result["global_step"] == 48
     assert_no_step_lost(results)
     assert_same_model(results)
+
+
+class EveryThirdEpoch(Toy):
+    def configure_optimizers(self) -> Any:
+        optimizer = self.counted(torch.optim.SGD(self.parameters(), lr=1e-2))
+        return [optimizer], [{"scheduler": StepLR(optimizer, step_size=1), "interval": "epoch", "frequency": 3}]
+
+
+def test_a_schedule_by_epoch_is_that_of_the_run_where_a_fast_worker_has_more_epochs(tmp_path: Path) -> None:
+    own = RandomSampler(samples(16))
+    data = loader(16, sampler=own)
+    results = simulate(tmp_path, EveryThirdEpoch(), data, slow=3, max_steps=36, use_distributed_sampler=False)
+    assert results[0]["epoch"] > 9 > results[3]["epoch"]
+    assert [result["schedules"] for result in results] == [[3]] * 4
 
 
 class Plateau(Toy):

@@ -1,26 +1,99 @@
+import copy
 import warnings
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_halos.training.schedulers import SchedulePosition
 
 
 class Module(pl.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1)
 
 
-def test_a_schedule_moves_without_a_warning_before_the_workers_first_own_step():
-    module = Module()
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    position = SchedulePosition(module, [LRSchedulerConfig(scheduler, interval="step")], [optimizer], 0, 10, False)
+def adamw() -> torch.optim.Optimizer:
+    return torch.optim.AdamW(Module().parameters(), lr=1.0, weight_decay=0.1)
+
+
+def positioned(scheduler: Any, *, rank: int = 1, limit: int | None = 100, **config: Any) -> SchedulePosition:
+    """The position of one scheduler, with a frequency and an interval as in Lightning."""
+    configs = [LRSchedulerConfig(scheduler, **{"interval": "step", **config})]
+    return SchedulePosition(Module(), configs, [scheduler.optimizer], 0, limit, rank == 0, epoch_steps=10)
+
+
+def scheduled(optimizer: torch.optim.Optimizer) -> list[float]:
+    """What the schedulers here change."""
+    return [optimizer.param_groups[0]["lr"], *optimizer.param_groups[0]["betas"]]
+
+
+def test_a_schedule_moves_without_a_warning_before_the_workers_first_own_step() -> None:
+    optimizer = adamw()
+    position = positioned(LambdaLR(optimizer, lambda step: 1 / (1 + step)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         position.pull(3, [])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("kind", [CosineAnnealingLR, OneCycleLR])
+def test_after_a_pull_all_that_a_scheduler_changes_is_as_in_a_run_of_one_process(kind: Any) -> None:
+    def make() -> LRScheduler:
+        if kind is OneCycleLR:  # it changes the betas, too
+            return OneCycleLR(adamw(), max_lr=1.0, total_steps=100)
+        return CosineAnnealingLR(adamw(), 100)
+
+    scheduler, alone = make(), make()
+    position = positioned(scheduler)
+    for pulled, own in ((3, 5), (9, 1), (20, 40)):
+        for _ in range(own):
+            scheduler.step()
+        position.pull(pulled, [])
+        while alone.last_epoch < pulled:
+            alone.step()
+        assert scheduler.last_epoch == pulled
+        assert scheduled(scheduler.optimizer) == pytest.approx(scheduled(alone.optimizer))
+
+
+def test_what_the_module_sets_itself_stays_beside_a_schedule() -> None:
+    optimizer = adamw()
+    position = positioned(OneCycleLR(optimizer, max_lr=1.0, total_steps=100))
+    position.pull(2, [])
+    optimizer.param_groups[0].update(weight_decay=0.5, amsgrad=True)
+    for step in (4, 8):
+        position.pull(step, [])
+        assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["amsgrad"]) == (0.5, True)
+
+
+def test_a_schedule_by_epoch_follows_the_epochs_of_the_run() -> None:
+    scheduler = StepLR(adamw(), 1, 0.5)
+    position = positioned(scheduler, interval="epoch", frequency=3)
+    for pulled, steps in ((29, 0), (30, 1), (89, 2), (90, 3)):
+        position.pull(pulled, [])
+        assert scheduler.last_epoch == steps
+
+
+def test_a_plateau_step_of_the_last_validation_is_made_once_when_more_epochs_follow() -> None:
+    def make(rank: int) -> tuple[Any, SchedulePosition]:
+        scheduler: Any = ReduceLROnPlateau(adamw(), factor=0.5, patience=0)
+        return scheduler, positioned(scheduler, rank=rank, reduce_on_plateau=True, monitor="val_loss")
+
+    scheduler, position = make(rank=1)
+    history = [(0, 1.0), (0, 1.0)]
+    position.pull(10, history[:1])
+    position.catch_up(history)
+    saved = copy.deepcopy((scheduler.state_dict(), position.state_dict()))
+
+    resumed, again = make(rank=1)
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    again.pull(10, history[len(again.history) :])
+    assert resumed.last_epoch == 2
+    assert again.history == history

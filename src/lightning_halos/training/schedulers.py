@@ -1,7 +1,7 @@
 """Makes learning-rate schedulers follow the global step instead of a worker's own count of steps.
 
-Schedulers are moved between rounds, and never go beyond the end of the run. Under manual optimization the user steps
-schedulers, so they are not changed.
+Schedulers are moved between rounds, and never go beyond the end of the run. Those that the user steps, under manual
+optimization, are in ``hand_stepped``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,12 +20,37 @@ from torch.optim import Optimizer
 _NEVER = sys.maxsize  # a frequency with which Lightning never steps a scheduler
 
 
+@dataclass
+class _Scheduler:
+    """A scheduler during a fit.
+
+    Attributes:
+        config: Lightning's configuration of it. Its frequency is changed during the fit.
+        frequency: The user's frequency.
+        period: Global steps between two of its steps; ``None`` if it follows no global step: plateau schedulers, and
+            those that follow the worker's epochs.
+        count: Its steps at the last pull.
+        state: Its state at the last pull.
+    """
+
+    config: LRSchedulerConfig
+    frequency: int
+    period: int | None
+    count: int
+    state: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Its steps so far."""
+        return int(getattr(self.config.scheduler, "last_epoch", 0))
+
+
 class SchedulePosition:
     """Keeps a worker's schedulers at the global step.
 
     At a pull the schedulers are reset to their state at the previous pull, and then stepped to the new global step.
-    Inside a round Lightning steps them as usual. No scheduler is stepped beyond ``limit``, where ``OneCycleLR`` would
-    raise an error.
+    Inside a round Lightning steps those with ``interval="step"`` as usual, but not beyond ``limit``, where
+    ``OneCycleLR`` would raise an error.
 
     Rank 0 steps a ``ReduceLROnPlateau``; the other workers repeat its steps with the same values.
 
@@ -35,6 +61,8 @@ class SchedulePosition:
         position: Global step at which the run starts.
         limit: Global steps of the complete run, ``None`` for no limit.
         is_rank_0: Whether this worker steps the plateau schedulers (rank 0).
+        epoch_steps: Global steps per epoch, which schedulers with ``interval="epoch"`` follow. ``None`` if they follow
+            the worker's own epochs, because every worker trains for the same number of epochs.
 
     Attributes:
         history: All steps of rank 0's plateau schedulers that this worker knows: pairs of the scheduler's index and the
@@ -49,23 +77,27 @@ class SchedulePosition:
         position: int,
         limit: int | None,
         is_rank_0: bool,
+        epoch_steps: int | None = None,
     ) -> None:
         self._module = module
-        self._configs = list(configs) if module.automatic_optimization else []
         self._optimizers = optimizers
         self._limit = limit
         self._is_rank_0 = is_rank_0
-        self._frequencies = [config.frequency for config in self._configs]
-        self._follows = [config.interval == "step" and not config.reduce_on_plateau for config in self._configs]
-        self._counts = [_count(config) for config in self._configs]
+        self._schedulers: list[_Scheduler] = []
+        for config in configs if module.automatic_optimization else []:
+            unit = None if config.reduce_on_plateau else 1 if config.interval == "step" else epoch_steps
+            period = None if unit is None else unit * config.frequency
+            self._schedulers.append(_Scheduler(config, config.frequency, period, 0, {}))
+            if (config.reduce_on_plateau and not is_rank_0) or (period and config.interval == "epoch"):
+                config.frequency = _NEVER
+        self._follows = any(scheduler.period for scheduler in self._schedulers)
+        # What the schedulers change in the optimizers' groups, as far as it was seen; the rest belongs to the user.
+        self._changed_by_schedulers = {"lr"}
+        self._groups: list[list[dict[str, Any]]] = []
         self._plateaus: list[tuple[int, float]] = []
         self.history: list[tuple[int, float]] = []
         # Schedulers in a checkpoint from inside a round are ahead of its global step. They wait until it catches up.
-        stepped = zip(self._counts, self._frequencies, self._follows, strict=True)
-        self._position = max([position, *(count * frequency for count, frequency, follows in stepped if follows)])
-        for config in self._configs:
-            if config.reduce_on_plateau and not is_rank_0:
-                config.frequency = _NEVER
+        self._position = max([position, *(s.steps * s.period for s in self._schedulers if s.period)])
         self._save()
 
     def before_batch(self, batches: int) -> None:
@@ -75,9 +107,9 @@ class SchedulePosition:
             batches: Batches of this round so far in which an optimizer stepped.
         """
         at_end = self._limit is not None and self._position + batches >= self._limit
-        for config, frequency, follows in zip(self._configs, self._frequencies, self._follows, strict=True):
-            if follows:
-                config.frequency = _NEVER if at_end else frequency
+        for scheduler in self._schedulers:
+            if scheduler.period and scheduler.config.interval == "step":
+                scheduler.config.frequency = _NEVER if at_end else scheduler.frequency
 
     def hold_plateaus(self, is_due: Callable[[int], bool], batch: int) -> None:
         """Lets Lightning step plateau schedulers with ``interval="step"`` after this batch only if they are due.
@@ -86,24 +118,18 @@ class SchedulePosition:
             is_due: Whether a scheduler with this frequency has to step after this batch.
             batch: Number of this batch in its epoch, from 1.
         """
-        for config, frequency in zip(self._configs, self._frequencies, strict=True):
-            if config.reduce_on_plateau and config.interval == "step":
-                config.frequency = batch if is_due(frequency) else _NEVER
+        for scheduler in self._schedulers:
+            if scheduler.config.reduce_on_plateau and scheduler.config.interval == "step":
+                scheduler.config.frequency = batch if is_due(scheduler.frequency) else _NEVER
 
     def plateaus(self) -> list[tuple[int, float]]:
-        """Returns the steps of this worker's plateau schedulers since the last call.
-
-        Returns:
-            Pairs of the scheduler's index and the monitored value.
-        """
-        if not self._is_rank_0:
-            return []
+        """Returns the steps of rank 0's plateau schedulers since the last call: their indices and monitored values."""
         stepped: list[tuple[int, float]] = []
-        for index, config in enumerate(self._configs):
-            if config.reduce_on_plateau and _count(config) > self._counts[index]:
-                self._counts[index] = _count(config)
-                assert config.monitor is not None
-                stepped.append((index, float(self._module.trainer.callback_metrics[config.monitor])))
+        for index, scheduler in enumerate(self._schedulers if self._is_rank_0 else []):
+            if scheduler.config.reduce_on_plateau and scheduler.steps > scheduler.count:
+                scheduler.count = scheduler.steps
+                assert scheduler.config.monitor is not None
+                stepped.append((index, float(self._module.trainer.callback_metrics[scheduler.config.monitor])))
         self._plateaus += stepped
         self.history += stepped
         return stepped
@@ -119,38 +145,31 @@ class SchedulePosition:
             position = min(position, self._limit)
         if self._is_rank_0:
             plateaus, self._plateaus = self._plateaus, []
-        if any(self._follows):
-            epochs = self._restore()
-            for config, times in zip(self._configs, epochs, strict=True):
-                self._step(config, times)
-        if not self._is_rank_0:
+        else:
             self.history += plateaus
-        if any(self._follows) or not self._is_rank_0:
+        if self._follows:
+            self._restore()
+        if self._follows or not self._is_rank_0:
             for index, value in plateaus:
-                self._step(self._configs[index], 1, value)
-        for config, frequency, follows in zip(self._configs, self._frequencies, self._follows, strict=True):
-            if follows:
-                self._step(config, position // frequency - self._position // frequency)
+                self._step(self._schedulers[index], 1, value)
+        for scheduler in self._schedulers:
+            if scheduler.period:
+                self._step(scheduler, position // scheduler.period - self._position // scheduler.period)
         self._position = max(position, self._position)
         self._save()
 
     def catch_up(self, history: Sequence[tuple[int, float]]) -> None:
-        """Repeats the plateau steps that rank 0 made after this worker's last pull.
-
-        Args:
-            history: The :attr:`history` of rank 0.
-        """
-        for index, value in history[len(self.history) :]:
-            self._step(self._configs[index], 1, value)
+        """Repeats the plateau steps that rank 0 made after this worker's last pull, given rank 0's :attr:`history`."""
+        self.pull(self._position, history[len(self.history) :])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the schedulers' state at the last pull, and of their changes since."""
         return copy.deepcopy(
             {
                 "position": self._position,
-                "counts": self._counts,
-                "states": self._states if any(self._follows) else [],
-                "groups": self._groups if any(self._follows) else [],
+                "counts": [scheduler.count for scheduler in self._schedulers],
+                "states": [scheduler.state for scheduler in self._schedulers],
+                "groups": self._groups,
                 "plateaus": self._plateaus,
                 "history": self.history,
             }
@@ -159,47 +178,61 @@ class SchedulePosition:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`. Lightning restores the schedulers themselves."""
         state = copy.deepcopy(dict(state))
-        self._position, self._counts = state["position"], state["counts"]
-        self._states, self._groups = state["states"], state["groups"]
+        self._position = state["position"]
+        for scheduler, count in zip(self._schedulers, state["counts"], strict=True):
+            scheduler.count = count
+        if self._follows and state["groups"]:  # without them, no scheduler followed the global step before
+            self._groups = state["groups"]
+            for scheduler, own in zip(self._schedulers, state["states"], strict=True):
+                scheduler.state = own
+            self._changed_by_schedulers.update(*(group.keys() for groups in self._groups for group in groups))
         self._plateaus = [(index, value) for index, value in state["plateaus"]]
         self.history = [(index, value) for index, value in state["history"]]
 
     def release(self) -> None:
         """Restores the schedulers' frequencies."""
-        for config, frequency in zip(self._configs, self._frequencies, strict=True):
-            config.frequency = frequency
+        for scheduler in self._schedulers:
+            scheduler.config.frequency = scheduler.frequency
 
-    def _step(self, config: LRSchedulerConfig, times: int, value: float | None = None) -> None:
+    def _step(self, scheduler: _Scheduler, times: int, value: float | None = None) -> None:
+        before = [copy.deepcopy(group) for group in self._settings()] if times > 0 else []
         with warnings.catch_warnings():
             # Other workers may have taken steps before this worker's optimizer took its first.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`")
             for _ in range(times):
-                self._module.lr_scheduler_step(config.scheduler, value)
+                self._module.lr_scheduler_step(scheduler.config.scheduler, value)
+        for was, group in zip(before, self._settings(), strict=False):
+            self._changed_by_schedulers |= {name for name in was.keys() & group.keys() if was[name] != group[name]}
+
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """Yields the settings of all groups of all optimizers."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                yield {name: value for name, value in group.items() if name != "params"}
 
     def _save(self) -> None:
-        if any(self._follows):
-            self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in self._configs]
+        for scheduler in self._schedulers:
+            scheduler.count = scheduler.steps
+            if self._follows:
+                scheduler.state = copy.deepcopy(scheduler.config.scheduler.state_dict())
+        if self._follows:
+            names = self._changed_by_schedulers
             self._groups = [
-                [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                [copy.deepcopy({n: group[n] for n in names & group.keys()}) for group in optimizer.param_groups]
                 for optimizer in self._optimizers
             ]
-        self._counts = [_count(config) for config in self._configs]
 
-    def _restore(self) -> list[int]:
-        """Resets to the last pull. Returns how often each scheduler with ``interval="epoch"`` was stepped since."""
-        by_epoch = [
-            0 if follows or config.reduce_on_plateau else _count(config) - count
-            for config, count, follows in zip(self._configs, self._counts, self._follows, strict=True)
+    def _restore(self) -> None:
+        """Resets to the last pull, except for the steps of schedulers that follow the worker's own epochs."""
+        epochs = [
+            0 if scheduler.period or scheduler.config.reduce_on_plateau else scheduler.steps - scheduler.count
+            for scheduler in self._schedulers
         ]
-        for config, state in zip(self._configs, self._states, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
+        for scheduler in self._schedulers:
+            scheduler.config.scheduler.load_state_dict(copy.deepcopy(scheduler.state))
         for optimizer, groups in zip(self._optimizers, self._groups, strict=True):
             # Groups that were added in this round have no saved state.
             for group, saved in zip(optimizer.param_groups, groups, strict=False):
-                group.update({k: copy.copy(v) for k, v in saved.items()})
-        return by_epoch
-
-
-def _count(config: LRSchedulerConfig) -> int:
-    count: Any = getattr(config.scheduler, "last_epoch", 0)
-    return int(count)
+                group.update(copy.deepcopy(saved))
+        for scheduler, times in zip(self._schedulers, epochs, strict=True):
+            self._step(scheduler, times)

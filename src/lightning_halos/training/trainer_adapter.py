@@ -7,6 +7,7 @@ validation, the callbacks and the Trainer's limits are changed here, and nowhere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,12 @@ class TrainerAdapter:
 
     def __init__(self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None) -> None:
         self.trainer = trainer
+        self._end = end
+        self._shown = trainer.global_step
+        self._shares_data = epoch_batches is not None
+        self._epoch_batches = trainer.num_training_batches if epoch_batches is None else epoch_batches
+        # With max_epochs alone, all workers train for the same number of epochs; otherwise a fast one has more of them.
+        follows_epochs = trainer.max_steps != -1 and not math.isinf(self._epoch_batches)
         self.schedulers = SchedulePosition(
             trainer.lightning_module,
             trainer.lr_scheduler_configs,
@@ -48,11 +55,8 @@ class TrainerAdapter:
             trainer.global_step,
             limit,
             trainer.is_global_zero,
+            math.ceil(self._epoch_batches / trainer.accumulate_grad_batches) if follows_epochs else None,
         )
-        self._end = end
-        self._shown = trainer.global_step
-        self._shares_data = epoch_batches is not None
-        self._epoch_batches = trainer.num_training_batches if epoch_batches is None else epoch_batches
         self._callbacks = callbacks_of(trainer)
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
@@ -60,13 +64,12 @@ class TrainerAdapter:
 
     def install(self, loop: Callback) -> None:
         """Adds the worker's loop to the callbacks: on rank 0 before those that save, on other ranks instead of them."""
-        deciding = [callback for callback in self._callbacks if decides(callback)]
-        saving = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
         if self.trainer.is_global_zero:
-            others = [callback for callback in self._callbacks if callback not in saving]
-            self._set_callbacks([*others, loop, *saving])
+            last = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+            first = [callback for callback in self._callbacks if callback not in last]
         else:
-            self._set_callbacks([*(callback for callback in self._callbacks if callback not in deciding), loop])
+            last, first = [], [callback for callback in self._callbacks if not decides(callback)]
+        self.trainer.callbacks = [*first, loop, *last]  # type: ignore[attr-defined]
 
     def restore(self) -> None:
         """Restores everything that was changed in the Trainer."""
@@ -76,7 +79,7 @@ class TrainerAdapter:
         self.release_validation()
         self.schedulers.release()
         restore_link_checkpoint(self._callbacks)
-        self._set_callbacks(self._callbacks)
+        trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
 
     def hold_validation(self) -> None:
         """Keeps Lightning from the validation data before the first batch of a resumed run.
@@ -90,11 +93,6 @@ class TrainerAdapter:
     def release_validation(self) -> None:
         """Ends :meth:`hold_validation`."""
         self._no_validation.undo(self.trainer)
-
-    def _set_callbacks(self, callbacks: list[Callback]) -> None:
-        self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ the end
 
     @property
     def wants_to_stop(self) -> bool:
@@ -114,12 +112,7 @@ class TrainerAdapter:
         return self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
     def finish(self, position: int, stopped: bool) -> None:
-        """Makes the Trainer end the run.
-
-        Args:
-            position: The final global step.
-            stopped: Whether the run was asked to stop.
-        """
+        """Makes the Trainer end the run at the final global step, also if it was asked to stop."""
         self.set_global_step(position, is_final=True)
         # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
@@ -134,8 +127,6 @@ class TrainerAdapter:
             epoch.processed -= 1  # Lightning steps schedulers before it counts the epoch as processed
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
             epoch.processed += 1
-
-    # ------------------------------------------------------------------ the global step
 
     def set_global_step(self, position: int, is_final: bool = False) -> bool:
         """Sets the Trainer's global step to the run's, and schedules what happens at this step.
@@ -182,20 +173,19 @@ class TrainerAdapter:
         return min(next_count(before, position, periods), next_count(before + 1, position + 1, [log_every]) - 1)
 
     def _lag(self, stands: bool) -> int:
-        """Returns the lag of Lightning's own count for logging at the end of a batch, usually 1.
+        """Returns how far Lightning's count of logged steps is behind the global step at the end of a batch.
 
-        While the global step does not change, Lightning must not log again, at the end of this batch or at the start of
-        the next.
+        Lightning logs when this count plus 1 is a multiple of ``log_every_n_steps``, and then adds 1. With a lag of
+        1 it logs at multiples of the global step. While the global step stands still, it must not log again.
         """
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not stands or log_every <= 1:
             return 1
         behind_multiple = self._shown % log_every
         if behind_multiple == 0:
-            return 0
+            return 0  # a lag of 1 would log this multiple again at the end of this batch
+        # One step before a multiple, a lag of 1 would log it already at the start of the next batch.
         return 2 if behind_multiple == log_every - 1 else 1
-
-    # ------------------------------------------------------------------ validation
 
     @property
     def _validation_period(self) -> int:

@@ -129,11 +129,7 @@ class WorkerLoop(Callback):
         self._world.alarm.report(describe(exception))
 
     def finish(self, stop: bool) -> None:
-        """Pushes the last round, waits for the final global model, and loads it.
-
-        Args:
-            stop: Whether to ask for the complete run to stop.
-        """
+        """Pushes the last round, and loads the final global model. ``stop`` asks for the complete run to stop."""
         self._end_round()
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
@@ -144,9 +140,9 @@ class WorkerLoop(Callback):
             return
         push, self._push = Push(**self._push), None
         if push.final:
-            self._finish(push, _filled)
+            self._finish(push, lambda advance: None)
         else:
-            self._exchange(push, _filled)
+            self._exchange(push, lambda advance: None)
 
     def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
         final, progress = self._world.client.finish(push, fill)
@@ -247,7 +243,3 @@ class WorkerLoop(Callback):
     def _ends_rounds_early(self) -> bool:
         """Whether to end a round early, because a snapshot waits for it. Rounds of a simulation are planned."""
         return self._preemption.is_due and not self._world.is_simulated
-
-
-def _filled(advance: Advance) -> None:
-    """Fills nothing, for a push whose vector is complete."""
