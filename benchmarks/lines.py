@@ -29,7 +29,6 @@ ADDS = {
         "core/synchronous_node.py": ["SynchronousNode"],
         "simulation/network.py": ["SynchronousNetwork"],
         "training/worlds/lockstep.py": ["LockstepWorld"],
-        "transport/lockstep.py": ["LockstepClient"],
     },
 }
 

@@ -38,6 +38,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_halos import HalosMonitor, HalosStrategy
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
@@ -85,9 +87,11 @@ def round_trip_process(folder: Path) -> None:
     vector = ModelVector(module)
     memory = vector.read(vector.new())
     groups = Groups(store, topology, rank, timeout)
-    runtime = NodeRuntime(
-        rank, topology, groups, Halos(), memory, vector.shapes, StepBudget(2), None, timeout, lambda: None
-    )
+    nodes: tuple[Any, Any] = None, None
+    if rank == 0:
+        server = Halos().local_server(0, 1, 2, memory.clone(), vector.shapes, topology.describe)
+        nodes = GlobalNode(None, 1, StepBudget(2)), RegionNode(server, Halos().planner(2), [0, 1], StepBudget(2))
+    runtime = NodeRuntime(rank, topology, groups, *nodes, memory, timeout, lambda: None)
     worker = WorkerRound(rank, local_steps=8)
     buffer = torch.ones_like(memory)
     peer = 1 - rank
@@ -124,7 +128,7 @@ def round_trip_process(folder: Path) -> None:
             times.append((between - start, time.perf_counter() - begin))
         (folder / "times").write_text(json.dumps(times[1:]))
     runtime.client.finish(worker.push(None, final=True), lambda advance: None)
-    runtime.close(timeout)
+    runtime.alarm.close(timeout)
 
 
 def round_trip() -> bool:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from lightning_halos.checkpoint.files import _Checked
 from lightning_halos.checkpoint.manifest import NAME
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
-from lightning_halos.transport.hosts import GlobalHost, RegionHost
+from lightning_halos.transport.hosts import Host, RegionHost
 from tests.faults.cases import CHECKPOINT, END, EXCHANGE, ROUND, START, VALIDATION, Case
 from tests.integration.toys import Toy
 
@@ -45,7 +45,7 @@ class Victim(Toy):
         self._struck = folder / "struck"
         self._now = folder / "now"
         if case.moment == EXCHANGE:
-            _before(GlobalHost, "_on_message", self._on_update)
+            _before(Host, "_on_message", self._on_update)
             _before(RegionHost, "_on_message", self._on_model)
         elif case.moment == CHECKPOINT:
             _before(_Checked, "write", self._on_write)
@@ -77,7 +77,7 @@ class Victim(Toy):
         strategy: Any = self.trainer.strategy
         return bool(strategy.round.batches == 2)
 
-    def _on_update(self, host: GlobalHost, index: int, message: object, *_: Any) -> None:
+    def _on_update(self, host: Host[Any], index: int, message: object, *_: Any) -> None:
         """Region 1's update is on its way to rank 0."""
         if self.case.rank == 0 and index == 1 and isinstance(message, RegionUpdate):
             self.strike()

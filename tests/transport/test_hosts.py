@@ -16,7 +16,7 @@ from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer
 from lightning_halos.core.snapshot import ServerSnapshot
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.hosts import GlobalHost
+from lightning_halos.transport.hosts import Host
 
 
 def test_the_lock_is_held_for_one_portion_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_the_lock_is_held_for_one_portion_at_a_time(monkeypatch: pytest.MonkeyPa
     optimizer = partial(DelayedNesterov, lr=0.2, momentum=0.9, delay=2)
     server = GlobalServer(torch.zeros(40), optimizer, [torch.Size([4])] * 10)
     server.receive(update(1))
-    host = GlobalHost(GlobalNode(server, 1, StepBudget(1)), Alarm("here"), print, print)
+    host = Host(GlobalNode(server, 1, StepBudget(1)), Alarm("here"), print, print)
     expected = copy.deepcopy(server._state())
     snapshot = server.snapshot()
 

@@ -15,14 +15,18 @@ from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.hosts import GlobalHost
+from lightning_halos.transport.hosts import Host
 
 model = torch.zeros(4_000_000)
 server = GlobalServer(model, lambda params: torch.optim.SGD(params, lr=1.0))
-host = GlobalHost(GlobalNode(server, 1, StepBudget(1)), Alarm("here"), print, print)
+host = Host(GlobalNode(server, 1, StepBudget(1)), Alarm("here"), print, print)
 handled = []
+
+def read(out):
+    host.ask(lambda node: out.copy_(node.model))
+
 # Lightning saves a checkpoint like this when SLURM announces the end of a job.
-signal.signal(signal.SIGUSR1, lambda *_: handled.append(host.read(torch.empty_like(model))))
+signal.signal(signal.SIGUSR1, lambda *_: handled.append(read(torch.empty_like(model))))
 
 def send():
     for _ in range(100):
@@ -33,7 +37,7 @@ sender = threading.Thread(target=send)
 sender.start()
 out = torch.empty_like(model)
 while sender.is_alive():
-    host.read(out)
+    read(out)
 print(len(handled) > 0)
 """
 

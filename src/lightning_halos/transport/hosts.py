@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import (
     Failure,
-    Marker,
     Message,
     Preempted,
     Push,
@@ -28,10 +27,14 @@ from lightning_halos.core.messages import (
     Shard,
     ShardWritten,
 )
-from lightning_halos.core.protocol import GLOBAL, GlobalState, Send, uses_models_link
+from lightning_halos.core.protocol import GLOBAL, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link, Slot, VectorProgress
+from lightning_halos.transport.wire import vector_of
+
+N = TypeVar("N", bound=GlobalNode | RegionNode)
+T = TypeVar("T")
 
 _YIELD = 0.001  # seconds; without a pause a thread would take a lock again before those that wait for it wake up
 
@@ -39,7 +42,7 @@ Store = Callable[[Shard, Callable[[], None]], None]
 """Writes a part of a snapshot in the background, after it has called the function that completes it."""
 
 
-class Host:
+class Host(Generic[N]):
     """A node and the links to its peers.
 
     Args:
@@ -47,23 +50,21 @@ class Host:
         alarm: The alarm to report failures to.
         store: Writes the node's part of a snapshot.
         forward: Called with the message that a part of a snapshot has been written.
+
+    Attributes:
+        node: The node. Other threads use it, except for its counts, through :meth:`ask` and :meth:`act`.
     """
 
-    def __init__(
-        self, node: RegionNode | GlobalNode, alarm: Alarm, store: Store, forward: Callable[[ShardWritten], None]
-    ) -> None:
-        self._node = node
+    def __init__(self, node: N, alarm: Alarm, store: Store, forward: Callable[[ShardWritten], None]) -> None:
+        self.node = node
         self._alarm = alarm
         self._store = store
         self._forward = forward
-        self._lock = threading.RLock()  # a signal handler may save a checkpoint while the main thread reads
+        # Reentrant, because Lightning saves a checkpoint inside the handler of SLURM's signal, which may interrupt the
+        # main thread here.
+        self._lock = threading.RLock()
         self._models: dict[int, Link] = {}
         self._controls: dict[int, Link] = {}
-
-    @property
-    def version(self) -> int:
-        """Number of updates in the node's model."""
-        return self._node.version
 
     def attach(self, peer: int, models: Link, control: Link | None = None) -> None:
         """Starts to serve a peer.
@@ -79,28 +80,22 @@ class Host:
             if link is not None:
                 link.start(partial(self._on_message, peer), self._alarm.fail)
 
-    def start(self) -> None:
-        """Sends the node's first messages, once all peers are attached."""
+    def ask(self, question: Callable[[N], T]) -> T:
+        """Returns what a function returns for the node, which handles no message meanwhile."""
         with self._lock:
-            self._post(self._node.start())
+            return question(self.node)
 
-    def read(self, out: Tensor) -> None:
-        """Copies the node's model into the vector ``out``."""
+    def act(self, action: Callable[[N], Sequence[Send]]) -> bool:
+        """Posts the messages that a function of the node returns. Returns whether there are any."""
         with self._lock:
-            out.copy_(self._node.model)
+            sends = action(self.node)
+            self._post(sends)
+        return bool(sends)
 
     def _complete(self, shard: Shard) -> None:
         """Completes a shard of the node, with the lock for one portion at a time, so that no message waits for long."""
-        is_complete = False
-        while not is_complete:
-            with self._lock:
-                is_complete = shard.advance()
+        while not self.ask(lambda _: shard.advance()):
             time.sleep(_YIELD)
-
-    def state(self) -> dict[str, Any]:
-        """Returns a copy of the node's state."""
-        with self._lock:
-            return self._node.state_dict()
 
     def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Failure | Preempted):
@@ -108,9 +103,8 @@ class Host:
         elif isinstance(message, ShardWritten):
             self._forward(message)
         else:
-            finding = self._node.inspect(message, progress)
-            with self._lock:
-                self._post(self._node.handle(peer, message, finding))
+            finding = self.node.inspect(message, progress)
+            self.act(lambda node: node.handle(peer, message, finding))
 
     def _post(self, sends: Sequence[Send]) -> None:
         for send in sends:
@@ -122,7 +116,7 @@ class Host:
             if send.fill is None:
                 link.post(message, sent=self._after_sending(message))
                 continue
-            vector = getattr(message, "vector", None)
+            vector = vector_of(message)
             assert vector is not None
             with VectorProgress(vector) as progress:
                 link.post(message, progress, sent=self._after_sending(message))
@@ -133,51 +127,7 @@ class Host:
         return None
 
 
-class GlobalHost(Host):
-    """Hosts the global node.
-
-    Args:
-        node: The global node.
-        alarm: The alarm to report failures to.
-        store: Writes the node's part of a snapshot.
-        written: Called with the message that a part of a snapshot has been written.
-    """
-
-    _node: GlobalNode
-
-    def __init__(self, node: GlobalNode, alarm: Alarm, store: Store, written: Callable[[ShardWritten], None]) -> None:
-        super().__init__(node, alarm, store, written)
-
-    @property
-    def applied(self) -> int:
-        """Local steps in the global model."""
-        return self._node.applied
-
-    def start_snapshot(self, marker: Marker) -> bool:
-        """Starts a snapshot of all nodes. Returns ``False`` without one if the run has ended."""
-        with self._lock:
-            if self._node.state is GlobalState.FINISHED:
-                return False
-            self._post(self._node.start_snapshot(marker))
-            return True
-
-    def progress(self) -> dict[str, Any]:
-        """Returns the progress of the run: finished local steps, and the data that was trained on."""
-        with self._lock:
-            return self._node.progress()
-
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers."""
-        with self._lock:
-            self._post(self._node.publish(plateau_steps, metrics))
-
-    def statistics(self) -> list[dict[str, Any]]:
-        """Returns the counters of each local server, as of its last report."""
-        with self._lock:
-            return [counters.statistics() for counters in self._node.counters.values()]
-
-
-class RegionHost(Host):
+class RegionHost(Host[RegionNode]):
     """Hosts a local server.
 
     Args:
@@ -187,8 +137,6 @@ class RegionHost(Host):
         within_region: Whether the global server is in the same region, for counting bytes.
         store: Writes the node's part of a snapshot.
     """
-
-    _node: RegionNode
 
     def __init__(self, node: RegionNode, slot: Slot, alarm: Alarm, within_region: bool, store: Store) -> None:
         super().__init__(node, alarm, store, self.tell)
@@ -206,20 +154,15 @@ class RegionHost(Host):
         """Tells rank 0 that a part of a snapshot has been written."""
         self._controls[GLOBAL].post(message)
 
-    def adopt_final_model(self, model: Tensor) -> None:
-        """Replaces the local server's model by the final global model, when the run is over."""
-        with self._lock:
-            self._node.adopt_final_model(model)
-
     def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Push):
-            self._node.traffic = self._traffic()
+            self.node.traffic = self._traffic()
         super()._on_message(peer, message, progress)
         if isinstance(message, Push) and message.final and message.vector is not None:
             self._slot.give_back(message.vector)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
-        vector = getattr(message, "vector", None)
+        vector = vector_of(message)
         if vector is None:
             return None
         if isinstance(message, RegionUpdate):

@@ -1,26 +1,30 @@
-"""The real world of synchronous algorithms: collectives over all workers, and no links.
+"""The real world of synchronous algorithms: collectives over all workers instead of servers and links.
 
-Every process has a replica of the server. Checkpoints only contain the model, and no state of the server.
+Nothing is decided here: each process has a replica of :class:`~lightning_halos.core.synchronous_node.SynchronousNode`,
+and the collectives give all replicas the same pushes. Checkpoints only contain the model, and no state of the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_halos.core.algorithms import SynchronousAlgorithm
-from lightning_halos.core.cursor import Lease
+from lightning_halos.core.cursor import Lease, split
+from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.synchronous_node import SynchronousNode
+from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.lockstep import LockstepClient
 
 
 class LockstepWorld:
-    """This process's replica of the server, and its collectives.
+    """This process's replica of the server, and its collectives. It is its worker's client, too.
 
     Args:
         start: The state from which the fit starts.
@@ -31,37 +35,87 @@ class LockstepWorld:
     clock = None
 
     def __init__(self, start: Start) -> None:
-        site, algorithm, data, budget = start.site, start.algorithm, start.data, start.budget
+        site, algorithm, budget = start.site, start.algorithm, start.budget
         assert isinstance(algorithm, SynchronousAlgorithm)
         assert start.memory is not None
-        planner = algorithm.planner(site.size, budget.max_steps)
-        node = SynchronousNode(algorithm.server(start.memory.clone(), start.vector.shapes), planner, budget)
-        self.alarm = Alarm(site.here)
+        self._site = site
         self._steps_before = budget.total
-        self.client = LockstepClient(site.rank, site.collectives_of_a_fit(), node, planner, site.timeout)
+        self._planner = algorithm.planner(site.size, budget.max_steps)
+        self._node = SynchronousNode(algorithm.server(start.memory.clone(), start.vector.shapes), self._planner, budget)
+        self._collectives = site.collectives_of_a_fit()
+        self._published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})  # on rank 0, for the next round
+        self.alarm = Alarm(site.here)
         self.has_global_model = site.rank == 0
-        local_steps = planner.local_steps(site.rank, budget.total)
+        local_steps = self._planner.local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, start.trainer.global_step)
-        self.leases: Iterator[Lease] = iter(())
-        if data is not None:
-            self.leases = self.client.leases(data.steps_per_epoch, data.first, data.end)
+        self.leases: Iterator[Lease] = iter(()) if start.data is None else self._leases(start.data)
+
+    @property
+    def client(self) -> LockstepWorld:
+        return self
 
     @property
     def version(self) -> int:
-        return self.client.node.version
+        return self._node.version
 
     @property
     def steps(self) -> int:
-        return self.client.node.budget.total - self._steps_before
+        return self._node.budget.total - self._steps_before
 
     def read(self, out: Tensor) -> None:
-        out.copy_(self.client.model)
+        out.copy_(self._model)
 
     def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        self.client.published = ([*self.client.published[0], *plateau_steps], metrics)
+        self._published = ([*self._published[0], *plateau_steps], metrics)
 
     def statistics(self) -> list[dict[str, Any]]:
         return []
 
     def close(self, timeout: float) -> None:
         pass
+
+    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+        assert push.vector is not None
+        fill(ignore_progress)
+        pull = self._take_part(push)
+        assert isinstance(pull, Pull)
+        pull.vector = push.vector.copy_(self._model)
+        return pull, [self._model.numel()]
+
+    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+        if push.vector is not None:
+            fill(ignore_progress)
+        while not isinstance(final := self._take_part(push), GlobalModel):
+            push = Push(self._site.rank, push.version, 0, 0, 0.0, final=True)
+        return final, [self._model.numel()]
+
+    @property
+    def _model(self) -> Tensor:
+        assert self._node.model is not None
+        return self._node.model
+
+    def _leases(self, data: SharedData) -> Iterator[Lease]:
+        """Yields the data to train on, of which the workers' store counts what is leased."""
+        while True:
+            wanted = self._planner.known_steps(self._site.rank)
+            start = data.first + self._collectives.count("leased", wanted, self._site.timeout) - wanted
+            if start >= data.end:
+                return
+            yield from split(start, int(min(wanted, data.end - start)), data.steps_per_epoch)
+
+    def _take_part(self, push: Push) -> Pull | GlobalModel | None:
+        """Takes part in a round. Returns this worker's answer, ``None`` if it has finished and others have not."""
+        mine = [push.steps, push.batches, push.seconds, push.stop, push.final, push.vector is not None]
+        table = self._collectives.all_gather(torch.tensor([float(entry) for entry in mine], dtype=torch.float64))
+        pushes = [
+            Push(rank, push.version, int(steps), int(batches), seconds, stop=stop > 0, final=final > 0)
+            for rank, (steps, batches, seconds, stop, final, _) in enumerate(table.tolist())
+        ]
+        mean, vectors = None, float(table[:, -1].sum())
+        if vectors:
+            gift = torch.zeros_like(self._model) if push.vector is None else push.vector
+            mean = self._collectives.sum_(gift) / vectors
+        plateau_steps, metrics = self._collectives.broadcast_object(list(self._published))
+        self._published = ([], metrics)
+        self._node.publish(plateau_steps, metrics)
+        return self._node.finish_round(pushes, mean).get(self._site.rank)

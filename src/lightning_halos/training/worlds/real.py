@@ -11,17 +11,21 @@ from torch import Tensor
 from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
-from lightning_halos.core.cursor import DataCursor, Lease, Spans
-from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard
+from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
+from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard, ShardWritten
+from lightning_halos.core.protocol import GlobalState
+from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.servers import unsent_update
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld
+from lightning_halos.transport.hosts import Host, RegionHost
 from lightning_halos.transport.runtime import NodeRuntime
 
 
-class RealWorld(NodeRuntime):
-    """This process's servers and links.
+class RealWorld:
+    """This process's servers, and its links.
 
     Args:
         start: The state from which the fit starts. In a resumed run its memory and module are overwritten with the
@@ -32,33 +36,31 @@ class RealWorld(NodeRuntime):
     clock = None
 
     def __init__(self, start: Start) -> None:
-        site, algorithm, memory, data, resume = start.site, start.algorithm, start.memory, start.data, start.resume
+        site, algorithm, memory, resume, budget = start.site, start.algorithm, start.memory, start.resume, start.budget
         assert isinstance(algorithm, ServerAlgorithm)
         assert memory is not None
         self._saves = start.saves
-        budget, done = start.budget, start.done()
+        self._steps_before = budget.total
         if resume is not None:
             if not resume.fits and site.rank == 0:
                 servers = len(site.topology.groups)
                 rebuild(resume, memory, start.vector.shapes, algorithm, servers, budget.total)
             _share_model(start, memory, resume)
-        super().__init__(
+        runtime = NodeRuntime(
             site.rank,
             site.topology,
             site.groups,
-            algorithm,
+            _global_node(start, algorithm, memory),
+            _region_node(start, algorithm, memory),
             memory,
-            start.vector.shapes,
-            budget,
-            None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done)),
             site.timeout,
             site.interrupted,
             self._write,
             start.saves.written,
-            done,
-            None if resume is None else resume.server,
-            None if resume is None else resume.globals,
         )
+        self.alarm, self.client = runtime.alarm, runtime.client
+        self._global_host, self._region_host = runtime.global_host, runtime.region_host
+        self._has_one_server = len(site.topology.groups) == 1
         local_steps = algorithm.planner(site.size, budget.max_steps).local_steps(site.rank, budget.total)
         position = start.trainer.global_step if resume is None else budget.position
         self.first_round = WorkerRound(site.rank, local_steps, position)
@@ -68,14 +70,65 @@ class RealWorld(NodeRuntime):
     def checkpointed(self) -> CheckpointedWorld:
         return self
 
+    @property
+    def has_global_model(self) -> bool:
+        return self._global_host is not None
+
+    @property
+    def version(self) -> int:
+        return self._model_host.node.version
+
+    @property
+    def steps(self) -> int:
+        return self._global.node.applied - self._steps_before
+
+    def read(self, out: Tensor) -> None:
+        self._model_host.ask(lambda node: out.copy_(node.model))
+
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+        self._global.act(lambda node: node.publish(plateau_steps, metrics))
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return self._global.ask(lambda node: [counters.statistics() for counters in node.counters.values()])
+
     def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
         self.client.on_marker = save
 
-    def start_snapshot(self, marker: Marker) -> bool:
-        has_begun = super().start_snapshot(marker)
-        if not has_begun:
+    def tell(self, message: ShardWritten) -> None:
+        (self.client if self._region_host is None else self._region_host).tell(message)
+
+    def start_snapshot(self, marker: Marker) -> None:
+        if not self._global.act(lambda node: [] if node.state is GlobalState.FINISHED else node.start_snapshot(marker)):
             self._saves.fail(marker.save, "the run has ended meanwhile")
-        return has_begun
+
+    def adopt_final_model(self, model: Tensor) -> None:
+        if self._region_host is not None:
+            self._region_host.ask(lambda node: node.adopt_final_model(model))
+
+    def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        region, whole = self._region_host, self._global_host
+        return (
+            None if region is None else region.ask(RegionNode.state_dict),
+            None if whole is None else whole.ask(GlobalNode.state_dict),
+        )
+
+    def progress(self) -> dict[str, Any]:
+        return self._global.ask(GlobalNode.progress)
+
+    def close(self, timeout: float) -> None:
+        self.alarm.close(timeout)
+
+    @property
+    def _global(self) -> Host[GlobalNode]:
+        assert self._global_host is not None
+        return self._global_host
+
+    @property
+    def _model_host(self) -> Host[GlobalNode] | RegionHost:
+        """The host of the global model, which is that of a single local server."""
+        host = self._region_host if self._has_one_server else self._global_host
+        assert host is not None
+        return host
 
     def _write(self, shard: Shard, complete: Callable[[], None]) -> None:
         """Writes a server's part of a snapshot in the background, and tells rank 0."""
@@ -85,6 +138,36 @@ class RealWorld(NodeRuntime):
         else:
             name, tell = server_shard(shard.server), self.tell
         self._saves.writer.shard(shard.marker, name, shard.state, tell, complete)
+
+
+def _global_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> GlobalNode | None:
+    """Makes the global node, on rank 0, with a copy of the model."""
+    if start.site.rank > 0:
+        return None
+    data, resume, servers = start.data, start.resume, len(start.site.topology.groups)
+    server = algorithm.global_server(servers, memory.clone(), start.vector.shapes)
+    done = start.done()
+    cursor = None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done))
+    node = GlobalNode(server, servers, start.budget, cursor, done)
+    if resume is not None and resume.globals is not None:
+        node.load_state_dict(resume.globals)
+    return node
+
+
+def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> RegionNode | None:
+    """Makes the node of a local server, on its leader, with a copy of the model."""
+    topology, budget, resume = start.site.topology, start.budget, start.resume
+    group, servers = topology.group_of(start.site.rank), len(topology.groups)
+    if start.site.rank != group.leader:
+        return None
+    workers, shapes = len(group.ranks), start.vector.shapes
+    server = algorithm.local_server(group.index, servers, workers, memory.clone(), shapes, topology.describe)
+    planner = algorithm.planner(budget.workers, budget.max_steps)
+    stock = None if start.data is None else LeaseStock(algorithm.local_steps * workers)
+    node = RegionNode(server, planner, group.ranks, budget, stock)
+    if resume is not None and resume.server is not None:
+        node.load_state_dict(resume.server)
+    return node
 
 
 def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
