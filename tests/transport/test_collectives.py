@@ -57,7 +57,7 @@ class Workers:
 
         def connect(rank: int) -> None:
             store = TCPStore("127.0.0.1", port)
-            collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
+            collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
             for name in ("_within", "_across"):
                 if getattr(collectives, name) is not None:
                     setattr(collectives, name, CountingGroup(getattr(collectives, name)))
@@ -333,7 +333,7 @@ class TestRoundTrips:
 def _peers(regions: Regions, rank: int, port: int, connection: Any) -> None:
     store = TCPStore("127.0.0.1", port)
     before = {(c.laddr, c.raddr) for c in psutil.Process().net_connections("tcp")}
-    collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
+    collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
     collectives.broadcast_object(rank, source=3)
     collectives.reduce(torch.ones(2), "sum")
     collectives.barrier()

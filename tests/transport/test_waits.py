@@ -155,14 +155,14 @@ def stopped_store() -> Iterator[TCPStore]:
 
 def test_a_store_whose_process_is_stopped() -> None:
     with stopped_store() as store:
-        collectives = Collectives([[0]], 0, None, None, store, ignore, "worker {}".format)
+        collectives = Collectives([[0]], 0, store, ignore, "worker {}".format, 0.5)
         collectives.barrier()
         with pytest.raises(
             PeerLostError,
             match=r"worker 0 got no answer from the store .*, to count 'leased', within timeout=0.5 s. worker 0, whose"
             r" process has the store, has ended or is stopped. All were last heard of \d\.\d s ago",
         ):
-            collectives.count("leased", 1, 0.5)
+            collectives.count("leased", 1)
 
 
 def test_a_process_group_that_nobody_else_comes_to() -> None:
@@ -179,7 +179,7 @@ def test_a_collective_that_one_leaves_names_nobody_else(regions: list[list[int]]
 
     def work(rank: int) -> None:
         store = TCPStore("127.0.0.1", master.port)
-        collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 60.0)
+        collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
         collectives.barrier()
         try:
             if rank != 3:
@@ -203,7 +203,7 @@ def test_a_collective_that_one_does_not_come_to(regions: list[list[int]]) -> Non
 
     def work(rank: int) -> None:
         store = TCPStore("127.0.0.1", master.port)
-        collectives = Collectives.connect(regions, rank, store, ignore, "worker {}".format, 2.0)
+        collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 2.0)
         collectives.barrier()
         try:
             if rank != 1:

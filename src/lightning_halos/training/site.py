@@ -5,8 +5,9 @@ A site is made once, when an entry point of the Trainer has started the processe
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -55,11 +56,12 @@ class Site:
         self.timeout = timeout
         self.interrupted = interrupted
         self._store = store
+        self._numbers = itertools.count()  # of groups that are made later, in the same order on all processes
         places = Topology.build([range(size)], servers_per_region=1) if one_machine else topology
         # Other workers may have to wait while rank 0 validates the final model.
         patience = max(timeout, MIN_PATIENCE)
         store = PrefixStore("collectives", store)
-        self.collectives = Collectives.connect(places.regions, rank, store, interrupted, topology.describe, patience)
+        self.collectives = Collectives(places.regions, rank, store, interrupted, topology.describe, patience)
         self.groups = Groups(self._store, places, rank, timeout)
 
     @property
@@ -69,11 +71,10 @@ class Site:
 
     def make_default_group(self) -> None:
         """Makes torch's default process group, for use when all workers are in step."""
-        number = self.collectives.count(f"default/{self.rank}", 1, self.timeout)
         with noting_sockets():
             dist.init_process_group(
                 "gloo",
-                store=PrefixStore(f"default/{number}", self._store),
+                store=PrefixStore(f"default/{next(self._numbers)}", self._store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=max(self.timeout, MIN_PATIENCE)),
@@ -81,25 +82,17 @@ class Site:
 
     def collectives_of_a_fit(self) -> Collectives:
         """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
-        number = self.collectives.count(f"fits/{self.rank}", 1, self.timeout)
-        store = PrefixStore(f"lockstep/{number}", self._store)
-        everybody = [range(self.size)]  # rounds are all-reduces over all workers
-        return Collectives.connect(everybody, self.rank, store, self.interrupted, self.topology.describe, self.timeout)
+        return self._connect(range(self.size))  # rounds are all-reduces over all workers
 
     def broadcast_from_leader_(self, tensor: Tensor) -> None:
-        """Overwrites a tensor on the workers of a local server with that of the server's leader."""
-        if self.groups.region is None:
-            return
+        """Overwrites a tensor on the workers of each local server with that of the server's leader."""
         group = self.topology.group_of(self.rank)
-        Collectives(
-            [range(len(group.ranks))],
-            group.ranks.index(self.rank),
-            self.groups.region,
-            None,
-            PrefixStore(f"calls/server/{group.index}", self._store),
-            self.interrupted,
-            lambda rank: self.topology.describe(group.ranks[rank]),
-        ).broadcast_([tensor])
+        self._connect(group.ranks).broadcast_([tensor], group.leader)
+
+    def _connect(self, ranks: Sequence[int]) -> Collectives:
+        """Connects some workers. All workers must call this, each with the ranks that include its own."""
+        store = PrefixStore(f"collectives/{next(self._numbers)}/{ranks[0]}", self._store)
+        return Collectives([ranks], self.rank, store, self.interrupted, self.topology.describe, self.timeout)
 
 
 def named_regions(

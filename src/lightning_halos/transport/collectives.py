@@ -12,12 +12,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroup, Store
+from torch.distributed import ProcessGroup, Store
 
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import interruptible, make_group
@@ -33,6 +34,7 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
+_REDUCTION, _BROADCAST = "give a tensor to a reduction", "take part in a broadcast"  # what workers wait for, in errors
 _ROLL_CALL = 3.0  # seconds in which all waiting workers report themselves after a failure
 _LENGTH = 8  # bytes of a length
 _FRAME = 256  # bytes per worker in the first round trip of a gathering
@@ -40,70 +42,48 @@ _CHUNK = 2**26  # bytes per broadcast
 
 
 class Collectives:
-    """Collectives over all workers.
+    """Collectives over workers, all of which must make this object in order to connect.
+
+    Every method raises ``PeerLostError`` if a worker has ended, or does not come in time.
 
     Args:
         regions: Ranks of the workers of each region, ascending. The first of each is the region's leader.
         rank: This worker's rank.
-        within: The process group of this worker's region, in the order of the ranks; ``None`` if it is alone there.
-        across: The process group of the leaders, in the order of the regions; ``None`` on other workers, and with one
-            region.
-        store: A store of all workers for these collectives alone, for :meth:`count` and after the loss of a worker.
+        store: A store of the workers for these collectives alone.
         interrupted: Called several times a second while waiting; may raise.
         describe: Returns the name of a worker for errors, by its rank.
+        timeout: Limit for any wait for other workers, in seconds.
+
+    Raises:
+        PeerLostError: If not all workers connect in time.
     """
 
     def __init__(
         self,
         regions: Sequence[Sequence[int]],
         rank: int,
-        within: ProcessGroup | None,
-        across: ProcessGroup | None,
-        store: Store,
-        interrupted: Callable[[], None],
-        describe: Callable[[int], str],
-    ) -> None:
-        self._regions = [list(ranks) for ranks in regions]
-        self._region_of = {rank: index for index, ranks in enumerate(self._regions) for rank in ranks}
-        self._rank, self._size = rank, len(self._region_of)
-        self._region = self._region_of[rank]
-        self._within, self._across = within, across
-        self._lost_workers = False
-        self._store = store
-        self._interrupted = interrupted
-        self._describe = describe
-        self._completed: float | None = None
-
-    @classmethod
-    def connect(
-        cls,
-        regions: Sequence[Sequence[int]],
-        rank: int,
         store: Store,
         interrupted: Callable[[], None],
         describe: Callable[[int], str],
         timeout: float,
-    ) -> Collectives:
-        """Makes the process groups, and collectives over them. Every worker must call this.
-
-        Args:
-            regions: As for the class.
-            rank: As for the class.
-            store: As for the class.
-            interrupted: As for the class.
-            describe: As for the class.
-            timeout: Limit for any wait for other workers, in seconds.
-
-        Raises:
-            PeerLostError: If not all workers connect in time.
-        """
-        index, mine = next((index, list(ranks)) for index, ranks in enumerate(regions) if rank in ranks)
-        within = across = None
+    ) -> None:
+        self._regions = [list(ranks) for ranks in regions]
+        self._region_of = {rank: index for index, ranks in enumerate(self._regions) for rank in ranks}
+        self._ranks = sorted(self._region_of)
+        self._rank = rank
+        self._region = index = self._region_of[rank]
+        self._store = store
+        self._interrupted = interrupted
+        self._describe = describe
+        self._timeout = timeout
+        self._lost_workers = False
+        self._completed: float | None = None
+        self._within = self._across = None  # without others in the region; with one region, or on other workers
+        mine = self._regions[index]
         if len(mine) > 1:
-            within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout)
+            self._within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout)
         if rank == mine[0] and len(regions) > 1:
-            across = make_group(store, "leaders", index, len(regions), timeout)
-        return cls(regions, rank, within, across, PrefixStore("calls", store), interrupted, describe)
+            self._across = make_group(store, "leaders", index, len(regions), timeout)
 
     def barrier(self) -> None:
         """Waits until all workers have called this."""
@@ -123,31 +103,20 @@ class Collectives:
         Raises:
             ValueError: If the operation is unknown, or shapes, dtypes or operations differ. Every worker raises it.
             TypeError: If the dtype is neither floating-point, integer nor boolean. Every worker raises it.
-            PeerLostError: If a worker has ended, or does not come in time.
         """
         name = str(operation).lower().rsplit(".", 1)[-1]
-        self._agree("give a tensor to a reduction", f"reduce_op={name!r}, {_form(tensor)}")
+        self._agree(_REDUCTION, f"reduce_op={name!r}, {_form(tensor)}")
         if name not in _OPERATIONS:
             raise ValueError(f"reduce_op={operation!r} must be one of {sorted(_OPERATIONS)}.")
         total = self._reduce(tensor.detach(), name)
         if name in ("mean", "avg"):
-            mean = (total if total.is_floating_point() else total.double()) / self._size
+            mean = (total if total.is_floating_point() else total.double()) / len(self._ranks)
             return mean.to(tensor.device, tensor.dtype if tensor.is_floating_point() else torch.float32)
         counts = tensor.dtype == torch.bool and name in ("sum", "product")
         return total.to(tensor.device, torch.int64 if counts else tensor.dtype)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sums a floating-point tensor over all workers in place, without the check of :meth:`reduce`.
-
-        Args:
-            tensor: On any device. Its shape and dtype must be the same on every worker.
-
-        Returns:
-            The tensor.
-
-        Raises:
-            PeerLostError: If a worker has ended, or does not come in time.
-        """
+        """Sums a floating-point tensor over all workers in place, without the check of :meth:`reduce`. Returns it."""
         return tensor.copy_(self._reduce(tensor, "sum"))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -155,14 +124,9 @@ class Collectives:
 
         Raises:
             ValueError: If shapes or dtypes differ. Every worker raises it.
-            PeerLostError: If a worker has ended, or does not come in time.
         """
-        form = _form(tensor)
-        head = torch.frombuffer(bytearray(f"{form}\n", "utf-8"), dtype=torch.uint8)
-        rows = self._gather("give a tensor to a gathering", torch.cat([head, _bytes_of(tensor)]))
-        self._compare([_text(row[:_FRAME]).partition("\n")[0] for row in rows])
-        parts = [_tensor_of(row[len(head) :], tensor.dtype, tensor.shape) for row in rows]
-        return torch.stack(parts).to(tensor.device)
+        rows = self._agree("give a tensor to a gathering", _form(tensor), _bytes_of(tensor))
+        return torch.stack([_tensor_of(row, tensor.dtype, tensor.shape) for row in rows]).to(tensor.device)
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrites tensors with those of the worker ``source``, in few messages.
@@ -173,20 +137,17 @@ class Collectives:
 
         Raises:
             ValueError: If number, shapes or dtypes differ. Every worker raises it.
-            PeerLostError: If a worker has ended, or does not come in time.
         """
-        what = "take part in a broadcast"
-        rows = self._gather(what, _bytes("\n".join(map(_form, tensors))))
+        rows = self._gather(_BROADCAST, _bytes("\n".join(map(_form, tensors))))
         forms = [_text(row).split("\n") for row in rows]
-        if any(row != forms[0] for row in forms):
-            self._compare([_difference(row, forms[0]) for row in forms])
+        self._compare([_difference(row, forms[0]) for row in forms])
         for chunk in _chunks([tensor.detach() for tensor in tensors]):
             sizes = [tensor.nbytes for tensor in chunk]
             if self._rank == source:
                 host = torch.cat([_bytes_of(tensor) for tensor in chunk])
             else:
                 host = torch.empty(sum(sizes), dtype=torch.uint8)
-            self._run(what, lambda host=host: self._broadcast(host, source))  # type: ignore[misc]
+            self._run(_BROADCAST, partial(self._broadcast, host, source))
             if self._rank != source:
                 for tensor, part in zip(chunk, torch.split(host, sizes), strict=True):
                     tensor.copy_(_tensor_of(part, tensor.dtype, tensor.shape))
@@ -200,65 +161,55 @@ class Collectives:
 
         Raises:
             TypeError: If the value is anything else, because nothing is pickled. Every worker raises it.
-            PeerLostError: If a worker has ended, or does not come in time.
         """
         failure: Exception | None = None
-        tensors: list[Tensor] = []
         body = torch.empty(0, dtype=torch.uint8)
         if self._rank == source:
             try:
-                text = json.dumps(_pack(value, tensors))
+                body = _to_bytes(value)
             except (TypeError, ValueError, RecursionError) as error:
-                failure, tensors = error, []
-                text = json.dumps({"error": str(error)})
-            head = _bytes(text)
-            body = torch.cat([_length(len(head)), head, *map(_bytes_of, tensors)])
-        body = self._run("take part in a broadcast", lambda: self._broadcast_bytes(body, source))
+                failure, body = error, _body({"error": str(error)}, [])
+        body = self._run(_BROADCAST, partial(self._broadcast_bytes, body, source))
         if failure is not None:
             raise failure
-        return value if self._rank == source else _received(body)
+        return value if self._rank == source else _from_bytes(body)
 
     def gather_texts(self, text: str) -> list[str]:
-        """Returns the texts of all workers, by rank.
-
-        Raises:
-            PeerLostError: If a worker has ended, or does not come in time.
-        """
+        """Returns the texts of all workers, by rank."""
         return [_text(row) for row in self._gather("give a text to a gathering", _bytes(text))]
 
-    def count(self, key: str, amount: int, timeout: float) -> int:
+    def count(self, key: str, amount: int) -> int:
         """Adds to a counter that all workers share, and returns its new value. Waits for no other worker.
 
         Args:
             key: Name of the counter, which starts at 0.
             amount: The amount to add.
-            timeout: Seconds to wait for the store, which itself has no limit.
-
-        Raises:
-            PeerLostError: If the store does not answer in time, or has ended.
         """
-        try:
-            return interruptible(lambda: int(self._store.add(key, amount)), self._interrupted, timeout)
+        try:  # the store itself has no limit
+            return interruptible(lambda: int(self._store.add(key, amount)), self._interrupted, self._timeout)
         except (TimeoutError, dist.DistError) as error:
             raise PeerLostError(
                 f"{self._describe(self._rank)} got no answer from the store that all processes share, to count {key!r},"
-                f" within timeout={timeout:g} s. {self._describe(0)}, whose process has the store, has ended or is"
-                f" stopped. All were last heard of {since(self._completed)}. {error}"
+                f" within timeout={self._timeout:g} s. {self._describe(0)}, whose process has the store, has ended or"
+                f" is stopped. All were last heard of {since(self._completed)}. {error}"
             ) from None
 
     # ------------------------------------------------------------------ over all workers
 
-    def _agree(self, what: str, form: str) -> None:
-        """Raises an error on every worker if their calls differ."""
-        self._compare([_text(row) for row in self._gather(what, _bytes(form))])
+    def _agree(self, what: str, form: str, data: Tensor | None = None) -> list[Tensor]:
+        """Gathers bytes. Raises an error on every worker if the forms of their arguments differ."""
+        head = _bytes(form + "\n")
+        rows = self._gather(what, head if data is None else torch.cat([head, data]))
+        self._compare([_text(row[:_FRAME]).partition("\n")[0] for row in rows])
+        return [row[len(head) :] for row in rows]
 
     def _compare(self, forms: list[str]) -> None:
-        if len(set(forms)) > 1:
-            other = next(rank for rank, form in enumerate(forms) if form != forms[0])
-            raise ValueError(
-                f"The workers called a collective with different arguments: {self._describe(0)} has {forms[0]},"
-                f" {self._describe(other)} has {forms[other]}."
-            )
+        for rank, form in zip(self._ranks, forms, strict=True):
+            if form != forms[0]:
+                raise ValueError(
+                    "The workers called a collective with different arguments:"
+                    f" {self._describe(self._ranks[0])} has {forms[0]}, {self._describe(rank)} has {form}."
+                )
 
     def _gather(self, what: str, data: Tensor) -> list[Tensor]:
         """Returns the bytes of all workers, by rank. A few bytes need one round trip, more need two."""
@@ -276,14 +227,14 @@ class Collectives:
         table = _all_gather_in(self._within, row)
         if len(self._regions) == 1:
             return table
-        everything = torch.empty(self._size, len(row), dtype=row.dtype)
-        if self._is_leader:
+        everything = torch.empty(len(self._ranks), len(row), dtype=row.dtype)
+        if self._across is not None:
             block = torch.zeros(max(map(len, self._regions)), len(row), dtype=row.dtype)
             block[: len(table)] = table
-            for ranks, part in zip(self._regions, _all_gather_in(self._across, block), strict=True):
-                everything[ranks] = part[: len(ranks)]
+            blocks = _all_gather_in(self._across, block)
+            everything = torch.cat([part[: len(ranks)] for ranks, part in zip(self._regions, blocks, strict=True)])
         _broadcast_in(self._within, everything, 0)
-        return everything
+        return everything[torch.tensor([*self._region_of]).argsort()]
 
     def _reduce(self, tensor: Tensor, name: str) -> Tensor:
         """Returns the result on the host, as ``float32``, ``float64`` or ``int64``."""
@@ -296,7 +247,7 @@ class Collectives:
                 _all_reduce_in(self._across, host, operation)
                 _broadcast_in(self._within, host, 0)
 
-        self._run("give a tensor to a reduction", reduce)
+        self._run(_REDUCTION, reduce)
         return host
 
     def _broadcast(self, data: Tensor, source: int) -> None:
@@ -316,10 +267,6 @@ class Collectives:
         rest = data[room:].contiguous() if self._rank == source else torch.empty(length - room, dtype=torch.uint8)
         self._broadcast(rest, source)
         return torch.cat([frame[_LENGTH:], rest])
-
-    @property
-    def _is_leader(self) -> bool:
-        return self._regions[self._region][0] == self._rank
 
     # ------------------------------------------------------------------ failures
 
@@ -345,7 +292,7 @@ class Collectives:
 
     def _missing(self) -> str:
         """Returns a sentence that names the workers which were not waiting in the failed collective."""
-        everybody = set(range(self._size))
+        everybody = set(self._ranks)
 
         def call_the_roll() -> set[int]:
             self._store.append("waiting", f"{self._rank} ")  # type: ignore[attr-defined]  # missing in torch's stubs
@@ -369,7 +316,7 @@ class Collectives:
 def is_broadcastable(value: Any) -> bool:
     """Returns whether :meth:`Collectives.broadcast_object` supports a value."""
     try:
-        json.dumps(_pack(value, []))
+        _to_bytes(value)
     except (TypeError, ValueError, RecursionError):
         return False
     return True
@@ -478,6 +425,17 @@ def _frame(data: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------------- objects
 
 
+def _to_bytes(value: Any) -> Tensor:
+    """Returns a value as bytes: the length of the JSON, the JSON, and the tensors in it."""
+    tensors: list[Tensor] = []
+    return _body(_pack(value, tensors), tensors)
+
+
+def _body(packed: Any, tensors: list[Tensor]) -> Tensor:
+    head = _bytes(json.dumps(packed))
+    return torch.cat([_length(len(head)), head, *map(_bytes_of, tensors)])
+
+
 def _pack(value: Any, tensors: list[Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -496,8 +454,7 @@ def _pack(value: Any, tensors: list[Tensor]) -> Any:
     )
 
 
-def _received(body: Tensor) -> Any:
-    """Returns the value that was broadcast as bytes: the length of the JSON, the JSON, and the tensors in it."""
+def _from_bytes(body: Tensor) -> Any:
     stop = _LENGTH + _length_in(body)
 
     def unpack(packed: Any) -> Any:

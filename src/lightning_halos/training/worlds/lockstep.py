@@ -98,7 +98,7 @@ class LockstepWorld:
         """Yields the data to train on, of which the workers' store counts what is leased."""
         while True:
             wanted = self._planner.known_steps(self._site.rank)
-            start = data.first + self._collectives.count("leased", wanted, self._site.timeout) - wanted
+            start = data.first + self._collectives.count("leased", wanted) - wanted
             if start >= data.end:
                 return
             yield from split(start, int(min(wanted, data.end - start)), data.steps_per_epoch)
