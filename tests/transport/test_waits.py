@@ -42,8 +42,6 @@ class Peer(Link):
         super().__init__(name)
         self.heard = None if seconds_ago is None else time.monotonic() - seconds_ago
 
-    def _send_all(self, on_message: object) -> None: ...
-
     def _receive_all(self, on_message: object) -> None: ...
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lightning_halos.core.messages import Failure, Preempted
@@ -48,7 +49,7 @@ class Alarm:
         self._error: Exception | None = None
         self._failure: Failure | None = None
         self._since = 0.0
-        self._off = self._failed = False
+        self._off = False
 
     def add(self, *links: Link) -> None:
         """Adds links. If the run has failed already, their peers are told."""
@@ -56,16 +57,10 @@ class Alarm:
             self.links += links
             failure = self._failure
         if failure is not None:
-            for link in links:
-                link.post(failure)
-                link.close()
+            self._tell_failure(failure, links)
 
     def watch(self, timeout: float) -> None:
-        """Starts a thread that notices peers which stop without closing their connection.
-
-        Args:
-            timeout: Seconds of silence after which a peer counts as lost.
-        """
+        """Starts a thread that notices peers which are silent for ``timeout`` seconds, with their connection open."""
         threading.Thread(target=self._watch, args=(timeout,), name="halos watch", daemon=True).start()
 
     def fail(self, error: Exception) -> None:
@@ -74,13 +69,7 @@ class Alarm:
         self._ring(error, Failure(self.here, reason))
 
     def peer_lost(self, peer: str, what: str, timeout: float) -> PeerLostError:
-        """Returns the error for a wait that lasted too long, with the time of each peer's last sign of life.
-
-        Args:
-            peer: Name of the peer that was waited for.
-            what: The action that was waited for, as in "the peer did not ...".
-            timeout: Duration of the wait in seconds.
-        """
+        """Returns the error that a peer "did not ``what``" within the timeout, with each peer's last sign of life."""
         heard: dict[str, float | None] = {}
         for link in self.links:
             if link.is_remote:
@@ -130,7 +119,7 @@ class Alarm:
     @property
     def has_failed(self) -> bool:
         """Whether the run has failed."""
-        return self._failed
+        return self._failure is not None
 
     def check(self, wait: bool = False) -> None:
         """Raises the recorded failure, if any.
@@ -161,11 +150,7 @@ class Alarm:
         raise self._error
 
     def close(self, timeout: float) -> None:
-        """Says goodbye on all links and waits for the peers to say goodbye.
-
-        Args:
-            timeout: Seconds to wait for all peers.
-        """
+        """Says goodbye on all links, and waits at most ``timeout`` seconds for the goodbyes of all peers."""
         for link in self.links:
             link.close()
         deadline = time.monotonic() + timeout
@@ -188,17 +173,19 @@ class Alarm:
             if self._off or self._error is not None:
                 return
             self._error, self._since = error, time.monotonic()
-            self._failed = True
             self._off = error is None
-            failure = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:])
-            self._failure, links = failure, list(self.links)
-        for link in links:
-            link.post(failure)
-            link.close()
+            self._failure = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:])
+            links = list(self.links)
+        self._tell_failure(self._failure, links)
         if error is not None:
             watchdog = threading.Timer(_LIMIT, self._end_process)
             watchdog.daemon = True
             watchdog.start()
+
+    def _tell_failure(self, failure: Failure, links: Iterable[Link]) -> None:
+        for link in links:
+            link.post(failure)
+            link.close()
 
     def _end_process(self) -> None:
         if self._off or hasattr(sys, "ps1"):

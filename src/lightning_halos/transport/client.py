@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from torch import Tensor
@@ -37,6 +38,9 @@ T = TypeVar("T")
 class WorkerClient:
     """Sends a worker's pushes to its local server, and receives the answers.
 
+    Every wait raises ``PeerLostError`` if a peer disappears or falls silent, or if neither an answer nor news of other
+    workers arrives within :func:`progress_limit`. It raises ``PeerFailedError`` if a peer fails.
+
     Args:
         link: Link to the local server.
         alarm: The alarm to report failures to.
@@ -58,18 +62,10 @@ class WorkerClient:
         link.start(self._on_message, alarm.fail)
 
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
-        """Sends a push and waits for the answer.
-
-        Args:
-            push: The push.
-            fill: Fills the push's vector.
+        """Sends a push, whose vector ``fill`` fills, and waits for the answer.
 
         Returns:
             The answer. Its vector arrives while the second value is iterated over.
-
-        Raises:
-            PeerLostError: If a peer disappeared or fell silent, or no answer arrives within :func:`progress_limit`.
-            PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
         while isinstance(message := self._wait("answer a push", self._inbox), Marker):
@@ -80,17 +76,8 @@ class WorkerClient:
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the last push and waits for the final global model, as long as the other workers make progress.
 
-        Args:
-            push: The push.
-            fill: Fills the push's vector, if it has one.
-
         Returns:
             The final model. Its vector arrives while the second value is iterated over.
-
-        Raises:
-            PeerLostError: If a peer disappeared or fell silent, or no worker made progress within
-                :func:`progress_limit`.
-            PeerFailedError: If a peer failed.
         """
         self._push(push, fill)
         # A status arrives whenever another worker has made progress.
@@ -103,12 +90,7 @@ class WorkerClient:
         return message, self._arrival_of(message.vector)
 
     def leases(self) -> Iterator[Lease]:
-        """Yields the data to train on. Each lease is requested while the worker trains on the previous one.
-
-        Raises:
-            PeerLostError: If a peer disappeared or fell silent, or no answer arrives within :func:`progress_limit`.
-            PeerFailedError: If a peer failed.
-        """
+        """Yields the data to train on. Each lease is requested while the worker trains on the previous one."""
         self._link.post(LeaseRequest(number=1))
         while (grant := self._wait("lease data", self._grants)).steps:
             self._link.post(LeaseRequest(number=grant.number + 1))
@@ -139,10 +121,8 @@ class WorkerClient:
         while True:
             self._alarm.check()
             self._interrupted()
-            try:
+            with suppress(queue.Empty):
                 return inbox.get(timeout=0.2)
-            except queue.Empty:
-                pass
             if time.monotonic() > deadline and not self._alarm.has_failed:
                 raise self._alarm.peer_lost(self._link.peer, what, self._limit)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ MIN_PATIENCE = 1800.0
 OnMessage = Callable[[Message, Iterable[int]], None]
 OnFailure = Callable[[Exception], None]
 Memory = Callable[[], Tensor]
-"""Returns the memory to receive a vector into."""
+"""Returns memory to receive a vector into."""
 
 
 class VectorCutOffError(Exception):
@@ -106,7 +107,7 @@ class Link(ABC):
         self.bytes_received = 0
         self._outbox: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._listening_since: float | None = None
+        self._listening_since: float | None = None  # not while this end handles a message, and cannot hear the peer
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         """Starts the threads.
@@ -116,12 +117,7 @@ class Link(ABC):
                 the second argument is iterated over.
             on_failure: Called if the peer is lost, or if ``on_message`` raises.
         """
-        for name, run in (("send", self._send_all), ("receive", self._receive_all)):
-            thread = threading.Thread(
-                target=self._guard, args=(run, on_message, on_failure), name=f"halos {name} {self.peer}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+        self._start_thread("receive", partial(self._receive_all, on_message), on_failure)
 
     def post(
         self, message: Message, progress: VectorProgress | None = None, sent: Callable[[], None] | None = None
@@ -143,37 +139,33 @@ class Link(ABC):
         self._outbox.put(None)
 
     def silence(self, now: float) -> float:
-        """Returns the seconds for which this end has listened and received nothing.
-
-        It is 0 while this end handles a message, because it cannot hear the peer then.
-
-        Args:
-            now: The present time, by ``time.monotonic``.
-        """
+        """Returns the seconds until ``now`` for which this end has listened and received nothing."""
         since = self._listening_since
         return 0.0 if since is None else now - since
 
-    def join(self, timeout: float) -> bool:
-        """Waits at most ``timeout`` seconds for each thread to end. Returns whether all have ended."""
+    def join(self, timeout: float) -> None:
+        """Waits at most ``timeout`` seconds for the threads to end."""
+        deadline = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
-        return not any(thread.is_alive() for thread in self._threads)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _guard(self, run: Callable[[OnMessage], None], on_message: OnMessage, on_failure: OnFailure) -> None:
-        try:
-            run(on_message)
-        except BaseException as error:  # otherwise others would wait for this thread for ever
-            on_failure(error if isinstance(error, Exception) else RuntimeError(f"{self.peer}: {error!r}"))
+    def _start_thread(self, name: str, run: Callable[[], None], on_failure: OnFailure) -> None:
+        def guarded() -> None:
+            try:
+                run()
+            except BaseException as error:  # otherwise others would wait for this thread for ever
+                on_failure(error if isinstance(error, Exception) else RuntimeError(f"{self.peer}: {error!r}"))
 
-    @abstractmethod
-    def _send_all(self, on_message: OnMessage) -> None: ...
+        thread = threading.Thread(target=guarded, name=f"halos {name} {self.peer}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     @abstractmethod
     def _receive_all(self, on_message: OnMessage) -> None: ...
 
 
 class LoopbackLink(Link):
-    """A link between two parts of the same process. Vectors are passed on without a copy."""
+    """A link between two parts of the same process. Each end reads the other's outbox, so vectors are not copied."""
 
     is_remote = False
 
@@ -183,18 +175,10 @@ class LoopbackLink(Link):
 
     @classmethod
     def pair(cls, first: str, second: str) -> tuple[LoopbackLink, LoopbackLink]:
-        """Returns the two ends of a new link.
-
-        Args:
-            first: Name of the first end's peer, which is at the second end.
-            second: Name of the second end's peer.
-        """
+        """Returns the two ends of a new link, given the name of each end's peer."""
         a, b = cls(first), cls(second)
         a._other, b._other = b, a
         return a, b
-
-    def _send_all(self, on_message: OnMessage) -> None:
-        """Does nothing, because the other end reads this end's outbox."""
 
     def _receive_all(self, on_message: OnMessage) -> None:
         while (outgoing := self._other._outbox.get()) is not None:
@@ -245,7 +229,11 @@ class GlooLink(Link):
         self._form = form
         self._memory = memory
 
-    def _send_all(self, on_message: OnMessage) -> None:
+    def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
+        self._start_thread("send", self._send_all, on_failure)
+        super().start(on_message, on_failure)
+
+    def _send_all(self) -> None:
         self._send_frame(self._HELLO, wire.PROTOCOL)
         while True:
             try:
@@ -321,7 +309,6 @@ class GlooLink(Link):
         return text.numpy().tobytes()
 
     def _receive_vector(self, vector: Tensor) -> Iterator[int]:
-        """Receives a vector. Yields the number of received elements."""
         complete = torch.zeros(1, dtype=torch.uint8)
         received = self._receive_each([*torch.split(vector, PART), complete], self._VECTOR)
         yield from (elements for elements in received if elements < vector.numel())
@@ -330,7 +317,6 @@ class GlooLink(Link):
         yield vector.numel()
 
     def _send_each(self, tensors: Iterable[Tensor], tag: int) -> None:
-        """Sends tensors, each as soon as the iterable yields it."""
         with self._naming_peer():
             works = []
             for tensor in tensors:
@@ -340,7 +326,7 @@ class GlooLink(Link):
                 work.wait(self._limit)
 
     def _receive_each(self, tensors: Iterable[Tensor], tag: int) -> Iterator[int]:
-        """Receives tensors. Yields the number of received elements."""
+        """Receives tensors. Yields the number of elements that have arrived."""
         received = 0
         with self._naming_peer():
             for tensor, work in [(tensor, self._group.recv([tensor], self._rank, tag)) for tensor in tensors]:
@@ -354,7 +340,6 @@ class GlooLink(Link):
 
     @contextmanager
     def _naming_peer(self) -> Iterator[None]:
-        """Names the peer when the process group fails."""
         try:
             yield
         except RuntimeError as error:
@@ -366,20 +351,12 @@ class GlooLink(Link):
 
 
 def progress_limit(timeout: float) -> float:
-    """Returns the limit for waiting for a living peer: 10 times that for silence, and at least ``MIN_PATIENCE``.
-
-    Args:
-        timeout: Seconds of silence after which a peer counts as lost.
-    """
+    """Returns the limit for waiting for a living peer: 10 times that for silence, and at least ``MIN_PATIENCE``."""
     return max(10 * timeout, MIN_PATIENCE)
 
 
 def since(heard: float | None) -> str:
-    """Returns text for an error that says how long ago a peer gave its last sign of life.
-
-    Args:
-        heard: Time of that sign, by ``time.monotonic``; ``None`` if there was none.
-    """
+    """Returns text for an error that says how long ago a time by ``time.monotonic`` was; ``None`` is never."""
     if heard is None:
         return "never"
     seconds = time.monotonic() - heard
@@ -423,7 +400,7 @@ class Slot:
         self._free = threading.Semaphore(1)
 
     def take(self) -> Tensor:
-        """Waits for the memory and returns it."""
+        """Waits for the memory, and returns it."""
         self._free.acquire()
         if self._vector is None:
             self._vector = torch.empty(self._elements, dtype=self._dtype)
