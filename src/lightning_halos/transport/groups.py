@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -70,18 +71,9 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
 
 
 def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) -> Store:
-    """Returns a store that rank 0 hosts.
+    """Returns a store that rank 0 hosts, whose port the others read from torchrun's store ``agent``.
 
-    torchrun's own store outlives the workers. When they start again, it would still have the entries of dead processes.
-
-    Args:
-        agent: torchrun's store.
-        address: Address of the process with rank 0.
-        rank: Global rank of this process.
-        timeout: Seconds to wait for rank 0.
-
-    Raises:
-        DistError: If rank 0 does not connect in time.
+    The agent's store outlives the workers. When they start again, it would still have the entries of dead processes.
     """
     limit = timedelta(seconds=timeout)
     if rank == 0:
@@ -91,9 +83,8 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
         return own
     deadline = time.monotonic() + timeout
     while True:
-        port = int(agent.get(_PORT))
         try:
-            own = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(_PATIENCE, timeout)))
+            own = TCPStore(address, int(agent.get(_PORT)), timeout=timedelta(seconds=min(_PATIENCE, timeout)))
         except DistError:  # it may be the port of an earlier process of rank 0
             if time.monotonic() > deadline:
                 raise
@@ -110,7 +101,7 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
         name: A name that no other group in the store has.
         rank: This process's rank in the group.
         size: Number of processes in the group.
-        timeout: Limit for an operation, in seconds.
+        timeout: Limit for connecting, and for an operation, in seconds.
 
     Raises:
         PeerLostError: If the others do not come in time.
@@ -165,13 +156,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Groups:
-    """The process groups of one process.
-
-    Args:
-        store: The store of all processes.
-        topology: The regions and servers.
-        rank: Global rank of this process.
-        timeout: Limit for an operation, in seconds.
+    """The process groups for the links of one process; see :func:`make_group`.
 
     Attributes:
         region: The workers of this process's local server, in the order of their ranks; ``None`` for a single worker.
@@ -191,13 +176,7 @@ class Groups:
 
 
 def gather_through(
-    store: Store,
-    key: str,
-    rank: int,
-    size: int,
-    text: str,
-    interrupted: Callable[[], None],
-    timeout: float,
+    store: Store, key: str, rank: int, size: int, text: str, interrupted: Callable[[], None], timeout: float
 ) -> list[str]:
     """Returns the texts of all processes, by rank. It needs a few round trips to the store, and no process group.
 
@@ -247,23 +226,18 @@ def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout
     Raises:
         TimeoutError: If it takes longer.
     """
-    outcome: list[T] = []
-    errors: list[BaseException] = []
+    outcome: Future[T] = Future()
 
     def target() -> None:
         try:
-            outcome.append(run())
+            outcome.set_result(run())
         except BaseException as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, name="halos collective", daemon=True)
-    thread.start()
+    threading.Thread(target=target, name="halos collective", daemon=True).start()
     deadline = time.monotonic() + timeout
-    while thread.is_alive():
+    while not wait([outcome], 0.2).done:
         interrupted()
         if time.monotonic() > deadline:
             raise TimeoutError
-        thread.join(0.2)
-    if errors:
-        raise errors[0]
-    return outcome[0]
+    return outcome.result()

@@ -30,7 +30,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.protocol import GLOBAL, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Link, Slot, VectorProgress
+from lightning_halos.transport.link import Link, VectorProgress
 from lightning_halos.transport.wire import vector_of
 
 N = TypeVar("N", bound=GlobalNode | RegionNode)
@@ -130,25 +130,33 @@ class Host(Generic[N]):
 class RegionHost(Host[RegionNode]):
     """Hosts a local server.
 
+    There is memory for one push at a time. While it is in use, further pushes wait at their senders, so that a server's
+    memory does not grow with its number of workers.
+
     Args:
         node: The node.
-        slot: Memory for one push at a time.
         alarm: The alarm to report failures to.
         within_region: Whether the global server is in the same region, for counting bytes.
         store: Writes the node's part of a snapshot.
     """
 
-    def __init__(self, node: RegionNode, slot: Slot, alarm: Alarm, within_region: bool, store: Store) -> None:
+    def __init__(self, node: RegionNode, alarm: Alarm, within_region: bool, store: Store) -> None:
         super().__init__(node, alarm, store, self.tell)
-        self._slot = slot
         self._within_region = within_region
-        self._sent: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._push = torch.empty_like(node.model)
+        self._for_push: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._for_push.put(self._push)
+        self._for_answer: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         if node.server.exchanging:
-            self._sent.put(torch.empty_like(node.model))  # for the answer that is still missing
+            self._for_answer.put(torch.empty_like(node.model))  # for the answer that is still missing
 
-    def memory(self) -> Tensor:
+    def memory_for_push(self) -> Tensor:
+        """Waits for the memory for a push of another process, and returns it."""
+        return self._for_push.get()
+
+    def memory_for_answer(self) -> Tensor:
         """Returns the memory for an answer of the global server: the memory of the update that it answers."""
-        return self._sent.get()
+        return self._for_answer.get()
 
     def tell(self, message: ShardWritten) -> None:
         """Tells rank 0 that a part of a snapshot has been written."""
@@ -159,15 +167,19 @@ class RegionHost(Host[RegionNode]):
             self.node.traffic = self._traffic()
         super()._on_message(peer, message, progress)
         if isinstance(message, Push) and message.final and message.vector is not None:
-            self._slot.give_back(message.vector)
+            self._give_back(message.vector)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
         vector = vector_of(message)
         if vector is None:
             return None
         if isinstance(message, RegionUpdate):
-            return partial(self._sent.put, vector)
-        return partial(self._slot.give_back, vector)
+            return partial(self._for_answer.put, vector)
+        return partial(self._give_back, vector)
+
+    def _give_back(self, vector: Tensor) -> None:
+        if vector is self._push:  # not the vector of this process's own worker
+            self._for_push.put(vector)
 
     def _traffic(self) -> tuple[int, int]:
         """Returns the bytes on this server's links inside its region, and to other regions."""

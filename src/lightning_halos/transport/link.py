@@ -384,29 +384,3 @@ def _parts_of(vector: Tensor, progress: Iterable[int]) -> Iterator[Tensor]:
                 complete = -1
         yield part
     yield torch.tensor([complete >= 0], dtype=torch.uint8)
-
-
-class Slot:
-    """Memory for one vector at a time, shared by the links of a server.
-
-    While it is taken, further pushes wait at their senders. So a server's memory does not grow with its number of
-    workers.
-    """
-
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self._elements = elements
-        self._dtype = dtype
-        self._vector: Tensor | None = None
-        self._free = threading.Semaphore(1)
-
-    def take(self) -> Tensor:
-        """Waits for the memory, and returns it."""
-        self._free.acquire()
-        if self._vector is None:
-            self._vector = torch.empty(self._elements, dtype=self._dtype)
-        return self._vector
-
-    def give_back(self, vector: Tensor) -> None:
-        """Frees the memory for the next vector."""
-        if vector is self._vector:
-            self._free.release()

@@ -20,7 +20,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.hosts import Host, RegionHost, Store
-from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory, Slot
+from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory
 
 
 class NodeRuntime:
@@ -72,15 +72,15 @@ class NodeRuntime:
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
             link = self._gloo_link(groups.region, 0, self._server_of(group.leader), lambda: memory)
         else:
-            slot = Slot(memory.numel(), memory.dtype)
             within_region = group.region == topology.group_of(0).region
-            self.region_host = RegionHost(region_node, slot, self.alarm, within_region, store)
-            link, its = self._loopback(self._server_of(rank), topology.describe(rank))
+            self.region_host = RegionHost(region_node, self.alarm, within_region, store)
             self._connect_servers(self.region_host, rank)
-            self.region_host.attach(rank, its)
+            link, own = self._loopback(self._server_of(rank), topology.describe(rank))
+            self.region_host.attach(rank, own)
             for index, worker in enumerate(group.ranks[1:], start=1):
-                peer = topology.describe(worker)
-                self.region_host.attach(worker, self._gloo_link(groups.region, index, peer, slot.take))
+                memory_for_push = self.region_host.memory_for_push
+                its = self._gloo_link(groups.region, index, topology.describe(worker), memory_for_push)
+                self.region_host.attach(worker, its)
             if self.global_host is not None:
                 self.global_host.act(GlobalNode.start)
             self.region_host.act(RegionNode.start)
@@ -92,7 +92,7 @@ class NodeRuntime:
         topology, groups = self._topology, self._groups
         here, there = self._server_of(rank), f"the global server of {topology.describe(0)}"
         if self.global_host is None:
-            models_link = self._gloo_link(groups.models, 0, there, host.memory)
+            models_link = self._gloo_link(groups.models, 0, there, host.memory_for_answer)
             host.attach(GLOBAL, models_link, self._gloo_link(groups.control, 0, there))
             return
         models, control = self._loopback(there, here), self._loopback(there, here)
