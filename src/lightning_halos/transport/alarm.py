@@ -32,11 +32,8 @@ _MOST_CHARACTERS = 100_000  # largest length of a reason for the peers; its end 
 class Alarm:
     """Records the first failure of a process and its links, and passes it on.
 
-    Args:
-        here: Name of this process, for the peers' error messages.
-
     Attributes:
-        here: Name of this process.
+        here: Name of this process, for the peers' error messages.
         links: All links of this process; see :meth:`add`.
         preempted_since: Time at which this process, or a peer, was preempted, by ``time.monotonic``.
     """
@@ -89,11 +86,7 @@ class Alarm:
             self._ring(PeerFailedError(f"{news.origin} failed: {news.reason}"), news)
 
     def preempt(self, since: float | None = None) -> None:
-        """Records a preemption and tells all peers that the run has to save a checkpoint and end.
-
-        Args:
-            since: Time of the signal, by ``time.monotonic``. Default: now.
-        """
+        """Records a preemption ``since`` a time (default: now), and tells all peers to save a checkpoint and end."""
         with self._lock:
             if self._off or self._error is not None or self.preempted_since is not None:
                 return
@@ -108,8 +101,7 @@ class Alarm:
 
     def disarm(self) -> None:
         """Ignores failures from now on, because the run is over."""
-        with self._lock:
-            self._off = True
+        self._off = True
 
     @property
     def is_over(self) -> bool:
@@ -122,19 +114,12 @@ class Alarm:
         return self._failure is not None
 
     def check(self, wait: bool = False) -> None:
-        """Raises the recorded failure, if any.
+        """Raises the recorded failure, if any; ``SystemExit`` if a peer has ended because the run is preempted.
 
-        After a peer's failure, this process waits a few seconds before it raises, so that the peer prints its error
-        first.
+        A peer's failure is raised a few seconds later, so that the peer prints its error first.
 
         Args:
             wait: Whether to wait here for that time. Otherwise the method returns, and a later call raises.
-
-        Raises:
-            PeerLostError: If a peer disappeared or fell silent.
-            PeerFailedError: If a peer failed.
-            Exception: If a server of this process failed.
-            SystemExit: If a peer has ended because the run is preempted.
         """
         if self._error is None or self._off:
             return

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,9 +47,6 @@ class VectorProgress:
     """Progress of a vector, which can be sent while a ``with`` block fills it from front to back.
 
     Iterating over it yields the number of complete elements. If the block raises, the receiver drops the message.
-
-    Args:
-        vector: The vector.
     """
 
     def __init__(self, vector: Tensor) -> None:
@@ -365,8 +363,7 @@ def since(heard: float | None) -> str:
 
 def wait_all(progress: Iterable[int]) -> None:
     """Waits until a vector has arrived completely."""
-    for _ in progress:
-        pass
+    deque(progress, maxlen=0)
 
 
 def _parts_of(vector: Tensor, progress: Iterable[int]) -> Iterator[Tensor]:
