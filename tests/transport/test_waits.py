@@ -29,7 +29,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import interruptible, make_group
+from lightning_halos.transport.groups import gather_through, interruptible, make_group
 from lightning_halos.transport.link import Link, LoopbackLink
 
 pytestmark = pytest.mark.alone
@@ -161,6 +161,14 @@ def test_a_store_whose_process_is_stopped() -> None:
             r" process has the store, has ended or is stopped. All were last heard of \d\.\d s ago",
         ):
             collectives.count("leased", 1)
+
+
+def test_a_store_whose_process_is_stopped_before_the_regions_are_known() -> None:
+    with (
+        stopped_store() as store,
+        pytest.raises(PeerLostError, match=r"Rank 1 got no answer from the store .* within 1 s"),
+    ):
+        gather_through(store, "region", 1, 2, "eu", ignore, 0.5)
 
 
 def test_a_process_group_that_nobody_else_comes_to() -> None:

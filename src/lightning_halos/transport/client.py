@@ -33,6 +33,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link, VectorProgress, progress_limit
 
 T = TypeVar("T")
+A = TypeVar("A", Pull, GlobalModel)
 
 
 class WorkerClient:
@@ -67,11 +68,7 @@ class WorkerClient:
         Returns:
             The answer. Its vector arrives while the second value is iterated over.
         """
-        self._push(push, fill)
-        while isinstance(message := self._wait("answer a push", self._inbox), Marker):
-            self.on_marker(message, push)
-        assert isinstance(message, Pull)
-        return message, self._arrival_of(message.vector)
+        return self._answer(Pull, push, fill, "answer a push")
 
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the last push and waits for the final global model, as long as the other workers make progress.
@@ -79,15 +76,8 @@ class WorkerClient:
         Returns:
             The final model. Its vector arrives while the second value is iterated over.
         """
-        self._push(push, fill)
         # A status arrives whenever another worker has made progress.
-        what = "send the final model, or news of others that go on"
-        while not isinstance(message := self._wait(what, self._inbox), GlobalModel):
-            if isinstance(message, Marker):
-                self.on_marker(message, push)
-            else:
-                assert isinstance(message, Status)
-        return message, self._arrival_of(message.vector)
+        return self._answer(GlobalModel, push, fill, "send the final model, or news of others that go on")
 
     def leases(self) -> Iterator[Lease]:
         """Yields the data to train on. Each lease is requested while the worker trains on the previous one."""
@@ -100,13 +90,21 @@ class WorkerClient:
         """Tells rank 0 whether this worker's shard of a checkpoint has been written."""
         self._link.post(message)
 
-    def _push(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def _answer(
+        self, kind: type[A], push: Push, fill: Callable[[Advance], object], what: str
+    ) -> tuple[A, Iterable[int]]:
         if push.vector is None:
             self._link.post(push)
-            return
-        with VectorProgress(push.vector) as progress:
-            self._link.post(push, progress)
-            fill(progress.advance)
+        else:
+            with VectorProgress(push.vector) as progress:
+                self._link.post(push, progress)
+                fill(progress.advance)
+        while not isinstance(message := self._wait(what, self._inbox), kind):
+            if isinstance(message, Marker):
+                self.on_marker(message, push)
+            else:
+                assert isinstance(message, Status)
+        return message, self._arrival_of(message.vector)
 
     def _arrival_of(self, vector: Tensor | None) -> Iterable[int]:
         assert vector is not None

@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar, cast
 
 from torch.distributed import DistError, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
+from torch.distributed.elastic.utils.store import synchronize
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_halos.core.topology import Topology
@@ -192,26 +194,20 @@ def gather_through(
     Raises:
         PeerLostError: If not all processes give their text in time.
     """
-    keys = [f"{key}/{other}" for other in range(size)]
-
-    def gather() -> list[str]:
-        store.set(keys[rank], text)
-        store.wait(keys, timedelta(seconds=timeout))
-        texts = [value.decode() for value in store.multi_get(keys)]
-        # Rank 0 has the store: it must not end, whatever it reads, before all others have read it too.
-        if store.add(f"{key}/readers", 1) == size:
-            store.set(f"{key}/all have read", "")
-        if rank == 0:
-            store.wait([f"{key}/all have read"], timedelta(seconds=timeout))
-        return texts
-
     try:
-        return interruptible(gather, interrupted)
+        # It also keeps rank 0, which has the store, until all others have read the texts.
+        gather = partial(synchronize, store, text.encode(), rank, size, key, timeout)
+        return [value.decode() for value in interruptible(gather, interrupted, 2 * timeout)]
     except DistError as error:
-        missing = [other for other in range(size) if not store.check([keys[other]])]
+        missing = [other for other in range(size) if not store.check([f"{key}{other}"])]
         raise PeerLostError(
             f"Rank {rank} waited for timeout={timeout:g} s for all {size} processes to say their {key}. Rank(s)"
             f" {missing} did not. Do all of them run? {error}"
+        ) from None
+    except TimeoutError:
+        raise PeerLostError(
+            f"Rank {rank} got no answer from the store that all processes share within {2 * timeout:g} s. Rank 0, whose"
+            " process has the store, is stopped or out of reach."
         ) from None
 
 
