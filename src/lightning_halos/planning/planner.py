@@ -289,10 +289,10 @@ def _multiples(duration: float, horizon: float) -> Floats:
 def _arrive(
     times: Sequence[Floats], steps: Sequence[Ints], names: Sequence[int], sent: Sequence[Floats] | None = None
 ) -> Arrivals:
-    """Merges the updates of several senders to one server.
+    """Merges the updates of several senders to one server. An update starts from the answer to the previous one.
 
     Args:
-        times: Arrival times of each sender's updates, ascending. An update starts from the answer to the previous one.
+        times: Arrival times of each sender's updates, ascending.
         steps: Local steps that each of these updates contains.
         names: The senders' ranks or indices.
         sent: When each update was sent, which orders simultaneous arrivals. Default: they are in the order of senders.

@@ -21,11 +21,6 @@ def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> Simu
     from 0.117 to 0.935, with a mean of 0.38). Bandwidths inside a region are 100 Gbit/s. The step time and the model
     are the paper's.
 
-    Args:
-        regions: Number of regions.
-        workers_per_region: Number of workers in each region.
-        seed: Seed of the draws.
-
     Raises:
         ValueError: If a number is invalid.
     """

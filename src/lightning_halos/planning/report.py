@@ -6,7 +6,7 @@ matplotlib is imported where a picture is drawn, so that a table does not need i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,20 +148,23 @@ def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _stack(draw: Callable[..., object], shares: Floats, thickness: float) -> Floats:
+    """Draws a bar for each row, with ``axes.bar`` or ``axes.barh``. Returns where its parts start."""
+    starts: Floats = np.cumsum(shares, axis=1) - shares
+    for name, colour, lengths, start in zip(ACTIVITIES, _COLOURS, shares.T, starts.T, strict=True):
+        draw(range(len(shares)), lengths, thickness, start, color=colour, label=name)
+    return starts
+
+
 def _draw_overview(plans: Sequence[Plan], axes: Axes) -> None:
-    rows = np.arange(len(plans))
-    left = np.zeros(len(plans))
-    for index, (activity, colour) in enumerate(zip(ACTIVITIES, _COLOURS, strict=True)):
-        shares = np.array([plan.shares[index] for plan in plans]) * 100
-        axes.barh(rows, shares, left=left, color=colour, label=activity, height=0.7)
-        for row, share in enumerate(shares):
-            if share >= 4:
-                ink = "white" if index == 0 else "black"
-                axes.text(left[row] + share / 2, row, f"{share:.0f} %", ha="center", va="center", color=ink)
-        left += shares
+    shares = np.array([plan.shares for plan in plans]) * 100
+    starts = _stack(axes.barh, shares, 0.7)
     for row, plan in enumerate(plans):
+        for index in np.flatnonzero(shares[row] >= 4):
+            middle, ink = starts[row, index] + shares[row, index] / 2, "black" if index else "white"
+            axes.text(middle, row, f"{shares[row, index]:.0f} %", ha="center", va="center", color=ink)
         axes.text(101, row, f"{plan.seconds_per_global_step:.3g} s per global step", va="center")
-    axes.set_yticks(rows, [plan.title for plan in plans])
+    axes.set_yticks(range(len(plans)), [plan.title for plan in plans])
     axes.invert_yaxis()
     axes.set_xlim(0, 124)
     axes.set_xticks(range(0, 101, 20), [f"{share} %" for share in range(0, 101, 20)])
@@ -171,11 +174,7 @@ def _draw_overview(plans: Sequence[Plan], axes: Axes) -> None:
 
 
 def _draw_groups(plan: Plan, timing: Timing, kind: str, groups: Sequence[Sequence[int]], axes: Axes) -> None:
-    shares = np.array([plan.worker_shares[ranks].mean(axis=0) for ranks in groups]) * 100
-    bottom = np.zeros(len(groups))
-    for index, colour in enumerate(_COLOURS):
-        axes.bar(range(len(groups)), shares[:, index], bottom=bottom, color=colour, width=0.86)
-        bottom += shares[:, index]
+    _stack(axes.bar, np.array([plan.worker_shares[ranks].mean(axis=0) for ranks in groups]) * 100, 0.86)
     axes.set_title(f"{plan.title}, each {kind}", fontsize=10, loc="left", pad=3)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(0, 100)

@@ -89,11 +89,6 @@ class Work:
 class Network(ABC):
     """The nodes of a run, the messages between them, and the rounds of the workers.
 
-    Args:
-        timing: The durations on the cluster.
-        work: The ordered work.
-        algorithm: Plans the workers' rounds.
-
     Attributes:
         work: The ordered work.
         now: Virtual time of the last event in milliseconds.
@@ -218,13 +213,9 @@ class Network(ABC):
         """Leases the next data to a worker. Returns its local steps, 0 if no data is left."""
 
     def _begin(self, worker: int, pull: Pull, position: int | None = None) -> Round:
-        """Starts a round with the planned local steps, or with those that are left. An empty round ends at once.
+        """Starts a round with the local steps of the pull, or with those that are left, which it writes to the pull.
 
-        Args:
-            worker: The worker.
-            pull: The answer of its server, which is updated with the actual round.
-            position: Global step with which the schedules start. Default: the local steps that were leased before,
-                divided by the number of workers.
+        By default the schedules start at the local steps that were leased before, divided by the number of workers.
         """
         planned, first = 0 if pull.stop else pull.local_steps, self._next
         while (missing := planned - (self._next - first)) and (leased := self._lease(worker, missing)):
@@ -250,20 +241,12 @@ class Network(ABC):
     def _note(
         self, kind: str, version: int, model: Tensor | None, server: int = -1, worker: int = -1, staleness: int = 0
     ) -> None:
-        keeps = self._timing.cluster.record_parameters and model is not None
-        parameters = model.clone() if keeps and model is not None else None
+        parameters = model.clone() if self._timing.cluster.record_parameters and model is not None else None
         self.history.append(Event(self.now, kind, server, worker, version, self.steps, staleness, parameters))
 
 
 class RegionNetwork(Network):
-    """Local servers that answer each push at once, and a global server (HALoS, Async-Local-SGD).
-
-    Args:
-        timing, work, algorithm: As in :class:`Network`.
-        groups: The local servers and their workers.
-        locals_: The local servers.
-        global_: The global server; ``None`` if there is one local server.
-    """
+    """Local servers that answer each push at once; several of them have a global server (HALoS, Async-Local-SGD)."""
 
     def __init__(
         self,
@@ -286,7 +269,6 @@ class RegionNetwork(Network):
         self._top = locals_[0] if global_ is None else global_
         self._under_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
         self._sent = 0
-        self._requests = dict.fromkeys(self._group_of, 0)
         self._granted = 0
 
     @property
@@ -380,8 +362,7 @@ class RegionNetwork(Network):
 
     def _lease(self, worker: int, steps: int) -> int:
         index = self._group_of[worker]
-        self._requests[worker] += 1
-        self._route(index, self._locals[index].handle(worker, LeaseRequest(steps, self._requests[worker])))
+        self._route(index, self._locals[index].handle(worker, LeaseRequest(steps)))
         return self._granted
 
     def _deliver(self) -> None:
@@ -398,12 +379,7 @@ class RegionNetwork(Network):
             self._note("merge", node.version, node.model, index)
 
     def _route(self, origin: int, sends: Sequence[Send]) -> None:
-        """Delivers the messages of a node: models after their transfer time, other messages at once.
-
-        Args:
-            origin: Index of a local server, or ``GLOBAL``.
-            sends: The messages.
-        """
+        """Delivers the messages of a node: models after their transfer time, other messages at once."""
         for send in sends:
             to, message = send.to, send.message
             assert not isinstance(message, Shard)
@@ -437,12 +413,7 @@ class RegionNetwork(Network):
 
 
 class SynchronousNetwork(Network):
-    """Rounds that start and end together, with an all-reduce (DiLoCo, synchronous SGD).
-
-    Args:
-        timing, work, algorithm: As in :class:`Network`.
-        server: The server; ``None`` if the workers average their gradients.
-    """
+    """Rounds that start and end together, with an all-reduce (DiLoCo; synchronous SGD, which has no server)."""
 
     def __init__(self, timing: Timing, work: Work, algorithm: Algorithm, server: SynchronousServer | None) -> None:
         super().__init__(timing, work, algorithm)
@@ -539,10 +510,9 @@ def make_network(
     assert isinstance(algorithm, ServerAlgorithm)
     groups, number = topology.groups, len(topology.groups)
     if model is None:
-        sgd, one = partial(torch.optim.SGD, lr=1.0), torch.zeros(1)
-        period = None if number == 1 else 1
-        locals_ = [LocalServer(g.index, one.clone(), sgd, period, 0.0, workers=len(g.ranks)) for g in groups]
-        global_ = None if number == 1 else GlobalServer(one.clone(), sgd, servers=number)
+        sgd, period = partial(torch.optim.SGD, lr=1.0), None if number == 1 else 1
+        locals_ = [LocalServer(g.index, torch.zeros(1), sgd, period, 0.0, workers=len(g.ranks)) for g in groups]
+        global_ = None if number == 1 else GlobalServer(torch.zeros(1), sgd, servers=number)
     else:
         locals_ = [
             algorithm.local_server(g.index, number, len(g.ranks), model.clone(), shapes, topology.describe)

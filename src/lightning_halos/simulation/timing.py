@@ -17,12 +17,7 @@ _FEW_REGIONS = 8  # up to this number of regions, all rings are tried
 
 
 class Timing:
-    """The durations on a cluster.
-
-    Args:
-        cluster: The cluster.
-        message_bytes: Size of a message that contains a model.
-    """
+    """The durations on a cluster, if a message that contains a model has ``message_bytes`` bytes."""
 
     def __init__(self, cluster: SimulatedCluster, message_bytes: int) -> None:
         self.cluster = cluster
@@ -31,12 +26,7 @@ class Timing:
         self._regions = cluster.region_of
 
     def local_steps(self, local_steps: int, dynamic: bool) -> list[int]:
-        """Returns the local steps per round of each worker, by rank.
-
-        Args:
-            local_steps: Local steps of the fastest worker (``H``).
-            dynamic: Whether slower workers run fewer local steps.
-        """
+        """Returns the local steps per round of each worker, by rank. The fastest has ``local_steps``."""
         return [dynamic_local_steps(local_steps, speed, 1.0) if dynamic else local_steps for speed in self._speeds]
 
     def transfer(self, source: int, target: int) -> float:
