@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_halos.core.checks import check_count
 from lightning_halos.data.corpora import Corpus, SampleBy
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
-from lightning_halos.data.stream import PackedStream, hold_out
-from lightning_halos.data.tokenization import write_tokens
+from lightning_halos.data.tokenization import PackedStream, hold_out, write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer
 from lightning_halos.extras import language_package
 
