@@ -173,9 +173,6 @@ def _global_model(trainer: pl.Trainer, model: nn.Module) -> Iterator[None]:
     if not isinstance(strategy, AlgorithmStrategy):
         yield
         return
-    hook = model.register_forward_pre_hook(lambda *_: strategy.check())
-    try:
-        with strategy.global_model():
-            yield
-    finally:
-        hook.remove()
+    # A hook's handle is a context manager that removes it.
+    with strategy.global_model(), model.register_forward_pre_hook(lambda *_: strategy.check()):
+        yield

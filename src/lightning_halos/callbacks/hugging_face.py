@@ -115,17 +115,16 @@ def describe_optimizer(optimizer: Optimizer) -> str:
 def _halos_settings(strategy: AlgorithmStrategy) -> dict[str, Any]:
     topology, algorithm = strategy.topology, strategy.algorithm
     regions = zip(topology.names, topology.regions, strict=True)
-    return {
+    settings: dict[str, Any] = {
         "Regions": ", ".join(f"{name}: {len(ranks)} worker(s)" for name, ranks in regions),
         "Local servers": len(topology.groups),
-        **{field.name: _describe(getattr(algorithm, field.name)) for field in fields(algorithm)},
     }
-
-
-def _describe(setting: Any) -> Any:
-    if setting is None:
-        return "default"
-    return describe_optimizer(setting([nn.Parameter(torch.zeros(1))])) if callable(setting) else setting
+    for field in fields(algorithm):
+        value = getattr(algorithm, field.name)
+        if callable(value):
+            value = describe_optimizer(value([nn.Parameter(torch.zeros(1))]))
+        settings[field.name] = "default" if value is None else value
+    return settings
 
 
 def _architecture(model: nn.Module) -> str:

@@ -33,9 +33,7 @@ _CACHE_VERSION = 1  # increase it when the same text and tokenizer would give di
 class TokenDataModule(pl.LightningDataModule, ABC):
     """Batches of token sequences: ``int64`` tensors of shape ``[batch, context + 1]``.
 
-    A model predicts ``batch[:, 1:]`` from ``batch[:, :-1]``.
-
-    Tokens that come from files are moved to the device in the data type of the files, and converted to ``int64`` there
+    A model predicts ``batch[:, 1:]`` from ``batch[:, :-1]``. Tokens that come from files become ``int64`` on the device
     (``on_after_batch_transfer``). If you iterate over a loader without a Trainer, call ``.long()`` on each batch.
 
     Args:
@@ -131,9 +129,8 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 class MegatronDataModule(TokenDataModule):
     """Tokens in Megatron's memory-mapped format, such as the pre-shuffled Pile of the Pythia suite.
 
-    Nothing is loaded or copied: processes map the files and share the operating system's page cache. By default the
-    training sequences are read in order, because such corpora are usually shuffled already. The last sequences are for
-    validation. Arguments that are not described here are those of :class:`TokenDataModule`.
+    By default the training sequences are read in order, because such corpora are usually shuffled already. The last
+    sequences are for validation. Arguments that are not described here are those of :class:`TokenDataModule`.
 
     Args:
         prefix: The files' path without ``.idx`` and ``.bin``; the ``.bin`` may be sharded. See :class:`IndexedTokens`.
@@ -168,16 +165,11 @@ class MegatronDataModule(TokenDataModule):
 
 
 class TextDataModule(TokenDataModule):
-    """Text from local files or from a dataset on the Hugging Face hub.
+    """Text from local files or from a dataset on the Hugging Face hub, with an end-of-text token after each document.
 
-    The text is tokenized once, with an end-of-text token after each document, and cached on disk in Megatron's format,
-    in the cache of ``datasets`` (``HF_DATASETS_CACHE``). Later runs with the same text and tokenizer use this cache,
-    with any context. Packing loses only the tail: see :class:`IndexedTokens`. The last sequences are for validation.
-
-    With ``streaming=True`` the text is tokenized and packed while it is read, again in each epoch, and nothing is
-    cached. The first sequences are then for validation, and their documents are left out of the training. Every rank
-    and every ``DataLoader`` worker reads different documents (see :class:`PackedStream`), so the strategy's shared
-    cursor is not used.
+    The tokens are cached in Megatron's format; see :class:`IndexedTokens`. The last sequences are for validation. With
+    ``streaming=True`` nothing is cached; see :class:`PackedStream`. The first sequences are then for validation, and
+    their documents are left out of the training. The strategy's shared cursor is not used.
 
     ``files``, ``dataset``, ``config``, ``split``, ``field`` and ``sample_by`` are the arguments of :class:`Corpus`; the
     others that are not described here are those of :class:`TokenDataModule`.

@@ -23,11 +23,7 @@ NOISE = 1.96
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between a model and the first model.
-
-    A paired standard error is computed from the differences of individual questions. It is smaller than that of two
-    independent samples, because the difficulty of the questions cancels out.
-    """
+    """The difference between a model and the first model."""
 
     value: float  # this model's value minus the first model's; if logarithmic, of their natural logarithms
     stderr: float | None  # ``None`` if lm-eval gives none for this metric
@@ -77,7 +73,7 @@ def compare(results: Sequence[Results]) -> list[Comparison]:
     compared by their logarithms, which are means of the questions' negative log-likelihoods.
 
     Args:
-        results: The return values of ``evaluate`` for two or more models; each is compared with the first.
+        results: What ``evaluate`` returned for two or more models; each is compared with the first.
 
     Raises:
         ValueError: If there are fewer than two models, or they have no metric in common.
