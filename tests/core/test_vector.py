@@ -63,7 +63,7 @@ def test_frozen_parameters_travel_if_all_do(module):
 def test_a_buffer_with_nan_or_infinities_stays_at_home():
     module = nn.Linear(1, 1)
     for name, value in {"nan": torch.nan, "inf": torch.inf, "minus": -torch.inf, "finite": 1.0}.items():
-        module.register_buffer(name, torch.tensor([0.0, value]))
+        module.register_buffer(f"running_{name}", torch.tensor([0.0, value]))
     assert ModelVector(module).num_elements == 2 + 2
 
 
@@ -205,3 +205,10 @@ def test_parameters_unfrozen_later_are_named(module):
     assert vector.newly_trainable(module) == []
     module.frozen.weight.requires_grad_(True)
     assert vector.newly_trainable(module) == ["frozen.weight"]
+
+
+def test_an_averaged_buffer_of_another_shape_is_named_with_the_remedy(module):
+    vector = ModelVector(module)
+    module.norm.running_mean = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"norm.running_mean changed its shape from \[2\] to \[3\].*: 'first'}"):
+        vector.read(vector.new())

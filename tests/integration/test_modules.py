@@ -195,7 +195,7 @@ def test_batch_norm_statistics_are_averaged(run: Run) -> None:
     for result in results:
         mean = result["state"]["net.0.running_mean"].mean()
         assert 0.6 < mean < 2.6, "one worker alone has its rank, the average of all is 1.5"
-        assert result["state"]["net.0.num_batches_tracked"] == result["optimizer_steps"]
+        assert result["state"]["net.0.num_batches_tracked"] == results[0]["optimizer_steps"]
 
 
 class Frozen(Toy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 
 from lightning_halos.core.vector import ModelVector
@@ -52,3 +53,47 @@ def test_the_module_is_not_copied_for_it(run: Run) -> None:
     for seen in result["seen"]:
         assert seen.keys() == result["state"].keys()
         assert all(torch.isfinite(tensor).all() for tensor in seen.values())
+
+
+class Renamed(Toy):
+    """Its checkpoints have other keys."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {f"exported/{name}": tensor for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+class Halved(Toy):
+    """Its checkpoints have half precision, so they share no memory with the module."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: tensor.half() for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+class Comparing(pl.Callback):
+    """Takes the state dicts of the strategy, the global model and the worker's model, at the end of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, torch.Tensor], ...]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        with strategy.global_model():
+            model = state(pl_module)
+        self.seen.append((state_of(strategy), model, state(pl_module)))
+
+
+def comparing(module_type: type[Toy]) -> Result:
+    compare = Comparing()
+    trainer = make_trainer(halos(regions=1), devices=1, max_steps=8, callbacks=[compare])
+    trainer.fit(module_type(), loader())
+    return {"seen": compare.seen}
+
+
+@pytest.mark.parametrize("module_type", [Renamed, Halved])
+def test_a_module_with_a_state_dict_of_its_own_saves_the_global_model(run: Run, module_type: type[Toy]) -> None:
+    (result,) = run(comparing, module_type, workers=1)
+    assert len(result["seen"]) == 8
+    for saved, model, _ in result["seen"]:
+        assert saved.keys() == model.keys()
+        assert all(torch.equal(tensor, model[name]) for name, tensor in saved.items())
+    assert any(not torch.equal(own[name], model[name]) for _, model, own in result["seen"] for name in model)

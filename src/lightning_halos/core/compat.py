@@ -44,3 +44,15 @@ def copy_each_(tensors: Tensors, sources: Tensors) -> None:
 def zero_each_(tensors: Tensors) -> None:
     """Fills each tensor with zeros, with few kernels."""
     torch._foreach_zero_(tensors)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Returns the dense tensors that a tensor consists of: itself, or the indices and values of a sparse one."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    indices = (tensor.crow_indices(), tensor.col_indices()) if by_row else (tensor.ccol_indices(), tensor.row_indices())
+    return [*indices, tensor.values()]

@@ -1,7 +1,7 @@
-"""The flat vector of a model that is sent: the trainable parameters, then the floating-point buffers.
+"""The flat vector of a model that is sent: the trainable parameters, then what is averaged with them.
 
-This file deals with modules and tensors, not with training. Frozen parameters are not sent because no worker changes
-them, and integer buffers because they cannot be averaged.
+This file deals with modules and tensors, not with training. Which buffers and frozen parameters are averaged is decided
+in :mod:`.buffers`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_halos.core.buffers import ATTRIBUTE, find_entries
 from lightning_halos.core.compat import copy_each_, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
 
@@ -27,11 +28,10 @@ def ignore_progress(elements: int) -> None:
 
 
 class ModelVector:
-    """Converts between a module and its flat vector: one host tensor, first the parameters, then the buffers.
+    """Converts between a module and its flat vector: one host tensor, first the parameters, then averaged tensors.
 
     The servers compute in ``float32``, or in ``float64`` if a trainable parameter is ``float64``. Tied parameters are
-    sent once, complex parameters as pairs of real numbers. A buffer that has infinite or NaN values when training
-    starts, such as an attention mask, is taken for a constant and not sent.
+    sent once, complex parameters as pairs of real numbers.
 
     Args:
         module: The module. Its trainable parameters are those with ``requires_grad`` at this moment.
@@ -39,6 +39,7 @@ class ModelVector:
         copies: Copies between the module and host memory. Default: chosen by the module's devices.
 
     Attributes:
+        entries: The module's buffers and frozen parameters, and what happens with them.
         dtype: ``torch.float32`` or ``torch.float64``.
         shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2.
         lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
@@ -46,18 +47,13 @@ class ModelVector:
         num_elements: Elements of the complete vector.
 
     Raises:
-        ValueError: If the module has no trainable parameter.
+        ValueError: If the module has no trainable parameter, or its ``halos_buffers`` is invalid.
     """
 
     def __init__(self, module: nn.Module, all_parameters: bool = False, copies: Copies | None = None) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad or all_parameters]
-        # By owner and name, because a module may replace a buffer's tensor.
-        self._buffers = [
-            (owner, name)
-            for owner in module.modules()
-            for name, buffer in owner.named_buffers(recurse=False)
-            if _is_averaged(buffer)
-        ]
+        self.entries = find_entries(module, {id(p) for p in self._parameters})
+        self._averaged = [(entry, entry.tensor.shape) for entry in self.entries if entry.rule == "mean"]
         if not self._parameters:
             raise ValueError(
                 f"{type(module).__name__} has no parameter with requires_grad=True when training starts, so there is"
@@ -67,7 +63,7 @@ class ModelVector:
         self.lossless = all(_real(p).dtype == self.dtype for p in self._parameters)
         self.shapes = [_real(p).shape for p in self._parameters]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
-        self.num_elements = self.num_parameters + sum(_real(b).numel() for b in self._averaged())
+        self.num_elements = self.num_parameters + sum(_real(entry.tensor).numel() for entry, _ in self._averaged)
         self._copies = copies or copies_of({tensor.device for tensor in self._tensors()})
 
     @property
@@ -107,7 +103,7 @@ class ModelVector:
             advance: Called with the number of complete elements.
 
         Returns:
-            ``start``, which now has start minus end for the parameters, and the present values of the buffers.
+            ``start``, which now has start minus end for the parameters, and the present values of the averaged tensors.
         """
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             if stop <= self.num_parameters:
@@ -127,21 +123,28 @@ class ModelVector:
 
         They have the dtypes of the module's tensors but are in host memory, from which a checkpoint is written.
         """
-        parts = {id(tensor): part for tensor, part in zip(self._tensors(), self._split(vector), strict=True)}
+        tensors = self._tensors()
+        parts = {id(tensor): part for tensor, part in zip(tensors, self._split(vector), strict=True)}
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         return {name: _like(parts[id(tensor)], tensor) for name, tensor in named if id(tensor) in parts}
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._parameters, *self._averaged()]
-
-    def _averaged(self) -> list[Tensor]:
-        return [owner.get_buffer(name) for owner, name in self._buffers]
+        averaged = []
+        for entry, shape in self._averaged:
+            tensor = entry.tensor
+            if tensor.shape != shape:
+                raise RuntimeError(
+                    f"{entry.path} changed its shape from {list(shape)} to {list(tensor.shape)}, so it cannot be"
+                    f" averaged with the other workers'. Set {ATTRIBUTE} = {{{entry.path!r}: 'first'}} in the module."
+                )
+            averaged.append(tensor)
+        return [*self._parameters, *averaged]
 
     def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(map(_real, self._tensors()), self._split(vector), strict=True)
 
     def _runs(self, vector: Tensor) -> Iterator[Run]:
-        """Divides the vector into runs of about ``PART`` elements. No run has both parameters and buffers."""
+        """Divides the vector into runs of about ``PART`` elements. No run has both parameters and averaged tensors."""
         tensors: list[Tensor] = []
         parts: list[Tensor] = []
         start = stop = 0
@@ -174,10 +177,6 @@ def _filled(runs: Iterable[Run], progress: Iterable[int]) -> Iterator[Run]:
         while complete < run[-1]:
             complete = next(steps)
         yield run
-
-
-def _is_averaged(buffer: Tensor) -> bool:
-    return (buffer.is_floating_point() or buffer.is_complex()) and bool(torch.isfinite(buffer).all())
 
 
 def _real(tensor: Tensor) -> Tensor:

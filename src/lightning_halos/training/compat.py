@@ -17,7 +17,8 @@ from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -32,6 +33,12 @@ __all__ = [  # names of Lightning; the functions below need no mention
     "optimizers_to_device",
     "set_random_states",
 ]
+
+WEIGHT_AVERAGING: tuple[type[pl.Callback], ...] = (
+    StochasticWeightAveraging,
+    *([callbacks.WeightAveraging] if hasattr(callbacks, "WeightAveraging") else []),  # since Lightning 2.6
+)
+"""Callbacks that replace the weights by an average at the end of a fit."""
 
 
 def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:

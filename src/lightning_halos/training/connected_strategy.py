@@ -28,6 +28,7 @@ from lightning_halos.training.compat import (
     find_trainer,
 )
 from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.shared_data import LightningRank
 from lightning_halos.training.site import Site, named_regions
 from lightning_halos.transport.collectives import Collectives
@@ -209,8 +210,7 @@ class ConnectedStrategy(ParallelStrategy):
     def synchronize_module(self) -> None:
         """Copies the parameters and buffers of rank 0's module to the modules of all workers."""
         assert self.lightning_module is not None
-        module = self.lightning_module
-        self.site.collectives.broadcast_([*module.parameters(), *module.buffers()])
+        broadcast_module(self.site.collectives, self.lightning_module)
 
     # ------------------------------------------------------------------ collectives
 

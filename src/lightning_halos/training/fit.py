@@ -14,8 +14,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_halos.training.compat import show_metrics
+from lightning_halos.training.compat import WEIGHT_AVERAGING, show_metrics
 from lightning_halos.training.preemption import Preemption
+from lightning_halos.training.same_model import adopt_final_model, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -60,6 +61,7 @@ class Fit:
         self.lightning.install(self.loop)
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
+        log_rules(self.start.vector.entries)
         self.start.site.collectives.barrier()
         self.is_training = True
         self.loop.repeat_push()
@@ -74,9 +76,12 @@ class Fit:
         self.loop.stopwatch.restart()
 
     def stop(self) -> None:
-        """Restores the Trainer, and shares rank 0's decisions, when all workers are in step again."""
+        """Restores the Trainer, and shares rank 0's model and decisions, when all workers are in step again."""
         self.is_training = False
         self.restore()
+        start, module = self.start, self.trainer.lightning_module
+        averages_weights = any(isinstance(callback, WEIGHT_AVERAGING) for callback in callbacks_of(self.trainer))
+        adopt_final_model(start.site.collectives, module, start.vector.entries, may_differ=averages_weights)
         self._share_decisions()
 
     def restore(self) -> None:

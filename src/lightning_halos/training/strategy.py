@@ -35,9 +35,11 @@ from lightning_halos.training.compat import (
 from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
 from lightning_halos.training.fit import Fit
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
+from lightning_halos.training.same_model import check_initialized, names_in_state
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
+from lightning_halos.training.worker_state import to_host
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
 
@@ -131,6 +133,7 @@ class AlgorithmStrategy(ConnectedStrategy):
                 "sync_batchnorm=True has no effect with the halos strategy: the statistics of BatchNorm are averaged"
                 " with the model."
             )
+        check_initialized(self.model)
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -220,12 +223,18 @@ class AlgorithmStrategy(ConnectedStrategy):
         """Returns the state of the *global* model on rank 0 during a fit, and of the module otherwise."""
         with self._not_computing():
             state = super().lightning_module_state_dict()
-            fit = self._fit
-            if fit is not None and fit.has_two_models and fit.worker_model is None:
-                assert self.lightning_module is not None
-                parts = fit.global_parts(self.lightning_module)
-                state.update({name: part for name, part in parts.items() if name in state})
-            return state
+            fit, module = self._fit, self.lightning_module
+            if fit is None or not fit.has_two_models or fit.worker_model is not None:
+                return state
+            assert module is not None
+            parts = fit.global_parts(module)
+            names = names_in_state(module, state)
+            if names is not None:
+                return {key: parts.get(names.get(key, ""), value) for key, value in state.items()}
+            # The module makes other tensors from its own, so it has to do this with the global model.
+            with fit.global_model():
+                made: dict[str, Any] = to_host(super().lightning_module_state_dict())
+                return made
 
     def _not_computing(self) -> AbstractContextManager[None]:
         """Excludes the time of a ``with`` block from this worker's speed."""
@@ -305,8 +314,6 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._shards.end_fit(self._fit)
         self._fit.preemption.remove_old_checkpoint()
         self._end_fit(self.timeout)
-        if self.algorithm.averages_gradients:
-            self.synchronize_module()  # the workers' buffers differ
 
     def _end_fit(self, timeout: float) -> None:
         if self._simulation is not None:

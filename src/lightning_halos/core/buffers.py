@@ -1,0 +1,153 @@
+"""Decides which buffers and frozen parameters of a module are averaged with the model, and which are a worker's own.
+
+An average is right only for a mean, such as a running statistic. An average of queues, pointers, codebooks or random
+states is none of them. So everything is a worker's own unless it is known to be a mean, or a module says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+Rule = Literal["mean", "first", "local"]
+"""What happens with a tensor that no optimizer changes.
+
+``"mean"``: it is sent and averaged with the model. ``"first"``: each worker has its own during training, and rank 0's
+afterwards. ``"local"``: each worker keeps its own.
+"""
+
+ATTRIBUTE = "halos_buffers"
+"""Attribute in which a module names rules of its own, as ``{"queue": "local", "teacher": "mean"}``."""
+
+
+class Entry(NamedTuple):
+    """A buffer or a frozen parameter.
+
+    Attributes:
+        path: Its name in the complete module.
+        owner: The module that has it. A module may replace the tensor of a buffer, so it is found by its name.
+        name: Its name in ``owner``.
+        rule: What happens with it.
+        is_parameter: Whether it is a frozen parameter.
+    """
+
+    path: str
+    owner: nn.Module
+    name: str
+    rule: Rule
+    is_parameter: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        """Its present tensor."""
+        tensor: Tensor = getattr(self.owner, self.name)
+        return tensor
+
+
+def find_entries(module: nn.Module, sent: Collection[int]) -> list[Entry]:
+    """Returns all buffers and frozen parameters of a module, with their rules.
+
+    A buffer is a mean if its name starts with ``running_``, as the statistics of all of torch's normalization layers. A
+    frozen parameter is a mean if it is part of a copy of a trainable part: a teacher or target network, which the
+    module itself updates. A tensor with infinite or NaN values at the start is taken for a constant.
+
+    Args:
+        module: The module.
+        sent: ``id`` of the parameters that are sent as parameters.
+
+    Raises:
+        ValueError: If a module's ``halos_buffers`` is invalid.
+    """
+    asked, copies, seen = list(_asked(module)), _copies_of_trainable_parts(module), set(sent)
+    used: set[str] = set()
+    entries = []
+    for path, owner, name, tensor in _tensors(module):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        key, rule = next(((key, rule) for key, rule in asked if _is_in(path, key)), ("", None))
+        used.add(key)
+        can_be_mean = tensor.layout is torch.strided and (tensor.is_floating_point() or tensor.is_complex())
+        if rule == "mean" and not can_be_mean:
+            raise ValueError(
+                f"{ATTRIBUTE} has {key!r}: 'mean', but {path!r} is a {tensor.layout} tensor of {tensor.dtype}, which"
+                " cannot be averaged. Use 'first' (rank 0's after training) or 'local' (each worker's own)."
+            )
+        if rule is None:
+            is_mean = any(_is_in(path, copy) for copy in copies) if is_parameter else name.startswith("running_")
+            rule = "mean" if is_mean and can_be_mean and bool(torch.isfinite(tensor).all()) else "first"
+        entries.append(Entry(path, owner, name, rule, is_parameter))
+    if unknown := [key for key, _ in asked if key not in used]:
+        raise ValueError(
+            f"{ATTRIBUTE} has {unknown}, but {type(module).__name__} has no such buffers or frozen parameters. It has"
+            f" {summary(entry.path for entry in entries) or 'none'}."
+        )
+    return entries
+
+
+def summary(names: Iterable[str], most: int = 8) -> str:
+    """Returns a list of names for a message, with at most this many names."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for prefix, owner in module.named_modules():
+        for name, tensor in [*owner.named_buffers(recurse=False), *owner.named_parameters(recurse=False)]:
+            yield _join(prefix, name), owner, name, tensor
+
+
+def _asked(module: nn.Module) -> Iterator[tuple[str, Rule]]:
+    """Yields the names and rules of all modules' ``halos_buffers``: first the outer modules', then the longer names."""
+    for prefix, owner in module.named_modules():
+        rules = getattr(owner, ATTRIBUTE, {})
+        if not isinstance(rules, Mapping) or any(rule not in get_args(Rule) for rule in rules.values()):
+            raise ValueError(
+                f"{type(owner).__name__}.{ATTRIBUTE}={rules!r} must be a dict from names of buffers, frozen parameters"
+                f" or submodules to one of {get_args(Rule)}."
+            )
+        for name in sorted(rules, key=len, reverse=True):
+            yield _join(prefix, name), rules[name]
+
+
+def _copies_of_trainable_parts(module: nn.Module) -> list[str]:
+    """Returns the names of submodules that are completely frozen and have a trainable submodule of their form.
+
+    Of nested ones it returns the largest. A copy may be wrapped, as in torch's ``AveragedModel``. Blocks in a list are
+    no copies of each other, although some may be frozen.
+    """
+    shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
+    trainable = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    parts = [name for name in modules if any(_is_in(parameter, name) for parameter in trainable)]
+
+    def is_copy(name: str, inner: list[str]) -> bool:
+        return any(
+            type(modules[part]) is type(modules[name])
+            and all(shapes.get(_join(part, rest)) == shapes[_join(name, rest)] for rest in inner)
+            for part in parts
+        )
+
+    def search(name: str) -> Iterator[str]:
+        children = [_join(name, child) for child, _ in modules[name].named_children() if not child.isdigit()]
+        inner = [parameter[len(name) + 1 :] for parameter in shapes if name and _is_in(parameter, name)]
+        if inner and name not in parts and is_copy(name, inner):
+            yield name
+        elif not inner or name in parts or len(children) == 1:
+            for child in children:
+                yield from search(child)
+
+    return list(search(""))
+
+
+def _is_in(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

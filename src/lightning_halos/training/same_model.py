@@ -1,0 +1,173 @@
+"""Gives all workers rank 0's module before and after a fit, when they are in step, and names what differed.
+
+During a fit nothing here is used. What happens then with buffers and frozen parameters is decided in ``core/buffers``.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_halos.checkpoint.files import is_plain
+from lightning_halos.core.buffers import Entry, summary
+from lightning_halos.core.compat import dense_parts, map_tensors
+from lightning_halos.transport.collectives import Collectives
+
+
+def check_initialized(module: nn.Module) -> None:
+    """Refuses lazy parameters and buffers, which have no shape yet.
+
+    Raises:
+        RuntimeError: If there are any.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if names := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise RuntimeError(
+            f"Lazy parameters are not initialized: {summary(names)}. Workers can only exchange tensors whose shapes are"
+            " known: run a batch through the module before trainer.fit() or in configure_model(), as for DDP."
+        )
+
+
+def broadcast_module(collectives: Collectives, module: nn.Module) -> None:
+    """Copies the parameters and buffers of rank 0's module to the modules of all workers, sparse ones too."""
+    tensors = [*module.parameters(), *module.buffers()]
+    collectives.broadcast_([part for tensor in tensors for part in dense_parts(tensor)])
+
+
+def log_rules(entries: Iterable[Entry]) -> None:
+    """Logs on rank 0 what happens with each buffer and frozen parameter that a module may change."""
+    texts = {
+        "mean": "averaged with the model",
+        "first": "each worker's own during training, and rank 0's afterwards",
+        "local": "each worker's own",
+    }
+    for rule, text in texts.items():
+        if names := [
+            entry.path for entry in entries if entry.rule == rule and (rule == "mean" or not entry.is_parameter)
+        ]:
+            rank_zero_info(f"Buffers, {text}: {summary(names)}.")
+
+
+def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Iterable[Entry], may_differ: bool) -> None:
+    """Compares the modules of all workers after a fit, and replaces what differs by rank 0's.
+
+    Rank 0's buffers and frozen parameters replace those that are not averaged. Anything else is the same unless a hook
+    changed it after the final model was loaded.
+
+    Args:
+        collectives: Collectives over all workers.
+        module: The module, with the final model.
+        entries: Its buffers and frozen parameters. Local ones are not compared.
+        may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
+    """
+    expected = {entry.path for entry in entries}
+    local = {entry.path for entry in entries if entry.rule == "local"}
+    places = {place.path: place for place in _places(module) if place.path not in local}
+    differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})
+    _replace(collectives, [places.get(path) for path in differing])
+    if changed := [path for path in differing if path not in expected and not may_differ]:
+        rank_zero_warn(
+            f"These parameters differed between the workers after the final model was loaded: {summary(changed)}. All"
+            " workers have rank 0's now. A hook changes them on some ranks only, perhaps at the end of training: make"
+            " it do the same on all ranks."
+        )
+    if others := _differing(collectives, _other_state(module, places.values(), local)):
+        rank_zero_warn(
+            f"These entries of the module's state_dict differ between the workers: {summary(others)}. They are no"
+            " parameters or buffers, so each worker keeps its own, and checkpoints have rank 0's."
+        )
+
+
+def names_in_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str] | None:
+    """Returns which parameter or buffer each entry of a module's state dict is, by its key.
+
+    A module may override ``state_dict``, with other keys. ``None`` if it also has other tensors, which may be made from
+    the module's.
+    """
+    paths = {_memory(place.tensor): place.path for place in _places(module)}
+    found = {key: paths.get(_memory(value)) for key, value in state.items() if isinstance(value, Tensor)}
+    return None if None in found.values() else {key: path for key, path in found.items() if path is not None}
+
+
+class _Place(NamedTuple):
+    path: str
+    owner: nn.Module
+    name: str
+    tensor: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        if isinstance(self.tensor, nn.Parameter):
+            self.tensor.data = tensor
+        else:
+            setattr(self.owner, self.name, tensor)
+
+
+def _places(module: nn.Module) -> Iterable[_Place]:
+    for prefix, owner in module.named_modules():
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            yield _Place(f"{prefix}.{name}" if prefix else name, owner, name, tensor)
+
+
+def _form(tensor: Tensor) -> list[Any]:
+    """Returns the layout and shape of a tensor, and dtype and shape of its dense parts, as plain values."""
+    parts = [[str(part.dtype).removeprefix("torch."), list(part.shape)] for part in dense_parts(tensor)]
+    return [str(tensor.layout).removeprefix("torch."), list(tensor.shape), parts]
+
+
+def _checksum(tensor: Tensor) -> list[Any]:
+    """Returns the form of a tensor, and checksums of its values."""
+    flat = [part.cpu().contiguous().view(-1).view(torch.uint8) for part in dense_parts(tensor) if part.numel()]
+    return [_form(tensor), [zlib.crc32(part.numpy().data) for part in flat]]
+
+
+def _other_state(module: nn.Module, places: Iterable[_Place], local: Collection[str]) -> dict[str, str]:
+    """Returns checksums of those entries of a module's state dict that are none of its parameters and buffers."""
+    known = {_memory(place.tensor) for place in places}
+    return {
+        name: repr(map_tensors(_checksum, value))
+        for name, value in module.state_dict().items()
+        if name not in local and is_plain(value) and not (isinstance(value, Tensor) and _memory(value) in known)
+    }
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple((part.data_ptr(), part.shape) for part in dense_parts(tensor))
+
+
+def _differing(collectives: Collectives, mine: Mapping[str, Any]) -> list[str]:
+    """Returns the names under which some worker has another value than rank 0, or none."""
+    rows = [json.loads(text) for text in collectives.gather_texts(json.dumps(mine))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(row.get(name) != rows[0].get(name) for row in rows)]
+
+
+def _replace(collectives: Collectives, places: Sequence[_Place | None]) -> None:
+    """Gives tensors rank 0's values, and its shapes if they differ. What only some ranks have stays there."""
+    forms = collectives.broadcast_object([None if place is None else _form(place.tensor) for place in places])
+    parts: list[list[Tensor]] = []
+    for place, form in zip(places, forms, strict=True):
+        if form is None:
+            parts.append([])
+        elif place is not None and _form(place.tensor) == form:
+            parts.append(dense_parts(place.tensor))
+        else:
+            parts.append([torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in form[-1]])
+    collectives.broadcast_([part for pieces in parts for part in pieces])
+    for place, form, pieces in zip(places, forms, parts, strict=True):
+        if form is not None and place is not None and _form(place.tensor) != form:
+            place.put(_rebuilt(form[0], form[1], pieces).to(place.tensor.device))
+
+
+def _rebuilt(layout: str, shape: list[int], parts: list[Tensor]) -> Tensor:
+    if layout == "strided":
+        return parts[0]
+    if layout == "sparse_coo":
+        return torch.sparse_coo_tensor(parts[0], parts[1], shape)
+    return torch.sparse_compressed_tensor(parts[0], parts[1], parts[2], shape, layout=getattr(torch, layout))

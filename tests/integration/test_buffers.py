@@ -1,0 +1,101 @@
+"""What a module changes itself: teachers, queues, banks, sparse and scripted buffers. All ranks end with one model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, normalize
+
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos
+
+WORKERS, DECAY = 2, 0.9
+
+
+class SelfSupervised(Toy):
+    """A student, a teacher that follows it, and whatever such modules keep in buffers."""
+
+    halos_buffers = {"own": "local"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
+        self.traced = torch.jit.trace(nn.Linear(1, 1), torch.zeros(2, 1))
+        self.prototype = nn.Parameter(torch.zeros(3), requires_grad=False)  # no copy of anything
+        self.register_buffer("queue", normalize(torch.randn(16, FEATURES)))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("own", torch.zeros(1))
+        self.register_buffer("bank", torch.zeros(0, FEATURES))
+        self.register_buffer("graph", torch.eye(FEATURES).to_sparse_csr())
+        self.register_buffer("edges", torch.eye(FEATURES).to_sparse_coo())
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs = self.graph @ (self.edges @ batch[0].T)
+        return mse_loss(self.traced(self.scripted(self.net(inputs.T))), batch[1])
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for mine, its in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            mine.lerp_(its, 1 - DECAY)
+        start = int(self.pointer)
+        keys = normalize(batch[0] + self.global_rank)
+        self.queue[start : start + len(keys)] = keys
+        self.pointer[0] = (start + BATCH) % 16
+        self.bank = torch.cat([self.bank, keys])
+        self.prototype += self.global_rank + 1
+        self.own += self.global_rank + 1
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.net[2].bias += self.global_rank
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.trainer.global_rank if self._trainer is not None else 0)
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def self_supervised() -> Result:
+    module = SelfSupervised()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(module, devices=WORKERS, max_steps=24, strategy=halos(regions=1))
+    return {**result, "warnings": [str(warning.message) for warning in caught]}
+
+
+def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run) -> None:
+    results = run(self_supervised, workers=WORKERS)
+    first, second = (result["state"] for result in results)
+    own = {first.pop("own").item(), second.pop("own").item()}
+    assert len(own) == 2, "a local buffer stays with its worker"
+    for name, tensor in first.items():
+        if name != "_extra_state":
+            assert second[name].layout is tensor.layout
+            assert torch.equal(second[name].to_dense(), tensor.to_dense()), name
+    assert not torch.equal(first["teacher.0.weight"], results[0]["start"]["teacher.0.weight"])
+    assert torch.allclose(first["queue"].norm(dim=1), torch.ones(16)), "a queue is not averaged"
+    assert len(first["bank"]) == len(results[0]["trained_on"]), "rank 0's bank, which grew"
+    assert first["pointer"].item() == len(first["bank"]) % 16
+    steps = results[0]["optimizer_steps"]
+    assert first["net.1.num_batches_tracked"] == steps
+    assert torch.equal(first["prototype"], torch.full((3,), float(steps))), (
+        "a frozen parameter that is no copy: rank 0's"
+    )
+    changed, extra = (
+        [warning for warning in results[0]["warnings"] if text in warning]
+        for text in ("differed between the workers after the final model was loaded", "state_dict differ")
+    )
+    assert len(changed) == 1
+    assert "net.2.bias" in changed[0]
+    assert "net.0.weight" not in changed[0]
+    assert len(extra) == 1
+    assert "_extra_state" in extra[0]
+    assert not results[1]["warnings"] or not any("differ" in warning for warning in results[1]["warnings"])
