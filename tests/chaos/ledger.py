@@ -24,10 +24,10 @@ from lightning_halos.core.messages import (
     Push,
     RegionModel,
     RegionUpdate,
-    Shard,
     Status,
 )
 from lightning_halos.core.region_node import RegionNode
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.topology import ServerGroup
 
 PARAMETERS = 3

@@ -33,12 +33,12 @@ from lightning_halos.core.messages import (
     Message,
     Pull,
     Push,
-    Shard,
 )
 from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.worker import WorkerRound
 from tests.chaos.ledger import (

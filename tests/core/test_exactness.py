@@ -30,6 +30,7 @@ from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 
 from . import golden, reference
+from .receiving import receive
 from .reference import Config, Event
 
 TWO_REGIONS = golden.load(golden.SHIPPED / "halos_two_regions.json").config
@@ -238,7 +239,7 @@ class Asynchronous(Cluster):
         """Gives a worker's result to its server. Returns the update that it sends, and what is known of the round."""
         push, facts = self.pushes.pop(event.worker)
         server = self.servers[event.lps]
-        model, update = server.receive(push)
+        model, update = receive(server, push)
         self.dispatch(event.time, self.workers[event.worker], server.version, model)
         return update, facts
 

@@ -21,7 +21,6 @@ from lightning_halos.core.messages import (
     Push,
     RegionModel,
     RegionUpdate,
-    Shard,
     Status,
 )
 from lightning_halos.core.protocol import (
@@ -39,25 +38,29 @@ from lightning_halos.core.protocol import (
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer
+from lightning_halos.core.snapshot import Shard
+from lightning_halos.core.worker import WorkerRound
+from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.hosts import RegionHost
 
 SGD = partial(torch.optim.SGD, lr=1.0)
 
 
-def region(k: int | None = 2, workers: int = 2, max_steps: int | None = None, stock: bool = True) -> RegionNode:
+def region(k: int | None = 2, workers: int = 2, max_steps: int | None = None, total: int = 0) -> RegionNode:
     """A local server with workers 0, 1, ... of a run of two such servers, or alone if k is None."""
     everybody = workers if k is None else 2 * workers
     return RegionNode(
         LocalServer(0, torch.zeros(2), SGD, k, 0.5, workers=workers),
         RoundPlanner(8, False, everybody, max_steps),
         range(workers),
-        StepBudget(everybody, max_steps),
-        LeaseStock(8) if stock else None,
+        StepBudget(everybody, max_steps, total),
+        LeaseStock(8),
     )
 
 
-def center(servers: int = 2, max_steps: int | None = None) -> GlobalNode:
+def center(servers: int = 2, max_steps: int | None = None, total: int = 0) -> GlobalNode:
     server = GlobalServer(torch.zeros(2), SGD, servers=servers) if servers > 1 else None
-    return GlobalNode(server, servers, StepBudget(2, max_steps), DataCursor(10, 2))
+    return GlobalNode(server, servers, StepBudget(2, max_steps, total), DataCursor(10, 2))
 
 
 def push(
@@ -350,6 +353,22 @@ def test_a_repeated_push_is_answered_again_and_counted_once() -> None:
     assert (node.server.version, node.budget.total) == (1, 8)
 
 
+def test_pushes_without_a_number_are_all_new() -> None:
+    node = region(k=100)
+    for _ in range(3):
+        messages(node.handle(0, push(0, 0)))
+    assert node.server.version == 3
+
+
+def test_a_repeated_answer_is_not_merged_again() -> None:
+    node = region(k=1)
+    for number in (1, 2):
+        messages(node.handle(0, push(0, number)))
+        node.handle(GLOBAL, GlobalModel(1, vector=torch.zeros(2), number=1))
+    assert node.server.merges == 1
+    assert node.state is RegionState.EXCHANGING
+
+
 def test_a_repeated_report_is_answered_again_and_counted_once() -> None:
     node = center()
     node.handle(0, progress(0, 1))
@@ -458,3 +477,72 @@ def test_a_region_forwards_the_marker_and_gives_its_state_to_storage() -> None:
     assert node.handle(GLOBAL, Marker("a", "folder")) == [], "a repeated marker is the same snapshot"
     assert only(node.handle(GLOBAL, Marker("b", "folder")), Shard).marker.save == "b"
     assert node.handle(GLOBAL, Marker("a", "folder")) == [], "also after that of another snapshot"
+
+
+def test_a_snapshot_that_starts_before_another_is_complete_leaves_it_alone() -> None:
+    node = center()
+    node.start_snapshot(Marker("a", "folder"))
+    node.handle(0, update(0, 1))
+    node.start_snapshot(Marker("urgent", "folder"))
+    node.handle(0, MarkerReply("a", 0, updates=1))
+    node.handle(0, MarkerReply("urgent", 0, updates=1))
+    first = only(node.handle(1, MarkerReply("a", 1, updates=0)), Shard)
+    second = only(node.handle(1, MarkerReply("urgent", 1, updates=0)), Shard)
+    assert (first.marker.save, second.marker.save) == ("a", "urgent")
+    assert [len(shard.state["updates"]) for shard in (first, second)] == [1, 0]
+
+
+# ---------------------------------------------------------------------- what a resumed run goes on counting
+
+
+def test_the_steps_of_the_only_server_are_in_the_global_model_as_soon_as_they_are_reported() -> None:
+    node, above = region(k=None), center(servers=1)
+    above.handle(0, only(node.handle(0, push(0, 1)), Progress))
+    assert above.steps == 8
+
+
+def test_a_resumed_run_with_one_server_counts_its_own_steps() -> None:
+    node, above = region(k=None), center(servers=1)
+    above.handle(0, only(node.handle(0, push(0, 1)), Progress))
+    sends = node.handle(GLOBAL, only(above.start_snapshot(Marker("a", "folder")), Marker))
+    saved = only(above.handle(0, only(sends, MarkerReply)), Shard)
+    again, top = region(k=None, total=8), center(servers=1, total=saved.progress["total"])
+    again.load_state_dict(only(sends, Shard).state)
+    top.load_state_dict(saved.state)
+    assert top.steps == 0
+    top.handle(0, only(again.handle(0, push(0, 1)), Progress))
+    assert top.steps == 8
+    again.handle(0, push(0, 2, final=True, empty=True))
+    (final, *_) = messages(top.handle(0, only(again.handle(1, push(1, 1, final=True, empty=True)), RegionModel)))
+    assert (final.position, top.steps) == (8, 8)
+
+
+def test_a_resumed_run_counts_none_of_its_steps_before_they_are_applied() -> None:
+    node = center()
+    node.handle(0, progress(0, 1))  # of which nothing is in the global model yet
+    state, total = node.state_dict(), node.budget.total
+    resumed = center(total=total)
+    resumed.load_state_dict(state)
+    assert resumed.steps == 0
+
+
+def test_workers_of_a_resumed_run_start_from_the_model_of_its_state() -> None:
+    node = region(k=100)
+    for number in range(1, 6):
+        messages(node.handle(0, push(0, number)))
+    resumed = region(k=100)
+    resumed.load_state_dict(node.state_dict())
+    round_ = WorkerRound(0, 8)
+    sends = resumed.handle(0, round_.push(torch.ones(2)))
+    assert only(sends, Progress).staleness == 0
+    assert only(resumed.handle(1, WorkerRound(1, 8).push(torch.ones(2))), Progress).staleness == 1
+    round_.receive(only(sends, Pull), waited=0.0)
+    assert only(resumed.handle(0, round_.push(torch.ones(2))), Progress).staleness == 1
+
+
+def test_a_resumed_run_goes_on_counting_bytes() -> None:
+    node, resumed = region(), region()
+    node.traffic = (30, 10)
+    resumed.load_state_dict(node.state_dict())
+    host = RegionHost(resumed, Alarm("here"), within_region=False, store=print)
+    assert host._traffic() == (30, 10)

@@ -11,6 +11,8 @@ from lightning_halos.core.outliers import NormLimit
 from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.vector import PART
 
+from .receiving import receive
+
 plain_sgd = partial(torch.optim.SGD, lr=1.0)
 
 
@@ -68,7 +70,7 @@ def push(*values, worker=0):
 
 def warm(to_warm):
     for _ in range(NormLimit.ENOUGH):
-        to_warm.receive(push(0.6, 0.8, 0.0))
+        receive(to_warm, push(0.6, 0.8, 0.0))
     return to_warm
 
 
@@ -76,7 +78,7 @@ class TestServer:
     def test_drops_counts_and_reports_it_and_answers_with_its_model(self, caplog):
         warmed = warm(server(describe="rank {} (region eu)".format))
         model, version = warmed.model.clone(), warmed.version
-        answer, _ = warmed.receive(push(60.0, 80.0, 1.0, worker=3))
+        answer, _ = receive(warmed, push(60.0, 80.0, 1.0, worker=3))
         assert torch.equal(warmed.model, model)
         assert torch.equal(answer, model)
         assert (warmed.version, warmed.rejected, warmed.rejections) == (version, 1, {3: 1})
@@ -85,27 +87,27 @@ class TestServer:
 
     def test_has_no_limit_by_default(self):
         free = warm(server(max_norm_ratio=None))
-        free.receive(push(1e9, 0.0, 0.0))
+        receive(free, push(1e9, 0.0, 0.0))
         assert free.rejected == 0
 
     def test_buffers_do_not_count(self):
         warmed = warm(server())
-        warmed.receive(push(0.6, 0.8, 1e9))
+        receive(warmed, push(0.6, 0.8, 1e9))
         assert warmed.rejected == 0
 
     def test_what_has_nan_is_no_norm_to_compare_with(self):
         warmed = warm(server())
         for _ in range(100):
-            warmed.receive(push(float("nan"), 0.0, 0.0, worker=1))
-        warmed.receive(push(0.6, 0.8, 0.0))
+            receive(warmed, push(float("nan"), 0.0, 0.0, worker=1))
+        receive(warmed, push(0.6, 0.8, 0.0))
         assert warmed.rejections == {1: 100}
 
     def test_goes_on_from_its_state_with_the_same_verdicts(self):
         first, second = warm(server()), server()
         second.load_state_dict(first.state_dict())
         for one in (first, second):
-            one.receive(push(7.0, 0.0, 0.0))
-            one.receive(push(20.0, 0.0, 0.0, worker=2))
+            receive(one, push(7.0, 0.0, 0.0))
+            receive(one, push(20.0, 0.0, 0.0, worker=2))
         assert first.rejections == second.rejections == {2: 1}
         assert torch.equal(first.model, second.model)
 
@@ -113,8 +115,8 @@ class TestServer:
         one = server(describe="rank {} (region eu)".format)
         with caplog.at_level(logging.WARNING):
             for _ in range(30):
-                one.receive(push(float("nan"), 0.0, 0.0, worker=2))
-                one.receive(push(1.0, 0.0, 0.0, worker=1))
+                receive(one, push(float("nan"), 0.0, 0.0, worker=2))
+                receive(one, push(1.0, 0.0, 0.0, worker=1))
         said = [record.getMessage() for record in caplog.records]
         assert [text.split(" were all rejected, this one because it has NaN")[0] for text in said[2:]] == [
             f"The last {count} updates of rank 2 (region eu)" for count in (3, 6, 12, 24)
@@ -125,7 +127,7 @@ class TestServer:
     def test_counts_in_a_row_from_the_last_good_update(self, caplog):
         one = server()
         for values in ((float("nan"),) * 3, (1.0, 0.0, 0.0)) * 2 + ((float("nan"),) * 3,):
-            one.receive(push(*values))
+            receive(one, push(*values))
         assert one.rejected == 3
         assert "were all rejected" not in caplog.text
 

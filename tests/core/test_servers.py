@@ -10,6 +10,8 @@ from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer, all_finite
 
+from .receiving import receive
+
 plain_sgd = partial(torch.optim.SGD, lr=1.0)  # the model minus the update: numbers that can be read
 
 
@@ -44,7 +46,7 @@ class TestLocalServer:
     def test_applies_a_push_at_once_and_answers_with_its_model_in_the_memory_of_the_push(self):
         server = local_server(model=(10.0, 20.0))
         message = push(1.0, 2.0)
-        model, sent = server.receive(message)
+        model, sent = receive(server, message)
         assert model is message.vector
         assert model.tolist() == server.model.tolist() == [9, 18]
         assert server.version == 1
@@ -52,18 +54,13 @@ class TestLocalServer:
 
     def test_answers_with_a_copy_that_later_pushes_do_not_change(self):
         server = local_server()
-        first, _ = server.receive(push(1.0, 1.0))
-        server.receive(push(1.0, 1.0))
+        first, _ = receive(server, push(1.0, 1.0))
+        receive(server, push(1.0, 1.0))
         assert first.tolist() == [-1, -1]
-
-    def test_has_nothing_to_say_to_a_push_without_vector(self):
-        server = local_server(k=1)
-        assert server.receive(Push(0, 0, 0, 0, seconds=0.0)) == (None, None)
-        assert server.version == 0
 
     def test_sends_what_has_accumulated_after_k_applied_pushes(self):
         server = local_server(model=(10.0, 20.0), k=3)
-        sent = [server.receive(push(1.0, 2.0, steps=steps))[1] for steps in (8, 4, 2)]
+        sent = [receive(server, push(1.0, 2.0, steps=steps))[1] for steps in (8, 4, 2)]
         assert sent[:2] == [None, None]
         assert sent[2].vector.tolist() == [3, 6]
         assert (sent[2].server, sent[2].version, sent[2].steps, sent[2].final) == (1, 0, 14, False)
@@ -71,14 +68,14 @@ class TestLocalServer:
 
     def test_serves_but_does_not_send_again_while_the_exchange_is_unanswered(self):
         server = local_server(k=2)
-        sent = [server.receive(push(1.0, 0.0))[1] for _ in range(7)]
+        sent = [receive(server, push(1.0, 0.0))[1] for _ in range(7)]
         assert [message is not None for message in sent] == [False, True, False, False, False, False, False]
         assert server.model.tolist() == [-7, 0]
         assert sent[1].vector.tolist() == [2, 0]  # what was sent stays what it was
 
     def test_merges_the_global_model_by_its_weight(self):
         server = local_server(k=1, alpha=0.25)
-        server.receive(push(-8.0, 4.0))
+        receive(server, push(-8.0, 4.0))
         server.merge(answer(100.0, 200.0))
         assert server.model.tolist() == [0.75 * 8 + 0.25 * 100, 0.75 * -4 + 0.25 * 200]
         assert not server.exchanging
@@ -88,51 +85,51 @@ class TestLocalServer:
     @pytest.mark.parametrize(("alpha", "expected"), [(0.0, [8.0]), (1.0, [100.0])])
     def test_a_merge_may_ignore_or_replace_its_model(self, alpha, expected):
         server = local_server((0.0,), k=1, alpha=alpha)
-        server.receive(push(-8.0))
+        receive(server, push(-8.0))
         server.merge(answer(100.0))
         assert server.model.tolist() == expected
 
     def test_counts_the_next_k_from_the_merge_and_sends_what_was_added_to_the_merged_model(self):
         server = local_server(k=2, alpha=0.5)
         for _ in range(5):  # one exchange, and three more pushes while it is unanswered
-            server.receive(push(1.0, 0.0, steps=1))
+            receive(server, push(1.0, 0.0, steps=1))
         server.merge(answer(-1.0, 0.0, version=7))
-        assert server.receive(push(1.0, 2.0, steps=10))[1] is None
-        sent = server.receive(push(1.0, 2.0, steps=10))[1]
+        assert receive(server, push(1.0, 2.0, steps=10))[1] is None
+        sent = receive(server, push(1.0, 2.0, steps=10))[1]
         assert sent.vector.tolist() == [2, 4]
         assert sent.version == 7
         assert sent.steps == 3 + 20  # no step is forgotten
 
     def test_staleness_is_the_versions_between_pull_and_push(self):
         server = local_server(k=9)
-        server.receive(push(1.0, 0.0, version=0))
+        receive(server, push(1.0, 0.0, version=0))
         assert server.staleness == 0
-        server.receive(push(1.0, 0.0, version=1))
-        server.receive(push(1.0, 0.0, version=0))
+        receive(server, push(1.0, 0.0, version=1))
+        receive(server, push(1.0, 0.0, version=0))
         assert server.staleness == 2
 
 
 class TestFlush:
     def test_holds_what_was_added_since_the_merge(self):
         server = local_server(k=2)
-        server.receive(push(1.0, 1.0))
-        server.receive(push(1.0, 1.0))
+        receive(server, push(1.0, 1.0))
+        receive(server, push(1.0, 1.0))
         server.merge(answer(5.0, 5.0, version=3))
-        server.receive(push(1.0, 2.0, steps=4))
+        receive(server, push(1.0, 2.0, steps=4))
         last = server.flush(stop=True)
         assert last.vector.tolist() == [1, 2]
         assert (last.version, last.steps, last.final, last.stop) == (3, 4, True, True)
 
     def test_holds_only_what_the_unanswered_exchange_does_not(self):
         server = local_server(k=2)
-        sent = [server.receive(push(1.0, 0.0, steps=steps))[1] for steps in (1, 2, 4, 8, 16)]
+        sent = [receive(server, push(1.0, 0.0, steps=steps))[1] for steps in (1, 2, 4, 8, 16)]
         last = server.flush()
         assert (sent[1].vector.tolist(), sent[1].steps) == ([2, 0], 3)
         assert (last.vector.tolist(), last.steps) == ([3, 0], 28)
 
     def test_is_empty_if_everything_was_sent(self):
         server = local_server(k=1)
-        server.receive(push(1.0, 0.0))
+        receive(server, push(1.0, 0.0))
         last = server.flush()
         assert (last.vector.tolist(), last.steps, last.final, last.stop) == ([0, 0], 0, True, False)
 
@@ -152,7 +149,7 @@ class TestFlush:
             done += steps
             # One in ten is dropped: its steps were done all the same.
             message = push(draw.choice([0.1] * 9 + [float("nan")]), 0.0, steps=steps)
-            sent = draw.choice(servers).receive(message)[1]
+            sent = receive(draw.choice(servers), message)[1]
             travelling += [sent] if sent else []
         for sent in travelling + [server.flush() for server in servers]:
             center.receive(sent)
@@ -164,7 +161,7 @@ class TestFlush:
         server, center = local_server(k=3), global_server()
         pushes = [draw.randint(-9, 9) for _ in range(20)]
         for number, value in enumerate(pushes):
-            sent = server.receive(push(float(value), 0.0))[1]
+            sent = receive(server, push(float(value), 0.0))[1]
             if sent is not None:
                 reply = center.receive(sent)
                 if number < 16:
@@ -196,13 +193,13 @@ class TestRejection:
     def server(self):
         options = {"optimizer": partial(torch.optim.Adam, lr=0.5), "shapes": [torch.Size([3])]}
         server = local_server((1.0, 2.0, 3.0, 4.0), k=3, **options)
-        server.receive(push(1.0, 1.0, 1.0, 8.0))
+        receive(server, push(1.0, 1.0, 1.0, 8.0))
         return server
 
     @pytest.mark.parametrize("kind", BAD_VECTORS)
     def test_changes_nothing(self, server, kind):
         model, state, version = server.model.clone(), optimizer_state(server), server.version
-        server.receive(bad_push(kind))
+        receive(server, bad_push(kind))
         assert torch.equal(server.model, model)
         assert server.version == version
         after = optimizer_state(server)
@@ -212,7 +209,7 @@ class TestRejection:
 
     @pytest.mark.parametrize("kind", BAD_VECTORS)
     def test_gives_the_worker_the_model_of_the_server(self, server, kind):
-        model, _ = server.receive(bad_push(kind))
+        model, _ = receive(server, bad_push(kind))
         assert torch.equal(model, server.model)
         assert model.dtype == server.model.dtype
         assert model.data_ptr() != server.model.data_ptr()
@@ -220,22 +217,22 @@ class TestRejection:
     @pytest.mark.parametrize("kind", BAD_VECTORS)
     def test_is_counted_and_warned_about_by_name(self, server, kind, caplog):
         with caplog.at_level(logging.WARNING):
-            server.receive(bad_push(kind))
+            receive(server, bad_push(kind))
         assert server.rejected == 1
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert f"update of worker 5 was rejected: {BAD_VECTORS[kind][1]}" in record.getMessage()
 
     def test_does_not_count_towards_k(self, server):
-        bad = [server.receive(push(torch.nan, 0.0, 0.0, 0.0))[1] for _ in range(5)]
+        bad = [receive(server, push(torch.nan, 0.0, 0.0, 0.0))[1] for _ in range(5)]
         assert bad == [None] * 5
-        assert server.receive(push(1.0, 0.0, 0.0, 0.0))[1] is None
-        assert server.receive(push(1.0, 0.0, 0.0, 0.0))[1] is not None
+        assert receive(server, push(1.0, 0.0, 0.0, 0.0))[1] is None
+        assert receive(server, push(1.0, 0.0, 0.0, 0.0))[1] is not None
 
     def test_leaves_the_staleness_of_the_last_applied_push(self, server):
-        server.receive(push(1.0, 0.0, 0.0, 0.0, version=0))
+        receive(server, push(1.0, 0.0, 0.0, 0.0, version=0))
         assert server.staleness == 1
-        server.receive(push(torch.nan, 0.0, 0.0, 0.0, version=2))
+        receive(server, push(torch.nan, 0.0, 0.0, 0.0, version=2))
         assert server.staleness == 1
 
     def test_later_pushes_give_what_they_would_have_given_without_it(self):
@@ -244,15 +241,15 @@ class TestRejection:
         for number in range(8):
             values = torch.randn(2).tolist()
             for server in servers:
-                server.receive(push(*values))
+                receive(server, push(*values))
             if number % 3 == 0:
-                servers[0].receive(push(torch.inf, 0.0))
+                receive(servers[0], push(torch.inf, 0.0))
         assert torch.equal(servers[0].model, servers[1].model)
         assert servers[0].rejected == 3
 
     def test_spares_huge_finite_values_whose_sum_overflows(self):
         server = local_server(optimizer=partial(torch.optim.SGD, lr=1e-30))
-        server.receive(push(3e38, 3e38))
+        receive(server, push(3e38, 3e38))
         assert server.rejected == 0
         torch.testing.assert_close(server.model, torch.tensor([-3e8, -3e8]))
 
@@ -280,38 +277,6 @@ def test_all_finite_is_exact(dtype):
             assert not all_finite(bad)
 
 
-class TestRepetition:
-    """See also test_properties.py."""
-
-    def test_a_push_that_comes_again_is_answered_with_the_present_model_and_not_applied(self, caplog):
-        server = local_server(k=9)
-        server.receive(push(1.0, 0.0, number=1))
-        server.receive(push(1.0, 0.0, worker=7, number=1))  # another worker counts for itself
-        model, sent = server.receive(push(1.0, 0.0, number=1))
-        assert model.tolist() == server.model.tolist() == [-2, 0]
-        assert (server.version, sent) == (2, None)
-        assert "Update 1 of worker 0 arrived twice." in caplog.text
-        assert server.flush().steps == 2 * 8
-
-    def test_pushes_without_a_number_are_all_new(self):
-        server = local_server(k=9)
-        for _ in range(3):
-            server.receive(push(1.0, 0.0))
-        assert server.version == 3
-
-    def test_the_answer_to_an_earlier_exchange_is_not_merged(self):
-        server, center = local_server(k=1, alpha=1.0), global_server(servers=2)
-        replies = []
-        for value in (1.0, 2.0):
-            _, sent = server.receive(push(value, 0.0))
-            replies.append(center.receive(sent))
-            server.merge(replies[0])
-        assert server.merges == 1
-        assert server.exchanging
-        server.merge(replies[1])
-        assert server.merges == 2
-
-
 class TestState:
     """See also test_properties.py, where servers restart from their state at any moment."""
 
@@ -323,23 +288,22 @@ class TestState:
 
     def test_of_a_flushed_server_says_so(self):
         flushed, server = local_server(k=1), local_server(k=1)
-        flushed.receive(push(1.0, 0.0))
+        receive(flushed, push(1.0, 0.0))
         flushed.flush()
         server.load_state_dict(flushed.state_dict())
-        server.merge(answer(5.0, 5.0))
-        assert server.model.tolist() == [-1, 0]
+        assert not server.exchanging
 
     def test_of_a_server_that_flushed_while_it_waited_for_an_answer_has_nothing_to_send(self):
         flushed, server = local_server(k=2), local_server(k=2)
         for _ in range(5):
-            flushed.receive(push(1.0, 0.0))
+            receive(flushed, push(1.0, 0.0))
         flushed.flush()
         server.load_state_dict(flushed.state_dict())
         assert not server.is_due
 
     def test_of_the_only_server_of_a_finished_run_counts_no_steps_that_are_done(self):
         server = local_server(k=None)
-        server.receive(push(1.0, 0.0, steps=8))
+        receive(server, push(1.0, 0.0, steps=8))
         server.adopt_final_model(server.model.clone())
         assert server.state_dict()["steps"] == 0
 
@@ -351,18 +315,18 @@ class TestBuffers:
 
     def test_of_a_push_enter_with_the_share_of_one_worker(self):
         server = local_server((0.0, 0.0, 10.0, 20.0), shapes=self.shapes, workers=4)
-        model, _ = server.receive(push(1.0, 2.0, 14.0, 12.0))
+        model, _ = receive(server, push(1.0, 2.0, 14.0, 12.0))
         assert model.tolist() == [-1, -2, 11, 18]
 
     def test_are_no_pseudo_gradients(self):
         server = local_server((0.0, 0.0, 10.0, 20.0), partial(DelayedNesterov, lr=1.0), shapes=self.shapes)
-        server.receive(push(0.0, 0.0, 14.0, 12.0))
+        receive(server, push(0.0, 0.0, 14.0, 12.0))
         assert server.model.tolist() == [0, 0, 14, 12]
         assert sum(p.numel() for group in server._optimizer.param_groups for p in group["params"]) == 2
 
     def test_travel_to_the_global_server_as_they_are(self):
         server = local_server((0.0, 0.0, 10.0, 20.0), k=1, shapes=self.shapes)
-        _, sent = server.receive(push(1.0, 2.0, 14.0, 12.0))
+        _, sent = receive(server, push(1.0, 2.0, 14.0, 12.0))
         assert sent.vector.tolist() == [1, 2, 14, 12]
         assert server.flush().vector.tolist() == [0, 0, 14, 12]
 
@@ -373,7 +337,7 @@ class TestBuffers:
 
     def test_merge_like_parameters(self):
         server = local_server((0.0, 0.0, 10.0, 20.0), k=1, alpha=0.25, shapes=self.shapes)
-        server.receive(push(0.0, 0.0, 10.0, 20.0))
+        receive(server, push(0.0, 0.0, 10.0, 20.0))
         server.merge(answer(0.0, 4.0, 14.0, 20.0))
         assert server.model.tolist() == [0, 1, 11, 20]
 
@@ -405,7 +369,7 @@ class TestServerOptimizer:
                 parameter.grad = torch.randn(parameter.shape)
             vector = torch.cat([p.grad.flatten() for p in alone])
             reference.step()
-            server.receive(push(*vector.tolist()) if kind == "local" else update(*vector.tolist()))
+            receive(server, push(*vector.tolist())) if kind == "local" else server.receive(update(*vector.tolist()))
         torch.testing.assert_close(server.model, torch.cat([p.flatten() for p in alone]), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("optimizer", [partial(DelayedNesterov, delay=2), partial(torch.optim.Adam, lr=0.1)])
@@ -421,7 +385,7 @@ class TestServerOptimizer:
                 parameter.grad = torch.randn(parameter.shape)
             vector = torch.cat([*(p.grad for p in alone), torch.full((3,), float(number))])
             reference.step()
-            received, _ = server.receive(Push(0, 0, 1, 1, 1.0, vector=vector))
+            received, _ = receive(server, Push(0, 0, 1, 1, 1.0, vector=vector))
         assert torch.equal(server.model, torch.cat([*alone, torch.full((3,), 2.0)]))
         assert torch.equal(received, server.model)
 
@@ -438,7 +402,7 @@ class TestServerOptimizer:
 
     def test_keeps_no_memory_of_a_sender(self):
         server = local_server()
-        server.receive(push(1.0, 1.0))
+        receive(server, push(1.0, 1.0))
         assert all(p.grad is None for group in server._optimizer.param_groups for p in group["params"])
 
 
@@ -500,7 +464,7 @@ class TestSynchronousServer:
 def test_the_only_server_never_exchanges():
     server = LocalServer(0, torch.tensor([0.1, 0.2, 0.3]), partial(torch.optim.SGD, lr=0.3), None, 0.0)
     for _ in range(100):
-        _, update = server.receive(push(0.01, -0.02, 0.03, steps=1))
+        _, update = receive(server, push(0.01, -0.02, 0.03, steps=1))
         assert update is None
     assert not server.exchanges
     assert server.steps == 100

@@ -22,6 +22,8 @@ from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, ParameterServer
 from lightning_halos.core.snapshot import ServerSnapshot
 
+from .receiving import receive
+
 SHAPES = [torch.Size(shape) for shape in ([3], [2, 2], [5], [1], [4, 3], [])]
 BUFFERS = 5
 ELEMENTS = sum(shape.numel() for shape in SHAPES) + BUFFERS
@@ -81,7 +83,7 @@ class Peers:
             self.is_flushed, self.in_flight = True, None
         else:
             push = Push(0, 0, 8, 8, 1.0, vector=self.vector(), number=next(self.numbers))
-            self.in_flight = self.server.receive(push)[1] or self.in_flight
+            self.in_flight = receive(self.server, push)[1] or self.in_flight
 
 
 def same(one: Any, other: Any) -> bool:

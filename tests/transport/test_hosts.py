@@ -10,11 +10,11 @@ import torch
 
 from lightning_halos.core import servers
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.messages import Marker, RegionUpdate, Shard
+from lightning_halos.core.messages import Marker, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer
-from lightning_halos.core.snapshot import ServerSnapshot
+from lightning_halos.core.snapshot import ServerSnapshot, Shard
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import Host
 

@@ -14,11 +14,9 @@ then the averaged buffers. The receiver owns it: servers overwrite it, to answer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
-
-from lightning_halos.core.snapshot import ServerSnapshot
 
 NOT_NEGATIVE = "finite and not negative"
 Amount = Annotated[float, NOT_NEGATIVE]
@@ -31,7 +29,8 @@ class Push:
 
     Attributes:
         worker: Global rank of the worker.
-        version: Version of the local server's model that the round started from.
+        version: Version of the local server's model that the round started from; ``None`` for the first round, which
+            starts from the model that the run starts with.
         steps: Local steps of the round, as the Trainer counts them (optimizer steps).
         batches: Batches of the round in which an optimizer stepped.
         seconds: Seconds that the worker spent computing the round.
@@ -46,7 +45,7 @@ class Push:
     """
 
     worker: int
-    version: int
+    version: int | None
     steps: int
     batches: int
     seconds: Amount
@@ -266,29 +265,6 @@ class MarkerReply:
     save: str
     server: int
     updates: int
-
-
-@dataclass
-class Shard:
-    """A part of a snapshot, to be written to disk.
-
-    Attributes:
-        marker: The marker of the snapshot.
-        server: Index of the local server whose state this is; ``None`` for the global server.
-        state: Tensors and plain values. Valid when ``snapshot`` is complete.
-        snapshot: The copy of the server's state within ``state``; ``None`` if there is no server.
-        progress: In the global server's shard: the progress of the run, for the manifest.
-    """
-
-    marker: Marker
-    server: int | None
-    state: dict[str, Any]
-    snapshot: ServerSnapshot | None
-    progress: dict[str, Any] = field(default_factory=dict)
-
-    def advance(self) -> bool:
-        """Copies the next portion of the server's state. Returns whether ``state`` is complete."""
-        return self.snapshot is None or self.snapshot.advance()
 
 
 @dataclass

@@ -1,7 +1,6 @@
-"""The common parts of the two server nodes: addresses, sent messages, states and their transitions.
+"""The addresses, sent messages, states and transitions of the two server nodes.
 
-This file has no decisions. The transition tables are data, which :mod:`~lightning_halos.core.region_node` and
-:mod:`~lightning_halos.core.global_node` follow, and which a test checks completely.
+This file has no decisions. The transition tables are data, which the nodes follow and a test checks completely.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
 
-from lightning_halos.core.messages import GlobalModel, Marker, Message, RegionModel, RegionUpdate, Shard
+from lightning_halos.core.messages import GlobalModel, Marker, Message, RegionModel, RegionUpdate
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import Advance, ignore_progress
 
 GLOBAL = -1
@@ -30,10 +29,9 @@ class Send:
 
     Attributes:
         to: Address of the receiver.
-        message: The message.
+        message: The message. A shard may be completed later, with :meth:`Shard.advance`.
         fill: Computes the message's vector from front to back and reports the number of complete elements; ``None`` if
             the vector is complete. It must run before the node handles another message, and in the order of the list.
-            A shard may be completed later, with :meth:`Shard.advance`.
     """
 
     to: int
@@ -44,9 +42,8 @@ class Send:
         """Computes the message's vector, if necessary, and returns the message."""
         if self.fill is not None:
             self.fill(ignore_progress)
-        if isinstance(self.message, Shard):
-            while not self.message.advance():
-                pass
+        while isinstance(self.message, Shard) and not self.message.advance():
+            pass
         return self.message
 
 
@@ -101,103 +98,41 @@ class GlobalEvent(Enum):
     LEASE_REQUEST = "lease request"
     MARKER_REPLY = "marker reply"
     PUBLISH = "publish"
-    SAVE = "save"
-
-
-S = TypeVar("S", bound=Enum)
-E = TypeVar("E", bound=Enum)
-
-
-class StateMachine(Generic[S, E]):
-    """A state that changes according to a table.
-
-    Args:
-        name: Name of the owner, for errors.
-        state: The first state.
-        transitions: The next state for each state and event. Missing events are not allowed.
-
-    Attributes:
-        state: The present state.
-    """
-
-    def __init__(self, name: str, state: S, transitions: dict[S, dict[E, S]]) -> None:
-        self.state = state
-        self._name = name
-        self._transitions = transitions
-
-    def move(self, event: E) -> None:
-        """Goes to the next state.
-
-        Raises:
-            ProtocolError: If the state does not allow the event.
-        """
-        if event not in self._transitions[self.state]:
-            raise ProtocolError(f"{self._name} is {self.state.value}, which does not allow this: {event.value}.")
-        self.state = self._transitions[self.state][event]
+    SNAPSHOT = "snapshot"
 
 
 _R, _RE = RegionState, RegionEvent
 REGION_TRANSITIONS: dict[RegionState, dict[RegionEvent, RegionState]] = {
     _R.SERVING: {
-        _RE.PUSH: _R.SERVING,
+        **dict.fromkeys((_RE.PUSH, _RE.STATUS, _RE.LEASE_REQUEST, _RE.LEASE_GRANT, _RE.MARKER), _R.SERVING),
         _RE.UPDATE: _R.EXCHANGING,
         _RE.LAST_PUSH: _R.FLUSHED,
-        _RE.STATUS: _R.SERVING,
-        _RE.LEASE_REQUEST: _R.SERVING,
-        _RE.LEASE_GRANT: _R.SERVING,
-        _RE.MARKER: _R.SERVING,
     },
     _R.EXCHANGING: {
-        _RE.PUSH: _R.EXCHANGING,
+        **dict.fromkeys((_RE.PUSH, _RE.STATUS, _RE.LEASE_REQUEST, _RE.LEASE_GRANT, _RE.MARKER), _R.EXCHANGING),
         _RE.ANSWER: _R.SERVING,
         _RE.LAST_PUSH: _R.FLUSHED,
-        _RE.STATUS: _R.EXCHANGING,
-        _RE.LEASE_REQUEST: _R.EXCHANGING,
-        _RE.LEASE_GRANT: _R.EXCHANGING,
-        _RE.MARKER: _R.EXCHANGING,
     },
+    # An answer to the update before the last is ignored, and data that was ordered ahead is no longer needed.
     _R.FLUSHED: {
-        _RE.ANSWER: _R.FLUSHED,  # to the update before the last: ignored, since the final model follows
+        **dict.fromkeys((_RE.ANSWER, _RE.STATUS, _RE.LEASE_GRANT, _RE.MARKER), _R.FLUSHED),
         _RE.FINAL_MODEL: _R.FINISHED,
-        _RE.STATUS: _R.FLUSHED,
-        _RE.LEASE_GRANT: _R.FLUSHED,  # ordered ahead, but no longer needed
-        _RE.MARKER: _R.FLUSHED,
     },
-    _R.FINISHED: {
-        # The control link may be slower than the models link.
-        _RE.STATUS: _R.FINISHED,
-        _RE.LEASE_GRANT: _R.FINISHED,
-    },
+    # The control link may be slower than the models link.
+    _R.FINISHED: dict.fromkeys((_RE.STATUS, _RE.LEASE_GRANT), _R.FINISHED),
 }
+"""The next state of a local server for each state and event. Missing events are not allowed."""
 
 _G, _GE = GlobalState, GlobalEvent
+_AT_ANY_TIME = (_GE.PROGRESS, _GE.LEASE_REQUEST, _GE.MARKER_REPLY, _GE.PUBLISH)
+_UNTIL_THE_END = (*_AT_ANY_TIME, _GE.UPDATE, _GE.LAST_UPDATE, _GE.SNAPSHOT)
 GLOBAL_TRANSITIONS: dict[GlobalState, dict[GlobalEvent, GlobalState]] = {
     _G.RUNNING: {
-        _GE.UPDATE: _G.RUNNING,
-        _GE.LAST_UPDATE: _G.RUNNING,
-        _GE.ALL_UPDATES: _G.FINISHED,
-        _GE.PROGRESS: _G.RUNNING,
+        **dict.fromkeys(_UNTIL_THE_END, _G.RUNNING),
         _GE.STOP: _G.STOPPING,
-        _GE.LEASE_REQUEST: _G.RUNNING,
-        _GE.MARKER_REPLY: _G.RUNNING,
-        _GE.PUBLISH: _G.RUNNING,
-        _GE.SAVE: _G.RUNNING,
-    },
-    _G.STOPPING: {
-        _GE.UPDATE: _G.STOPPING,
-        _GE.LAST_UPDATE: _G.STOPPING,
         _GE.ALL_UPDATES: _G.FINISHED,
-        _GE.PROGRESS: _G.STOPPING,
-        _GE.LEASE_REQUEST: _G.STOPPING,
-        _GE.MARKER_REPLY: _G.STOPPING,
-        _GE.PUBLISH: _G.STOPPING,
-        _GE.SAVE: _G.STOPPING,
     },
-    _G.FINISHED: {
-        # The control link may be slower than the models link.
-        _GE.PROGRESS: _G.FINISHED,
-        _GE.LEASE_REQUEST: _G.FINISHED,
-        _GE.MARKER_REPLY: _G.FINISHED,
-        _GE.PUBLISH: _G.FINISHED,
-    },
+    _G.STOPPING: {**dict.fromkeys(_UNTIL_THE_END, _G.STOPPING), _GE.ALL_UPDATES: _G.FINISHED},
+    _G.FINISHED: dict.fromkeys(_AT_ANY_TIME, _G.FINISHED),
 }
+"""The next state of the global node for each state and event. Missing events are not allowed."""

@@ -1,8 +1,7 @@
 """The parameter servers: each has a model and an optimizer, and computes what a push or update does to the model.
 
-They decide nothing about the run, which the nodes do, and send nothing. Only the server writes to its model. An update
-that would spoil the model is rejected, counted and logged; its sender goes on from the server's model. An update that
-arrives twice is answered twice and applied once.
+They send nothing and decide nothing about the run, which the nodes do. Only the server writes to its model. An update
+that would spoil the model is rejected, counted and logged; its sender goes on from the server's model.
 """
 
 from __future__ import annotations
@@ -65,8 +64,6 @@ class ParameterServer:
         rejections: Number of rejected updates, by sender.
         staleness: Staleness of the last applied update: versions between the model that it started from and its
             arrival.
-        received: Number of the last update of each sender. It is not part of the state, because the workers of a
-            resumed run count from 1 again.
         senders: Number of senders.
     """
 
@@ -83,7 +80,6 @@ class ParameterServer:
         self.version = 0
         self.rejections: dict[int, int] = {}
         self.staleness = 0
-        self.received: dict[int, int] = {}
         self._dropped_in_a_row: dict[int, int] = {}
         self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
@@ -189,16 +185,8 @@ class ParameterServer:
         if self._norm_limit is not None:
             self._norm_limit.load(state["norms"])
 
-    def _is_new(self, number: int, sender: int, name: str) -> bool:
-        """Records the number of a sender's update. Returns whether it arrives for the first time."""
-        if 0 < number <= self.received.get(sender, 0):
-            log.warning("Update %d of %s arrived twice. It is answered again, but not applied again.", number, name)
-            return False
-        self.received[sender] = number
-        return True
-
-    def _count(self, finding: Finding, version: int, sender: int, name: str) -> bool:
-        """Counts an update that started from ``version``. Returns whether to apply it."""
+    def _judge(self, finding: Finding, version: int, sender: int, name: str) -> bool:
+        """Accepts or rejects an update that started from ``version``, and counts it. Returns whether to apply it."""
         fault = finding.fault
         if fault is None and self._norm_limit is not None:
             fault = self._norm_limit.fault(finding.norm)
@@ -228,15 +216,22 @@ class ParameterServer:
             )
         return False
 
-    def _memory(self, vector: Tensor) -> Tensor:
+    def memory_for(self, vector: Tensor) -> Tensor:
         """Returns the memory for the answer to an update: the update's own memory, if it fits."""
         fits = vector.dtype == self.model.dtype and vector.shape == self.model.shape
         return vector if fits else torch.empty_like(self.model)
 
-    def _apply(self, vector: Tensor, is_good: bool, answer: Tensor, advance: Advance = ignore_progress) -> None:
-        """Applies a valid update and fills the answer, one portion of the model after the other."""
+    def apply(self, vector: Tensor, is_accepted: bool, answer: Tensor, advance: Advance = ignore_progress) -> None:
+        """Applies an update if it is accepted, and fills its answer, one portion of the model after the other.
+
+        Args:
+            vector: The update.
+            is_accepted: Whether to apply it.
+            answer: The memory for the answer, which is filled with the model afterwards.
+            advance: Called with the number of complete elements of the answer.
+        """
         stop = 0
-        for index, portion in enumerate(self._portions if is_good else []):
+        for index, portion in enumerate(self._portions if is_accepted else []):
             self._preserve(index)
             parameters = self._parameters[portion]
             start, stop = stop, stop + sum(self._sizes[portion])
@@ -248,7 +243,7 @@ class ParameterServer:
             for parameter in parameters:
                 parameter.grad = None
             self._answer(answer, start, stop, advance)
-        if is_good:
+        if is_accepted:
             self._preserve(len(self._portions))
             self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
         self._answer(answer, stop, self.model.numel(), advance)
@@ -328,54 +323,19 @@ class LocalServer(ParameterServer):
             and self.version - self._merged_at >= self._accumulate_updates
         )
 
-    def receive(self, push: Push) -> tuple[Tensor | None, RegionUpdate | None]:
-        """Applies a push.
-
-        Args:
-            push: A finished round. Its vector's memory is reused for the answer.
-
-        Returns:
-            The model for the worker's next round (``None`` if the push has no vector), and the update to send to the
-            global server (``None`` if none is due).
-        """
-        if push.vector is None:
-            return None, None
-        answer, is_good = self.accept(push, self.inspect(push.vector))
-        self.apply(push, is_good, answer)
-        if not self.is_due:
-            return answer, None
-        update = self.begin_exchange()
-        self.fill(update)
-        return answer, update
-
-    def accept(self, push: Push, finding: Finding) -> tuple[Tensor, bool]:
-        """Counts a push, before :meth:`apply`. From here on ``version`` is the version of the answer.
+    def judge(self, push: Push, finding: Finding, version: int) -> bool:
+        """Counts a push and its steps, before :meth:`apply`. From here on :attr:`version` is that of the answer.
 
         Args:
             push: A finished round, with a vector.
             finding: The result of :meth:`inspect` for its vector.
+            version: Version of the model that it started from.
 
         Returns:
-            The memory for the answer, and whether the push must be applied, that is, whether it is new and valid.
+            Whether the push must be applied.
         """
-        assert push.vector is not None
-        is_good = False
-        if self._is_new(push.number, push.worker, name := self._describe(push.worker)):
-            self.steps += push.steps
-            is_good = self._count(finding, push.version, push.worker, name)
-        return self._memory(push.vector), is_good
-
-    def apply(self, push: Push, is_good: bool, answer: Tensor, advance: Advance = ignore_progress) -> None:
-        """Applies a push, if necessary, and fills its answer.
-
-        Args:
-            push: The push.
-            is_good: Whether it must be applied, from :meth:`accept`.
-            answer: The memory for the answer, from :meth:`accept`. It is filled with the model for the next round.
-            advance: Called with the number of complete elements of the answer.
-        """
-        assert push.vector is not None
-        self._apply(push.vector, is_good, answer, advance)
+        self.steps += push.steps
+        return self._judge(finding, version, push.worker, self._describe(push.worker))
 
     def begin_exchange(self) -> RegionUpdate:
         """Returns the update that is due. :meth:`fill` must compute its vector before the next push or merge."""
@@ -386,13 +346,14 @@ class LocalServer(ParameterServer):
         """Returns the last update, with everything that has not been sent to the global server.
 
         If an update is still unanswered, the last update contains the changes since that one, so nothing is lost. Its
-        answer is not merged.
+        answer must not be merged.
 
         Args:
             stop: Whether one of the workers asked for the complete run to stop.
         """
         update = self._take()
         update.final, update.stop = True, stop
+        self.exchanging, self._merged_at = False, self.version
         self.fill(update)
         return update
 
@@ -418,13 +379,8 @@ class LocalServer(ParameterServer):
             advance(stop)
 
     def merge(self, reply: GlobalModel) -> None:
-        """Merges the global server's answer. Ignored unless it answers the unanswered update.
-
-        Args:
-            reply: The global server's answer to an update. Its vector is not kept.
-        """
-        if self._base is None or not self.exchanging or reply.number not in (0, self.number):
-            return
+        """Merges the global server's answer to the unanswered update. Its vector is not kept."""
+        assert self._base is not None
         assert reply.vector is not None
         self.exchanging = False
         self._preserve()
@@ -448,15 +404,14 @@ class LocalServer(ParameterServer):
         self.steps = 0
 
     def _state(self) -> dict[str, Any]:
-        # After the flush everything has been sent, and no answer is expected.
-        is_flushed = self._base is None
         return {
             **super()._state(),
-            "base": self.model if is_flushed and self.exchanges else self._base,
-            "merged_at": self.version if is_flushed else self._merged_at,
+            # After the flush everything has been sent.
+            "base": self.model if self._base is None and self.exchanges else self._base,
+            "merged_at": self._merged_at,
             "merges": self.merges,
             "steps": self.steps,
-            "exchanging": self.exchanging and not is_flushed,
+            "exchanging": self.exchanging,
             "global_version": self._global_version,
             "parameters": self._num_parameters,
             "number": self.number,
@@ -465,10 +420,10 @@ class LocalServer(ParameterServer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         base = state["base"]
-        self._base = self._begin() if base is None or self._accumulate_updates is None else base.clone()
-        self._merged_at, self.merges = state["merged_at"], state["merges"]
-        self.steps, self.exchanging = state["steps"], state["exchanging"]
-        self._global_version, self.number = state["global_version"], state["number"]
+        self._base = base.clone() if self.exchanges and base is not None else self._begin()
+        self._merged_at, self.merges, self.steps = state["merged_at"], state["merges"], state["steps"]
+        self.exchanging, self.number = state["exchanging"], state["number"]
+        self._global_version = state["global_version"]
 
     def _begin(self) -> Tensor | None:
         return None if self._accumulate_updates is None else self.model.clone()
@@ -517,14 +472,18 @@ class GlobalServer(ParameterServer):
             The global model, for the region to merge.
         """
         assert update.vector is not None
-        is_good = False
-        if self._is_new(update.number, update.server, name := f"the local server {update.server}"):
-            self.steps += update.steps
-            if update.steps or not update.final:
-                finding = self.inspect(update.vector) if finding is None else finding
-                is_good = self._count(finding, update.version, update.server, name)
-        answer = self._memory(update.vector)
-        self._apply(update.vector, is_good, answer)
+        self.steps += update.steps
+        is_accepted = False
+        if update.steps or not update.final:
+            finding = self.inspect(update.vector) if finding is None else finding
+            is_accepted = self._judge(finding, update.version, update.server, f"the local server {update.server}")
+        return self.answer(update, is_accepted)
+
+    def answer(self, update: RegionUpdate, is_accepted: bool = False) -> GlobalModel:
+        """Answers an update, and applies it before if it is accepted."""
+        assert update.vector is not None
+        answer = self.memory_for(update.vector)
+        self.apply(update.vector, is_accepted, answer)
         return GlobalModel(self.version, vector=answer, number=update.number)
 
     def _state(self) -> dict[str, Any]:
@@ -549,16 +508,7 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
 
 
 class SynchronousServer(ParameterServer):
-    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds.
-
-    Args:
-        model: The initial model; see :class:`ParameterServer`.
-        optimizer: Makes the outer optimizer from the parameters.
-        shapes: Shapes of the parameters in ``model``.
-    """
-
-    def __init__(self, model: Tensor, optimizer: OptimizerFactory, shapes: Sequence[torch.Size] | None = None) -> None:
-        super().__init__(model, optimizer, shapes)
+    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
 
     def receive(self, mean: Tensor) -> None:
         """Applies a round.
@@ -567,8 +517,8 @@ class SynchronousServer(ParameterServer):
             mean: The mean of the workers' pseudo-gradients, followed by the mean of their buffers. It is overwritten
                 with the new model.
         """
-        is_good = self._count(self.inspect(mean), self.version, 0, "all workers together")
-        self._apply(mean, is_good, mean)
+        is_accepted = self._judge(self.inspect(mean), self.version, 0, "all workers together")
+        self.apply(mean, is_accepted, mean)
 
 
 def norm_of(vector: Tensor) -> float:

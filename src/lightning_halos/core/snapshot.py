@@ -1,18 +1,22 @@
-"""A copy of a server's state that is made little by little, while the server goes on.
+"""Snapshots: copies of a server's state that are made little by little, while the server goes on.
 
 There are no threads and no locks here. The holder of the server's lock copies one portion at a time, and the server
 copies a portion before it overwrites it (copy on write), so that the copy is the state at the moment when the snapshot
-began. The nodes decide which snapshots make up a checkpoint.
+began. The nodes decide when a snapshot begins and what a shard consists of.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_halos.core.cursor import Spans
+from lightning_halos.core.messages import Marker, MarkerReply, Progress, RegionUpdate
 
 
 class Portion(NamedTuple):
@@ -60,7 +64,7 @@ class ServerSnapshot:
             self._pending[index] = pairs
 
     def take(self, index: int) -> None:
-        """Copies a portion, before it is overwritten, if that is not done yet."""
+        """Copies a portion, unless this has been done."""
         for target, source in self._pending.pop(index, ()):
             target.copy_(source)
 
@@ -75,6 +79,86 @@ class ServerSnapshot:
         while not self.advance():
             pass
         return self.state
+
+
+@dataclass
+class Shard:
+    """A node's part of a snapshot of all nodes, to be written to disk.
+
+    Attributes:
+        marker: The marker of the snapshot.
+        server: Index of the local server whose state this is; ``None`` for the global server.
+        state: Tensors and plain values. Valid when ``snapshot`` is complete.
+        snapshot: The copy of the server's state within ``state``; ``None`` if there is no server.
+        progress: In the global server's shard: the progress of the run, for the manifest.
+    """
+
+    marker: Marker
+    server: int | None
+    state: dict[str, Any]
+    snapshot: ServerSnapshot | None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self) -> bool:
+        """Copies the next portion of the server's state. Returns whether ``state`` is complete."""
+        return self.snapshot is None or self.snapshot.advance()
+
+
+@dataclass
+class RunSnapshot:
+    """A snapshot of all nodes in progress (Chandy and Lamport, "Distributed Snapshots", 1985).
+
+    It consists of the state of the global node when it sent the markers, and of the channel state: updates and progress
+    reports that local servers sent before their own snapshots and that arrived after the global node's.
+
+    Attributes:
+        marker: The marker of the snapshot.
+        state: State of the global node.
+        server: The copy of the global server's state in it; ``None`` without a global server.
+        total: Local steps that all workers have finished.
+        done: The data that they trained on.
+        updates: Updates that arrived since then, as dictionaries of their fields.
+        last_updates: Number of the last update before the snapshot, for each local server that has replied.
+    """
+
+    marker: Marker
+    state: dict[str, Any]
+    server: ServerSnapshot | None
+    total: int
+    done: Spans
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    last_updates: dict[int, int] = field(default_factory=dict)
+
+    def add_update(self, update: RegionUpdate) -> None:
+        """Adds an update that has arrived, unless it was surely sent after the local server's snapshot."""
+        if update.number <= self.last_updates.get(update.server, update.number):
+            assert update.vector is not None
+            self.updates.append({**vars(update), "vector": update.vector.clone()})
+
+    def add_report(self, report: Progress) -> None:
+        """Adds a report that has arrived, unless it was sent after the local server's snapshot."""
+        if report.server not in self.last_updates:
+            self.total += report.steps
+            self.done.add(report.data)
+
+    def add_reply(self, reply: MarkerReply) -> None:
+        """Adds a local server's reply."""
+        self.last_updates[reply.server] = reply.updates
+
+    def is_complete(self, updates: Mapping[int, float]) -> bool:
+        """Returns whether all local servers have replied, and their last updates before the snapshot have arrived.
+
+        Args:
+            updates: Number of each local server's last update that has arrived; infinite if there are no updates.
+        """
+        replies = self.last_updates
+        return all(server in replies and replies[server] <= number for server, number in updates.items())
+
+    def shard(self) -> Shard:
+        """Returns the global server's shard."""
+        updates = [u for u in self.updates if u["number"] <= self.last_updates[u["server"]]]
+        progress = {"total": self.total, "done": list(self.done)}
+        return Shard(self.marker, None, {**self.state, "updates": updates}, self.server, progress)
 
 
 def _blank(value: Any) -> Any:

@@ -39,7 +39,7 @@ class WorkerRound:
         self.total_steps = 0
         self.number = 0
         self._local_steps = local_steps
-        self._version = 0
+        self._version: int | None = None
         self._steps = 0
         self._seconds = 0.0
         self._waited = 0.0

@@ -35,12 +35,12 @@ from lightning_halos.core.messages import (
     Pull,
     Push,
     RegionUpdate,
-    Shard,
 )
 from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import ServerGroup, Topology
 from lightning_halos.simulation.history import Event
@@ -320,7 +320,6 @@ class RegionNetwork(Network):
         return {
             "locals": [node.state_dict() for node in self._locals],
             "global": self._global.state_dict(),
-            "traffic": [list(node.traffic) for node in self._locals],
             "sent": self._sent,
             "under_way": [
                 (arrival, number, index, type(message).__name__, copy.deepcopy(vars(message)))
@@ -329,22 +328,22 @@ class RegionNetwork(Network):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for node, saved, (within, between) in zip(self._locals, state["locals"], state["traffic"], strict=True):
+        for node, saved in zip(self._locals, state["locals"], strict=True):
             node.load_state_dict(saved)
-            node.traffic = within, between
         self._global.load_state_dict(state["global"])
         self._sent = state["sent"]
         kinds = {kind.__name__: kind for kind in (RegionUpdate, GlobalModel)}
         self._under_way = [(*key, kinds[kind](**copy.deepcopy(fields))) for *key, kind, fields in state["under_way"]]
 
     def schedule(self) -> dict[str, Any]:
-        return {**super().schedule(), "known": [node.budget.total for node in self._locals]}
+        known = [(node.budget.total, node.first_version) for node in self._locals]
+        return {**super().schedule(), "known": known}
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
         super().load_schedule(schedule)
         self._global.budget.total = self.total
-        for node, known in zip(self._locals, schedule["known"], strict=True):
-            node.budget.total = known
+        for node, (total, first_version) in zip(self._locals, schedule["known"], strict=True):
+            node.budget.total, node.first_version = total, first_version
         flushes = {i for *_, i, message in self._under_way if isinstance(message, RegionUpdate) and message.final}
         for worker in self._left:  # the new nodes do not know yet that it has finished
             index = self._group_of[worker]

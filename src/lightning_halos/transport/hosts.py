@@ -24,11 +24,11 @@ from lightning_halos.core.messages import (
     Preempted,
     Push,
     RegionUpdate,
-    Shard,
     ShardWritten,
 )
 from lightning_halos.core.protocol import GLOBAL, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link, VectorProgress
 from lightning_halos.transport.wire import vector_of
@@ -143,6 +143,7 @@ class RegionHost(Host[RegionNode]):
     def __init__(self, node: RegionNode, alarm: Alarm, within_region: bool, store: Store) -> None:
         super().__init__(node, alarm, store, self.tell)
         self._within_region = within_region
+        self._traffic_before = node.traffic  # of the runs that this one resumes
         self._push = torch.empty_like(node.model)
         self._for_push: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._for_push.put(self._push)
@@ -190,4 +191,5 @@ class RegionHost(Host[RegionNode]):
                 to_global += size
             else:
                 within += size
-        return (within + to_global, 0) if self._within_region else (within, to_global)
+        within, between = (within + to_global, 0) if self._within_region else (within, to_global)
+        return self._traffic_before[0] + within, self._traffic_before[1] + between

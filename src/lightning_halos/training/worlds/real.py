@@ -13,10 +13,11 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.messages import Marker, Push, RegionUpdate, Shard, ShardWritten
+from lightning_halos.core.messages import Marker, Push, RegionUpdate, ShardWritten
 from lightning_halos.core.protocol import GlobalState
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.servers import unsent_update
+from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld
@@ -40,7 +41,6 @@ class RealWorld:
         assert isinstance(algorithm, ServerAlgorithm)
         assert memory is not None
         self._saves = start.saves
-        self._steps_before = budget.total
         if resume is not None:
             if not resume.fits and site.rank == 0:
                 servers = len(site.topology.groups)
@@ -80,7 +80,7 @@ class RealWorld:
 
     @property
     def steps(self) -> int:
-        return self._global.node.applied - self._steps_before
+        return self._global.node.steps
 
     def read(self, out: Tensor) -> None:
         self._model_host.ask(lambda node: out.copy_(node.model))
@@ -201,13 +201,12 @@ def rebuild(
     """
     assert resume.globals is not None
     had_one, has_one = len(resume.manifest.groups) == 1, servers == 1
-    fresh: dict[str, Any] = {"server": None, "applied": total, "updates": [], "received": {}, "counters": {}}
     if had_one:
         only = resume.servers[0]
         memory.copy_(only["server"]["model"])
         if has_one:
             resume.server = {**only, "server": {**only["server"], "steps": 0}}
-        resume.globals = fresh if has_one else None
+        resume.globals = None
         return
     server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), shapes)
     assert server is not None
@@ -218,4 +217,5 @@ def rebuild(
         if (update := unsent_update(index, state["server"])).steps:
             server.receive(update)
     memory.copy_(server.model)
-    resume.globals = fresh if has_one else {**fresh, "server": server.state_dict()}
+    fresh: dict[str, Any] = {"applied": total, "updates": [], "received": {}, "counters": {}}
+    resume.globals = None if has_one else {**fresh, "server": server.state_dict()}
