@@ -18,11 +18,12 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
 from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 __all__ = [  # names of Lightning; the functions below need no mention
@@ -35,10 +36,15 @@ __all__ = [  # names of Lightning; the functions below need no mention
 ]
 
 WEIGHT_AVERAGING: tuple[type[pl.Callback], ...] = (
-    StochasticWeightAveraging,
-    *([callbacks.WeightAveraging] if hasattr(callbacks, "WeightAveraging") else []),  # since Lightning 2.6
+    (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()  # since Lightning 2.6
 )
-"""Callbacks that replace the weights by an average at the end of a fit."""
+"""The base of the callbacks that average weights, for ``isinstance``."""
+
+
+def average_of(callback: pl.Callback) -> AveragedModel:
+    """Returns the average of a ``WeightAveraging`` callback during a fit."""
+    average: AveragedModel = vars(callback)["_average_model"]
+    return average
 
 
 def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:

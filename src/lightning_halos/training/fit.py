@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_halos.training.averaging import GlobalAverage, GlobalTensors
 from lightning_halos.training.compat import WEIGHT_AVERAGING, show_metrics
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.same_model import adopt_final_model, log_rules
@@ -45,6 +47,8 @@ class Fit:
         self.start = start
         self.world = world
         self.worker_model: Tensor | None = None
+        self._averages: list[GlobalAverage] = []
+        self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
         self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
@@ -59,6 +63,9 @@ class Fit:
     def begin(self) -> None:
         """Starts training, when all workers are ready."""
         self.lightning.install(self.loop)
+        if self.start.site.rank == 0:
+            averaging = [callback for callback in callbacks_of(self.trainer) if isinstance(callback, WEIGHT_AVERAGING)]
+            self._averages = [GlobalAverage(c, self.trainer.global_step, self._global_tensors) for c in averaging]
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         log_rules(self.start.vector.entries)
@@ -80,8 +87,9 @@ class Fit:
         self.is_training = False
         self.restore()
         start, module = self.start, self.trainer.lightning_module
-        averages_weights = any(isinstance(callback, WEIGHT_AVERAGING) for callback in callbacks_of(self.trainer))
-        adopt_final_model(start.site.collectives, module, start.vector.entries, may_differ=averages_weights)
+        averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+        may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
+        adopt_final_model(start.site.collectives, module, start.vector.entries, may_differ)
         self._share_decisions()
 
     def restore(self) -> None:
@@ -90,6 +98,8 @@ class Fit:
             return
         self._is_restored = True
         self.lightning.restore()
+        for average in self._averages:
+            average.restore()
         if self.start.data is not None:
             self.start.data.detach()
 
@@ -156,9 +166,22 @@ class Fit:
         self.worker_model = None
         self.loop.stopwatch.resume()
 
-    def global_parts(self, module: pl.LightningModule) -> dict[str, Tensor]:
+    def global_parts(self, module: nn.Module) -> dict[str, Tensor]:
         """Returns those of the global model's parameters and buffers that are sent, by name."""
         return self.start.vector.named_parts(module, self._read_global_model())
+
+    def _global_tensors(self, module: nn.Module) -> nn.Module | GlobalTensors:
+        """Returns the global model in the form of a module's tensors. It is read once per version and round."""
+        if not self.has_two_models or self.start.algorithm.averages_gradients:
+            return module
+        with self.loop.stopwatch.paused():
+            moment = self.world.version, self.loop.round.number  # a simulation has one model for all of a round
+            if self._global_tensors_of is None or self._global_tensors_of[0] != moment:
+                parts = self.global_parts(module)
+                parameters = [parts.get(name, parameter) for name, parameter in module.named_parameters()]
+                buffers = [parts.get(name, buffer) for name, buffer in module.named_buffers()]
+                self._global_tensors_of = moment, GlobalTensors(parameters, buffers)
+            return self._global_tensors_of[1]
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends rank 0's metrics, and the steps of its plateau schedulers, to all workers."""

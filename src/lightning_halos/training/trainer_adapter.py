@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, Ea
 
 from lightning_halos.core.schedule import next_count
 from lightning_halos.training.compat import (
+    WEIGHT_AVERAGING,
     has_trained_enough,
     is_accumulating,
     is_last_batch,
@@ -63,9 +64,10 @@ class TrainerAdapter:
         self._no_validation = NoValidation()
 
     def install(self, loop: Callback) -> None:
-        """Adds the worker's loop to the callbacks: on rank 0 before those that save, on other ranks instead of them."""
+        """Adds the worker's loop to the callbacks: on rank 0 before those that need its pulls, else instead of them."""
         if self.trainer.is_global_zero:
-            last = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+            averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
+            last = [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
             first = [callback for callback in self._callbacks if callback not in last]
         else:
             last, first = [], [callback for callback in self._callbacks if not decides(callback)]
@@ -244,8 +246,8 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
 
 
 def decides(callback: Callback) -> bool:
-    """Returns whether rank 0 decides with a callback for all workers, that is, whether it saves or stops early."""
-    return isinstance(callback, (Checkpoint, EarlyStopping))
+    """Returns whether only rank 0 has a callback during a fit: it saves, stops early or averages for all workers."""
+    return isinstance(callback, (Checkpoint, EarlyStopping, *WEIGHT_AVERAGING))
 
 
 def unfreezes(callbacks: Sequence[Callback]) -> bool:

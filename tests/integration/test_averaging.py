@@ -1,0 +1,89 @@
+"""Lightning's callbacks that average weights: the average is of the global model, and all ranks end with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch import Tensor, nn
+
+from tests.integration.harness import Result
+from tests.integration.toys import FEATURES, Toy, assert_same_model, loader
+from tests.integration.virtual import simulate
+
+DECAY, START, STEPS = 0.8, 3, 24
+
+
+class Averaged(Toy):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+        self.differences: dict[str, list[float]] = {"validated": [], "saved": [], "final": []}
+        self.keys: list[str] = []
+
+    def more(self) -> Result:
+        return {"differences": self.differences, "keys": self.keys}
+
+
+class Recomputing(Checkpoint):
+    """Averages the global model itself, and compares. It comes after the callback, as all that save do."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+        self.global_step = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        with strategy.global_model():
+            model = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        for step in range(self.global_step, trainer.global_step):
+            if step >= START:
+                self.average = {
+                    name: DECAY * self.average[name] + (1 - DECAY) * p if self.average else p
+                    for name, p in model.items()
+                }
+        self.global_step = trainer.global_step
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.differences["validated"].append(self.difference(dict(pl_module.named_parameters())))
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        pl_module.differences["saved"].append(self.difference(checkpoint["state_dict"]))
+        pl_module.keys += [key for key in checkpoint if key in ("current_model_state", "averaging_state")]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.differences["final"].append(self.difference(dict(pl_module.named_parameters())))
+
+    def difference(self, model: dict[str, Tensor]) -> float:
+        return max(float((model[name] - average).detach().abs().max()) for name, average in self.average.items())
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="since Lightning 2.6")
+@pytest.mark.parametrize("slow", [0, 3])
+def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: Path, slow: int) -> None:
+    """Rank 0 is slow in one of them, so that the global step advances by several in its batches."""
+    average = callbacks.EMAWeightAveraging(decay=DECAY, update_starting_at_step=START)
+    results = simulate(
+        tmp_path,
+        Averaged(),
+        loader(),
+        loader(16),
+        slow=slow,
+        callbacks=[average, Recomputing(), ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1)],
+        max_steps=STEPS,
+        val_check_interval=8,
+        check_val_every_n_epoch=None,
+        enable_checkpointing=True,
+    )
+    assert_same_model(results)
+    differences = results[0]["differences"]
+    assert len(differences["validated"]) == len(differences["saved"]) == 3
+    assert len(differences["final"]) == 1
+    assert max(*differences["validated"], *differences["saved"], *differences["final"]) < 1e-6
+    assert set(results[0]["keys"]) == {"current_model_state", "averaging_state"}
+    assert all(not result["keys"] and not result["differences"]["final"] for result in results[1:])
+    assert not torch.equal(results[0]["state"]["net.0.weight"], torch.zeros(4, FEATURES))
