@@ -13,6 +13,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.training.other_packages import refuse_elsewhere
 from lightning_halos.training.strategies import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
 from lightning_halos.training.strategy import AlgorithmStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
@@ -21,6 +22,7 @@ from lightning_halos.version import __version__
 for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):
     strategy.register_strategies(StrategyRegistry)
 del strategy
+refuse_elsewhere(["halos", "halos_spawn", "halos_fork", "halos_notebook", "diloco", "async_local_sgd", "sync_sgd"])
 
 __all__ = [
     "AlgorithmStrategy",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
 from functools import partial
 from typing import Any
 
 import lightning as L
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +23,7 @@ from lightning_halos import (
     HalosStrategy,
 )
 from lightning_halos.core.algorithms.halos import Halos
+from lightning_halos.training.other_packages import refuse_elsewhere
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,43 @@ def test_a_single_server_averages_its_workers_by_default(workers: int) -> None:
 def test_an_optimizer_that_is_given_replaces_that_of_a_single_server() -> None:
     given = partial(DelayedNesterov, lr=0.2)
     assert Halos(local_optimizer=given).make_local_optimizer(4, servers=1) is given
+
+
+class ListConfig(MutableSequence[Any]):
+    """A sequence that is no list, as in Hydra's configurations."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = list(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None: ...
+
+    def __delitem__(self, index: Any) -> None: ...
+
+    def insert(self, index: int, value: Any) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [ListConfig, lambda *items: items], ids=["ListConfig", "tuple"])
+def test_any_sequence_of_integers_will_do(kind: Any) -> None:
+    strategy = HalosStrategy(regions=kind(kind(0, 1), kind(2, 3)), servers_per_region=kind(1, 2))
+    L.Trainer(strategy=strategy, accelerator="cpu", devices=4, logger=False)
+    assert [group.ranks for group in strategy.topology.groups] == [(0, 1), (2,), (3,)]
+    with pytest.raises(ValueError, match=r"servers_per_region\[1\]='2' must be a whole number"):
+        HalosStrategy(servers_per_region=kind(1, "2"))
+
+
+@pytest.mark.parametrize("strategy", ["halos", "diloco", HalosStrategy(), DilocoStrategy()], ids=str)
+@pytest.mark.parametrize("package", ["pytorch_lightning", "fabric"])
+def test_other_packages_refuse_the_strategies_and_say_which_import_to_change(package: str, strategy: Any) -> None:
+    trainer = L.Fabric if package == "fabric" else pytorch_lightning.Trainer
+    refuse_elsewhere(["halos", "diloco"])  # as an import of lightning_halos does, after that of pytorch_lightning
+    with pytest.raises((TypeError, ValueError), match=r"write 'import lightning.pytorch as pl' instead of"):
+        trainer(strategy=strategy, accelerator="cpu", devices=2)
 
 
 def test_the_monitor_needs_a_halos_strategy() -> None:

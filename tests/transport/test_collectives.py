@@ -290,6 +290,30 @@ class TestErrors:
             "A object cannot be broadcast",
         )
 
+    def test_tensors_that_are_not_dense_and_objects_whose_methods_raise(self) -> None:
+        """Nobody waits for a worker that could not send: all raise an error, and the next collective works."""
+
+        class Broken:
+            def __fspath__(self) -> str:
+                raise OSError("no such place")
+
+        sparse, dense = torch.eye(3).to_sparse(), torch.eye(3)
+        with workers([[0, 1], [2]]) as all_workers:
+
+            def errors(call: Callable[[Collectives, int], Any]) -> set[type]:
+                kinds = {type(outcome) for outcome in all_workers.run(call)}
+                assert all_workers.run(lambda collectives, _: collectives.broadcast_object("fine")) == ["fine"] * 3
+                return kinds
+
+            for tensor in (sparse, torch.eye(3).to_sparse_csr(), torch.eye(3, device="meta")):
+                assert errors(lambda c, _, t=tensor: c.broadcast_object({"graph": t})) == {TypeError}
+                assert errors(lambda c, _, t=tensor: c.broadcast_([dense.clone(), t])) == {TypeError}
+                assert errors(lambda c, _, t=tensor: c.all_gather(t)) == {TypeError}
+                assert errors(lambda c, _, t=tensor: c.reduce(t, "sum")) == {TypeError}
+            assert errors(lambda c, rank: c.all_gather(sparse if rank == 1 else dense)) == {ValueError}
+            assert errors(lambda c, rank: c.reduce(sparse if rank == 1 else dense, "sum")) == {ValueError}
+            assert errors(lambda c, _: c.broadcast_object(Broken(), 1)) == {OSError, TypeError}
+
     def test_a_broadcast_of_what_contains_itself(self) -> None:
         endless: list[Any] = []
         endless.append(endless)

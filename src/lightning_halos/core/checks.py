@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,6 +17,19 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
+def check_counts(name: str, value: Any) -> None:
+    """Checks that a value is a whole number of at least 1, or a sequence of these, such as a list or a ``ListConfig``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for index, count in enumerate(value):
+            check_count(f"{name}[{index}]", count)
+    else:
+        check_count(name, value)
 
 
 def check_seconds(name: str, value: Any) -> None:

@@ -153,15 +153,18 @@ class SharedData:
     def find(cls, trainer: pl.Trainer) -> SharedData | None:
         """Returns the training data if the workers can share it, else ``None``.
 
-        They can share a single loader with a sampler that Lightning made, but no ``IterableDataset`` and no sampler of
-        the user's own.
+        They can share a single loader with a sampler that Lightning made, but no ``IterableDataset``, no sampler of
+        the user's own, and no loader that is reloaded: its dataset may have another length then.
         """
         combined = training_loader(trainer)
         loaders = [] if combined is None else combined.flattened
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         changes_steps = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
+        reloads: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
-        if combined is None or len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
+        if combined is None or len(loaders) != 1 or overfits or changes_steps or reloads:
+            return None
+        if not _is_shareable(loaders[0]):
             return None
         return cls(trainer, combined, loaders[0])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -34,6 +35,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
 from lightning_halos.training.fit import Fit
+from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
 from lightning_halos.training.same_model import check_initialized, names_in_state
 from lightning_halos.training.shards import Shards
@@ -85,6 +87,9 @@ class AlgorithmStrategy(ConnectedStrategy):
         self._no_validation = NoValidation()
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {WHAT_TO_DO}>"  # other Trainers show it when they refuse the strategy
 
     @property
     def servers(self) -> World | None:
@@ -345,3 +350,8 @@ class AlgorithmStrategy(ConnectedStrategy):
             raise SIGTERMException(EXIT_CODE)
         if self._fit is not None:
             self._fit.check_waiting()
+
+
+# Lightning refuses modules of torch.compile unless the strategy is of a kind that it knows. Like this one, a strategy
+# for one device wraps the module in nothing.
+SingleDeviceStrategy.register(AlgorithmStrategy)

@@ -193,7 +193,7 @@ class TrainerAdapter:
     def _validation_period(self) -> int:
         """Global steps between validations that are counted in steps; 0 if they are not."""
         trainer = self.trainer
-        interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+        interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
         if not trainer.is_global_zero or not isinstance(interval, int) or every is not None:
             return 0
         return interval // trainer.accumulate_grad_batches

@@ -102,12 +102,14 @@ class Collectives:
 
         Raises:
             ValueError: If the operation is unknown, or shapes, dtypes or operations differ. Every worker raises it.
-            TypeError: If the dtype is neither floating-point, integer nor boolean. Every worker raises it.
+            TypeError: If the tensor is not dense, or the dtype is neither floating-point, integer nor boolean. Every
+                worker raises it.
         """
         name = str(operation).lower().rsplit(".", 1)[-1]
         self._agree(_REDUCTION, f"reduce_op={name!r}, {_form(tensor)}")
         if name not in _OPERATIONS:
             raise ValueError(f"reduce_op={operation!r} must be one of {sorted(_OPERATIONS)}.")
+        _check_dense(tensor)
         total = self._reduce(tensor.detach(), name)
         if name in ("mean", "avg"):
             mean = (total if total.is_floating_point() else total.double()) / len(self._ranks)
@@ -125,7 +127,9 @@ class Collectives:
         Raises:
             ValueError: If shapes or dtypes differ. Every worker raises it.
         """
-        rows = self._agree("give a tensor to a gathering", _form(tensor), _bytes_of(tensor))
+        data = _bytes_of(tensor) if _is_dense(tensor) else None
+        rows = self._agree("give a tensor to a gathering", _form(tensor), data)
+        _check_dense(tensor)
         return torch.stack([_tensor_of(row, tensor.dtype, tensor.shape) for row in rows]).to(tensor.device)
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
@@ -141,6 +145,7 @@ class Collectives:
         rows = self._gather(_BROADCAST, _bytes("\n".join(map(_form, tensors))))
         forms = [_text(row).split("\n") for row in rows]
         self._compare([_difference(row, forms[0]) for row in forms])
+        _check_dense(*tensors)
         for chunk in _chunks([tensor.detach() for tensor in tensors]):
             sizes = [tensor.nbytes for tensor in chunk]
             if self._rank == source:
@@ -167,7 +172,7 @@ class Collectives:
         if self._rank == source:
             try:
                 body = _to_bytes(value)
-            except (TypeError, ValueError, RecursionError) as error:
+            except Exception as error:  # anything, even out of memory: the others wait for an answer
                 failure, body = error, _body({"error": str(error)}, [])
         body = self._run(_BROADCAST, partial(self._broadcast_bytes, body, source))
         if failure is not None:
@@ -317,7 +322,7 @@ def is_broadcastable(value: Any) -> bool:
     """Returns whether :meth:`Collectives.broadcast_object` supports a value."""
     try:
         _to_bytes(value)
-    except (TypeError, ValueError, RecursionError):
+    except Exception:  # an object's own methods may raise anything
         return False
     return True
 
@@ -356,7 +361,20 @@ def _broadcast_in(group: ProcessGroup | None, tensor: Tensor, source: int) -> No
 
 
 def _form(tensor: Tensor) -> str:
-    return f"a {str(tensor.dtype).removeprefix('torch.')} tensor of shape {list(tensor.shape)}"
+    kind = "" if _is_dense(tensor) else "meta " if tensor.is_meta else f"{tensor.layout} ".removeprefix("torch.")
+    return f"a {kind}{str(tensor.dtype).removeprefix('torch.')} tensor of shape {list(tensor.shape)}"
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Returns whether a tensor has its values in a block of memory."""
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _check_dense(*tensors: Tensor) -> None:
+    """Refuses other tensors. All workers have agreed on their form before, so every worker raises the error."""
+    for tensor in tensors:
+        if not _is_dense(tensor):
+            raise TypeError(f"{_form(tensor)} cannot be sent. Send dense tensors, such as tensor.to_dense().")
 
 
 def _difference(forms: list[str], first: list[str]) -> str:
@@ -389,6 +407,7 @@ def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
+    _check_dense(tensor)
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 

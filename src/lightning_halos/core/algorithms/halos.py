@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lightning_halos.core.algorithms.base import ServerAlgorithm
-from lightning_halos.core.checks import check_count, check_optimizer
+from lightning_halos.core.checks import check_count, check_counts, check_optimizer
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.topology import Topology
@@ -40,9 +40,7 @@ class Halos(ServerAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        servers = self.servers_per_region
-        for count in servers if isinstance(servers, list) else [servers]:
-            check_count("servers_per_region", count)
+        check_counts("servers_per_region", self.servers_per_region)
         check_count("updates_per_worker", self.updates_per_worker)
         if self.accumulate_updates is not None:
             check_count("accumulate_updates", self.accumulate_updates)
