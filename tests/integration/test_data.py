@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -244,4 +245,42 @@ def test_an_epoch_with_less_data_than_workers(run: Run) -> None:
     seen = Counter(index for result in results for index in result["trained_on"])
     assert seen == Counter(dict.fromkeys(range(8), 3))
     assert all(result["epoch"] == 3 for result in results)
+    assert_same_model(results)
+
+
+class Divided(pl.LightningDataModule):
+    """Gives every rank its own samples: 24 to the first, 36 to the second."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        own = range(24) if self.trainer.global_rank == 0 else range(24, 60)
+        return DataLoader(Subset(samples(60), own), batch_size=4)
+
+
+def divided(distributed: bool) -> Result:
+    module, trainer = Toy(), make_trainer(devices=2, max_epochs=1, use_distributed_sampler=distributed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=Divided())
+    texts = [str(warning.message) for warning in caught]
+    return outcome(trainer, module, warnings=[text for text in texts if "datasets of the workers" in text])
+
+
+def test_data_that_the_user_divided_by_rank_is_noticed_and_trains_as_under_ddp(run: Run) -> None:
+    results = run(divided, True, workers=2)
+    (text,) = results[0]["warnings"]
+    assert "have different lengths (24, 36, by rank)" in text
+    assert "use_distributed_sampler=False" in text
+    first, second = (result["trained_on"] for result in results)
+    assert len(first) == len(set(first)) == 12
+    assert len(second) == len(set(second)) == 18
+    assert set(first) <= set(range(24))
+    assert set(second) <= set(range(24, 60))
+    assert_same_model(results)
+
+
+def test_data_that_the_user_divided_by_rank_is_used_completely_with_the_remedy(run: Run) -> None:
+    results = run(divided, False, workers=2)
+    assert [result["trained_on"] for result in results] == [list(range(24)), list(range(24, 60))]
+    assert not results[0]["warnings"]
     assert_same_model(results)

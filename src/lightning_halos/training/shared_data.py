@@ -114,6 +114,7 @@ class SharedData:
         end: Data of all ordered epochs, in local steps; infinite without a number of epochs.
         epochs: The ordered number of epochs, ``None`` without one.
         batches: Batches per epoch of a worker's fixed shard.
+        dataset: The dataset at the start of the fit.
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
@@ -132,6 +133,7 @@ class SharedData:
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
+        self.dataset = loader.dataset
         sampler: Any = loader.sampler
         self.identity: dict[str, int | None] = {
             "steps_per_epoch": self.steps_per_epoch,

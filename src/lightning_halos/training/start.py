@@ -17,6 +17,7 @@ from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.vector import ModelVector
+from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import callbacks_of, unfreezes
@@ -56,6 +57,8 @@ class Start:
         if not algorithm.averages_gradients:
             self.memory = self.vector.read(self.vector.new())
         self.data = SharedData.find(trainer) if algorithm.shares_data else None
+        if not can_share(site.collectives, None if self.data is None else self.data.dataset):
+            self.data = None
 
     @property
     def worker_state(self) -> Mapping[str, Any]:

@@ -1,0 +1,55 @@
+"""Which datasets count as the same: those that hold the same data, whatever else they hold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from lightning_halos.training.same_data import digest
+
+
+class Held(Dataset):
+    """Reading a sample from it is an error."""
+
+    def __init__(self, data, **others):
+        self.data = data
+        vars(self).update(others)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise AssertionError("a sample was read")
+
+
+FULL = torch.arange(48.0).view(24, 2)
+FILES = [f"part{number}.bin" for number in range(8)]
+WHOLES = {
+    "tensor": lambda part: TensorDataset(FULL[part]),
+    "memory map": lambda part: Held(FULL.numpy()[part]),
+    "subset": lambda part: Subset(Held(FULL), range(24)[part]),
+    "in another": lambda part: ConcatDataset([Held(1), Held(FULL[part])]),
+    "list": lambda part: list(FULL)[part],
+    "list of pairs": lambda part: Held([(row, 0) for row in FULL][part]),
+    "list of dicts": lambda part: Held([{"input": row} for row in FULL][part]),
+    "names of files": lambda part: Held(FILES[part]),
+    "paths": lambda part: Held([Path("data") / name for name in FILES][part]),
+    "array of numbers": lambda part: Held(np.arange(24)[part]),
+}
+
+
+@pytest.mark.parametrize("make", WHOLES.values(), ids=WHOLES.keys())
+def test_parts_of_a_dataset_differ_and_copies_of_it_do_not(make):
+    assert digest(make(slice(0, None, 2))) != digest(make(slice(1, None, 2)))
+    assert digest(make(slice(None))) == digest(make(slice(None)))
+
+
+def test_what_is_not_data_may_differ():
+    first, second = ([f"{folder}/a.bin"] for folder in ("/mnt/one", "/mnt/two"))
+    assert digest(Held(first, rank=0, handle=object())) == digest(Held(second, rank=1, handle=object()))
+
+
+def test_empty_data_is_data():
+    assert digest(Held(torch.zeros(0, 2))) == digest(Held(torch.zeros(0, 2)))
