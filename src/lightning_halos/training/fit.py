@@ -86,6 +86,7 @@ class Fit:
         """Restores the Trainer, and shares rank 0's model and decisions, when all workers are in step again."""
         self.is_training = False
         self.restore()
+        self.loop.refuse_fit_without_steps(self.start.site.collectives)
         start, module = self.start, self.trainer.lightning_module
         averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
         may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
@@ -97,6 +98,7 @@ class Fit:
         if self._is_restored:
             return
         self._is_restored = True
+        self.loop.release()
         self.lightning.restore()
         for average in self._averages:
             average.restore()

@@ -39,10 +39,12 @@ class TrainerAdapter:
     Attributes:
         trainer: The Trainer.
         schedulers: Its learning-rate schedulers.
+        steps_per_batch: Optimizer steps per batch under manual optimization, where there may be several.
     """
 
     def __init__(self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None) -> None:
         self.trainer = trainer
+        self.steps_per_batch = 1.0
         self._end = end
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
@@ -59,6 +61,7 @@ class TrainerAdapter:
             math.ceil(self._epoch_batches / trainer.accumulate_grad_batches) if follows_epochs else None,
         )
         self._callbacks = callbacks_of(trainer)
+        self._is_manual = not trainer.lightning_module.automatic_optimization
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self._no_validation = NoValidation()
@@ -148,17 +151,27 @@ class TrainerAdapter:
         if is_final:
             self._shown = position
         elif is_complete:  # a checkpoint at a global step must not contain half of an accumulation window
-            self._shown = max(before, int(min(self._next_shown(position), self._end - 1)))
-        if trainer.lightning_module.automatic_optimization:
-            loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
-        else:
+            self._shown = max(before, int(min(self._next_shown(position), self.end - 1)))
+        if self._is_manual:
             loop.manual_optimization.optim_step_progress.total.completed = self._shown
+        else:
+            loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
         if is_complete:
             set_logged_steps(trainer, self._shown - self._lag(stands=self._shown == before and not is_final))
         if not trainer.is_global_zero or (trainer.max_steps == -1 and not self._shares_data):
             return False
         self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
         return self._schedule_validation(before)
+
+    @property
+    def end(self) -> float:
+        """Global step at which the run ends by itself; an estimate if its data ends under manual optimization."""
+        ends_with_data = self._end != self.trainer.max_steps
+        return self._end / self._batches_per_step if ends_with_data and self._is_manual else self._end
+
+    @property
+    def _batches_per_step(self) -> float:
+        return 1 / self.steps_per_batch if self._is_manual else float(self.trainer.accumulate_grad_batches)
 
     def _next_shown(self, position: int) -> int:
         """Returns the next global step on the way to a position, without skipping one at which Lightning acts."""
@@ -196,7 +209,7 @@ class TrainerAdapter:
         interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
         if not trainer.is_global_zero or not isinstance(interval, int) or every is not None:
             return 0
-        return interval // trainer.accumulate_grad_batches
+        return int(interval / self._batches_per_step)
 
     def _schedule_validation(self, before: int) -> bool:
         """Makes Lightning validate after ``val_check_interval`` batches of all workers, instead of this worker's."""
@@ -217,8 +230,9 @@ class TrainerAdapter:
 
     def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
         """Returns whether a multiple of ``interval`` batches of an epoch was passed since a global step."""
-        accumulate = self.trainer.accumulate_grad_batches
-        numbers = (batch % epoch + 1 for batch in range(before * accumulate, self._shown * accumulate))
+        per_step = self._batches_per_step
+        first, last = (int(step * per_step + 1e-6) for step in (before, self._shown))
+        numbers = (batch % epoch + 1 for batch in range(first, last))
         return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -17,13 +18,16 @@ from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.vector import Advance
 from lightning_halos.training.compat import show_metrics
+from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
+from lightning_halos.training.steps import StepCounter
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
+from lightning_halos.transport.collectives import Collectives
 
 
 class WorkerLoop(Callback):
@@ -56,13 +60,15 @@ class WorkerLoop(Callback):
         self._writer = start.saves.writer
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
-        self._steps_before = 0
+        self._counter = StepCounter(self._trainer, self._has_changed)
+        self._hand_stepped = HandStepped(self._trainer, self._counter, start.budget.position)
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
         self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
         self._plateaus: Sequence[tuple[int, float]] = []
         self._push = state.get("push")
         if state:
             self._schedulers.load_state_dict(state["schedulers"])
+            self._hand_stepped.load_state_dict(state["hand_stepped"])
             self._plateaus = start.plateau_steps[len(self._schedulers.history) :]
         if world.checkpointed is not None:
             world.checkpointed.on_marker(self._save_state)
@@ -84,8 +90,9 @@ class WorkerLoop(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._lightning.release_validation()
         self.check()
-        self._steps_before = trainer.global_step
+        self._counter.begin_batch()
         self._schedulers.before_batch(self.round.batches)
+        self._hand_stepped.begin_batch(self._next_global_step())
         self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -95,7 +102,8 @@ class WorkerLoop(Callback):
         seconds = self.stopwatch.lap()
         if self._data is not None:
             self._data.count_batch(self._lightning.ends_epoch)
-        stepped = trainer.global_step - self._steps_before
+        stepped = self._counter.end_batch()
+        self._lightning.steps_per_batch = self._counter.per_batch
         self.round.count(stepped, seconds)
         if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
@@ -120,6 +128,7 @@ class WorkerLoop(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_time()
         self._lightning.end_epoch()
+        self._hand_stepped.end_epoch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.finished:
@@ -130,6 +139,7 @@ class WorkerLoop(Callback):
 
     def finish(self, stop: bool) -> None:
         """Pushes the last round, and loads the final global model. ``stop`` asks for the complete run to stop."""
+        self.round.count(self._counter.look(), 0.0)
         self._end_round()
         memory = self._memory if self.round.has_steps else None
         self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
@@ -153,6 +163,26 @@ class WorkerLoop(Callback):
         self._move_schedulers(final.position, [])
         self._lightning.finish(final.position, final.stopped)
 
+    def release(self) -> None:
+        """Ends what :meth:`__init__` began in torch's optimizers and schedulers."""
+        self._counter.close()
+        self._hand_stepped.release()
+
+    def refuse_fit_without_steps(self, collectives: Collectives) -> None:
+        """Refuses a fit in which no worker made a step, when all workers are in step again.
+
+        Raises:
+            RuntimeError: On all ranks, if the workers trained on batches, but made no step.
+        """
+        counted = [self._counter.batches, self._counter.steps]
+        batches, steps = collectives.reduce(torch.tensor(counted, dtype=torch.float64), "sum").tolist()
+        if batches and not steps:
+            raise RuntimeError(
+                f"The workers trained on {batches:g} batches, but no optimizer made a step and no parameter changed, so"
+                " the final model is the initial one. Under manual optimization, training_step has to call"
+                " optimizer.step(); with automatic optimization, configure_optimizers has to return an optimizer."
+            )
+
     def own_state(self) -> dict[str, Any]:
         """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""
         state = self._position()
@@ -168,6 +198,7 @@ class WorkerLoop(Callback):
     def _position(self) -> dict[str, Any]:
         return {
             "schedulers": self._schedulers.state_dict(),
+            "hand_stepped": self._hand_stepped.state_dict(),
             "random": self._random if self._random is not None and self._trainer.validating else random_state(),
             "ends_epoch": self._lightning.ends_epoch,
         }
@@ -204,12 +235,25 @@ class WorkerLoop(Callback):
         else:
             self._set_global_step(pull.position)
 
+    def _next_global_step(self) -> float:
+        """Returns the estimated global step after the next batch."""
+        rate = self.round.rate if self.round.number else self._counter.per_batch
+        return min(self.round.position + (self.round.batches + 1) * rate, self._lightning.end)
+
+    def _has_changed(self) -> bool:
+        """Whether the module's parameters differ from those at the start of the round."""
+        if self._memory is None:
+            return False
+        now, parameters = self._vector.read(self._vector.new()), slice(self._vector.num_parameters)
+        return not torch.equal(now[parameters], self._memory[parameters])
+
     def _take_used(self) -> list[tuple[int, int]]:
         return [] if self._data is None else self._data.take_used()
 
     def _move_schedulers(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
         missed, self._plateaus = self._plateaus, []
         self._schedulers.pull(position, [*missed, *plateaus])
+        self._hand_stepped.pull(position)
 
     def _save_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""

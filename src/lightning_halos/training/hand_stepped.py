@@ -1,0 +1,154 @@
+"""Keeps the schedulers that a module steps itself at the global step of the run.
+
+A fast worker would come to the end of such a schedule before the run, and a slow worker would not reach it. So a step
+in a batch is left out where this worker is ahead of the run, and repeated after a pull where it is behind. Schedulers
+that Lightning steps are in ``schedulers``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_halos.training.steps import StepCounter
+
+
+@dataclass
+class _Scheduler:
+    """A scheduler that the module steps.
+
+    Attributes:
+        scheduler: The scheduler.
+        kind: Its class, which is replaced during the fit.
+        first: Its steps that do not follow the global step: those before the fit, and those between batches.
+        calls: How often the module stepped it in batches of this fit.
+        last_call: The batch in which it did so last.
+    """
+
+    scheduler: LRScheduler
+    kind: type[LRScheduler]
+    first: int
+    calls: int = 0
+    last_call: int = -1
+
+
+class HandStepped:
+    """The schedulers that a module steps itself: those of manual optimization, and those in its attributes.
+
+    A schedule follows the steps of the run as the module makes it follow the worker's own: if it steps a scheduler once
+    per two optimizer steps, the scheduler makes a step per two global steps. Steps between batches, or only in the last
+    batch of an epoch, are left as they are, because the workers have the same epochs.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        counter: Counts the worker's steps.
+        position: Global step at which the run starts.
+    """
+
+    def __init__(self, trainer: pl.Trainer, counter: StepCounter, position: int) -> None:
+        self._trainer = trainer
+        self._counter = counter
+        self._start = position
+        self._earlier_steps = 0
+        self._progress = 0.0
+        self._in_batch = self._is_stepping = False
+        self._schedulers = [_Scheduler(s, type(s), s.last_epoch) for s in _find(trainer)]
+        for entry in self._schedulers:
+            self._intercept(entry)
+
+    def begin_batch(self, progress: float) -> None:
+        """Starts a batch after which the global step will be about ``progress``."""
+        self._in_batch = True
+        self._progress = progress - self._start
+
+    def end_epoch(self) -> None:
+        """Marks that steps from here to the next batch follow the worker's epochs."""
+        self._in_batch = False
+
+    def pull(self, position: int) -> None:
+        """Repeats the worker's steps up to a new global step."""
+        for entry in self._schedulers:
+            if self._steps and entry.calls:
+                target = self._target(entry, entry.calls / self._steps, position - self._start)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+                    while entry.scheduler.last_epoch < target:
+                        self._step(entry)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what :meth:`load_state_dict` needs to go on with the same schedules."""
+        counts = [(entry.first, entry.calls) for entry in self._schedulers]
+        return {"start": self._start, "steps": self._steps, "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state of :meth:`state_dict`."""
+        self._start, self._earlier_steps = state["start"], state["steps"]
+        for entry, counts in zip(self._schedulers, state["counts"], strict=False):
+            entry.first, entry.calls = counts
+
+    def release(self) -> None:
+        """Gives the schedulers their classes back."""
+        for entry in self._schedulers:
+            entry.scheduler.__class__ = entry.kind
+
+    @property
+    def _steps(self) -> int:
+        """The worker's steps that the calls belong to."""
+        return self._earlier_steps + self._counter.steps
+
+    def _intercept(self, entry: _Scheduler) -> None:
+        """Replaces the class of a scheduler, because its state has all its attributes, as a new ``step`` would be."""
+
+        def step(scheduler: LRScheduler, *args: Any, **kwargs: Any) -> None:
+            if self._is_stepping or self._may_step(entry):
+                self._step(entry, *args, **kwargs)
+
+        entry.scheduler.__class__ = type(entry.kind.__name__, (entry.kind,), {"step": step})
+
+    def _step(self, entry: _Scheduler, *args: Any, **kwargs: Any) -> None:
+        """Steps a scheduler. One that it consists of, as in ``SequentialLR``, is not asked about."""
+        is_outer, self._is_stepping = not self._is_stepping, True
+        try:
+            entry.kind.step(entry.scheduler, *args, **kwargs)
+        finally:
+            self._is_stepping = not is_outer
+
+    def _may_step(self, entry: _Scheduler) -> bool:
+        batch = self._counter.batches
+        ends_epoch = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not self._in_batch or (ends_epoch and entry.last_call < batch - 1):
+            entry.first += 1
+            return True
+        entry.calls += 1
+        entry.last_call = batch
+        if not self._steps:  # in the first batch the rate is not known
+            return True
+        rate = entry.calls / (self._steps + self._counter.in_batch)
+        return entry.scheduler.last_epoch + 1 <= self._target(entry, rate, self._progress)
+
+    def _target(self, entry: _Scheduler, rate: float, progress: float) -> int:
+        """Returns the steps of a scheduler that makes ``rate`` of them per global step."""
+        target = entry.first + int(rate * progress + 1e-6)
+        return min(target, getattr(entry.scheduler, "total_steps", target))  # the end of a OneCycleLR
+
+
+def _find(trainer: pl.Trainer) -> Iterator[LRScheduler]:
+    """Yields the schedulers that Lightning does not step: of manual optimization, and in the module's attributes."""
+    module = trainer.lightning_module
+    configured = [config.scheduler for config in trainer.lr_scheduler_configs]
+    found: list[Any] = [] if module.automatic_optimization else [*configured]
+    for value in vars(module).values():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [part for part in parts if part not in configured and isinstance(part, LRScheduler)]
+    for scheduler in _distinct(found):
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            yield scheduler
+
+
+def _distinct(items: Iterable[LRScheduler]) -> list[LRScheduler]:
+    return list({id(item): item for item in items}.values())

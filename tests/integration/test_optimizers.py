@@ -1,0 +1,197 @@
+"""What counts as a step, and which schedules follow the run, where a module steps optimizers and schedulers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR, SequentialLR
+
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.test_modules import Gan
+from tests.integration.test_schedules import learning_rate
+from tests.integration.toys import Toy, assert_same_model, assert_trained, fit, loader, make_trainer, outcome
+from tests.integration.virtual import simulate
+
+STEPS = 24
+
+
+class Raw(Toy):
+    """Steps an optimizer that Lightning does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.optimizer = self.counted(torch.optim.AdamW(self.parameters(), lr=1e-2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.step(batch)
+
+    def step(self, batch: Any) -> None:
+        self.optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class Unwrapped(Raw):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.optimizer = optimizer
+        super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return self.counted(torch.optim.AdamW(self.parameters(), lr=1e-2))
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM, as its well-known implementation has it: the second step calls another optimizer."""
+
+    def __init__(self, params: Any, base: torch.optim.Optimizer) -> None:
+        super().__init__(params, {"rho": 0.05})
+        self.base = base
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["climb"] = p.grad * 0.05 / (p.grad.norm() + 1e-12)
+            p.add_(self.state[p]["climb"])
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.state[p]["climb"])
+        self.base.step()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class Sam(Raw):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sam = SharpnessAware(self.parameters(), self.optimizer)
+
+    def step(self, batch: Any) -> None:
+        self.sam.first_step()
+        self.closure(batch)
+        self.sam.second_step()
+
+    def closure(self, batch: Any) -> None:
+        self.sam.zero_grad()
+        self.manual_backward(self.loss(batch))
+
+
+class SamWithClosure(Sam):
+    def step(self, batch: Any) -> None:
+        self.sam.step(lambda: self.closure(batch))
+
+
+class ByHand(Raw):
+    """Changes its parameters without an optimizer."""
+
+    def step(self, batch: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(1e-2 * parameter.grad)
+        self._count()
+
+
+KINDS: list[type[Raw]] = [Raw, Unwrapped, Sam, SamWithClosure, ByHand]
+
+
+def stepped_by_the_module() -> Result:
+    return {kind.__name__: fit(kind(), max_steps=STEPS) for kind in KINDS}
+
+
+def test_steps_that_lightning_does_not_see_count(run: Run) -> None:
+    results = run(stepped_by_the_module)
+    for kind in KINDS:
+        of_kind = [result[kind.__name__] for result in results]
+        assert_trained(of_kind, max_steps=STEPS)
+        assert not torch.equal(of_kind[0]["start"]["net.0.weight"], of_kind[0]["state"]["net.0.weight"]), kind
+
+
+class Idle(Raw):
+    def step(self, batch: Any) -> None:
+        """Forgets to step the optimizer."""
+
+
+def idle(folder: Path) -> Result:
+    with pytest.raises(RuntimeError, match="no optimizer made a step") as error:
+        fit(Idle(), max_epochs=1)
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=30, save_top_k=-1)
+    trainer = make_trainer(max_epochs=2, callbacks=[saving], enable_checkpointing=True)
+    module = Gan()
+    trainer.fit(module, loader())
+    return {"error": str(error.value), **outcome(trainer, module)}
+
+
+def test_a_fit_without_steps_is_an_error_and_several_steps_per_batch_count_as_under_ddp(
+    run: Run, tmp_path: Path
+) -> None:
+    results = run(idle, tmp_path)
+    for result in results:
+        assert "64 batches" in result["error"]
+        assert result["global_step"] == 2 * 16 * 3
+    assert_same_model(results)
+    assert {f"step={step}.ckpt" for step in (30, 60)} <= {path.name for path in tmp_path.glob("*.ckpt")}
+
+
+class OneCycle(Toy):
+    """Steps its schedule in every batch, as a run of one process does."""
+
+    def __init__(self, is_returned: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.is_returned = is_returned
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizer, scheduler, warm_up = self.parts
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        scheduler.step()
+        warm_up.step()
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.by_epoch.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.counted(torch.optim.SGD(self.parameters(), lr=1e-2))
+        other = torch.optim.SGD(self.parameters(), lr=1e-2)
+        first, second = LinearLR(other, 0.1, 1.0, 4), LinearLR(other, 1.0, 0.5, 8)
+        self.inner = [first, second]
+        self.parts = (optimizer, OneCycleLR(optimizer, 1e-2, total_steps=32), SequentialLR(other, [first, second], [4]))
+        self.by_epoch = LinearLR(torch.optim.SGD(self.parameters(), lr=1e-2))
+        if self.is_returned:
+            return [optimizer], [{"scheduler": self.parts[1]}]
+        return None
+
+    def more(self) -> Result:
+        return {"steps": [s.last_epoch for s in (*self.parts[1:], self.by_epoch)], "lr": self.parts[1].get_last_lr()}
+
+
+@pytest.mark.parametrize("is_returned", [True, False])
+def test_a_schedule_that_the_module_steps_follows_the_run(tmp_path: Path, is_returned: bool) -> None:
+    results = simulate(tmp_path, OneCycle(is_returned), loader(), slow=3, max_epochs=2)
+    own_steps = [result["optimizer_steps"] for result in results]
+    assert own_steps[3] < 32 * 2 / 3 < 32 < max(own_steps)
+    for result in results:
+        assert result["global_step"] == 32
+        assert result["steps"] == [32, 32, 2]
+        assert result["lr"] == [pytest.approx(learning_rate("one cycle", 32))]
+    assert_same_model(results)
