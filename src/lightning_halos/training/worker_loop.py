@@ -68,7 +68,8 @@ class WorkerLoop(Callback):
         self._push = state.get("push")
         if state:
             self._schedulers.load_state_dict(state["schedulers"])
-            self._hand_stepped.load_state_dict(state["hand_stepped"])
+            if "hand_stepped" in state:  # after a fit it is not needed, because all schedules are at the global step
+                self._hand_stepped.load_state_dict(state["hand_stepped"])
             self._plateaus = start.plateau_steps[len(self._schedulers.history) :]
         if world.checkpointed is not None:
             world.checkpointed.on_marker(self._save_state)
