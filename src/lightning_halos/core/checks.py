@@ -10,11 +10,7 @@ from torch.optim import Optimizer
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Checks that a value is a whole number of at least ``least``.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raises a ``ValueError`` unless a value is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
 
@@ -33,21 +29,13 @@ def check_counts(name: str, value: Any) -> None:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Checks that a value is a positive, finite number.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raises a ``ValueError`` unless a value is a positive, finite number."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r} must be a positive number of seconds.")
 
 
 def check_optimizer(name: str, factory: Any) -> None:
-    """Checks that a value is ``None`` or a function that makes an optimizer.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Raises a ``TypeError`` unless a value is ``None`` or a function that makes an optimizer."""
     if factory is not None and (isinstance(factory, Optimizer) or not callable(factory)):
         raise TypeError(
             f"{name}=<{type(factory).__name__}> must be a function from parameters to an optimizer, such as"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from lightning_halos.core.algorithms.base import ServerAlgorithm
-from lightning_halos.core.checks import check_optimizer
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.topology import ServerGroup, Topology
@@ -19,31 +19,18 @@ class AsyncLocalSGD(ServerAlgorithm):
 
     Attributes:
         optimizer: Makes the server's optimizer. Default: :func:`default_optimizer`.
-
-    Raises:
-        TypeError: If the optimizer is not a function.
-        ValueError: If a value is invalid.
     """
+
+    name: ClassVar[str] = "async_local_sgd"
+    title: ClassVar[str] = "Async-Local-SGD"
 
     local_steps: int = 32
     dynamic_local_steps: bool = True
     optimizer: OptimizerFactory | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_optimizer("optimizer", self.optimizer)
-
-    @property
-    def name(self) -> str:
-        return "async_local_sgd"
-
-    @property
-    def title(self) -> str:
-        return "Async-Local-SGD"
-
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
         everybody = tuple(sorted(rank for ranks in regions for rank in ranks))
-        return Topology(Topology.build(regions, 1, names).names, (ServerGroup(0, home, everybody),))
+        return Topology(super().arrange(regions, names).names, (ServerGroup(0, home, everybody),))
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         return self.optimizer or default_optimizer(workers)

@@ -6,6 +6,7 @@ simulations, plans and checkpoints use the same object, so a new algorithm is on
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.checks import check_count, check_optimizer, is_number
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
 from lightning_halos.core.topology import Topology
@@ -33,8 +34,8 @@ class Algorithm(ABC):
             ``max(1, ceil(H * speed / fastest))``.
 
     Raises:
-        TypeError: If ``dynamic_local_steps`` is not a bool.
-        ValueError: If ``local_steps`` is not a whole number of at least 1.
+        TypeError: If ``dynamic_local_steps`` is not a bool, or an optimizer is not a function.
+        ValueError: If another value is invalid.
     """
 
     shares_data: ClassVar[bool] = True
@@ -47,6 +48,9 @@ class Algorithm(ABC):
         check_count("local_steps", self.local_steps)
         if not isinstance(self.dynamic_local_steps, bool):
             raise TypeError(f"dynamic_local_steps={self.dynamic_local_steps!r} must be True or False.")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("optimizer"):
+                check_optimizer(field.name, getattr(self, field.name))
 
     @property
     @abstractmethod
@@ -74,13 +78,7 @@ class Algorithm(ABC):
     def planner(
         self, workers: int, max_steps: int | None = None, speeds: Mapping[int, float] | None = None
     ) -> RoundPlanner:
-        """Makes the planner of rounds.
-
-        Args:
-            workers: Number of workers of the complete run.
-            max_steps: Ordered global steps, ``None`` for no limit.
-            speeds: Speed of each worker by rank, on any scale, if speeds are known and need not be measured.
-        """
+        """Makes the planner of rounds for a number of workers; see :class:`RoundPlanner`."""
         return RoundPlanner(self.local_steps, self.dynamic_local_steps, workers, max_steps, speeds)
 
 
@@ -95,9 +93,6 @@ class ServerAlgorithm(Algorithm):
         merge_weight: Weight of the global model when a local server merges it (``alpha``).
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
-
-    Raises:
-        ValueError: If a value is invalid.
     """
 
     merge_weight: float = 0.25
@@ -118,18 +113,10 @@ class ServerAlgorithm(Algorithm):
 
     @abstractmethod
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
-        """Returns the function that makes a local server's optimizer.
-
-        Args:
-            workers: Number of the server's workers.
-            servers: Number of local servers. A single one has no global server above it.
-        """
+        """Returns the function that makes the optimizer of one of ``servers`` local servers, which has ``workers``."""
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:
-        """Returns the function that makes the global server's optimizer.
-
-        Args:
-            servers: Number of local servers.
+        """Returns the function that makes the optimizer of the global server above ``servers`` local servers.
 
         Raises:
             NotImplementedError: If the algorithm never has more than one local server.
@@ -137,11 +124,7 @@ class ServerAlgorithm(Algorithm):
         raise NotImplementedError(f"{self.title} has one local server, and no global server.")
 
     def period(self, workers: int) -> int:
-        """Returns the number of pushes between two exchanges of a local server with the global server (``K``).
-
-        Args:
-            workers: Number of the local server's workers.
-        """
+        """Returns the pushes between two exchanges (``K``) of a local server with a number of workers."""
         return 8 * workers
 
     def local_server(
@@ -153,16 +136,7 @@ class ServerAlgorithm(Algorithm):
         shapes: Sequence[torch.Size],
         describe: Callable[[int], str],
     ) -> LocalServer:
-        """Makes a local server.
-
-        Args:
-            index: Its index among all local servers.
-            servers: Number of local servers. A single one exchanges nothing.
-            workers: Number of its workers.
-            model: The initial model, which the server owns from here on.
-            shapes: Shapes of the parameters in it.
-            describe: Returns the name of a worker for warnings, by its global rank.
-        """
+        """Makes one of ``servers`` local servers; see :class:`LocalServer`. A single one exchanges nothing."""
         return LocalServer(
             index,
             model,
@@ -176,13 +150,7 @@ class ServerAlgorithm(Algorithm):
         )
 
     def global_server(self, servers: int, model: Tensor, shapes: Sequence[torch.Size]) -> GlobalServer | None:
-        """Makes the global server; ``None`` for a single local server, whose model is the global model.
-
-        Args:
-            servers: Number of local servers.
-            model: The initial model, which the server owns from here on.
-            shapes: Shapes of the parameters in it.
-        """
+        """Makes the global server; ``None`` for a single local server, whose model is the global model."""
         return None if servers == 1 else GlobalServer(model, self.make_global_optimizer(servers), shapes, servers)
 
 
@@ -192,9 +160,4 @@ class SynchronousAlgorithm(Algorithm):
 
     @abstractmethod
     def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer | None:
-        """Makes the server; ``None`` if the workers average their gradients.
-
-        Args:
-            model: The initial model, which the server owns from here on.
-            shapes: Shapes of the parameters in it.
-        """
+        """Makes the server, which owns the model; ``None`` if the workers average their gradients."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms.base import SynchronousAlgorithm
-from lightning_halos.core.checks import check_optimizer
 from lightning_halos.core.servers import OptimizerFactory, SynchronousServer
 
 
@@ -20,19 +19,11 @@ class Diloco(SynchronousAlgorithm):
 
     Attributes:
         outer_optimizer: Makes the server's optimizer. Default: :func:`default_outer_optimizer`.
-
-    Raises:
-        TypeError: If the optimizer is not a function.
-        ValueError: If a value is invalid.
     """
 
     local_steps: int = 32
     dynamic_local_steps: bool = False
     outer_optimizer: OptimizerFactory | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_optimizer("outer_optimizer", self.outer_optimizer)
 
     @property
     def name(self) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from lightning_halos.core.algorithms.base import ServerAlgorithm
-from lightning_halos.core.checks import check_count, check_counts, check_optimizer
+from lightning_halos.core.checks import check_count, check_counts
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.topology import Topology
@@ -24,11 +25,10 @@ class Halos(ServerAlgorithm):
         local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`, or
             :func:`default_single_optimizer` if there is one local server in the run.
         global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`.
-
-    Raises:
-        TypeError: If an optimizer is not a function.
-        ValueError: If a value is invalid.
     """
+
+    name: ClassVar[str] = "halos"
+    title: ClassVar[str] = "HALoS"
 
     local_steps: int = 8
     dynamic_local_steps: bool = True
@@ -44,16 +44,6 @@ class Halos(ServerAlgorithm):
         check_count("updates_per_worker", self.updates_per_worker)
         if self.accumulate_updates is not None:
             check_count("accumulate_updates", self.accumulate_updates)
-        check_optimizer("local_optimizer", self.local_optimizer)
-        check_optimizer("global_optimizer", self.global_optimizer)
-
-    @property
-    def name(self) -> str:
-        return "halos"
-
-    @property
-    def title(self) -> str:
-        return "HALoS"
 
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
         return Topology.build(regions, self.servers_per_region, names)

@@ -16,19 +16,13 @@ from lightning_halos.core.algorithms.base import SynchronousAlgorithm
 class SyncSGD(SynchronousAlgorithm):
     """The workers average their gradients, so that all of them have the same model, without a server."""
 
+    name: ClassVar[str] = "sync_sgd"
+    title: ClassVar[str] = "Synchronous SGD"
     shares_data: ClassVar[bool] = False  # as with DDP
     averages_gradients: ClassVar[bool] = True
 
     local_steps: int = 1
     dynamic_local_steps: bool = False
-
-    @property
-    def name(self) -> str:
-        return "sync_sgd"
-
-    @property
-    def title(self) -> str:
-        return "Synchronous SGD"
 
     def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> None:
         return None
