@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_halos.core.copies import DirectCopies, StagedCopies, copies_of
+from lightning_halos.core.copies import Copies, StagedCopies, copies_of
 from lightning_halos.core.vector import ModelVector
 
 PART = 64
@@ -170,7 +170,7 @@ def test_memory_first_used_in_a_validation_can_be_used_in_training(stream):
 
 
 def test_copies_are_direct_where_there_is_no_single_gpu():
-    assert isinstance(copies_of({torch.device("cpu")}), DirectCopies)
-    assert isinstance(copies_of({torch.device("meta")}), DirectCopies)
-    assert isinstance(copies_of({torch.device("cuda:0"), torch.device("cuda:1")}), DirectCopies)
-    assert isinstance(copies_of({torch.device("cpu"), torch.device("cuda:0")}), DirectCopies)
+    assert isinstance(copies_of({torch.device("cpu")}), Copies)
+    assert isinstance(copies_of({torch.device("meta")}), Copies)
+    assert isinstance(copies_of({torch.device("cuda:0"), torch.device("cuda:1")}), Copies)
+    assert isinstance(copies_of({torch.device("cpu"), torch.device("cuda:0")}), Copies)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,21 +18,11 @@ Run = tuple[list[Tensor], list[Tensor], int]
 """Tensors of a module, the corresponding parts of a host vector, and the end of the last part in the vector."""
 
 
-class Copies(Protocol):
-    """Copies runs of tensors in order."""
+class Copies:
+    """Copies runs of tensors in order, without intermediate memory."""
 
     def to_host(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yields the runs with tensors that the host can read. They are valid until the next run is requested."""
-
-    def to_device(self, runs: Iterable[Run]) -> None:
-        """Copies the parts of the vector into the module's tensors."""
-
-
-class DirectCopies:
-    """Copies without intermediate memory."""
-
-    def to_host(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yields the runs unchanged. The consumer copies tensors that are on another device."""
+        """Yields the runs with tensors that can be copied to the host, valid until the next run is requested."""
         yield from runs
 
     def to_device(self, runs: Iterable[Run]) -> None:
@@ -42,28 +31,8 @@ class DirectCopies:
             copy_each_(tensors, parts)
 
 
-class CopyStream(Protocol):
-    """A queue of copies between a device and pinned memory, separate from the device's queue of computations."""
-
-    def buffer(self, size: int) -> Tensor:
-        """Allocates ``size`` bytes of pinned memory."""
-
-    def begin(self) -> None:
-        """Makes later copies wait for all computations that are queued now."""
-
-    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], object]:
-        """Queues copies. Returns a function that waits until they are complete."""
-
-    def end(self) -> None:
-        """Makes later computations wait for all copies that are queued now."""
-
-
-class CudaCopyStream:
-    """A CUDA stream for copies.
-
-    Args:
-        device: The device.
-    """
+class CopyStream:
+    """A queue of copies between a CUDA device and pinned memory, separate from the device's queue of computations."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -78,7 +47,7 @@ class CudaCopyStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], object]:
-        """Queues copies. Returns a function that waits until they are complete, without occupying a CPU core."""
+        """Queues copies. Returns a function that waits for them, without occupying a CPU core."""
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             for target, source in zip(targets, sources, strict=True):
@@ -92,11 +61,7 @@ class CudaCopyStream:
 
 
 class _Slot:
-    """Pinned memory for one run.
-
-    Attributes:
-        wait: Waits until the last copy from or to this memory is complete.
-    """
+    """Pinned memory for one run. ``wait`` waits until the last copy from or to this memory is complete."""
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream
@@ -117,14 +82,11 @@ class _Slot:
         ]
 
 
-class StagedCopies:
+class StagedCopies(Copies):
     """Copies through two slots of pinned memory, used alternately.
 
     The host works with one slot while the stream copies the other one. Slots have the dtypes of the module's tensors:
     conversions run on the host, so that they need no memory on the device.
-
-    Args:
-        stream: The queue for the copies.
     """
 
     def __init__(self, stream: CopyStream) -> None:
@@ -132,7 +94,6 @@ class StagedCopies:
         self._slots = _Slot(stream), _Slot(stream)
 
     def to_host(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yields the runs with pinned copies of their tensors. They are valid until the next run is requested."""
         self._stream.begin()
         queued: deque[tuple[_Slot, Run]] = deque()
         for number, (tensors, parts, stop) in enumerate(runs):
@@ -146,8 +107,7 @@ class StagedCopies:
             yield self._next(queued)
 
     def to_device(self, runs: Iterable[Run]) -> None:
-        """Copies the parts of the vector into the module's tensors. Later computations wait, the host does not."""
-        self._stream.begin()
+        self._stream.begin()  # later computations wait for the copies, the host does not
         try:
             for number, (tensors, parts, _) in enumerate(runs):
                 slot = self._slots[number % 2]
@@ -166,5 +126,5 @@ class StagedCopies:
 def copies_of(devices: Collection[torch.device]) -> Copies:
     """Chooses how to copy tensors that are on these devices."""
     if len(devices) == 1 and (device := next(iter(devices))).type == "cuda":
-        return StagedCopies(CudaCopyStream(device))
-    return DirectCopies()
+        return StagedCopies(CopyStream(device))
+    return Copies()

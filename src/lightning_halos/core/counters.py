@@ -1,7 +1,4 @@
-"""Counters of a local server, for monitoring.
-
-Numbers only. They are collected on the global node from the reports of the local servers, and decide nothing.
-"""
+"""Counters for monitoring, collected on the global node from the reports of the local servers. They decide nothing."""
 
 from __future__ import annotations
 

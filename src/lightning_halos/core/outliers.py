@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
 
 
 class NormLimit:
@@ -46,7 +45,3 @@ class NormLimit:
         if norm > 0:  # a zero update (learning rate 0) says nothing about the usual size
             self.norms.append(norm)
         return fault
-
-    def load(self, norms: Iterable[float]) -> None:
-        """Replaces the recorded norms."""
-        self.norms = deque(norms, maxlen=self.WINDOW)

@@ -183,7 +183,8 @@ class ParameterServer:
         self.rejections = dict(state["rejections"])
         self._dropped_in_a_row = dict(state["dropped_in_a_row"])
         if self._norm_limit is not None:
-            self._norm_limit.load(state["norms"])
+            self._norm_limit.norms.clear()
+            self._norm_limit.norms.extend(state["norms"])
 
     def _judge(self, finding: Finding, version: int, sender: int, name: str) -> bool:
         """Accepts or rejects an update that started from ``version``, and counts it. Returns whether to apply it."""

@@ -60,31 +60,15 @@ class WorkerRound:
         return self.position + int(self.batches * self.rate)
 
     def count(self, steps: int, seconds: float) -> None:
-        """Counts one batch.
-
-        Args:
-            steps: Optimizer steps in the batch; 0 inside a gradient accumulation window.
-            seconds: Duration of the batch.
-        """
+        """Counts one batch, with its optimizer steps (0 inside a gradient accumulation window) and its duration."""
         self._seconds += seconds
         self._steps += steps
         self.batches += steps > 0
 
     def push(
-        self,
-        vector: Tensor | None,
-        stop: bool = False,
-        final: bool = False,
-        data: Sequence[tuple[int, int]] = (),
+        self, vector: Tensor | None, stop: bool = False, final: bool = False, data: Sequence[tuple[int, int]] = ()
     ) -> Push:
-        """Ends the round.
-
-        Args:
-            vector: The pseudo-gradient and the buffers; ``None`` if the round has no local step.
-            stop: Whether to ask for the complete run to stop.
-            final: Whether this is the worker's last push.
-            data: The data that the round trained on.
-        """
+        """Ends the round. Returns its push; see there for the arguments."""
         self.total_steps += self._steps
         self.number += 1
         return Push(
@@ -102,7 +86,7 @@ class WorkerRound:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the round."""
+        """Returns a copy of the state."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,12 +94,7 @@ class WorkerRound:
         vars(self).update(state)
 
     def receive(self, pull: Pull, waited: float) -> None:
-        """Starts the next round.
-
-        Args:
-            pull: The answer of the local server.
-            waited: Seconds between the push and this answer.
-        """
+        """Starts the next round, given the answer to the push and the seconds until it arrived."""
         if self.batches:
             self.rate = (pull.position - self.position) / self.batches
         self.position = pull.position
