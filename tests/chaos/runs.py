@@ -280,9 +280,8 @@ class _Worker:
         self._run.note("worker {} finishes a local step", self.rank)
         self._round.count(1, self._seconds)
         if self._shares_data:
-            lease = self._leases.popleft()
-            if lease.steps > 1:
-                self._leases.appendleft(Lease(lease.epoch, lease.first + 1, lease.steps - 1))
+            lease, rest = self._leases.popleft().divide(1)
+            self._leases.extendleft(rest)
             first = lease.epoch * self._run.scenario.steps_per_epoch + lease.first
             self._used.append((first, first + 1))
         if self._push is not None:  # a repeated round has the same steps as before

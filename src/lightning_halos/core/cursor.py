@@ -15,17 +15,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Lease:
-    """A contiguous range of an epoch's data, for one worker to train on.
-
-    Attributes:
-        epoch: The epoch.
-        first: Start of the range in this epoch, in local steps.
-        steps: Length of the range, in local steps.
-    """
+    """A contiguous range of an epoch's data. ``first`` is its start in this epoch, ``steps`` its length."""
 
     epoch: int
     first: int
     steps: int
+
+    def divide(self, steps: int) -> tuple[Lease, list[Lease]]:
+        """Returns a lease of at most this many steps, and what is left."""
+        if steps >= self.steps:
+            return self, []
+        return Lease(self.epoch, self.first, steps), [Lease(self.epoch, self.first + steps, self.steps - steps)]
 
 
 class Spans:
@@ -40,11 +40,10 @@ class Spans:
         self.add(spans)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yields the starts and ends of the ranges, in order and merged, so that no two touch."""
+        """Yields the starts and ends of the ranges, in order. No two touch."""
         return iter(self._spans)
 
     def add(self, spans: Iterable[Sequence[int]]) -> None:
-        """Adds ranges to the set."""
         for start, stop in spans:
             first = bisect_left(self._spans, start, key=lambda span: span[1])
             last = bisect_right(self._spans, stop, key=lambda span: span[0])
@@ -80,16 +79,13 @@ class DataCursor:
         self._end = end if epochs is None else min(end, epochs * steps_per_epoch)
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:
-        """Leases a range.
+        """Leases a range; returns ``None`` if there is no data left.
 
         Args:
             steps: Length of the range, in local steps. It is shorter at the end of an epoch, because no range is part
                 of two epochs.
             sharers: Number of servers that take ranges of this length. Towards the end of the last epoch ranges get
                 shorter, so that all servers have data until the end.
-
-        Returns:
-            The range, ``None`` if there is no data left.
         """
         self._next, gap = self._done.missing(self._next)
         if self._next >= self._end:
@@ -156,20 +152,17 @@ class LeaseStock:
         served: list[tuple[int, Lease | None]] = []
         while self._asked and (self._leases or self._ended):
             worker, steps = self._asked.popleft()
-            if not self._leases:
-                served.append((worker, None))
-                continue
-            lease = self._leases.popleft()
-            steps = min(steps, lease.steps)
-            self._has_served = True
-            served.append((worker, Lease(lease.epoch, lease.first, steps)))
-            if steps < lease.steps:
-                self._leases.appendleft(Lease(lease.epoch, lease.first + steps, lease.steps - steps))
+            lease = None
+            if self._leases:
+                lease, rest = self._leases.popleft().divide(steps)
+                self._leases.extendleft(rest)
+                self._has_served = True
+            served.append((worker, lease))
         return served
 
     def order(self) -> int:
         """Returns the size of the order to send now, in local steps; 0 if none is needed or one is unanswered."""
-        stock = sum(lease.steps for lease in self)
+        stock = sum(lease.steps for lease in self._leases)
         asked = sum(steps for _, steps in self._asked)
         if self._ordered or self._ended or stock >= max(self._ahead, asked):
             return 0

@@ -4,8 +4,9 @@ They are plain data without behaviour. A message has at most one tensor, ``vecto
 so that nothing is pickled.
 
 A link keeps the order of its messages. A sender may send a message again if it does not know whether it arrived, so
-messages that must count once have a ``number``: the sender counts them from 1, and the answer has the number of the
-message that it answers.
+messages that must count once have a ``number``: the sender counts those of one kind from 1 (0: not numbered, always
+new), and the answer has the number of the message that it answers. A ``server`` is the index of a local server, a
+``worker`` a global rank.
 
 A ``vector`` is the flat vector of a model (see :mod:`lightning_halos.core.vector`): first the trainable parameters,
 then the averaged buffers. The receiver owns it: servers overwrite it, to answer without a second copy.
@@ -28,18 +29,16 @@ class Push:
     """A worker gives its finished round to its local server.
 
     Attributes:
-        worker: Global rank of the worker.
         version: Version of the local server's model that the round started from; ``None`` for the first round, which
             starts from the model that the run starts with.
         steps: Local steps of the round, as the Trainer counts them (optimizer steps).
-        batches: Batches of the round in which an optimizer stepped.
+        batches: Batches in which an optimizer stepped.
         seconds: Seconds that the worker spent computing the round.
         waited: Seconds that the worker waited for its local server since its last push.
         stop: Whether the worker asks for the complete run to stop.
         final: Whether this is the worker's last push.
         vector: The pseudo-gradient (start minus end), then the worker's buffers. ``None`` if there was no local step
             since the last push.
-        number: Number of this push among the worker's pushes, from 1. 0 if pushes are not numbered; then each is new.
         data: Ranges of the data that the worker trained on since its last push, as in
             :class:`~lightning_halos.core.cursor.Spans`; empty if the workers do not share data.
     """
@@ -70,7 +69,6 @@ class Pull:
             and the value that it was stepped with.
         metrics: The metrics that rank 0 published last, by name.
         vector: The local server's model.
-        number: The number of the push that this answers.
     """
 
     version: int
@@ -88,13 +86,11 @@ class RegionUpdate:
     """A local server sends its accumulated update to the global server.
 
     Attributes:
-        server: Index of the local server.
         version: Version of the global model that the local server merged last.
         steps: Local steps of the pushes in the update.
         final: Whether this is the local server's last update.
         stop: In a final update: whether one of the server's workers asked for the complete run to stop.
         vector: The accumulated update (model at the last update or merge minus model now), then the buffers.
-        number: Number of this update among the server's updates, from 1. 0 if they are not numbered; then each is new.
     """
 
     server: int
@@ -108,14 +104,11 @@ class RegionUpdate:
 
 @dataclass
 class RegionModel:
-    """The last message of the only local server of a run: its model, which becomes the final global model.
+    """The only message of this kind, the last of the only local server: its model becomes the final global model.
 
     Attributes:
-        server: Index of the local server.
         steps: Local steps of all pushes in the model.
         stop: Whether one of the server's workers asked for the complete run to stop.
-        vector: The model.
-        number: Always 1, because a server has only one such message. It may be sent again.
     """
 
     server: int
@@ -134,8 +127,6 @@ class GlobalModel:
         final: Whether training is over and every region's last update is in the model.
         stopped: In a final model: whether a worker asked for the run to stop.
         position: In a final model: global steps of the complete run.
-        vector: The global model.
-        number: The number of the update that this answers.
     """
 
     version: int
@@ -151,9 +142,7 @@ class Progress:
     """A local server reports a push to the global server.
 
     Attributes:
-        server: Index of the local server.
-        number: Number of this report among the server's reports, from 1.
-        worker: Global rank of the worker that pushed.
+        worker: The worker that pushed.
         steps: Local steps of the push.
         seconds: Seconds that the worker spent computing them.
         waited: Seconds that the worker waited for its local server before them.
@@ -165,8 +154,7 @@ class Progress:
         rejected: Pushes of this worker that the server has rejected so far.
         bytes_within_regions: Bytes that the server's links inside its region have carried so far.
         bytes_between_regions: Bytes that its links to another region have carried so far.
-        stop: Whether the worker asks for the complete run to stop.
-        data: The data that the worker trained on; see :class:`Push`.
+        stop: See :class:`Push`, like ``data``.
     """
 
     server: int
@@ -193,11 +181,10 @@ class Status:
     Attributes:
         total: Local steps that all workers together have finished.
         fastest: Local steps per second of the fastest worker of all regions.
-        stop: Whether the run is over, so that no worker may start another round.
+        stop: Whether no worker may start another round.
         counted: Local steps in ``total`` that the receiver has reported.
         first_plateau_step: Number of steps before ``plateau_steps``, since the start.
-        plateau_steps: Steps of rank 0's plateau schedulers; see :class:`Pull`.
-        metrics: The metrics that rank 0 published last, by name.
+        plateau_steps: See :class:`Pull`, like ``metrics``.
     """
 
     total: int
@@ -215,7 +202,6 @@ class LeaseRequest:
 
     Attributes:
         steps: Requested size, in local steps. 0 in a worker's request: its server decides.
-        number: Number of this request among the sender's requests, from 1.
     """
 
     steps: int = 0
@@ -224,14 +210,7 @@ class LeaseRequest:
 
 @dataclass
 class LeaseGrant:
-    """The answer to a :class:`LeaseRequest`; see :class:`~lightning_halos.core.cursor.Lease`.
-
-    Attributes:
-        epoch: The epoch.
-        first: Start of the range in the epoch, in local steps.
-        steps: Length of the range, in local steps; 0 if there is no more data.
-        number: The number of the request that this answers.
-    """
+    """The answer to a :class:`LeaseRequest`; see :class:`~lightning_halos.core.cursor.Lease`. After the last: 0 steps."""
 
     epoch: int
     first: int
@@ -244,7 +223,7 @@ class Marker:
     """Chandy-Lamport marker. On first receipt a node snapshots its state and forwards the marker to its workers.
 
     Attributes:
-        save: Name of the save.
+        save: Identity of the save.
         folder: Folder in which its shards are written.
     """
 
@@ -257,8 +236,6 @@ class MarkerReply:
     """A local server tells the global server that its snapshot is taken.
 
     Attributes:
-        save: Name of the save.
-        server: Index of the local server.
         updates: Number of the last update that the server sent before its snapshot.
     """
 
@@ -272,7 +249,6 @@ class ShardWritten:
     """A process tells rank 0 that its shard of a checkpoint is on disk, or why it could not be written.
 
     Attributes:
-        save: Name of the save.
         name: Name of the file.
         size: Size of the file in bytes.
         crc32: Checksum of the file.

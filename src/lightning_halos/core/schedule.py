@@ -14,14 +14,12 @@ from typing import Any
 def dynamic_local_steps(local_steps: int, speed: float, fastest: float) -> int:
     """Returns a worker's local steps per round, such that all rounds take about equally long (HALoS, section 4.1).
 
-    The formula is ``max(1, ceil(local_steps * (speed / fastest)))``. With this order of operations, the fastest worker
-    runs exactly ``local_steps``.
-
     Args:
         local_steps: Local steps per round of the fastest worker (``H``).
         speed: Local steps per second of the worker.
         fastest: Local steps per second of the fastest worker.
     """
+    # With this order of operations, the fastest worker runs exactly `local_steps`.
     return max(1, math.ceil(local_steps * (speed / fastest)))
 
 
@@ -108,12 +106,12 @@ class RoundPlanner:
             self._speeds[worker] = known + self._NEWEST * (speed - known)
 
     def set_fastest_overall(self, fastest: float) -> None:
-        """Sets the speed of the fastest worker of all regions."""
+        """Sets the speed of the fastest worker of all regions, in local steps per second."""
         if not self._are_known:
             self._fastest_overall = fastest
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the measured speeds and the fastest speed of all regions."""
+        """Returns the measured speeds."""
         return {"speeds": dict(self._speeds), "fastest_overall": self._fastest_overall}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,15 +128,10 @@ class RoundPlanner:
         return dynamic_local_steps(self._local_steps, self._speeds[worker], self.fastest)
 
     def local_steps(self, worker: int, total: int) -> int:
-        """Returns the local steps of the worker's next round.
-
-        Args:
-            worker: Global rank of the worker.
-            total: Local steps that all workers together have finished.
-        """
+        """Returns the local steps of a worker's next round, given those that all workers together have finished."""
         steps = self._local_steps
         if self._dynamic and worker in self._speeds:
-            steps = dynamic_local_steps(steps, self._speeds[worker], self.fastest)
+            steps = self.known_steps(worker)
         if self._max_steps is not None:
             remaining = self._max_steps * self._workers - total
             steps = min(steps, max(1, math.ceil(remaining / self._workers)))
@@ -155,13 +148,6 @@ def next_count(shown: int, target: int, periods: Iterable[int]) -> int:
         shown: The counter now.
         target: The value to reach. If it is less than ``shown``, the counter does not change.
         periods: The periods. If several multiples of a period are on the way, the counter stops at the last one.
-
-    Returns:
-        ``target``, or the first multiple on the way to it.
     """
-    stops = [target]
-    for period in periods:
-        multiple = target // period * period
-        if multiple > shown:
-            stops.append(multiple)
-    return max(shown, min(stops))
+    multiples = [target // period * period for period in periods]
+    return max(shown, min([target, *(multiple for multiple in multiples if multiple > shown)]))

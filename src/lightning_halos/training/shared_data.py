@@ -58,9 +58,8 @@ class Leases:
 
     def use(self) -> tuple[int, int]:
         """Records that the data of the next local step was trained on. Returns its epoch and its position there."""
-        lease = self._given.popleft()
-        if lease.steps > 1:
-            self._given.appendleft(Lease(lease.epoch, lease.first + 1, lease.steps - 1))
+        lease, rest = self._given.popleft().divide(1)
+        self._given.extendleft(rest)
         return lease.epoch, lease.first
 
 
