@@ -210,7 +210,7 @@ class LeaseRequest:
 
 @dataclass
 class LeaseGrant:
-    """The answer to a :class:`LeaseRequest`; see :class:`~lightning_halos.core.cursor.Lease`. After the last: 0 steps."""
+    """The answer to a :class:`LeaseRequest`: a :class:`~lightning_halos.core.cursor.Lease`, of 0 steps at the end."""
 
     epoch: int
     first: int

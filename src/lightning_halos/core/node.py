@@ -69,9 +69,7 @@ class Node(ABC, Generic[S, E]):
     def inspect(self, message: Message, progress: Iterable[int]) -> Finding | None:
         """Inspects the vector of a message while it arrives. Reads nothing that :meth:`handle` changes.
 
-        Args:
-            message: The message.
-            progress: Yields the number of elements that have arrived so far.
+        ``progress`` yields the number of elements that have arrived so far.
         """
         if isinstance(message, Push | RegionUpdate) and message.vector is not None and self.server is not None:
             return self.server.inspect(message.vector, progress)
@@ -81,15 +79,12 @@ class Node(ABC, Generic[S, E]):
 
     @abstractmethod
     def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
-        """Handles a message.
+        """Handles a message. Returns the messages to send, in this order.
 
         Args:
             sender: Address of the sender.
             message: The message. Its vector may be written to.
             finding: The result of :meth:`inspect`. Default: inspect the vector now.
-
-        Returns:
-            The messages to send, in this order.
 
         Raises:
             ProtocolError: If the node's state does not allow the message, or the sender may not send it.
@@ -104,11 +99,7 @@ class Node(ABC, Generic[S, E]):
         """Restores a state of :meth:`state_dict` or of a snapshot, before :meth:`start`."""
 
     def _move(self, event: E) -> None:
-        """Goes to the next state.
-
-        Raises:
-            ProtocolError: If the state does not allow the event.
-        """
+        """Goes to the next state, or raises a :class:`ProtocolError`."""
         if event not in self._transitions[self.state]:
             raise ProtocolError(f"{self._name} is {self.state.value}, which does not allow this: {event.value}.")
         self.state = self._transitions[self.state][event]

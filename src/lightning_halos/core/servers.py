@@ -35,15 +35,10 @@ _REPEATED = 3  # rejected updates of a sender in a row after which a warning nam
 
 
 class Finding(NamedTuple):
-    """The result of inspecting an update.
+    """The result of inspecting an update."""
 
-    Attributes:
-        fault: Why the update is invalid, regardless of other updates; ``None`` if it is valid.
-        norm: Euclidean norm of its parameters.
-    """
-
-    fault: str | None
-    norm: float
+    fault: str | None  # why the update is invalid, regardless of other updates
+    norm: float  # Euclidean norm of its parameters
 
 
 class ParameterServer:
@@ -64,7 +59,6 @@ class ParameterServer:
         rejections: Number of rejected updates, by sender.
         staleness: Staleness of the last applied update: versions between the model that it started from and its
             arrival.
-        senders: Number of senders.
     """
 
     def __init__(
@@ -140,7 +134,7 @@ class ParameterServer:
                 snapshot.take(portion)
 
     def _state(self) -> dict[str, Any]:
-        """Returns the server's state: its own tensors, and copies of plain values."""
+        """The server's state: its own tensors, and copies of plain values."""
         return {
             "model": self.model,
             "optimizer": self._optimizer.state_dict(),
@@ -250,7 +244,6 @@ class ParameterServer:
         self._answer(answer, stop, self.model.numel(), advance)
 
     def _answer(self, answer: Tensor, start: int, stop: int, advance: Advance) -> None:
-        """Copies the elements from ``start`` to ``stop`` of the model into the answer."""
         for begin in range(start, stop, PART):
             end = min(begin + PART, stop)
             answer[begin:end].copy_(self.model[begin:end])
@@ -266,14 +259,11 @@ class LocalServer(ParameterServer):
 
     Args:
         index: Index of this local server among all local servers.
-        model: The initial model; see :class:`ParameterServer`.
-        optimizer: Makes the local server optimizer from the parameters.
+        model: See :class:`ParameterServer`, like ``optimizer``, ``shapes`` and ``max_norm_ratio``.
         accumulate_updates: Applied pushes per exchange with the global server (``K``). ``None``: this is the only
             server, and nothing is exchanged.
         merge_weight: Weight of the global model in a merge (``alpha``).
-        shapes: Shapes of the parameters in ``model``.
         workers: Number of workers of this server.
-        max_norm_ratio: See :class:`ParameterServer`.
         describe: Returns the name of a worker for warnings, by its global rank.
 
     Attributes:
@@ -325,15 +315,9 @@ class LocalServer(ParameterServer):
         )
 
     def judge(self, push: Push, finding: Finding, version: int) -> bool:
-        """Counts a push and its steps, before :meth:`apply`. From here on :attr:`version` is that of the answer.
+        """Accepts or rejects a push that started from ``version``, and counts it. Returns whether to apply it.
 
-        Args:
-            push: A finished round, with a vector.
-            finding: The result of :meth:`inspect` for its vector.
-            version: Version of the model that it started from.
-
-        Returns:
-            Whether the push must be applied.
+        From here on :attr:`version` is that of the answer.
         """
         self.steps += push.steps
         return self._judge(finding, version, push.worker, self._describe(push.worker))
@@ -348,9 +332,6 @@ class LocalServer(ParameterServer):
 
         If an update is still unanswered, the last update contains the changes since that one, so nothing is lost. Its
         answer must not be merged.
-
-        Args:
-            stop: Whether one of the workers asked for the complete run to stop.
         """
         update = self._take()
         update.final, update.stop = True, stop
@@ -359,12 +340,7 @@ class LocalServer(ParameterServer):
         return update
 
     def fill(self, update: RegionUpdate, advance: Advance = ignore_progress) -> None:
-        """Computes the vector of an update in place.
-
-        Args:
-            update: The update from :meth:`begin_exchange`.
-            advance: Called with the number of complete elements of the vector.
-        """
+        """Computes the vector of an update of :meth:`begin_exchange` in place."""
         vector = update.vector
         assert vector is not None
         self._preserve()
@@ -392,11 +368,7 @@ class LocalServer(ParameterServer):
         self.merges += 1
 
     def adopt_final_model(self, model: Tensor) -> None:
-        """Replaces the model by the final global model after the flush, for a later run that continues from there.
-
-        Args:
-            model: The final global model. It is copied.
-        """
+        """Copies the final global model after the flush, for a later run that continues from there."""
         self._preserve()
         self.model.copy_(model)
         self._base = self._begin()
@@ -441,12 +413,6 @@ class LocalServer(ParameterServer):
 class GlobalServer(ParameterServer):
     """The server of all regions: applies each region's accumulated update as a pseudo-gradient on arrival.
 
-    Args:
-        model: The initial model; see :class:`ParameterServer`.
-        optimizer: Makes the global server optimizer from the parameters.
-        shapes: Shapes of the parameters in ``model``.
-        servers: Number of local servers.
-
     Attributes:
         steps: Local steps of all updates, including rejected ones.
     """
@@ -462,15 +428,11 @@ class GlobalServer(ParameterServer):
         self.steps = 0
 
     def receive(self, update: RegionUpdate, finding: Finding | None = None) -> GlobalModel:
-        """Applies a region's accumulated update.
+        """Applies a region's accumulated update, unless it has no local steps and is final. Returns the answer.
 
         Args:
-            update: The update. Its vector's memory is reused for the answer. A final update without local steps changes
-                nothing.
+            update: The update. Its vector's memory is reused for the answer.
             finding: The result of :meth:`inspect` for its vector. Default: inspect it now.
-
-        Returns:
-            The global model, for the region to merge.
         """
         assert update.vector is not None
         self.steps += update.steps
@@ -496,12 +458,7 @@ class GlobalServer(ParameterServer):
 
 
 def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
-    """Returns the last update that a local server of a state would send; see :meth:`LocalServer.flush`.
-
-    Args:
-        index: Index of the local server.
-        state: Its state; see :meth:`LocalServer.state_dict`.
-    """
+    """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
     vector[parameters:] = model[parameters:]
@@ -512,12 +469,7 @@ class SynchronousServer(ParameterServer):
     """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
 
     def receive(self, mean: Tensor) -> None:
-        """Applies a round.
-
-        Args:
-            mean: The mean of the workers' pseudo-gradients, followed by the mean of their buffers. It is overwritten
-                with the new model.
-        """
+        """Applies the mean of the workers' vectors, and overwrites it with the new model."""
         is_accepted = self._judge(self.inspect(mean), self.version, 0, "all workers together")
         self.apply(mean, is_accepted, mean)
 

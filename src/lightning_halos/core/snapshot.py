@@ -20,15 +20,10 @@ from lightning_halos.core.messages import Marker, MarkerReply, Progress, RegionU
 
 
 class Portion(NamedTuple):
-    """A part of a server's tensors that the server overwrites at once.
+    """A part of a server's tensors that the server overwrites at once."""
 
-    Attributes:
-        elements: Its elements of the model and of every other vector of that size.
-        parameters: The numbers of its parameters in the optimizer's state.
-    """
-
-    elements: slice
-    parameters: Sequence[int]
+    elements: slice  # of the model and of every other vector of that size
+    parameters: Sequence[int]  # their numbers in the optimizer's state
 
 
 class ServerSnapshot:
@@ -142,7 +137,6 @@ class RunSnapshot:
             self.done.add(report.data)
 
     def add_reply(self, reply: MarkerReply) -> None:
-        """Adds a local server's reply."""
         self.last_updates[reply.server] = reply.updates
 
     def is_complete(self, updates: Mapping[int, float]) -> bool:
@@ -155,7 +149,6 @@ class RunSnapshot:
         return all(server in replies and replies[server] <= number for server, number in updates.items())
 
     def shard(self) -> Shard:
-        """Returns the global server's shard."""
         updates = [u for u in self.updates if u["number"] <= self.last_updates[u["server"]]]
         progress = {"total": self.total, "done": list(self.done)}
         return Shard(self.marker, None, {**self.state, "updates": updates}, self.server, progress)

@@ -56,15 +56,14 @@ class SynchronousNode:
         self._metrics = metrics
 
     def finish_round(self, pushes: Sequence[Push], mean: Tensor | None) -> dict[int, Pull | GlobalModel]:
-        """Ends a round.
+        """Ends a round. Returns the answers by global rank.
+
+        Workers that go on get a pull without a vector; the model is :attr:`model`. Finished workers get nothing until
+        all workers have finished; then all get the final model.
 
         Args:
             pushes: The pushes of all workers that took part. Their vectors are ignored.
             mean: The mean of their vectors, which is overwritten with the new model; ``None`` if no worker pushed one.
-
-        Returns:
-            The answers by global rank. Workers that go on get a pull without a vector; the model is :attr:`model`.
-            Finished workers get nothing until all workers have finished; then all get the final model.
         """
         for push in pushes:
             self._planner.measure(push.worker, push.batches, push.seconds)

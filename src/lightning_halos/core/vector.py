@@ -68,7 +68,7 @@ class ModelVector:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Properties that another module's vector must share to be compatible."""
+        """What another module's vector must share to be compatible."""
         return {"elements": self.num_elements, "parameters": self.num_parameters, "dtype": str(self.dtype)}
 
     def new(self) -> Tensor:
