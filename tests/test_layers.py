@@ -30,6 +30,7 @@ def test_the_check_finds_private_names(name: str) -> None:
 def foreign_names(tree: ast.Module) -> Iterator[str]:
     """The private names that a file imports, or reads of objects, without having defined them."""
     own = defined(tree) | OVERRIDDEN
+    inherited = set[str]().union(*map(defined, imported(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             path = f"{node.module}."
@@ -37,7 +38,18 @@ def foreign_names(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if is_private(alias.name))
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            if is_self(node.value) and node.attr in inherited:
+                continue
             yield from {ast.unparse(node)} - OF_OTHERS
+
+
+def imported(tree: ast.Module) -> Iterator[ast.Module]:
+    """The files of this package that a file imports names from, whose classes it may inherit from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("lightning_halos."):
+            path = (SOURCE.parent / node.module.replace(".", "/")).with_suffix(".py")
+            if path.exists():
+                yield ast.parse(path.read_text())
 
 
 def defined(tree: ast.Module) -> set[str]:
