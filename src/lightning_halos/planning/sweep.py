@@ -19,10 +19,6 @@ UPDATES_PER_WORKER = (2, 4, 8, 16)
 SERVERS_PER_REGION = (1, 2, 4)
 KEEP = 0.95
 SENT = 0.5
-_COLUMNS = (
-    *("H", "K per worker", "servers/region", "utilization", "s/global step"),
-    *("pushes", "updates", "behind", "sent", "GB", ""),
-)
 
 
 @dataclass(frozen=True)
@@ -116,28 +112,28 @@ def recommend(trials: Sequence[Trial], keep: float = KEEP, sent: float = 0.0) ->
 def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
     """Returns all trials as a table, followed by a recommendation."""
     choice = recommend(trials)
-    rows = [list(_COLUMNS)]
+    rows = []
     for trial in trials:
         result = trial.plan
         assert result.updates is not None
         is_best = not any(other.beats(trial) for other in trials)
         rows.append(
-            [
-                str(trial.local_steps),
-                str(trial.updates_per_worker),
-                str(trial.servers_per_region),
-                f"{trial.utilization:.1%}",
-                f"{result.seconds_per_global_step:.3f}",
-                f"{result.pushes.mean:.2f} ({result.pushes.p95})",
-                f"{result.updates.mean:.2f} ({result.updates.p95})",
-                f"{trial.behind:.1f}",
-                f"{trial.sent:.0%}",
-                f"{trial.traffic:.3f}",
-                ("*" if is_best else " ") + ("<" if trial is choice else " "),
-            ]
+            {
+                "H": str(trial.local_steps),
+                "K per worker": str(trial.updates_per_worker),
+                "servers/region": str(trial.servers_per_region),
+                "utilization": f"{trial.utilization:.1%}",
+                "s/global step": f"{result.seconds_per_global_step:.3f}",
+                "pushes": f"{result.pushes.mean:.2f} ({result.pushes.p95})",
+                "updates": f"{result.updates.mean:.2f} ({result.updates.p95})",
+                "behind": f"{trial.behind:.1f}",
+                "sent": f"{trial.sent:.0%}",
+                "GB": f"{trial.traffic:.3f}",
+                "": ("*" if is_best else " ") + ("<" if trial is choice else " "),
+            }
         )
     return (
-        f"{describe(timing)}\n\n{align(rows)}\n\n"
+        f"{describe(timing)}\n\n{align([list(rows[0]), *(list(row.values()) for row in rows)])}\n\n"
         "pushes, updates  staleness in versions, of pushes and of region updates: mean (95th percentile)\n"
         "behind           the same in global steps, both together, mean\n"
         "sent             pushes in updates to the global server; the others came while an exchange was under way\n"
