@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup, TCPStore
 
 from lightning_halos.core.messages import Failure, LeaseRequest, Message, Pull, Push
 from lightning_halos.core.vector import PART
+from lightning_halos.transport import alarm as alarm_module
 from lightning_halos.transport import wire
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -176,6 +177,36 @@ class TestLiveness:
         (failure,) = b.wait_for(1)
         assert isinstance(failure, Failure)
         assert "a mistake" in failure.reason
+
+
+class BrokenGroup:
+    """A process group whose operations fail for another reason than a lost connection."""
+
+    def send(self, *_: object) -> None:
+        raise RuntimeError("tensors must be contiguous")
+
+    recv = send
+
+
+def test_an_error_that_is_no_lost_connection_says_what_it_is() -> None:
+    a = End(GlooLink(BrokenGroup(), 1, "b", TIMEOUT, FORM)).start()  # type: ignore[arg-type]
+    assert a.failed.wait(30)
+    assert not isinstance(a.failure, PeerLostError)
+    assert "tensors must be contiguous" in str(a.failure)
+
+
+@pytest.mark.parametrize("reaction", ["close", "report"])
+def test_a_process_that_reacts_to_a_failure_is_not_ended(reaction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread may close its links, or fail by itself, without having asked for the failure."""
+    monkeypatch.undo()  # of what the other tests have in place of the end of the process
+    monkeypatch.setattr(alarm_module, "_LIMIT", 0.2)
+    ended = threading.Event()
+    monkeypatch.setattr(alarm_module.os, "_exit", lambda code: ended.set())
+    alarm = Alarm("rank 0")
+    alarm.fail(PeerLostError("rank 1 disappeared"))
+    alarm.close(0) if reaction == "close" else alarm.report("a mistake")
+    alarm.fail(PeerLostError("rank 2 disappeared"))
+    assert not ended.wait(1.0)
 
 
 class TestVectors:

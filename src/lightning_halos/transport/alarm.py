@@ -96,11 +96,12 @@ class Alarm:
             link.post(Preempted())
 
     def report(self, reason: str) -> None:
-        """Tells the peers that the main thread of this process failed."""
+        """Tells the peers that the main thread of this process failed, unless another failure came first."""
         self._ring(None, Failure(self.here, reason))
+        self.disarm()
 
     def disarm(self) -> None:
-        """Ignores failures from now on, because the run is over."""
+        """Ignores failures from now on, because the run is over, or the main thread reacts."""
         self._off = True
 
     @property
@@ -136,6 +137,7 @@ class Alarm:
 
     def close(self, timeout: float) -> None:
         """Says goodbye on all links, and waits at most ``timeout`` seconds for the goodbyes of all peers."""
+        self.disarm()
         for link in self.links:
             link.close()
         deadline = time.monotonic() + timeout
@@ -157,8 +159,7 @@ class Alarm:
         with self._lock:
             if self._off or self._error is not None:
                 return
-            self._error, self._since = error, time.monotonic()
-            self._off = error is None
+            self._since, self._error, self._off = time.monotonic(), error, error is None
             self._failure = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:])
             links = list(self.links)
         self._tell_failure(self._failure, links)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Store
 
-from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 from lightning_halos.transport.groups import interruptible, make_group
 from lightning_halos.transport.link import since
 
@@ -281,7 +281,7 @@ class Collectives:
         try:
             result = interruptible(run, self._interrupted)
         except RuntimeError as error:
-            if not _is_lost_connection(error):
+            if not is_lost_connection(error):
                 raise
             # Releasing the groups, and the traceback whose frames refer to them, closes the connections. So workers
             # that wait for this one, and not for the missing one, notice it, too.
@@ -325,11 +325,6 @@ def is_broadcastable(value: Any) -> bool:
     except Exception:  # an object's own methods may raise anything
         return False
     return True
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Returns whether gloo reports a lost connection, by the text of the error: gloo has no type for it."""
-    return any(sign in str(error) for sign in ("gloo/transport", "timeout", "Timed out", "onnection"))
 
 
 # ---------------------------------------------------------------------- over one process group; None is a group of one

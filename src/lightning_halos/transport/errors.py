@@ -13,3 +13,8 @@ class ProtocolVersionError(RuntimeError):
 
 class PeerFailedError(RuntimeError):
     """A peer reported that it failed. The message has its traceback."""
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Returns whether gloo reports a lost connection, by the text of the error: gloo has no type for it."""
+    return any(sign in str(error) for sign in ("gloo/transport", "timeout", "Timed out", "onnection"))

@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_halos.core.messages import Message
 from lightning_halos.core.vector import PART
 from lightning_halos.transport import wire
-from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
+from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError, is_lost_connection
 
 MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
@@ -341,7 +341,7 @@ class GlooLink(Link):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, PeerLostError):
+            if isinstance(error, PeerLostError) or not is_lost_connection(error):
                 raise
             raise PeerLostError(
                 f"{self.peer} disappeared: its connection is closed. Last heard of {since(self.heard)}."
