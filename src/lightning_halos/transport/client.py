@@ -30,7 +30,7 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.vector import Advance
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Link, VectorProgress, progress_limit
+from lightning_halos.transport.link import Link, progress_limit
 
 T = TypeVar("T")
 A = TypeVar("A", Pull, GlobalModel)
@@ -71,11 +71,7 @@ class WorkerClient:
         return self._answer(Pull, push, fill, "answer a push")
 
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
-        """Sends the last push and waits for the final global model, as long as the other workers make progress.
-
-        Returns:
-            The final model. Its vector arrives while the second value is iterated over.
-        """
+        """Does the same with the last push and the final model, as long as the other workers make progress."""
         # A status arrives whenever another worker has made progress.
         return self._answer(GlobalModel, push, fill, "send the final model, or news of others that go on")
 
@@ -93,12 +89,7 @@ class WorkerClient:
     def _answer(
         self, kind: type[A], push: Push, fill: Callable[[Advance], object], what: str
     ) -> tuple[A, Iterable[int]]:
-        if push.vector is None:
-            self._link.post(push)
-        else:
-            with VectorProgress(push.vector) as progress:
-                self._link.post(push, progress)
-                fill(progress.advance)
+        self._link.post(push, fill)
         while not isinstance(message := self._wait(what, self._inbox), kind):
             if isinstance(message, Marker):
                 self.on_marker(message, push)

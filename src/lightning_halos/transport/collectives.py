@@ -8,6 +8,7 @@ error that names it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -184,12 +185,7 @@ class Collectives:
         return [_text(row) for row in self._gather("give a text to a gathering", _bytes(text))]
 
     def count(self, key: str, amount: int) -> int:
-        """Adds to a counter that all workers share, and returns its new value. Waits for no other worker.
-
-        Args:
-            key: Name of the counter, which starts at 0.
-            amount: The amount to add.
-        """
+        """Adds to a counter that all workers share, and returns its new value. It waits for no worker."""
         try:  # the store itself has no limit
             return interruptible(lambda: int(self._store.add(key, amount)), self._interrupted, self._timeout)
         except (TimeoutError, dist.DistError) as error:
@@ -242,14 +238,12 @@ class Collectives:
         return everything[torch.tensor([*self._region_of]).argsort()]
 
     def _reduce(self, tensor: Tensor, name: str) -> Tensor:
-        """Returns the result on the host, as ``float32``, ``float64`` or ``int64``."""
         host = tensor.to("cpu", _wide(tensor.dtype), copy=True).contiguous()
-        operation = _OPERATIONS[name]
 
         def reduce() -> None:
-            _all_reduce_in(self._within, host, operation)
+            _all_reduce_in(self._within, host, _OPERATIONS[name])
             if len(self._regions) > 1:
-                _all_reduce_in(self._across, host, operation)
+                _all_reduce_in(self._across, host, _OPERATIONS[name])
                 _broadcast_in(self._within, host, 0)
 
         self._run(_REDUCTION, reduce)
@@ -264,14 +258,13 @@ class Collectives:
             _broadcast_in(self._within, data, 0)
 
     def _broadcast_bytes(self, data: Tensor, source: int) -> Tensor:
-        """Returns the bytes of ``source``. The other workers need not know their number."""
+        """Returns the bytes of ``source``. The other workers need not know their number, and give none."""
         frame = _frame(data, _FRAME)
         self._broadcast(frame, source)
-        if (length := _length_in(frame)) <= (room := _FRAME - _LENGTH):
-            return frame[_LENGTH:][:length]
-        rest = data[room:].contiguous() if self._rank == source else torch.empty(length - room, dtype=torch.uint8)
-        self._broadcast(rest, source)
-        return torch.cat([frame[_LENGTH:], rest])
+        if (length := _length_in(frame)) > _FRAME - _LENGTH:
+            frame = _frame(data, length + _LENGTH)
+            self._broadcast(frame, source)
+        return frame[_LENGTH:][:length]
 
     # ------------------------------------------------------------------ failures
 
@@ -390,15 +383,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups tensors into lists of at most ``_CHUNK`` bytes each. A larger tensor gets a list of its own."""
-    chunk: list[Tensor] = []
-    for tensor in tensors:
-        if chunk and sum(other.nbytes for other in chunk) + tensor.nbytes > _CHUNK:
-            yield chunk
-            chunk = []
-        chunk.append(tensor)
-    if chunk:
-        yield chunk
+    """Groups tensors into lists of at most ``_CHUNK`` bytes each, not counting the first tensor of a list."""
+    ends = itertools.accumulate(tensor.nbytes for tensor in tensors)
+    for _, chunk in itertools.groupby(zip(ends, tensors, strict=True), lambda pair: pair[0] // _CHUNK):
+        yield [tensor for _, tensor in chunk]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -411,8 +399,7 @@ def _tensor_of(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
 
 
 def _bytes(text: str) -> Tensor:
-    data = text.encode()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)[:-1]  # no buffer may be empty
 
 
 def _text(data: Tensor) -> str:
@@ -429,11 +416,8 @@ def _length_in(data: Tensor) -> int:
 
 def _frame(data: Tensor, size: int) -> Tensor:
     """Returns a frame of ``size`` bytes with the length of ``data`` and as much of ``data`` as fits."""
-    frame = torch.zeros(size, dtype=torch.uint8)
-    frame[:_LENGTH] = _length(len(data))
-    part = data[: size - _LENGTH]
-    frame[_LENGTH:][: len(part)] = part
-    return frame
+    frame = torch.cat([_length(len(data)), data[: size - _LENGTH]])
+    return torch.nn.functional.pad(frame, (0, size - len(frame)))
 
 
 # ---------------------------------------------------------------------- objects

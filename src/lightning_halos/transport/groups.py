@@ -103,7 +103,7 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
         name: A name that no other group in the store has.
         rank: This process's rank in the group.
         size: Number of processes in the group.
-        timeout: Limit for connecting, and for an operation, in seconds.
+        timeout: Limit for connecting, and for each operation, in seconds.
 
     Raises:
         PeerLostError: If the others do not come in time.
@@ -122,13 +122,14 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
 @contextmanager
 def noting_sockets() -> Iterator[None]:
     """Records the sockets that are opened in a ``with`` block, so that forked processes close them."""
-    before = {(descriptor, inode) for descriptor, inode, _ in _open_sockets()}
+    before = _open_sockets().keys()
     yield
-    _sockets.update({(descriptor, inode) for descriptor, inode, _ in _open_sockets()} - before)
+    _sockets.update(_open_sockets().keys() - before)
 
 
-def _open_sockets() -> Iterator[tuple[int, int, int]]:
-    """Yields descriptor, inode and local port of each TCP socket of this process."""
+def _open_sockets() -> dict[tuple[int, int], int]:
+    """Returns the local port of each TCP socket of this process, by its descriptor and inode."""
+    ports = {}
     for descriptor in map(int, os.listdir("/dev/fd")):
         try:
             status = os.fstat(descriptor)
@@ -136,9 +137,10 @@ def _open_sockets() -> Iterator[tuple[int, int, int]]:
                 continue
             with socket.socket(fileno=os.dup(descriptor)) as copy:
                 if copy.family in (socket.AF_INET, socket.AF_INET6):
-                    yield descriptor, status.st_ino, copy.getsockname()[1]
+                    ports[descriptor, status.st_ino] = copy.getsockname()[1]
         except OSError:  # it was closed meanwhile
             pass
+    return ports
 
 
 def _give_up_sockets() -> None:
@@ -146,9 +148,9 @@ def _give_up_sockets() -> None:
     if not _sockets:
         return
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor, inode, port in list(_open_sockets()):
-        if (descriptor, inode) in _sockets or port in _store_ports:
-            os.dup2(nothing, descriptor, False)  # keeps the number in use, because torch's objects may close it later
+    for identity, port in _open_sockets().items():
+        if identity in _sockets or port in _store_ports:
+            os.dup2(nothing, identity[0], False)  # keeps the number in use, because torch's objects may close it later
     os.close(nothing)
     _sockets.clear()
 
@@ -182,17 +184,10 @@ def gather_through(
 ) -> list[str]:
     """Returns the texts of all processes, by rank. It needs a few round trips to the store, and no process group.
 
-    Args:
-        store: The store of all processes.
-        key: A name that nothing else in the store has.
-        rank: Global rank of this process.
-        size: Number of processes.
-        text: The text of this process.
-        interrupted: Called several times a second while waiting; may raise.
-        timeout: Seconds to wait for the other processes.
+    Nothing else in the store may have the name ``key``. The wait is as for :func:`interruptible`.
 
     Raises:
-        PeerLostError: If not all processes give their text in time.
+        PeerLostError: If the store does not answer, or not all processes give their text in time.
     """
     try:
         # It also keeps rank 0, which has the store, until all others have read the texts.

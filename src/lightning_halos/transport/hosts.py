@@ -30,7 +30,7 @@ from lightning_halos.core.protocol import GLOBAL, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Link, VectorProgress
+from lightning_halos.transport.link import Link
 from lightning_halos.transport.wire import vector_of
 
 N = TypeVar("N", bound=GlobalNode | RegionNode)
@@ -67,13 +67,7 @@ class Host(Generic[N]):
         self._controls: dict[int, Link] = {}
 
     def attach(self, peer: int, models: Link, control: Link | None = None) -> None:
-        """Starts to serve a peer.
-
-        Args:
-            peer: Its address.
-            models: The link to it.
-            control: A second link, for messages that must not wait behind a model. Default: the same link.
-        """
+        """Starts to serve a peer, with a second link for messages that must not wait behind a model if there is one."""
         with self._lock:
             self._models[peer], self._controls[peer] = models, models if control is None else control
         for link in (models, control):
@@ -113,14 +107,7 @@ class Host(Generic[N]):
                 self._store(message, partial(self._complete, message))
                 continue
             link = (self._models if uses_models_link(message) else self._controls)[send.to]
-            if send.fill is None:
-                link.post(message, sent=self._after_sending(message))
-                continue
-            vector = vector_of(message)
-            assert vector is not None
-            with VectorProgress(vector) as progress:
-                link.post(message, progress, sent=self._after_sending(message))
-                send.fill(progress.advance)
+            link.post(message, send.fill, self._after_sending(message))
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
         """Returns the function to call when a message is sent and its vector's memory may be reused."""

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_halos.core.messages import Message
-from lightning_halos.core.vector import PART
+from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError, is_lost_connection
 
@@ -43,36 +43,28 @@ class VectorCutOffError(Exception):
     """The rest of a vector will not arrive. Its message is dropped, and a :class:`Failure` follows."""
 
 
-class VectorProgress:
-    """Progress of a vector, which can be sent while a ``with`` block fills it from front to back.
+class _Progress:
+    """Progress of filling a vector from front to back. Iterating over it yields the number of complete elements."""
 
-    Iterating over it yields the number of complete elements. If the block raises, the receiver drops the message.
-    """
-
-    def __init__(self, vector: Tensor) -> None:
-        self._vector = vector
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._reached = 0
-        self._progress: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def advance(self, elements: int) -> None:
-        """Reports the number of complete elements. The sender is notified when another part is complete."""
+        """Reports the number of complete elements. The iteration goes on when another part is complete."""
         before, self._reached = self._reached, elements
-        if elements // PART > before // PART or elements == self._vector.numel():
-            self._progress.put(elements)
+        if elements // PART > before // PART or elements == self._size:
+            self._queue.put(elements)
 
-    def __enter__(self) -> VectorProgress:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self.advance(self._vector.numel())
-        else:
-            self._progress.put(None)
+    def cut_off(self) -> None:
+        """Reports that the rest will not follow."""
+        self._queue.put(None)
 
     def __iter__(self) -> Iterator[int]:
         complete = 0
-        while complete < self._vector.numel():
-            elements = self._progress.get()
+        while complete < self._size:
+            elements = self._queue.get()
             if elements is None:
                 raise VectorCutOffError
             yield (complete := elements)
@@ -118,19 +110,32 @@ class Link(ABC):
         self._start_thread("receive", partial(self._receive_all, on_message), on_failure)
 
     def post(
-        self, message: Message, progress: VectorProgress | None = None, sent: Callable[[], None] | None = None
+        self,
+        message: Message,
+        fill: Callable[[Advance], object] | None = None,
+        sent: Callable[[], None] | None = None,
     ) -> None:
         """Sends a message, without waiting.
 
         Args:
             message: The message. Its vector must not change until it is sent.
-            progress: Progress of the message's vector, if it is not complete yet.
+            fill: Fills the message's vector from front to back, while it is sent. If it raises, the receiver drops the
+                message. Default: the vector is complete.
             sent: Called in the sending thread when the message's vector may be overwritten. Never called if the peer
                 keeps the vector.
         """
         vector = wire.vector_of(message)
-        complete = [] if vector is None else [vector.numel()]
-        self._outbox.put(_Outgoing(message, progress or complete, sent))
+        if vector is None or fill is None:
+            self._outbox.put(_Outgoing(message, [] if vector is None else [vector.numel()], sent))
+            return
+        progress = _Progress(vector.numel())
+        self._outbox.put(_Outgoing(message, progress, sent))
+        try:
+            fill(progress.advance)
+        except BaseException:
+            progress.cut_off()
+            raise
+        progress.advance(vector.numel())
 
     def close(self) -> None:
         """Says goodbye. The threads end when the peer has also said goodbye."""

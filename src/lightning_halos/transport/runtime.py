@@ -29,7 +29,7 @@ class NodeRuntime:
     Args:
         rank: Global rank of this process.
         topology: The regions and servers.
-        groups: This process's process groups.
+        groups: Its process groups.
         global_node: On rank 0, the global node.
         region_node: On the leader of a local server, the server's node.
         memory: The worker's vector. Models from another process are received into it.
