@@ -63,16 +63,14 @@ class Host(Generic[N]):
         # Reentrant, because Lightning saves a checkpoint inside the handler of SLURM's signal, which may interrupt the
         # main thread here.
         self._lock = threading.RLock()
-        self._models: dict[int, Link] = {}
-        self._controls: dict[int, Link] = {}
+        self._links: dict[int, tuple[Link, ...]] = {}
 
-    def attach(self, peer: int, models: Link, control: Link | None = None) -> None:
-        """Starts to serve a peer, with a second link for messages that must not wait behind a model if there is one."""
+    def attach(self, peer: int, *links: Link) -> None:
+        """Starts to serve a peer over one link, or over one for models and one for what must not wait behind them."""
         with self._lock:
-            self._models[peer], self._controls[peer] = models, models if control is None else control
-        for link in (models, control):
-            if link is not None:
-                link.start(partial(self._on_message, peer), self._alarm.fail)
+            self._links[peer] = links
+        for link in links:
+            link.start(partial(self._on_message, peer), self._alarm.fail)
 
     def ask(self, question: Callable[[N], T]) -> T:
         """Returns what a function returns for the node, which handles no message meanwhile."""
@@ -106,7 +104,7 @@ class Host(Generic[N]):
             if isinstance(message, Shard):
                 self._store(message, partial(self._complete, message))
                 continue
-            link = (self._models if uses_models_link(message) else self._controls)[send.to]
+            link = self._links[send.to][0 if uses_models_link(message) else -1]
             link.post(message, send.fill, self._after_sending(message))
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
@@ -148,7 +146,7 @@ class RegionHost(Host[RegionNode]):
 
     def tell(self, message: ShardWritten) -> None:
         """Tells rank 0 that a part of a snapshot has been written."""
-        self._controls[GLOBAL].post(message)
+        self._links[GLOBAL][-1].post(message)
 
     def _on_message(self, peer: int, message: Message, progress: Iterable[int]) -> None:
         if isinstance(message, Push):
@@ -172,8 +170,8 @@ class RegionHost(Host[RegionNode]):
     def _traffic(self) -> tuple[int, int]:
         """Returns the bytes on this server's links inside its region, and to other regions."""
         within = to_global = 0
-        for peer, models in list(self._models.items()):
-            size = sum(link.bytes_sent + link.bytes_received for link in {models, self._controls[peer]})
+        for peer, links in list(self._links.items()):
+            size = sum(link.bytes_sent + link.bytes_received for link in links)
             if peer == GLOBAL:
                 to_global += size
             else:
