@@ -81,12 +81,12 @@ def round_trip_process(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(str(folder / "store"), 2)
-    bare = make_group(store, "bare", rank, 2, timeout)
+    bare = make_group(store, "bare", rank, 2, timeout, lambda: None)
     topology = Topology.build([[0, 1]], servers_per_region=1)
     module = layers(40)
     vector = ModelVector(module)
     memory = vector.read(vector.new())
-    groups = Groups(store, topology, rank, timeout)
+    groups = Groups(store, topology, rank, timeout, lambda: None)
     nodes: tuple[Any, Any] = None, None
     if rank == 0:
         server = Halos().local_server(0, 1, 2, memory.clone(), vector.shapes, topology.describe)

@@ -52,7 +52,7 @@ def groups(size: int = 2) -> Iterator[list[ProcessGroup]]:
     made: dict[int, ProcessGroup] = {}
 
     def make(rank: int) -> None:
-        made[rank] = make_group(TCPStore("127.0.0.1", master.port), "group", rank, size, 300.0)
+        made[rank] = make_group(TCPStore("127.0.0.1", master.port), "group", rank, size, 300.0, ignore)
 
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(size)]
     for thread in threads:

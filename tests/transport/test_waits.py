@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import gather_through, interruptible, make_group
+from lightning_halos.transport.groups import gather_through, interruptible, make_group, open_store
 from lightning_halos.transport.link import Link, LoopbackLink
 
 pytestmark = pytest.mark.alone
@@ -174,7 +175,31 @@ def test_a_store_whose_process_is_stopped_before_the_regions_are_known() -> None
 def test_a_process_group_that_nobody_else_comes_to() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(PeerLostError, match=r"Process 0 of 2 of the process group 'models' did not meet the others"):
-        make_group(store, "models", 0, 2, 0.5)
+        make_group(store, "models", 0, 2, 0.5, ignore)
+
+
+class SignalError(Exception):
+    """What the handler of a signal raises."""
+
+
+def raise_signal_error() -> None:
+    raise SignalError
+
+
+def test_a_signal_ends_the_wait_for_a_group() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(SignalError):
+        make_group(store, "models", 0, 2, 20.0, raise_signal_error)
+
+
+def test_a_signal_ends_the_wait_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "")  # both are restored afterwards
+    monkeypatch.setenv("MASTER_PORT", "")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SignalError):
+        open_store("127.0.0.1", port, 1, 2, 20.0, raise_signal_error)
 
 
 @pytest.mark.parametrize("regions", [[range(6)], [[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2, 3], [5]]], ids=str)

@@ -179,9 +179,10 @@ class ConnectedStrategy(ParallelStrategy):
         if self._site is None:
             assert self.cluster_environment is not None
             environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
-            # Kept even if connecting fails, because others may still read the reason from rank 0's store.
-            self._store = open_store(environment.main_address, environment.main_port, rank, size, self.timeout)
             topology, interrupted, simulated = self._topology, self.check_interrupted, self.cluster is not None
+            address, port = environment.main_address, environment.main_port
+            # Kept even if connecting fails, because others may still read the reason from rank 0's store.
+            self._store = open_store(address, port, rank, size, self.timeout, interrupted)
             may_be_named = not simulated and self._regions is None
             if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
                 topology = self.algorithm.arrange(*named)

@@ -62,7 +62,7 @@ class Site:
         patience = max(timeout, MIN_PATIENCE)
         store = PrefixStore("collectives", store)
         self.collectives = Collectives(places.regions, rank, store, interrupted, topology.describe, patience)
-        self.groups = Groups(self._store, places, rank, timeout)
+        self.groups = Groups(self._store, places, rank, timeout, interrupted)
 
     @property
     def here(self) -> str:

@@ -82,9 +82,9 @@ class Collectives:
         self._within = self._across = None  # without others in the region; with one region, or on other workers
         mine = self._regions[index]
         if len(mine) > 1:
-            self._within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout)
+            self._within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout, interrupted)
         if rank == mine[0] and len(regions) > 1:
-            self._across = make_group(store, "leaders", index, len(regions), timeout)
+            self._across = make_group(store, "leaders", index, len(regions), timeout, interrupted)
 
     def barrier(self) -> None:
         """Waits until all workers have called this."""

@@ -15,7 +15,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,7 +39,9 @@ _PORT = "halos/port"  # key of the port of the store that rank 0 hosts
 _PATIENCE = 3.0  # seconds for a connection attempt, before the port is read again
 
 
-def open_store(address: str, port: int, rank: int, world_size: int, timeout: float) -> Store:
+def open_store(
+    address: str, port: int, rank: int, world_size: int, timeout: float, interrupted: Callable[[], None]
+) -> Store:
     """Returns a store that all processes share, with keys of its own for every call.
 
     Every process must make the same calls in the same order.
@@ -50,6 +52,7 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
         rank: Global rank of this process.
         world_size: Number of processes.
         timeout: Seconds to wait for the other processes.
+        interrupted: Called several times a second while waiting; may raise.
 
     Raises:
         PeerLostError: If not all processes connect in time.
@@ -57,18 +60,21 @@ def open_store(address: str, port: int, rank: int, world_size: int, timeout: flo
     if (address, port) not in _stores:
         _store_ports.add(port)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-        # A store lives as long as its process, for a second Trainer.
-        try:
+
+        def connect() -> Store:
             with noting_sockets():
                 store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                     store = _store_of_this_start(store, address, rank, timeout)
+                return store
+
+        try:  # a store lives as long as its process, for a second Trainer
+            _stores[address, port] = interruptible(connect, interrupted)
         except DistError as error:
             raise PeerLostError(
                 f"Rank {rank} did not meet the other {world_size - 1} process(es) at {address}:{port} within"
                 f" timeout={timeout:g} s. Do all of them run, and can they reach that address? {error}"
             ) from None
-        _stores[address, port] = store
     return PrefixStore(f"halos/{next(_count)}", _stores[address, port])
 
 
@@ -95,7 +101,9 @@ def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) 
         return own
 
 
-def make_group(store: Store, name: str, rank: int, size: int, timeout: float) -> ProcessGroup:
+def make_group(
+    store: Store, name: str, rank: int, size: int, timeout: float, interrupted: Callable[[], None]
+) -> ProcessGroup:
     """Makes a process group for tensors in host memory.
 
     Args:
@@ -104,13 +112,18 @@ def make_group(store: Store, name: str, rank: int, size: int, timeout: float) ->
         rank: This process's rank in the group.
         size: Number of processes in the group.
         timeout: Limit for connecting, and for each operation, in seconds.
+        interrupted: Called several times a second while connecting; may raise.
 
     Raises:
         PeerLostError: If the others do not come in time.
     """
-    try:
+
+    def connect() -> ProcessGroupGloo:
         with noting_sockets():
-            group = ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+            return ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+
+    try:
+        group = interruptible(connect, interrupted)
     except RuntimeError as error:
         raise PeerLostError(
             f"Process {rank} of {size} of the process group {name!r} did not meet the others within timeout={timeout:g}"
@@ -168,15 +181,18 @@ class Groups:
         control: The leaders, on separate connections, so that a stop notice overtakes a model.
     """
 
-    def __init__(self, store: Store, topology: Topology, rank: int, timeout: float) -> None:
+    def __init__(
+        self, store: Store, topology: Topology, rank: int, timeout: float, interrupted: Callable[[], None]
+    ) -> None:
+        def make(name: str, ranks: Sequence[int]) -> ProcessGroup | None:
+            if rank not in ranks or len(ranks) == 1:
+                return None
+            return make_group(store, name, ranks.index(rank), len(ranks), timeout, interrupted)
+
         group = topology.group_of(rank)
-        leaders = topology.leaders
-        self.region = self.models = self.control = None
-        if len(group.ranks) > 1:
-            self.region = make_group(store, f"region/{group.index}", group.ranks.index(rank), len(group.ranks), timeout)
-        if rank in leaders and len(leaders) > 1:
-            self.models = make_group(store, "models", leaders.index(rank), len(leaders), timeout)
-            self.control = make_group(store, "control", leaders.index(rank), len(leaders), timeout)
+        self.region = make(f"region/{group.index}", group.ranks)
+        self.models = make("models", topology.leaders)
+        self.control = make("control", topology.leaders)
 
 
 def gather_through(
