@@ -133,7 +133,7 @@ def _other_state(module: nn.Module, places: Iterable[_Place], local: Collection[
     return {
         name: repr(map_tensors(_checksum, value))
         for name, value in module.state_dict().items()
-        if name not in local and is_plain(value) and not (isinstance(value, Tensor) and _memory(value) in known)
+        if name not in local and not (isinstance(value, Tensor) and _memory(value) in known) and is_plain(value)
     }
 
 
