@@ -25,12 +25,12 @@ _BLOCK = 131072
 
 
 class DelayedNesterov(Optimizer):
-    r"""Nesterov momentum that is refreshed only once per `delay` updates.
+    """Nesterov momentum that is refreshed only once per `delay` updates.
 
     Asynchronous workers deliver stale gradients one by one; momentum on each of them amplifies the staleness. So
     every gradient moves the parameters at once, but the momentum is computed from the mean of `delay` gradients. With
-    :math:`d` = `delay`, :math:`\beta` = `momentum`, :math:`c` = `activation` and :math:`g_t` the gradient of update
-    :math:`t = 0, 1, \dots` of a parameter :math:`p`, where :math:`m` and :math:`\Delta` start at 0::
+    ``d`` = `delay`, ``beta`` = `momentum`, ``c`` = `activation` and ``g_t`` the gradient of update ``t`` = 0, 1, ... of
+    a parameter ``p``, where ``m`` and ``Delta`` start at 0::
 
         every update        Delta <- Delta + g_t
         (t + 1) % d != 0    p <- p - lr * d * (c * beta * m + g_t / d)
