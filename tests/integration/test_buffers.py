@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def self_supervised() -> Result:
     return {**result, "warnings": [str(warning.message) for warning in caught]}
 
 
-def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run) -> None:
+def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_path: Path) -> None:
     results = run(self_supervised, workers=WORKERS)
     first, second = (result["state"] for result in results)
     own = {first.pop("own").item(), second.pop("own").item()}
@@ -89,6 +90,10 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run) -> None
     assert torch.equal(first["prototype"], torch.full((3,), float(steps))), (
         "a frozen parameter that is no copy: rank 0's"
     )
+    log = (tmp_path / "log0").read_text()
+    assert "Buffers, averaged with the model: net.1.running_mean, net.1.running_var, teacher.0.weight" in log
+    assert "Buffers, each worker's own: own." in log
+    assert "The module changed frozen parameters itself: prototype." in log
     changed, extra = (
         [warning for warning in results[0]["warnings"] if text in warning]
         for text in ("differed between the workers after the final model was loaded", "state_dict differ")

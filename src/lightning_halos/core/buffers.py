@@ -122,9 +122,9 @@ def _copies_of_trainable_parts(module: nn.Module) -> list[str]:
     no copies of each other, although some may be frozen.
     """
     shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
-    trainable = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trainable = [name.split(".") for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     modules = dict(module.named_modules(remove_duplicate=False))
-    parts = [name for name in modules if any(_is_in(parameter, name) for parameter in trainable)]
+    parts = {".".join(name[:length]) for name in trainable for length in range(len(name))}
 
     def is_copy(name: str, inner: list[str]) -> bool:
         return any(

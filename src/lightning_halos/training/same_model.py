@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_halos.checkpoint.files import is_plain
-from lightning_halos.core.buffers import Entry, summary
+from lightning_halos.core.buffers import ATTRIBUTE, Entry, summary
 from lightning_halos.core.compat import dense_parts, map_tensors
 from lightning_halos.transport.collectives import Collectives
 
@@ -41,7 +41,7 @@ def broadcast_module(collectives: Collectives, module: nn.Module) -> None:
     collectives.broadcast_([part for tensor in tensors for part in dense_parts(tensor)])
 
 
-def log_rules(entries: Iterable[Entry]) -> None:
+def log_rules(entries: Sequence[Entry]) -> None:
     """Logs on rank 0 what happens with each buffer and frozen parameter that a module may change."""
     texts = {
         "mean": "averaged with the model",
@@ -55,7 +55,7 @@ def log_rules(entries: Iterable[Entry]) -> None:
             rank_zero_info(f"Buffers, {text}: {summary(names)}.")
 
 
-def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Iterable[Entry], may_differ: bool) -> None:
+def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Sequence[Entry], may_differ: bool) -> None:
     """Compares the modules of all workers after a fit, and replaces what differs by rank 0's.
 
     Rank 0's buffers and frozen parameters replace those that are not averaged. Anything else is the same unless a hook
@@ -72,6 +72,12 @@ def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Iter
     places = {place.path: place for place in _places(module) if place.path not in local}
     differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})
     _replace(collectives, [places.get(path) for path in differing])
+    frozen = {entry.path for entry in entries if entry.is_parameter and entry.rule == "first"}
+    if changed := [path for path in differing if path in frozen]:
+        rank_zero_info(
+            f"The module changed frozen parameters itself: {summary(changed)}. Each worker had its own during training,"
+            f" and all have rank 0's now. To average them, set {ATTRIBUTE} = {{name: 'mean'}} in the module."
+        )
     if changed := [path for path in differing if path not in expected and not may_differ]:
         rank_zero_warn(
             f"These parameters differed between the workers after the final model was loaded: {summary(changed)}. All"
