@@ -24,25 +24,17 @@ ATTRIBUTE = "halos_buffers"
 
 
 class Entry(NamedTuple):
-    """A buffer or a frozen parameter.
+    """A buffer or a frozen parameter."""
 
-    Attributes:
-        path: Its name in the complete module.
-        owner: The module that has it. A module may replace the tensor of a buffer, so it is found by its name.
-        name: Its name in ``owner``.
-        rule: What happens with it.
-        is_parameter: Whether it is a frozen parameter.
-    """
-
-    path: str
-    owner: nn.Module
-    name: str
+    path: str  # its name in the complete module
+    owner: nn.Module  # the module that has it
+    name: str  # its name in `owner`
     rule: Rule
     is_parameter: bool
 
     @property
     def tensor(self) -> Tensor:
-        """Its present tensor."""
+        """Its present tensor. A module may replace the tensor of a buffer, so it is found by its name."""
         tensor: Tensor = getattr(self.owner, self.name)
         return tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -76,9 +76,6 @@ class DelayedNesterov(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Missing values default to those of the constructor.
-
-        Args:
-            param_group: ``{"params": ...}`` and optionally `lr`, `momentum`, `delay`, `activation`.
 
         Raises:
             ValueError: If a value is out of range. Then no group is added.
@@ -179,8 +176,7 @@ class DelayedNesterov(Optimizer):
         state = self.state[p]
         if name not in state:
             state[name] = torch.zeros_like(p)
-        buffer: Tensor = state[name]
-        return buffer
+        return cast(Tensor, state[name])
 
 
 def _blocks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -25,17 +25,12 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Send:
-    """A message to be sent.
+    """A message to be sent."""
 
-    Attributes:
-        to: Address of the receiver.
-        message: The message. A shard may be completed later, with :meth:`Shard.advance`.
-        fill: Computes the message's vector from front to back and reports the number of complete elements; ``None`` if
-            the vector is complete. It must run before the node handles another message, and in the order of the list.
-    """
-
-    to: int
-    message: Message | Shard
+    to: int  # address of the receiver
+    message: Message | Shard  # a shard may be completed later, with `Shard.advance`
+    # Computes the message's vector from front to back and reports the number of complete elements; None if the vector is
+    # complete. It must run before the node handles another message, and in the order of the list.
     fill: Callable[[Advance], object] | None = None
 
     def complete(self) -> Message | Shard:

@@ -1,7 +1,4 @@
-"""The step budget of a run, the local steps of a round, and the global step.
-
-Numbers only: no tensors and no clock. Callers pass the seconds that they measured or simulated.
-"""
+"""The step budget of a run, the local steps of a round, and the global step: numbers only, no tensors and no clock."""
 
 from __future__ import annotations
 
@@ -25,17 +22,11 @@ def dynamic_local_steps(local_steps: int, speed: float, fastest: float) -> int:
 
 @dataclass
 class StepBudget:
-    """Compares the local steps of all workers with the ordered number of steps.
+    """Compares the local steps of all workers with the ordered number of steps."""
 
-    Attributes:
-        workers: Number of workers.
-        max_steps: Ordered global steps, ``None`` for no limit. One global step is one local step per worker.
-        total: Local steps that all workers together have finished.
-    """
-
-    workers: int
-    max_steps: int | None = None
-    total: int = 0
+    workers: int  # their number
+    max_steps: int | None = None  # ordered global steps: one is one local step per worker; None for no limit
+    total: int = 0  # local steps that all workers together have finished
 
     @property
     def position(self) -> int:

@@ -268,10 +268,14 @@ class LocalServer(ParameterServer):
 
     Attributes:
         merges: Number of merged global models.
+        merged_at: The version at the last merge.
+        global_version: Version of the global model that was merged last.
         exchanging: Whether an update is unanswered.
         number: Number of the last update that was sent.
         steps: Local steps of the pushes since then.
     """
+
+    _PLAIN = ("merges", "merged_at", "global_version", "exchanging", "number", "steps")  # values in the state
 
     def __init__(
         self,
@@ -297,8 +301,8 @@ class LocalServer(ParameterServer):
         # The model at the last update or merge, from which the next update is computed. None after the flush, and if
         # there is no global server.
         self._base: Tensor | None = self._begin()
-        self._merged_at = 0
-        self._global_version = 0
+        self.merged_at = 0
+        self.global_version = 0
 
     @property
     def exchanges(self) -> bool:
@@ -311,7 +315,7 @@ class LocalServer(ParameterServer):
         return (
             self._accumulate_updates is not None
             and not self.exchanging
-            and self.version - self._merged_at >= self._accumulate_updates
+            and self.version - self.merged_at >= self._accumulate_updates
         )
 
     def judge(self, push: Push, finding: Finding, version: int) -> bool:
@@ -335,7 +339,7 @@ class LocalServer(ParameterServer):
         """
         update = self._take()
         update.final, update.stop = True, stop
-        self.exchanging, self._merged_at = False, self.version
+        self.exchanging, self.merged_at = False, self.version
         self.fill(update)
         return update
 
@@ -363,8 +367,8 @@ class LocalServer(ParameterServer):
         self._preserve()
         self.model.lerp_(reply.vector, self._merge_weight)
         self._base.copy_(self.model)
-        self._merged_at = self.version
-        self._global_version = reply.version
+        self.merged_at = self.version
+        self.global_version = reply.version
         self.merges += 1
 
     def adopt_final_model(self, model: Tensor) -> None:
@@ -372,31 +376,25 @@ class LocalServer(ParameterServer):
         self._preserve()
         self.model.copy_(model)
         self._base = self._begin()
-        self._merged_at = self.version
+        self.merged_at = self.version
         self.exchanging = False
         self.steps = 0
 
     def _state(self) -> dict[str, Any]:
         return {
             **super()._state(),
+            **{name: getattr(self, name) for name in self._PLAIN},
+            "parameters": self._num_parameters,
             # After the flush everything has been sent.
             "base": self.model if self._base is None and self.exchanges else self._base,
-            "merged_at": self._merged_at,
-            "merges": self.merges,
-            "steps": self.steps,
-            "exchanging": self.exchanging,
-            "global_version": self._global_version,
-            "parameters": self._num_parameters,
-            "number": self.number,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         base = state["base"]
         self._base = base.clone() if self.exchanges and base is not None else self._begin()
-        self._merged_at, self.merges, self.steps = state["merged_at"], state["merges"], state["steps"]
-        self.exchanging, self.number = state["exchanging"], state["number"]
-        self._global_version = state["global_version"]
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
 
     def _begin(self) -> Tensor | None:
         return None if self._accumulate_updates is None else self.model.clone()
@@ -407,7 +405,7 @@ class LocalServer(ParameterServer):
         vector, self._base = self._base, None
         steps, self.steps = self.steps, 0
         self.number += 1
-        return RegionUpdate(self.index, self._global_version, steps, vector=vector, number=self.number)
+        return RegionUpdate(self.index, self.global_version, steps, vector=vector, number=self.number)
 
 
 class GlobalServer(ParameterServer):

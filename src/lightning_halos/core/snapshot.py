@@ -78,21 +78,13 @@ class ServerSnapshot:
 
 @dataclass
 class Shard:
-    """A node's part of a snapshot of all nodes, to be written to disk.
-
-    Attributes:
-        marker: The marker of the snapshot.
-        server: Index of the local server whose state this is; ``None`` for the global server.
-        state: Tensors and plain values. Valid when ``snapshot`` is complete.
-        snapshot: The copy of the server's state within ``state``; ``None`` if there is no server.
-        progress: In the global server's shard: the progress of the run, for the manifest.
-    """
+    """A node's part of a snapshot of all nodes, to be written to disk."""
 
     marker: Marker
-    server: int | None
-    state: dict[str, Any]
-    snapshot: ServerSnapshot | None
-    progress: dict[str, Any] = field(default_factory=dict)
+    server: int | None  # index of the local server whose state this is; None for the global server
+    state: dict[str, Any]  # tensors and plain values, valid when `snapshot` is complete
+    snapshot: ServerSnapshot | None  # the copy of the server's state within `state`
+    progress: dict[str, Any] = field(default_factory=dict)  # of the run, for the manifest; only of the global server
 
     def advance(self) -> bool:
         """Copies the next portion of the server's state. Returns whether ``state`` is complete."""
@@ -105,24 +97,15 @@ class RunSnapshot:
 
     It consists of the state of the global node when it sent the markers, and of the channel state: updates and progress
     reports that local servers sent before their own snapshots and that arrived after the global node's.
-
-    Attributes:
-        marker: The marker of the snapshot.
-        state: State of the global node.
-        server: The copy of the global server's state in it; ``None`` without a global server.
-        total: Local steps that all workers have finished.
-        done: The data that they trained on.
-        updates: Updates that arrived since then, as dictionaries of their fields.
-        last_updates: Number of the last update before the snapshot, for each local server that has replied.
     """
 
     marker: Marker
-    state: dict[str, Any]
-    server: ServerSnapshot | None
-    total: int
-    done: Spans
-    updates: list[dict[str, Any]] = field(default_factory=list)
-    last_updates: dict[int, int] = field(default_factory=dict)
+    state: dict[str, Any]  # of the global node
+    server: ServerSnapshot | None  # the copy of the global server's state in it
+    total: int  # local steps that all workers have finished
+    done: Spans  # the data that they trained on
+    updates: list[dict[str, Any]] = field(default_factory=list)  # those that arrived since then, by their fields
+    last_updates: dict[int, int] = field(default_factory=dict)  # each local server's last one before its snapshot
 
     def add_update(self, update: RegionUpdate) -> None:
         """Adds an update that has arrived, unless it was surely sent after the local server's snapshot."""
@@ -142,8 +125,7 @@ class RunSnapshot:
     def is_complete(self, updates: Mapping[int, float]) -> bool:
         """Returns whether all local servers have replied, and their last updates before the snapshot have arrived.
 
-        Args:
-            updates: Number of each local server's last update that has arrived; infinite if there are no updates.
+        ``updates`` has the number of each local server's last update that has arrived; infinite if there are none.
         """
         replies = self.last_updates
         return all(server in replies and replies[server] <= number for server, number in updates.items())

@@ -15,17 +15,11 @@ REGION_VARIABLE = "HALOS_REGION"
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """A local server and its workers.
+    """A local server and its workers."""
 
-    Attributes:
-        index: Index of the local server among all local servers.
-        region: Index of its region.
-        ranks: Global ranks of its workers, ascending.
-    """
-
-    index: int
-    region: int
-    ranks: tuple[int, ...]
+    index: int  # of the local server among all local servers
+    region: int  # index of its region
+    ranks: tuple[int, ...]  # global ranks of its workers, ascending
 
     @property
     def leader(self) -> int:
@@ -81,10 +75,6 @@ class Topology:
         return cls(tuple(names), tuple(groups))
 
     @property
-    def world_size(self) -> int:
-        return sum(len(group.ranks) for group in self.groups)
-
-    @property
     def leaders(self) -> list[int]:
         """Global ranks of the leaders, by the index of their server."""
         return [group.leader for group in self.groups]
@@ -110,7 +100,7 @@ def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:
     """Checks the argument ``regions`` as far as this is possible without the number of workers.
 
     Raises:
-        TypeError: If it is not None, an int, or a sequence of sequences of ints.
+        TypeError: If it has another type.
         ValueError: If it is not positive, a region is empty, or a rank is in two regions.
     """
     if regions is None:
@@ -178,13 +168,10 @@ def assign_regions(
 
 
 def regions_by_name(names: Sequence[str]) -> tuple[list[list[int]], list[str]]:
-    """Groups ranks by the region that each process named.
+    """Returns the ranks of each region and the regions' names, ordered by their lowest ranks.
 
     Args:
         names: The value of ``HALOS_REGION`` in each process, by rank; empty if it is not set.
-
-    Returns:
-        The ranks of each region and the regions' names, ordered by their lowest ranks.
 
     Raises:
         ValueError: If some processes have ``HALOS_REGION`` and others do not.

@@ -86,24 +86,17 @@ class ModelVector:
     def write(self, vector: Tensor, progress: Iterable[int] | None = None) -> None:
         """Copies the values of ``vector`` into the module.
 
-        Args:
-            vector: The vector.
-            progress: Yields the number of complete elements, while the vector is filled from front to back. Default:
-                the vector is complete.
+        ``progress`` yields the number of complete elements, while the vector is filled from front to back. Default: it
+        is complete.
         """
         runs = self._runs(vector)
         self._copies.to_device(runs if progress is None else _filled(runs, progress))
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress) -> Tensor:
-        """Turns the vector at the start of a round into the vector of its push, in place.
+        """Turns the vector at the start of a round into the vector of its push, in place, and returns it.
 
-        Args:
-            start: The vector at the start of the round.
-            advance: Called with the number of complete elements.
-
-        Returns:
-            ``start``, which now has start minus end for the parameters, and the present values of the averaged tensors.
+        It then has start minus end for the parameters, and the present values of the averaged tensors.
         """
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             if stop <= self.num_parameters:
@@ -140,9 +133,6 @@ class ModelVector:
             averaged.append(tensor)
         return [*self._parameters, *averaged]
 
-    def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(map(_real, self._tensors()), self._split(vector), strict=True)
-
     def _runs(self, vector: Tensor) -> Iterator[Run]:
         """Divides the vector into runs of about ``PART`` elements. No run has both parameters and averaged tensors."""
         tensors: list[Tensor] = []
@@ -158,7 +148,7 @@ class ModelVector:
 
     def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
-        for tensor, part in self._parts(vector):
+        for tensor, part in zip(map(_real, self._tensors()), self._split(vector), strict=True):
             if tensor.numel() > PART and tensor.is_contiguous():
                 yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
             else:
