@@ -55,8 +55,8 @@ class Pull:
     local_steps: int  # local steps that the next round should have
     position: int  # global steps so far: local steps of all workers, divided by the number of workers
     stop: bool  # whether the run is over; the worker then sends a final `Push`
-    # Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index and the value that
-    # it was stepped with.
+    # Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index and the value
+    # that it was stepped with.
     plateau_steps: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)  # the metrics that rank 0 published last, by name
     vector: Tensor | None = None  # the local server's model

@@ -29,8 +29,8 @@ class Send:
 
     to: int  # address of the receiver
     message: Message | Shard  # a shard may be completed later, with `Shard.advance`
-    # Computes the message's vector from front to back and reports the number of complete elements; None if the vector is
-    # complete. It must run before the node handles another message, and in the order of the list.
+    # Computes the message's vector from front to back and reports the number of complete elements; None if the vector
+    # is complete. It must run before the node handles another message, and in the order of the list.
     fill: Callable[[Advance], object] | None = None
 
     def complete(self) -> Message | Shard:
