@@ -209,6 +209,17 @@ def test_a_process_that_reacts_to_a_failure_is_not_ended(reaction: str, monkeypa
     assert not ended.wait(1.0)
 
 
+def test_a_thread_that_would_end_the_process_goes_when_the_main_thread_reacts() -> None:
+    """It refers to the links, and so to the models of a fit that is over."""
+    alarm = Alarm("rank 0")
+    alarm.fail(PeerLostError("rank 1 disappeared"))
+    alarm.close(0)
+    waiting = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for thread in waiting:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in waiting)
+
+
 class TestVectors:
     @pytest.mark.parametrize("elements", [ELEMENTS, PART], ids=str)
     def test_a_vector_arrives(self, elements: int) -> None:

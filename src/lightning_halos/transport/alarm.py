@@ -47,6 +47,8 @@ class Alarm:
         self._failure: Failure | None = None
         self._since = 0.0
         self._off = False
+        self._watchdog = threading.Timer(_LIMIT, self._end_process)
+        self._watchdog.daemon = True
 
     def add(self, *links: Link) -> None:
         """Adds links. If the run has failed already, their peers are told."""
@@ -103,6 +105,7 @@ class Alarm:
     def disarm(self) -> None:
         """Ignores failures from now on, because the run is over, or the main thread reacts."""
         self._off = True
+        self._watchdog.cancel()
 
     @property
     def is_over(self) -> bool:
@@ -164,9 +167,7 @@ class Alarm:
             links = list(self.links)
         self._tell_failure(self._failure, links)
         if error is not None:
-            watchdog = threading.Timer(_LIMIT, self._end_process)
-            watchdog.daemon = True
-            watchdog.start()
+            self._watchdog.start()
 
     def _tell_failure(self, failure: Failure, links: Iterable[Link]) -> None:
         for link in links:
