@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,26 @@ def test_a_schedule_that_the_module_steps_follows_the_run(tmp_path: Path, is_ret
         assert result["steps"] == [32, 32, 2]
         assert result["lr"] == [pytest.approx(learning_rate("one cycle", 32))]
     assert_same_model(results)
+
+
+class Freezing(Toy):
+    """Freezes its first layer in the middle of training, without a callback that Lightning knows."""
+
+    at: list[float] | None = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step >= 16 and self.at is None:
+            self.net[0].requires_grad_(False)
+            self.at = self.net[0].weight.flatten().tolist()
+
+    def more(self) -> Result:
+        return {"frozen_at": torch.tensor(self.at)}
+
+
+def test_a_layer_that_is_frozen_while_training_stays_where_it_is(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "These parameters differed")
+        results = simulate(tmp_path, Freezing(), loader(), slow=3, max_steps=60)
+    assert_trained(results, max_steps=60)
+    weight = results[0]["state"]["net.0.weight"].flatten()
+    assert torch.equal(weight, results[0]["frozen_at"])

@@ -233,7 +233,7 @@ class ParameterServer:
             flat = vector[start:stop]
             parts = torch.split(flat, self._sizes[portion])
             for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
+                parameter.grad = None if _is_zero(part) else part.view_as(parameter)
             self._optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
@@ -470,6 +470,11 @@ class SynchronousServer(ParameterServer):
         """Applies the mean of the workers' vectors, and overwrites it with the new model."""
         is_accepted = self._judge(self.inspect(mean), self.version, 0, "all workers together")
         self.apply(mean, is_accepted, mean)
+
+
+def _is_zero(part: Tensor) -> bool:
+    """Returns whether a parameter was not trained, so that momentum must not move it. Usually one element tells."""
+    return not (part[:1].any() or part.any())
 
 
 def norm_of(vector: Tensor) -> float:

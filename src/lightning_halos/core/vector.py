@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_halos.core.buffers import ATTRIBUTE, find_entries
 from lightning_halos.core.compat import copy_each_, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
+from lightning_halos.core.frozen import FrozenParameters
 
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
@@ -52,6 +53,7 @@ class ModelVector:
 
     def __init__(self, module: nn.Module, all_parameters: bool = False, copies: Copies | None = None) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad or all_parameters]
+        self._frozen = FrozenParameters(self._parameters)
         self.entries = find_entries(module, {id(p) for p in self._parameters})
         self._averaged = [(entry, entry.tensor.shape) for entry in self.entries if entry.rule == "mean"]
         if not self._parameters:
@@ -86,11 +88,13 @@ class ModelVector:
     def write(self, vector: Tensor, progress: Iterable[int] | None = None) -> None:
         """Copies the values of ``vector`` into the module.
 
+        Parameters that were frozen during training keep their values, which replace those in ``vector``.
         ``progress`` yields the number of complete elements, while the vector is filled from front to back. Default: it
         is complete.
         """
         runs = self._runs(vector)
         self._copies.to_device(runs if progress is None else _filled(runs, progress))
+        self._frozen.put_back(self._split(vector))
 
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress) -> Tensor:
@@ -98,6 +102,7 @@ class ModelVector:
 
         It then has start minus end for the parameters, and the present values of the averaged tensors.
         """
+        self._frozen.end_round(self._split(start)[: len(self._parameters)])
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             if stop <= self.num_parameters:
                 subtract_each_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
@@ -111,6 +116,11 @@ class ModelVector:
         sent = {id(p) for p in self._parameters}
         return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in sent]
 
+    def frozen_names(self, module: nn.Module) -> set[str]:
+        """Names of the parameters of ``module`` that were frozen during training, each by its worker."""
+        frozen = self._frozen.tensors
+        return {name for name, parameter in module.named_parameters() if id(parameter) in frozen}
+
     def named_parts(self, module: nn.Module, vector: Tensor) -> dict[str, Tensor]:
         """Returns the parts of ``vector`` by their names in ``module.state_dict()``, including tied names.
 
@@ -118,6 +128,7 @@ class ModelVector:
         """
         tensors = self._tensors()
         parts = {id(tensor): part for tensor, part in zip(tensors, self._split(vector), strict=True)}
+        parts.update({key: _real(value).cpu() for key, value in self._frozen.tensors.items()})
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         return {name: _like(parts[id(tensor)], tensor) for name, tensor in named if id(tensor) in parts}
 

@@ -90,7 +90,9 @@ class Fit:
         start, module = self.start, self.trainer.lightning_module
         averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
         may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
-        adopt_final_model(start.site.collectives, module, start.vector.entries, may_differ)
+        adopt_final_model(
+            start.site.collectives, module, start.vector.entries, start.vector.frozen_names(module), may_differ
+        )
         self._share_decisions()
 
     def restore(self) -> None:

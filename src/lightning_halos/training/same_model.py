@@ -55,7 +55,9 @@ def log_rules(entries: Sequence[Entry]) -> None:
             rank_zero_info(f"Buffers, {text}: {summary(names)}.")
 
 
-def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Sequence[Entry], may_differ: bool) -> None:
+def adopt_final_model(
+    collectives: Collectives, module: nn.Module, entries: Sequence[Entry], frozen: Collection[str], may_differ: bool
+) -> None:
     """Compares the modules of all workers after a fit, and replaces what differs by rank 0's.
 
     Rank 0's buffers and frozen parameters replace those that are not averaged. Anything else is the same unless a hook
@@ -65,9 +67,10 @@ def adopt_final_model(collectives: Collectives, module: nn.Module, entries: Sequ
         collectives: Collectives over all workers.
         module: The module, with the final model.
         entries: Its buffers and frozen parameters. Local ones are not compared.
+        frozen: Parameters that the module froze during training, each worker at its own moment.
         may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
     """
-    expected = {entry.path for entry in entries}
+    expected = {*frozen, *(entry.path for entry in entries)}
     local = {entry.path for entry in entries if entry.rule == "local"}
     places = {place.path: place for place in _places(module) if place.path not in local}
     differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})
