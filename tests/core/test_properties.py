@@ -41,14 +41,16 @@ class PlainServer:
     def __init__(self, start: list[float], senders: int, lr: float, momentum: float, delay: int) -> None:
         self.model, self.senders, self.version = list(start), senders, 0
         self.lr, self.beta, self.d = lr, momentum, delay
-        self.m, self.delta = [0.0, 0.0], [0.0, 0.0]
+        self.m, self.delta, self.t = [0.0, 0.0], [0.0, 0.0], 0
 
     def apply(self, update: list[float]) -> None:
         self.version += 1
         lr, beta, d, p, g = self.lr, self.beta, self.d, self.model, update
-        for i in range(2):
+        trained = any(g[:2])  # momentum does not move a parameter that was not trained
+        self.t += trained
+        for i in range(2 if trained else 0):
             self.delta[i] += g[i]
-            if self.version % d:
+            if self.t % d:
                 p[i] -= lr * g[i]
             else:
                 self.m[i] = beta * self.m[i] + self.delta[i] / d
