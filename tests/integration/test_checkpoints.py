@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import newest_complete
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import Toy, Watching, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import (
+    Toy,
+    Watching,
+    assert_same_model,
+    halos,
+    loader,
+    make_trainer,
+    outcome,
+    samples,
+    state,
+)
 
 WHOLE = {"global.pt", NAME, *(f"worker-{rank}.pt" for rank in range(4)), *(f"server-{index}.pt" for index in range(2))}
 
@@ -393,3 +404,61 @@ def test_the_file_is_an_ordinary_checkpoint_of_lightnings(run: Run, tmp_path: Pa
     trainer = make_trainer("auto", devices=1, max_steps=26)
     trainer.fit(module, loader(), ckpt_path=path)
     assert (trainer.global_step, len(module.trained_on)) == (26, 8)
+
+
+class Stateful:
+    """A loader of each worker's own, whose state is in checkpoints."""
+
+    def __init__(self) -> None:
+        self.data = samples(128)
+        self.next = 0
+
+    def __len__(self) -> int:
+        return len(self.data) // 4
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.next < len(self.data):
+            self.next += 4
+            yield self.data[self.next - 4 : self.next]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+class SlowSecond(Toy):
+    slow = 1
+
+
+def with_stateful_loaders(folder: Path) -> Result:
+    first, second = SlowSecond(), SlowSecond()
+    flags = {"max_steps": 16, "callbacks": [saving(folder, 16)], "enable_checkpointing": True}
+    make_trainer(halos(regions=1), devices=2, **flags).fit(first, Stateful())
+    trainer = make_trainer(halos(regions=1), devices=2, max_epochs=1)
+    trainer.fit(second, Stateful(), ckpt_path=folder / "step=16.ckpt")
+    return {"first": first.trained_on, "second": second.trained_on}
+
+
+def test_a_loader_with_its_own_state_goes_on_where_each_worker_was(run: Run, tmp_path: Path) -> None:
+    results = run(with_stateful_loaders, tmp_path, workers=2)
+    assert len(results[0]["first"]) > len(results[1]["first"])
+    for result in results:
+        assert result["first"] + result["second"] == list(range(128))
+
+
+def without_steps() -> Result:
+    results = {}
+    for name, data, flags in (("no_steps", loader(), {"max_steps": 0}), ("no_data", loader(0), {"max_epochs": 1})):
+        trainer, module = make_trainer(halos(regions=1), devices=2, **flags), Toy()
+        trainer.fit(module, data)
+        results[name] = state(module)["net.0.weight"]
+    return results
+
+
+def test_a_fit_without_steps_gives_all_ranks_one_model(run: Run) -> None:
+    results = run(without_steps, workers=2)
+    for name, weight in results[0].items():
+        assert torch.equal(results[1][name], weight)

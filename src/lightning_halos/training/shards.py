@@ -29,10 +29,7 @@ from lightning_halos.training.compat import replace_link_checkpoint
 from lightning_halos.training.fit import Fit
 from lightning_halos.training.loading import load
 from lightning_halos.training.site import Site
-from lightning_halos.training.worker_state import (
-    random_state,
-    worker_state,
-)
+from lightning_halos.training.worker_state import ended_worker_state, random_state
 from lightning_halos.training.worlds import CheckpointedWorld
 from lightning_halos.version import __version__
 
@@ -232,9 +229,8 @@ class Shards:
         assert self.ended is not None
         site, name = self._site, worker_shard(self._site.rank)
         try:
-            state = {**worker_state(trainer), "schedulers": self.ended.schedulers, "random": random_state()}
-            # All workers are at the position of rank 0, which is in the .ckpt file.
-            del state["loops"]
+            state = ended_worker_state(trainer, shares_data=self.ended.manifest.data is not None)
+            state |= {"schedulers": self.ended.schedulers, "random": random_state()}
             server, globals_ = self.ended.world.state()
         except Exception as error:  # whatever it is, the other workers are told
             return [ShardWritten(marker.save, name, error=f"{name} could not be written: {error}")]

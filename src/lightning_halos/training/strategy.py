@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -337,6 +337,9 @@ class AlgorithmStrategy(ConnectedStrategy):
     def teardown(self) -> None:
         if (trainer := find_trainer(self.lightning_module)) is not None:
             self._no_validation.undo(trainer)
+            state = trainer.state
+            if self._fit is None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING:
+                self.synchronize_module()  # a fit without a batch has ended before it started
         if self._fit is not None:
             self._fit.restore()
         let_data_workers_end()

@@ -47,6 +47,7 @@ def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epoc
         max_epochs: Epochs of the run; ``None`` or -1 for no limit.
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
+    fit_loop.update(state.get("own_data", {}))
     mine = {name: value for name, value in state.items() if name in checkpoint}
     callbacks = {**checkpoint.get("callbacks", {}), **mine.pop("callbacks", {})}
     checkpoint.update(mine)
@@ -60,6 +61,18 @@ def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epoc
         checkpoint["loops"] = {"fit_loop": loop}
         for name in (*_STEPS, "epoch_loop.state_dict"):
             loop[name] = fit_loop[name]
+
+
+def ended_worker_state(trainer: pl.Trainer, shares_data: bool) -> dict[str, Any]:
+    """Returns the state of this process's worker after the fit, when all are at rank 0's position in shared data.
+
+    Workers that do not share data have their own position in it, and state of their own loaders.
+    """
+    state = worker_state(trainer)
+    loops = state.pop("loops", None)
+    if loops is not None and not shares_data:
+        state["own_data"] = {name: loops["fit_loop"][name] for name in ("state_dict", "epoch_loop.batch_progress")}
+    return state
 
 
 def take_part_again(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
