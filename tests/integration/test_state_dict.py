@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_halos.core.vector import ModelVector
 from tests.integration.conftest import Run
@@ -97,3 +98,38 @@ def test_a_module_with_a_state_dict_of_its_own_saves_the_global_model(run: Run, 
         assert saved.keys() == model.keys()
         assert all(torch.equal(tensor, model[name]) for name, tensor in saved.items())
     assert any(not torch.equal(own[name], model[name]) for _, model, own in result["seen"] for name in model)
+
+
+class Exporting(Toy):
+    """Adds its net to checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["exported"] = {"net": self.net.state_dict(), "bias": self.net[1].bias}
+
+
+class Adding(pl.Callback):
+    """Adds the first weight to checkpoints."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["added"] = pl_module.net[0].weight
+
+
+def exporting(module_type: type[Toy], callbacks: list[pl.Callback]) -> Result:
+    module = module_type()
+    saving = ModelCheckpoint(dirpath="saved", filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    flags: dict[str, Any] = {"callbacks": [*callbacks, saving], "enable_checkpointing": True, "max_steps": 7}
+    trainer = make_trainer(halos(regions=1, local_steps=4), devices=1, **flags)
+    start = state(module)
+    trainer.fit(module, loader())
+    return {"saved": torch.load("saved/step=6.ckpt", weights_only=False), "start": start}
+
+
+def test_hooks_that_add_to_a_checkpoint_see_the_global_model(run: Run) -> None:
+    """In the middle of a round, where the worker's model is another."""
+    (result,) = run(exporting, Exporting, [Adding()], workers=1)
+    saved = result["saved"]
+    for name, tensor in saved["exported"]["net"].items():
+        assert torch.equal(tensor, saved["state_dict"][f"net.{name}"])
+    assert torch.equal(saved["exported"]["bias"], saved["state_dict"]["net.1.bias"])
+    assert torch.equal(saved["added"], saved["state_dict"]["net.0.weight"])
+    assert not torch.equal(saved["added"], result["start"]["net.0.weight"])

@@ -115,6 +115,18 @@ def restore_link_checkpoint(callbacks: Iterable[pl.Callback]) -> None:
         vars(callback).pop("_link_checkpoint", None)
 
 
+def wrap_dump_checkpoint(trainer: pl.Trainer, wrap: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]) -> None:
+    """Replaces how the Trainer makes the contents of a checkpoint: ``wrap`` gets a function that makes them."""
+    connector = trainer._checkpoint_connector
+    dump = connector.dump_checkpoint
+    vars(connector)["dump_checkpoint"] = lambda *args, **kwargs: wrap(lambda: dump(*args, **kwargs))
+
+
+def restore_dump_checkpoint(trainer: pl.Trainer) -> None:
+    """Undoes :func:`wrap_dump_checkpoint`."""
+    vars(trainer._checkpoint_connector).pop("dump_checkpoint", None)
+
+
 def period_of_saves(callback: ModelCheckpoint) -> int:
     """Returns the global steps between two saves of a callback; 0 if it does not count them."""
     return callback._every_n_train_steps

@@ -76,7 +76,7 @@ class ConnectedStrategy(ParallelStrategy):
         self._regions = regions
         self._start_method = start_method
         self.timeout = float(timeout)
-        self._num_nodes = 1
+        self.num_nodes = 1  # the Trainer sets it
         self._topology: Topology | None = None
         self._store: Store | None = None
         self._site: Site | None = None
@@ -93,14 +93,6 @@ class ConnectedStrategy(ParallelStrategy):
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
 
     @property
     def num_processes(self) -> int:

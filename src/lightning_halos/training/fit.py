@@ -5,20 +5,26 @@ The strategy keeps the objects that outlive a fit. The work in a batch is in ``w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_halos.training.averaging import GlobalAverage, GlobalTensors
-from lightning_halos.training.compat import WEIGHT_AVERAGING, show_metrics
+from lightning_halos.training.compat import (
+    WEIGHT_AVERAGING,
+    restore_dump_checkpoint,
+    show_metrics,
+    wrap_dump_checkpoint,
+)
 from lightning_halos.training.preemption import Preemption
-from lightning_halos.training.same_model import adopt_final_model, log_rules
+from lightning_halos.training.same_model import adopt_final_model, copy_from_module, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -65,10 +71,12 @@ class Fit:
         self.lightning.install(self.loop)
         if self.start.site.rank == 0:
             averaging = [callback for callback in callbacks_of(self.trainer) if isinstance(callback, WEIGHT_AVERAGING)]
+            wrap_dump_checkpoint(self.trainer, self._dump_checkpoint)
             self._averages = [GlobalAverage(c, self.trainer.global_step, self._global_tensors) for c in averaging]
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
-        log_rules(self.start.vector.entries)
+        if self.start.memory is not None:
+            log_rules(self.start.vector.entries)
         self.start.site.collectives.barrier()
         self.is_training = True
         self.loop.repeat_push()
@@ -102,17 +110,14 @@ class Fit:
         self._is_restored = True
         self.loop.release()
         self.lightning.restore()
+        restore_dump_checkpoint(self.trainer)
         for average in self._averages:
             average.restore()
         if self.start.data is not None:
             self.start.data.detach()
 
     def close(self, timeout: float) -> None:
-        """Closes the world.
-
-        Args:
-            timeout: Seconds to wait for the peers' goodbyes.
-        """
+        """Closes the world, and waits at most ``timeout`` seconds for the peers' goodbyes."""
         self.is_training = False
         self.preemption.release()
         self.worker_model = None
@@ -173,6 +178,18 @@ class Fit:
     def global_parts(self, module: nn.Module) -> dict[str, Tensor]:
         """Returns those of the global model's parameters and buffers that are sent, by name."""
         return self.start.vector.named_parts(module, self._read_global_model())
+
+    def _dump_checkpoint(self, dump: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Makes the contents of a checkpoint. Hooks that add to them, or write other files, see the global model."""
+        module, base = self.trainer.lightning_module, Callback.on_save_checkpoint
+        callbacks = [c for c in callbacks_of(self.trainer) if not isinstance(c, (Checkpoint, *WEIGHT_AVERAGING))]
+        overriding = [c for c in callbacks if type(c).on_save_checkpoint is not base]
+        if not overriding and not is_overridden("on_save_checkpoint", module):
+            return dump()
+        with self.global_model():
+            contents = dump()
+            copy_from_module(module, contents)
+            return contents
 
     def _global_tensors(self, module: nn.Module) -> nn.Module | GlobalTensors:
         """Returns the global model in the form of a module's tensors. It is read once per version and round."""

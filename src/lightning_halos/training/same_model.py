@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,22 @@ def names_in_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str
     paths = {_memory(place.tensor): place.path for place in _places(module)}
     found = {key: paths.get(_memory(value)) for key, value in state.items() if isinstance(value, Tensor)}
     return None if None in found.values() else {key: path for key, path in found.items() if path is not None}
+
+
+def copy_from_module(module: nn.Module, contents: MutableMapping[str, Any]) -> None:
+    """Replaces all tensors in the contents of a checkpoint that share memory with a module by copies on the host."""
+    tensors = [*module.parameters(), *module.buffers()]
+    owned = {part.untyped_storage().data_ptr() for tensor in tensors for part in dense_parts(tensor)}
+
+    def copied(tensor: Tensor) -> Tensor:
+        shares = any(part.untyped_storage().data_ptr() in owned for part in dense_parts(tensor))
+        return tensor.detach().to("cpu", copy=True) if shares else tensor
+
+    for key, value in contents.items():
+        if key == "state_dict":  # it may have attributes besides its entries, so it stays the same object
+            copy_from_module(module, value)
+        else:
+            contents[key] = map_tensors(copied, value)
 
 
 class _Place(NamedTuple):

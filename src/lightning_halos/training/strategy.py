@@ -37,11 +37,10 @@ from lightning_halos.training.connected_strategy import ConnectedStrategy, Start
 from lightning_halos.training.fit import Fit
 from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
-from lightning_halos.training.same_model import check_initialized, names_in_state
+from lightning_halos.training.same_model import check_initialized, copy_from_module, names_in_state
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
-from lightning_halos.training.worker_state import to_host
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
 
@@ -235,11 +234,13 @@ class AlgorithmStrategy(ConnectedStrategy):
             parts = fit.global_parts(module)
             names = names_in_state(module, state)
             if names is not None:
-                return {key: parts.get(names.get(key, ""), value) for key, value in state.items()}
+                state.update({key: parts[name] for key, name in names.items() if name in parts})
+                return state
             # The module makes other tensors from its own, so it has to do this with the global model.
             with fit.global_model():
-                made: dict[str, Any] = to_host(super().lightning_module_state_dict())
-                return made
+                state = super().lightning_module_state_dict()
+                copy_from_module(module, state)
+                return state
 
     def _not_computing(self) -> AbstractContextManager[None]:
         """Excludes the time of a ``with`` block from this worker's speed."""

@@ -40,10 +40,9 @@ class CheckpointedWorld(Protocol):
         """Replaces the models of this process's local servers by the final model, when the run is over."""
 
     def state(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Returns the state from which a later run can continue, after the end of this one.
+        """Returns the states of this process's local server and of the global server, after the end of the run.
 
-        Returns:
-            The states of this process's local server and of the global server; ``None`` for those it does not host.
+        ``None`` for those that it does not host.
         """
 
     def progress(self) -> dict[str, Any]:
@@ -99,8 +98,4 @@ class World(Protocol):
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`. On rank 0."""
 
     def close(self, timeout: float) -> None:
-        """Says goodbye to all peers, and waits for their goodbyes.
-
-        Args:
-            timeout: Limit in seconds.
-        """
+        """Says goodbye to all peers, and waits for their goodbyes, at most ``timeout`` seconds."""
