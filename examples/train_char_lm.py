@@ -274,7 +274,7 @@ def compare(args: argparse.Namespace) -> None:
         )
     ratio = reached["ddp"] / reached["halos"]
     outcome = f"is {ratio:.2f} times as fast as DDP to the half-way loss"
-    late = [name for name, seconds in ideal.items() if curves[name][0, -1] > 1.3 * seconds]
+    late = [name for name, seconds in ideal.items() if curves[name][0, -1] > 1.3 * seconds > 0]
     if late:
         outcome = "cannot be compared with DDP, because this machine was too slow or too busy"
     elif math.isnan(ratio):
