@@ -1,0 +1,65 @@
+"""The demo's comparison: it names a factor only if the machine kept the pace that the workers stand for."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.examples.conftest import EXAMPLES
+
+# 4 workers with 0.1, 0.1, 0.1 and 0.4 s per batch: without anything but batches, HALoS takes 49.2 s and DDP 160 s.
+SETTINGS = {"slowdown": [1, 1, 1, 4], "devices": 4, "max_steps": 400, "pace": 0.1}
+demo = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "train_char_lm.py")))
+
+
+@pytest.fixture
+def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Compares two straight loss curves of given durations. Returns what the demo prints."""
+
+    def compare(halos: float, ddp: float, **changes: object) -> str:
+        for name, seconds in (("halos", halos), ("ddp", ddp)):
+            points = [{"seconds": seconds * part, "val_loss": 3 - part} for part in (0.1, 0.5, 1.0)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, points)))
+        demo.compare(Namespace(output=tmp_path, **{**SETTINGS, **changes}))
+        assert (tmp_path / "val_loss.png").read_bytes().startswith(b"\x89PNG")
+        return capsys.readouterr().out
+
+    return compare
+
+
+def test_a_machine_that_keeps_the_pace_gives_a_factor(compare: Callable[..., str]) -> None:
+    out = compare(halos=50, ddp=165)
+    assert "HALoS is 3.30 times as fast as DDP to the half-way loss" in out
+    assert "(batches alone: 49.2 s)" in out
+    assert "(batches alone: 160.0 s)" in out
+
+
+def test_a_machine_that_does_not_gives_none(compare: Callable[..., str]) -> None:
+    out = compare(halos=150, ddp=165)
+    assert "HALoS cannot be compared with DDP, because this machine was too slow or too busy" in out
+    assert "With halos, batches alone take 49 s at --pace 0.1" in out
+    assert "With ddp" not in out
+    assert "times as fast" not in out
+
+
+def test_without_a_pace_there_is_none_to_keep(compare: Callable[..., str]) -> None:
+    assert "HALoS is 2.00 times as fast" in compare(halos=5, ddp=10, pace=0.0)
+
+
+def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [10.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.sleep", slept.append)
+    pace = demo.Pace(0.1, [1, 4])
+    for rank, computed in ((0, 0.03), (1, 0.03), (2, 0.03), (0, 0.2)):
+        trainer = SimpleNamespace(global_rank=rank)
+        pace.on_train_batch_start(trainer, None, None, 0)
+        now[0] += computed
+        pace.on_train_batch_end(trainer, None, None, None, 0)
+    assert slept == pytest.approx([0.07, 0.37, 0.07, 0])
