@@ -7,7 +7,10 @@ place. Tested with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Stra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,9 +25,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.connectors.logger_connector import result as results
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import _update_dataloader
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 __all__ = [  # names of Lightning; the functions below need no mention
     "MultiProcessingLauncher",
@@ -130,3 +136,44 @@ def restore_dump_checkpoint(trainer: pl.Trainer) -> None:
 def period_of_saves(callback: ModelCheckpoint) -> int:
     """Returns the global steps between two saves of a callback; 0 if it does not count them."""
     return callback._every_n_train_steps
+
+
+def keep_sigterm_local(trainer: pl.Trainer) -> None:
+    """Keeps Lightning from broadcasting in every batch whether SIGTERM was received, and in its signal handler.
+
+    Call it before Lightning registers its signal handlers.
+    """
+    connector = trainer._signal_connector
+
+    def notify(number: int, frame: Any) -> None:
+        if not connector.received_sigterm and (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(number)
+        connector.received_sigterm = True
+
+    vars(connector)["_sigterm_notifier_fn"] = notify
+    vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+
+
+_is_distributed = results._distributed_is_initialized
+
+
+def advise_sync_dist_only_if(condition: Callable[[], bool]) -> None:
+    """Lets Lightning recommend ``self.log(..., sync_dist=True)`` only where it has an effect."""
+    results._distributed_is_initialized = lambda: _is_distributed() and condition()
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+    """Returns a loader with another sampler, for validation."""
+    return _update_dataloader(loader, sampler, RunningStage.VALIDATING)
+
+
+def run_validation_in(trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Makes the validation of a fit run in a context, and the making of its data, which may come before."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    for name in ("setup_data", "run"):
+        vars(loop)[name] = partial(_run_in, context, MethodType(getattr(type(loop), name), loop))
+
+
+def _run_in(context: Callable[[], AbstractContextManager[None]], method: Callable[[], Any]) -> Any:
+    with context():
+        return method()

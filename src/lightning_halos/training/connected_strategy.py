@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -26,13 +25,16 @@ from lightning_halos.training.compat import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
     find_trainer,
+    keep_sigterm_local,
 )
+from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.shared_data import LightningRank
 from lightning_halos.training.site import Site, named_regions
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import open_store
+from lightning_halos.transport.process_group import Mode
 
 StartMethod = Literal["popen", "spawn", "fork"]
 
@@ -80,7 +82,7 @@ class ConnectedStrategy(ParallelStrategy):
         self._topology: Topology | None = None
         self._store: Store | None = None
         self._site: Site | None = None
-        self._made_default_group = False
+        self._default_group: DefaultGroup | None = None
 
     # ------------------------------------------------------------------ properties
 
@@ -99,8 +101,13 @@ class ConnectedStrategy(ParallelStrategy):
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
+    def world_size(self) -> int:
+        """Number of workers; 1 while only rank 0 works, so that it agrees with samplers and collectives."""
+        return 1 if self.only_rank_zero_works else super().world_size
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        if self.only_rank_zero_validates:
+        if self.only_rank_zero_works:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
 
@@ -163,11 +170,6 @@ class ConnectedStrategy(ParallelStrategy):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
-        if dist.is_initialized():
-            raise RuntimeError(
-                "torch.distributed has a default process group, with which Lightning would make all workers wait for"
-                " each other in every batch. Call torch.distributed.destroy_process_group() before the Trainer runs."
-            )
         if self._site is None:
             assert self.cluster_environment is not None
             environment, rank, size = self.cluster_environment, self.global_rank, self.world_size
@@ -180,20 +182,18 @@ class ConnectedStrategy(ParallelStrategy):
                 topology = self.algorithm.arrange(*named)
             assert topology is not None
             self._site = Site(self._store, rank, size, topology, simulated, self.timeout, interrupted)
+            self._default_group = DefaultGroup(self._site, self._mode)
+        assert self._default_group is not None
+        self._default_group.install()
+        keep_sigterm_local(self.trainer)
 
     @abstractmethod
     def check_interrupted(self) -> None:
         """Raises an exception that must end this process, while its main thread waits for other processes."""
 
-    def make_default_group(self) -> None:
-        """Makes torch's default process group, until :meth:`teardown`."""
-        self.site.make_default_group()
-        self._made_default_group = True
-
     def teardown(self) -> None:
-        if self._made_default_group:
-            dist.destroy_process_group()
-            self._made_default_group = False
+        if self._default_group is not None:
+            self._default_group.release()
         super().teardown()
 
     def model_to_device(self) -> None:
@@ -208,8 +208,8 @@ class ConnectedStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ collectives
 
     @property
-    def only_rank_zero_validates(self) -> bool:
-        """Whether only rank 0 is working here, that is, validating during a fit."""
+    def only_rank_zero_works(self) -> bool:
+        """Whether only rank 0 works here, as it does when it validates during a fit."""
         trainer = find_trainer(self.lightning_module)
         return (
             trainer is not None
@@ -222,12 +222,16 @@ class ConnectedStrategy(ParallelStrategy):
     def trains_at_own_pace(self) -> bool:
         """Whether this worker trains at its own pace now."""
 
+    def _mode(self) -> Mode:
+        """Returns what collectives over all workers do now."""
+        if self.only_rank_zero_works:
+            return Mode.ALONE
+        return Mode.APART if self.trains_at_own_pace else Mode.TOGETHER
+
     @property
     def _in_step(self) -> Collectives | None:
         """The collectives over all workers if these are in step; ``None`` during a fit."""
-        if self._site is None or self.trains_at_own_pace or self.only_rank_zero_validates:
-            return None
-        return self._site.collectives
+        return None if self._site is None or self._mode() is not Mode.TOGETHER else self._site.collectives
 
     def barrier(self, name: str | None = None) -> None:
         """Waits for all workers. During training it does nothing."""
@@ -252,9 +256,22 @@ class ConnectedStrategy(ParallelStrategy):
         return collectives.reduce(tensor, "mean" if reduce_op is None else str(reduce_op))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gathers a tensor from all workers. During training it returns ``tensor[None]``."""
-        collectives = self._in_step
-        return tensor.unsqueeze(0) if collectives is None else collectives.all_gather(tensor)
+        """Gathers a tensor from all workers. During training it repeats the worker's own tensor.
+
+        Args:
+            tensor: The tensor.
+            group: Is ignored.
+            sync_grads: Whether gradients flow through the result, during training.
+
+        Returns:
+            A tensor of shape ``[world_size, *tensor.shape]``.
+        """
+        if collectives := self._in_step:
+            return collectives.all_gather(tensor)
+        if self.world_size > 1 and self._default_group is not None:
+            self._default_group.warn("self.all_gather")
+        own = tensor if sync_grads else tensor.detach()
+        return own.expand(self.world_size, *own.shape).clone()
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
         """Returns whether all (or any) workers decide so. During training it returns the worker's own decision."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_name
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import Groups, gather_through, noting_sockets
+from lightning_halos.transport.groups import Groups, gather_through
 from lightning_halos.transport.link import MIN_PATIENCE
 
 
@@ -33,6 +31,7 @@ class Site:
         interrupted: Called several times a second while the main thread waits; may raise.
 
     Attributes:
+        patience: Limit for a wait before and after training, in seconds.
         collectives: Collectives over all workers, for use when they are in step.
         groups: Process groups for links; on one machine, of all workers.
 
@@ -55,30 +54,35 @@ class Site:
         self.topology = topology
         self.timeout = timeout
         self.interrupted = interrupted
-        self._store = store
+        self.store = store
+        self._among: dict[tuple[int, ...], Collectives] = {}
         self._numbers = itertools.count()  # of groups that are made later, in the same order on all processes
         places = Topology.build([range(size)], servers_per_region=1) if one_machine else topology
         # Other workers may have to wait while rank 0 validates the final model.
-        patience = max(timeout, MIN_PATIENCE)
-        store = PrefixStore("collectives", store)
-        self.collectives = Collectives(places.regions, rank, store, interrupted, topology.describe, patience)
-        self.groups = Groups(self._store, places, rank, timeout, interrupted)
+        self.patience = max(timeout, MIN_PATIENCE)
+        calls, describe = PrefixStore("collectives", store), topology.describe
+        self.collectives = Collectives(places.regions, rank, calls, interrupted, describe, self.patience)
+        self.groups = Groups(self.store, places, rank, timeout, interrupted)
 
     @property
     def here(self) -> str:
         """Name of this process's worker, for messages."""
         return self.topology.describe(self.rank)
 
-    def make_default_group(self) -> None:
-        """Makes torch's default process group, for use when all workers are in step."""
-        with noting_sockets():
-            dist.init_process_group(
-                "gloo",
-                store=PrefixStore(f"default/{next(self._numbers)}", self._store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(seconds=max(self.timeout, MIN_PATIENCE)),
+    def collectives_among(self, ranks: tuple[int, ...]) -> Collectives:
+        """Returns collectives over some workers, for use when they are in step. Their first call connects them."""
+        if ranks == tuple(range(self.size)):
+            return self.collectives
+        if ranks not in self._among:
+            self._among[ranks] = Collectives(
+                [range(len(ranks))],
+                ranks.index(self.rank),
+                PrefixStore(f"among/{'-'.join(map(str, ranks))}", self.store),
+                self.interrupted,
+                lambda index: self.topology.describe(ranks[index]),
+                self.patience,
             )
+        return self._among[ranks]
 
     def collectives_of_a_fit(self) -> Collectives:
         """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
@@ -91,7 +95,7 @@ class Site:
 
     def _connect(self, ranks: Sequence[int]) -> Collectives:
         """Connects some workers. All workers must call this, each with the ranks that include its own."""
-        store = PrefixStore(f"collectives/{next(self._numbers)}/{ranks[0]}", self._store)
+        store = PrefixStore(f"collectives/{next(self._numbers)}/{ranks[0]}", self.store)
         return Collectives([ranks], self.rank, store, self.interrupted, self.topology.describe, self.timeout)
 
 

@@ -31,9 +31,17 @@ from lightning_halos.training.compat import (
     find_trainer,
     is_accumulating,
     optimizers_to_device,
+    run_validation_in,
     synchronizes_batch_norm,
 )
 from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
+from lightning_halos.training.default_group import (
+    environment_of_one,
+    set_batch_norm_local,
+    tell_rank_to_workers,
+    use_all_samples,
+    without_telling_rank,
+)
 from lightning_halos.training.fit import Fit
 from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
@@ -84,6 +92,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         self._shards: Shards | None = None
         self._fit: Fit | None = None
         self._no_validation = NoValidation()
+        self._evaluates = False
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
 
@@ -142,23 +151,27 @@ class AlgorithmStrategy(ConnectedStrategy):
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            set_batch_norm_local(self.model, True)
         else:
             self.synchronize_module()
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             optimizers_to_device(self.optimizers, self.root_device)
-            if not self.is_global_zero:
+            if self.is_global_zero:
+                run_validation_in(trainer, environment_of_one)
+            else:
                 self._no_validation.apply(trainer)
-        elif self.world_size > 1:
-            # All workers are in step here: torchmetrics and users' own collectives may have a default group.
-            self.make_default_group()
 
     # ------------------------------------------------------------------ training
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Lets DataLoader workers survive SIGTERM, as their training process does."""
+        """Lets DataLoader workers survive SIGTERM, as their training process does, and know its rank."""
         if isinstance(dataloader, DataLoader):
+            if self.only_rank_zero_works:
+                dataloader = use_all_samples(dataloader, self.site.size)
+            without_telling_rank(dataloader)
             outlive_sigterm(dataloader, self.global_rank, self._grace_time)
+            tell_rank_to_workers(dataloader)
         return dataloader
 
     def on_train_start(self) -> None:
@@ -208,8 +221,12 @@ class AlgorithmStrategy(ConnectedStrategy):
         this worker's speed. During validation and after the fit the module already has the global model. On other ranks
         nothing happens.
         """
-        with nullcontext() if self._fit is None else self._fit.global_model():
-            yield
+        before, self._evaluates = self._evaluates, self.is_global_zero
+        try:
+            with nullcontext() if self._fit is None else self._fit.global_model():
+                yield
+        finally:
+            self._evaluates = before
 
     def check(self) -> None:
         """Ends this process if the run has failed, or has saved a checkpoint after SIGTERM.
@@ -246,6 +263,10 @@ class AlgorithmStrategy(ConnectedStrategy):
         """Excludes the time of a ``with`` block from this worker's speed."""
         fit = self._fit
         return nullcontext() if fit is None or fit.is_over else fit.loop.stopwatch.paused()
+
+    @property
+    def only_rank_zero_works(self) -> bool:
+        return self._evaluates or super().only_rank_zero_works
 
     @property
     def trains_at_own_pace(self) -> bool:
@@ -343,6 +364,8 @@ class AlgorithmStrategy(ConnectedStrategy):
                 self.synchronize_module()  # a fit without a batch has ended before it started
         if self._fit is not None:
             self._fit.restore()
+        if self.model is not None:
+            set_batch_norm_local(self.model, False)
         let_data_workers_end()
         self._end_fit(_GOODBYE)
         self._fit = None

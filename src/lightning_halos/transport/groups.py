@@ -1,9 +1,8 @@
 """Process groups and the store that all processes share: one group per local server, two among the leaders.
 
-Groups are made directly, for host memory (gloo), and never as torch's default group. A default group that spans workers
-would make Lightning broadcast in every batch, and make torchmetrics and users' collectives wait for workers that take
-other numbers of steps. Forked processes, such as DataLoader workers, close their copies of the sockets of groups and
-store, because otherwise the death of their parent would not close its connections.
+Groups are made directly, for host memory (gloo), and never as torch's default group, which is in ``process_group``.
+Forked processes, such as DataLoader workers, close their copies of the sockets of groups and store, because otherwise
+the death of their parent would not close its connections.
 """
 
 from __future__ import annotations

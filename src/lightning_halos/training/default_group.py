@@ -1,0 +1,190 @@
+"""torch's default process group while a Trainer runs, and what asks it without being asked to: metrics and BatchNorm.
+
+What the group's collectives do is in ``transport/process_group``. Whether all workers are in step, the strategy knows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+from torch.nn.modules.batchnorm import SyncBatchNorm
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import Metric
+
+from lightning_halos.training.compat import advise_sync_dist_only_if, with_sampler
+from lightning_halos.training.site import Site
+from lightning_halos.transport.process_group import Mode, Workers, default_group, make_default_group
+
+_ADVICE = {
+    "barrier": "Nothing needs to wait here: remove it, or move it to setup() or on_fit_start().",
+    "broadcast": "Broadcast before training, in setup() or on_fit_start(), or compute the same value on all ranks.",
+    "reduce": "Use this worker's own value. self.log() needs no reduction; validation metrics are those of all data.",
+    "gather": "Compute the loss from this worker's own batch, without gathering; combine results after training.",
+}
+
+
+class DefaultGroup:
+    """torch's default process group for the Trainer's entry points.
+
+    A default group that the user has made is put aside while the Trainer runs. Otherwise the group stays until the
+    process ends, as with Lightning's DDP, because some hooks run after the strategy's teardown.
+
+    Args:
+        site: This process's place and connections.
+        mode: Returns what a collective does now.
+    """
+
+    def __init__(self, site: Site, mode: Callable[[], Mode]) -> None:
+        self._site = site
+        self._users: dist.ProcessGroup | None = None
+        self._has_warned = False
+        self._workers = Workers(site.rank, site.size, mode, site.collectives_among, self.warn, os.getpid())
+
+    def install(self) -> None:
+        """Makes the group torch's default process group, when an entry point of the Trainer starts."""
+        self._has_warned = False
+        self._workers.are_running = True
+        if (group := default_group()) is not None and group.workers.size == self._site.size:
+            group.workers.adopt(self._workers)  # groups that the user made of its workers stay valid
+            self._workers = group.workers
+            return
+        if group is not None:
+            dist.destroy_process_group()
+        elif dist.is_initialized():
+            self._users, dist.GroupMember.WORLD = dist.group.WORLD, None
+        make_default_group(self._workers, self._site.store, self._site.patience)
+        advise_sync_dist_only_if(_values_are_combined)
+        Metric.sync = _sync  # type: ignore[assignment, method-assign]
+
+    def release(self) -> None:
+        """Puts the user's own default group back, when the entry point has ended."""
+        self._workers.are_running = False
+        if self._users is None:
+            return
+        ours, dist.GroupMember.WORLD, self._users = default_group(), self._users, None
+        if ours is not None:
+            dist.destroy_process_group(ours)
+
+    def warn(self, call: str, place: str = "") -> None:
+        """Warns once per entry point that a collective does not combine the workers' values.
+
+        Args:
+            call: Name of the function.
+            place: Where it was called, if that is known.
+        """
+        if self._has_warned:
+            return
+        self._has_warned = True
+        where = f" at {place}" if place else ""
+        advice = next((text for part, text in _ADVICE.items() if part in call), "Call it before or after training.")
+        rank_zero_warn(
+            f"{call}() was called during training{where}. Workers train at their own pace and do not wait for"
+            " each other, so this call, and all later ones, act as if all other workers had this worker's value: a"
+            " barrier returns at once, a sum is this worker's value times the number of workers, a mean, maximum or"
+            f" minimum is this worker's value, a gather repeats it, and a broadcast keeps it. {advice} See"
+            " docs/what-your-module-sees.md."
+        )
+
+
+# ---------------------------------------------------------------------- what would combine values on its own
+
+
+def _values_are_combined() -> bool:
+    """Whether metrics combine their values over all workers now."""
+    group = default_group()
+    return group is None or (group.workers.are_running and group.workers.mode() is Mode.TOGETHER)
+
+
+_sync_metric = Metric.sync
+
+
+def _sync(metric: Metric, *args: Any, **kwargs: Any) -> None:
+    """Replaces ``Metric.sync``, so that during a fit a metric is that of the data that this worker has seen.
+
+    Gathering would repeat this worker's state, which is wrong for sums, and for metrics that compare samples.
+    """
+    if _values_are_combined():
+        _sync_metric(metric, *args, **kwargs)
+
+
+def set_batch_norm_local(module: nn.Module, is_local: bool) -> None:
+    """Makes the ``SyncBatchNorm`` layers of a module plain ``BatchNorm`` layers, or undoes it.
+
+    During a fit, their statistics are averaged with the model.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SyncBatchNorm):
+            vars(layer).pop("forward", None)
+            if is_local:
+                vars(layer)["forward"] = MethodType(nn.BatchNorm1d.forward, layer)
+
+
+# ---------------------------------------------------------------------- data loaders
+
+
+def use_all_samples(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
+    """Returns a loader of all samples if a user's ``DistributedSampler`` divides them among ``size`` workers.
+
+    It is for the validation in a fit, for which only rank 0 works.
+    """
+    sampler = loader.sampler
+    if size == 1 or type(sampler) is not DistributedSampler or sampler.num_replicas != size:
+        return loader
+    alone: DistributedSampler[Any] = DistributedSampler(
+        sampler.dataset, 1, 0, sampler.shuffle, sampler.seed, sampler.drop_last
+    )
+    return with_sampler(loader, alone)
+
+
+@contextmanager
+def environment_of_one() -> Iterator[None]:
+    """Shows a world of one in the environment, too, where some data libraries look. For the validation in a fit."""
+    alone = {"RANK": "0", "GLOBAL_RANK": "0", "WORLD_SIZE": "1"}
+    before = {name: os.environ[name] for name in alone if name in os.environ}
+    os.environ.update({name: alone[name] for name in before})
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def tell_rank_to_workers(loader: DataLoader[Any]) -> None:
+    """Sets ``RANK`` and ``WORLD_SIZE`` in a loader's processes, where data libraries look for them.
+
+    Processes that are not forked have no process group to ask.
+    """
+    loader.worker_init_fn = _TellingRank(loader.worker_init_fn)
+
+
+def without_telling_rank(loader: DataLoader[Any]) -> None:
+    """Undoes :func:`tell_rank_to_workers`."""
+    if isinstance(loader.worker_init_fn, _TellingRank):
+        loader.worker_init_fn = loader.worker_init_fn.worker_init_fn
+
+
+class _TellingRank:
+    """Replaces a loader's ``worker_init_fn``, which it runs."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
+        self.worker_init_fn = worker_init_fn
+        self._variables: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_variables": self._variables or _rank_variables()}
+
+    def __call__(self, worker: int) -> None:
+        os.environ.update(self._variables or _rank_variables())
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker)
+
+
+def _rank_variables() -> dict[str, str]:
+    group = default_group()
+    return {} if group is None else {"RANK": str(group.rank()), "WORLD_SIZE": str(group.size())}
