@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_halos.core.buffers import find_entries
+from lightning_halos.core.vector import ModelVector
 
 
 def rules(module):
@@ -69,6 +70,21 @@ def test_a_teacher_is_a_mean(wrap):
     teacher = {name: rule for name, rule in found.items() if name.endswith(("weight", "bias"))}
     assert len(teacher) == 4
     assert set(teacher.values()) == {"mean"}
+
+
+def test_a_teacher_that_is_not_frozen_is_a_mean_if_no_optimizer_has_it():
+    module = Twins(net(), net())
+    module.teacher.requires_grad_(True)
+    module.head = nn.Linear(2, 2)  # no optimizer has it either, but it is no copy
+    trainable = {id(p) for p in module.parameters()}
+    idle = trainable - {id(p) for p in module.student.parameters()}
+    found = {entry.path: entry.rule for entry in find_entries(module, trainable, idle)}
+    assert found == {f"teacher.{name}": "mean" for name, _ in module.student.named_parameters()}
+    assert not find_entries(module, trainable)
+    vector = ModelVector(module, idle=idle)
+    assert vector.num_elements == sum(p.numel() for p in module.parameters())
+    assert vector.num_parameters == vector.num_elements - sum(p.numel() for p in module.teacher.parameters())
+    assert vector.newly_trainable(module) == []
 
 
 def test_a_teacher_may_have_a_part_of_the_student_only():

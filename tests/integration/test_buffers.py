@@ -26,6 +26,7 @@ class SelfSupervised(Toy):
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.average = copy.deepcopy(self.net)  # not frozen, but no optimizer has it
         self.scripted = torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
         self.traced = torch.jit.trace(nn.Linear(1, 1), torch.zeros(2, 1))
         self.prototype = nn.Parameter(torch.zeros(3), requires_grad=False)  # no copy of anything
@@ -42,8 +43,10 @@ class SelfSupervised(Toy):
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for mine, its in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
-            mine.lerp_(its, 1 - DECAY)
+        copies = (self.teacher.parameters(), self.average.parameters())
+        for teacher, average, student in zip(*copies, self.net.parameters(), strict=True):
+            teacher.lerp_(student, 1 - DECAY)
+            average.lerp_(student, 1 - DECAY)
         start = int(self.pointer)
         keys = normalize(batch[0] + self.global_rank)
         self.queue[start : start + len(keys)] = keys
@@ -51,6 +54,10 @@ class SelfSupervised(Toy):
         self.bank = torch.cat([self.bank, keys])
         self.prototype += self.global_rank + 1
         self.own += self.global_rank + 1
+
+    def configure_optimizers(self) -> Any:
+        own = [p for name, p in self.named_parameters() if not name.startswith("average.")]
+        return self.counted(torch.optim.AdamW(own, lr=1e-2))
 
     @torch.no_grad()
     def on_train_end(self) -> None:
@@ -82,6 +89,7 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
             assert second[name].layout is tensor.layout
             assert torch.equal(second[name].to_dense(), tensor.to_dense()), name
     assert not torch.equal(first["teacher.0.weight"], results[0]["start"]["teacher.0.weight"])
+    assert torch.allclose(first["teacher.0.weight"], first["average.0.weight"])
     assert torch.allclose(first["queue"].norm(dim=1), torch.ones(16)), "a queue is not averaged"
     assert len(first["bank"]) == len(results[0]["trained_on"]), "rank 0's bank, which grew"
     assert first["pointer"].item() == len(first["bank"]) % 16

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
         return tensor
 
 
-def find_entries(module: nn.Module, sent: Collection[int]) -> list[Entry]:
+def find_entries(module: nn.Module, trainable: Collection[int], idle: Collection[int] = ()) -> list[Entry]:
     """Returns all buffers and frozen parameters of a module, with their rules.
 
     A buffer is a mean if its name starts with ``running_``, as the statistics of all of torch's normalization layers. A
@@ -48,13 +48,15 @@ def find_entries(module: nn.Module, sent: Collection[int]) -> list[Entry]:
 
     Args:
         module: The module.
-        sent: ``id`` of the parameters that are sent as parameters.
+        trainable: ``id`` of the trainable parameters.
+        idle: ``id`` of those that no optimizer has. They count as frozen if they are part of a copy.
 
     Raises:
         ValueError: If a module's ``halos_buffers`` is invalid.
     """
-    asked, copies, seen = list(_asked(module)), _copies_of_trainable_parts(module), set(sent)
-    used: set[str] = set()
+    asked, copies, used = list(_asked(module)), _copies_of_trainable_parts(module, idle), set[str]()
+    parameters = module.named_parameters(remove_duplicate=False)
+    seen = set(trainable) - {id(p) for path, p in parameters if id(p) in idle and any(_is_in(path, c) for c in copies)}
     entries = []
     for path, owner, name, tensor in _tensors(module):
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -107,14 +109,15 @@ def _asked(module: nn.Module) -> Iterator[tuple[str, Rule]]:
             yield _join(prefix, name), rules[name]
 
 
-def _copies_of_trainable_parts(module: nn.Module) -> list[str]:
-    """Returns the names of submodules that are completely frozen and have a trainable submodule of their form.
+def _copies_of_trainable_parts(module: nn.Module, idle: Collection[int]) -> list[str]:
+    """Returns the names of submodules that no optimizer changes and that have a trainable submodule of their form.
 
     Of nested ones it returns the largest. A copy may be wrapped, as in torch's ``AveragedModel``. Blocks in a list are
     no copies of each other, although some may be frozen.
     """
-    shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
-    trainable = [name.split(".") for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    shapes = {name: p.shape for name, p in parameters.items()}
+    trainable = [name.split(".") for name, p in parameters.items() if p.requires_grad and id(p) not in idle]
     modules = dict(module.named_modules(remove_duplicate=False))
     parts = {".".join(name[:length]) for name in trainable for length in range(len(name))}
 

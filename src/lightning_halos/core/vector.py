@@ -6,7 +6,7 @@ in :mod:`.buffers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class ModelVector:
         module: The module. Its trainable parameters are those with ``requires_grad`` at this moment.
         all_parameters: Whether to send frozen parameters, too, for modules that are unfrozen during training.
         copies: Copies between the module and host memory. Default: chosen by the module's devices.
+        idle: ``id`` of trainable parameters that no optimizer has.
 
     Attributes:
         entries: The module's buffers and frozen parameters, and what happens with them.
@@ -51,10 +52,19 @@ class ModelVector:
         ValueError: If the module has no trainable parameter, or its ``halos_buffers`` is invalid.
     """
 
-    def __init__(self, module: nn.Module, all_parameters: bool = False, copies: Copies | None = None) -> None:
-        self._parameters = [p for p in module.parameters() if p.requires_grad or all_parameters]
+    def __init__(
+        self,
+        module: nn.Module,
+        all_parameters: bool = False,
+        copies: Copies | None = None,
+        idle: Collection[int] = (),
+    ) -> None:
+        trainable = [p for p in module.parameters() if p.requires_grad or all_parameters]
+        self.entries = find_entries(module, {id(p) for p in trainable}, idle)
+        others = {id(entry.tensor) for entry in self.entries if entry.is_parameter}
+        self._parameters = [p for p in trainable if id(p) not in others]
+        self._idle = idle
         self._frozen = FrozenParameters(self._parameters)
-        self.entries = find_entries(module, {id(p) for p in self._parameters})
         self._averaged = [(entry, entry.tensor.shape) for entry in self.entries if entry.rule == "mean"]
         if not self._parameters:
             raise ValueError(
@@ -113,8 +123,8 @@ class ModelVector:
 
     def newly_trainable(self, module: nn.Module) -> list[str]:
         """Names of the parameters of ``module`` that are trainable now but not part of the vector."""
-        sent = {id(p) for p in self._parameters}
-        return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in sent]
+        known = {*self._idle, *(id(p) for p in self._parameters)}
+        return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
 
     def frozen_names(self, module: nn.Module) -> set[str]:
         """Names of the parameters of ``module`` that were frozen during training, each by its worker."""

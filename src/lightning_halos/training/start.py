@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.resume import Resume
@@ -51,7 +52,9 @@ class Start:
         self.trainer = trainer
         self.resume = resume
         self.saves = saves
-        self.vector = ModelVector(trainer.lightning_module, all_parameters=unfreezes(callbacks_of(trainer)))
+        module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
+        idle = set() if unfrozen_later else _idle(module, trainer.optimizers)
+        self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle)
         _check(site, self.vector, resume)
         self.memory: Tensor | None = None
         if not algorithm.averages_gradients:
@@ -118,6 +121,12 @@ class Start:
                 f" {self.data.identity}), so it is unknown which samples of this epoch were used."
             )
         return Spans([(0, self.data.first)] if self.data.first else [])
+
+
+def _idle(module: nn.Module, optimizers: Sequence[Optimizer]) -> set[int]:
+    """Returns the ``id`` of trainable parameters that no optimizer has, if Lightning knows the optimizers."""
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {id(p) for p in module.parameters() if p.requires_grad and id(p) not in optimized} if optimizers else set()
 
 
 def _check(site: Site, vector: ModelVector, resume: Resume | None) -> None:
