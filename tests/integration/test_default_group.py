@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric, SumMetric
 from lightning_halos import HalosStrategy, SimulatedCluster
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, lightning_environments
-from tests.integration.toys import BATCH, Toy, assert_same_model, loader, make_trainer, samples, state
+from tests.integration.toys import BATCH, Toy, assert_same_model, halos, loader, make_trainer, samples, state
 
 SAMPLES = 64
 HOOKS = ["setup", "train_dataloader", "training_step", "on_train_end", "on_fit_end", "teardown", "test_step"]
@@ -424,3 +424,42 @@ def simulated() -> Result:
 def test_in_a_simulation_a_process_has_the_rank_of_the_simulated_worker(run: Run) -> None:
     (result,) = run(simulated, environments=[{}])
     assert result == {"asked": [[0, 2, [0, 1]], [1, 2, [0, 1]]], "here": False}
+
+
+class Sharing(Toy):
+    """Each worker has a part of the optimizer's state, or of a parameter."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def configure_model(self) -> None:
+        if self.what == "parameter":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.tensor import distribute_tensor
+
+            parameter = distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)))
+            self.register_parameter("part", nn.Parameter(parameter))
+
+    def configure_optimizers(self) -> Any:
+        if self.what == "optimizer":
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=1e-2)
+        return torch.optim.AdamW(self.parameters())
+
+
+def sharing() -> Result:
+    found = {}
+    for what in ("optimizer", "parameter"):
+        try:
+            make_trainer(halos(regions=1), devices=1, max_steps=2).fit(Sharing(what), loader())
+        except ValueError as error:
+            found[what] = str(error)
+    return found
+
+
+def test_what_is_divided_among_workers_is_refused(run: Run) -> None:
+    (result,) = run(sharing, workers=1)
+    assert result["optimizer"].startswith("ZeroRedundancyOptimizer is divided among workers")
+    assert result["parameter"].startswith("the parameter part is divided among workers")

@@ -6,7 +6,7 @@ What the group's collectives do is in ``transport/process_group``. Whether all w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -124,6 +124,24 @@ def set_batch_norm_local(module: nn.Module, is_local: bool) -> None:
             vars(layer).pop("forward", None)
             if is_local:
                 vars(layer)["forward"] = MethodType(nn.BatchNorm1d.forward, layer)
+
+
+def refuse_sharing(module: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Refuses optimizers and parameters of which each worker has a part, and for which workers wait in every step.
+
+    With collectives that do not wait, each worker would train its own part only.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    shared = [type(optimizer).__name__ for optimizer in optimizers if "torch.distributed" in type(optimizer).__module__]
+    shared += [f"the parameter {name}" for name, p in module.named_parameters() if hasattr(p, "device_mesh")]
+    if shared:
+        raise ValueError(
+            f"{shared[0]} is divided among workers that wait for each other in every step, but with this strategy each"
+            " worker trains a complete model at its own pace. Use an optimizer of torch.optim, and a module that is"
+            " not sharded."
+        )
 
 
 # ---------------------------------------------------------------------- data loaders

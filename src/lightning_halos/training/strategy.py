@@ -37,6 +37,7 @@ from lightning_halos.training.compat import (
 from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
 from lightning_halos.training.default_group import (
     environment_of_one,
+    refuse_sharing,
     set_batch_norm_local,
     tell_rank_to_workers,
     use_all_samples,
@@ -151,6 +152,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            refuse_sharing(self.model, self.optimizers)
             set_batch_norm_local(self.model, True)
         else:
             self.synchronize_module()
