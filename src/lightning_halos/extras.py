@@ -16,7 +16,7 @@ def language_package(name: str) -> Any:
 
 def picture_package(name: str) -> Any:
     """Imports a package of the extra ``examples``, or says in a ``ModuleNotFoundError`` how to install it."""
-    return _package(name, "The picture of plan --output needs it", "examples")
+    return _package(name, "Pictures need it", "examples")
 
 
 def _package(name: str, why: str, extra: str) -> Any:

@@ -161,7 +161,7 @@ class TestOutput:
         assert run(*SMALL)[0] == 0  # the table needs none
         status, out, err = run(*SMALL, "--output", str(tmp_path / "plans"))
         assert (status, out) == (2, "")
-        assert 'matplotlib is not installed. The picture of plan --output needs it: pip install "light' in err
+        assert 'matplotlib is not installed. Pictures need it: pip install "light' in err
         assert '"lightning-halos[examples]"' in err
         assert not list(tmp_path.iterdir())
 

@@ -197,7 +197,7 @@ def test_durations_of_a_push_are_virtual_ones() -> None:
     shares = {rank: s for server in driver.network.statistics() for rank, s in server["compute_share"].items()}
     for rank, region in enumerate(CLUSTER.region_of):
         computing, complete = TIMING.compute(rank, STEPS[rank]), TIMING.round(rank, region, STEPS[rank])
-        assert shares[str(rank)] == pytest.approx(computing / complete, rel=0.01)
+        assert shares[rank] == pytest.approx(computing / complete, rel=0.01)
 
 
 def test_bytes_are_counted_where_they_travel() -> None:

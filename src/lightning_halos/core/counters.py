@@ -10,40 +10,45 @@ from lightning_halos.core.messages import Progress
 
 @dataclass
 class ServerCounters:
-    """Counters of a local server and its workers."""
+    """Counters of a local server, and of each of its workers by rank."""
 
     updates: int = 0  # pushes applied
     merges: int = 0  # global models merged
-    staleness_sum: int = 0  # over applied pushes: the versions between pull and push
     staleness_max: int = 0
     bytes_within_regions: int = 0  # on links inside the region
     bytes_between_regions: int = 0  # on links to another region
-    computed: dict[int, float] = field(default_factory=dict)  # seconds that each worker spent computing, by rank
-    waited: dict[int, float] = field(default_factory=dict)  # seconds that each worker waited for the server, by rank
-    rejected: dict[int, int] = field(default_factory=dict)  # rejected pushes of each worker that has any, by rank
+    applied: dict[int, int] = field(default_factory=dict)  # applied pushes
+    staleness: dict[int, int] = field(default_factory=dict)  # over applied pushes: the versions between pull and push
+    computed: dict[int, float] = field(default_factory=dict)  # seconds spent computing
+    waited: dict[int, float] = field(default_factory=dict)  # seconds waited for the server
+    rejected: dict[int, int] = field(default_factory=dict)  # rejected pushes, of each worker that has any
 
     def add(self, report: Progress) -> None:
         """Adds the numbers of a report."""
-        worker, staleness = report.worker, report.staleness or 0
+        worker = report.worker
         self.updates, self.merges = report.updates, report.merges
-        self.staleness_sum += staleness
-        self.staleness_max = max(self.staleness_max, staleness)
         self.bytes_within_regions = report.bytes_within_regions
         self.bytes_between_regions = report.bytes_between_regions
+        if report.staleness is not None:
+            self.applied[worker] = self.applied.get(worker, 0) + 1
+            self.staleness[worker] = self.staleness.get(worker, 0) + report.staleness
+            self.staleness_max = max(self.staleness_max, report.staleness)
         self.computed[worker] = self.computed.get(worker, 0.0) + report.seconds
         self.waited[worker] = self.waited.get(worker, 0.0) + report.waited
         if report.rejected:
             self.rejected[worker] = report.rejected
 
     def statistics(self) -> dict[str, Any]:
-        """Returns the counters by the names that :class:`~lightning_halos.HalosMonitor` shows."""
-        of_workers = ("computed", "waited", "rejected")
+        """Returns what :class:`~lightning_halos.HalosMonitor` shows. Numbers of workers are by rank."""
         return {
-            **{name: value for name, value in vars(self).items() if name not in of_workers},
+            **{name: value for name, value in vars(self).items() if isinstance(value, int)},
             "rejected": sum(self.rejected.values()),
-            "rejected_of": {str(rank): count for rank, count in self.rejected.items()},
+            "staleness_sum": sum(self.staleness.values()),
             "round_seconds": sum(self.computed.values()),
+            "rounds": {rank: self.applied.get(rank, 0) + self.rejected.get(rank, 0) for rank in self.computed},
+            "staleness_of": {rank: total / self.applied[rank] for rank, total in self.staleness.items()},
+            "rejected_of": dict(self.rejected),
             "compute_share": {
-                str(rank): seconds / ((seconds + self.waited[rank]) or 1.0) for rank, seconds in self.computed.items()
+                rank: seconds / ((seconds + self.waited[rank]) or 1.0) for rank, seconds in self.computed.items()
             },
         }
