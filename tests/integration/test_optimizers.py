@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR, SequentialLR
 
+from lightning_halos import DelayedNesterov
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.test_modules import Gan
 from tests.integration.test_schedules import learning_rate
-from tests.integration.toys import Toy, assert_same_model, assert_trained, fit, loader, make_trainer, outcome
+from tests.integration.toys import (
+    FEATURES,
+    Toy,
+    assert_same_model,
+    assert_trained,
+    fit,
+    loader,
+    make_trainer,
+    outcome,
+    samples,
+)
 from tests.integration.virtual import simulate
 
 STEPS = 24
@@ -219,3 +232,43 @@ def test_a_layer_that_is_frozen_while_training_stays_where_it_is(tmp_path: Path)
     assert_trained(results, max_steps=60)
     weight = results[0]["state"]["net.0.weight"].flatten()
     assert torch.equal(weight, results[0]["frozen_at"])
+
+
+class Warned(Toy):
+    """Records the warnings about a model that grows without bound."""
+
+    def on_fit_start(self) -> None:
+        self.caught: Any = warnings.catch_warnings(record=True).__enter__()
+        warnings.simplefilter("always")
+
+    def more(self) -> Result:
+        inputs, targets, _ = samples().tensors
+        growth = [caught for caught in self.caught if "grows without bound" in str(caught.message)]
+        return {"loss": float(self.loss((inputs, targets))), "warnings": len(growth)}
+
+
+class Newton(Warned):
+    """Comes close to the minimum in every round."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(FEATURES, 1))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class TooFast(Warned):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+def test_lbfgs_trains_with_the_defaults(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Newton(), loader(batch_size=64), max_steps=48)
+    assert [result["warnings"] for result in results] == [0] * 4
+    assert results[0]["loss"] < 5e-3, "with momentum it is 0.026"
+
+
+def test_a_model_that_grows_without_bound_is_noticed_once(tmp_path: Path) -> None:
+    momentum = {"local_optimizer": partial(DelayedNesterov, lr=2.0, momentum=0.9, delay=8)}
+    results = simulate(tmp_path, TooFast(), loader(batch_size=64), max_steps=160, strategy=momentum)
+    assert [result["warnings"] for result in results] == [1, 0, 0, 0]

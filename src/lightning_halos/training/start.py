@@ -18,6 +18,7 @@ from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.vector import ModelVector
+from lightning_halos.training.growth import suited
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
@@ -48,7 +49,7 @@ class Start:
         self, site: Site, algorithm: Algorithm, trainer: pl.Trainer, resume: Resume | None, saves: Saves
     ) -> None:
         self.site = site
-        self.algorithm = algorithm
+        self.algorithm = suited(algorithm, trainer)
         self.trainer = trainer
         self.resume = resume
         self.saves = saves

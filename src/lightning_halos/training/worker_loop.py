@@ -18,6 +18,7 @@ from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.vector import Advance
 from lightning_halos.training.compat import show_metrics
+from lightning_halos.training.growth import GrowthWatch
 from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
@@ -61,6 +62,7 @@ class WorkerLoop(Callback):
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
         self._counter = StepCounter(self._trainer, self._has_changed)
+        self._growth = GrowthWatch(start.site.topology)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.budget.position)
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
         self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
@@ -227,6 +229,7 @@ class WorkerLoop(Callback):
         pull, progress = self._world.client.exchange(push, fill)
         if pull.vector is not None:
             self._load(pull.vector, progress)
+            self._growth.look(pull.vector[: self._vector.num_parameters])
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
         self._move_schedulers(pull.position, pull.plateau_steps)
         if not self._is_rank_0:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from lightning_halos.core.algorithms.base import ServerAlgorithm
+from lightning_halos.core.algorithms.halos import default_single_optimizer
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.topology import ServerGroup, Topology
@@ -33,7 +34,7 @@ class AsyncLocalSGD(ServerAlgorithm):
         return Topology(super().arrange(regions, names).names, (ServerGroup(0, home, everybody),))
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
-        return self.optimizer or default_optimizer(workers)
+        return self.optimizer or (default_optimizer if self.has_momentum else default_single_optimizer)(workers)
 
 
 def default_optimizer(workers: int) -> OptimizerFactory:

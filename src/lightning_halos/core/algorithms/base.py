@@ -32,6 +32,8 @@ class Algorithm(ABC):
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round:
             ``max(1, ceil(H * speed / fastest))``.
+        has_momentum: Whether the servers' default optimizers have momentum. It is not for inner optimizers that come
+            close to a minimum in one round, as LBFGS does: it would carry the model beyond it, ever further.
 
     Raises:
         TypeError: If ``dynamic_local_steps`` is not a bool, or an optimizer is not a function.
@@ -43,6 +45,7 @@ class Algorithm(ABC):
 
     local_steps: int
     dynamic_local_steps: bool
+    has_momentum: bool = True
 
     def __post_init__(self) -> None:
         check_count("local_steps", self.local_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Diloco(SynchronousAlgorithm):
         return "DiLoCo + dynamic steps" if self.dynamic_local_steps else "DiLoCo"
 
     def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:
-        return SynchronousServer(model, self.outer_optimizer or default_outer_optimizer, shapes)
+        default = default_outer_optimizer if self.has_momentum else partial(torch.optim.SGD, lr=1.0)
+        return SynchronousServer(model, self.outer_optimizer or default, shapes)
 
 
 def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:

@@ -23,8 +23,9 @@ class Halos(ServerAlgorithm):
         updates_per_worker: Pushes between two exchanges, per worker of the server.
         servers_per_region: Number of local servers in every region, or a list with one number per region.
         local_optimizer: Makes a local server's optimizer. Default: :func:`default_local_optimizer`, or
-            :func:`default_single_optimizer` if there is one local server in the run.
-        global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`.
+            :func:`default_single_optimizer` without momentum or if there is one local server in the run.
+        global_optimizer: Makes the global server's optimizer. Default: :func:`default_global_optimizer`, or
+            :func:`default_single_optimizer` without momentum.
     """
 
     name: ClassVar[str] = "halos"
@@ -52,11 +53,12 @@ class Halos(ServerAlgorithm):
         return self.accumulate_updates or self.updates_per_worker * workers
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
-        default = default_single_optimizer if servers == 1 else default_local_optimizer
+        default = default_local_optimizer if servers > 1 and self.has_momentum else default_single_optimizer
         return self.local_optimizer or default(workers)
 
     def make_global_optimizer(self, servers: int) -> OptimizerFactory:
-        return self.global_optimizer or default_global_optimizer(servers)
+        default = default_global_optimizer if self.has_momentum else default_single_optimizer
+        return self.global_optimizer or default(servers)
 
 
 def default_local_optimizer(workers: int) -> OptimizerFactory:
