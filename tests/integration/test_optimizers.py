@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -172,6 +173,7 @@ class OneCycle(Toy):
         super().__init__()
         self.automatic_optimization = False
         self.is_returned = is_returned
+        self.other_things = [np.zeros(3), torch.zeros(3)]  # which cannot be compared with a scheduler
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = super().training_step(batch, batch_idx)

@@ -18,7 +18,7 @@ from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.topology import Topology
 
 _SAMPLE = 2**16  # parameters that are looked at, so that a look costs little
-_FACTOR = 1000.0  # times that the parameters are larger than at the start
+_FACTOR = 1000.0  # times that the parameters are larger than at the start, or than 1
 _IN_A_ROW = 4  # pulls with growth of at least 10 % each
 
 
@@ -49,15 +49,15 @@ class GrowthWatch:
         self._first = size if self._first is None else self._first
         self._in_a_row = self._in_a_row + 1 if size > 1.1 * self._last or math.isinf(size) else 0
         self._last = size
-        if self._in_a_row >= _IN_A_ROW and size > _FACTOR * max(self._first, 1e-3):
+        if self._in_a_row >= _IN_A_ROW and size > _FACTOR * max(self._first, 1.0):  # it may start from zeros
             self._is_silent = True
             groups = self._topology.groups
             workers = max(len(group.ranks) for group in groups)
             rank_zero_warn(
-                f"The model grows without bound: its parameters are {size / max(self._first, 1e-3):.0e} times as large"
-                " as at the start. If the module trains well under DDP, the momentum of the servers is too much for its"
-                " optimizers: a round comes close to a minimum, and momentum carries the model beyond it. Use servers"
-                f" without momentum: local_optimizer=lambda p: torch.optim.SGD(p, lr={1 / workers:.3g}) and"
-                f" global_optimizer=lambda p: torch.optim.SGD(p, lr={1 / len(groups):.3g}), or a lower learning rate,"
-                " or fewer local_steps."
+                f"The model grows without bound: its parameters were about {self._first:.1g}, now {size:.1g}. If the"
+                " module trains well under DDP, the momentum of the servers is too much for its optimizers: a round"
+                " comes close to a minimum, and momentum carries the model beyond it. Give HalosStrategy"
+                f" local_optimizer=lambda p: torch.optim.SGD(p, lr={1 / workers:.3g}) and"
+                f" global_optimizer=lambda p: torch.optim.SGD(p, lr={1 / len(groups):.3g}), or other strategies such an"
+                " optimizer, or lower the learning rate or local_steps."
             )

@@ -144,7 +144,7 @@ def _find(trainer: pl.Trainer) -> Iterator[LRScheduler]:
     found: list[Any] = [] if module.automatic_optimization else [*configured]
     for value in vars(module).values():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found += [part for part in parts if part not in configured and isinstance(part, LRScheduler)]
+        found += [part for part in parts if isinstance(part, LRScheduler) and part not in configured]
     for scheduler in _distinct(found):
         if not isinstance(scheduler, ReduceLROnPlateau):
             yield scheduler
