@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_halos import DilocoStrategy
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import FEATURES, Toy, assert_same_model, halos, loader, make_trainer, outcome
 
 
 def keys_of(trainer: Any) -> list[str]:
@@ -68,3 +74,204 @@ def test_a_dataset_that_grows_and_validation_by_time(run: Run) -> None:
     assert all(result["global_step"] == 4 + 8 + 12 for result in results)
     assert len(results[0]["validated_on"]) > 1  # a batch takes 0.02 s
     assert results[1]["validated_on"] == []
+
+
+class Counting(Toy):
+    """Records in every batch what there is to know about the length of its epoch."""
+
+    slow = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[list[float]]] = []
+        self.lasts: list[list[bool]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append([self.lengths()])
+        self.lasts.append([])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen[-1].append(self.lengths())
+        by_number = batch_idx + 1 == self.trainer.num_training_batches
+        assert by_number == self.trainer.is_last_batch == self.trainer.fit_loop._data_fetcher.done
+        self.lasts[-1].append(by_number)
+        return super().training_step(batch, batch_idx)
+
+    def lengths(self) -> list[float]:
+        loader: Any = self.trainer.train_dataloader
+        return [self.trainer.num_training_batches, len(loader), len(loader.sampler), len(loader.batch_sampler)]
+
+
+def counting() -> Result:
+    module = Counting()
+    trainer = make_trainer(halos(regions=1), devices=2, max_epochs=2)
+    trainer.fit(module, loader(128))
+    after = [trainer.num_training_batches, len(trainer.train_dataloader)]
+    return outcome(trainer, module, seen=module.seen, lasts=module.lasts, after=after)
+
+
+def test_numbers_of_batches_while_training(run: Run) -> None:
+    """The shard's, as far as a worker knows. A fast one has more batches, and the last one is known as such."""
+    results = run(counting, workers=2)
+    assert sum(len(epoch) for result in results for epoch in result["lasts"]) == 2 * 32
+    for result in results:
+        assert result["after"] == [16, 16]
+        for seen, lasts in zip(result["seen"], result["lasts"], strict=True):
+            assert seen[0] == [16, 16, 64, 16]
+            assert [lengths[0] for lengths in seen[1:-1]] == [max(16, batch + 2) for batch in range(len(lasts) - 1)]
+            assert seen[-1][0] == len(lasts)
+            assert all(lengths[1:] == [16, 64, 16] for lengths in seen)
+            assert lasts == [False] * (len(lasts) - 1) + [True]
+    assert max(len(epoch) for epoch in results[0]["lasts"]) > 16
+
+
+class Uploading(Logger):
+    """Records which checkpoints are there when it is told of one."""
+
+    name, version = "uploading", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int]] = []
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        path = Path(checkpoint_callback.last_model_path)
+        if path.is_file():
+            step = torch.load(path, weights_only=True)["global_step"]
+            self.told.append((path.name, step))
+
+    def log_metrics(self, *_: Any, **__: Any) -> None: ...
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+
+class Everyday(Toy):
+    """Does in hooks what many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+        self.read: list[float] = []
+        self.best = torch.inf
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert isinstance(self.trainer.checkpoint_callback, ModelCheckpoint)
+        assert isinstance(self.trainer.early_stopping_callback, EarlyStopping)
+        if self.trainer.is_global_zero and self.trainer.current_epoch == self.trainer.fit_loop.batch_idx == 0:
+            self.trainer.save_checkpoint("mine.ckpt")
+            assert len(torch.load("mine.ckpt", weights_only=True)["state_dict"]) == 4
+
+    def on_validation_epoch_end(self) -> None:
+        self.best = min(self.best, float(self.trainer.callback_metrics["val_loss"]))
+
+    def on_train_epoch_end(self) -> None:
+        self.read.append(float(self.trainer.callback_metrics["val_loss"]))
+        self.log("mean", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+    def on_train_end(self) -> None:
+        callback: Any = self.trainer.checkpoint_callback
+        self.load_state_dict(torch.load(callback.best_model_path, weights_only=True)["state_dict"])
+        super().on_train_end()
+
+
+def everyday(strategy: str) -> Result:
+    module, logger = Everyday(), Uploading()
+    saving = ModelCheckpoint("saved", monitor="val_loss", save_last=True)
+    trainer = make_trainer(
+        DilocoStrategy(local_steps=4, timeout=60) if strategy == "diloco" else halos(regions=1),
+        devices=2,
+        max_epochs=3,
+        enable_checkpointing=True,
+        logger=logger,
+        callbacks=[saving, EarlyStopping("val_loss", patience=10)],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(64), loader(8))
+    best = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(best[name], tensor) for name, tensor in module.state_dict().items())
+    said = [str(warning.message) for warning in caught]
+    return outcome(trainer, module, read=module.read, told=logger.told, said=said, best=saving.best_model_path)
+
+
+@pytest.mark.parametrize("strategy", ["halos", "diloco"])
+def test_hooks_that_everybody_writes(run: Run, strategy: str) -> None:
+    results = run(everyday, strategy, workers=2)
+    assert_same_model(results)
+    assert results[0]["best"] == results[1]["best"] != ""
+    for result in results:
+        assert len(result["read"]) == 3
+    if strategy == "halos":
+        assert torch.isfinite(torch.tensor([result["read"] for result in results])).all()
+        assert results[1]["read"][0] in results[0]["read"]
+        assert results[0]["told"][-1] == ("last.ckpt", results[0]["global_step"])
+    (said,) = [text for text in results[0]["said"] if "changed attributes of the module, on rank 0 only" in text]
+    assert ": validated_on, best. " in said
+    assert "self.log" in said
+
+
+class Stacking(Toy):
+    """Needs a batch in every epoch, as there is one under DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.outputs.append(super().training_step(batch, batch_idx))
+        return self.outputs[-1]
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean", torch.stack(self.outputs).mean().detach())
+        self.outputs.clear()
+
+
+def stacking() -> Result:
+    module, trainer = Stacking(), make_trainer(halos(regions=1), devices=2, max_epochs=3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(4))
+    return outcome(trainer, module, said=[str(warning.message) for warning in caught])
+
+
+def test_an_epoch_in_which_a_worker_has_no_batch(run: Run) -> None:
+    results = run(stacking, workers=2)
+    assert_same_model(results)
+    assert [result["global_step"] for result in results] == [1, 1]  # 3 local steps of 2 workers
+    said = [text for result in results for text in result["said"] if "It is ignored: RuntimeError" in text]
+    assert len(said) == 3
+
+
+class Normalizing(Toy):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.counted(torch.optim.SGD(self.parameters(), lr=1e-2))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def stochastic_averaging() -> Result:
+    modules = [Normalizing(), Toy()]
+    for module in modules:
+        averaging = StochasticWeightAveraging(5e-3, swa_epoch_start=2, annealing_epochs=1)
+        trainer = make_trainer(halos(regions=1), devices=2, max_epochs=4, callbacks=averaging)
+        trainer.fit(module, loader(64), loader(8))
+        assert trainer.global_step in (32, 33)  # with BatchNorm, Lightning counts a step that changes nothing
+        assert averaging.n_averaged == 3
+    return {**outcome(trainer, modules[0]), "other": outcome(trainer, modules[1])}
+
+
+def test_stochastic_weight_averaging_trains_and_all_ranks_end_with_the_average(run: Run) -> None:
+    results = run(stochastic_averaging, workers=2)
+    assert_same_model(results)
+    assert_same_model([result["other"] for result in results])
+    assert results[0]["state"]["net.1.num_batches_tracked"] == 8  # of the additional epoch, on the worker's shard
+    assert results[0]["state"]["net.1.running_mean"].abs().max() > 0

@@ -125,7 +125,11 @@ def test_all_workers_together_take_the_steps_that_were_ordered(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "sync_sgd"])
-@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}, {"reload_dataloaders_every_n_epochs": 1}],
+    ids=str,
+)
 def test_every_sample_is_used_once_per_epoch(name: str, flags: dict[str, Any], tmp_path: Path) -> None:
     module = Toy()
     module.folder = tmp_path

@@ -33,7 +33,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_halos.checkpoint import files
 from lightning_halos.checkpoint.files import WrittenFile
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.checkpoint.places import folder_of, is_complete, save_folders
+from lightning_halos.checkpoint.places import folder_of, is_complete, is_hpc, is_last, save_folders
 from lightning_halos.checkpoint.writer import Writer
 from lightning_halos.core.messages import Marker, ShardWritten
 
@@ -131,6 +131,17 @@ class Saves:
         """Records that a ``.ckpt`` file is on disk."""
         self._note(number, str(path.absolute()))
 
+    def show(self, save: Save, path: Path) -> None:
+        """Makes a ``.ckpt`` file visible before its shards are complete, if this replaces nothing.
+
+        It can be read at once, by a logger that uploads it, for example. If the save fails, the file stays, without
+        shards. Files that a later run would choose by their names alone stay invisible.
+        """
+        if path.exists() or is_last(path) or is_hpc(path):
+            return
+        with contextlib.suppress(OSError):  # then it is there when it is complete
+            files.share(save.hidden[path.absolute()].parent, [path.name], path.parent)
+
     def complete_manifest(self, number: str, **facts: Any) -> None:
         """Adds the fields of a manifest that were unknown when its save started."""
         with self._lock:
@@ -225,6 +236,7 @@ class Saves:
             older = {path: set(save_folders(path)) - in_use for path in save.hidden}
             for path in older:
                 os.replace(save.hidden[path], path)
+                save.hidden[path].unlink(missing_ok=True)  # still there if both were names of one file
                 del save.hidden[path]
             save.state = State.COMPLETE
             for link, path in save.links.items():

@@ -1,7 +1,8 @@
-"""Makes Lightning's ``WeightAveraging`` callbacks average the global model, and not a worker's own, on rank 0 only.
+"""Makes Lightning's callbacks that average weights take the global model, and not a worker's own, on rank 0 only.
 
-They update their average after each global step that they choose, as under DDP. Validations and checkpoints use it, and
-after the fit all workers have it.
+``WeightAveraging`` updates its average after each global step that it chooses, as under DDP, and validations and
+checkpoints use it. ``StochasticWeightAveraging`` updates its average when rank 0 begins an epoch. After the fit all
+workers have the average.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_halos.training.compat import average_of
@@ -70,3 +71,27 @@ class GlobalAverage:
         model = self._source(module)
         for _ in range(self._times):
             self._update(model)  # type: ignore[arg-type]  # it has what an average reads from a module
+
+
+class GlobalStochasticAverage:
+    """Changes a ``StochasticWeightAveraging`` callback for one fit.
+
+    Args:
+        callback: The callback.
+        source: Returns the global model, given the module.
+    """
+
+    def __init__(
+        self, callback: StochasticWeightAveraging, source: Callable[[nn.Module], nn.Module | GlobalTensors]
+    ) -> None:
+        update = callback.update_parameters
+
+        def update_from_global_model(average: Any, module: nn.Module, *args: Any) -> None:
+            update(average, source(module), *args)  # type: ignore[arg-type]  # as above
+
+        self._callback = callback
+        vars(callback)["update_parameters"] = update_from_global_model
+
+    def restore(self) -> None:
+        """Restores the callback."""
+        vars(self._callback).pop("update_parameters", None)

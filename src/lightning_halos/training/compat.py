@@ -21,7 +21,9 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimi
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
 from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -29,6 +31,7 @@ from lightning.pytorch.trainer.connectors.logger_connector import result as resu
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _update_dataloader
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler
 
@@ -99,10 +102,88 @@ def begin_epoch_of_data(trainer: pl.Trainer) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
+class _OpenFitLoop(_FitLoop):
+    """Takes the attribute ``max_batches`` for the usual number of batches in an epoch, which may have more or fewer."""
+
+    @property
+    def max_batches(self) -> int:
+        usual: int = vars(self)["max_batches"]
+        batches = self.epoch_loop.batch_progress
+        epoch: Any = self.epoch_progress.current
+        if epoch.ready > epoch.started:  # in the hooks at the start of an epoch
+            return usual
+        # Lightning ends an epoch at this number, so it is not reached before the last batch.
+        return max(1, batches.current.ready) if batches.is_last_batch else max(usual, batches.current.ready + 1)
+
+    @max_batches.setter
+    def max_batches(self, batches: int | float) -> None:
+        vars(self)["max_batches"] = batches
+
+
+class _Open(_DataFetcher):
+    """Recognizes the last batch by the end of the data, although the data has a length."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.done = None, False
+
+
+class _OpenPrefetchDataFetcher(_Open, _PrefetchDataFetcher): ...
+
+
+class _OpenDataLoaderIterDataFetcher(_Open, _DataLoaderIterDataFetcher): ...
+
+
+_OPEN: dict[type, type] = {
+    _FitLoop: _OpenFitLoop,
+    _PrefetchDataFetcher: _OpenPrefetchDataFetcher,
+    _DataLoaderIterDataFetcher: _OpenDataLoaderIterDataFetcher,
+}
+_CLOSED = {opened: closed for closed, opened in _OPEN.items()}
+
+
+def open_epochs(trainer: pl.Trainer) -> None:
+    """Lets a worker's epochs end with their data, after more or fewer batches than the training data says it has.
+
+    ``trainer.num_training_batches`` stays what it was, but grows while an epoch has more batches, and is the number of
+    batches in an epoch from its last batch on.
+    """
+    for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
+        part.__class__ = _OPEN.get(type(part), type(part))
+
+
+def close_epochs(trainer: pl.Trainer) -> None:
+    """Undoes :func:`open_epochs`."""
+    for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
+        part.__class__ = _CLOSED.get(type(part), type(part))
+
+
+def swa_averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """Returns the averages of the ``StochasticWeightAveraging`` callbacks during a fit."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return [callback._average_model for callback in averaging if callback._average_model is not None]
+
+
+def epochs_of_training(trainer: pl.Trainer) -> int | None:
+    """Returns the epochs in which optimizers step; ``None`` without a limit.
+
+    ``StochasticWeightAveraging`` adds one for the statistics of BatchNorm, when a fit starts.
+    """
+    if trainer.max_epochs in (None, -1):
+        return None
+    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return trainer.max_epochs - any(callback._model_contains_batch_norm for callback in averaging)
+
+
 def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Puts metrics into ``trainer.callback_metrics``."""
     tensors = {name: torch.tensor(value) for name, value in metrics.items()}
     trainer._logger_connector._callback_metrics.update(tensors)
+
+
+def replace_metrics(trainer: pl.Trainer, make: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Replaces the dict ``trainer.callback_metrics`` by one that is made from it."""
+    trainer._logger_connector._callback_metrics = make(trainer.callback_metrics)
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

@@ -10,19 +10,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_halos.training.averaging import GlobalAverage, GlobalTensors
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
+    replace_metrics,
     restore_dump_checkpoint,
     show_metrics,
     wrap_dump_checkpoint,
 )
+from lightning_halos.training.first_hooks import FirstHooks
+from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.same_model import adopt_final_model, copy_from_module, log_rules
 from lightning_halos.training.start import Start
@@ -53,12 +58,13 @@ class Fit:
         self.start = start
         self.world = world
         self.worker_model: Tensor | None = None
-        self._averages: list[GlobalAverage] = []
+        self._averages: list[GlobalAverage | GlobalStochasticAverage] = []
+        self._first_metrics = FirstMetrics(start.site.store_of_a_fit(), self.check)
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
         self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
-        self.loop = WorkerLoop(start, world, self.lightning, self.preemption)
+        self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics)
         if resume is not None:
             show_metrics(trainer, resume.manifest.metrics)
 
@@ -66,13 +72,23 @@ class Fit:
     def trainer(self) -> pl.Trainer:
         return self.start.trainer
 
-    def begin(self) -> None:
-        """Starts training, when all workers are ready."""
-        self.lightning.install(self.loop)
+    def begin(self, end: Callable[[], None]) -> None:
+        """Starts training, when all workers are ready.
+
+        Args:
+            end: Called when all workers have the final model, before any hook sees the end of training.
+        """
+        collectives = self.start.site.collectives
+        first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, collectives, end)
+        self.lightning.install(first_hooks, self.loop)
+        if self.start.site.rank > 0:
+            replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
         if self.start.site.rank == 0:
             averaging = [callback for callback in callbacks_of(self.trainer) if isinstance(callback, WEIGHT_AVERAGING)]
             wrap_dump_checkpoint(self.trainer, self._dump_checkpoint)
             self._averages = [GlobalAverage(c, self.trainer.global_step, self._global_tensors) for c in averaging]
+            stochastic = [c for c in callbacks_of(self.trainer) if isinstance(c, StochasticWeightAveraging)]
+            self._averages += [GlobalStochasticAverage(callback, self._global_tensors) for callback in stochastic]
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         if self.start.memory is not None:
@@ -101,7 +117,7 @@ class Fit:
         adopt_final_model(
             start.site.collectives, module, start.vector.entries, start.vector.frozen_names(module), may_differ
         )
-        self._share_decisions()
+        self.share_decisions()
 
     def restore(self) -> None:
         """Restores every attribute of the Trainer that was changed for training. Later calls do nothing."""
@@ -111,6 +127,7 @@ class Fit:
         self.loop.release()
         self.lightning.restore()
         restore_dump_checkpoint(self.trainer)
+        replace_metrics(self.trainer, dict)
         for average in self._averages:
             average.restore()
         if self.start.data is not None:
@@ -217,7 +234,19 @@ class Fit:
         self.world.read(model)
         return model
 
-    def _share_decisions(self) -> None:
+    def _wait_for_metrics(self) -> dict[str, float]:
+        """Returns rank 0's first metrics. Waits only if rank 0 does not wait for this worker, or for its own time."""
+        waits_for_workers = self.world.is_simulated or not isinstance(self.start.algorithm, ServerAlgorithm)
+        if waits_for_workers and not self.loop.finished:
+            return {}
+        with self.loop.stopwatch.paused():
+            try:
+                return self._first_metrics.wait(self.loop.finished)
+            except dist.DistError:  # rank 0, whose process has the store, has ended
+                self.raise_failure()
+                raise
+
+    def share_decisions(self) -> None:
         """Shares rank 0's decisions, so that trainer.test(ckpt_path="best") means the same file on all ranks."""
         collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.rank
         schedulers.plateaus()

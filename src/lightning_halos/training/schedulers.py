@@ -80,6 +80,7 @@ class SchedulePosition:
         epoch_steps: int | None = None,
     ) -> None:
         self._module = module
+        self._configs = configs
         self._optimizers = optimizers
         self._limit = limit
         self._is_rank_0 = is_rank_0
@@ -106,6 +107,7 @@ class SchedulePosition:
         Args:
             batches: Batches of this round so far in which an optimizer stepped.
         """
+        self._leave_replaced()
         at_end = self._limit is not None and self._position + batches >= self._limit
         for scheduler in self._schedulers:
             if scheduler.period and scheduler.config.interval == "step":
@@ -141,6 +143,7 @@ class SchedulePosition:
             position: The global step.
             plateaus: Steps of rank 0's plateau schedulers since the last pull. Rank 0 ignores them.
         """
+        self._leave_replaced()
         if self._limit is not None:
             position = min(position, self._limit)
         if self._is_rank_0:
@@ -193,6 +196,13 @@ class SchedulePosition:
         """Restores the schedulers' frequencies."""
         for scheduler in self._schedulers:
             scheduler.config.frequency = scheduler.frequency
+
+    def _leave_replaced(self) -> None:
+        """Leaves alone what a callback has replaced by a scheduler of its own, as StochasticWeightAveraging does."""
+        for scheduler in self._schedulers:
+            if not any(config is scheduler.config for config in self._configs):
+                scheduler.period = None
+        self._follows = any(scheduler.period for scheduler in self._schedulers)
 
     def _step(self, scheduler: _Scheduler, times: int, value: float | None = None) -> None:
         before = [copy.deepcopy(group) for group in self._settings()] if times > 0 else []

@@ -10,12 +10,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.files import is_local
@@ -75,6 +77,8 @@ class Shards:
         self._run = run
         self._has_server_shards = has_server_shards
         self._at_end: list[Save] = []
+        self._loggers: list[Logger] = []
+        self._untold: list[Callable[[], None]] = []
 
     def start_fit(self) -> Resume | None:
         """Clears the state of an earlier fit. Returns the state from which this fit resumes."""
@@ -93,6 +97,28 @@ class Shards:
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
                 replace_link_checkpoint(callback, self.saves.link)
+
+    def hold_loggers(self, loggers: Iterable[Logger]) -> None:
+        """Holds back what loggers are told about checkpoints in this fit, until :meth:`tell_loggers`."""
+        self._loggers = list(loggers)
+        for logger in self._loggers:
+            vars(logger)["after_save_checkpoint"] = partial(self._hold, logger.after_save_checkpoint)
+
+    def _hold(self, tell: Callable[[ModelCheckpoint], None], callback: ModelCheckpoint) -> None:
+        self._untold.append(partial(tell, callback))
+
+    def tell_loggers(self) -> None:
+        """Tells loggers about the checkpoints of this fit, if all of them are complete: the files are there then."""
+        if self._untold and not self.saves.under_way:
+            untold, self._untold = self._untold, []
+            for tell in untold:
+                tell()
+
+    def release_loggers(self) -> None:
+        """Undoes :meth:`hold_loggers`."""
+        for logger in self._loggers:
+            del vars(logger)["after_save_checkpoint"]
+        self._loggers = []
 
     def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0 during training. An error becomes a warning.
@@ -193,6 +219,7 @@ class Shards:
         except Exception as error:  # writing an object may raise anything, and a checkpoint must not end the run
             self.saves.fail(save.marker.save, f"{path} could not be written: {error}")
         else:
+            self.saves.show(save, path)
             self.saves.file_written(save.marker.save, path)
 
     def _write_together(self, trainer: pl.Trainer, save: Save | None, reason: str) -> str:

@@ -7,6 +7,7 @@ other sampler. The source of the leases is an argument, so that a test can give 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from lightning_halos.core.cursor import Lease, Spans
-from lightning_halos.training.compat import begin_epoch_of_data, training_loader
+from lightning_halos.training.compat import (
+    begin_epoch_of_data,
+    close_epochs,
+    epochs_of_training,
+    open_epochs,
+    training_loader,
+)
 
 
 class LightningRank(int):
@@ -66,7 +73,7 @@ class Leases:
 class SharedSampler(Sampler[int]):
     """Yields the indices of the samples in a worker's leases, epoch after epoch.
 
-    It has no length, because it is not known in advance how much data a worker gets.
+    Its length is that of the replaced sampler, although a worker may get more or less data.
 
     Args:
         sampler: The replaced sampler, which determines the shuffling.
@@ -86,6 +93,9 @@ class SharedSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, as in torch's ``DistributedSampler``."""
         self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
     def __iter__(self) -> Iterator[int]:
         for lease in self._leases.of_epoch(self._epoch):
@@ -130,7 +140,7 @@ class SharedData:
         begin = trainer.current_epoch * self.steps_per_epoch
         used = trainer.global_step * trainer.world_size - begin
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
-        self.epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        self.epochs = epochs_of_training(trainer)
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
         self.dataset = loader.dataset
         sampler: Any = loader.sampler
@@ -154,18 +164,15 @@ class SharedData:
     def find(cls, trainer: pl.Trainer) -> SharedData | None:
         """Returns the training data if the workers can share it, else ``None``.
 
-        They can share a single loader with a sampler that Lightning made, but no ``IterableDataset``, no sampler of
-        the user's own, and no loader that is reloaded: its dataset may have another length then.
+        They can share a single loader with a sampler that Lightning made, but no ``IterableDataset`` and no sampler of
+        the user's own.
         """
         combined = training_loader(trainer)
         loaders = [] if combined is None else combined.flattened
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         changes_steps = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks)
-        reloads: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
-        if combined is None or len(loaders) != 1 or overfits or changes_steps or reloads:
-            return None
-        if not _is_shareable(loaders[0]):
+        if combined is None or len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
             return None
         return cls(trainer, combined, loaders[0])
 
@@ -180,9 +187,10 @@ class SharedData:
         fit_loop = self._trainer.fit_loop
         restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
         if fit_loop.epoch_loop.restarting and fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # The checkpoint is from the last batch of an epoch, so a new epoch starts. Lightning cannot know this
-            # without a number of batches.
+            # The checkpoint is from the last batch of an epoch, so a new epoch starts.
             fit_loop.epoch_loop.restarting = False
+        # Lightning believes that a resumed epoch begins with its first batch, unless the data loader has a state.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
             begin_epoch_of_data(self._trainer)
 
@@ -211,7 +219,6 @@ class SharedData:
         Raises:
             RuntimeError: If its dataset has another length than the first one.
         """
-        fit_loop = self._trainer.fit_loop
         combined = training_loader(self._trainer)
         assert combined is not None
         (loader,) = combined.flattened
@@ -228,14 +235,14 @@ class SharedData:
         self._replaced.append((loader.batch_sampler, sampler))
         loader.batch_sampler.sampler = shared
         combined.limits = None
-        fit_loop.max_batches = math.inf
+        open_epochs(self._trainer)
 
     def detach(self) -> None:
         """Restores the loaders and the Trainer's limits."""
         for batch_sampler, sampler in self._replaced:
             batch_sampler.sampler = sampler
         if self._replaced:
-            self._trainer.fit_loop.max_batches = self.batches
+            close_epochs(self._trainer)
             if (combined := training_loader(self._trainer)) is not None:
                 combined.limits = self._limits
         self._replaced.clear()

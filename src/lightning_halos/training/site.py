@@ -84,6 +84,10 @@ class Site:
             )
         return self._among[ranks]
 
+    def store_of_a_fit(self) -> Store:
+        """Returns a store that all processes share, with the names of one fit. All processes must call this."""
+        return PrefixStore(f"fit/{next(self._numbers)}", self._store)
+
     def collectives_of_a_fit(self) -> Collectives:
         """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
         return self._connect(range(self.size))  # rounds are all-reduces over all workers

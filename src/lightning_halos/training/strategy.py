@@ -186,10 +186,13 @@ class AlgorithmStrategy(ConnectedStrategy):
         self._fit = Fit(start, world, self._grace_time)
         if self.is_global_zero and world.checkpointed is not None:
             shards.link_when_complete(trainer.checkpoint_callbacks)
-        self._fit.begin()
+            shards.hold_loggers(trainer.loggers)
+        self._fit.begin(self._end_training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self._fit is not None
+        assert self._shards is not None
+        self._shards.tell_loggers()
         if self.is_global_zero and (stepped := self._fit.lightning.schedulers.plateaus()):
             self._fit.publish(stepped)
 
@@ -335,12 +338,23 @@ class AlgorithmStrategy(ConnectedStrategy):
             return checkpoint
         return self._shards.load(Path(checkpoint_path), checkpoint, self.trainer.max_epochs)
 
+    def _end_training(self) -> None:
+        """Lets hooks at the end of training use rank 0's decisions and checkpoints, when all workers have finished."""
+        assert self._fit is not None
+        self._fit.share_decisions()
+        self._complete_checkpoints()
+
+    def _complete_checkpoints(self) -> None:
+        if self._saves_shards:
+            assert self._shards is not None
+            assert self._fit is not None
+            self._shards.end_fit(self._fit)
+            self._shards.tell_loggers()
+
     def on_train_end(self) -> None:
         assert self._fit is not None
         self._fit.stop()
-        if self._saves_shards:
-            assert self._shards is not None
-            self._shards.end_fit(self._fit)
+        self._complete_checkpoints()
         self._fit.preemption.remove_old_checkpoint()
         self._end_fit(self.timeout)
 
@@ -368,6 +382,8 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._fit.restore()
         if self.model is not None:
             set_batch_norm_local(self.model, False)
+        if self._shards is not None:
+            self._shards.release_loggers()
         let_data_workers_end()
         self._end_fit(_GOODBYE)
         self._fit = None

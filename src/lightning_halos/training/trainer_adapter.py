@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, Ea
 from lightning_halos.core.schedule import next_count
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
+    epochs_of_training,
     has_trained_enough,
     is_accumulating,
     is_last_batch,
@@ -25,6 +26,8 @@ from lightning_halos.training.compat import (
     set_logged_steps,
 )
 from lightning_halos.training.schedulers import SchedulePosition
+
+_HOOKS = [name for name in vars(Callback) if name.startswith("on_") and not name.endswith("_checkpoint")]
 
 
 class TrainerAdapter:
@@ -46,6 +49,7 @@ class TrainerAdapter:
         self.trainer = trainer
         self.steps_per_batch = 1.0
         self._end = end
+        self._epochs = epochs_of_training(trainer)
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
         self._epoch_batches = trainer.num_training_batches if epoch_batches is None else epoch_batches
@@ -66,15 +70,20 @@ class TrainerAdapter:
         self._val_check_batch = trainer.val_check_batch
         self._no_validation = NoValidation()
 
-    def install(self, loop: Callback) -> None:
-        """Adds the worker's loop to the callbacks: on rank 0 before those that need its pulls, else instead of them."""
-        if self.trainer.is_global_zero:
-            averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
-            last = [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
-            first = [callback for callback in self._callbacks if callback not in last]
-        else:
-            last, first = [], [callback for callback in self._callbacks if not decides(callback)]
-        self.trainer.callbacks = [*first, loop, *last]  # type: ignore[attr-defined]
+    def install(self, first_hooks: Callback, loop: Callback) -> None:
+        """Adds callbacks before the user's, and after those of them that do not need its pulls.
+
+        On ranks other than 0, callbacks with which rank 0 decides stay in the list, but none of their hooks does
+        anything.
+        """
+        averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
+        last = [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
+        others = [callback for callback in self._callbacks if callback not in last]
+        self.trainer.callbacks = [first_hooks, *others, loop, *last]  # type: ignore[attr-defined]
+        if not self.trainer.is_global_zero:
+            for callback in self._callbacks:
+                if decides(callback):
+                    vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
 
     def restore(self) -> None:
         """Restores everything that was changed in the Trainer."""
@@ -84,6 +93,9 @@ class TrainerAdapter:
         self.release_validation()
         self.schedulers.release()
         restore_link_checkpoint(self._callbacks)
+        for callback in self._callbacks:
+            for name in [name for name in _HOOKS if vars(callback).get(name) is _do_nothing]:
+                del vars(callback)[name]
         trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
 
     def hold_validation(self) -> None:
@@ -108,8 +120,14 @@ class TrainerAdapter:
     def is_last_batch(self) -> bool:
         """Whether this is the worker's last batch of its last epoch."""
         fit_loop: Any = self.trainer.fit_loop
-        is_last_epoch = fit_loop.epoch_progress.current.processed + 1 == fit_loop.max_epochs
+        is_last_epoch = fit_loop.epoch_progress.current.processed + 1 == self._epochs
         return bool(is_last_epoch and is_last_batch(self.trainer))
+
+    @property
+    def is_after_last_epoch(self) -> bool:
+        """Whether the worker's last epoch is over."""
+        epoch: Any = self.trainer.fit_loop.epoch_progress.current
+        return bool(epoch.processed == self._epochs)
 
     @property
     def ends_epoch(self) -> bool:
@@ -234,6 +252,10 @@ class TrainerAdapter:
         first, last = (int(step * per_step + 1e-6) for step in (before, self._shown))
         numbers = (batch % epoch + 1 for batch in range(first, last))
         return any(number % interval == 0 and not (but_its_end and number == epoch) for number in numbers)
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Takes the place of a hook."""
 
 
 class NoValidation:

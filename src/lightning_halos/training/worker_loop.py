@@ -18,6 +18,7 @@ from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.vector import Advance
 from lightning_halos.training.compat import show_metrics
+from lightning_halos.training.first_metrics import FirstMetrics
 from lightning_halos.training.growth import GrowthWatch
 from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.preemption import Preemption
@@ -39,6 +40,7 @@ class WorkerLoop(Callback):
         world: The world that the worker trains in.
         lightning: The Trainer's adapter.
         preemption: Handles SIGTERM.
+        first_metrics: Rank 0's first metrics.
 
     Attributes:
         round: The worker's round.
@@ -46,7 +48,14 @@ class WorkerLoop(Callback):
         stopwatch: Measures how long this worker computes.
     """
 
-    def __init__(self, start: Start, world: World, lightning: TrainerAdapter, preemption: Preemption) -> None:
+    def __init__(
+        self,
+        start: Start,
+        world: World,
+        lightning: TrainerAdapter,
+        preemption: Preemption,
+        first_metrics: FirstMetrics,
+    ) -> None:
         state = start.worker_state
         self.round = world.first_round
         self.finished = False
@@ -58,6 +67,7 @@ class WorkerLoop(Callback):
         self._trainer = start.trainer
         self._schedulers = lightning.schedulers
         self._preemption = preemption
+        self._first_metrics = first_metrics
         self._writer = start.saves.writer
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
@@ -82,7 +92,7 @@ class WorkerLoop(Callback):
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._data is not None:
+        if self._data is not None and not self.finished:
             self._data.attach()
 
     def check(self) -> None:
@@ -102,6 +112,8 @@ class WorkerLoop(Callback):
         self.check()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.finished:
+            return
         seconds = self.stopwatch.lap()
         if self._data is not None:
             self._data.count_batch(self._lightning.ends_epoch)
@@ -132,10 +144,8 @@ class WorkerLoop(Callback):
         self._log_time()
         self._lightning.end_epoch()
         self._hand_stepped.end_epoch()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.finished:
-            self.finish(stop=self._lightning.wants_to_stop)
+        if self._data is not None and self.finished:
+            self._data.detach()  # there is no more of it to share, if a callback adds an epoch
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._world.alarm.report(describe(exception))
@@ -158,6 +168,8 @@ class WorkerLoop(Callback):
             self._exchange(push, lambda advance: None)
 
     def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        if self._is_rank_0:
+            self._first_metrics.end_waits()
         final, progress = self._world.client.finish(push, fill)
         if final.vector is not None:
             self._vector.write(final.vector, progress)

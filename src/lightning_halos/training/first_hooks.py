@@ -1,0 +1,122 @@
+"""A callback that comes before the user's in every hook of a fit, and prepares what these may rely on.
+
+What a worker does in a batch is in ``worker_loop``, which comes after the user's callbacks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_halos.training.compat import swa_averages
+from lightning_halos.training.first_metrics import FirstMetrics
+from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of
+from lightning_halos.training.worker_loop import WorkerLoop
+from lightning_halos.transport.collectives import Collectives
+
+
+class FirstHooks(Callback):
+    """Comes before the user's callbacks.
+
+    Args:
+        loop: The worker's loop.
+        lightning: The Trainer's adapter.
+        metrics: Rank 0's first metrics.
+        collectives: Collectives over all workers.
+        end: Called when all workers have the final model, before any hook sees the end of training.
+    """
+
+    def __init__(
+        self,
+        loop: WorkerLoop,
+        lightning: TrainerAdapter,
+        metrics: FirstMetrics,
+        collectives: Collectives,
+        end: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._lightning = lightning
+        self._metrics = metrics
+        self._collectives = collectives
+        self._end = end
+        self._before_validation: dict[str, tuple[Any, int]] | None = None
+        self._has_warned = False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._loop.finished:  # the additional epoch of StochasticWeightAveraging, for the statistics of BatchNorm
+            averages = swa_averages(trainer)
+            self._collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._lightning.is_after_last_epoch and not self._loop.finished:
+            self._loop.finish(stop=False)
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            for user in (pl_module, *callbacks_of(trainer)):
+                if user is not self and user is not self._loop:
+                    _warn_instead_of_raising(user)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before_validation = _attributes(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._metrics.tell(trainer.callback_metrics)
+        before, self._before_validation = self._before_validation, None
+        if before is None or self._has_warned or trainer.world_size == 1:
+            return
+        if names := [name for name, now in _attributes(pl_module).items() if not _is_same(before.get(name), now)]:
+            self._has_warned = True
+            rank_zero_warn(
+                f"A validation has changed attributes of the module, on rank 0 only: {', '.join(names)}. During a fit"
+                " rank 0 validates for all workers. To share a number, log it with self.log('name', number), and read"
+                " self.trainer.callback_metrics['name'] on all ranks."
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._loop.finished:
+            self._loop.finish(stop=self._lightning.wants_to_stop)
+        if trainer.is_global_zero:
+            self._metrics.tell(trainer.callback_metrics)
+        self._end()
+
+
+def _warn_instead_of_raising(user: Any) -> None:
+    """Turns an error of the next ``on_train_epoch_end`` hook, in an epoch without batches, into a warning.
+
+    Under DDP there is no such epoch, so modules average their outputs, and callbacks their metrics, without a check.
+    """
+    own = vars(user).get("on_train_epoch_end")
+    hook = user.on_train_epoch_end
+
+    def guarded(*args: Any) -> None:
+        del vars(user)["on_train_epoch_end"]
+        if own is not None:
+            vars(user)["on_train_epoch_end"] = own
+        try:
+            hook(*args)
+        except Exception as error:  # it is the user's
+            warnings.warn(
+                f"{type(user).__name__}.on_train_epoch_end raised an error after an epoch in which other workers took"
+                f" all of the data. It is ignored: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+    vars(user)["on_train_epoch_end"] = guarded
+
+
+def _attributes(module: pl.LightningModule) -> dict[str, tuple[Any, int]]:
+    """Returns a module's own public attributes, with their lengths, if they have any."""
+    attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {n: (v, len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in attributes.items() if n != "training"}
+
+
+def _is_same(before: tuple[Any, int] | None, now: tuple[Any, int]) -> bool:
+    if before is None or before[1] != now[1]:
+        return False
+    if isinstance(now[0], (bool, int, float, str)):
+        return type(before[0]) is type(now[0]) and bool(before[0] == now[0])
+    return before[0] is now[0]

@@ -1,0 +1,90 @@
+"""Rank 0's first validation metrics of a fit, for modules of other ranks that read them before a pull has brought them.
+
+Later metrics come with the pulls. The other files of the package do not read metrics here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+_FIRST, _ENDING = "first", "ending"
+
+
+class FirstMetrics:
+    """Passes rank 0's first metrics on through the store of all processes.
+
+    Args:
+        store: A store of one fit.
+        check: Called many times a second while waiting; may raise.
+    """
+
+    def __init__(self, store: Store, check: Callable[[], None]) -> None:
+        self._store = store
+        self._check = check
+        self._is_told = False
+
+    def tell(self, metrics: Mapping[str, Any]) -> None:
+        """Tells the other ranks the metrics, if they are the first. On rank 0."""
+        if not self._is_told:
+            self._is_told = True
+            self._store.set(_FIRST, json.dumps({name: float(value) for name, value in metrics.items()}))
+
+    def end_waits(self) -> None:
+        """Ends the waits of workers that have not finished, because the end of the run waits for them. On rank 0."""
+        if not self._is_told:
+            self._store.set(_ENDING, "")
+
+    def wait(self, is_finished: bool) -> dict[str, float]:
+        """Returns rank 0's first metrics, when they are there; nothing if the run ends before.
+
+        Args:
+            is_finished: Whether the run's end does not wait for this worker.
+        """
+        while not self._store.check([_FIRST]):
+            self._check()
+            if not is_finished and self._store.check([_ENDING]):
+                return {}
+            time.sleep(0.02)
+        metrics: dict[str, float] = json.loads(self._store.get(_FIRST))
+        return metrics
+
+
+class MetricsOfRank0(dict[str, Tensor]):
+    """``trainer.callback_metrics`` on other ranks during a fit. A missing one may be among rank 0's first metrics.
+
+    Args:
+        present: Metrics that are there already.
+        wait: Returns rank 0's first metrics, perhaps after a wait; nothing if this worker must not wait for them.
+    """
+
+    def __init__(self, present: Mapping[str, Tensor], wait: Callable[[], Mapping[str, float]]) -> None:
+        super().__init__(present)
+        self._wait = wait
+        self._has_waited = False
+
+    def __missing__(self, name: str) -> Tensor:
+        if self._has_waited:
+            raise KeyError(name)
+        metrics = self._wait()
+        if metrics:
+            self._has_waited = True
+            for key, value in metrics.items():
+                self.setdefault(key, torch.tensor(value))
+            return self[name]
+        warnings.warn(
+            f"trainer.callback_metrics[{name!r}] is NaN on this rank: rank 0, which validates for all, has not done so"
+            " yet, and this worker cannot wait for it.",
+            stacklevel=2,
+        )
+        return torch.tensor(torch.nan)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # for copies
