@@ -1,4 +1,4 @@
-"""A checkpoint is invisible until it is complete, and what was there before stays until then."""
+"""A checkpoint replaces nothing until it is complete, and what was there before stays until then."""
 
 import json
 import os
@@ -101,6 +101,35 @@ def test_a_checkpoint_is_invisible_until_it_is_complete(tmp_path: Path, name: st
     saves.written(write_shard(save.marker, "worker-0.pt", {"value": 1}))
     wait_for(lambda: save.state is State.COMPLETE)
     assert usable(path)
+
+
+@pytest.mark.parametrize("name", ["step=1.ckpt", "last.ckpt", "hpc_ckpt_1.ckpt"])
+def test_a_file_may_be_shown_before_its_shards_are_complete(tmp_path: Path, name: str) -> None:
+    """Unless a later run would choose it by its name."""
+    saves, path = Saves(), tmp_path / name
+    save = begin(saves, path)
+    saves.show(save, path)
+    assert path.exists() == (name == "step=1.ckpt")
+    if path.exists():
+        assert path.read_text() == save.marker.save
+        with pytest.raises(CheckpointError, match=r"step=1.ckpt is incomplete"):
+            usable(path)
+    complete(saves, save)
+    assert usable(path)
+    assert sorted(file.name for file in Path(save.marker.folder).iterdir()) == sorted([*NAMES, NAME])
+    newer = begin(saves, path)
+    saves.show(newer, path)
+    assert path.read_text() == save.marker.save
+
+
+def test_a_file_that_is_shown_stays_without_shards_if_its_save_fails(tmp_path: Path) -> None:
+    saves, path = Saves(), tmp_path / "step=1.ckpt"
+    save = begin(saves, path)
+    saves.show(save, path)
+    with pytest.warns(UserWarning, match=r"step=1.ckpt is not complete"):
+        saves.flush(0.0)
+    assert find(path, path.read_text()) is None
+    assert visible(tmp_path) == ["step=1.ckpt"]
 
 
 def test_the_ckpt_file_may_be_written_after_all_shards(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The saves of a run, from the request to the complete checkpoint. Rank 0 keeps this record.
 
-A checkpoint is invisible until it is complete, so every visible checkpoint can be used:
+A checkpoint replaces nothing until it is complete:
 
     PENDING    its files are being written to a hidden place: <path without .ckpt>/<save>/
        |       all of them are on disk

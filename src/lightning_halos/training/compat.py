@@ -183,7 +183,7 @@ def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
 
 def replace_metrics(trainer: pl.Trainer, make: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Replaces the dict ``trainer.callback_metrics`` by one that is made from it."""
-    trainer._logger_connector._callback_metrics = make(trainer.callback_metrics)
+    trainer._logger_connector._callback_metrics = make(trainer._logger_connector._callback_metrics)
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

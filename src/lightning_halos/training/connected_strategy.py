@@ -51,7 +51,7 @@ class ConnectedStrategy(ParallelStrategy):
     def __init__(
         self,
         algorithm: Algorithm,
-        regions: int | list[list[int]] | None,
+        regions: int | Sequence[Sequence[int]] | None,
         start_method: StartMethod,
         timeout: float,
         simulate: SimulatedCluster | str | None,

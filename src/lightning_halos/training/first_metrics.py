@@ -24,11 +24,13 @@ class FirstMetrics:
     Args:
         store: A store of one fit.
         check: Called many times a second while waiting; may raise.
+        timeout: Limit for a wait, in seconds.
     """
 
-    def __init__(self, store: Store, check: Callable[[], None]) -> None:
+    def __init__(self, store: Store, check: Callable[[], None], timeout: float) -> None:
         self._store = store
         self._check = check
+        self._timeout = timeout
         self._is_told = False
 
     def tell(self, metrics: Mapping[str, Any]) -> None:
@@ -42,16 +44,19 @@ class FirstMetrics:
         if not self._is_told:
             self._store.set(_ENDING, "")
 
-    def wait(self, is_finished: bool) -> dict[str, float]:
-        """Returns rank 0's first metrics, when they are there; nothing if the run ends before.
+    def wait(self, may_wait: bool, is_finished: bool) -> dict[str, float] | None:
+        """Returns rank 0's first metrics, when they are there; ``None`` if they do not come while this may wait.
 
         Args:
+            may_wait: Whether rank 0 does not wait for this worker while it trains.
             is_finished: Whether the run's end does not wait for this worker.
         """
+        deadline = time.monotonic() + self._timeout
         while not self._store.check([_FIRST]):
             self._check()
-            if not is_finished and self._store.check([_ENDING]):
-                return {}
+            is_ending = self._store.check([_ENDING])
+            if (not is_finished and (is_ending or not may_wait)) or time.monotonic() > deadline:
+                return None
             time.sleep(0.02)
         metrics: dict[str, float] = json.loads(self._store.get(_FIRST))
         return metrics
@@ -62,22 +67,23 @@ class MetricsOfRank0(dict[str, Tensor]):
 
     Args:
         present: Metrics that are there already.
-        wait: Returns rank 0's first metrics, perhaps after a wait; nothing if this worker must not wait for them.
+        wait: Returns rank 0's first metrics, perhaps after a wait; ``None`` if they do not come; nothing if there are
+            none, as under DDP.
     """
 
-    def __init__(self, present: Mapping[str, Tensor], wait: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, present: Mapping[str, Tensor], wait: Callable[[], Mapping[str, float] | None]) -> None:
         super().__init__(present)
         self._wait = wait
-        self._has_waited = False
+        self._has_come = False
 
     def __missing__(self, name: str) -> Tensor:
-        if self._has_waited:
-            raise KeyError(name)
-        metrics = self._wait()
-        if metrics:
-            self._has_waited = True
+        metrics = {} if self._has_come else self._wait()
+        if metrics is not None:
             for key, value in metrics.items():
+                self._has_come = True
                 self.setdefault(key, torch.tensor(value))
+            if name not in self:
+                raise KeyError(name)
             return self[name]
         warnings.warn(
             f"trainer.callback_metrics[{name!r}] is NaN on this rank: rank 0, which validates for all, has not done so"

@@ -36,6 +36,7 @@ from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.collectives import is_broadcastable
+from lightning_halos.transport.link import MIN_PATIENCE
 
 
 class Fit:
@@ -59,7 +60,9 @@ class Fit:
         self.world = world
         self.worker_model: Tensor | None = None
         self._averages: list[GlobalAverage | GlobalStochasticAverage] = []
-        self._first_metrics = FirstMetrics(start.site.store_of_a_fit(), self.check)
+        self._first_metrics = FirstMetrics(
+            start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE)
+        )
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
         self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
@@ -83,6 +86,8 @@ class Fit:
         self.lightning.install(first_hooks, self.loop)
         if self.start.site.rank > 0:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
+        elif not self.trainer.enable_validation:
+            self._first_metrics.tell({})
         if self.start.site.rank == 0:
             averaging = [callback for callback in callbacks_of(self.trainer) if isinstance(callback, WEIGHT_AVERAGING)]
             wrap_dump_checkpoint(self.trainer, self._dump_checkpoint)
@@ -234,14 +239,14 @@ class Fit:
         self.world.read(model)
         return model
 
-    def _wait_for_metrics(self) -> dict[str, float]:
-        """Returns rank 0's first metrics. Waits only if rank 0 does not wait for this worker, or for its own time."""
-        waits_for_workers = self.world.is_simulated or not isinstance(self.start.algorithm, ServerAlgorithm)
-        if waits_for_workers and not self.loop.finished:
+    def _wait_for_metrics(self) -> dict[str, float] | None:
+        """Returns rank 0's first metrics, if there would be some under DDP by now; see :class:`MetricsOfRank0`."""
+        if not self.lightning.would_have_validated:
             return {}
+        may_wait = not self.world.is_simulated and isinstance(self.start.algorithm, ServerAlgorithm)
         with self.loop.stopwatch.paused():
             try:
-                return self._first_metrics.wait(self.loop.finished)
+                return self._first_metrics.wait(may_wait, self.loop.finished)
             except dist.DistError:  # rank 0, whose process has the store, has ended
                 self.raise_failure()
                 raise

@@ -5,7 +5,7 @@ The common part of all strategies is in ``strategy``; their differences are in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -67,8 +67,8 @@ class HalosStrategy(AlgorithmStrategy):
 
     def __init__(
         self,
-        regions: int | list[list[int]] | None = None,
-        servers_per_region: int | list[int] = 1,
+        regions: int | Sequence[Sequence[int]] | None = None,
+        servers_per_region: int | Sequence[int] = 1,
         local_steps: int = 8,
         dynamic_local_steps: bool = True,
         accumulate_updates: int | None = None,

@@ -5,7 +5,7 @@ Objects that exist only during training are in ``fit``, and the work in a batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ class AlgorithmStrategy(ConnectedStrategy):
     def __init__(
         self,
         algorithm: Algorithm,
-        regions: int | list[list[int]] | None = None,
+        regions: int | Sequence[Sequence[int]] | None = None,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,

@@ -130,6 +130,17 @@ class TrainerAdapter:
         return bool(epoch.processed == self._epochs)
 
     @property
+    def would_have_validated(self) -> bool:
+        """Whether there would have been a validation by now, if this worker validated at its own pace."""
+        loop, every, interval = self.trainer.fit_loop, self.trainer.check_val_every_n_epoch, self._val_check_batch
+        progress: Any = loop.epoch_progress.current
+        if every is None:
+            return interval is None or loop.total_batch_idx >= interval
+        if progress.processed >= every:
+            return True
+        return progress.processed + 1 == every and (interval is None or loop.batch_idx >= interval)
+
+    @property
     def ends_epoch(self) -> bool:
         """Whether this is the worker's last batch of an epoch."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
