@@ -124,6 +124,7 @@ class SharedData:
         epochs: The ordered number of epochs, ``None`` without one.
         batches: Batches per epoch of a worker's fixed shard.
         dataset: The dataset at the start of the fit.
+        is_left: Whether the workers no longer share it, but have shards of their own, because it has another length.
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
@@ -150,6 +151,7 @@ class SharedData:
             "samples": samples,
             "seed": sampler.seed if sampler.shuffle else None,
         }
+        self.is_left = False
         self._accumulate = accumulate
         self._step_samples = size * accumulate
         self._epoch_samples = min(samples, batches * size)
@@ -157,6 +159,7 @@ class SharedData:
         self._batches_of_step = 0
         self._used = Spans()
         self._leases: Leases
+        self._may_leave = True
         self._limits = combined.limits
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
@@ -176,13 +179,15 @@ class SharedData:
             return None
         return cls(trainer, combined, loaders[0])
 
-    def start(self, leases: Iterator[Lease]) -> None:
+    def start(self, leases: Iterator[Lease], may_leave: bool) -> None:
         """Makes the Trainer train on these leases. Call it before the first epoch starts.
 
-        Raises:
-            RuntimeError: See :meth:`attach`.
+        Args:
+            leases: The worker's leases.
+            may_leave: Whether a worker may train on other data instead.
         """
         self._leases = Leases(leases)
+        self._may_leave = may_leave
         self.attach()
         fit_loop = self._trainer.fit_loop
         restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
@@ -196,6 +201,8 @@ class SharedData:
 
     def count_batch(self, ends_epoch: bool) -> None:
         """Counts a batch that was trained on, which may be the last one of the worker's epoch."""
+        if self.is_left:
+            return
         self._batches_of_step += 1
         if self._batches_of_step == self._accumulate or ends_epoch:
             self._batches_of_step = 0
@@ -216,18 +223,27 @@ class SharedData:
     def attach(self) -> None:
         """Makes a loader that Lightning has reloaded use the leases. Call it when an epoch starts.
 
+        If its dataset has another length than the first one, the leases mean nothing in it. Then each worker trains on
+        a shard of its own from here on, as under DDP.
+
         Raises:
-            RuntimeError: If its dataset has another length than the first one.
+            RuntimeError: If it must not leave the leases.
         """
+        if self.is_left:
+            return
         combined = training_loader(self._trainer)
         assert combined is not None
         (loader,) = combined.flattened
         if isinstance(loader.batch_sampler.sampler, SharedSampler):
             return
+        if len(loader.dataset) != self._length and self._may_leave:
+            self.detach()
+            self.is_left = True
+            return
         if len(loader.dataset) != self._length:
             raise RuntimeError(
                 f"The training dataset has {len(loader.dataset)} samples now, and had {self._length} when training"
-                " started, so the workers cannot share it. Keep its length, or pass a sampler of your own."
+                " started, but the workers have planned how to share it. Keep its length, or pass a sampler of your own."
             )
         sampler = loader.batch_sampler.sampler
         shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples)
@@ -243,7 +259,8 @@ class SharedData:
             batch_sampler.sampler = sampler
         if self._replaced:
             close_epochs(self._trainer)
-            if (combined := training_loader(self._trainer)) is not None:
+            combined = training_loader(self._trainer)
+            if combined is not None and combined.limits is None:
                 combined.limits = self._limits
         self._replaced.clear()
 

@@ -85,6 +85,15 @@ class TrainerAdapter:
                 if decides(callback):
                     vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
 
+    def leave_shared_data(self) -> None:
+        """Follows a shard of the worker's own, in an epoch that starts, instead of the data that all workers share."""
+        self._shares_data, self._end = (
+            False,
+            math.inf if self.trainer.max_steps == -1 else float(self.trainer.max_steps),
+        )
+        self._epoch_batches = self.trainer.num_training_batches
+        self._val_check_batch = self.trainer.val_check_batch
+
     def restore(self) -> None:
         """Restores everything that was changed in the Trainer."""
         trainer = self.trainer

@@ -94,6 +94,8 @@ class WorkerLoop(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is not None and not self.finished:
             self._data.attach()
+            if self._data.is_left:
+                self._lightning.leave_shared_data()
 
     def check(self) -> None:
         """Raises an exception that must end this process now: a failure, or a preemption after everything is saved."""
