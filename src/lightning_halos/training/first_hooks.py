@@ -15,9 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.training.compat import swa_averages
 from lightning_halos.training.first_metrics import FirstMetrics
+from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of
 from lightning_halos.training.worker_loop import WorkerLoop
-from lightning_halos.transport.collectives import Collectives
 
 
 class FirstHooks(Callback):
@@ -27,7 +27,7 @@ class FirstHooks(Callback):
         loop: The worker's loop.
         lightning: The Trainer's adapter.
         metrics: Rank 0's first metrics.
-        collectives: Collectives over all workers.
+        site: This process's place and connections.
         end: Called when all workers have the final model, before any hook sees the end of training.
     """
 
@@ -36,13 +36,13 @@ class FirstHooks(Callback):
         loop: WorkerLoop,
         lightning: TrainerAdapter,
         metrics: FirstMetrics,
-        collectives: Collectives,
+        site: Site,
         end: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._lightning = lightning
         self._metrics = metrics
-        self._collectives = collectives
+        self._site = site
         self._end = end
         self._before_validation: dict[str, tuple[Any, int]] | None = None
         self._has_warned = False
@@ -50,7 +50,7 @@ class FirstHooks(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loop.finished:  # the additional epoch of StochasticWeightAveraging, for the statistics of BatchNorm
             averages = swa_averages(trainer)
-            self._collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
+            self._site.collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._lightning.is_after_last_epoch and not self._loop.finished:
@@ -66,7 +66,7 @@ class FirstHooks(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._metrics.tell(trainer.callback_metrics)
         before, self._before_validation = self._before_validation, None
-        if before is None or self._has_warned or trainer.world_size == 1:
+        if before is None or self._has_warned or self._site.size == 1:
             return
         if names := [name for name, now in _attributes(pl_module).items() if not _is_same(before.get(name), now)]:
             self._has_warned = True

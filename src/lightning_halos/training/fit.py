@@ -81,8 +81,7 @@ class Fit:
         Args:
             end: Called when all workers have the final model, before any hook sees the end of training.
         """
-        collectives = self.start.site.collectives
-        first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, collectives, end)
+        first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, self.start.site, end)
         self.lightning.install(first_hooks, self.loop)
         if self.start.site.rank > 0:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))

@@ -243,7 +243,7 @@ class SharedData:
         if len(loader.dataset) != self._length:
             raise RuntimeError(
                 f"The training dataset has {len(loader.dataset)} samples now, and had {self._length} when training"
-                " started, but the workers have planned how to share it. Keep its length, or pass a sampler of your own."
+                " started, but workers have planned how to share it. Keep its length, or pass a sampler of your own."
             )
         sampler = loader.batch_sampler.sampler
         shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples)

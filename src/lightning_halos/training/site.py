@@ -86,7 +86,7 @@ class Site:
 
     def store_of_a_fit(self) -> Store:
         """Returns a store that all processes share, with the names of one fit. All processes must call this."""
-        return PrefixStore(f"fit/{next(self._numbers)}", self._store)
+        return PrefixStore(f"fit/{next(self._numbers)}", self.store)
 
     def collectives_of_a_fit(self) -> Collectives:
         """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
