@@ -6,6 +6,7 @@ About training it only needs to know whether workers are in step. The connection
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
