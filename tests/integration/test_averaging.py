@@ -12,8 +12,9 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 
+from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import FEATURES, Toy, assert_same_model, loader
+from tests.integration.toys import FEATURES, Toy, assert_same_model, halos, loader, make_trainer
 from tests.integration.virtual import simulate
 
 DECAY, START, STEPS = 0.8, 3, 24
@@ -87,3 +88,21 @@ def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: 
     assert set(results[0]["keys"]) == {"current_model_state", "averaging_state"}
     assert all(not result["keys"] and not result["differences"]["final"] for result in results[1:])
     assert not torch.equal(results[0]["state"]["net.0.weight"], torch.zeros(4, FEATURES))
+
+
+def averaged() -> Result:
+    saving = ModelCheckpoint(dirpath="saved", filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    flags: dict[str, Any] = {"callbacks": [callbacks.EMAWeightAveraging(decay=DECAY), saving], "max_steps": 8}
+    trainer = make_trainer(halos(regions=1), devices=1, enable_checkpointing=True, **flags)
+    trainer.fit(Averaged(), loader())
+    (shard,) = Path("saved").rglob("server-0.pt")
+    return {"saved": torch.load("saved/step=8.ckpt", weights_only=True), "server": torch.load(shard, weights_only=True)}
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="since Lightning 2.6")
+def test_a_later_fit_goes_on_from_the_global_model_and_not_from_its_average(run: Run) -> None:
+    (result,) = run(averaged, workers=1)
+    saved, first = result["saved"], slice(4 * FEATURES)
+    server = result["server"]["server"]["model"][first]
+    assert torch.equal(server, saved["current_model_state"]["net.0.weight"].flatten())
+    assert not torch.equal(server, saved["state_dict"]["net.0.weight"].flatten())

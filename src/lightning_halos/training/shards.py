@@ -184,11 +184,12 @@ class Shards:
 
     def end_fit(self, fit: Fit) -> None:
         """Completes all checkpoints of a fit, when all workers are in step and the servers still exist."""
-        world, vector = fit.world.checkpointed, fit.start.vector
+        world, model = fit.world.checkpointed, fit.loop.final_model
         assert world is not None
+        assert model is not None
         if self._site.rank == 0 and not self._at_end:
             self.saves.flush(self._site.timeout, self._site.interrupted)
-        world.adopt_final_model(vector.read(vector.new()))
+        world.adopt_final_model(model)
         self.ended = Ended(world, fit.lightning.schedulers.state_dict(), self._manifest(fit))
         for _ in range(self._site.collectives.broadcast_object(len(self._at_end))):
             save = self._at_end.pop(0) if self._at_end else None

@@ -45,6 +45,7 @@ class WorkerLoop(Callback):
     Attributes:
         round: The worker's round.
         finished: Whether the final model is loaded.
+        final_model: The final global model, which an average may have replaced in the module.
         stopwatch: Measures how long this worker computes.
     """
 
@@ -59,6 +60,7 @@ class WorkerLoop(Callback):
         state = start.worker_state
         self.round = world.first_round
         self.finished = False
+        self.final_model: Tensor | None = None
         self._vector = start.vector
         self._memory = start.memory if state.get("memory") is None else state["memory"]
         self._data = start.data
@@ -175,6 +177,7 @@ class WorkerLoop(Callback):
         final, progress = self._world.client.finish(push, fill)
         if final.vector is not None:
             self._vector.write(final.vector, progress)
+        self._memory = self.final_model = final.vector
         self._world.alarm.disarm()
         self.finished = True
         self._move_schedulers(final.position, [])
