@@ -186,7 +186,8 @@ class ConnectedStrategy(ParallelStrategy):
             self._default_group = DefaultGroup(self._site, self._mode)
         assert self._default_group is not None
         self._default_group.install()
-        keep_sigterm_local(self.trainer)
+        if (trainer := find_trainer(self.lightning_module)) is not None:  # else no entry point of the Trainer runs
+            keep_sigterm_local(trainer)
 
     @abstractmethod
     def check_interrupted(self) -> None:
