@@ -148,6 +148,10 @@ class Idle(Raw):
 def idle(folder: Path) -> Result:
     with pytest.raises(RuntimeError, match="no optimizer made a step") as error:
         fit(Idle(), max_epochs=1)
+    short, start = ByHand(), ByHand().state_dict()
+    short.load_state_dict(start)
+    make_trainer(max_epochs=1).fit(short, loader(48))
+    assert not torch.equal(short.state_dict()["net.0.weight"], start["net.0.weight"])
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=30, save_top_k=-1)
     trainer = make_trainer(max_epochs=2, callbacks=[saving], enable_checkpointing=True)
     module = Gan()

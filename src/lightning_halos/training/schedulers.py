@@ -102,11 +102,7 @@ class SchedulePosition:
         self._save()
 
     def before_batch(self, batches: int) -> None:
-        """Keeps Lightning from stepping schedulers beyond the limit.
-
-        Args:
-            batches: Batches of this round so far in which an optimizer stepped.
-        """
+        """Keeps Lightning from stepping schedulers beyond the limit, given the batches with a step in this round."""
         self._leave_replaced()
         at_end = self._limit is not None and self._position + batches >= self._limit
         for scheduler in self._schedulers:

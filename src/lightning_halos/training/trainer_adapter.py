@@ -174,12 +174,7 @@ class TrainerAdapter:
     def set_global_step(self, position: int, is_final: bool = False) -> bool:
         """Sets the Trainer's global step to the run's, and schedules what happens at this step.
 
-        The Trainer's global step stays below the last step until the run really ends, so that saves and validations at
-        the end of the run happen once.
-
-        Args:
-            position: The run's global step.
-            is_final: Whether the run is over.
+        It stays below the last step until the run really ends, so that saves and validations at the end happen once.
 
         Returns:
             Whether rank 0 validates after this batch.

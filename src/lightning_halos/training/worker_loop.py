@@ -194,8 +194,8 @@ class WorkerLoop(Callback):
         Raises:
             RuntimeError: On all ranks, if the workers trained on batches, but made no step.
         """
-        counted = [self._counter.batches, self._counter.steps]
-        batches, steps = collectives.reduce(torch.tensor(counted, dtype=torch.float64), "sum").tolist()
+        pushed = [self._counter.batches, self.round.total_steps]
+        batches, steps = collectives.reduce(torch.tensor(pushed, dtype=torch.float64), "sum").tolist()
         if batches and not steps:
             raise RuntimeError(
                 f"The workers trained on {batches:g} batches, but no optimizer made a step and no parameter changed, so"

@@ -39,13 +39,7 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None) -> None:
-    """Replaces rank 0's state in the contents of a ``.ckpt`` file by that of another worker.
-
-    Args:
-        checkpoint: The contents of the file, which are changed in place.
-        state: The worker's state; see :func:`worker_state`.
-        max_epochs: Epochs of the run; ``None`` or -1 for no limit.
-    """
+    """Replaces rank 0's state in the contents of a ``.ckpt`` file by that of another worker, in place."""
     fit_loop = checkpoint["loops"]["fit_loop"]
     fit_loop.update(state.get("own_data", {}))
     mine = {name: value for name, value in state.items() if name in checkpoint}
@@ -76,12 +70,7 @@ def ended_worker_state(trainer: pl.Trainer, shares_data: bool) -> dict[str, Any]
 
 
 def take_part_again(checkpoint: dict[str, Any], max_epochs: int | None) -> None:
-    """Lets rank 0, if it has finished, train on data that other workers had not trained on when they were stopped.
-
-    Args:
-        checkpoint: The contents of a ``.ckpt`` file, which are changed in place.
-        max_epochs: Epochs of the run; ``None`` or -1 for no limit.
-    """
+    """Lets rank 0, if it has finished, train on data that other workers had not trained on when they were stopped."""
     fit_loop = checkpoint["loops"]["fit_loop"]
     if _has_ended(fit_loop, max_epochs):
         fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
