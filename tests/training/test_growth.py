@@ -32,3 +32,10 @@ def test_a_model_that_only_starts_small_is_not(size) -> None:
         warnings.simplefilter("error")
         for step in range(100):
             watch.look(torch.full((10,), float(size(step))))
+
+
+def test_a_jump_from_one_round_to_the_next_is_noticed() -> None:
+    watch = GrowthWatch(TOPOLOGY)
+    watch.look(torch.full((10,), 0.5))
+    with pytest.warns(UserWarning, match="grows without bound"):
+        watch.look(torch.full((10,), 700.0))

@@ -19,6 +19,7 @@ from lightning_halos.core.topology import Topology
 
 _SAMPLE = 2**16  # parameters that are looked at, so that a look costs little
 _FACTOR = 1000.0  # times that the parameters are larger than at the start, or than 1
+_JUMP = 100.0  # times that the parameters are larger than at the last pull
 _IN_A_ROW = 4  # pulls with growth of at least 10 % each
 
 
@@ -47,9 +48,11 @@ class GrowthWatch:
             return
         size = float(parameters[:: max(1, parameters.numel() // _SAMPLE)].square().mean().sqrt())
         self._first = size if self._first is None else self._first
+        # 1 stands for smaller sizes, because a model may start from zeros.
+        has_jumped = size > _JUMP * max(self._last, 1.0)
         self._in_a_row = self._in_a_row + 1 if size > 1.1 * self._last or math.isinf(size) else 0
         self._last = size
-        if self._in_a_row >= _IN_A_ROW and size > _FACTOR * max(self._first, 1.0):  # it may start from zeros
+        if has_jumped or (self._in_a_row >= _IN_A_ROW and size > _FACTOR * max(self._first, 1.0)):
             self._is_silent = True
             groups = self._topology.groups
             workers = max(len(group.ranks) for group in groups)
