@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := .venv-oldest
-PRIVATE := tests/test_layers.py $(patsubst %,tests/integration/test_%.py,checkpoints decisions flags launch logging schedules)
+PRIVATE := tests/test_layers.py $(patsubst %,tests/integration/test_%.py,checkpoints decisions flags launch logging schedules state_dict)
 
 .PHONY: demo test test-all test-oldest lint package bench clean
 
