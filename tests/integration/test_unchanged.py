@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -275,3 +275,30 @@ def test_stochastic_weight_averaging_trains_and_all_ranks_end_with_the_average(r
     assert_same_model([result["other"] for result in results])
     assert results[0]["state"]["net.1.num_batches_tracked"] == 8  # of the additional epoch, on the worker's shard
     assert results[0]["state"]["net.1.running_mean"].abs().max() > 0
+
+
+class Tunable(Toy):
+    lr = 1e-3
+
+    def configure_optimizers(self) -> Any:
+        return self.counted(torch.optim.AdamW(self.parameters(), lr=self.lr))
+
+    def on_train_end(self) -> None:
+        """Ends the search, in which there are no rounds, too."""
+
+
+def finding_a_rate() -> Result:
+    module, finder = Tunable(), LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    trainer = make_trainer(halos(regions=1), devices=2, max_epochs=1, callbacks=finder)
+    trainer.fit(module, loader(160))
+    assert finder.optimal_lr is not None
+    return outcome(trainer, module, tried=finder.optimal_lr.results["lr"], found=module.lr)
+
+
+def test_a_learning_rate_is_found_as_under_ddp(run: Run) -> None:
+    results = run(finding_a_rate, workers=2)
+    assert_same_model(results)
+    assert results[0]["tried"] == results[1]["tried"] == sorted(results[0]["tried"])
+    assert len(results[0]["tried"]) == 20
+    assert results[0]["found"] == results[1]["found"] != 1e-3
+    assert results[0]["global_step"] == 20

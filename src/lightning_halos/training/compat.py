@@ -29,6 +29,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as 
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import result as results
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch import Tensor, nn
@@ -156,6 +157,11 @@ def close_epochs(trainer: pl.Trainer) -> None:
     """Undoes :func:`open_epochs`."""
     for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
         part.__class__ = _CLOSED.get(type(part), type(part))
+
+
+def is_finding_learning_rate(trainer: pl.Trainer) -> bool:
+    """Whether this is the short training of ``LearningRateFinder`` or ``Tuner.lr_find``."""
+    return any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def swa_averages(trainer: pl.Trainer) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
     find_trainer,
     is_accumulating,
+    is_finding_learning_rate,
     optimizers_to_device,
     run_validation_in,
     synchronizes_batch_norm,
@@ -178,6 +179,8 @@ class AlgorithmStrategy(ConnectedStrategy):
 
     def on_train_start(self) -> None:
         self.synchronize_module()
+        if is_finding_learning_rate(self.trainer):
+            return  # each worker trains alone: one that exchanges models would see losses that its rate has not made
         assert self._shards is not None
         shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
@@ -190,7 +193,8 @@ class AlgorithmStrategy(ConnectedStrategy):
         self._fit.begin(self._end_training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        assert self._fit is not None
+        if self._fit is None:
+            return
         assert self._shards is not None
         self._shards.tell_loggers()
         if self.is_global_zero and (stepped := self._fit.lightning.schedulers.plateaus()):
@@ -352,7 +356,8 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._shards.tell_loggers()
 
     def on_train_end(self) -> None:
-        assert self._fit is not None
+        if self._fit is None:
+            return
         self._fit.stop()
         self._complete_checkpoints()
         self._fit.preemption.remove_old_checkpoint()
