@@ -307,11 +307,11 @@ def main() -> None:
     parser.add_argument(
         "--num-nodes", type=int, default=1, help="the number of nodes, each started by torchrun or SLURM"
     )
-    parser.add_argument("--pace", type=float, default=0.1, help="the seconds that a batch takes; 0: as few as possible")
+    parser.add_argument("--pace", type=float, default=0.15, help="seconds per batch; 0: as few as possible")
     parser.add_argument("--slowdown", type=float, nargs="+", default=[1, 1, 1, 4], help="a factor for each worker")
     parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers over")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
-    parser.add_argument("--max-steps", type=int, default=400)
+    parser.add_argument("--max-steps", type=int, default=250)
     parser.add_argument("--val-every", type=int, default=25, help="the steps between validations")
     parser.add_argument("--batch-size", type=int, default=8, help="the windows of text in the batch of a worker")
     parser.add_argument("--seed", type=int, default=0)
