@@ -81,7 +81,7 @@ def digits() -> Task:
 
 
 def text() -> Task:
-    """The byte-level GPT of examples/train_char_lm.py (the demo), of half its width and batch."""
+    """The byte-level GPT of examples/train_char_lm.py (the demo), of half its width."""
     from train_char_lm import ByteGPT, StandardLibrary
 
     data = StandardLibrary()
