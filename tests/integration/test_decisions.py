@@ -286,15 +286,19 @@ def test_the_best_checkpoint_is_the_global_model_that_was_validated(run: Run, tm
 
 
 class Watching(pl.Callback):
-    """Looks at the global model whenever something is saved."""
+    """Looks at the worker's model after each batch, and at the module when something is saved."""
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] = {}
+        self.own: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.own = state(pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.saved[str(checkpoint["global_step"])] = {"own": state(pl_module), "saved": dict(checkpoint["state_dict"])}
+        self.saved[str(checkpoint["global_step"])] = {"own": self.own, "seen": state(pl_module)}
 
 
 def saved_by_steps(folder: Path) -> Result:
@@ -314,9 +318,9 @@ def test_checkpoints_every_n_train_steps_of_all_workers(run: Run, tmp_path: Path
     for step in (20, 40, 60):
         saved = torch.load(tmp_path / "checkpoints" / f"step={step}.ckpt", weights_only=False)
         assert saved["global_step"] == step
-        own = first["saved"][str(step)]["own"]
-        is_last = step == 60
-        assert torch.equal(saved["state_dict"]["net.0.weight"], own["net.0.weight"]) == is_last
+        then, weight = first["saved"][str(step)], saved["state_dict"]["net.0.weight"]
+        assert torch.equal(weight, then["seen"]["net.0.weight"]), "hooks see the global model"
+        assert not torch.equal(weight, then["own"]["net.0.weight"])
     last = torch.load(tmp_path / "checkpoints" / "step=60.ckpt", weights_only=False)["state_dict"]
     assert all(torch.equal(last[name], first["state"][name]) for name in last)
     assert all(other["saved"] == {} for other in others)
