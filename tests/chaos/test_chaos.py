@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from lightning_halos.core.servers import LocalServer
 from tests.chaos import runs as chaos
@@ -42,7 +45,13 @@ def test_a_seed_is_always_the_same_run() -> None:
 def test_a_failing_seed_is_printed_with_its_reason_and_fails_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(LocalServer, "_is_new", lambda *_: True)  # repeated pushes are applied again
+    apply = LocalServer.apply
+
+    def apply_twice(server: LocalServer, vector: Tensor, is_accepted: bool, *answer: Any) -> None:
+        apply(server, vector.clone(), is_accepted, torch.empty_like(server.model))
+        apply(server, vector, is_accepted, *answer)
+
+    monkeypatch.setattr(LocalServer, "apply", apply_twice)
     assert chaos.main(["--runs", "20"]) == 1
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("seed ")]
     seed = failures[0].split()[1]
