@@ -7,7 +7,10 @@ package takes no callback, strategy or module of the other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any, NoReturn
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY
@@ -18,17 +21,46 @@ WHAT_TO_DO = (
 )
 
 
-def refuse_elsewhere(names: Iterable[str]) -> None:
-    """Registers names of strategies with Fabric, and with ``pytorch_lightning`` if it is imported, to refuse them.
+_TWIN = "pytorch_lightning.strategies"
 
-    If it is imported later, its Trainer does not know these names, and says so.
-    """
-    registries: list[Any] = [STRATEGY_REGISTRY]
-    if "pytorch_lightning.strategies" in sys.modules:
-        registries.append(sys.modules["pytorch_lightning.strategies"].StrategyRegistry)
-    for registry in registries:
-        for name in names:
-            registry.register(name, _refuse, "Only for the Trainer of lightning.pytorch", override=True)
+
+def refuse_elsewhere(names: Iterable[str]) -> None:
+    """Registers names of strategies with Fabric and with ``pytorch_lightning``, to refuse them there."""
+    _refuse_in(STRATEGY_REGISTRY, names)
+    if _TWIN in sys.modules:
+        _refuse_in(sys.modules[_TWIN].StrategyRegistry, names)
+    else:
+        sys.meta_path.insert(0, _WhenImported(list(names)))
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers the names when ``pytorch_lightning`` is imported later, as sorted imports do."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _TWIN:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _refuse_in(module.StrategyRegistry, self._names)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _refuse_in(registry: Any, names: Iterable[str]) -> None:
+    for name in names:
+        registry.register(name, _refuse, "Only for the Trainer of lightning.pytorch", override=True)
 
 
 def _refuse(**_: Any) -> NoReturn:
