@@ -102,14 +102,14 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
 
     @property
     def applied(self) -> int:
-        """Local steps in the global model, of all runs. A single local server counts its own until the end."""
+        """Local steps in the global model, with those of earlier runs. Without a global server, it changes only at the end."""
         if self.state is GlobalState.FINISHED:
             return self._total_at_end
         return self._applied_before + (0 if self.server is None else self.server.steps)
 
     @property
     def steps(self) -> int:
-        """Local steps of this run in the global model, which is the model of a single local server."""
+        """Local steps of this run in the global model; without a global server, in the model of the local one."""
         applied = self.progress()["total"] if self.server is None else self.applied
         # After resuming, the first updates contain steps that were finished before.
         return max(0, applied - self._total_before)

@@ -441,7 +441,7 @@ class GlobalServer(ParameterServer):
         return self.answer(update, is_accepted)
 
     def answer(self, update: RegionUpdate, is_accepted: bool = False) -> GlobalModel:
-        """Answers an update, and applies it before if it is accepted."""
+        """Applies an update if it is accepted, and returns the answer."""
         assert update.vector is not None
         answer = self.memory_for(update.vector)
         self.apply(update.vector, is_accepted, answer)

@@ -60,7 +60,7 @@ class WorkerRound:
         return self.position + int(self.batches * self.rate)
 
     def count(self, steps: int, seconds: float) -> None:
-        """Counts one batch, with its optimizer steps (0 inside a gradient accumulation window) and its duration."""
+        """Adds optimizer steps and seconds; a call with steps is one batch of the round."""
         self._seconds += seconds
         self._steps += steps
         self.batches += steps > 0

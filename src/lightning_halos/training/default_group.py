@@ -1,6 +1,6 @@
-"""torch's default process group while a Trainer runs, and what asks it without being asked to: metrics and BatchNorm.
+"""Installs torch's default process group for a Trainer, and keeps metrics and BatchNorm from waiting for it in a fit.
 
-What the group's collectives do is in ``transport/process_group``. Whether all workers are in step, the strategy knows.
+What the group's collectives do is in ``transport/process_group``; the strategy knows whether all workers are in step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Gives all workers rank 0's module before and after a fit, when they are in step, and names what differed.
 
-During a fit nothing here is used. What happens then with buffers and frozen parameters is decided in ``core/buffers``.
+During a fit, only checkpoints use this file, for their state dict. What happens then with buffers and frozen parameters
+is decided in ``core/buffers``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def log_rules(entries: Sequence[Entry]) -> None:
         if names := [
             entry.path for entry in entries if entry.rule == rule and (rule == "mean" or not entry.is_parameter)
         ]:
-            rank_zero_info(f"Buffers, {text}: {summary(names)}.")
+            rank_zero_info(f"Buffers and frozen parameters, {text}: {summary(names)}.")
 
 
 def adopt_final_model(
