@@ -1,7 +1,8 @@
 """Decides which buffers and frozen parameters of a module are averaged with the model, and which are a worker's own.
 
 An average is right only for a mean, such as a running statistic. The average of queues, pointers, codebooks or
-random states means nothing. So everything is a worker's own unless it is known to be a mean, or a module says otherwise.
+random states means nothing. So everything is a worker's own unless it is known to be a mean, or a module says
+otherwise.
 """
 
 from __future__ import annotations

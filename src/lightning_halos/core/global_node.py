@@ -102,7 +102,7 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
 
     @property
     def applied(self) -> int:
-        """Local steps in the global model, with those of earlier runs. Without a global server, it changes only at the end."""
+        """Local steps in the global model, of all runs. Without a global server, it changes only at the end."""
         if self.state is GlobalState.FINISHED:
             return self._total_at_end
         return self._applied_before + (0 if self.server is None else self.server.steps)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -55,33 +57,46 @@ def can_share(collectives: Collectives, dataset: Dataset[Any] | None) -> bool:
 def digest(dataset: Any) -> int:
     """Returns a checksum of some of the data that a dataset holds in its attributes."""
     checksum = 0
-    for part in _contents(dataset, _DEPTH):
-        checksum = zlib.crc32(part, checksum)
+    with suppress(Exception):  # a dataset may hold anything, and the checksum is only for a warning
+        for part in _contents(dataset, _DEPTH):
+            checksum = zlib.crc32(part, checksum)
     return checksum
 
 
 def _contents(value: Any, depth: int) -> Iterator[bytes]:
-    if depth < 0:
+    if isinstance(value, int | float | str | PurePath):  # machines may have a file in different folders
+        yield os.path.basename(str(value)).encode()
+    elif isinstance(value, bytes):
+        yield value
+    elif depth < 0:
         return
-    if isinstance(value, Tensor | np.ndarray):
+    elif _is_dense(value):
         rows = [
             value[row].reshape(-1)[:_SAMPLES].tolist() for row in (0, len(value) // 2, -1) if value.ndim and len(value)
         ]
         yield repr((tuple(value.shape), rows)).encode()
-    elif isinstance(value, list | tuple | range):
+    elif isinstance(value, list | tuple | range | np.ndarray):
         yield str(len(value)).encode()
         for element in [*value[:_SAMPLES], *value[-_SAMPLES:]]:
             yield from _contents(element, depth - 1)
-            if isinstance(element, int | float | str | PurePath):  # machines may have a file in different folders
-                yield os.path.basename(str(element)).encode()
     elif isinstance(value, Mapping):
         for key in list(value)[:_SAMPLES]:
             yield str(key).encode()
             yield from _contents(value[key], depth - 1)
     elif isinstance(value, Dataset) or depth == _DEPTH:
-        if type(value).__module__.startswith("datasets."):  # of Hugging Face, whose samples can be read without effects
-            yield repr([value[0], value[-1]]).encode()
+        if type(value).__module__.startswith(
+            "datasets."
+        ):  # of Hugging Face: as stored, neither decoded nor transformed
+            stored = value.with_format("arrow")
+            yield from _contents([len(value), stored[0].to_pylist(), stored[-1].to_pylist()], depth)
+            return
         for name, attribute in sorted(getattr(value, "__dict__", {}).items()):
             if isinstance(attribute, Tensor | np.ndarray | list | tuple | range | Dataset):
                 yield name.encode()
                 yield from _contents(attribute, depth - 1)
+
+
+def _is_dense(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout is torch.strided and not value.is_nested
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject
