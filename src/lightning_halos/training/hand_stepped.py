@@ -28,6 +28,7 @@ class _Scheduler:
         first: Its steps that do not follow the global step: those before the fit, and those between batches.
         calls: How often the module stepped it in batches of this fit.
         last_call: The batch in which it did so last.
+        is_placed: Whether the module has stepped it with an argument, which says where it is in its schedule.
     """
 
     scheduler: LRScheduler
@@ -35,6 +36,7 @@ class _Scheduler:
     first: int
     calls: int = 0
     last_call: int = -1
+    is_placed: bool = False
 
 
 class HandStepped:
@@ -42,7 +44,8 @@ class HandStepped:
 
     A schedule follows the steps of the run as the module makes it follow the worker's own: if it steps a scheduler once
     per two optimizer steps, the scheduler makes a step per two global steps. Steps between batches, or only in the last
-    batch of an epoch, are left as they are, because the workers have the same epochs.
+    batch of an epoch, are left as they are, because the workers have the same epochs. So is a scheduler whose position
+    the module says, with ``step(position)``.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -73,7 +76,7 @@ class HandStepped:
     def pull(self, position: int) -> None:
         """Repeats the worker's steps up to a new global step."""
         for entry in self._schedulers:
-            if self._steps and entry.calls:
+            if self._steps and entry.calls and not entry.is_placed:
                 target = self._target(entry, entry.calls / self._steps, position - self._start)
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
@@ -82,14 +85,14 @@ class HandStepped:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what :meth:`load_state_dict` needs to go on with the same schedules."""
-        counts = [(entry.first, entry.calls) for entry in self._schedulers]
+        counts = [(entry.first, entry.calls, entry.is_placed) for entry in self._schedulers]
         return {"start": self._start, "steps": self._steps, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`."""
         self._start, self._earlier_steps = state["start"], state["steps"]
         for entry, counts in zip(self._schedulers, state["counts"], strict=False):
-            entry.first, entry.calls = counts
+            entry.first, entry.calls, entry.is_placed = counts
 
     def release(self) -> None:
         """Gives the schedulers their classes back."""
@@ -105,7 +108,9 @@ class HandStepped:
         """Replaces the class of a scheduler, because its state has all its attributes, as a new ``step`` would be."""
 
         def step(scheduler: LRScheduler, *args: Any, **kwargs: Any) -> None:
-            if self._is_stepping or self._may_step(entry):
+            if not self._is_stepping:
+                entry.is_placed |= any(argument is not None for argument in (*args, *kwargs.values()))
+            if self._is_stepping or entry.is_placed or self._may_step(entry):
                 self._step(entry, *args, **kwargs)
 
         entry.scheduler.__class__ = type(entry.kind.__name__, (entry.kind,), {"step": step})
@@ -138,16 +143,37 @@ class HandStepped:
 
 
 def _find(trainer: pl.Trainer) -> Iterator[LRScheduler]:
-    """Yields the schedulers that Lightning does not step: of manual optimization, and in the module's attributes."""
+    """Yields the schedulers that Lightning does not step: of manual optimization, and in the module's attributes.
+
+    Parts of other schedulers, as in ``SequentialLR``, are left to these.
+    """
     module = trainer.lightning_module
-    configured = [config.scheduler for config in trainer.lr_scheduler_configs]
-    found: list[Any] = [] if module.automatic_optimization else [*configured]
-    for value in vars(module).values():
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found += [part for part in parts if isinstance(part, LRScheduler) and part not in configured]
+    configured: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    found = [*configured, *_in_attributes(module)]
+    others = {id(part) for part in _parts(found)}
+    if module.automatic_optimization:
+        others |= {id(scheduler) for scheduler in configured}
     for scheduler in _distinct(found):
-        if not isinstance(scheduler, ReduceLROnPlateau):
+        if id(scheduler) not in others and not isinstance(scheduler, ReduceLROnPlateau):
             yield scheduler
+
+
+def _in_attributes(owner: object) -> Iterator[LRScheduler]:
+    for value in vars(owner).values():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (item for item in items if isinstance(item, LRScheduler))
+
+
+def _parts(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:
+    """Returns the schedulers that others consist of, at every depth."""
+    parts = _distinct(part for scheduler in schedulers for part in _in_attributes(scheduler))
+    known = {id(part) for part in parts}
+    for outer in parts:
+        for part in _in_attributes(outer):
+            if id(part) not in known:
+                known.add(id(part))
+                parts.append(part)
+    return parts
 
 
 def _distinct(items: Iterable[LRScheduler]) -> list[LRScheduler]:

@@ -1,0 +1,134 @@
+"""Schedulers that a module steps itself: which of them follow the run, and which are left alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
+
+from lightning_halos.training.hand_stepped import HandStepped
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+
+
+class Module(pl.LightningModule):
+    def __init__(self, is_automatic: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = is_automatic
+        self.layer = nn.Linear(1, 1)
+
+
+class WarmUp(LRScheduler):
+    """Steps another scheduler, as the well-known packages' warm-ups do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, after: LRScheduler) -> None:
+        self.after = after
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        return self.after.get_last_lr()
+
+    def step(self, epoch: int | None = None) -> None:
+        if hasattr(self, "last_epoch"):
+            self.after.step()
+        super().step()
+
+
+class Worker:
+    """A worker whose batches have one step each, in a run that is ahead of it or behind it."""
+
+    def __init__(self, module: Module, *configured: LRScheduler) -> None:
+        self.counter: Any = SimpleNamespace(batches=0, steps=0, in_batch=1)
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(is_last_batch=False)))
+        trainer: Any = SimpleNamespace(
+            lightning_module=module,
+            lr_scheduler_configs=[LRSchedulerConfig(scheduler) for scheduler in configured],
+            fit_loop=loop,
+        )
+        self.hand_stepped = HandStepped(trainer, self.counter, 0)
+
+    def train(self, scheduler: LRScheduler, *args: Any, progress: float) -> None:
+        self.hand_stepped.begin_batch(progress)
+        scheduler.step(*args)
+        self.counter.batches += 1
+        self.counter.steps += 1
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [SequentialLR, ChainedScheduler, WarmUp, "nested"])
+def test_the_parts_of_a_scheduler_that_lightning_steps_belong_to_it(kind: Any) -> None:
+    def make() -> tuple[LRScheduler, list[LRScheduler]]:
+        optimizer = sgd()
+        parts: list[Any] = [LinearLR(optimizer, 0.1, 1.0, total_iters=8), ExponentialLR(optimizer, 0.95)]
+        if kind is SequentialLR:
+            return SequentialLR(optimizer, parts, [8]), parts
+        if kind is ChainedScheduler:
+            return ChainedScheduler(parts, optimizer), parts
+        if kind is WarmUp:
+            return WarmUp(optimizer, parts[1]), parts[1:]
+        return SequentialLR(optimizer, [ChainedScheduler(parts, optimizer), ExponentialLR(optimizer, 0.9)], [8]), parts
+
+    (scheduler, parts), (alone, _) = make(), make()
+    module = Module(is_automatic=True)
+    module.parts = parts
+    worker = Worker(module, scheduler)
+    for _ in range(12):  # this worker is ahead of the run
+        worker.train(scheduler, progress=0.5)
+        alone.step()
+        assert scheduler.get_last_lr() == alone.get_last_lr()
+    worker.hand_stepped.pull(30)
+    assert scheduler.optimizer.param_groups[0]["lr"] == alone.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("argument", [lambda position: (position,), lambda position: ()])
+def test_a_scheduler_that_is_told_its_position_is_left_where_the_module_puts_it(argument: Any) -> None:
+    scheduler, alone = CosineAnnealingWarmRestarts(sgd(), T_0=3), CosineAnnealingWarmRestarts(sgd(), T_0=3)
+    module = Module(is_automatic=False)
+    worker = Worker(module, scheduler)
+    for batch in range(8):
+        position = () if batch == 0 else (batch / 4,) if batch < 4 else argument(batch / 4)
+        worker.train(scheduler, *position, progress=0.5)
+        alone.step(*position)
+        worker.hand_stepped.pull(5 * batch if batch else 0)
+        assert scheduler.get_last_lr() == alone.get_last_lr()
+
+
+def test_a_scheduler_that_is_told_its_position_is_known_after_a_resume() -> None:
+    scheduler = CosineAnnealingWarmRestarts(sgd(), T_0=3)
+    worker = Worker(Module(is_automatic=False), scheduler)
+    worker.train(scheduler, 0.5, progress=1)
+    resumed = Worker(Module(is_automatic=False), scheduler)
+    resumed.hand_stepped.load_state_dict(worker.hand_stepped.state_dict())
+    before = scheduler.get_last_lr()
+    resumed.hand_stepped.pull(9)
+    assert scheduler.get_last_lr() == before
+    resumed.train(scheduler, progress=1)
+    resumed.train(scheduler, progress=1)
+    assert scheduler.last_epoch == 2
+
+
+@pytest.mark.parametrize("position", [(), (None,)])
+def test_a_scheduler_that_counts_its_steps_follows_the_run(position: tuple[Any, ...]) -> None:
+    scheduler = CosineAnnealingWarmRestarts(sgd(), T_0=30)
+    worker = Worker(Module(is_automatic=False), scheduler)
+    for _ in range(3):
+        worker.train(scheduler, *position, progress=1)
+    assert scheduler.last_epoch == 1
+    worker.hand_stepped.pull(9)
+    assert scheduler.last_epoch == 9
