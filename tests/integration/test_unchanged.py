@@ -53,10 +53,10 @@ class Growing(Toy):
         return loader(32 * (1 + self.trainer.current_epoch))
 
 
-def growing() -> Result:
+def growing(strategy: str) -> Result:
     module = Growing()
     trainer = make_trainer(
-        halos(regions=1),
+        halos(regions=1) if strategy == "halos" else DilocoStrategy(),
         devices=2,
         max_epochs=3,
         reload_dataloaders_every_n_epochs=1,
@@ -66,8 +66,9 @@ def growing() -> Result:
     return outcome(trainer, module)
 
 
-def test_a_dataset_that_grows_and_validation_by_time(run: Run) -> None:
-    results = run(growing, workers=2)
+@pytest.mark.parametrize("strategy", ["halos", "diloco"])
+def test_a_dataset_that_grows_and_validation_by_time(run: Run, strategy: str) -> None:
+    results = run(growing, strategy, workers=2)
     assert_same_model(results)
     used = sorted(index for result in results for index in result["trained_on"])
     assert used == sorted([*range(32), *range(64), *range(96)])

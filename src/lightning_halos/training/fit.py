@@ -105,8 +105,8 @@ class Fit:
         if state.get("ends_epoch"):
             set_random_state(state["random"])
         if data is not None:
-            plans_rounds = self.world.is_simulated or not isinstance(self.start.algorithm, ServerAlgorithm)
-            data.start(self.loop.stopwatch.excluding(self.world.leases), may_leave=not plans_rounds)
+            leases = self.loop.stopwatch.excluding(self.world.leases)
+            data.start(leases, may_leave=not self.world.is_simulated)
         if "random" in state and not state.get("ends_epoch"):
             set_random_state(state["random"])
         self.loop.stopwatch.restart()
