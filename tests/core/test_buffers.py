@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_halos.core.buffers import find_entries
+from lightning_halos.core.buffers import find_entries, local_tensors
 from lightning_halos.core.vector import ModelVector
 
 
@@ -127,6 +127,20 @@ def test_a_module_says_otherwise_by_name_or_submodule_and_the_outer_module_decid
         "teacher.1.weight": "mean",
         "teacher.1.bias": "first",
     }
+
+
+def test_compiled_parts_have_the_names_of_the_module_that_is_compiled():
+    compiled = [torch.compile(with_buffers(queue=torch.zeros(2), bank=torch.zeros(2))) for _ in range(2)]
+    module = nn.ModuleDict({"own": compiled[0], "named": compiled[1]})
+    compiled[0].halos_buffers = {"queue": "local"}
+    module.halos_buffers = {"named.queue": "mean", "named._orig_mod.bank": "local"}
+    assert rules(module) == {
+        "own._orig_mod.queue": "local",
+        "own._orig_mod.bank": "first",
+        "named._orig_mod.queue": "mean",
+        "named._orig_mod.bank": "local",
+    }
+    assert [id(tensor) for tensor in local_tensors(module)] == [id(compiled[0].queue), id(compiled[1].bank)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_halos.training.compat import WEIGHT_AVERAGING, average_of
+from lightning_halos.training.trainer_adapter import callbacks_of
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import FEATURES, Toy, assert_same_model, halos, loader, make_trainer
@@ -27,7 +29,8 @@ class Averaged(Toy):
         self.keys: list[str] = []
 
     def more(self) -> Result:
-        return {"differences": self.differences, "keys": self.keys}
+        averages = [average_of(c).state_dict() for c in callbacks_of(self.trainer) if isinstance(c, WEIGHT_AVERAGING)]
+        return {"differences": self.differences, "keys": self.keys, "averages": averages}
 
 
 class Recomputing(Checkpoint):
@@ -88,6 +91,10 @@ def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: 
     assert set(results[0]["keys"]) == {"current_model_state", "averaging_state"}
     assert all(not result["keys"] and not result["differences"]["final"] for result in results[1:])
     assert not torch.equal(results[0]["state"]["net.0.weight"], torch.zeros(4, FEATURES))
+    for result in results:  # trainer.validate() puts the callback's average into the module
+        (average,) = result["averages"]
+        assert average.pop("n_averaged") == STEPS - START
+        assert all(torch.equal(tensor, result["state"][key[len("module.") :]]) for key, tensor in average.items())
 
 
 def averaged() -> Result:

@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss, normalize
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos
+from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos, loader, state
 
 WORKERS, DECAY = 2, 0.9
 
@@ -21,7 +21,7 @@ WORKERS, DECAY = 2, 0.9
 class SelfSupervised(Toy):
     """A student, a teacher that follows it, and whatever such modules keep in buffers."""
 
-    halos_buffers = {"own": "local"}  # noqa: RUF012
+    halos_buffers = {"own": "local", "own_bank": "local"}  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
@@ -33,7 +33,10 @@ class SelfSupervised(Toy):
         self.register_buffer("queue", normalize(torch.randn(16, FEATURES)))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
         self.register_buffer("own", torch.zeros(1))
+        self.register_buffer("own_bank", torch.zeros(0))
         self.register_buffer("bank", torch.zeros(0, FEATURES))
+        self.register_buffer("phases", torch.ones(2, dtype=torch.complex64).conj())
+        self.register_buffer("angles", torch.full((2,), 1j).conj().imag)
         self.register_buffer("graph", torch.eye(FEATURES).to_sparse_csr())
         self.register_buffer("edges", torch.eye(FEATURES).to_sparse_coo())
 
@@ -54,6 +57,7 @@ class SelfSupervised(Toy):
         self.bank = torch.cat([self.bank, keys])
         self.prototype += self.global_rank + 1
         self.own += self.global_rank + 1
+        self.own_bank = torch.cat([self.own_bank, torch.ones(self.global_rank + 1)])
 
     def configure_optimizers(self) -> Any:
         own = [p for name, p in self.named_parameters() if not name.startswith("average.")]
@@ -76,14 +80,21 @@ def self_supervised() -> Result:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = fit(module, devices=WORKERS, max_steps=24, strategy=halos(regions=1))
-    return {**result, "warnings": [str(warning.message) for warning in caught]}
+    module.trainer.validate(module, loader(8), verbose=False)
+    validated = {"validated": state(module)}
+    return {**result, **validated, "warnings": [str(warning.message) for warning in caught]}
 
 
 def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_path: Path) -> None:
     results = run(self_supervised, workers=WORKERS)
     first, second = (result["state"] for result in results)
+    for result in results:  # also after the fit
+        assert torch.equal(result["validated"]["own"], result["state"]["own"])
+        assert torch.equal(result["validated"]["own_bank"], result["state"]["own_bank"])
     own = {first.pop("own").item(), second.pop("own").item()}
     assert len(own) == 2, "a local buffer stays with its worker"
+    assert len(first.pop("own_bank")) == results[0]["optimizer_steps"]
+    assert len(second.pop("own_bank")) == 2 * results[1]["optimizer_steps"]
     for name, tensor in first.items():
         if name != "_extra_state":
             assert second[name].layout is tensor.layout
@@ -101,7 +112,7 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
     log = (tmp_path / "log0").read_text()
     averaged = "net.1.running_mean, net.1.running_var, teacher.0.weight"
     assert f"Buffers and frozen parameters, averaged with the model: {averaged}" in log
-    assert "Buffers and frozen parameters, each worker's own: own." in log
+    assert "Buffers and frozen parameters, each worker's own: own, own_bank." in log
     assert "The module changed frozen parameters itself: prototype." in log
     changed, extra = (
         [warning for warning in results[0]["warnings"] if text in warning]

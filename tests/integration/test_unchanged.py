@@ -153,6 +153,7 @@ class Everyday(Toy):
         super().__init__()
         self.outputs: list[Tensor] = []
         self.read: list[float] = []
+        self.validated: list[Tensor] = []
         self.best = torch.inf
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -169,6 +170,7 @@ class Everyday(Toy):
 
     def on_validation_epoch_end(self) -> None:
         self.best = min(self.best, float(self.trainer.callback_metrics["val_loss"]))
+        self.validated = []  # another list, but empty as before
 
     def on_train_epoch_end(self) -> None:
         self.read.append(float(self.trainer.callback_metrics["val_loss"]))

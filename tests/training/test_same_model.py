@@ -21,3 +21,10 @@ def test_entries_of_a_state_dict_are_known_by_their_memory():
     state = {f"new.{name}": tensor for name, tensor in module.state_dict().items()}
     assert names_in_state(module, state) == {key: key.removeprefix("new.") for key in state}
     assert names_in_state(module, {**state, "sum": module.weight + module.bias}) is None
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.t, torch.Tensor.conj, lambda weight: weight.view(torch.int64)])
+def test_a_view_of_a_parameter_is_not_the_parameter(view):
+    module = nn.Linear(2, 2, dtype=torch.complex64)
+    assert names_in_state(module, {"weight": module.weight.detach()}) == {"weight": "weight"}
+    assert names_in_state(module, {"view": view(module.weight.detach())}) is None

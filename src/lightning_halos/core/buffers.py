@@ -23,6 +23,8 @@ afterwards. ``"local"``: each worker keeps its own.
 ATTRIBUTE = "halos_buffers"
 """Attribute in which a module names rules of its own, as ``{"queue": "local", "teacher": "mean"}``."""
 
+_COMPILED = "_orig_mod."  # torch.compile adds this to the names in a module
+
 
 class Entry(NamedTuple):
     """A buffer or a frozen parameter."""
@@ -64,7 +66,7 @@ def find_entries(module: nn.Module, trainable: Collection[int], idle: Collection
         if is_parameter and id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        key, rule = next(((key, rule) for key, rule in asked if _is_in(path, key)), ("", None))
+        key, rule = _asked_for(path, asked)
         used.add(key)
         can_be_mean = tensor.layout is torch.strided and (tensor.is_floating_point() or tensor.is_complex())
         if rule == "mean" and not can_be_mean:
@@ -84,6 +86,20 @@ def find_entries(module: nn.Module, trainable: Collection[int], idle: Collection
     return entries
 
 
+def local_tensors(module: nn.Module) -> list[Tensor]:
+    """Returns the buffers and frozen parameters that modules want each worker to keep.
+
+    Raises:
+        ValueError: If a module's ``halos_buffers`` is invalid.
+    """
+    asked, local, seen = list(_asked(module)), list[Tensor](), set[int]()
+    for path, _, _, tensor in _tensors(module):
+        if id(tensor) not in seen and not tensor.requires_grad and _asked_for(path, asked)[1] == "local":
+            local.append(tensor)
+        seen.add(id(tensor))
+    return local
+
+
 def summary(names: Iterable[str], most: int = 8) -> str:
     """Returns a list of names for a message, with at most this many names."""
     names = list(names)
@@ -100,7 +116,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 def _asked(module: nn.Module) -> Iterator[tuple[str, Rule]]:
     """Yields the names and rules of all modules' ``halos_buffers``: first the outer modules', then the longer names."""
     for prefix, owner in module.named_modules():
-        rules = getattr(owner, ATTRIBUTE, {})
+        # Only its own: wrappers such as those of torch.compile have all attributes of the module in them.
+        has_rules = ATTRIBUTE in vars(owner) or hasattr(type(owner), ATTRIBUTE)
+        rules = getattr(owner, ATTRIBUTE) if has_rules else {}
         if not isinstance(rules, Mapping) or any(rule not in get_args(Rule) for rule in rules.values()):
             raise ValueError(
                 f"{type(owner).__name__}.{ATTRIBUTE}={rules!r} must be a dict from names of buffers, frozen parameters"
@@ -108,6 +126,12 @@ def _asked(module: nn.Module) -> Iterator[tuple[str, Rule]]:
             )
         for name in sorted(rules, key=len, reverse=True):
             yield _join(prefix, name), rules[name]
+
+
+def _asked_for(path: str, asked: Iterable[tuple[str, Rule]]) -> tuple[str, Rule | None]:
+    """Returns the name and rule that decide about a tensor; ``("", None)`` if no module asks for anything."""
+    path = path.replace(_COMPILED, "")
+    return next(((key, rule) for key, rule in asked if _is_in(path, key.replace(_COMPILED, ""))), ("", None))
 
 
 def _copies_of_trainable_parts(module: nn.Module, idle: Collection[int]) -> list[str]:

@@ -41,6 +41,12 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     return [*indices, tensor.values()]
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Returns the values of a dense tensor as bytes on the host."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().view(-1).view(torch.uint8)
+
+
 def finished_work(result: list[Tensor]) -> Work:
     """Returns the handle of a collective that is over."""
     future: Future[list[Tensor]] = Future()

@@ -119,4 +119,6 @@ def _is_same(before: tuple[Any, int] | None, now: tuple[Any, int]) -> bool:
         return False
     if isinstance(now[0], (bool, int, float, str)):
         return type(before[0]) is type(now[0]) and bool(before[0] == now[0])
+    if isinstance(now[0], (list, dict, set)) and not now[0]:
+        return type(before[0]) is type(now[0])
     return before[0] is now[0]

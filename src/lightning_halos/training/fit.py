@@ -21,6 +21,7 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
+    average_of,
     replace_metrics,
     restore_dump_checkpoint,
     show_metrics,
@@ -29,7 +30,7 @@ from lightning_halos.training.compat import (
 from lightning_halos.training.first_hooks import FirstHooks
 from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0
 from lightning_halos.training.preemption import Preemption
-from lightning_halos.training.same_model import adopt_final_model, copy_from_module, log_rules
+from lightning_halos.training.same_model import adopt_final_model, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -122,6 +123,9 @@ class Fit:
         adopt_final_model(
             start.site.collectives, module, start.vector.entries, start.vector.frozen_names(module), may_differ
         )
+        for callback in callbacks_of(self.trainer):
+            if isinstance(callback, WEIGHT_AVERAGING):  # trainer.validate() puts its average into the module
+                broadcast_module(start.site.collectives, average_of(callback))
         self.share_decisions()
 
     def restore(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.topology import Topology
+from lightning_halos.training.trainer_adapter import optimizers_of
 
 _SAMPLE = 2**16  # parameters that are looked at, so that a look costs little
 _FACTOR = 1000.0  # times that the parameters are larger than at the start, or than 1
@@ -25,8 +26,7 @@ _IN_A_ROW = 4  # pulls with growth of at least 10 % each
 
 def suited(algorithm: Algorithm, trainer: pl.Trainer) -> Algorithm:
     """Returns an algorithm whose default optimizers suit the module's: without momentum if it trains with LBFGS."""
-    optimizers = [*trainer.optimizers, *vars(trainer.lightning_module).values()]
-    if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+    if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers_of(trainer)):
         return algorithm
     rank_zero_info("The module trains with LBFGS, so the default optimizers of the servers have no momentum.")
     return dataclasses.replace(algorithm, has_momentum=False)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_halos.checkpoint.files import is_plain
-from lightning_halos.core.buffers import ATTRIBUTE, Entry, summary
-from lightning_halos.core.compat import dense_parts, map_tensors
+from lightning_halos.core.buffers import ATTRIBUTE, Entry, local_tensors, summary
+from lightning_halos.core.compat import bytes_of, dense_parts, map_tensors
 from lightning_halos.transport.collectives import Collectives
 
 
@@ -37,8 +37,12 @@ def check_initialized(module: nn.Module) -> None:
 
 
 def broadcast_module(collectives: Collectives, module: nn.Module) -> None:
-    """Copies the parameters and buffers of rank 0's module to the modules of all workers, sparse ones too."""
-    tensors = [*module.parameters(), *module.buffers()]
+    """Copies the parameters and buffers of rank 0's module to the modules of all workers, sparse ones too.
+
+    Each worker keeps its local ones, which may have other shapes than rank 0's.
+    """
+    local = {id(tensor) for tensor in local_tensors(module)}
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in local]
     collectives.broadcast_([part for tensor in tensors for part in dense_parts(tensor)])
 
 
@@ -149,7 +153,7 @@ def _form(tensor: Tensor) -> list[Any]:
 
 def _checksum(tensor: Tensor) -> list[Any]:
     """Returns the form of a tensor, and checksums of its values."""
-    flat = [part.cpu().contiguous().view(-1).view(torch.uint8) for part in dense_parts(tensor) if part.numel()]
+    flat = [bytes_of(part) for part in dense_parts(tensor) if part.numel()]
     return [_form(tensor), [zlib.crc32(part.numpy().data) for part in flat]]
 
 
@@ -164,7 +168,11 @@ def _other_state(module: nn.Module, places: Iterable[_Place], local: Collection[
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple((part.data_ptr(), part.shape) for part in dense_parts(tensor))
+    """Identifies a tensor's values: its memory, and how it reads them there."""
+    return tuple(
+        (part.data_ptr(), part.shape, part.stride(), part.dtype, part.is_conj(), part.is_neg())
+        for part in dense_parts(tensor)
+    )
 
 
 def _differing(collectives: Collectives, mine: Mapping[str, Any]) -> list[str]:

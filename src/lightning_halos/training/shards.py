@@ -115,10 +115,10 @@ class Shards:
                 tell()
 
     def release_loggers(self) -> None:
-        """Undoes :meth:`hold_loggers`."""
+        """Undoes :meth:`hold_loggers`. What they were not told, as the fit has failed, they are never told."""
         for logger in self._loggers:
             del vars(logger)["after_save_checkpoint"]
-        self._loggers = []
+        self._loggers, self._untold = [], []
 
     def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0 during training. An error becomes a warning.

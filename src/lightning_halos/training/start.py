@@ -22,7 +22,7 @@ from lightning_halos.training.growth import suited
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
-from lightning_halos.training.trainer_adapter import callbacks_of, unfreezes
+from lightning_halos.training.trainer_adapter import callbacks_of, optimizers_of, unfreezes
 
 
 class Start:
@@ -54,7 +54,7 @@ class Start:
         self.resume = resume
         self.saves = saves
         module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
-        idle = set() if unfrozen_later else _idle(module, trainer.optimizers)
+        idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
         self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle)
         _check(site, self.vector, resume)
         self.memory: Tensor | None = None
@@ -124,8 +124,8 @@ class Start:
         return Spans([(0, self.data.first)] if self.data.first else [])
 
 
-def _idle(module: nn.Module, optimizers: Sequence[Optimizer]) -> set[int]:
-    """Returns the ``id`` of trainable parameters that no optimizer has, if Lightning knows the optimizers."""
+def idle_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> set[int]:
+    """Returns the ``id`` of trainable parameters that no optimizer has; none if no optimizer is known."""
     optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return {id(p) for p in module.parameters() if p.requires_grad and id(p) not in optimized} if optimizers else set()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from torch.optim import Optimizer
 
 from lightning_halos.core.schedule import next_count
 from lightning_halos.training.compat import (
@@ -294,6 +295,16 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     """Returns the Trainer's callbacks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def optimizers_of(trainer: pl.Trainer) -> list[Optimizer]:
+    """Returns the Trainer's optimizers, and those that the module and its submodules keep in attributes."""
+    found: list[Any] = [*trainer.optimizers]
+    for owner in trainer.lightning_module.modules():
+        for value in vars(owner).values():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            found += items
+    return list({id(item): item for item in found if isinstance(item, Optimizer)}.values())
 
 
 def decides(callback: Callback) -> bool:

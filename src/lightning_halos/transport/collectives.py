@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Store
 
+from lightning_halos.core.compat import bytes_of
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 from lightning_halos.transport.groups import interruptible, make_group
 from lightning_halos.transport.link import since
@@ -391,7 +392,7 @@ def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     _check_dense(tensor)
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return bytes_of(tensor)
 
 
 def _tensor_of(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
