@@ -106,6 +106,14 @@ class ModelVector:
         self._copies.to_device(runs if progress is None else _filled(runs, progress))
         self._frozen.put_back(self._split(vector))
 
+    def begin_batch(self) -> None:
+        """Notices which parameters are frozen, after all hooks at the start of a batch."""
+        self._frozen.begin_batch()
+
+    def end_batch(self) -> None:
+        """Decides which parameters the module has frozen, before a round may end with the batch."""
+        self._frozen.end_batch()
+
     @torch.no_grad()
     def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress) -> Tensor:
         """Turns the vector at the start of a round into the vector of its push, in place, and returns it.

@@ -72,10 +72,11 @@ def adopt_final_model(
         collectives: Collectives over all workers.
         module: The module, with the final model.
         entries: Its buffers and frozen parameters. Local ones are not compared.
-        frozen: Parameters that the module froze during training, each worker at its own moment.
+        frozen: Parameters that this worker's module froze during training, each worker at its own moment, or never.
         may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
     """
-    expected = {*frozen, *(entry.path for entry in entries)}
+    frozen_anywhere = [name for row in collectives.gather_texts(json.dumps([*frozen])) for name in json.loads(row)]
+    expected = {*frozen_anywhere, *(entry.path for entry in entries)}
     local = {entry.path for entry in entries if entry.rule == "local"}
     places = {place.path: place for place in _places(module) if place.path not in local}
     differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})

@@ -195,6 +195,7 @@ class AlgorithmStrategy(ConnectedStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._fit is None:
             return
+        self._fit.start.vector.begin_batch()  # here, because the module's hook of this name has run
         assert self._shards is not None
         self._shards.tell_loggers()
         if self.is_global_zero and (stepped := self._fit.lightning.schedulers.plateaus()):

@@ -118,6 +118,7 @@ class WorkerLoop(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.finished:
             return
+        self._vector.end_batch()
         seconds = self.stopwatch.lap()
         if self._data is not None:
             self._data.count_batch(self._lightning.ends_epoch)
