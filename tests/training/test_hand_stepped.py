@@ -123,6 +123,16 @@ def test_a_scheduler_that_is_told_its_position_is_known_after_a_resume() -> None
     assert scheduler.last_epoch == 2
 
 
+def test_a_scheduler_that_a_submodule_keeps_follows_the_run() -> None:
+    module = Module(is_automatic=False)
+    module.layer.schedules = {"layer": CosineAnnealingWarmRestarts(sgd(), T_0=30)}
+    scheduler = module.layer.schedules["layer"]
+    worker = Worker(module)
+    worker.train(scheduler, progress=1)
+    worker.hand_stepped.pull(7)
+    assert scheduler.last_epoch == 7
+
+
 @pytest.mark.parametrize("position", [(), (None,)])
 def test_a_scheduler_that_counts_its_steps_follows_the_run(position: tuple[Any, ...]) -> None:
     scheduler = CosineAnnealingWarmRestarts(sgd(), T_0=30)

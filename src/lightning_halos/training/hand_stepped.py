@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.trainer_adapter import in_attributes
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _find(trainer: pl.Trainer) -> Iterator[LRScheduler]:
     """
     module = trainer.lightning_module
     configured: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-    found = [*configured, *_in_attributes(module)]
+    found = [*configured, *(scheduler for owner in module.modules() for scheduler in _schedulers_in(owner))]
     others = {id(part) for part in _parts(found)}
     if module.automatic_optimization:
         others |= {id(scheduler) for scheduler in configured}
@@ -158,18 +159,16 @@ def _find(trainer: pl.Trainer) -> Iterator[LRScheduler]:
             yield scheduler
 
 
-def _in_attributes(owner: object) -> Iterator[LRScheduler]:
-    for value in vars(owner).values():
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        yield from (item for item in items if isinstance(item, LRScheduler))
+def _schedulers_in(owner: object) -> Iterator[LRScheduler]:
+    return (item for item in in_attributes(owner) if isinstance(item, LRScheduler))
 
 
 def _parts(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:
     """Returns the schedulers that others consist of, at every depth."""
-    parts = _distinct(part for scheduler in schedulers for part in _in_attributes(scheduler))
+    parts = _distinct(part for scheduler in schedulers for part in _schedulers_in(scheduler))
     known = {id(part) for part in parts}
     for outer in parts:
-        for part in _in_attributes(outer):
+        for part in _schedulers_in(outer):
             if id(part) not in known:
                 known.add(id(part))
                 parts.append(part)

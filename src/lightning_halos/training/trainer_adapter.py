@@ -8,7 +8,7 @@ validation, the callbacks and the Trainer's limits are changed here, and nowhere
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -299,12 +299,14 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
 
 def optimizers_of(trainer: pl.Trainer) -> list[Optimizer]:
     """Returns the Trainer's optimizers, and those that the module and its submodules keep in attributes."""
-    found: list[Any] = [*trainer.optimizers]
-    for owner in trainer.lightning_module.modules():
-        for value in vars(owner).values():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            found += items
-    return list({id(item): item for item in found if isinstance(item, Optimizer)}.values())
+    held = [item for owner in trainer.lightning_module.modules() for item in in_attributes(owner)]
+    return list({id(item): item for item in [*trainer.optimizers, *held] if isinstance(item, Optimizer)}.values())
+
+
+def in_attributes(owner: object) -> Iterator[Any]:
+    """Yields what an object has in its attributes, and in lists, tuples and dicts there."""
+    for value in vars(owner).values():
+        yield from value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
 
 
 def decides(callback: Callback) -> bool:
