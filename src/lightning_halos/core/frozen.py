@@ -15,9 +15,10 @@ from torch import Tensor, nn
 class FrozenParameters:
     """Finds the parameters that a module has frozen with ``requires_grad_(False)`` after training started.
 
-    A parameter counts as frozen from the first batch that starts and ends with it frozen, and does not change it. A GAN
-    may freeze a part of itself within every batch, or in every second one. Such a part counts as frozen only if it did
-    not change for a complete round. A frozen parameter gets back the value with which it was frozen.
+    A parameter counts as frozen from the moment at which it is frozen, before or within a batch, unless the next complete
+    batch trains it. A GAN may freeze a part of itself within every batch, or in every second one. When such a part has
+    been trained again, it counts as frozen only if it did not change for a complete round. A frozen parameter gets back
+    the value with which it was frozen.
 
     Args:
         parameters: All parameters that are sent.
@@ -28,7 +29,7 @@ class FrozenParameters:
         self._flags = self._requires_grad()
         self._trained = {index for index, is_trained in enumerate(self._flags) if is_trained}
         self._toggled: set[int] = set()  # those that the module freezes for less than a complete round
-        self._candidates: dict[int, Tensor] = {}  # values at the start of the batch
+        self._candidates: dict[int, Tensor] = {}  # values with which they were frozen, before the end of a batch
         self._last: dict[int, Tensor] = {}  # values at the end of the last round
         self._frozen: dict[int, Tensor] = {}
         self._rounds: dict[int, int] = {}  # ends of rounds since they count as frozen
@@ -50,19 +51,19 @@ class FrozenParameters:
     def end_batch(self) -> None:
         """Decides about what was frozen at the start of the batch. It waits for the device only if that is new."""
         flags = self._requires_grad()
-        if flags != self._flags:
-            for index in [index for index, flag in enumerate(flags) if flag != self._flags[index]]:
+        changed = [] if flags == self._flags else [i for i, flag in enumerate(flags) if flag != self._flags[i]]
+        self._flags = flags
+        for index in changed:
+            if flags[index]:
                 self._toggled.add(index)
-                self._trained.add(index)
-                if flags[index]:
-                    self._thaw(index)
-            self._flags = flags
+                self._thaw(index)
         for index, value in self._candidates.items():
             if index not in self._toggled and torch.equal(self._parameters[index].detach(), value):
                 self._frozen[index], self._rounds[index] = value, 0
             else:
                 self._toggled.add(index)
-        self._candidates.clear()
+        frozen_within = [index for index in changed if not flags[index] and index not in self._toggled]
+        self._candidates = {index: self._parameters[index].detach().clone() for index in frozen_within}
 
     def end_round(self, start: Sequence[Tensor]) -> None:
         """Compares the parameters with their values at the start of a round.
@@ -105,7 +106,8 @@ class FrozenParameters:
 
     def _now_frozen(self) -> dict[int, Tensor]:
         """The frozen parameters, without those that are trained again since the last batch or round began."""
-        return {index: value for index, value in self._frozen.items() if not self._parameters[index].requires_grad}
+        values = {**self._candidates, **self._frozen}
+        return {index: value for index, value in values.items() if not self._parameters[index].requires_grad}
 
     def _thaw(self, index: int) -> None:
         self._trained.add(index)
