@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class FrozenParameters:
     """Finds the parameters that a module has frozen with ``requires_grad_(False)`` after training started.
 
-    A parameter counts as frozen from the batch in or before which it is frozen, unless the next complete batch trains it.
+    It counts as frozen from the batch in or before which it is frozen, unless the next complete batch trains it.
     A GAN may freeze a part of itself within every batch, or in every second one. When such a part has been trained
     again, it counts as frozen only if it did not change for a complete round. A frozen parameter gets back the value
     with which it was frozen.
