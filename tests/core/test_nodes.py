@@ -544,5 +544,5 @@ def test_a_resumed_run_goes_on_counting_bytes() -> None:
     node, resumed = region(), region()
     node.traffic = (30, 10)
     resumed.load_state_dict(node.state_dict())
-    host = RegionHost(resumed, Alarm("here"), within_region=False, store=print)
+    host = RegionHost(resumed, Alarm("here"), near=(), store=print)
     assert host._traffic() == (30, 10)

@@ -1,5 +1,6 @@
 import pytest
 
+from lightning_halos.core.algorithms import AsyncLocalSGD
 from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
 
 
@@ -74,6 +75,12 @@ class TestTopology:
     def test_describes_a_worker_by_rank_and_region(self):
         assert Topology.build([[0], [1]], 1, names=["eu", "us"]).describe(1) == "rank 1 (region us)"
         assert Topology.build([[0], [1]], 1).describe(1) == "rank 1 (region 1)"
+
+    def test_a_worker_keeps_its_region_if_one_server_serves_all_regions(self):
+        topology = AsyncLocalSGD().arrange([[0, 2], [3, 1]], names=["eu", "us"], home=1)
+        assert [group.ranks for group in topology.groups] == [(0, 1, 2, 3)]
+        assert topology.regions == ((0, 2), (1, 3))
+        assert [topology.describe(rank) for rank in range(2)] == ["rank 0 (region eu)", "rank 1 (region us)"]
 
 
 class TestErrors:

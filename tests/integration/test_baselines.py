@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.integration.toys import (
 )
 
 STRATEGIES: dict[str, Any] = {
-    "async_local_sgd": partial(AsyncLocalSGDStrategy, local_steps=LOCAL_STEPS, timeout=60),
+    "async_local_sgd": partial(AsyncLocalSGDStrategy, regions=2, local_steps=LOCAL_STEPS, timeout=60),
     "diloco": partial(DilocoStrategy, local_steps=LOCAL_STEPS, timeout=60),
     "diloco_dynamic": partial(DilocoStrategy, local_steps=LOCAL_STEPS, dynamic_local_steps=True, timeout=60),
 }
@@ -37,17 +38,22 @@ every_strategy = pytest.mark.parametrize(
 class Scheduled(Toy):
     pause = 0.06
     slow = 3
+    statistics: Sequence[dict[str, Any]] = ()  # of the servers, on rank 0
 
     def configure_optimizers(self) -> Any:
         optimizer = self.counted(torch.optim.AdamW(self.parameters()))
         scheduler = OneCycleLR(optimizer, 1e-2, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        servers = getattr(self.trainer.strategy, "servers", None)
+        self.statistics = self.statistics if servers is None else servers.statistics()
+
 
 def trained(name: str, flags: dict[str, Any]) -> Result:
     module, trainer = Scheduled(), make_trainer(STRATEGIES[name](), **flags)
     trainer.fit(module, loader(), loader(16))
-    return outcome(trainer, module)
+    return {**outcome(trainer, module), "statistics": module.statistics}
 
 
 @every_strategy
@@ -56,6 +62,9 @@ def test_steps_schedule_and_validation(run: Run, name: str) -> None:
     total = sum(result["optimizer_steps"] for result in results)
     assert 40 * 4 <= total <= (40 + LOCAL_STEPS) * 4
     assert all(result["global_step"] == 40 for result in results)
+    if name == "async_local_sgd":  # its only server is in region 0, and half of the workers in region 1
+        (server,) = results[0]["statistics"]
+        assert 0 < server["bytes_within_regions"] < server["bytes_between_regions"]
     assert all(result["schedules"] == [40] for result in results)
     assert [result["validated_on"] for result in results] == [[[*range(16)]] * 2, [], [], []]
     assert all(result["metrics"]["val_loss"] == results[0]["metrics"]["val_loss"] for result in results)

@@ -35,10 +35,12 @@ class Topology:
 
     Attributes:
         names: Names of the regions, by index.
+        regions: Global ranks of the workers of each region, ascending.
         groups: The local servers and their workers, ordered by their lowest ranks.
     """
 
     names: tuple[str, ...]
+    regions: tuple[tuple[int, ...], ...]
     groups: tuple[ServerGroup, ...]
 
     @classmethod
@@ -72,28 +74,24 @@ class Topology:
                 )
             parts += [(tuple(part), region) for part in _divide(sorted(ranks), count)]
         groups = [ServerGroup(index, region, ranks) for index, (ranks, region) in enumerate(sorted(parts))]
-        return cls(tuple(names), tuple(groups))
+        return cls(tuple(names), tuple(tuple(sorted(ranks)) for ranks in regions), tuple(groups))
 
     @property
     def leaders(self) -> list[int]:
         """Global ranks of the leaders, by the index of their server."""
         return [group.leader for group in self.groups]
 
-    @property
-    def regions(self) -> list[list[int]]:
-        """Global ranks of the workers of each region, ascending."""
-        ranks: list[list[int]] = [[] for _ in self.names]
-        for group in self.groups:
-            ranks[group.region] += group.ranks
-        return [sorted(region) for region in ranks]
-
     def group_of(self, rank: int) -> ServerGroup:
         """The server group of a worker."""
         return next(group for group in self.groups if rank in group.ranks)
 
+    def region_of(self, rank: int) -> int:
+        """Index of a worker's region, which may be another one than its server's."""
+        return next(index for index, ranks in enumerate(self.regions) if rank in ranks)
+
     def describe(self, rank: int) -> str:
         """Rank and region of a worker, for messages."""
-        return f"rank {rank} (region {self.names[self.group_of(rank).region]})"
+        return f"rank {rank} (region {self.names[self.region_of(rank)]})"
 
 
 def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:

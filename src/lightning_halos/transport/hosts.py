@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -121,13 +121,13 @@ class RegionHost(Host[RegionNode]):
     Args:
         node: The node.
         alarm: The alarm to report failures to.
-        within_region: Whether the global server is in the same region, for counting bytes.
+        near: Addresses of the peers in the server's region, for counting bytes.
         store: Writes the node's part of a snapshot.
     """
 
-    def __init__(self, node: RegionNode, alarm: Alarm, within_region: bool, store: Store) -> None:
+    def __init__(self, node: RegionNode, alarm: Alarm, near: Collection[int], store: Store) -> None:
         super().__init__(node, alarm, store, self.tell)
-        self._within_region = within_region
+        self._near = frozenset(near)
         self._traffic_before = node.traffic  # of the runs that this one resumes
         self._push = torch.empty_like(node.model)
         self._for_push: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
@@ -169,12 +169,11 @@ class RegionHost(Host[RegionNode]):
 
     def _traffic(self) -> tuple[int, int]:
         """Returns the bytes on this server's links inside its region, and to other regions."""
-        within = to_global = 0
+        within = between = 0
         for peer, links in list(self._links.items()):
             size = sum(link.bytes_sent + link.bytes_received for link in links)
-            if peer == GLOBAL:
-                to_global += size
-            else:
+            if peer in self._near:
                 within += size
-        within, between = (within + to_global, 0) if self._within_region else (within, to_global)
+            else:
+                between += size
         return self._traffic_before[0] + within, self._traffic_before[1] + between

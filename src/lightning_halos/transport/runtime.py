@@ -72,8 +72,10 @@ class NodeRuntime:
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
             link = self._gloo_link(groups.region, 0, self._server_of(group.leader), lambda: memory)
         else:
-            within_region = group.region == topology.group_of(0).region
-            self.region_host = RegionHost(region_node, self.alarm, within_region, store)
+            near = {worker for worker in group.ranks if topology.region_of(worker) == group.region}
+            if group.region == topology.group_of(0).region:
+                near.add(GLOBAL)
+            self.region_host = RegionHost(region_node, self.alarm, near, store)
             self._connect_servers(self.region_host, rank)
             link, own = self._loopback(self._server_of(rank), topology.describe(rank))
             self.region_host.attach(rank, own)

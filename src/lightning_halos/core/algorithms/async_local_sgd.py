@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ class AsyncLocalSGD(ServerAlgorithm):
 
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
         everybody = tuple(sorted(rank for ranks in regions for rank in ranks))
-        return Topology(super().arrange(regions, names).names, (ServerGroup(0, home, everybody),))
+        return dataclasses.replace(super().arrange(regions, names), groups=(ServerGroup(0, home, everybody),))
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         return self.optimizer or (default_optimizer if self.has_momentum else default_single_optimizer)(workers)
