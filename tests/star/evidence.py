@@ -1,0 +1,140 @@
+"""What workers trained on, written down batch by batch, so that it outlives a SIGKILL; and what has to hold for it.
+
+Judges by what the workers wrote themselves and by what the server counted, never by the software's own records of data.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class Witness(Callback):
+    """Writes down each batch after the optimizer's step, and the model at the end.
+
+    Args:
+        folder: Where.
+        name: Of the region.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._file = -1
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        path = self._folder / f"{self._name}-{trainer.global_rank}-{os.getpid()}.batches"
+        self._file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *arguments: Any) -> None:
+        batch = arguments[1]
+        indices = ",".join(map(str, batch[2].tolist()))
+        # One write for a line: a process that is killed leaves complete lines.
+        os.write(self._file, f"{time.time():.3f} {trainer.current_epoch} {indices}\n".encode())
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        os.close(self._file)
+        result = {
+            "global_step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "state": {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        }
+        path = self._folder / f"{self._name}-{trainer.global_rank}.pt"
+        torch.save(result, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch that a worker trained on.
+
+    Attributes:
+        worker: The worker's process, with its region.
+        at: When, by ``time.time``.
+        epoch: The Trainer's epoch.
+        samples: Indices of its samples.
+    """
+
+    worker: str
+    at: float
+    epoch: int
+    samples: tuple[int, ...]
+
+
+@dataclass
+class Evidence:
+    """All that the workers of a run wrote."""
+
+    batches: list[Batch] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Evidence:
+        batches = [
+            _batch(path.stem, line)
+            for path in sorted(folder.glob("*.batches"))
+            for line in path.read_text().splitlines()
+        ]
+        results = {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+        return cls(batches, results)
+
+    def uses(self) -> Counter[tuple[int, int]]:
+        """How often each sample was used, by epoch and index."""
+        return Counter((batch.epoch, sample) for batch in self.batches for sample in batch.samples)
+
+    def useful_steps(self, begin: float = 0.0, end: float = float("inf")) -> int:
+        """Steps between two times whose batch was trained on for the first time."""
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        number = 0
+        for batch in sorted(self.batches, key=lambda batch: batch.at):
+            key = (batch.epoch, batch.samples)
+            if key not in seen:
+                seen.add(key)
+                number += begin <= batch.at < end
+        return number
+
+    def span(self) -> tuple[float, float]:
+        """When the first and the last batch ended."""
+        times = [batch.at for batch in self.batches]
+        return min(times), max(times)
+
+    def assert_used_once(self, epochs: int, samples: int, again: int = 0) -> None:
+        """Every epoch used every sample, and at most ``again`` of these uses were a repetition."""
+        uses = self.uses()
+        unused = [
+            key for key in ((epoch, index) for epoch in range(epochs) for index in range(samples)) if key not in uses
+        ]
+        assert not unused, f"{len(unused)} samples were not used, by epoch and index: {unused[:20]} ..."
+        assert {epoch for epoch, _ in uses} <= set(range(epochs)), f"epochs {sorted({epoch for epoch, _ in uses})}"
+        repeated = sum(number - 1 for number in uses.values())
+        assert repeated <= again, f"{repeated} uses of samples were repetitions, and at most {again} are explained"
+
+    def assert_same_model(self, workers: Iterable[str]) -> dict[str, Tensor]:
+        """The named workers ended with the same finite model, bit for bit. Returns it."""
+        states = {worker: self.results[worker]["state"] for worker in workers}
+        first: dict[str, Tensor] = next(iter(states.values()))
+        for worker, state in states.items():
+            assert state.keys() == first.keys()
+            for name, tensor in state.items():
+                assert torch.isfinite(tensor).all(), f"{name} of {worker}"
+                assert torch.equal(tensor, first[name]), f"{name} of {worker} and of {next(iter(states))} differ"
+        return first
+
+    def assert_same_step(self, workers: Sequence[str], step: int) -> None:
+        """The named workers' Trainers ended with the same global step."""
+        assert {worker: self.results[worker]["global_step"] for worker in workers} == dict.fromkeys(workers, step)
+
+
+def _batch(worker: str, line: str) -> Batch:
+    at, epoch, samples = line.split(" ")
+    return Batch(worker, float(at), int(epoch), tuple(map(int, samples.split(","))))

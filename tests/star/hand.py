@@ -1,0 +1,220 @@
+"""A seeded hand that strikes the processes of a star of jobs: it kills, stops, terminates, cuts off, and starts again.
+
+The same seed strikes at the same moments the same victims in the same way. What the victims are, and how they are
+started, a :class:`Cast` knows, so that other software can be put under the same hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+KILL, STOP, TERMINATE, CUT, UNPLUG, RESTART = KINDS = ("kill", "stop", "terminate", "cut", "unplug", "restart")
+"""A restart is a kill after which the victim is started again at once."""
+
+NEEDS_NETWORK = (CUT, UNPLUG)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A blow of the hand.
+
+    Attributes:
+        at: Seconds from the beginning.
+        kind: One of :data:`KINDS`.
+        victim: Name of a party.
+        process: Which process of the party is struck by a kill or a stop; taken modulo their number.
+        lasts: Seconds until it is made good: the party is started again, goes on, or is connected again.
+    """
+
+    at: float
+    kind: str
+    victim: str
+    process: int
+    lasts: float
+
+    def __str__(self) -> str:
+        return f"{self.at:7.1f} s: {self.kind} {self.victim} (process {self.process}) for {self.lasts:.1f} s"
+
+
+def plan(
+    seed: int,
+    seconds: float,
+    victims: Sequence[str],
+    every: tuple[float, float] = (5.0, 15.0),
+    kinds: Sequence[str] = KINDS,
+    lasts: tuple[float, float] = (0.5, 8.0),
+) -> list[Fault]:
+    """The faults of a seed.
+
+    Args:
+        seed: Decides everything.
+        seconds: No fault begins later than this.
+        victims: Whom it may strike.
+        every: Least and largest number of seconds between two faults.
+        kinds: What it may do.
+        lasts: Least and largest number of seconds that a fault lasts.
+    """
+    draw = random.Random(seed)
+    faults = []
+    # Each combination once before one comes twice, so that short plans are varied, too.
+    combinations: list[tuple[str, str]] = []
+    at = draw.uniform(*every)
+    while at <= seconds:
+        if not combinations:
+            combinations = [(kind, victim) for kind in kinds for victim in victims]
+            draw.shuffle(combinations)
+        kind, victim = combinations.pop()
+        duration = 0.0 if kind == RESTART else draw.uniform(*lasts)
+        faults.append(Fault(at, kind, victim, draw.randrange(6), duration))
+        at += draw.uniform(*every)
+    return faults
+
+
+class Party(Protocol):
+    """A server or a job, whose processes live and die together."""
+
+    def pids(self) -> list[int]:
+        """Its processes that run."""
+
+    def start(self) -> None:
+        """Starts it. Waits for nothing."""
+
+    def terminate(self) -> None:
+        """Sends SIGTERM, as its scheduler would."""
+
+    def cut(self) -> None:
+        """Loses all packets from and to it, silently."""
+
+    def unplug(self) -> None:
+        """Takes its network cable out."""
+
+    def mend(self) -> None:
+        """Connects it again."""
+
+    def is_done(self) -> bool:
+        """Whether its work is done and it has ended as it should."""
+
+    def has_ended(self) -> bool:
+        """Whether none of its processes runs."""
+
+
+class Hand:
+    """Carries out a plan.
+
+    Args:
+        faults: The plan, in order of time.
+        parties: Whom it strikes, by name.
+        patience: Seconds that the others of a party have to end when one of its processes was killed.
+        log: Is told what it does.
+    """
+
+    def __init__(
+        self, faults: Sequence[Fault], parties: dict[str, Party], patience: float, log: Callable[[str], None]
+    ) -> None:
+        self.struck: list[Fault] = []
+        self.complaints: list[str] = []
+        self._faults = list(faults)
+        self._parties = parties
+        self._patience = patience
+        self._log = log
+        self._repairs: list[tuple[float, str, Fault]] = []  # when, whom, after which fault
+        self._waiting: dict[str, tuple[float, Fault]] = {}  # parties that are to end: until when, after which fault
+        self._stopped: dict[str, int] = {}
+        self._begin = time.monotonic()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it will do more."""
+        return bool(self._faults or self._repairs or self._waiting)
+
+    def act(self) -> None:
+        """Does what is due. To be called about ten times a second."""
+        now = time.monotonic() - self._begin
+        for name, (deadline, fault) in list(self._waiting.items()):
+            if self._parties[name].has_ended():
+                del self._waiting[name]
+                self._repairs.append((max(now, fault.at + fault.lasts), name, fault))
+            elif now > deadline:
+                left = self._parties[name].pids()
+                self.complaints.append(f"{name}: processes {left} still run {self._patience:g} s after [{fault}]")
+                _signal(left, signal.SIGKILL)
+        for name, party in self._parties.items():
+            if not self._is_down(name) and party.has_ended() and not party.is_done():
+                self.complaints.append(f"{name} ended by itself, last struck by [{self._last(name)}]")
+                party.start()
+        for repair in sorted(self._repairs, key=lambda repair: repair[0]):
+            due, name, fault = repair
+            if due <= now:
+                self._repairs.remove(repair)
+                self._repair(name, fault)
+        while self._faults and self._faults[0].at <= now:
+            self._strike(self._faults.pop(0), now)
+
+    def finish(self) -> None:
+        """Strikes no more; repairs what is broken as soon as it is due."""
+        self._faults.clear()
+
+    def _is_down(self, name: str) -> bool:
+        return name in self._waiting or any(name == other for _, other, _ in self._repairs)
+
+    def _last(self, name: str) -> str:
+        return str(next((fault for fault in reversed(self.struck) if fault.victim == name), "nothing"))
+
+    def _strike(self, fault: Fault, now: float) -> None:
+        party = self._parties[fault.victim]
+        pids = party.pids()
+        if self._is_down(fault.victim) or party.is_done() or not pids:
+            self._log(f"(passes over [{fault}]: it is struck already, or has ended)")
+            return
+        self._log(str(fault))
+        self.struck.append(fault)
+        pid = pids[fault.process % len(pids)]
+        if fault.kind in (KILL, RESTART):
+            _signal([pid], signal.SIGKILL)
+            self._waiting[fault.victim] = now + self._patience, fault
+        elif fault.kind == TERMINATE:
+            party.terminate()
+            self._waiting[fault.victim] = now + self._patience, fault
+        else:
+            if fault.kind == STOP:
+                self._stopped[fault.victim] = pid
+                _signal([pid], signal.SIGSTOP)
+            elif fault.kind == CUT:
+                party.cut()
+            else:
+                party.unplug()
+            self._repairs.append((fault.at + fault.lasts, fault.victim, fault))
+
+    def _repair(self, name: str, fault: Fault) -> None:
+        party = self._parties[name]
+        if fault.kind in NEEDS_NETWORK:
+            party.mend()
+        elif fault.kind == STOP:
+            _signal([self._stopped.pop(name)], signal.SIGCONT)
+        elif not party.is_done():
+            party.start()
+
+
+def described(faults: Sequence[Fault]) -> str:
+    """How many of which kind."""
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(fault.kind for fault in faults).items()))
+
+
+def gaps(faults: Sequence[Fault]) -> Iterator[float]:
+    """Seconds between faults."""
+    return (later.at - earlier.at for earlier, later in pairwise(faults))
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

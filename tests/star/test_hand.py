@@ -1,0 +1,143 @@
+"""The hand strikes as its plan says, makes good what it did, and complains about what must not happen."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.star.hand import CUT, KILL, KINDS, RESTART, STOP, TERMINATE, UNPLUG, Fault, Hand, gaps, plan
+from tests.star.processes import wait_until
+
+VICTIMS = ["server", "one", "two", "three"]
+
+
+def test_the_seed_decides_everything() -> None:
+    assert plan(1, 600, VICTIMS) == plan(1, 600, VICTIMS) != plan(2, 600, VICTIMS)
+
+
+def test_a_plan_of_ten_minutes_has_everything() -> None:
+    faults = plan(3, 600, VICTIMS)
+    assert {(fault.kind, fault.victim) for fault in faults} == {(kind, victim) for kind in KINDS for victim in VICTIMS}
+    assert 600 / 15 <= len(faults) + 1 <= 600 / 5
+    assert all(5 <= gap <= 15 for gap in gaps(faults))
+    assert faults[-1].at <= 600
+
+
+class Sleepers:
+    """A party of two processes, of which the second ends with the first, or not."""
+
+    def __init__(self, together: bool = True) -> None:
+        self.together = together
+        self.starts = 0
+        self.calls: list[str] = []
+        self.ranks: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        self.starts += 1
+        self.ranks = [subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self.ranks if rank.poll() is None]
+
+    def has_ended(self) -> bool:
+        if self.together and any(rank.poll() is not None for rank in self.ranks):
+            for rank in self.ranks:
+                rank.kill()
+        return not self.pids()
+
+    def is_done(self) -> bool:
+        return bool(self.ranks) and all(rank.poll() == 0 for rank in self.ranks)
+
+    def terminate(self) -> None:
+        self.calls.append("terminate")
+        for rank in self.ranks:
+            rank.terminate()
+
+    def cut(self) -> None:
+        self.calls.append("cut")
+
+    def unplug(self) -> None:
+        self.calls.append("unplug")
+
+    def mend(self) -> None:
+        self.calls.append("mend")
+
+
+@pytest.fixture
+def party() -> Iterator[Sleepers]:
+    party = Sleepers()
+    party.start()
+    yield party
+    for rank in party.ranks:
+        rank.kill()
+        rank.wait()
+
+
+def carry_out(party: Sleepers, *faults: Fault, patience: float = 5.0) -> Hand:
+    hand = Hand(faults, {"one": party}, patience, log=print)
+    deadline = time.monotonic() + 20
+    while hand.is_busy:
+        assert time.monotonic() < deadline
+        hand.act()
+        time.sleep(0.01)
+    return hand
+
+
+@pytest.mark.parametrize("kind", [KILL, TERMINATE, RESTART])
+def test_a_party_that_has_ended_is_started_again(party: Sleepers, kind: str) -> None:
+    before = party.pids()
+    hand = carry_out(party, Fault(0.0, kind, "one", 1, 0.2))
+    assert not hand.complaints
+    assert party.starts == 2
+    assert len(party.pids()) == 2
+    assert not set(before) & set(party.pids())
+
+
+def test_a_process_that_is_stopped_goes_on(party: Sleepers) -> None:
+    hand = Hand([Fault(0.0, STOP, "one", 0, 0.3)], {"one": party}, 5.0, log=print)
+    hand.act()
+    pid = party.pids()[0]
+    wait_until(lambda: state(pid) == "T", 5)
+    wait_until(lambda: (hand.act(), state(pid))[1] == "S", 5)
+    assert not hand.is_busy
+    assert party.starts == 1
+
+
+def state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().split()[2]
+
+
+def test_a_cable_is_mended(party: Sleepers) -> None:
+    carry_out(party, Fault(0.0, CUT, "one", 0, 0.1), Fault(0.3, UNPLUG, "one", 0, 0.1))
+    assert party.calls == ["cut", "mend", "unplug", "mend"]
+
+
+def test_a_party_that_is_down_is_passed_over(party: Sleepers) -> None:
+    hand = carry_out(party, Fault(0.0, CUT, "one", 0, 0.5), Fault(0.1, KILL, "one", 0, 0.0))
+    assert [fault.kind for fault in hand.struck] == [CUT]
+    assert party.starts == 1
+
+
+def test_complaint_about_processes_that_stay() -> None:
+    party = Sleepers(together=False)
+    party.start()
+    hand = carry_out(party, Fault(0.0, KILL, "one", 0, 0.0), patience=0.3)
+    assert len(hand.complaints) == 1
+    assert "still run" in hand.complaints[0]
+    for rank in party.ranks:
+        rank.kill()
+        rank.wait()
+
+
+def test_complaint_about_a_party_that_ends_by_itself(party: Sleepers) -> None:
+    hand = Hand([], {"one": party}, 5.0, log=print)
+    party.ranks[0].send_signal(signal.SIGKILL)
+    wait_until(lambda: (hand.act(), hand.complaints)[1], 5)
+    assert "ended by itself" in hand.complaints[0]
+    assert party.starts == 2

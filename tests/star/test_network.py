@@ -1,0 +1,104 @@
+"""The test internet does what its names say, seen by plain sockets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.star.network import Network, Place, inhabitants, internet, needs_namespaces
+from tests.star.processes import wait_until
+
+pytestmark = needs_namespaces
+
+PORT, OTHER = 5000, 5001
+
+LISTEN = """
+import socket, sys
+listener = socket.create_server(("::", int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    peer, (address, *_) = listener.accept()
+    peer.sendall(address.encode())
+    peer.close()
+"""
+DIAL = """
+import socket, sys
+print(socket.create_connection((sys.argv[1], int(sys.argv[2])), 0.5).recv(100).decode().removeprefix("::ffff:"))
+"""
+
+
+def listen(place: Place, port: int = PORT) -> None:
+    """Starts a process that tells everybody who dials from which address they came."""
+    inside = ["ip", "netns", "exec", place.namespace]
+    subprocess.Popen([*inside, sys.executable, "-S", "-c", LISTEN, str(port)])
+    query = [*inside, "cat", "/proc/net/tcp6"]
+    wait_until(lambda: f":{port:04X} " in subprocess.run(query, capture_output=True, text=True).stdout, 10)
+
+
+def dial(place: Place, address: str, port: int = PORT) -> str:
+    """From which address the other end says that we came, or the last word of the error."""
+    inside = ["ip", "netns", "exec", place.namespace]
+    done = subprocess.run(
+        [*inside, sys.executable, "-S", "-c", DIAL, address, str(port)], capture_output=True, text=True
+    )
+    return done.stdout.strip() or done.stderr.split()[-1]
+
+
+def test_places_reach_each_other_by_the_addresses_that_they_have(net: Network) -> None:
+    server, old, new = net.place("server"), net.place("old", ipv6=False), net.place("new", ipv4=False)
+    listen(server)
+    assert dial(old, server.ipv4) == old.ipv4
+    assert dial(new, server.ipv6) == new.ipv6
+    assert dial(old, server.ipv6) == dial(new, server.ipv4) == "unreachable"
+
+
+def test_a_firewall_lets_through_its_port_alone(net: Network) -> None:
+    server, region = net.place("server"), net.place("region")
+    for place, port in ((server, PORT), (server, OTHER), (region, PORT)):
+        listen(place, port)
+    net.open_only(server, PORT)
+    net.dials_only(region, PORT)
+    for here, there in ((region.ipv4, server.ipv4), (region.ipv6, server.ipv6)):
+        assert dial(region, there) == here
+        assert dial(region, there, OTHER) == "out"  # timed out
+        assert dial(server, here) == "out"
+
+
+@pytest.mark.parametrize("cut", [Place.cut, Place.unplug])
+def test_a_cable_that_is_cut_and_mended(net: Network, cut: object) -> None:
+    server, region = net.place("server"), net.place("region")
+    listen(server)
+    cut(region)  # type: ignore[operator]
+    assert dial(region, server.ipv4) == dial(region, server.ipv6) == "out"
+    region.mend()
+    wait_until(lambda: (dial(region, server.ipv4), dial(region, server.ipv6)) == (region.ipv4, region.ipv6), 10)
+
+
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="NAT needs iptables")
+def test_two_behind_one_nat_look_like_one_and_cannot_be_dialled(net: Network) -> None:
+    server, office = net.place("server"), net.office("office")
+    first, second = (net.place(name, ipv6=False, behind=office) for name in ("first", "second"))
+    for place in (server, first):
+        listen(place)
+    assert dial(first, server.ipv4) == dial(second, server.ipv4) == office.ipv4
+    assert dial(server, first.ipv4) == "unreachable"
+
+
+def test_names_of_one_place(net: Network) -> None:
+    place, other = net.place("place"), net.place("other")
+    place.hosts(halos_test="127.0.1.1")
+    other.hosts(halos_test=place.ipv4)
+    listen(place)
+    assert dial(place, "halos.test") == "127.0.0.1"
+    assert dial(other, "halos.test") == other.ipv4
+
+
+def test_nothing_is_left() -> None:
+    with internet() as network:
+        place = network.place("place")
+        listen(place)
+        assert inhabitants(place.namespace)
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True)
+    assert network.prefix not in found.stdout
