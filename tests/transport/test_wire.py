@@ -10,6 +10,21 @@ from lightning_halos.core import messages
 from lightning_halos.transport import wire
 
 VECTOR = torch.arange(3.0)
+DESCRIPTION = messages.RunDescription(
+    "model",
+    "float32",
+    ["weight"],
+    [[2]],
+    [("mean", [1])],
+    "HALoS",
+    {"local_steps": 8, "merge_weight": 0.25, "has_momentum": True, "accumulate_updates": None, "mode": "a"},
+    {"lr": 0.3, "momentum": 0.0, "delay": 2, "activation": 0.0},
+    "tokens",
+    1000,
+    2,
+    None,
+)
+STATUS = messages.Status(1000, 4.25, True, 24, 1, [(0, 1.5)], {"val_loss": 0.5}, 7, 3, 1, True)
 MESSAGES = [
     messages.Push(3, 17, 8, 7, 1.5, 0.25, True, True, VECTOR, 12, [(3, 5)]),
     messages.Push(0, 0, 0, 0, 0.0),
@@ -19,9 +34,21 @@ MESSAGES = [
     messages.RegionModel(0, 64, True, VECTOR),
     messages.GlobalModel(6, True, True, 100, VECTOR, 3),
     messages.Progress(1, 4, 2, 8, 2.5, 0.5, 3.5, staleness=3, stop=True, data=[(0, 3), (7, 9)]),
-    messages.Status(1000, 4.25, True, 24, 1, [(0, 1.5)], {"val_loss": 0.5}),
+    STATUS,
     messages.LeaseRequest(12),
     messages.LeaseGrant(1, 40, 12),
+    messages.Enrol("0a1b", 4),
+    messages.Enrolled(16, 4),
+    messages.Join("0a1b", 4, DESCRIPTION, [(3, 5), (9, 12)], 2, 17, 1),
+    messages.Welcome(2, 16, STATUS, True, False, 3, 20, 1, 4, [(3, 5)], "callbacks"),
+    messages.Refusal("learning_rate differs", for_good=False),
+    messages.InitialModel(VECTOR),
+    messages.ModelRequest(4),
+    messages.ModelCopy(17, 256, 4, VECTOR),
+    messages.Publish(2, [(0, 1.5)], {"val_loss": math.inf}, "callbacks"),
+    messages.Decide("callbacks"),
+    messages.StatusRequest(),
+    messages.StatusReply("{}"),
     messages.Marker("0a1b", "/checkpoints/last/0a1b"),
     messages.MarkerReply("0a1b", 1, 7),
     messages.ShardWritten("0a1b", "worker-3.pt", 17, 255, "no space left"),
@@ -75,11 +102,18 @@ def packed(kind, **fields):
         (packed("LeaseRequest", steps=1.5, number=1), "Expected `int`, got `float`"),
         (packed("LeaseRequest", steps="1", number=1), "Expected `int`, got `str`"),
         (packed("Failure", origin="rank 1", reason="x" * 2**21), "length <= 1048576"),
+        (
+            wire.encode(messages.Join("a", 1, dataclasses.replace(DESCRIPTION, steps_per_epoch=-1))),
+            r"description.steps",
+        ),
+        (wire.encode(messages.Join("a", 1, DESCRIPTION, [(-1, 5)])), r"`int` >= 0 - at `\$.held\[0\]\[0\]"),
         (pickle.dumps(MESSAGES[1]), ""),
         (wire.encode(MESSAGES[0])[:-1], "truncated"),
         (wire.encode(MESSAGES[0]) + b"\0", "trailing"),
     ],
-    ids=["kind", "more fields", "fewer fields", "negative", "fraction", "text", "too long", "pickle", "half", "more"],
+    ids="kind, more fields, fewer fields, negative, fraction, text, too long, nested, in a list, pickle, half, more".split(
+        ", "
+    ),
 )
 def test_what_is_no_message_is_refused_and_says_what_to_check(data, reason):
     with pytest.raises(ValueError, match=f"Not a message: .*do all processes run the same version.*{reason}"):

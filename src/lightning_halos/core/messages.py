@@ -1,4 +1,4 @@
-"""The messages between workers, local servers and the global server.
+"""The messages between workers, local servers, the global server, and the members of a star of jobs.
 
 They are plain data without behaviour. A message has at most one tensor, ``vector``; every other field is a plain value,
 so that nothing is pickled.
@@ -45,6 +45,7 @@ class Push:
     # Ranges of the data that the worker trained on since its last push, as in `cursor.Spans`; empty if the workers do
     # not share data.
     data: list[tuple[int, int]] = field(default_factory=list)
+    leave: bool = False  # in a final push: whether the complete region leaves the run, which goes on without it
 
 
 @dataclass
@@ -75,6 +76,8 @@ class RegionUpdate:
     # The accumulated update (model at the last update or merge minus model now), then the averaged buffers.
     vector: Tensor | None = None
     number: int = 0
+    leave: bool = False  # in a final update: whether the local server leaves the run, which goes on without it
+    reports: int = 0  # in a star of jobs: number of the last report of a push that is in this update or an earlier one
 
 
 @dataclass
@@ -120,11 +123,16 @@ class Progress:
     bytes_between_regions: int = 0  # bytes that its links to another region have carried so far
     stop: bool = False  # see `Push`, like `data`
     data: list[tuple[int, int]] = field(default_factory=list)
+    update: int = 0  # in a star of jobs: number of the update that contains the push
 
 
 @dataclass
 class Status:
-    """The global server tells a local server the progress of the run. Receiving it twice changes nothing."""
+    """The global server tells a local server the progress of the run. Receiving it twice changes nothing.
+
+    The last four fields are used in a star of jobs only, where ``total`` may become smaller: when a member is lost, the
+    local steps are taken back that it has reported and not sent in an update.
+    """
 
     total: int  # local steps that all workers together have finished
     fastest: Amount  # local steps per second of the fastest worker of all regions
@@ -133,6 +141,10 @@ class Status:
     first_plateau_step: int = 0  # number of steps before `plateau_steps`, since the start
     plateau_steps: list[tuple[int, float]] = field(default_factory=list)  # see `Pull`, like `metrics`
     metrics: dict[str, float] = field(default_factory=dict)
+    number: int = 0  # of this status among those to the receiver; one that is older than the last is ignored
+    saved: int = 0  # number of the receiver's last update that a snapshot on the global server's disk has
+    saved_publication: int = 0  # number of the receiver's last `Publish` that it has
+    decides: bool = False  # whether the receiver's rank 0 decides: validation, callbacks, checkpoints
 
 
 @dataclass
@@ -151,6 +163,141 @@ class LeaseGrant:
     first: int
     steps: int
     number: int = 0
+
+
+@dataclass
+class Enrol:
+    """The first message of a job of a region that does not know yet what a global step is. Answer: `Enrolled`."""
+
+    session: str  # see `Join`
+    workers: int  # number of the job's workers
+
+
+@dataclass
+class Enrolled:
+    """What a job must know before its module is set up. The answer waits until the number of workers is known."""
+
+    workers: int  # number of workers that a global step is divided by
+    first: int  # workers of the regions that enrolled before this one; the same for ever for a region's name
+
+
+@dataclass
+class RunDescription:
+    """What all members must agree on. It has plain values only; the algorithm's functions are not compared."""
+
+    model: str  # identity of the model's vector, see `ModelVector.identity`
+    dtype: str  # dtype of the vector: "float32" or "float64"
+    names: list[str]  # of the parameters in the vector, as in the module's `state_dict`
+    shapes: list[list[int]]  # of the parameters in the vector
+    buffers: list[tuple[str, list[int]]]  # names and shapes of what is averaged, behind the parameters
+    algorithm: str  # title of the algorithm
+    # Plain fields of the algorithm by name; at least `local_steps`, the local steps of a round, and `has_momentum`.
+    settings: dict[str, float | int | bool | str | None]
+    # Arguments of the global server's `DelayedNesterov`: `lr`, `momentum`, `delay`, `activation`. `None`: those that
+    # the algorithm has for a number of members, which follow this number.
+    global_optimizer: dict[str, float] | None = None
+    data: str | None = None  # identity of the training data; `None` if the workers do not share it
+    steps_per_epoch: int = 0  # data of an epoch, in local steps; 0 if the workers do not share data
+    epochs: int | None = None  # ordered epochs, `None` for no limit
+    max_steps: int | None = None  # ordered global steps, `None` for no limit
+
+
+@dataclass
+class Join:
+    """A member's first message on each connection, unless it has enrolled on this one before.
+
+    A session is one life of the member's process. A member with a new session knows nothing of the run; one whose
+    connection was lost has the same session as before, and goes on where it was.
+    """
+
+    session: str  # a random text, which no other process has
+    workers: int  # number of its workers
+    description: RunDescription
+    # Data that was leased to the session, in local steps from the start of the first epoch. Data of reports that a
+    # snapshot on the global server's disk has may be missing.
+    held: list[tuple[int, int]] = field(default_factory=list)
+    saved: int = 0  # number of the last update that a snapshot has, so that the member cannot repeat it
+    saved_report: int = 0  # number of the last report that it cannot repeat
+    saved_publication: int = 0  # number of the last `Publish` that it cannot repeat
+
+
+@dataclass
+class Welcome:
+    """The global server admits a member, or asks it for the initial model."""
+
+    member: int  # the member's index, which is the ``server`` in its messages
+    workers: int  # number of workers that a global step is divided by
+    # Progress of the run, with all plateau steps from the start. `counted` is what counts of the member's reports.
+    status: Status
+    needs_model: bool = False  # whether the member must send an `InitialModel`, after which it is welcomed again
+    is_new: bool = True  # whether this session had not joined before
+    received: int = 0  # number of the session's last update that the global server has
+    reports: int = 0  # number of its last report that counts
+    publications: int = 0  # number of its last `Publish` that counts
+    epoch: int = 0  # the epoch of the data that is leased next
+    lost: list[tuple[int, int]] = field(default_factory=list)  # data that it held, and that others have now
+    callbacks: str = ""  # for the member that decides: the text in the last `Publish`
+
+
+@dataclass
+class Refusal:
+    """The global server refuses a member, and closes the connection."""
+
+    reason: str
+    for_good: bool = True  # whether the session is refused for ever; else it may try again later
+
+
+@dataclass
+class InitialModel:
+    """A member gives the global server the model that the run starts with."""
+
+    vector: Tensor | None = None
+
+
+@dataclass
+class ModelRequest:
+    """A member asks for the present global model, which :class:`ModelCopy` brings."""
+
+    number: int
+
+
+@dataclass
+class ModelCopy:
+    """A copy of the global model, for a new member or for the one that decides."""
+
+    version: int  # version of the global model
+    steps: int  # local steps in the global model
+    number: int  # that of the request
+    vector: Tensor | None = None
+
+
+@dataclass
+class Publish:
+    """The member that decides tells all others the steps of its plateau schedulers, and its metrics."""
+
+    number: int  # counted from 1 in each session
+    plateau_steps: list[tuple[int, float]] = field(default_factory=list)  # new ones; see `Pull`, like `metrics`
+    metrics: dict[str, float] = field(default_factory=dict)
+    callbacks: str = ""  # state of its callbacks, for the member that decides next; the nodes do not read it
+
+
+@dataclass
+class Decide:
+    """The global server tells a present member that it decides from now on."""
+
+    callbacks: str  # the text in the last `Publish`
+
+
+@dataclass
+class StatusRequest:
+    """Asks a global server of a star of jobs for its state. Whoever has a certificate may ask, without joining."""
+
+
+@dataclass
+class StatusReply:
+    """The answer to a :class:`StatusRequest`."""
+
+    text: str  # JSON
 
 
 @dataclass
@@ -204,6 +351,18 @@ Message = (
     | Status
     | LeaseRequest
     | LeaseGrant
+    | Enrol
+    | Enrolled
+    | Join
+    | Welcome
+    | Refusal
+    | InitialModel
+    | ModelRequest
+    | ModelCopy
+    | Publish
+    | Decide
+    | StatusRequest
+    | StatusReply
     | Marker
     | MarkerReply
     | ShardWritten

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from lightning_halos.core.messages import GlobalModel, Marker, Message, RegionModel, RegionUpdate
+from lightning_halos.core.messages import (
+    GlobalModel,
+    InitialModel,
+    Marker,
+    Message,
+    ModelCopy,
+    RegionModel,
+    RegionUpdate,
+)
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import Advance, ignore_progress
 
@@ -48,7 +56,7 @@ def uses_models_link(message: Message) -> bool:
     Other messages have a link of their own, so that a stop notice overtakes a model. A marker is sent on the models
     link, because it separates the answers before a snapshot from those after it.
     """
-    return isinstance(message, (RegionUpdate, RegionModel, GlobalModel, Marker))
+    return isinstance(message, (RegionUpdate, RegionModel, GlobalModel, InitialModel, ModelCopy, Marker))
 
 
 class RegionState(Enum):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_halos.core.messages import NOT_NEGATIVE, Message
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
 MOST_BYTES = 2**24
 """Largest number of bytes of a message's fields."""
@@ -35,6 +35,8 @@ def _limited(annotation: Any) -> Any:
     """Adds limits to the annotation of a field: integers must not be negative, nor texts too long."""
     if annotation in (int, str):
         return _Count if annotation is int else _Text
+    if dataclasses.is_dataclass(annotation):
+        return _form_of(annotation, tag=None)
     if get_origin(annotation) is Annotated:
         assert get_args(annotation) == (float, NOT_NEGATIVE)
         return _Amount
@@ -49,16 +51,19 @@ def _union(members: Iterable[Any]) -> Any:
     return functools.reduce(operator.or_, members)
 
 
-def _form_of(kind: type) -> type[msgspec.Struct]:
-    """Returns a type with the fields of a kind of message, except the vector, and with its name as a tag."""
+@functools.cache
+def _form_of(kind: type, tag: str | None) -> type[msgspec.Struct]:
+    """Returns a type with the fields of a dataclass, except the vector."""
     hints = get_type_hints(kind, include_extras=True)
     fields = [(field.name, _limited(hints[field.name])) for field in dataclasses.fields(kind) if field.name != "vector"]
-    return msgspec.defstruct(kind.__name__, fields, tag=kind.__name__, forbid_unknown_fields=True, kw_only=True)
+    form = msgspec.defstruct(kind.__name__, fields, tag=tag, forbid_unknown_fields=True, kw_only=True)
+    _KINDS[form] = kind
+    return form
 
 
-_FORMS: dict[type, type[msgspec.Struct]] = {kind: _form_of(kind) for kind in get_args(Message)}
-_KINDS: dict[type[msgspec.Struct], type] = {form: kind for kind, form in _FORMS.items()}
-_DECODER: msgspec.msgpack.Decoder[msgspec.Struct] = msgspec.msgpack.Decoder(_union(_KINDS))
+_KINDS: dict[type[msgspec.Struct], type] = {}  # the dataclass of each form
+_FORMS: dict[type, type[msgspec.Struct]] = {kind: _form_of(kind, kind.__name__) for kind in get_args(Message)}
+_DECODER: msgspec.msgpack.Decoder[msgspec.Struct] = msgspec.msgpack.Decoder(_union(_FORMS.values()))
 
 
 def encode(message: Message) -> bytes:
@@ -75,13 +80,19 @@ def decode(data: bytes, vector: Tensor | None) -> Message:
     """
     try:
         form = _DECODER.decode(data)
-        fields = {name: getattr(form, name) for name in form.__struct_fields__}
-        message: Message = _KINDS[type(form)](**fields, **({} if vector is None else {"vector": vector}))
+        message: Message = _filled(form, **({} if vector is None else {"vector": vector}))
         return message
     except (msgspec.DecodeError, TypeError) as error:
         raise ValueError(
             f"Not a message: {data[:80]!r}; do all processes run the same version of lightning-halos? ({error})"
         ) from None
+
+
+def _filled(form: msgspec.Struct, **more: Tensor) -> Any:
+    """Returns the dataclass of a form, with its values."""
+    values = {name: getattr(form, name) for name in form.__struct_fields__}
+    nested = {name: _filled(value) for name, value in values.items() if isinstance(value, msgspec.Struct)}
+    return _KINDS[type(form)](**{**values, **nested, **more})
 
 
 def vector_of(message: Message) -> Tensor | None:
