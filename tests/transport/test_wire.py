@@ -111,9 +111,20 @@ def packed(kind, **fields):
         (wire.encode(MESSAGES[0])[:-1], "truncated"),
         (wire.encode(MESSAGES[0]) + b"\0", "trailing"),
     ],
-    ids="kind, more fields, fewer fields, negative, fraction, text, too long, nested, in a list, pickle, half, more".split(
-        ", "
-    ),
+    ids=[
+        "kind",
+        "more fields",
+        "fewer fields",
+        "negative",
+        "fraction",
+        "text",
+        "too long",
+        "nested",
+        "in a list",
+        "pickle",
+        "half",
+        "more",
+    ],
 )
 def test_what_is_no_message_is_refused_and_says_what_to_check(data, reason):
     with pytest.raises(ValueError, match=f"Not a message: .*do all processes run the same version.*{reason}"):

@@ -35,7 +35,7 @@ def _limited(annotation: Any) -> Any:
     """Adds limits to the annotation of a field: integers must not be negative, nor texts too long."""
     if annotation in (int, str):
         return _Count if annotation is int else _Text
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return _form_of(annotation, tag=None)
     if get_origin(annotation) is Annotated:
         assert get_args(annotation) == (float, NOT_NEGATIVE)
