@@ -15,6 +15,10 @@ class PeerFailedError(RuntimeError):
     """A peer reported that it failed. The message has its traceback."""
 
 
+class CertificateRefusedError(RuntimeError):
+    """A peer's certificate is valid, but revoked. The message says by what, and the remedy."""
+
+
 def is_lost_connection(error: RuntimeError) -> bool:
     """Returns whether gloo reports a lost connection, by the text of the error: gloo has no type for it."""
     return any(sign in str(error) for sign in ("gloo/transport", "timeout", "Timed out", "onnection"))

@@ -1,0 +1,88 @@
+"""The names whose certificates the server refuses. Certificates themselves are in ``certificates``."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from lightning_halos.transport.certificates import Certificate, check_name
+from lightning_halos.transport.errors import CertificateRefusedError
+
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+_FOREVER = datetime.max.replace(tzinfo=timezone.utc)
+_NEVER = datetime.min.replace(tzinfo=timezone.utc)
+_RESOLUTION_NS = 2_000_000_000
+
+
+class Revocations:
+    """The names whose certificates are refused: a text file that may be changed at any time.
+
+    A line is ``NAME TIME``, which refuses the certificates of that name that were issued up to that time, or ``NAME``,
+    which refuses all of them. A line that starts with ``#`` is a comment.
+
+    Args:
+        path: The file. It need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._read_as: tuple[int, int, int] | None = None
+        self._until: dict[str, datetime] = {}
+
+    def add(self, name: str, until: datetime | None = None) -> None:
+        """Refuses a name's certificates that were issued up to a time (default: now). A later one is accepted."""
+        check_name(name)
+        line = f"{name} {(until or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime(_TIME)}\n"
+        with self.path.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            text = file.read()
+            file.write(line if not text or text.endswith("\n") else "\n" + line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check(self, certificate: Certificate) -> None:
+        """Raises a ``CertificateRefusedError`` if the certificate is revoked, or if the file cannot be read."""
+        try:
+            self._read_changes()
+        except OSError as error:
+            raise CertificateRefusedError(
+                f"The list of revoked names cannot be read, so all are refused: {error}"
+            ) from None
+        until = self._until.get(certificate.name)
+        if until is None or certificate.start > until:
+            return
+        what = f"the certificate of {certificate.name} (number {certificate.serial}) is revoked: {self.path} has "
+        if until == _FOREVER:
+            raise CertificateRefusedError(f"{what}its name. Remove that line there, or use another name.")
+        raise CertificateRefusedError(
+            f"{what}those issued up to {until:{_TIME}}, and this is from {certificate.start:{_TIME}}. Make a new one "
+            f"where the authority is: lightning-halos keys region FOLDER {certificate.name} --replace"
+        )
+
+    def _read_changes(self) -> None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            self._read_as, self._until = None, {}
+            return
+        read_as = (found.st_mtime_ns, found.st_size, found.st_ino)
+        if read_as == self._read_as:
+            return
+        until: dict[str, datetime] = {}
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, text = line.partition("#")[0].strip().partition(" ")
+            if name:
+                until[name] = max(_time(text.strip()), until.get(name, _NEVER))
+        # A change within the resolution of the file's time would not be seen: it is read again until it is older.
+        is_settled = time.time_ns() - found.st_mtime_ns > _RESOLUTION_NS
+        self._read_as, self._until = read_as if is_settled else None, until
+
+
+def _time(text: str) -> datetime:
+    """The time in a line; for none, and for one that nobody understands, the end of time."""
+    try:
+        return datetime.strptime(text, _TIME).replace(tzinfo=timezone.utc)
+    except ValueError:
+        return _FOREVER
