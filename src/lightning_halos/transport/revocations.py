@@ -43,13 +43,13 @@ class Revocations:
             os.fsync(file.fileno())
 
     def check(self, certificate: Certificate) -> None:
-        """Raises a ``CertificateRefusedError`` if the certificate is revoked, or if the file cannot be read."""
-        try:
-            self._read_changes()
-        except OSError as error:
-            raise CertificateRefusedError(
-                f"The list of revoked names cannot be read, so all are refused: {error}"
-            ) from None
+        """Does nothing if the certificate is not revoked.
+
+        Raises:
+            CertificateRefusedError: If it is revoked.
+            OSError: If the file cannot be read, so that nobody knows.
+        """
+        self._read_changes()
         until = self._until.get(certificate.name)
         if until is None or certificate.start > until:
             return
