@@ -3,7 +3,9 @@
 import http.client
 import json
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lightning_halos.serving.dashboard import Dashboard, amount, page, span
+from lightning_halos.serving.dashboard import Dashboard, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NOW = time.time()
@@ -59,9 +61,9 @@ def dashboard() -> Iterator[Dashboard]:
     dashboard.close()
 
 
-def ask(dashboard: Dashboard, path: str, method: str = "GET") -> tuple[int, str]:
+def ask(dashboard: Dashboard, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=10)
-    connection.request(method, path)
+    connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
@@ -80,6 +82,58 @@ def test_it_can_only_be_read(dashboard: Dashboard) -> None:
     assert ask(dashboard, "/../etc/passwd")[0] == 404
 
 
+@pytest.mark.parametrize("host", ["localhost:8080", "LOCALHOST", "127.0.0.1", "[::1]:8080", "192.0.2.7:1", "[::1]"])
+def test_it_is_shown_where_it_was_asked_for_by_an_address(dashboard: Dashboard, host: str) -> None:
+    assert ask(dashboard, "/", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example.org", "evil.example.org:8080", "127.0.0.1.evil.example.org", "", ":80"])
+@pytest.mark.parametrize("path", ["/", "/status.json"])
+def test_a_page_of_somebody_else_cannot_read_it_by_a_name_that_points_here(
+    dashboard: Dashboard, path: str, host: str
+) -> None:
+    status, text = ask(dashboard, path, Host=host)
+    assert status == 421
+    assert "us-east" not in text
+
+
+def test_nobody_can_embed_the_page_or_run_a_script_in_it(dashboard: Dashboard) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", dashboard.port, timeout=10)
+    connection.request("GET", "/")
+    policy = connection.getresponse().headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "script" not in policy
+
+
+def test_requests_that_never_end_cost_a_limited_number_of_threads(dashboard: Dashboard) -> None:
+    before = threading.active_count()
+    silent = [socket.create_connection(("127.0.0.1", dashboard.port), timeout=10) for _ in range(50)]
+    refused = [one for one in silent[20:] if one.recv(1) == b""]  # those that found all places taken
+    assert len(refused) == 30
+    assert threading.active_count() - before <= 16
+    for one in silent:
+        one.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ask(dashboard, "/")[0] == 200
+
+
+def test_an_error_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    dashboard = Dashboard("127.0.0.1", 0, lambda: {"secret": 1}, lambda: "{}")
+    with pytest.raises((http.client.HTTPException, OSError)):
+        ask(dashboard, "/")
+    assert ask(dashboard, "/status.json") == (200, "{}")
+    dashboard.close()
+    assert "The dashboard could not answer 127.0.0.1." in caplog.text
+
+
+def test_a_port_that_is_taken_is_an_error_at_once(dashboard: Dashboard) -> None:
+    with pytest.raises(OSError, match="in use"):
+        Dashboard("127.0.0.1", dashboard.port, dict, str)
+
+
 def test_what_members_say_is_text() -> None:
     text = page(STATUS)
     assert "<script>" not in text
@@ -92,6 +146,7 @@ def test_a_run_that_has_not_begun_has_a_page() -> None:
     text = page({**STATUS, "run": run, "members": {}, "snapshot": None, "events": []})
     assert "waiting" in text
     assert "none yet" in text
+    assert "No region has joined yet." in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -102,8 +157,3 @@ def test_a_browser_shows_it(dashboard: Dashboard, tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "<title>runs/pile - lightning-halos</title>" in shown
     assert "203.0.113.7:51234</td>" in shown
-
-
-def test_numbers_read_well() -> None:
-    assert [amount(size) for size in (0, 999, 1000, 1.5e6, 2e15)] == ["0 B", "999 B", "1 kB", "1.5 MB", "2e+03 TB"]
-    assert [span(seconds) for seconds in (0.4, 119, 121, 7300, 200000)] == ["0 s", "119 s", "2 min", "2 h", "2 d"]

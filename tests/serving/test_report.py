@@ -49,6 +49,7 @@ def status(**changes: Any) -> dict[str, Any]:
                 "bytes_received": 2.5e9,
                 "bytes_sent": 2.6e9,
                 "silence": 0.4,
+                "address": "198.51.100.4:50211",
             },
             "tokyo": {"state": "disconnected", "workers": 8, "steps": 98_760, "updates": 771, "silence": 130.0},
         },
@@ -139,11 +140,11 @@ def test_letters_of_all_languages_are_printable() -> None:
 EXPECTED = """\
 runs/pile: lightning-halos 0.2.0, up for 3 h, 2027-01-15 08:00:00 UTC
 running, global step 12,345 of 100,000, epoch 1, 1.5 global steps per second, about 16 h left
-1,543 updates of the global model; us-east decides; last snapshot: 12 s ago (1.1 GB in 0.8 s); received 12 MB/s, sent 11.2 MB/s
+1,543 updates of the global model; us-east decides; last snapshot: 12 s ago, 1.1 GB; received 12 MB/s, sent 11.2 MB/s
 
-region   state         workers  local steps  steps/s  updates  staleness  rejected  received    sent  last heard
-us-east  active              8       98,760       12      772       1.25         0    2.5 GB  2.6 GB     0 s ago
-tokyo    disconnected        8       98,760        -      771          -         -         -       -   2 min ago
+region   state         workers  local steps  steps/s  updates  staleness  rejected  received    sent  last heard             address
+us-east  active              8       98,760       12      772       1.25         0    2.5 GB  2.6 GB     0 s ago  198.51.100.4:50211
+tokyo    disconnected        8       98,760        -      771          -         -         -       -   2 min ago                   -
 
 latest events:
   2027-01-15 07:57:50 UTC  The connection of tokyo (203.0.113.9:4711) is lost: closed

@@ -15,8 +15,23 @@ Status = Mapping[str, Any]
 EXPIRES_SOON = 30 * 86400.0
 """Seconds before the end of a certificate from which on it is mentioned."""
 
+COLUMNS = (
+    "workers",
+    "local steps",
+    "steps/s",
+    "updates",
+    "staleness",
+    "rejected",
+    "received",
+    "sent",
+    "last heard",
+    "address",
+)
+"""The names of :func:`cells`."""
+
+NOBODY = "No region has joined yet."
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-_COLUMNS = ("workers", "local steps", "steps/s", "updates", "staleness", "rejected", "received", "sent", "last heard")
 _MOST_EVENTS = 5
 
 
@@ -24,11 +39,11 @@ def table(status: Status) -> str:
     """Returns the state of a run as text."""
     lines = [printable(line) for line in _head(status)]
     if status["members"]:
-        rows = [["region", "state", *_COLUMNS]]
+        rows = [["region", "state", *COLUMNS]]
         rows += [[name, str(member["state"]), *cells(member)] for name, member in status["members"].items()]
         lines += ["", *_aligned([[printable(cell) for cell in row] for row in rows], left=2)]
     else:
-        lines += ["", "No region has joined yet."]
+        lines += ["", NOBODY]
     notices = warnings(status)
     if notices:
         lines += ["", *map(printable, notices)]
@@ -56,7 +71,7 @@ def facts(status: Status) -> list[tuple[str, str]]:
 
 
 def cells(member: Mapping[str, Any]) -> list[str]:
-    """Returns the values of a member's row, in the order of the columns after its name and state."""
+    """Returns the values of a member's row, in the order of ``COLUMNS``, which follow its name and state."""
     silence = member.get("silence")
     return [
         _number(member.get("workers")),
@@ -68,6 +83,7 @@ def cells(member: Mapping[str, Any]) -> list[str]:
         amount(member.get("bytes_received")),
         amount(member.get("bytes_sent")),
         "-" if silence is None else f"{span(silence)} ago",
+        member.get("address") or "-",
     ]
 
 
@@ -141,7 +157,7 @@ def _snapshot(status: Status) -> str:
     snapshot = status["snapshot"]
     if snapshot is None:
         return "none yet"
-    return f"{span(status['time'] - snapshot['time'])} ago ({amount(snapshot['bytes'])} in {snapshot['seconds']:.2g} s)"
+    return f"{span(status['time'] - snapshot['time'])} ago, {amount(snapshot['bytes'])}"
 
 
 def _number(value: float | None) -> str:
