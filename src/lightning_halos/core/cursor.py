@@ -51,6 +51,36 @@ class Spans:
                 start, stop = min(start, self._spans[first][0]), max(stop, self._spans[last - 1][1])
             self._spans[first:last] = [(start, stop)]
 
+    @property
+    def steps(self) -> int:
+        """Local steps in all ranges together."""
+        return sum(stop - start for start, stop in self._spans)
+
+    def remove(self, spans: Iterable[Sequence[int]]) -> None:
+        for start, stop in spans:
+            first = bisect_right(self._spans, start, key=lambda span: span[1])
+            last = bisect_left(self._spans, stop, key=lambda span: span[0])
+            if first < last:
+                rest = (self._spans[first][0], start), (stop, self._spans[last - 1][1])
+                self._spans[first:last] = [(begin, end) for begin, end in rest if begin < end]
+
+    def common(self, spans: Iterable[Sequence[int]]) -> Spans:
+        """Returns what is in the set and also in these ranges."""
+        found = Spans()
+        for start, stop in spans:
+            first = bisect_right(self._spans, start, key=lambda span: span[1])
+            last = bisect_left(self._spans, stop, key=lambda span: span[0])
+            found.add((max(start, begin), min(stop, end)) for begin, end in self._spans[first:last])
+        return found
+
+    def without(self, *others: Iterable[Sequence[int]]) -> Spans:
+        """Returns what is in the set and in none of the others."""
+        rest = Spans()
+        rest._spans = list(self._spans)
+        for spans in others:
+            rest.remove(spans)
+        return rest
+
     def missing(self, first: int) -> tuple[int, float]:
         """Returns the first range at or after ``first`` that is not in the set."""
         for start, stop in self._spans[bisect_right(self._spans, first, key=lambda span: span[1]) :]:
@@ -61,12 +91,12 @@ class Spans:
 
 
 class DataCursor:
-    """Leases the data of one epoch after the other, every range once.
+    """Leases the data of one epoch after the other, every range once unless it is given back.
 
     Args:
         steps_per_epoch: Data of an epoch, in local steps. The last step of an epoch may be smaller.
         epochs: Number of epochs, ``None`` for no limit.
-        done: Ranges that earlier fits have used already.
+        done: Ranges that are not leased, such as those that earlier fits have used. Leased ranges are added.
         end: Where the data ends at the latest, in local steps from the beginning of the first epoch.
     """
 
@@ -74,9 +104,43 @@ class DataCursor:
         self, steps_per_epoch: int, epochs: int | None = None, done: Spans | None = None, end: float = math.inf
     ) -> None:
         self._steps_per_epoch = steps_per_epoch
-        self._done = done or Spans()
+        self._taken = Spans() if done is None else done
         self._next = 0
         self._end = end if epochs is None else min(end, epochs * steps_per_epoch)
+
+    @property
+    def end(self) -> float:
+        """Where the data ends, in local steps from the beginning of the first epoch; may be infinite."""
+        return self._end
+
+    @property
+    def next(self) -> int:
+        """Start of the range that is leased next, in local steps from the beginning of the first epoch."""
+        self._next, _ = self._taken.missing(self._next)
+        return self._next
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no data is left."""
+        return self.next >= self._end
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the range that is leased next; the last one if no data is left."""
+        return int(min(self.next, self._end - 1)) // self._steps_per_epoch
+
+    def give_back(self, spans: Iterable[Sequence[int]]) -> None:
+        """Takes leased ranges back, to lease them again before others."""
+        spans = list(spans)
+        self._taken.remove(spans)
+        self._next = min([self._next, *(start for start, _ in spans)])
+
+    def claim(self, spans: Iterable[Sequence[int]]) -> Spans:
+        """Leases certain ranges. Returns what of them was free."""
+        free = Spans((start, min(stop, self._end)) for start, stop in spans if start < self._end)  # type: ignore[misc]
+        free.remove(self._taken)
+        self._taken.add(free)
+        return free
 
     def take(self, steps: int, sharers: int = 1) -> Lease | None:
         """Leases a range; returns ``None`` if there is no data left.
@@ -87,12 +151,13 @@ class DataCursor:
             sharers: Number of servers that take ranges of this length. Towards the end of the last epoch ranges get
                 shorter, so that all servers have data until the end.
         """
-        self._next, gap = self._done.missing(self._next)
+        self._next, gap = self._taken.missing(self._next)
         if self._next >= self._end:
             return None
         steps = int(min(steps, gap - self._next))
         fair = math.ceil((self._end - self._next) / (2 * sharers)) if self._end < math.inf else steps
         lease = next(split(self._next, max(1, min(steps, fair)), self._steps_per_epoch))
+        self._taken.add([(self._next, self._next + lease.steps)])
         self._next += lease.steps
         return lease
 
@@ -136,6 +201,15 @@ class LeaseStock:
     def cancel(self, worker: int) -> None:
         """Drops a worker's open requests."""
         self._asked = deque((other, steps) for other, steps in self._asked if other != worker)
+
+    def drop(self, spans: Iterable[Sequence[int]], steps_per_epoch: int) -> None:
+        """Drops data that others have now."""
+        lost, kept = list(spans), deque[Lease]()
+        for lease in self._leases:
+            first = lease.epoch * steps_per_epoch + lease.first
+            for start, stop in Spans([(first, first + lease.steps)]).without(lost):
+                kept += split(start, stop - start, steps_per_epoch)
+        self._leases = kept
 
     def add(self, lease: Lease | None) -> None:
         """Adds the lease that was ordered; ``None`` if no data is left."""

@@ -104,6 +104,23 @@ class GlobalEvent(Enum):
     SNAPSHOT = "snapshot"
 
 
+class OpenEvent(Enum):
+    """An event of the global node of a star of jobs."""
+
+    ENROL = "enrol"
+    JOIN = "join"  # a member joins, or returns
+    GO = "go"  # a member is disconnected, is lost or leaves
+    UPDATE = "update"
+    PROGRESS = "progress"
+    LEASE_REQUEST = "lease request"
+    MODEL_REQUEST = "model request"
+    PUBLISH = "publish"
+    STOP = "stop"  # the budget is used up, or somebody asks for it
+    GO_ON = "go on"  # the budget is no longer used up, because a member is lost
+    FINISH = "finish"  # the work is done, and all present members have sent their last updates
+    SNAPSHOT = "snapshot"
+
+
 _R, _RE = RegionState, RegionEvent
 REGION_TRANSITIONS: dict[RegionState, dict[RegionEvent, RegionState]] = {
     _R.SERVING: {
@@ -126,6 +143,14 @@ REGION_TRANSITIONS: dict[RegionState, dict[RegionEvent, RegionState]] = {
 }
 """The next state of a local server for each state and event. Missing events are not allowed."""
 
+OPEN_REGION_TRANSITIONS: dict[RegionState, dict[RegionEvent, RegionState]] = {
+    # The run may have ended while the region was away. Then its workers still have to finish.
+    **{state: {**REGION_TRANSITIONS[state], _RE.FINAL_MODEL: state} for state in (_R.SERVING, _R.EXCHANGING)},
+    _R.FLUSHED: REGION_TRANSITIONS[_R.FLUSHED],
+    _R.FINISHED: REGION_TRANSITIONS[_R.FINISHED],
+}
+"""The same for the local server of a member in a star of jobs."""
+
 _G, _GE = GlobalState, GlobalEvent
 _AT_ANY_TIME = (_GE.PROGRESS, _GE.LEASE_REQUEST, _GE.MARKER_REPLY, _GE.PUBLISH)
 _UNTIL_THE_END = (*_AT_ANY_TIME, _GE.UPDATE, _GE.LAST_UPDATE, _GE.SNAPSHOT)
@@ -139,3 +164,23 @@ GLOBAL_TRANSITIONS: dict[GlobalState, dict[GlobalEvent, GlobalState]] = {
     _G.FINISHED: dict.fromkeys(_AT_ANY_TIME, _G.FINISHED),
 }
 """The next state of the global node for each state and event. Missing events are not allowed."""
+
+_OE = OpenEvent
+_ALWAYS = (
+    _OE.ENROL,
+    _OE.JOIN,
+    _OE.GO,
+    _OE.UPDATE,
+    _OE.PROGRESS,
+    _OE.LEASE_REQUEST,
+    _OE.MODEL_REQUEST,
+    _OE.PUBLISH,
+    _OE.SNAPSHOT,
+)
+OPEN_GLOBAL_TRANSITIONS: dict[GlobalState, dict[OpenEvent, GlobalState]] = {
+    _G.RUNNING: {**dict.fromkeys(_ALWAYS, _G.RUNNING), _OE.STOP: _G.STOPPING, _OE.FINISH: _G.FINISHED},
+    _G.STOPPING: {**dict.fromkeys(_ALWAYS, _G.STOPPING), _OE.GO_ON: _G.RUNNING, _OE.FINISH: _G.FINISHED},
+    # A member that was lost may return, and get the final model.
+    _G.FINISHED: dict.fromkeys(_ALWAYS, _G.FINISHED),
+}
+"""The next state of the global node of a star of jobs for each state and event. Missing events are not allowed."""

@@ -161,11 +161,14 @@ class RegionNode(Node[RegionState, RegionEvent]):
         sends.append(Send(GLOBAL, self._report(push, self.server.staleness if is_accepted else None)))
         if all(other.is_finished for other in self._workers.values()):
             sends.append(self._flush())
-        elif self.server.is_due:
-            self._move(RegionEvent.UPDATE)
-            update = self.server.begin_exchange()
-            sends.append(Send(GLOBAL, update, partial(self.server.fill, update)))
+        elif self._may_exchange and self.server.is_due:
+            sends.append(self._exchange())
         return sends
+
+    @property
+    def _may_exchange(self) -> bool:
+        """Whether an update that is due may be sent now."""
+        return True
 
     def _count(self, push: Push, worker: _Worker) -> None:
         if worker.is_finished:
@@ -177,7 +180,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         self._asked_to_stop = self._asked_to_stop or push.stop
         self._reported += push.steps
         self.budget.total += push.steps
-        self._stop = self._stop or push.stop or self.budget.exhausted
+        self._stop = self._stop or push.stop
         self._planner.measure(push.worker, push.batches, push.seconds)
         # Repeated answers to a push contain the same plateau steps, because the worker uses only one of the answers.
         worker.news = worker.news[1], len(self._plateau_steps)
@@ -187,7 +190,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             version=self.server.version,
             local_steps=self._planner.local_steps(push.worker, self.budget.total),
             position=self.budget.position,
-            stop=self._stop,
+            stop=self._stop or self.budget.exhausted,
             plateau_steps=self._plateau_steps[slice(*self._workers[push.worker].news)],
             metrics=self._metrics,
             vector=vector,
@@ -214,6 +217,12 @@ class RegionNode(Node[RegionState, RegionEvent]):
             stop=push.stop,
             data=push.data,
         )
+
+    def _exchange(self) -> Send:
+        """Returns the update that is due."""
+        self._move(RegionEvent.UPDATE)
+        update = self.server.begin_exchange()
+        return Send(GLOBAL, update, partial(self.server.fill, update))
 
     def _flush(self) -> Send:
         """Returns the last message after all workers have finished: an update, or the model of the only server."""
@@ -242,13 +251,17 @@ class RegionNode(Node[RegionState, RegionEvent]):
 
     def _on_status(self, message: Status) -> list[Send]:
         self._move(RegionEvent.STATUS)
-        self.budget.total = max(self.budget.total, message.total + self._reported - message.counted)
+        self.budget.total = self._total(message.total + self._reported - message.counted)
         self._planner.set_fastest_overall(message.fastest)
-        self._stop = self._stop or message.stop or self.budget.exhausted
+        self._stop = self._stop or message.stop
         self._plateau_steps += message.plateau_steps[len(self._plateau_steps) - message.first_plateau_step :]
         self._metrics = message.metrics
         # Finished workers wait for the final model; the status shows them that the run goes on.
         return [] if self.state is RegionState.FINISHED else self._to_finished(message)
+
+    def _total(self, told: int) -> int:
+        """Returns the local steps of all workers, given the global node's count with the server's own steps."""
+        return max(self.budget.total, told)
 
     def _to_finished(self, message: Message) -> list[Send]:
         return [Send(rank, message) for rank, worker in self._workers.items() if worker.is_finished]

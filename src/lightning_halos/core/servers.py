@@ -180,6 +180,24 @@ class ParameterServer:
             self._norm_limit.norms.clear()
             self._norm_limit.norms.extend(state["norms"])
 
+    def follow(self, senders: int, values: Mapping[str, Any]) -> None:
+        """Adapts to another number of senders.
+
+        Args:
+            senders: Their number. The buffers of an update enter the server's with the weight ``1 / senders``.
+            values: Arguments of the optimizer from now on, such as ``lr``. If one changes, a :class:`DelayedNesterov`
+                keeps its momentum and starts new windows.
+        """
+        self.senders = senders
+        groups = self._optimizer.param_groups
+        if all(group[name] == value for group in groups for name, value in values.items()):
+            return
+        self._preserve()
+        for group in groups:
+            group.update(values)
+        if isinstance(self._optimizer, DelayedNesterov):
+            self._optimizer.restart_windows()
+
     def _judge(self, finding: Finding, version: int, sender: int, name: str) -> bool:
         """Accepts or rejects an update that started from ``version``, and counts it. Returns whether to apply it."""
         fault = finding.fault

@@ -1,0 +1,32 @@
+"""A star of jobs: members join, leave, are cut off, are lost and return, and so does the global server."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
+from lightning_halos.core.messages import Progress, Pull, RegionUpdate, Status
+from lightning_halos.core.protocol import GLOBAL, GlobalState, ProtocolError
+from tests.core.star import DESCRIPTION, SHARED, Job, Star
+
+
+def test_a_run_of_two_jobs_from_the_first_join_to_the_final_model() -> None:
+    star = Star(min_regions=2)
+    first = star.job("eu")
+    assert first.node is None
+    second = star.job("us")
+    assert first.node is not None
+    assert second.node is not None
+    for _ in range(4):
+        for job in (first, second):
+            assert isinstance(job.push(), Pull)
+            star.check()
+    first.push(stop=True, final=True)
+    assert star.node.state is GlobalState.STOPPING
+    second.push(final=True)
+    assert star.node.state is GlobalState.FINISHED
+    for job in (first, second):
+        assert job.final().vector.tolist() == star.node.model.tolist()
+        assert (job.final().position, job.final().stopped) == (20, True)
+    assert star.node.budget.total == star.node.server.steps == 40
