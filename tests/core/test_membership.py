@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
-from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
-from lightning_halos.core.messages import Progress, Pull, RegionUpdate, Status
-from lightning_halos.core.protocol import GLOBAL, GlobalState, ProtocolError
-from tests.core.star import DESCRIPTION, SHARED, Job, Star
+from lightning_halos.core.messages import Pull
+from lightning_halos.core.protocol import GlobalState
+from tests.core.star import Star
 
 
 def test_a_run_of_two_jobs_from_the_first_join_to_the_final_model() -> None:
