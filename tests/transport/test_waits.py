@@ -41,7 +41,7 @@ class Peer(Link):
 
     def __init__(self, name: str, seconds_ago: float | None) -> None:
         super().__init__(name)
-        self.heard = None if seconds_ago is None else time.monotonic() - seconds_ago
+        self._heard = None if seconds_ago is None else time.monotonic() - seconds_ago
 
     def _receive_all(self, on_message: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Links: ordered connections between two ends, in both directions.
+"""Links: ordered connections between two ends, in both directions, within a process or over gloo.
 
 Each end has one thread that sends and one that receives; no other thread may use the process group. The threads are
 daemons, hold no lock while they wait, and end when both ends have said goodbye. A closed connection is noticed at once.
@@ -83,21 +83,33 @@ class Link(ABC):
     Attributes:
         is_remote: Whether the peer is in another process, so that it can disappear.
         peer: Name of the peer, for error messages.
-        bytes_sent: Bytes that this end has sent over the network.
-        bytes_received: Bytes that this end has received over the network.
-        heard: Time of the peer's last sign of life, by ``time.monotonic``; ``None`` before the first.
     """
 
     is_remote = True
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self.heard: float | None = None
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self._heard: float | None = None
+        self._sent = 0
+        self._received = 0
         self._outbox: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._listening_since: float | None = None  # not while this end handles a message, and cannot hear the peer
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this end has sent over the network."""
+        return self._sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that this end has received over the network."""
+        return self._received
+
+    @property
+    def heard(self) -> float | None:
+        """Time of the peer's last sign of life, by ``time.monotonic``; ``None`` before the first."""
+        return self._heard
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         """Starts the threads.
@@ -192,49 +204,49 @@ class LoopbackLink(Link):
             del outgoing, progress
 
 
-class GlooLink(Link):
-    """A link over a gloo process group.
+class FramedLink(Link):
+    """What all links to other processes have in common: the frames, and what is checked in them.
 
-    The first frame in each direction has the sender's version of the protocol. A message consists of a frame of fixed
-    size (length of the fields, elements and dtype of the vector, and the start of the fields), the rest of the fields,
-    the parts of the vector, and a byte that is 1 if the vector is complete. Most messages without a vector fit into the
-    frame.
+    The first frame in each direction has the sender's version of the protocol. A message consists of a header (length
+    of the fields, elements and dtype of the vector), the fields, and the vector. An idle sender sends signs of life.
 
     Args:
-        group: The process group. Only this link may use it between its own rank and ``rank``.
-        rank: The peer's rank in the group.
         peer: Name of the peer.
-        timeout: Seconds of silence after which the peer counts as lost; see :meth:`Alarm.watch`.
+        interval: Seconds between signs of life.
         form: Number of elements and dtype of the vectors on this link. Default: there are none.
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
-    _TEXT, _VECTOR = 0, 1  # tags
     _HEADER = struct.Struct("<qqq")
-    _FRAME = 1024  # bytes
     _GOODBYE, _ALIVE, _HELLO = -1, -2, -3  # instead of a length of the fields
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        rank: int,
-        peer: str,
-        timeout: float,
-        form: tuple[int, torch.dtype] | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def __init__(self, peer: str, interval: float, form: tuple[int, torch.dtype] | None, memory: Memory | None) -> None:
         super().__init__(peer)
-        self._group = group
-        self._rank = rank
-        self._interval = min(10.0, timeout / 4)
-        # When a wait exceeds gloo's limit, gloo closes all connections of the group. So this is only a last resort.
-        self._limit = timedelta(seconds=2 * progress_limit(timeout))
+        self._interval = interval
         self._form = form
         self._memory = memory
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         self._start_thread("send", self._send_all, on_failure)
         super().start(on_message, on_failure)
+
+    @abstractmethod
+    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
+        """Sends a header and the fields."""
+
+    @abstractmethod
+    def _send_vector(self, vector: Tensor, progress: Iterable[int]) -> None:
+        """Sends a vector from front to back, while it is filled."""
+
+    @abstractmethod
+    def _receive_header(self) -> tuple[int, int, int]: ...
+
+    @abstractmethod
+    def _receive_fields(self, length: int) -> bytes: ...
+
+    @abstractmethod
+    def _receive_vector(self, vector: Tensor) -> Iterator[int]:
+        """Receives a vector. Yields the number of elements that are complete."""
 
     def _send_all(self) -> None:
         self._send_frame(self._HELLO, wire.PROTOCOL)
@@ -250,23 +262,16 @@ class GlooLink(Link):
             self._send_message(outgoing)
             del outgoing  # release the vector's memory before waiting for the next message
 
-    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
-        frame = (self._HEADER.pack(length, elements, dtype) + data).ljust(self._FRAME, b"\0")
-        self._send_each([torch.frombuffer(bytearray(frame), dtype=torch.uint8)], self._TEXT)
-
     def _send_message(self, outgoing: _Outgoing) -> None:
         data, vector = wire.encode(outgoing.message), wire.vector_of(outgoing.message)
-        room = self._FRAME - self._HEADER.size
-        self._send_frame(len(data), *wire.describe(vector), data[:room])
-        if len(data) > room:
-            self._send_each([torch.frombuffer(bytearray(data[room:]), dtype=torch.uint8)], self._TEXT)
+        self._send_frame(len(data), *wire.describe(vector), data)
         if vector is not None:
-            self._send_each(_parts_of(vector, outgoing.progress), self._VECTOR)
+            self._send_vector(vector, outgoing.progress)
         if outgoing.sent is not None:
             outgoing.sent()
 
     def _receive_all(self, on_message: OnMessage) -> None:
-        hello, version, _ = self._HEADER.unpack_from(self._receive(self._FRAME))
+        hello, version, _ = self._receive_header()
         if (hello, version) != (self._HELLO, wire.PROTOCOL):
             theirs = f"version {version}" if hello == self._HELLO else "an unknown version"
             raise ProtocolVersionError(
@@ -274,17 +279,13 @@ class GlooLink(Link):
                 f" {wire.PROTOCOL}. Install the same version of lightning-halos everywhere."
             )
         while True:
-            frame = self._receive(self._FRAME)
-            length, elements, dtype = self._HEADER.unpack_from(frame)
+            length, elements, dtype = self._receive_header()
             if length == self._GOODBYE:
                 return
             if length != self._ALIVE:
                 self._check_header(length, elements, dtype)
-                data = frame[self._HEADER.size :][:length]
-                if len(data) < length:
-                    data += self._receive(length - len(data))
                 with suppress(VectorCutOffError):
-                    self._receive_message(data, elements, on_message)
+                    self._receive_message(self._receive_fields(length), elements, on_message)
 
     def _check_header(self, length: int, elements: int, dtype: int) -> None:
         """Refuses sizes that are not possible on this link, before memory is allocated for them."""
@@ -306,6 +307,64 @@ class GlooLink(Link):
         on_message(wire.decode(data, vector), progress)
         wait_all(progress)
 
+    def _lost(self, what: str = "its connection is closed") -> PeerLostError:
+        return PeerLostError(f"{self.peer} disappeared: {what}. Last heard of {since(self.heard)}.")
+
+
+class GlooLink(FramedLink):
+    """A link over a gloo process group.
+
+    A frame has a fixed size, because a receiver has to know it: it has the header and the start of the fields. The rest
+    of the fields follows, then the parts of the vector, and a byte that is 1 if the vector is complete. Most messages
+    without a vector fit into the frame.
+
+    Args:
+        group: The process group. Only this link may use it between its own rank and ``rank``.
+        rank: The peer's rank in the group.
+        peer: Name of the peer.
+        timeout: Seconds of silence after which the peer counts as lost; see :meth:`Alarm.watch`.
+        form: Number of elements and dtype of the vectors on this link. Default: there are none.
+        memory: Returns the memory to receive a vector into. Default: new memory for each vector.
+    """
+
+    _TEXT, _VECTOR = 0, 1  # tags
+    _FRAME = 1024  # bytes
+    _ROOM = _FRAME - FramedLink._HEADER.size
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        rank: int,
+        peer: str,
+        timeout: float,
+        form: tuple[int, torch.dtype] | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        super().__init__(peer, min(10.0, timeout / 4), form, memory)
+        self._group = group
+        self._rank = rank
+        # When a wait exceeds gloo's limit, gloo closes all connections of the group. So this is only a last resort.
+        self._limit = timedelta(seconds=2 * progress_limit(timeout))
+        self._start_of_fields = b""
+
+    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
+        frame = self._HEADER.pack(length, elements, dtype) + data[: self._ROOM]
+        texts = [frame.ljust(self._FRAME, b"\0"), data[self._ROOM :]]
+        self._send_each([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts if text], self._TEXT)
+
+    def _send_vector(self, vector: Tensor, progress: Iterable[int]) -> None:
+        self._send_each(_parts_of(vector, progress), self._VECTOR)
+
+    def _receive_header(self) -> tuple[int, int, int]:
+        frame = self._receive(self._FRAME)
+        self._start_of_fields = frame[self._HEADER.size :]
+        length, elements, dtype = self._HEADER.unpack_from(frame)
+        return length, elements, dtype
+
+    def _receive_fields(self, length: int) -> bytes:
+        data = self._start_of_fields[:length]
+        return data if len(data) == length else data + self._receive(length - len(data))
+
     def _receive(self, size: int) -> bytes:
         text = torch.empty(size, dtype=torch.uint8)
         wait_all(self._receive_each([text], self._TEXT))
@@ -324,7 +383,7 @@ class GlooLink(Link):
             works = []
             for tensor in tensors:
                 works.append(self._group.send([tensor], self._rank, tag))
-                self.bytes_sent += tensor.nbytes
+                self._sent += tensor.nbytes
             for work in works:
                 work.wait(self._limit)
 
@@ -336,8 +395,8 @@ class GlooLink(Link):
                 self._listening_since = time.monotonic()
                 work.wait(self._limit)
                 self._listening_since = None
-                self.heard = time.monotonic()
-                self.bytes_received += tensor.nbytes
+                self._heard = time.monotonic()
+                self._received += tensor.nbytes
                 received += tensor.numel()
                 yield received
 
@@ -348,9 +407,7 @@ class GlooLink(Link):
         except RuntimeError as error:
             if isinstance(error, PeerLostError) or not is_lost_connection(error):
                 raise
-            raise PeerLostError(
-                f"{self.peer} disappeared: its connection is closed. Last heard of {since(self.heard)}."
-            ) from None
+            raise self._lost() from None
 
 
 def progress_limit(timeout: float) -> float:
