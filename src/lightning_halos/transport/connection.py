@@ -38,6 +38,7 @@ class Connection:
         tls: The socket. It becomes non-blocking, and only the connection may use it from now on.
 
     Attributes:
+        tls: The socket.
         sent: Bytes that were sent, without the overhead of TLS.
         received: Bytes that were received, without the overhead of TLS.
         heard: Time of the last arrival of bytes, by ``time.monotonic``; ``None`` before the first.
@@ -51,7 +52,7 @@ class Connection:
         self.received = 0
         self.heard: float | None = None
         self.waiting_since: float | None = None
-        self._tls = tls
+        self.tls = tls
         self._lock = threading.Lock()
         self._users = 0  # calls in progress; the last one closes the descriptor, so that none sees its number reused
         self._is_closed = False
@@ -63,7 +64,7 @@ class Connection:
             OSError: If it fails.
         """
         with self._in_use():
-            self._attempt(self._tls.do_handshake, check)
+            self._attempt(self.tls.do_handshake, check)
 
     def send(self, data: bytes | memoryview, check: Check | None = None) -> None:
         """Sends bytes. Returns when the kernel has all of them.
@@ -76,7 +77,7 @@ class Connection:
             for start in range(0, len(view), _CHUNK):
                 chunk = view[start : start + _CHUNK]
                 # After a call that would block, OpenSSL wants the same bytes again, and returns when all are sent.
-                self._attempt(partial(self._tls.send, chunk), check)
+                self._attempt(partial(self.tls.send, chunk), check)
                 self.sent += len(chunk)
 
     def receive_into(self, memory: memoryview, check: Check | None = None) -> None:
@@ -90,7 +91,7 @@ class Connection:
             self.waiting_since = time.monotonic()
             try:
                 while done < size:
-                    count = self._attempt(partial(self._tls.recv_into, memory[done:]), check)
+                    count = self._attempt(partial(self.tls.recv_into, memory[done:]), check)
                     if not count:
                         raise ConnectionResetError("the connection is closed")
                     self.heard = self.waiting_since = time.monotonic()
@@ -113,9 +114,9 @@ class Connection:
             self._is_closed = True
             # Not the method of the TLS socket, which would then send as plain text.
             with suppress(OSError):
-                socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+                socket.socket.shutdown(self.tls, socket.SHUT_RDWR)
             if not self._users:
-                self._tls.close()
+                self.tls.close()
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -128,7 +129,7 @@ class Connection:
             with self._lock:
                 self._users -= 1
                 if self._is_closed and not self._users:
-                    self._tls.close()
+                    self.tls.close()
 
     def _attempt(self, call: Callable[[], T], check: Check | None) -> T:
         """Repeats a call until it need not wait for the network."""
@@ -142,7 +143,7 @@ class Connection:
                 except ssl.SSLWantWriteError:
                     events = select.POLLOUT
             poll = select.poll()
-            poll.register(self._tls, events)
+            poll.register(self.tls, events)
             if check is None:
                 poll.poll()
                 continue

@@ -7,6 +7,14 @@ class PeerLostError(RuntimeError):
     """A peer disappeared, or was silent for longer than the time limit."""
 
 
+class ServerUnreachableError(PeerLostError):
+    """The global server could not be reached in time. The message names each address that was tried, and why."""
+
+
+class ServerRefusedError(ServerUnreachableError):
+    """The global server, or what answers in its place, was reached, and trying again would not help."""
+
+
 class ProtocolVersionError(RuntimeError):
     """A peer speaks another version of the protocol between processes."""
 

@@ -32,8 +32,9 @@ class TLSLink(FramedLink):
     Part i of a vector travels on connection i mod N, after a byte that says that it follows. If a vector is cut off,
     its remaining parts are not sent.
 
-    If a connection is lost, all are closed, and the link is over. After a message that is refused, this end can still send, so that it can tell the
-    peer why, and reads on without looking at it, because otherwise closing the connection would lose what was sent.
+    If a connection is lost, all are closed, and the link is over. After a message that is refused, this end can still
+    send, so that it can tell the peer why. It reads on without looking at the bytes, because closing a connection with
+    unread bytes would discard what the peer has not read yet.
 
     Args:
         connections: The connections. Only this link may use them.
