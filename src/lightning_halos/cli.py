@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lightning_halos.commands import evaluate, export, keys, plan, prepare_data
+from lightning_halos.commands import evaluate, export, keys, plan, prepare_data, status
 
 PROGRAM = "lightning-halos"
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (plan, prepare_data, export, evaluate, keys):
+    for command in (plan, prepare_data, export, evaluate, keys, status):
         command.add_arguments(
             commands.add_parser(
                 command.__name__.rpartition(".")[2].replace("_", "-"),
