@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lightning_halos.commands import evaluate, export, keys, plan, prepare_data, status
+from lightning_halos.commands import evaluate, export, keys, plan, prepare_data, serve, status
 
 PROGRAM = "lightning-halos"
 
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name. Default: the command line of the process.
 
     Returns:
-        The exit status: 0, or 2 if the input is invalid or something it needs is missing.
+        The exit status: that of the command, usually 0, or 2 if the input is invalid or something it needs is missing.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (plan, prepare_data, export, evaluate, keys, status):
+    for command in (plan, prepare_data, export, evaluate, keys, serve, status):
         command.add_arguments(
             commands.add_parser(
                 command.__name__.rpartition(".")[2].replace("_", "-"),
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     namespace = parser.parse_args(arguments)
     namespace.command = shlex.join([PROGRAM, *arguments])
     try:
-        namespace.run(namespace)
+        code: int | None = namespace.run(namespace)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""``lightning-halos serve``: the global server, for regions that are jobs of their own."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+SUMMARY = "Serve a run: the global server of regions that are jobs of their own. It needs no GPU and no data."
+EXAMPLES = """\
+examples:
+  lightning-halos serve --keys keys/server.pem --directory runs/pile --min-regions 2
+      serves a run, which begins when two regions have joined; typed again, it goes on from the directory
+  lightning-halos serve --directory runs/pile --revoke us-east
+      refuses us-east's present certificates from now on, also in a server that runs already
+
+exit status: 0 the run is finished, 1 too few regions for longer than --timeout, 2 an argument or the directory is
+  wrong, 130 or 143 ended by SIGINT or SIGTERM (the run goes on when the server is started again)
+"""
+
+_PORT = 29600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
+    parser.set_defaults(run=_serve)
+    where = parser.add_argument_group("the server")
+    where.add_argument(
+        "--directory", type=Path, required=True, metavar="FOLDER", help="where the run is kept; made if it is missing"
+    )
+    where.add_argument("--keys", type=Path, metavar="FILE", help="the server's keys; see lightning-halos keys")
+    where.add_argument(
+        "--listen",
+        default=f":{_PORT}",
+        metavar="HOST:PORT",
+        help=f"the address to listen on (default: port {_PORT} of all addresses, IPv4 and IPv6)",
+    )
+    where.add_argument("--dashboard", metavar="HOST:PORT", help="also show the run on a page, to whoever can open it")
+    where.add_argument("--revoke", metavar="NAME", help="refuse a region's present certificates from now on, and end")
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--min-regions", type=int, default=1, metavar="N", help="regions that a run begins with, and needs (default: 1)"
+    )
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers that a global step is divided by (default: those of the regions that the run begins with)",
+    )
+    run.add_argument("--decider", metavar="NAME", help="the region that validates and saves, while it is present")
+    run.add_argument(
+        "--timeout",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="end when fewer than --min-regions have been present for so long (default: 3600)",
+    )
+    run.add_argument(
+        "--liveness",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="a region is lost when nothing came from it for so long (default: 30)",
+    )
+    run.add_argument(
+        "--snapshot-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="updates between two snapshots, at most 8; writing them takes half of the time at most (default: 1)",
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from lightning_halos.checkpoint.errors import CheckpointError
+    from lightning_halos.serving.dashboard import Dashboard
+    from lightning_halos.serving.entrance import REVOKED, Entrance
+    from lightning_halos.serving.server import Rules, RunServer
+    from lightning_halos.serving.storage import RunDirectory
+    from lightning_halos.transport.address import parse_address
+    from lightning_halos.transport.revocations import Revocations
+
+    if arguments.revoke is not None:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
+        Revocations(arguments.directory / REVOKED).add(arguments.revoke)
+        print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
+        return 0
+    if arguments.keys is None:
+        raise ValueError("give the server's keys with --keys FILE; `lightning-halos keys init` makes them.")
+    rules = Rules(
+        arguments.min_regions,
+        arguments.workers,
+        arguments.snapshot_every,
+        arguments.timeout,
+        arguments.liveness,
+        arguments.decider,
+    )
+    address = parse_address(arguments.listen)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
+    directory = RunDirectory(arguments.directory)
+    try:
+        try:
+            server = RunServer(directory, rules)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+
+        def stop(number: int, _: object) -> None:
+            server.stop(number)
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        entrance = Entrance(address, arguments.keys, arguments.directory, server.admit, server.host.note)
+        try:
+            if arguments.dashboard is not None:
+                where = parse_address(arguments.dashboard)
+                page = Dashboard(where.host, where.port, server.reporter.describe, server.reporter.text)
+                server.host.note(f"The dashboard is on http://{arguments.dashboard.rpartition(':')[0]}:{page.port}/")
+            return server.run(entrance.objection, entrance.renew)
+        finally:
+            entrance.close()
+    finally:
+        directory.close()

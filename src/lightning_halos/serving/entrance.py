@@ -1,0 +1,101 @@
+"""Who may talk to the server: its port, its keys, and the list of revoked names. What a peer says is read elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_halos.serving.host import Session
+from lightning_halos.transport.address import Address
+from lightning_halos.transport.certificates import Certificate, read_keys
+from lightning_halos.transport.errors import CertificateRefusedError
+from lightning_halos.transport.listener import Listener
+from lightning_halos.transport.revocations import Revocations
+
+REVOKED = "revoked"
+"""Name of the list of revoked names in the run's directory."""
+
+
+class Entrance:
+    """Listens for peers, and lets those in whose certificates are valid and not revoked.
+
+    Args:
+        address: The address to listen on.
+        keys: The file of the server's keys. It may be replaced while the server runs.
+        directory: The run's directory.
+        admit: Called with each authenticated peer.
+        note: Called with a sentence about what an operator should know.
+
+    Raises:
+        ValueError: If the keys cannot be used.
+        OSError: If the address cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        keys: Path,
+        directory: Path,
+        admit: Callable[[Session], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self._keys = keys
+        self._note = note
+        self._revocations = Revocations(directory / REVOKED)
+        self._is_readable = True
+        self._changed = self._changed_at()
+        self._listener = Listener(address, read_keys(keys), self._check, admit)
+        self._listener.start()
+        note(f"The server listens on {', '.join(map(str, self._listener.addresses))}.")
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return self._listener.port
+
+    def objection(self, certificate: Certificate) -> str | None:
+        """Returns why a peer that is present must go, if its certificate has been revoked since it came."""
+        try:
+            self._revocations.check(certificate)
+        except CertificateRefusedError as error:
+            return str(error)
+        except OSError as error:
+            if self._is_readable:
+                self._note(
+                    f"The list of revoked names cannot be read. Members stay, and nobody else is let in: {error}"
+                )
+            self._is_readable = False
+        else:
+            self._is_readable = True
+        return None
+
+    def renew(self) -> None:
+        """Uses the server's keys from now on if their file was replaced."""
+        changed = self._changed_at()
+        if changed in (self._changed, None):
+            return
+        self._changed = changed
+        try:
+            self._listener.renew(read_keys(self._keys))
+        except (ValueError, OSError) as error:
+            self._note(f"The server's keys were replaced, but the new ones are not used: {error}")
+        else:
+            self._note("The server's keys were replaced. New connections use the new ones.")
+
+    def close(self) -> None:
+        """Lets nobody else in."""
+        self._listener.close()
+
+    def _check(self, certificate: Certificate) -> None:
+        try:
+            self._revocations.check(certificate)
+        except OSError:
+            raise CertificateRefusedError(
+                f"the server cannot read its list of revoked names, so it lets nobody in; see {self._revocations.path}"
+            ) from None
+
+    def _changed_at(self) -> int | None:
+        try:
+            return self._keys.stat().st_mtime_ns
+        except OSError:
+            return None

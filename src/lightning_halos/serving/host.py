@@ -1,0 +1,523 @@
+"""The host of the run's node: its members' connections, one lock, and what a connection may cost.
+
+Each authenticated peer is a client; it becomes a member's connection with its first message. Whatever a member's
+message raises costs this member its membership, never the run. The node decides what it means that a member joins,
+leaves or is lost; ``snapshots`` decides when a snapshot is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.founding import Founding
+from lightning_halos.core.membership import MemberState
+from lightning_halos.core.messages import (
+    Enrol,
+    Failure,
+    GlobalModel,
+    InitialModel,
+    Join,
+    Message,
+    ModelRequest,
+    Preempted,
+    Refusal,
+    RegionUpdate,
+    StatusReply,
+    StatusRequest,
+    Welcome,
+)
+from lightning_halos.core.open_global_node import OpenGlobalNode
+from lightning_halos.core.protocol import ProtocolError, Send, uses_models_link
+from lightning_halos.core.snapshot import Shard
+from lightning_halos.serving.report import printable
+from lightning_halos.transport.certificates import Certificate
+from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.link import Link, Memory
+from lightning_halos.transport.wire import vector_of
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Node = Founding | OpenGlobalNode
+
+GOODBYE = 30.0
+"""Seconds in which a member that has got its last message must say goodbye."""
+
+_PAUSE = 0.01  # seconds between two looks
+_MOST_UNSENT = 10_000  # messages that wait to be sent to a member; more come together only if it reads nothing
+_MOST_EVENTS = 50  # latest events that the status shows
+_MOST_CHARACTERS = 2000  # of a reason
+
+
+class Session(Protocol):
+    """An authenticated connection to a peer; see :class:`lightning_halos.transport.session.Session`."""
+
+    certificate: Certificate
+    name: str
+    address: str
+
+    @property
+    def control(self) -> Link: ...
+
+    @property
+    def has_models(self) -> bool: ...
+
+    def models(self, form: tuple[int, torch.dtype], memory: Memory | None = None) -> Link: ...
+
+    def close(self, timeout: float) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Client:
+    """A peer with a valid certificate: a member, or somebody who asks for the status.
+
+    There is memory for one of its vectors at a time. While the answer in it has not been sent, the next vector waits at
+    the peer, so that a member costs the server one vector, whatever it sends.
+    """
+
+    session: Session
+    since: float  # by `time.time`
+    index: int | None = None  # of its member, when it has said which process it is
+    process: str = ""  # the identity of its process
+    models: Link | None = None
+    is_refused: bool = False  # nothing of what it says counts
+    is_closing: bool = False  # it has been sent its last message
+    is_gone: bool = False
+    unsent: int = 0  # messages that wait to be sent
+    copies: int = 0  # models among them that are not in the memory for its vectors
+    # Messages that wait for a snapshot, and those after them, with the number of the snapshot; 0 for no matter which.
+    held: deque[tuple[int, Send]] = field(default_factory=deque)
+    form: tuple[int, torch.dtype] | None = None
+    _vector: Tensor | None = None
+    _free: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+
+    def __str__(self) -> str:
+        return f"{self.session.name} ({self.session.address})"
+
+    @property
+    def links(self) -> list[Link]:
+        return [self.session.control] if self.models is None else [self.session.control, self.models]
+
+    def silence(self, now: float) -> float:
+        """Returns the seconds for which nothing came, by ``time.monotonic``."""
+        return min(link.silence(now) for link in self.links)
+
+    def traffic(self) -> tuple[int, int]:
+        """Returns the bytes that were sent and received."""
+        return sum(link.bytes_sent for link in self.links), sum(link.bytes_received for link in self.links)
+
+    def memory(self) -> Tensor:
+        """Waits until the memory for a vector is free, and returns it."""
+        self._free.get()
+        assert self.form is not None
+        if self._vector is None:
+            self._vector = torch.empty(self.form[0], dtype=self.form[1])
+        return self._vector
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._free.put(None)
+
+    def wait_for_room(self, timeout: float) -> None:
+        """Waits until no copy of a model waits to be sent.
+
+        Raises:
+            ProtocolError: If the peer does not take it in time.
+        """
+        deadline = time.monotonic() + timeout
+        while self.copies and not self.is_gone:
+            if time.monotonic() > deadline:
+                raise ProtocolError(f"it asks for models, and has taken nothing of the last one for {timeout:g} s")
+            time.sleep(_PAUSE)
+
+    def begins_to_send(self, vector: Tensor | None) -> None:
+        """Records that a message waits to be sent."""
+        self.unsent += 1
+        self.copies += vector is not None and vector is not self._vector
+
+    def has_sent(self, vector: Tensor | None) -> None:
+        """Records that a message was sent, and frees its memory."""
+        self.unsent -= 1
+        if vector is None:
+            return
+        if vector is self._vector:
+            self.release()
+        else:
+            self.copies -= 1
+
+    def give_away(self) -> None:
+        """Leaves the vector that has arrived to the node. The next one gets new memory."""
+        self._vector = None
+        self._free.put(None)
+
+
+class RunHost:
+    """Hosts the node of a run, and serves its clients.
+
+    Args:
+        node: The node of a run, or of its founding.
+        liveness: Seconds of silence after which a member is lost.
+        status: Returns the text for who asks for the status.
+
+    Attributes:
+        node: The node. Other threads use it through :meth:`ask` and :meth:`act`.
+        changed: Set whenever something happened that a snapshot should have.
+        updates: Number of updates that have arrived since this process started.
+        events: The latest events, as pairs of their time (by ``time.time``) and a sentence.
+    """
+
+    def __init__(self, node: Node, liveness: float, status: Callable[[], str] = lambda: "{}") -> None:
+        self.node = node
+        self.changed = threading.Event()
+        self.updates = 0
+        self._must_save = False
+        self.events: deque[tuple[float, str]] = deque(maxlen=_MOST_EVENTS)
+        self._liveness = liveness
+        self._status = status
+        self._lock = threading.RLock()
+        self._clients: list[Client] = []
+        self._members: dict[int, Client] = {}  # those that are connected
+        self._begun = self._written = 0  # numbers of the last snapshots of this process
+        self._traffic: dict[str, list[int]] = {}  # bytes sent and received on connections that have ended, by name
+        # Since when a member has been without connection, by `time.monotonic`.
+        members = node.status()["members"] if isinstance(node, OpenGlobalNode) else {}
+        self._missing = {
+            node.index_of(name): time.monotonic()
+            for name, member in members.items()
+            if member["state"] == MemberState.DISCONNECTED.value
+        }
+
+    def ask(self, question: Callable[[Node], T]) -> T:
+        """Returns what a function returns for the node, which handles no message meanwhile."""
+        with self._lock:
+            return question(self.node)
+
+    def act(self, action: Callable[[Node], Sequence[Send]]) -> None:
+        """Posts the messages that a function of the node returns."""
+        with self._lock:
+            self._post(action(self.node))
+
+    def admit(self, session: Session) -> None:
+        """Starts to serve an authenticated peer."""
+        client = Client(session, time.time())
+        with self._lock:
+            self._clients.append(client)
+        self._start(client, session.control)
+
+    def watch(self, now: float) -> None:
+        """Loses the members of which nothing came for too long. ``now`` is by ``time.monotonic``."""
+        with self._lock:
+            for client in list(self._clients):
+                if not client.is_closing and client.silence(now) > self._liveness:
+                    self._drop(client)
+                    if client.index is not None:
+                        self._lose(client.index, client.session.name)
+            for index, since in list(self._missing.items()):
+                if now - since > self._liveness:
+                    self._lose(index, self.node.name_of(index))
+
+    def expel_if(self, objection: Callable[[Certificate], str | None]) -> None:
+        """Expels the clients to whose certificates there is an objection."""
+        with self._lock:
+            for client in list(self._clients):
+                if not client.is_closing and (reason := objection(client.session.certificate)):
+                    self._expel(client, reason)
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a message, or a new member's data, waits for a snapshot."""
+        return self._must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
+
+    def begin_snapshot(self) -> tuple[int, Shard]:
+        """Begins a snapshot. Returns its number, and its state as far as it has been copied."""
+        with self._lock:
+            assert isinstance(self.node, OpenGlobalNode)
+            self._begun += 1
+            self._must_save = False
+            (send,) = self.node.begin_snapshot()
+            assert isinstance(send.message, Shard)
+            return self._begun, send.message
+
+    def snapshot_written(self, number: int, shard: Shard) -> None:
+        """Records that a snapshot is on disk, tells the members, and sends what has waited for it."""
+        with self._lock:
+            assert isinstance(self.node, OpenGlobalNode)
+            self._written = number
+            self._post(self.node.saved(shard.marker.save))
+            self._send_held()
+
+    def snapshot_failed(self, number: int) -> None:
+        """Sends what has waited for a snapshot that could not be written, because nobody would gain by waiting."""
+        with self._lock:
+            self._written = number
+            self._send_held()
+
+    def close(self, timeout: float) -> bool:
+        """Says goodbye to all clients, waits for theirs, and cuts the connections of those that say none in time.
+
+        Returns:
+            Whether all said goodbye.
+        """
+        with self._lock:
+            for client in list(self._clients):
+                self._close(client, timeout)
+        deadline = time.monotonic() + timeout
+        while self._clients and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        return not self._clients
+
+    def abort(self) -> None:
+        """Cuts all connections, so that members dial again."""
+        with self._lock:
+            for client in list(self._clients):
+                self._drop(client)
+
+    def note(self, sentence: str, level: int = logging.INFO) -> None:
+        """Logs a sentence, which may have a member's words, and keeps it for the status."""
+        sentence = printable(sentence)
+        log.log(level, "%s", sentence)
+        self.events.append((time.time(), sentence))
+
+    def connections(self) -> dict[str, dict[str, Any]]:
+        """Returns what is known of the members' connections, by the members' names.
+
+        ``address``, ``connected`` (since when, by ``time.time``) and ``certificate_end`` (likewise), which are ``None``
+        without a connection; ``silence`` (seconds for which nothing has come); and ``bytes_sent`` and
+        ``bytes_received`` since this process started.
+        """
+        now = time.monotonic()
+        with self._lock:
+            present = {client.session.name: client for client in self._members.values()}
+            missing = {self.node.name_of(index): since for index, since in self._missing.items()}
+            found = {}
+            for name in {**present, **missing, **self._traffic}:
+                client = present.get(name)
+                traffic = [self._traffic.get(name, [0, 0]), [0, 0] if client is None else client.traffic()]
+                sent, received = map(sum, zip(*traffic, strict=True))
+                silence = None if client is None else client.silence(now)
+                found[name] = {
+                    "address": None if client is None else client.session.address,
+                    "connected": None if client is None else client.since,
+                    "certificate_end": None if client is None else client.session.certificate.end.timestamp(),
+                    "silence": now - missing[name] if name in missing else silence,
+                    "bytes_sent": sent,
+                    "bytes_received": received,
+                }
+            return found
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no member is connected, or is waited for because its connection was lost."""
+        return not self._members and not self._missing
+
+    def _start(self, client: Client, link: Link) -> None:
+        link.start(partial(self._on_message, client), partial(self._on_failure, client))
+
+    def _on_message(self, client: Client, message: Message, progress: Iterable[int]) -> None:
+        vector, is_taken = vector_of(message), False
+        try:
+            if isinstance(message, RegionUpdate | ModelRequest) and vector is None:
+                client.wait_for_room(self._liveness)
+            finding = self.node.inspect(message, progress)
+            with self._lock:
+                if client.is_gone or client.is_refused:
+                    return
+                sends = self._handle(client, message, finding)
+                is_taken = True  # the vector of an update comes back in the answer, perhaps later
+                if isinstance(message, InitialModel):
+                    client.give_away()
+                self._post(sends)
+        finally:
+            if vector is not None and not is_taken:
+                client.release()
+
+    def _handle(self, client: Client, message: Message, finding: Any) -> list[Send]:
+        match message:
+            case StatusRequest():
+                client.session.control.post(StatusReply(self._status()))
+                return []
+            case Enrol() | Join():
+                if not self._identify(client, message):
+                    return []
+            case Failure():
+                self._drop(client)
+                if client.index is None:
+                    return []
+                reason = message.reason.strip().splitlines()[-1:] or ["it gave no reason"]
+                self.note(f"The job of {client} failed: {reason[0][:_MOST_CHARACTERS]}", logging.WARNING)
+                return self._lost(client.index)
+            case Preempted():
+                return []
+        if client.index is None:
+            raise ProtocolError(f"it sent {type(message).__name__} before it joined")
+        sends = self.node.handle(client.index, message, finding)
+        self.updates += isinstance(message, RegionUpdate)
+        if client.models is None and self.node.form is not None:
+            client.form = self.node.form
+            client.release()
+            client.models = client.session.models(client.form, client.memory)
+            self._start(client, client.models)
+        if isinstance(self.node, Founding) and (node := self.node.node) is not None:
+            self.node = node
+            self.note("The run begins.")
+            sends = [*sends, *node.start()]
+        self.changed.set()
+        return sends
+
+    def _identify(self, client: Client, message: Enrol | Join) -> bool:
+        """Makes a client the connection of its member, unless another process with its name is present."""
+        if client.models is None and not client.session.has_models:
+            raise ProtocolError("it has no connection for models, which a member needs")
+        if client.index is None:
+            index = self.node.index_of(client.session.name)
+            other = self._members.get(index)
+            if other is not None and other.process != message.session:
+                self._refuse(
+                    client,
+                    f"{client.session.name} is present already, from {other.session.address}; two jobs must not use the"
+                    " same key file. If that job has just died, it is lost after"
+                    f" {self._liveness:g} s of silence, and this one may join.",
+                )
+                return False
+            if other is not None:
+                self._drop(other)
+            self._missing.pop(index, None)
+            client.index, client.process = index, message.session
+            self._members[index] = client
+            self.note(f"{client} is connected.")
+        elif client.process != message.session:
+            raise ProtocolError("it changed its session on one connection")
+        return True
+
+    def _on_failure(self, client: Client, error: Exception) -> None:
+        with self._lock:
+            if client.is_gone:
+                return
+            if not isinstance(error, PeerLostError | OSError):
+                self._expel(client, str(error) or repr(error), error)
+                return
+            self._drop(client)
+            if client.index is None or client.is_refused:
+                return
+            self.note(f"The connection of {client} is lost: {error}", logging.WARNING)
+            self._missing[client.index] = time.monotonic()
+            self._post(self.node.disconnected(client.index))
+
+    def _expel(self, client: Client, reason: str, error: Exception | None = None) -> None:
+        unexpected = None if error is None or isinstance(error, ProtocolError | ValueError) else error
+        reason = reason[:_MOST_CHARACTERS]
+        if client.index is None:
+            self.note(f"{client} is refused: {reason}", logging.WARNING)
+        else:
+            self.note(f"{client} loses its membership: {reason}", logging.ERROR)
+        if unexpected is not None:
+            log.error("The error was not expected.", exc_info=unexpected)
+        client.is_refused = True
+        if client.index is not None:
+            self._members.pop(client.index, None)
+            self._post(self.node.expel(client.index, reason))
+        client.session.control.post(Refusal(reason))
+        self._close(client, GOODBYE)
+        self.changed.set()
+
+    def _refuse(self, client: Client, reason: str) -> None:
+        self.note(f"{client} is refused: {reason}", logging.WARNING)
+        client.is_refused = True
+        client.session.control.post(Refusal(reason, for_good=False))
+        self._close(client, GOODBYE)
+
+    def _lose(self, index: int, name: str) -> None:
+        self.note(f"{name} is lost: nothing came from it for {self._liveness:g} s.", logging.WARNING)
+        self._post(self._lost(index))
+
+    def _lost(self, index: int) -> list[Send]:
+        self._missing.pop(index, None)
+        self.changed.set()
+        return self.node.lose(index)
+
+    def _drop(self, client: Client) -> None:
+        """Cuts a client's connection and forgets it."""
+        if client.is_gone:
+            return
+        client.is_gone = True
+        client.held.clear()
+        before = self._traffic.setdefault(client.session.name, [0, 0])
+        self._traffic[client.session.name] = [a + b for a, b in zip(before, client.traffic(), strict=True)]
+        self._clients.remove(client)
+        if client.index is not None and self._members.get(client.index) is client:
+            del self._members[client.index]
+        client.session.abort()
+        client.release()  # so that no thread waits for memory
+
+    def _close(self, client: Client, timeout: float) -> None:
+        """Says goodbye to a client after what it has still to be sent, and drops it when it has said goodbye, too."""
+        if client.is_closing:
+            return
+        client.is_closing = True
+
+        def close() -> None:
+            client.session.close(timeout)
+            with self._lock:
+                self._drop(client)
+
+        threading.Thread(target=close, name=f"halos goodbye {client.session.name}", daemon=True).start()
+
+    def _post(self, sends: Sequence[Send]) -> None:
+        for send in sends:
+            client = self._members.get(send.to)
+            if client is None:
+                continue  # its connection is lost, and it gets all it needs when it is back
+            must_wait = self._must_wait(send.message)
+            if must_wait or client.held:
+                client.held.append((self._begun + 1 if must_wait else 0, send))
+                if must_wait:
+                    self._must_save = True
+                    self.changed.set()
+            else:
+                self._send(client, send)
+
+    def _must_wait(self, message: Message | Shard) -> bool:
+        """Returns whether a message may be sent only when a snapshot has the present state.
+
+        A member that has got its last message is gone and repeats nothing, so what it has given must be on disk. A
+        member that has been welcomed must not be forgotten, nor must the run.
+        """
+        if isinstance(message, Welcome):
+            return message.is_new and not message.needs_model
+        return isinstance(message, GlobalModel) and message.final
+
+    def _send_held(self) -> None:
+        for client in list(self._members.values()):
+            while client.held and client.held[0][0] <= self._written:
+                self._send(client, client.held.popleft()[1])
+
+    def _send(self, client: Client, send: Send) -> None:
+        message = send.message
+        assert not isinstance(message, Shard)
+        link = client.models if uses_models_link(message) else client.session.control
+        assert link is not None
+        if isinstance(message, Refusal):
+            self.note(f"{client} is refused: {message.reason}", logging.WARNING)
+        client.begins_to_send(vector_of(message))
+        link.post(message, send.fill, partial(self._sent, client, vector_of(message)))
+        if client.unsent > _MOST_UNSENT:
+            self._expel(client, f"it does not take what it is sent: {client.unsent} messages wait for it")
+        elif isinstance(message, Refusal) or (isinstance(message, GlobalModel) and message.final):
+            self._close(client, GOODBYE)
+
+    def _sent(self, client: Client, vector: Tensor | None) -> None:
+        with self._lock:
+            client.has_sent(vector)

@@ -1,0 +1,228 @@
+"""The global server's process: it listens, keeps the clock, and ends when the run is done or nobody works on it.
+
+A member is lost when nothing at all came from it for ``liveness`` seconds. The run goes on until its work is done, an
+operator ends the process, or fewer than ``min_regions`` members have been present for longer than ``timeout``. The last
+two cost nothing but time: the snapshot in the run's directory is what the next process goes on from.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_halos.core.founding import Founding
+from lightning_halos.core.open_global_node import OpenGlobalNode
+from lightning_halos.core.protocol import GlobalState
+from lightning_halos.serving.final_model import checkpoint_of
+from lightning_halos.serving.host import RunHost, Session
+from lightning_halos.serving.snapshots import SnapshotWriter
+from lightning_halos.serving.status import Reporter
+from lightning_halos.serving.storage import RunDirectory
+from lightning_halos.transport.certificates import Certificate
+
+log = logging.getLogger(__name__)
+
+FINISHED, ABANDONED = 0, 1
+"""Exit codes of a run that is done, and of one that too few members have worked on. After a signal: 128 + signal."""
+
+_TICK = 0.25  # seconds between two looks at the clock
+_LEAST_LIVENESS = 5.0  # seconds; a connection shows a sign of life each second, and may be slow for a few
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an operator decides about a run.
+
+    Attributes:
+        min_regions: Members that the run waits for at its start, and needs to go on.
+        workers: Workers that a global step is divided by. Default: those of the members that the run begins with.
+        snapshot_every: Updates between two snapshots.
+        timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun.
+        liveness: Seconds of silence after which a member is lost.
+        decider: Name of the region that decides about validation and checkpoints while it is present. Default: the one
+            that has been a member for longest.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
+
+    min_regions: int = 1
+    workers: int | None = None
+    snapshot_every: int = 1
+    timeout: float = 3600.0
+    liveness: float = 30.0
+    decider: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("min_regions", 1), ("workers", 1), ("snapshot_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+        if self.snapshot_every > MOST_UPDATES:
+            raise ValueError(
+                f"--snapshot-every {self.snapshot_every} must be at most {MOST_UPDATES}, because members keep each"
+                " update until a snapshot has it."
+            )
+        if not self.liveness >= _LEAST_LIVENESS:
+            raise ValueError(
+                f"--liveness {self.liveness:g} must be at least {_LEAST_LIVENESS:g} seconds, because a slow connection"
+                " may be silent for a few."
+            )
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout {self.timeout:g} must be a positive number of seconds.")
+
+
+MOST_UPDATES = 8
+"""Largest number of updates between two snapshots."""
+
+
+class RunServer:
+    """Runs the global server in this process.
+
+    Args:
+        directory: The run's directory. If it has a snapshot, the run goes on from there.
+        rules: What the operator decides.
+
+    Attributes:
+        host: The host of the run's node.
+        reporter: Describes the run.
+
+    Raises:
+        CheckpointError: If the directory's snapshots cannot be used.
+    """
+
+    def __init__(self, directory: RunDirectory, rules: Rules) -> None:
+        self._directory = directory
+        self._rules = rules
+        self._signal: int | None = None
+        self._few_since: float | None = None
+        self._wake = threading.Event()
+        state = directory.load()
+        node = self._founding() if state is None else self._resumed(state)
+        self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
+        self._snapshots = SnapshotWriter(
+            self.host,
+            directory,
+            rules.snapshot_every,
+            self._summary,
+        )
+        self.reporter = Reporter(self.host, self._snapshots, directory.path, rules.min_regions)
+
+    def admit(self, session: Session) -> None:
+        """Serves an authenticated peer."""
+        self.host.admit(session)
+
+    def stop(self, number: int) -> None:
+        """Ends :meth:`run` soon, because of a signal."""
+        self._signal = number
+        self._wake.set()
+
+    def run(
+        self,
+        objection: Callable[[Certificate], str | None] = lambda certificate: None,
+        each_tick: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Serves until the run ends. Returns the exit code.
+
+        Args:
+            objection: Why a present peer must go, by its certificate.
+            each_tick: Called several times a second.
+        """
+        self._greet()
+        self._snapshots.start()
+        try:
+            while True:
+                now = time.monotonic()
+                self.host.watch(now)
+                self.reporter.sample(now)
+                self.host.expel_if(objection)
+                each_tick()
+                if self._signal is not None:
+                    return self._end_for_signal(self._signal)
+                if self._is_finished:
+                    self._write_final_model()
+                    if self.host.is_alone:
+                        return self._end_finished()
+                elif self._too_few(now):
+                    return self._end_abandoned()
+                self._wake.wait(_TICK)
+        finally:
+            self._snapshots.end()
+            self.host.abort()
+
+    def _summary(self) -> dict[str, Any]:
+        status = self.host.ask(lambda node: node.status())
+        return {"global_step": status["run"]["global_step"], "members": sorted(status["members"])}
+
+    def _founding(self) -> Founding:
+        rules = self._rules
+        return Founding(rules.min_regions, rules.workers, rules.decider)
+
+    def _resumed(self, state: Mapping[str, Any]) -> OpenGlobalNode:
+        return OpenGlobalNode.restored(state, self._rules.decider)
+
+    @property
+    def _is_finished(self) -> bool:
+        node = self.host.node
+        return isinstance(node, OpenGlobalNode) and node.state is GlobalState.FINISHED
+
+    def _greet(self) -> None:
+        path, note = self._directory.path, self.host.note
+        if self._is_finished:
+            note(
+                f"The run in {path} is finished. Its final model is in {self._directory.final_model}. Members that"
+                f" return within {self._rules.liveness:g} s get it, then the server ends."
+            )
+        elif isinstance(self.host.node, OpenGlobalNode):
+            step = self.host.ask(lambda node: node.status())["run"]["global_step"]
+            note(f"The run in {path} goes on from global step {step}. Its members are waited for.")
+        else:
+            few = self._rules.min_regions
+            note(f"A new run begins in {path} when {few} {'regions have' if few > 1 else 'region has'} joined.")
+
+    def _too_few(self, now: float) -> bool:
+        node = self.host.node
+        if isinstance(node, Founding) or node.present >= self._rules.min_regions:
+            self._few_since = None
+        elif self._few_since is None:
+            self._few_since = now
+        return self._few_since is not None and now - self._few_since > self._rules.timeout
+
+    def _write_final_model(self) -> None:
+        if not self._directory.final_model.exists():
+            node = self.host.node
+            assert isinstance(node, OpenGlobalNode)
+            # Nothing writes to the model any more.
+            self._directory.write_final_model(checkpoint_of(node))
+            self.host.note(f"The run is finished. Its final model is in {self._directory.final_model}.")
+
+    def _end_finished(self) -> int:
+        self.host.note("All members have got the final model. The server ends.")
+        return FINISHED
+
+    def _end_abandoned(self) -> int:
+        rules, few = self._rules, self._rules.min_regions
+        self._snapshots.end()
+        self._snapshots.write()
+        self.host.note(
+            f"Fewer than {few} {'regions' if few > 1 else 'region'} were present for longer than {rules.timeout:g} s,"
+            f" so the server ends. The run is in {self._directory.path}: start the server again to go on.",
+            logging.ERROR,
+        )
+        return ABANDONED
+
+    def _end_for_signal(self, number: int) -> int:
+        self._snapshots.end()
+        name = signal.Signals(number).name
+        if isinstance(self.host.node, OpenGlobalNode):
+            self._snapshots.write()
+            rest = f"The run is in {self._directory.path}: start the server again, here or elsewhere, to go on."
+        else:
+            rest = "The run had not begun."
+        self.host.note(f"The server ends because of {name}. {rest}", logging.WARNING)
+        return 128 + number

@@ -1,0 +1,112 @@
+"""The state of a run as plain values, for ``lightning-halos status`` and the dashboard.
+
+It describes; it decides nothing. ``report`` makes it readable for people.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_halos.serving.host import RunHost
+from lightning_halos.serving.snapshots import SnapshotWriter
+from lightning_halos.version import __version__
+
+_WINDOW = 60.0  # seconds over which rates are averaged
+_LEAST = 1.0  # seconds between two samples
+
+
+class _Sample(NamedTuple):
+    at: float  # by `time.monotonic`
+    counts: dict[str, int]  # of the run
+    steps: dict[str, int]  # local steps of each member
+
+
+class Reporter:
+    """Describes a run.
+
+    Args:
+        host: The host of the run's node.
+        snapshots: Writes its snapshots.
+        directory: The run's directory.
+        min_regions: Members that the run needs.
+    """
+
+    def __init__(self, host: RunHost, snapshots: SnapshotWriter, directory: Path, min_regions: int) -> None:
+        self._host = host
+        self._snapshots = snapshots
+        self._directory = directory
+        self._min_regions = min_regions
+        self._started = time.time()
+        self._samples: deque[_Sample] = deque()
+        self._lock = threading.Lock()
+
+    def sample(self, now: float) -> None:
+        """Notes how far the run is, from which rates follow. ``now`` is by ``time.monotonic``."""
+        if self._samples and now - self._samples[-1].at < _LEAST:
+            return
+        status = self._host.ask(lambda node: node.status())
+        traffic = self._host.connections().values()
+        counts = {name: sum(one[name] for one in traffic) for name in ("bytes_sent", "bytes_received")}
+        counts |= {"local_steps": status["run"]["total"], "updates": self._host.updates}
+        with self._lock:
+            steps = {name: member.get("steps", 0) for name, member in status["members"].items()}
+            self._samples.append(_Sample(now, counts, steps))
+            while now - self._samples[0].at > _WINDOW:
+                self._samples.popleft()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the state of the run.
+
+        - ``version`` of the package, ``time`` and ``started`` (by ``time.time``), ``directory``
+        - ``run``: ``state``, ``global_step``, ``max_steps``, ``epoch``, ``epochs``, ``total`` (local steps),
+          ``workers`` (that a global step is divided by), ``min_regions``, ``version`` (of the global model),
+          ``decider``, and more
+        - ``rates`` per second, over the last minute: ``global_steps``, ``local_steps``, ``updates``, ``bytes_sent`` and
+          ``bytes_received``
+        - ``members`` by name: ``state``, ``workers``, ``steps`` and ``steps_per_second`` (local), ``updates``,
+          ``staleness`` (mean of its pushes), ``rejected`` (pushes), what :meth:`RunHost.connections` tells, and more
+        - ``snapshot``: the last one, see :class:`SnapshotWriter`; ``None`` before the first of this process
+        - ``events``: the latest ones, as pairs of a time and a sentence; the newest is the last
+        """
+        status = self._host.ask(lambda node: node.status())
+        connections, (rates, speeds) = self._host.connections(), self._rates()
+        workers = status["run"]["workers"]
+        return {
+            "version": __version__,
+            "time": time.time(),
+            "started": self._started,
+            "directory": str(self._directory),
+            "run": {**status["run"], "min_regions": self._min_regions},
+            "rates": {**rates, "global_steps": rates["local_steps"] / workers if workers else 0.0},
+            "members": {
+                name: {**member, "steps_per_second": speeds.get(name), **connections.get(name, {})}
+                for name, member in status["members"].items()
+            },
+            "snapshot": self._snapshots.last,
+            "events": [list(event) for event in list(self._host.events)],
+        }
+
+    def text(self) -> str:
+        """Returns the state of the run as JSON."""
+        return json.dumps(self.describe())
+
+    def _rates(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns the rates of the run, and the local steps per second of each member."""
+        with self._lock:
+            samples = list(self._samples)
+        if len(samples) < 2:
+            return dict.fromkeys(("bytes_sent", "bytes_received", "local_steps", "updates"), 0.0), {}
+        first, last = samples[0], samples[-1]
+        seconds = last.at - first.at
+        rates = {name: (count - first.counts[name]) / seconds for name, count in last.counts.items()}
+        # Counts shrink when a member is lost whose work was not in the global model yet.
+        return {name: max(0.0, rate) for name, rate in rates.items()}, {
+            name: max(0.0, (steps - first.steps[name]) / seconds)
+            for name, steps in last.steps.items()
+            if name in first.steps
+        }

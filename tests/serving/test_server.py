@@ -1,0 +1,341 @@
+"""The server goes on whatever its members do, and gives every one of them the same final model."""
+
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_halos.core.messages import Enrol, Failure, Progress, Refusal, StatusReply, StatusRequest
+from lightning_halos.serving.storage import RunDirectory
+from lightning_halos.transport.revocations import Revocations
+from tests.serving.conftest import Server, until
+from tests.serving.region import DESCRIPTION, ELEMENTS, STEPS, Region
+
+Serve = Callable[..., Server]
+Regions = Callable[..., Region]
+ROUNDS = 40 // STEPS  # of the complete run, if a global step is one local step
+
+
+class Toy(pl.LightningModule):
+    """The module whose parameters and buffer the regions' description names, and a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.layer.bias = nn.Parameter(torch.zeros(4))
+        self.register_buffer("mean", torch.zeros(2))
+        self.frozen = nn.Parameter(torch.full((1,), 7.0), requires_grad=False)
+
+
+def test_a_run_from_its_founding_to_its_final_model(serve: Serve, region: Regions, tmp_path: Path) -> None:
+    server = serve(min_regions=2, workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.connect()
+    us.join()
+    until(lambda: "us" in server.status()["members"])
+    assert server.status()["run"]["state"] == "waiting"
+    eu.connect()
+    eu.join()
+    us.model = torch.arange(float(ELEMENTS))
+    assert [us.settle().needs_model, eu.settle().needs_model] == [False, False]
+    for _ in range(ROUNDS // 2):
+        us.work()
+        us.answer()
+        eu.work()
+        eu.answer()
+    assert server.status()["run"]["global_step"] == 40
+    us.flush()
+    eu.flush()
+    finals = [us.final(), eu.final()]
+    for one in (us, eu):
+        one.goodbye()
+    assert server.wait() == 0
+    for final in finals:
+        assert final.vector is not None
+        assert torch.equal(final.vector[:16], torch.arange(16.0) + ROUNDS)  # each update adds one
+        assert final.position == 40
+
+    checkpoint = torch.load(tmp_path / "run" / "final.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 40
+    loaded = Toy.load_from_checkpoint(tmp_path / "run" / "final.ckpt", strict=False, map_location="cpu")
+    assert torch.equal(loaded.layer.weight, (torch.arange(12.0) + ROUNDS).view(3, 4))
+    assert torch.equal(loaded.layer.bias, torch.arange(12.0, 16.0) + ROUNDS)
+    assert finals[0].vector is not None
+    assert torch.equal(loaded.mean, finals[0].vector[16:])
+    assert loaded.frozen == 7
+
+
+def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_returns(
+    serve: Serve, region: Regions, tmp_path: Path
+) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    us.work()
+    us.answer()
+    us.flush(stop=True)
+    eu.flush()
+    final = us.final()
+    us.goodbye()
+    eu.final()
+    eu.cut()  # the server cannot know whether eu has the final model
+    until(lambda: "connection of eu" in server.events)
+    server.server.stop(signal.SIGKILL)
+    server.wait()
+
+    server = serve(liveness=1.0)
+    assert "is finished" in server.events
+    eu.connect(server.port)
+    eu.join()
+    again = eu.final()
+    assert final.vector is not None
+    assert again.vector is not None
+    assert torch.equal(again.vector, final.vector)
+    eu.goodbye()
+    assert server.wait() == 0
+
+
+def test_a_second_client_with_the_name_of_a_present_region_is_refused(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    us, double = region("us", server), region("us", server)
+    us.enter()
+    double.connect()
+    double.join()
+    refusal = double.expect(Refusal)
+    assert "us is present already, from 127.0.0.1:" in refusal.reason
+    assert not refusal.for_good
+    assert "us is present already" in server.events
+    us.work()
+    us.answer()
+
+    # When the first one is gone, the other one may join.
+    us.post(Failure("rank 0", "CUDA error\x1b[31m: out of memory"))
+    until(lambda: server.status()["members"]["us"]["state"] == "lost")
+    assert "The job of us (127.0.0.1:" in server.events
+    assert "\x1b" not in server.events
+    assert double.enter().is_new
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Progress(0, 1, 9, STEPS, 0.1, 0.0, 1.0, update=1), "must not send this"),  # in the name of another worker
+        (Progress(0, 1, 0, 10**9, 0.1, 0.0, 1.0, update=1), "must not send this"),
+        (Progress(1, 1, 0, STEPS, 0.1, 0.0, 1.0, update=1), "must not send this"),  # of another server
+        (Progress(0, 1, 0, 1, 0.1, 0.0, 1.0, data=[(5, 6)], update=1), "must not send this"),  # not leased to it
+        (Enrol("another process", 1), "changed its session"),
+        (Refusal("hello"), "must not send this"),
+    ],
+)
+def test_a_message_that_makes_no_sense_costs_its_sender_the_membership_and_not_the_run(
+    serve: Serve, region: Regions, message: Any, reason: str
+) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    us.post(message)
+    assert reason in us.expect(Refusal).reason
+    assert "us (127.0.0.1:" in server.events
+    assert "loses its membership" in server.events
+    eu.work()
+    eu.answer()
+    # The expelled process may not come back; a new one may.
+    us.connect()
+    us.join()
+    assert us.expect(Refusal).for_good
+    us.goodbye()
+    assert region("us", server).enter().is_new
+
+
+def test_an_error_in_the_server_costs_the_sender_the_membership_and_not_the_run(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.server.host.node, "handle", lambda *_: 1 / 0)
+        us.work_blindly()
+        assert "division by zero" in us.expect(Refusal).reason
+    eu.work()
+    eu.answer()
+
+
+def test_another_job_is_refused_with_the_difference(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    region("us", server).enter()
+    eu = region("eu", server, description=replace(DESCRIPTION, max_steps=50))
+    eu.connect()
+    eu.join()
+    assert "max_steps" in eu.expect(Refusal).reason
+    assert "max_steps" in server.events
+
+
+def test_a_region_whose_connection_is_lost_goes_on_where_it_was(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    us = region("us", server)
+    us.enter()
+    us.work()
+    us.answer()
+    for _ in range(3):
+        us.cut()
+        until(lambda: server.status()["members"]["us"]["state"] == "disconnected")
+        us.connect()
+        us.join()
+        welcome = us.settle()
+        assert not welcome.is_new
+        us.repeat(welcome)
+        us.work()
+        us.answer()
+    assert server.status()["run"]["total"] == 4 * STEPS
+    assert torch.equal(us.model[:16], torch.full((16,), 4.0))
+    assert "connection of us" in server.events
+
+
+def test_a_region_that_says_nothing_is_lost_and_may_return(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1, liveness=1.0)
+    us = region("us", server)
+    us.enter()
+    us.work()
+    us.answer()
+    us.cut()
+    until(lambda: server.status()["members"]["us"]["state"] == "lost")
+    assert "us is lost: nothing came from it for 1 s." in server.events
+    us.connect()
+    us.join()
+    us.repeat(us.settle())
+    us.work()
+    us.answer()
+    assert torch.equal(us.model[:16], torch.full((16,), 2.0))
+
+
+def test_a_run_that_too_few_regions_work_on_ends_and_can_go_on(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1, min_regions=2, timeout=0.5)
+    us, eu = region("us", server), region("eu", server)
+    us.connect()
+    us.join()
+    eu.connect()
+    eu.join()
+    us.settle()
+    eu.settle()
+    us.work()
+    us.answer()
+    eu.cut()
+    assert server.wait() == 1
+    assert "Fewer than 2 regions were present for longer than 0.5 s" in server.events
+
+    server = serve(liveness=1.0)  # after which eu's data is leased to others
+    us.connect(server.port)
+    us.join()
+    us.repeat(us.settle())
+    us.work()
+    us.answer()
+    assert torch.equal(us.model[:16], torch.full((16,), 2.0))
+
+
+def test_after_a_signal_the_run_goes_on_elsewhere(serve: Serve, region: Regions, tmp_path: Path) -> None:
+    server = serve(workers=1)
+    us = region("us", server)
+    us.enter()
+    us.work()
+    us.answer()
+    server.server.stop(signal.SIGTERM)
+    assert server.wait() == 143
+    assert "start the server again" in server.events
+    until(lambda: us.failure is not None)
+
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").symlink_to("moved")
+    server = serve()
+    assert "goes on from global step 4" in server.events
+    us.connect(server.port)
+    us.join()
+    us.repeat(us.settle())
+    us.work()
+    us.answer()
+    assert torch.equal(us.model[:16], torch.full((16,), 2.0))
+
+
+def test_a_region_that_leaves_hears_so_only_when_its_work_is_on_disk(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1, snapshot_every=8)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    may_write, save = threading.Event(), RunDirectory.save
+
+    def slow(*arguments: Any) -> Any:
+        may_write.wait(20)
+        return save(*arguments)
+
+    monkeypatch.setattr(RunDirectory, "save", slow)
+    us.flush(leave=True)
+    # While the snapshot waits for the disk, the others are served.
+    for _ in range(3):
+        eu.work()
+        eu.answer()
+    assert server.status()["members"]["us"]["state"] == "left"
+    us.expect_nothing()
+    may_write.set()
+    assert us.final().final
+    us.goodbye()
+    until(lambda: server.status()["members"]["us"]["address"] is None)
+    server.server.stop(signal.SIGKILL)  # what was told is on disk
+    server.wait()
+    server = serve()
+    assert server.status()["members"]["us"]["state"] == "left"
+    assert server.status()["run"]["total"] >= STEPS
+
+
+def test_a_full_disk_does_not_end_the_run(serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(workers=1)
+    us = region("us", server)
+    us.enter()
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", fail)
+        for _ in range(3):
+            us.work()
+            us.answer()
+        until(lambda: "No space left on device" in server.events)
+    us.flush(leave=True)
+    us.final()
+
+
+def test_who_is_revoked_is_expelled_and_let_in_with_a_new_key(
+    serve: Serve, region: Regions, keys: Path, tmp_path: Path
+) -> None:
+    server = serve(workers=1)
+    ap = region("ap", server)
+    ap.enter()
+    Revocations(tmp_path / "run" / "revoked").add("ap")
+    assert "revoked" in ap.expect(Refusal).reason
+    ap.goodbye()
+    assert "ap (127.0.0.1:" in server.events
+
+
+def test_anybody_with_a_key_may_ask_for_the_status(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    us.work()
+    us.answer()
+    eu.connect()
+    eu.post(StatusRequest())
+    text = eu.expect(StatusReply).text
+    assert '"us"' in text
+    assert '"eu"' not in text
