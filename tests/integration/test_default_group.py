@@ -436,7 +436,11 @@ class Sharing(Toy):
     def configure_model(self) -> None:
         if self.what == "parameter":
             from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.tensor import distribute_tensor
+
+            try:
+                from torch.distributed.tensor import distribute_tensor
+            except ImportError:  # torch 2.4
+                from torch.distributed._tensor import distribute_tensor
 
             parameter = distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)))
             self.register_parameter("part", nn.Parameter(parameter))

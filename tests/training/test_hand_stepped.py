@@ -73,6 +73,9 @@ def sgd() -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("kind", [SequentialLR, ChainedScheduler, WarmUp, "nested"])
 def test_the_parts_of_a_scheduler_that_lightning_steps_belong_to_it(kind: Any) -> None:
+    if kind == "nested" and not hasattr(ChainedScheduler([ExponentialLR(sgd(), 0.9)]), "last_epoch"):
+        pytest.skip("torch 2.4 has no ChainedScheduler in a SequentialLR")
+
     def make() -> tuple[LRScheduler, list[LRScheduler]]:
         optimizer = sgd()
         parts: list[Any] = [LinearLR(optimizer, 0.1, 1.0, total_iters=8), ExponentialLR(optimizer, 0.95)]

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_halos.training.same_data import digest
+
+datasets = pytest.importorskip("datasets")
 
 
 class Held(Dataset):

@@ -190,13 +190,14 @@ class SharedData:
         self._may_leave = may_leave
         self.attach()
         fit_loop = self._trainer.fit_loop
-        restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
         if fit_loop.epoch_loop.restarting and fit_loop.epoch_loop.batch_progress.is_last_batch:
             # The checkpoint is from the last batch of an epoch, so a new epoch starts.
             fit_loop.epoch_loop.restarting = False
         # Lightning believes that a resumed epoch begins with its first batch, unless the data loader has a state.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-        if self._trainer.current_epoch == 0 or restarts:  # else Lightning makes a new iterator itself
+        # Lightning makes a new iterator itself when an epoch starts. `is_resuming` is in Lightning 2.5.3 and later.
+        restarts = getattr(fit_loop, "is_resuming", False) or fit_loop.epoch_loop.restarting
+        if self._trainer.current_epoch == 0 or restarts:
             begin_epoch_of_data(self._trainer)
 
     def count_batch(self, ends_epoch: bool) -> None:
