@@ -35,3 +35,19 @@ def test_the_order_of_an_epoch_takes_the_memory_of_a_tensor_not_of_a_list() -> N
     list(sampler)
     kept = [value for value in vars(sampler).values() if isinstance(value, tuple)]
     assert [type(order) for _, order in kept] == [torch.Tensor]
+
+
+def test_what_another_region_leaves_of_an_earlier_epoch_is_used_in_the_present_one() -> None:
+    sampler = shared([Lease(0, 2, 3), Lease(1, 0, 1), Lease(0, 9, 1), Lease(1, 1, 1)], shuffle=False)
+    assert list(sampler) == list(range(20, 50))
+    sampler.set_epoch(1)
+    assert list(sampler) == [*range(10), *range(90, 100), *range(10, 20)]
+
+
+def test_the_rest_of_an_epoch_that_the_trainer_leaves_is_dropped_and_reported() -> None:
+    leases = Leases(iter([Lease(0, 0, 2), Lease(0, 4, 2), Lease(1, 0, 1)]))
+    given = leases.of_epoch(0)
+    assert next(given) == Lease(0, 0, 2)
+    assert leases.use() == (0, 0)
+    assert list(leases.of_epoch(1)) == [Lease(1, 0, 1)]
+    assert leases.dropped == [Lease(0, 1, 1), Lease(0, 4, 2)]

@@ -115,7 +115,8 @@ class LMEvalCallback(Callback):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
+        strategy = trainer.strategy
+        if not (strategy.decides if isinstance(strategy, AlgorithmStrategy) else trainer.is_global_zero):
             return
         _, model = find_language_model(pl_module, self._submodule)
         with (

@@ -129,6 +129,16 @@ class ModelVector:
             advance(stop)
         return start
 
+    def names(self, module: nn.Module) -> tuple[list[str], list[tuple[str, list[int]]]]:
+        """Returns the names of the vector's parameters in ``module.state_dict()``, and names and shapes of the rest."""
+        names: dict[int, str] = {}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            names.setdefault(id(tensor), name)
+        tensors = self._tensors()
+        parameters = [names[id(tensor)] for tensor in tensors[: len(self._parameters)]]
+        averaged = tensors[len(self._parameters) :]
+        return parameters, [(names[id(tensor)], list(_real(tensor).shape)) for tensor in averaged]
+
     def newly_trainable(self, module: nn.Module) -> list[str]:
         """Names of the parameters of ``module`` that are trainable now but not part of the vector."""
         known = {*self._idle, *(id(p) for p in self._parameters)}

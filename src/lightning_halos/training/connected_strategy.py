@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -30,7 +31,9 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.membership import Membership
 from lightning_halos.training.same_model import broadcast_module
+from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
 from lightning_halos.training.site import Site, named_regions
 from lightning_halos.transport.collectives import Collectives
@@ -46,6 +49,7 @@ class ConnectedStrategy(ParallelStrategy):
     Attributes:
         algorithm: The algorithm.
         cluster: The cluster to simulate; ``None`` for a real run.
+        membership: The job's membership in a run of several jobs; only during a fit of such a job.
         timeout: Limit for any wait for a peer, in seconds.
     """
 
@@ -56,6 +60,7 @@ class ConnectedStrategy(ParallelStrategy):
         start_method: StartMethod,
         timeout: float,
         simulate: SimulatedCluster | str | None,
+        server: ServerSettings | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -74,8 +79,12 @@ class ConnectedStrategy(ParallelStrategy):
             raise ValueError(
                 f"regions={regions!r} must be None with simulate=..., because the cluster has the regions."
             )
+        if server is not None:
+            check_suits_server(algorithm, server, simulate is not None, regions)
         self.algorithm = algorithm
         self.cluster = simulate
+        self.membership: Membership | None = None
+        self._server = server
         self._regions = regions
         self._start_method = start_method
         self.timeout = float(timeout)
@@ -110,6 +119,9 @@ class ConnectedStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         if self.only_rank_zero_works:
             return {"num_replicas": 1, "rank": 0}
+        if (member := self.membership) is not None:
+            rank = (member.first + self.global_rank) % member.workers
+            return {"num_replicas": member.workers, "rank": LightningRank(rank)}
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
 
     @property
@@ -138,13 +150,30 @@ class ConnectedStrategy(ParallelStrategy):
         if self.cluster is not None:
             self._configure_simulation(self.cluster)
             return
+        if self._server is not None:
+            self._configure_region(self._server)
+            return
         regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
         if regions is not None:
             self._topology = self.algorithm.arrange(regions)
+        self._launcher = self._make_launcher()
+
+    def _configure_region(self, server: ServerSettings) -> None:
+        """Arranges a job that is one region, with the name in its certificate."""
+        assert self.cluster_environment is not None
+        is_rank_0 = self.cluster_environment.node_rank() == 0 and self.cluster_environment.local_rank() == 0
+        name = "this job"
+        with nullcontext() if is_rank_0 else suppress(ValueError):  # only its machine must have the keys
+            name = server.read_keys().certificate.name
+        workers = range(self.num_nodes * self.num_processes)
+        self._topology = self.algorithm.arrange([workers], [name])
+        self._launcher = self._make_launcher()
+
+    def _make_launcher(self) -> SubprocessScriptLauncher | MultiProcessingLauncher:
+        assert self.cluster_environment is not None
         if self._start_method == "popen":
-            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = MultiProcessingLauncher(self, start_method=self._start_method)
+            return SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        return MultiProcessingLauncher(self, start_method=self._start_method)
 
     def _configure_simulation(self, cluster: SimulatedCluster) -> None:
         assert self.cluster_environment is not None
@@ -178,7 +207,7 @@ class ConnectedStrategy(ParallelStrategy):
             address, port = environment.main_address, environment.main_port
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(address, port, rank, size, self.timeout, interrupted)
-            may_be_named = not simulated and self._regions is None
+            may_be_named = not simulated and self._regions is None and self._server is None
             if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
                 topology = self.algorithm.arrange(*named)
             assert topology is not None
@@ -188,6 +217,9 @@ class ConnectedStrategy(ParallelStrategy):
         self._default_group.install()
         if (trainer := find_trainer(self.lightning_module)) is not None:  # else no entry point of the Trainer runs
             keep_sigterm_local(trainer)
+            if self._server is not None and trainer.state.fn == TrainerFn.FITTING:
+                # Here, because the module's setup() may already ask for the number of steps.
+                self.membership = Membership(self._server, self._site)
 
     @abstractmethod
     def check_interrupted(self) -> None:

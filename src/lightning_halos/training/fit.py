@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Checkpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import ServerAlgorithm
@@ -27,9 +27,10 @@ from lightning_halos.training.compat import (
     show_metrics,
     wrap_dump_checkpoint,
 )
+from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
 from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0
-from lightning_halos.training.preemption import Preemption
+from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import adopt_final_model, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
@@ -56,7 +57,7 @@ class Fit:
     """
 
     def __init__(self, start: Start, world: World, grace_time: float) -> None:
-        trainer, data, resume = start.trainer, start.data, start.resume
+        trainer, data = start.trainer, start.data
         self.start = start
         self.world = world
         self.worker_model: Tensor | None = None
@@ -64,13 +65,21 @@ class Fit:
         self._first_metrics = FirstMetrics(
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE)
         )
+        self._decides = world.decides
+        self._told_callbacks = ""
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
-        self.preemption = Preemption(trainer, world.alarm, grace_time, start.saves if start.site.rank == 0 else None)
-        self.lightning = TrainerAdapter(trainer, start.limit, start.end, None if data is None else data.batches)
+        saves = start.saves if start.site.rank == 0 else None
+        self.preemption = Preemption(trainer, world.alarm, grace_time, saves)
+        if start.membership is not None:
+            self.preemption = Departure(trainer, world.alarm, grace_time)
+        batches = None if data is None else data.batches
+        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, world.decides)
+        if start.membership is not None:
+            self.lightning.schedulers.set_deciding(world.decides)  # it may change
         self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics)
-        if resume is not None:
-            show_metrics(trainer, resume.manifest.metrics)
+        self.loop.end_evaluation = self._end_evaluation
+        show_metrics(trainer, start.metrics)
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -84,7 +93,7 @@ class Fit:
         """
         first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, self.start.site, end)
         self.lightning.install(first_hooks, self.loop)
-        if self.start.site.rank > 0:
+        if not self._decides:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
         elif not self.trainer.enable_validation:
             self._first_metrics.tell({})
@@ -94,12 +103,18 @@ class Fit:
             self._averages = [GlobalAverage(c, self.trainer.global_step, self._global_tensors) for c in averaging]
             stochastic = [c for c in callbacks_of(self.trainer) if isinstance(c, StochasticWeightAveraging)]
             self._averages += [GlobalStochasticAverage(callback, self._global_tensors) for callback in stochastic]
+        if self._decides:
+            put_states(callbacks_of(self.trainer), self.world.callbacks)
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         if self.start.memory is not None:
             log_rules(self.start.vector.entries)
         self.start.site.collectives.barrier()
         self.is_training = True
+        if self.start.entry is not None and self.start.entry.is_over:
+            self.loop.finish(stop=False)
+            self.trainer.should_stop = True
+            return
         self.loop.repeat_push()
         # Starting an epoch's data draws a random number. If the state is from the end of an epoch, restore it before.
         state, data = self.start.worker_state, self.start.data
@@ -172,7 +187,7 @@ class Fit:
 
     @property
     def has_two_models(self) -> bool:
-        """Whether this is rank 0 during training, where the worker's model and the global model differ."""
+        """Whether this process decides, and trains, so that the worker's model and the global model differ."""
         return self.is_training and self.world.has_global_model and not self.loop.finished
 
     @contextmanager
@@ -200,6 +215,10 @@ class Fit:
         self.start.vector.write(self.worker_model)
         self.worker_model = None
         self.loop.stopwatch.resume()
+
+    def _end_evaluation(self) -> None:
+        if self.worker_model is not None:
+            self.put_worker_model_back()
 
     def global_parts(self, module: nn.Module) -> dict[str, Tensor]:
         """Returns those of the global model's parameters and buffers that are sent, by name."""
@@ -231,9 +250,29 @@ class Fit:
             return self._global_tensors_of[1]
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
-        """Sends rank 0's metrics, and the steps of its plateau schedulers, to all workers."""
+        """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
         metrics = self.trainer.callback_metrics
-        self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()})
+        if self.start.membership is not None:
+            self._told_callbacks = states_as_text(callbacks_of(self.trainer))
+        self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()}, self._told_callbacks)
+
+    def follow_decisions(self) -> None:
+        """Decides from this batch on, or no longer, if that has changed; and publishes what its callbacks remember."""
+        if self.start.membership is None or self.start.site.rank > 0 or self.loop.finished:
+            return
+        if self.world.decides == self._decides:
+            if self._decides and states_as_text(callbacks_of(self.trainer)) != self._told_callbacks:
+                self.publish([])
+            return
+        self._decides = self.world.decides
+        self.lightning.set_deciding(self._decides)
+        if self._decides:
+            replace_metrics(self.trainer, dict)
+            put_states(callbacks_of(self.trainer), self.world.callbacks)
+            rank_zero_info("This job validates and saves checkpoints for the run from now on.")
+        else:
+            replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
+            rank_zero_info("Another job validates and saves checkpoints for the run from now on.")
 
     def _read_global_model(self) -> Tensor:
         vector = self.start.vector
@@ -248,6 +287,7 @@ class Fit:
         if not self.lightning.would_have_validated:
             return {}
         may_wait = not self.world.is_simulated and isinstance(self.start.algorithm, ServerAlgorithm)
+        may_wait = may_wait and self.start.membership is None  # the process that decides may be in another job
         with self.loop.stopwatch.paused():
             try:
                 return self._first_metrics.wait(may_wait, self.loop.finished)

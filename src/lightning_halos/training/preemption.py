@@ -1,5 +1,7 @@
 """Handles SIGTERM, which announces that the machine is taken away: the run saves a checkpoint and ends.
 
+A job that is one region of a run saves nothing: it gives its last rounds to the run and leaves, and the run goes on.
+
 The signal handler only records the signal, because it may interrupt any code. The main thread reacts where it works or
 waits, and tells all peers, so that the signal may be sent to any process.
 """
@@ -65,6 +67,11 @@ class Preemption:
         return self._since is not None
 
     @property
+    def leaves(self) -> bool:
+        """Whether this worker has to push its last round, and to leave a run that goes on without its job."""
+        return False
+
+    @property
     def is_late(self) -> bool:
         """Whether the time for a save is over."""
         return self._since is not None and time.monotonic() - self._since > self._grace_time
@@ -108,6 +115,14 @@ class Preemption:
         if self.is_late:
             raise SIGTERMException(EXIT_CODE)
 
+    def end(self) -> None:
+        """Ends this process.
+
+        Raises:
+            SIGTERMException: Always, with the exit code of a preempted process.
+        """
+        raise SIGTERMException(EXIT_CODE)
+
     def release(self) -> None:
         """Restores the previous signal handler."""
         if self._previous is not None:
@@ -147,6 +162,36 @@ class Preemption:
         rank_zero_info(f'SIGTERM: the run saves {path} and ends. Resume with trainer.fit(..., ckpt_path="last").')
         self.saved = path
         self._trainer.save_checkpoint(path)
+
+
+class Departure(Preemption):
+    """Handles SIGTERM in one process of a job that is one region of a run.
+
+    Every worker of the job ends its round and pushes it to the region's server, which sends its last update and leaves.
+    The processes end when they have an answer, or when the grace time is over.
+
+    Args:
+        trainer: The Trainer.
+        alarm: Passes the preemption on to the job's other processes.
+        grace_time: Seconds from the signal until a process ends without an answer.
+    """
+
+    def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float) -> None:
+        super().__init__(trainer, alarm, grace_time, None)
+
+    @property
+    def leaves(self) -> bool:
+        return self.is_due
+
+    def check(self) -> None:
+        """Tells the job's other processes that the job has to leave.
+
+        Raises:
+            SIGTERMException: When the time for it is over.
+        """
+        if self._since is not None:
+            self._alarm.preempt(self._since)
+            self.end_if_late()
 
 
 def preemption_path(trainer: pl.Trainer) -> str | None:

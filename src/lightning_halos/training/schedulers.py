@@ -52,7 +52,8 @@ class SchedulePosition:
     Inside a round Lightning steps those with ``interval="step"`` as usual, but not beyond ``limit``, where
     ``OneCycleLR`` would raise an error.
 
-    Rank 0 steps a ``ReduceLROnPlateau``; the other workers repeat its steps with the same values.
+    The worker that decides (rank 0, in a region job while its job decides) steps a ``ReduceLROnPlateau``; the other
+    workers repeat its steps with the same values.
 
     Args:
         module: The module, whose ``lr_scheduler_step`` hook does every step.
@@ -60,13 +61,14 @@ class SchedulePosition:
         optimizers: Their optimizers.
         position: Global step at which the run starts.
         limit: Global steps of the complete run, ``None`` for no limit.
-        is_rank_0: Whether this worker steps the plateau schedulers (rank 0).
+        decides: Whether this worker steps the plateau schedulers.
         epoch_steps: Global steps per epoch, which schedulers with ``interval="epoch"`` follow. ``None`` if they follow
             the worker's own epochs, because every worker trains for the same number of epochs.
+        epochs: Epochs of the run that were over before this worker took part.
 
     Attributes:
-        history: All steps of rank 0's plateau schedulers that this worker knows: pairs of the scheduler's index and the
-            monitored value.
+        history: All steps of the deciding worker's plateau schedulers that this worker knows: pairs of the scheduler's
+            index and the monitored value.
     """
 
     def __init__(
@@ -76,20 +78,23 @@ class SchedulePosition:
         optimizers: Sequence[Optimizer],
         position: int,
         limit: int | None,
-        is_rank_0: bool,
+        decides: bool,
         epoch_steps: int | None = None,
+        epochs: int = 0,
     ) -> None:
         self._module = module
         self._configs = configs
         self._optimizers = optimizers
         self._limit = limit
-        self._is_rank_0 = is_rank_0
+        self._decides = decides
+        # Own steps that will come with a pull, too; `None` if it does not change who decides.
+        self._echoes: list[tuple[int, float]] | None = None
         self._schedulers: list[_Scheduler] = []
         for config in configs if module.automatic_optimization else []:
             unit = None if config.reduce_on_plateau else 1 if config.interval == "step" else epoch_steps
             period = None if unit is None else unit * config.frequency
             self._schedulers.append(_Scheduler(config, config.frequency, period, 0, {}))
-            if (config.reduce_on_plateau and not is_rank_0) or (period and config.interval == "epoch"):
+            if (config.reduce_on_plateau and not decides) or (period and config.interval == "epoch"):
                 config.frequency = _NEVER
         self._follows = any(scheduler.period for scheduler in self._schedulers)
         # What the schedulers change in the optimizers' groups, as far as it was seen; the rest belongs to the user.
@@ -99,6 +104,9 @@ class SchedulePosition:
         self.history: list[tuple[int, float]] = []
         # Schedulers in a checkpoint from inside a round are ahead of its global step. They wait until it catches up.
         self._position = max([position, *(s.steps * s.period for s in self._schedulers if s.period)])
+        for scheduler in self._schedulers:
+            if epochs and scheduler.config.interval == "epoch" and not scheduler.config.reduce_on_plateau:
+                self._step(scheduler, 0 if scheduler.period else epochs // scheduler.frequency)
         self._save()
 
     def before_batch(self, batches: int) -> None:
@@ -108,6 +116,14 @@ class SchedulePosition:
         for scheduler in self._schedulers:
             if scheduler.period and scheduler.config.interval == "step":
                 scheduler.config.frequency = _NEVER if at_end else scheduler.frequency
+
+    def set_deciding(self, decides: bool) -> None:
+        """Lets this worker step the plateau schedulers, or no longer, in a run in which that may change."""
+        self._decides = decides
+        self._echoes = self._echoes or []
+        for scheduler in self._schedulers:
+            if scheduler.config.reduce_on_plateau:
+                scheduler.config.frequency = scheduler.frequency if decides else _NEVER
 
     def hold_plateaus(self, is_due: Callable[[int], bool], batch: int) -> None:
         """Lets Lightning step plateau schedulers with ``interval="step"`` after this batch only if they are due.
@@ -121,15 +137,17 @@ class SchedulePosition:
                 scheduler.config.frequency = batch if is_due(scheduler.frequency) else _NEVER
 
     def plateaus(self) -> list[tuple[int, float]]:
-        """Returns the steps of rank 0's plateau schedulers since the last call: their indices and monitored values."""
+        """Returns the steps of this worker's plateau schedulers since the last call: indices and monitored values."""
         stepped: list[tuple[int, float]] = []
-        for index, scheduler in enumerate(self._schedulers if self._is_rank_0 else []):
+        for index, scheduler in enumerate(self._schedulers if self._decides else []):
             if scheduler.config.reduce_on_plateau and scheduler.steps > scheduler.count:
                 scheduler.count = scheduler.steps
                 assert scheduler.config.monitor is not None
                 stepped.append((index, float(self._module.trainer.callback_metrics[scheduler.config.monitor])))
         self._plateaus += stepped
         self.history += stepped
+        if self._echoes is not None:
+            self._echoes += stepped
         return stepped
 
     def pull(self, position: int, plateaus: Sequence[tuple[int, float]]) -> None:
@@ -137,25 +155,35 @@ class SchedulePosition:
 
         Args:
             position: The global step.
-            plateaus: Steps of rank 0's plateau schedulers since the last pull. Rank 0 ignores them.
+            plateaus: Steps of the deciding worker's plateau schedulers since the last pull. That worker ignores them.
         """
         self._leave_replaced()
         if self._limit is not None:
             position = min(position, self._limit)
-        if self._is_rank_0:
-            plateaus, self._plateaus = self._plateaus, []
-        else:
-            self.history += plateaus
+        own, self._plateaus = self._plateaus, []
+        others = self._of_others(plateaus)
+        self.history += others
         if self._follows:
             self._restore()
-        if self._follows or not self._is_rank_0:
-            for index, value in plateaus:
-                self._step(self._schedulers[index], 1, value)
+        for index, value in [*(own if self._follows else []), *others]:
+            self._step(self._schedulers[index], 1, value)
         for scheduler in self._schedulers:
             if scheduler.period:
                 self._step(scheduler, position // scheduler.period - self._position // scheduler.period)
         self._position = max(position, self._position)
         self._save()
+
+    def _of_others(self, plateaus: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Returns those steps that another worker has made."""
+        if self._echoes is None:
+            return [] if self._decides else list(plateaus)
+        others = []
+        for index, value in plateaus:
+            if (index, value) in self._echoes:
+                self._echoes.remove((index, value))
+            else:
+                others.append((index, value))
+        return others
 
     def catch_up(self, history: Sequence[tuple[int, float]]) -> None:
         """Repeats the plateau steps that rank 0 made after this worker's last pull, given rank 0's :attr:`history`."""

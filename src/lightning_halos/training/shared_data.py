@@ -34,34 +34,44 @@ class LightningRank(int):
 
 
 class Leases:
-    """A worker's leases, in order, grouped by epoch."""
+    """A worker's leases, in order, grouped by epoch.
+
+    Attributes:
+        dropped: Leases that were dropped; the owner clears it.
+    """
 
     def __init__(self, leases: Iterator[Lease]) -> None:
+        self.dropped: list[Lease] = []
         self._leases = leases
         self._next: Lease | None = None
-        self._first_epoch: int | None = None
+        self._complete: int | None = None  # the last epoch whose leases came to an end
         self._epoch: int | None = None
         self._given: deque[Lease] = deque()
 
     def of_epoch(self, epoch: int) -> Iterator[Lease]:
-        """Yields the remaining leases of an epoch. Leases of earlier epochs are dropped.
+        """Yields the remaining leases of an epoch. The rest of an epoch that the Trainer has left early is dropped.
 
-        In the first epoch of a fit no lease is dropped, because rounds that were in flight when a checkpoint was saved
-        at the end of an epoch are run again in the next one.
+        Leases of an earlier epoch that come later are not dropped: they are of a region that has left the run. In the
+        first epoch of a fit no lease is dropped, because rounds that were in flight when a checkpoint was saved at the
+        end of an epoch are run again in the next one.
         """
-        if self._first_epoch is None:
-            self._first_epoch = epoch
+        if self._complete is None:
+            self._complete = epoch - 1
         if epoch != self._epoch:
             self._epoch = epoch
+            self.dropped += self._given
             self._given.clear()
         while True:
             self._next = self._next or next(self._leases, None)
             if self._next is None or self._next.epoch > epoch:
+                self._complete = epoch
                 return
             lease, self._next = self._next, None
-            if lease.epoch == epoch or epoch == self._first_epoch:
+            if lease.epoch == epoch or lease.epoch <= self._complete:
                 self._given.append(lease)
                 yield lease
+            else:
+                self.dropped.append(lease)
 
     def use(self) -> tuple[int, int]:
         """Records that the data of the next local step was trained on. Returns its epoch and its position there."""
@@ -128,7 +138,7 @@ class SharedData:
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
-    def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any]) -> None:
+    def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any], workers: int) -> None:
         self._trainer = trainer
         batch_sampler: Any = loader.batch_sampler
         size, accumulate = batch_sampler.batch_size, trainer.accumulate_grad_batches
@@ -136,10 +146,10 @@ class SharedData:
         self.batches = int(trainer.fit_loop.max_batches)
         batches = samples // size if batch_sampler.drop_last else math.ceil(samples / size)
         if self.batches < len(loader):
-            batches = min(batches, self.batches * trainer.world_size)  # limit_train_batches
+            batches = min(batches, self.batches * workers)  # limit_train_batches
         self.steps_per_epoch = math.ceil(batches / accumulate)
         begin = trainer.current_epoch * self.steps_per_epoch
-        used = trainer.global_step * trainer.world_size - begin
+        used = trainer.global_step * workers - begin
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = epochs_of_training(trainer)
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch
@@ -164,8 +174,8 @@ class SharedData:
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
     @classmethod
-    def find(cls, trainer: pl.Trainer) -> SharedData | None:
-        """Returns the training data if the workers can share it, else ``None``.
+    def find(cls, trainer: pl.Trainer, workers: int) -> SharedData | None:
+        """Returns the training data if the ``workers`` of the run can share it, else ``None``.
 
         They can share a single loader with a sampler that Lightning made, but no ``IterableDataset`` and no sampler of
         the user's own.
@@ -177,7 +187,7 @@ class SharedData:
         overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
         if combined is None or len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
             return None
-        return cls(trainer, combined, loaders[0])
+        return cls(trainer, combined, loaders[0], workers)
 
     def start(self, leases: Iterator[Lease], may_leave: bool) -> None:
         """Makes the Trainer train on these leases. Call it before the first epoch starts.
@@ -217,8 +227,11 @@ class SharedData:
         return sum(stop - start for start, stop in self._used)
 
     def take_used(self) -> list[tuple[int, int]]:
-        """Returns the ranges of data that were trained on since the last call."""
+        """Returns the ranges of data that were trained on since the last call, or that nobody will train on."""
         used, self._used = self._used, Spans()
+        dropped, self._leases.dropped = self._leases.dropped, []
+        starts = [(lease.epoch * self.steps_per_epoch + lease.first, lease.steps) for lease in dropped]
+        used.add([(start, start + steps) for start, steps in starts])
         return list(used)
 
     def attach(self) -> None:

@@ -14,15 +14,16 @@ from torch.optim import Optimizer
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.checkpoint.saves import Saves
-from lightning_halos.core.algorithms import Algorithm
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.schedule import StepBudget
+from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.growth import suited
+from lightning_halos.training.membership import Entry, Membership, describe
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
-from lightning_halos.training.trainer_adapter import callbacks_of, optimizers_of, unfreezes
+from lightning_halos.training.trainer_adapter import callbacks_of, enter_run, optimizers_of, unfreezes
 
 
 class Start:
@@ -34,8 +35,10 @@ class Start:
         trainer: The Trainer, at the start of training.
         resume: The state to resume from; ``None`` for a new run.
         saves: The record of saves.
+        membership: The job's membership in a run of several jobs; ``None`` if this job is the complete run.
 
     Attributes:
+        entry: What the global server told the job when it joined the run; ``None`` if this job is the complete run.
         vector: Converts between the module and its vector.
         memory: A vector with the module's present values; ``None`` if no models are exchanged.
         data: The training data, if the workers share it.
@@ -46,23 +49,38 @@ class Start:
     """
 
     def __init__(
-        self, site: Site, algorithm: Algorithm, trainer: pl.Trainer, resume: Resume | None, saves: Saves
+        self,
+        site: Site,
+        algorithm: Algorithm,
+        trainer: pl.Trainer,
+        resume: Resume | None,
+        saves: Saves,
+        membership: Membership | None = None,
     ) -> None:
         self.site = site
         self.algorithm = suited(algorithm, trainer)
         self.trainer = trainer
         self.resume = resume
         self.saves = saves
+        self.membership = membership
         module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
         idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
         self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle)
         _check(site, self.vector, resume)
+        self.entry: Entry | None = None
         self.memory: Tensor | None = None
         if not algorithm.averages_gradients:
             self.memory = self.vector.read(self.vector.new())
-        self.data = SharedData.find(trainer) if algorithm.shares_data else None
+        self.data = SharedData.find(trainer, self.workers) if algorithm.shares_data else None
         if not can_share(site.collectives, None if self.data is None else self.data.dataset):
             self.data = None
+        if membership is not None:
+            assert isinstance(self.algorithm, ServerAlgorithm)
+            assert self.memory is not None
+            description = describe(trainer, self.algorithm, self.vector, self.data)
+            self.entry = membership.join(description, self.vector, self.memory)
+            max_steps = None if trainer.max_steps == -1 else trainer.max_steps
+            enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)
 
     @property
     def worker_state(self) -> Mapping[str, Any]:
@@ -70,16 +88,35 @@ class Start:
         return {} if self.resume is None else self.resume.worker
 
     @property
+    def workers(self) -> int:
+        """Number of workers by which local steps are divided to count global steps."""
+        return self.site.size if self.membership is None else self.membership.workers
+
+    @property
     def plateau_steps(self) -> Sequence[tuple[int, float]]:
-        """All steps of rank 0's plateau schedulers until now."""
+        """All steps of plateau schedulers in the run until now."""
+        if self.entry is not None:
+            return self.entry.plateau_steps
         return [] if self.resume is None else self.resume.manifest.plateau_steps
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics that were published last."""
+        if self.entry is not None:
+            return self.entry.metrics
+        return {} if self.resume is None else self.resume.manifest.metrics
+
+    @property
+    def origin(self) -> int:
+        """Global step at which the module's own schedules began, as far as no checkpoint has their state."""
+        return self.budget.position if self.entry is None else 0
 
     @property
     def budget(self) -> StepBudget:
         """A new step budget."""
-        trainer, size = self.trainer, self.site.size
+        trainer, size = self.trainer, self.workers
         max_steps = trainer.max_steps if trainer.max_steps != -1 else None
-        total = trainer.global_step * size
+        total = trainer.global_step * size if self.entry is None else self.entry.total
         if self.resume is not None:
             # With another number of workers the global step is kept, because schedules follow it.
             was = self.resume.manifest
@@ -103,11 +140,13 @@ class Start:
         ends = [math.inf if self.trainer.max_steps == -1 else float(self.trainer.max_steps)]
         if self.data is not None:
             total, used = self.budget.total, self.data.first
-            if self.goes_on_in_data:
+            if self.entry is not None:
+                used = total
+            elif self.goes_on_in_data:
                 assert self.resume is not None
                 world, done = self.resume.manifest.world, self.resume.manifest.done
                 used = sum(stop - start for start, stop in done) if world is None else total + world["offset"]
-            ends.append((total + self.data.end - used) / self.site.size)
+            ends.append((total + self.data.end - used) / self.workers)
         return min(ends)
 
     def done(self) -> Spans:

@@ -6,6 +6,7 @@ The common part of all strategies is in ``strategy``; their differences are in `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,12 @@ class HalosStrategy(AlgorithmStrategy):
             by default.
         simulate: A cluster to simulate on this machine, or the path of its YAML file. The simulation has a process for
             each described worker, on the devices of the Trainer, and a virtual clock. Regions are those of the cluster.
+        server: Address of the global server, as in ``"halos.example.org:29600"``, where ``lightning-halos serve`` runs.
+            This job is then one region of a run; see ``docs/regions-as-jobs.md``. Default: the environment variable
+            ``HALOS_SERVER``, else this job is the complete run.
+        keys: The file with the region's key and certificates, which ``lightning-halos keys region`` has made. Default:
+            the environment variable ``HALOS_KEYS``. Only the job's rank 0 reads it.
+        streams: TCP connections to the global server over which a model is sent at once.
         **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
             ``checkpoint_io``, ``precision_plugin``.
 
@@ -80,6 +87,9 @@ class HalosStrategy(AlgorithmStrategy):
         timeout: float = 1800,
         grace_time: float = 20,
         simulate: SimulatedCluster | str | None = None,
+        server: str | None = None,
+        keys: str | Path | None = None,
+        streams: int = 4,
         **kwargs: Any,
     ) -> None:
         algorithm = Halos(
@@ -92,7 +102,9 @@ class HalosStrategy(AlgorithmStrategy):
             global_optimizer=global_optimizer,
             max_norm_ratio=max_norm_ratio,
         )
-        super().__init__(algorithm, regions, start_method, timeout, grace_time, simulate, **kwargs)
+        super().__init__(
+            algorithm, regions, start_method, timeout, grace_time, simulate, server, keys, streams, **kwargs
+        )
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:

@@ -45,9 +45,11 @@ from lightning_halos.training.default_group import (
     without_telling_rank,
 )
 from lightning_halos.training.fit import Fit
+from lightning_halos.training.membership import refuse_averages, without_progress
 from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
 from lightning_halos.training.same_model import check_initialized, copy_from_module, names_in_state
+from lightning_halos.training.server_settings import find_server
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
@@ -70,6 +72,9 @@ class AlgorithmStrategy(ConnectedStrategy):
         timeout: As there.
         grace_time: As there.
         simulate: As there.
+        server: As there.
+        keys: As there.
+        streams: As there.
         **kwargs: As there.
 
     Raises:
@@ -85,10 +90,15 @@ class AlgorithmStrategy(ConnectedStrategy):
         timeout: float = 1800,
         grace_time: float = 20,
         simulate: SimulatedCluster | str | None = None,
+        server: str | None = None,
+        keys: str | Path | None = None,
+        streams: int = 4,
         **kwargs: Any,
     ) -> None:
         kwargs["checkpoint_io"] = kwargs.get("checkpoint_io") or AtomicCheckpointIO()
-        super().__init__(algorithm, regions, start_method, timeout, simulate, **kwargs)
+        super().__init__(
+            algorithm, regions, start_method, timeout, simulate, find_server(server, keys, streams), **kwargs
+        )
         check_seconds("grace_time", grace_time)
         self._grace_time = float(grace_time)
         self._shards: Shards | None = None
@@ -106,6 +116,12 @@ class AlgorithmStrategy(ConnectedStrategy):
         """The world with the global model and the servers' counters; only on rank 0 and during a fit."""
         fit = self._fit
         return fit.world if fit is not None and not fit.is_over and fit.world.has_global_model else None
+
+    @property
+    def decides(self) -> bool:
+        """Whether this process validates and saves for the run during a fit; otherwise whether it has rank 0."""
+        fit = self._fit
+        return self.is_global_zero if fit is None or fit.is_over else fit.world.decides
 
     @property
     def round(self) -> WorkerRound | None:
@@ -152,6 +168,8 @@ class AlgorithmStrategy(ConnectedStrategy):
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
+            if self.membership is not None:
+                refuse_averages(trainer)
             self.setup_optimizers(trainer)
             refuse_sharing(self.model, self.optimizers)
             set_batch_norm_local(self.model, True)
@@ -184,7 +202,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         assert self._shards is not None
         shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
-        start = Start(self.site, self.algorithm, trainer, resume, shards.saves)
+        start = Start(self.site, self.algorithm, trainer, resume, shards.saves, self.membership)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time)
         if self.is_global_zero and world.checkpointed is not None:
@@ -196,9 +214,10 @@ class AlgorithmStrategy(ConnectedStrategy):
         if self._fit is None:
             return
         self._fit.start.vector.begin_batch()  # here, because the module's hook of this name has run
+        self._fit.follow_decisions()
         assert self._shards is not None
         self._shards.tell_loggers()
-        if self.is_global_zero and (stepped := self._fit.lightning.schedulers.plateaus()):
+        if self.decides and (stepped := self._fit.lightning.schedulers.plateaus()):
             self._fit.publish(stepped)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -227,11 +246,11 @@ class AlgorithmStrategy(ConnectedStrategy):
     def global_model(self) -> Iterator[None]:
         """Puts the present global model into the module for a ``with`` block, as validation does.
 
-        It is for callbacks of rank 0 during a fit. The other workers go on training, and the time does not count in
-        this worker's speed. During validation and after the fit the module already has the global model. On other ranks
-        nothing happens.
+        It is for callbacks of rank 0 during a fit, in a region job only while :attr:`decides`. The other workers go on
+        training, and the time does not count in this worker's speed. During validation and after the fit the module
+        already has the global model. On other ranks nothing happens.
         """
-        before, self._evaluates = self._evaluates, self.is_global_zero
+        before, self._evaluates = self._evaluates, self.decides
         try:
             with nullcontext() if self._fit is None else self._fit.global_model():
                 yield
@@ -285,6 +304,8 @@ class AlgorithmStrategy(ConnectedStrategy):
     @property
     def _saves_servers(self) -> bool:
         """Whether the algorithm has servers whose state belongs in checkpoints."""
+        if self.membership is not None:
+            return False  # the run is in the global server's directory
         if self.cluster is not None:
             return not self.algorithm.averages_gradients
         return isinstance(self.algorithm, ServerAlgorithm)
@@ -307,6 +328,8 @@ class AlgorithmStrategy(ConnectedStrategy):
             OSError: If it cannot be written after the fit. During a fit this is a warning.
         """
         fit, shards, saves_shards = self._fit, self._shards, self._saves_shards
+        if fit is not None and fit.is_training and not fit.loop.finished and not self.decides:
+            return  # its module has a worker's model
         is_preempted = fit is not None and fit.preemption.saved is not None
         if is_preempted and self._saves_servers and not saves_shards:
             return  # a checkpoint of an interrupted run would have no shards, but be newer than the one that has
@@ -339,6 +362,8 @@ class AlgorithmStrategy(ConnectedStrategy):
         options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
         checkpoint = super().load_checkpoint(checkpoint_path, **options)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
+        if is_fit and self.membership is not None:
+            return without_progress(checkpoint)
         if not is_fit or not self._saves_servers or self._shards is None:
             return checkpoint
         return self._shards.load(Path(checkpoint_path), checkpoint, self.trainer.max_epochs)
@@ -392,6 +417,9 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._shards.release_loggers()
         let_data_workers_end()
         self._end_fit(_GOODBYE)
+        if self.membership is not None:
+            self.membership.close(_GOODBYE)
+            self.membership = None
         self._fit = None
         super().teardown()
 

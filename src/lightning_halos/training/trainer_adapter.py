@@ -39,6 +39,7 @@ class TrainerAdapter:
         limit: Global steps of the complete run, ``None`` if unknown. Schedulers do not go beyond it.
         end: Global step at which the run ends by itself; may be infinite.
         epoch_batches: Batches per epoch of a worker's fixed shard; ``None`` if the workers do not share data.
+        decides: Whether this process validates and saves for the run, and steps plateau schedulers.
 
     Attributes:
         trainer: The Trainer.
@@ -46,8 +47,11 @@ class TrainerAdapter:
         steps_per_batch: Optimizer steps per batch under manual optimization, where there may be several.
     """
 
-    def __init__(self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None, decides: bool
+    ) -> None:
         self.trainer = trainer
+        self._decides = decides
         self.steps_per_batch = 1.0
         self._end = end
         self._epochs = epochs_of_training(trainer)
@@ -62,29 +66,50 @@ class TrainerAdapter:
             trainer.optimizers,
             trainer.global_step,
             limit,
-            trainer.is_global_zero,
+            decides,
             math.ceil(self._epoch_batches / trainer.accumulate_grad_batches) if follows_epochs else None,
+            trainer.current_epoch,
         )
         self._callbacks = callbacks_of(trainer)
         self._is_manual = not trainer.lightning_module.automatic_optimization
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self._no_validation = NoValidation()
+        self._others_validate = NoValidation()
 
     def install(self, first_hooks: Callback, loop: Callback) -> None:
         """Adds callbacks before the user's, and after those of them that do not need its pulls.
 
-        On ranks other than 0, callbacks with which rank 0 decides stay in the list, but none of their hooks does
-        anything.
+        On processes that do not decide, callbacks with which others decide stay in the list, but none of their hooks
+        does anything.
         """
         averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
         last = [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
         others = [callback for callback in self._callbacks if callback not in last]
         self.trainer.callbacks = [first_hooks, *others, loop, *last]  # type: ignore[attr-defined]
-        if not self.trainer.is_global_zero:
-            for callback in self._callbacks:
-                if decides(callback):
-                    vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
+        if not self._decides:
+            self._leave_to_others()
+
+    def set_deciding(self, decides: bool) -> None:
+        """Lets this process decide from now on, or no longer, in the middle of a fit."""
+        self._decides = decides
+        self.schedulers.set_deciding(decides)
+        if decides:
+            self._others_validate.undo(self.trainer)
+            self._restore_hooks()
+        else:
+            self._leave_to_others()
+
+    def _leave_to_others(self) -> None:
+        self._others_validate.apply(self.trainer)
+        for callback in self._callbacks:
+            if decides(callback):
+                vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
+
+    def _restore_hooks(self) -> None:
+        for callback in self._callbacks:
+            for name in [name for name in _HOOKS if vars(callback).get(name) is _do_nothing]:
+                del vars(callback)[name]
 
     def leave_shared_data(self) -> None:
         """Follows a shard of the worker's own, in an epoch that starts, instead of the data that all workers share."""
@@ -101,11 +126,10 @@ class TrainerAdapter:
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
         trainer.val_check_batch = self._val_check_batch
         self.release_validation()
+        self._others_validate.undo(trainer)
         self.schedulers.release()
         restore_link_checkpoint(self._callbacks)
-        for callback in self._callbacks:
-            for name in [name for name in _HOOKS if vars(callback).get(name) is _do_nothing]:
-                del vars(callback)[name]
+        self._restore_hooks()
         trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
 
     def hold_validation(self) -> None:
@@ -178,7 +202,7 @@ class TrainerAdapter:
         It stays below the last step until the run really ends, so that saves and validations at the end happen once.
 
         Returns:
-            Whether rank 0 validates after this batch.
+            Whether this process validates after this batch.
         """
         trainer, loop, before = self.trainer, self.trainer.fit_loop.epoch_loop, self._shown
         is_complete = not is_accumulating(trainer)
@@ -192,7 +216,7 @@ class TrainerAdapter:
             loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._shown
         if is_complete:
             set_logged_steps(trainer, self._shown - self._lag(stands=self._shown == before and not is_final))
-        if not trainer.is_global_zero or (trainer.max_steps == -1 and not self._shares_data):
+        if not self._decides or (trainer.max_steps == -1 and not self._shares_data):
             return False
         self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
         return self._schedule_validation(before)
@@ -241,7 +265,7 @@ class TrainerAdapter:
         """Global steps between validations that are counted in steps; 0 if they are not."""
         trainer = self.trainer
         interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
-        if not trainer.is_global_zero or not isinstance(interval, int) or every is not None:
+        if not self._decides or not isinstance(interval, int) or every is not None:
             return 0
         return int(interval / self._batches_per_step)
 
@@ -275,7 +299,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 class NoValidation:
-    """Keeps a rank from validating: those other than 0 during a fit, for which it exists before and after the fit."""
+    """Keeps a process from validating: all but the one that decides, during a fit."""
 
     def __init__(self) -> None:
         self._limit: int | float | None = None
@@ -297,6 +321,17 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return callbacks
 
 
+def enter_run(trainer: pl.Trainer, global_step: int, epoch: int) -> None:
+    """Sets a new Trainer's counters to those of a run that it joins, at the start of training."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = global_step
+    loop.manual_optimization.optim_step_progress.total.completed = global_step
+    set_logged_steps(trainer, global_step)
+    for progress in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        counts: Any = progress
+        counts.ready = counts.started = counts.processed = counts.completed = epoch
+
+
 def optimizers_of(trainer: pl.Trainer) -> list[Optimizer]:
     """Returns the Trainer's optimizers, and those that the module and its submodules keep in attributes."""
     held = [item for owner in trainer.lightning_module.modules() for item in in_attributes(owner)]
@@ -310,7 +345,7 @@ def in_attributes(owner: object) -> Iterator[Any]:
 
 
 def decides(callback: Callback) -> bool:
-    """Returns whether only rank 0 has a callback during a fit: it saves, stops early or averages for all workers."""
+    """Returns whether a callback works in one process for all workers in a fit: it saves, stops early or averages."""
     return isinstance(callback, (Checkpoint, EarlyStopping, *WEIGHT_AVERAGING))
 
 

@@ -47,6 +47,7 @@ class WorkerLoop(Callback):
         finished: Whether the final model is loaded.
         final_model: The final global model, which an average may have replaced in the module.
         stopwatch: Measures how long this worker computes.
+        end_evaluation: Puts the worker's own model back into the module, if that has the global model now.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class WorkerLoop(Callback):
         self._is_rank_0 = self._rank == 0
         self._counter = StepCounter(self._trainer, self._has_changed)
         self._growth = GrowthWatch(start.site.topology)
-        self._hand_stepped = HandStepped(self._trainer, self._counter, start.budget.position)
+        self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
         self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
         self._plateaus: Sequence[tuple[int, float]] = []
@@ -90,8 +91,9 @@ class WorkerLoop(Callback):
         if "round" in state:
             self.round.load_state_dict(state["round"])
         else:
-            self._move_schedulers(self.round.position, [])
+            self._move_schedulers(self.round.position, [] if start.entry is None else start.entry.plateau_steps)
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
+        self.end_evaluation: Callable[[], None] = lambda: None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is not None and not self.finished:
@@ -114,6 +116,9 @@ class WorkerLoop(Callback):
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.check()
+        if self._preemption.leaves and not self.finished:
+            self.end_evaluation()
+            self.finish(stop=False)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.finished:
@@ -129,7 +134,7 @@ class WorkerLoop(Callback):
             self._random = random_state()
         if self._lightning.wants_to_stop:
             self.finish(stop=True)
-        elif self._lightning.is_last_batch:
+        elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
         elif self.round.over or (stepped and self._ends_rounds_early):
             self._next_round()
@@ -156,11 +161,21 @@ class WorkerLoop(Callback):
         self._world.alarm.report(describe(exception))
 
     def finish(self, stop: bool) -> None:
-        """Pushes the last round, and loads the final global model. ``stop`` asks for the complete run to stop."""
+        """Pushes the last round, and loads the final global model. ``stop`` asks for the complete run to stop.
+
+        If the worker's job leaves a run that goes on, the model is that of the moment, and this process ends here.
+
+        Raises:
+            SIGTERMException: If the job leaves the run.
+        """
         self.round.count(self._counter.look(), 0.0)
         self._end_round()
         memory = self._memory if self.round.has_steps else None
-        self._finish(self.round.push(memory, stop, final=True, data=self._take_used()), self._fill)
+        push = self.round.push(memory, stop, final=True, data=self._take_used())
+        push.leave = self._preemption.leaves
+        self._finish(push, self._fill)
+        if self._preemption.leaves:
+            self._preemption.end()
 
     def repeat_push(self) -> None:
         """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""
@@ -250,7 +265,7 @@ class WorkerLoop(Callback):
             self._growth.look(pull.vector[: self._vector.num_parameters])
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
         self._move_schedulers(pull.position, pull.plateau_steps)
-        if not self._is_rank_0:
+        if not self._world.decides:
             show_metrics(self._trainer, pull.metrics)
         if self.round.stopped:
             self.finish(stop=False)

@@ -153,6 +153,11 @@ class Link(ABC):
         """Says goodbye. The threads end when the peer has also said goodbye."""
         self._outbox.put(None)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will arrive, because the peer has said goodbye or is lost."""
+        return bool(self._threads) and not self._threads[-1].is_alive()
+
     def silence(self, now: float) -> float:
         """Returns the seconds until ``now`` for which this end has listened and received nothing."""
         since = self._listening_since

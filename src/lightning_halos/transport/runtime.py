@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.messages import ShardWritten
+from lightning_halos.core.messages import ShardWritten, Welcome
+from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.topology import Topology
@@ -21,6 +22,8 @@ from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.hosts import Host, RegionHost, Store
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory
+from lightning_halos.transport.member_host import MemberHost
+from lightning_halos.transport.server_connection import ServerConnection
 
 
 class NodeRuntime:
@@ -37,6 +40,8 @@ class NodeRuntime:
         interrupted: Called several times a second while the worker waits; may raise.
         store: Writes a node's part of a snapshot in the background.
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
+        membership: On rank 0 of a job that is one region of a run, its connection with the global server, and the
+            answer to its request to join.
 
     Attributes:
         alarm: The alarm to report failures to.
@@ -57,6 +62,7 @@ class NodeRuntime:
         interrupted: Callable[[], None],
         store: Store = lambda shard, complete: None,
         written: Callable[[ShardWritten], None] = lambda message: None,
+        membership: tuple[ServerConnection, Welcome] | None = None,
     ) -> None:
         self.alarm = Alarm(topology.describe(rank))
         self.global_host: Host[GlobalNode] | None = None
@@ -75,8 +81,12 @@ class NodeRuntime:
             near = {worker for worker in group.ranks if topology.region_of(worker) == group.region}
             if group.region == topology.group_of(0).region:
                 near.add(GLOBAL)
-            self.region_host = RegionHost(region_node, self.alarm, near, store)
-            self._connect_servers(self.region_host, rank)
+            if isinstance(region_node, OpenRegionNode):
+                assert membership is not None
+                self.region_host = self._member_host(region_node, near, *membership)
+            else:
+                self.region_host = RegionHost(region_node, self.alarm, near, store)
+                self._connect_servers(self.region_host, rank)
             link, own = self._loopback(self._server_of(rank), topology.describe(rank))
             self.region_host.attach(rank, own)
             for index, worker in enumerate(group.ranks[1:], start=1):
@@ -86,8 +96,20 @@ class NodeRuntime:
             if self.global_host is not None:
                 self.global_host.act(GlobalNode.start)
             self.region_host.act(RegionNode.start)
+            if isinstance(self.region_host, MemberHost) and membership is not None:
+                membership[0].serve(self.region_host, goes_on=True)
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
+
+    def _member_host(
+        self, node: OpenRegionNode, near: set[int], connection: ServerConnection, welcome: Welcome
+    ) -> MemberHost:
+        """Makes the host of the only local server of a job whose global server is a process of its own."""
+        host = MemberHost(node, self.alarm, near, connection, welcome)
+        host.attach(GLOBAL, connection.models, connection.control)
+        self.alarm.add(connection.control)  # which tells the server if the job fails
+        connection.on_failure(self.alarm.fail)
+        return host
 
     def _connect_servers(self, host: RegionHost, rank: int) -> None:
         """Connects a local server with the global server and, on rank 0, the global server with all local servers."""

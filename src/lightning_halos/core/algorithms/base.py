@@ -114,6 +114,11 @@ class ServerAlgorithm(Algorithm):
                 " median norm an update may have."
             )
 
+    @property
+    def has_global_server(self) -> bool:
+        """Whether local servers can exchange with a global server."""
+        return type(self).make_global_optimizer is not ServerAlgorithm.make_global_optimizer
+
     @abstractmethod
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
         """Returns the function that makes the optimizer of one of ``servers`` local servers, which has ``workers``."""

@@ -6,6 +6,7 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.lockstep import LockstepWorld
+from lightning_halos.training.worlds.member import MemberWorld
 from lightning_halos.training.worlds.protocol import CheckpointedWorld, World
 from lightning_halos.training.worlds.real import RealWorld
 from lightning_halos.training.worlds.simulated import SimulatedWorld
@@ -22,4 +23,6 @@ def make_world(start: Start, cluster: SimulatedCluster | None) -> World:
     """
     if cluster is not None:
         return SimulatedWorld(start, cluster)
+    if start.membership is not None:
+        return MemberWorld(start, start.membership)
     return RealWorld(start) if isinstance(start.algorithm, ServerAlgorithm) else LockstepWorld(start)

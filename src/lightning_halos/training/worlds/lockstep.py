@@ -33,6 +33,7 @@ class LockstepWorld:
     checkpointed = None
     is_simulated = False
     clock = None
+    callbacks = ""
 
     def __init__(self, start: Start) -> None:
         site, algorithm, budget = start.site, start.algorithm, start.budget
@@ -45,7 +46,7 @@ class LockstepWorld:
         self._collectives = site.collectives_of_a_fit()
         self._published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})  # on rank 0, for the next round
         self.alarm = Alarm(site.here)
-        self.has_global_model = site.rank == 0
+        self.has_global_model = self.decides = site.rank == 0
         local_steps = self._planner.local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, start.trainer.global_step)
         self.leases: Iterator[Lease] = iter(()) if start.data is None else self._leases(start.data)
@@ -65,7 +66,9 @@ class LockstepWorld:
     def read(self, out: Tensor) -> None:
         out.copy_(self._model)
 
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+    ) -> None:
         self._published = ([*self._published[0], *plateau_steps], metrics)
 
     def statistics(self) -> list[dict[str, Any]]:

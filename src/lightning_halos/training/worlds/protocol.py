@@ -58,6 +58,10 @@ class World(Protocol):
         first_round: The worker's first round, which starts without a message.
         leases: Leases of the worker's training data; empty if the workers do not share data.
         has_global_model: Whether this process can read the global model.
+        decides: Whether this process validates and saves for the run, and decides when it stops early. In a region job
+            that may change during a fit.
+        callbacks: The state of the callbacks of the process that decided before this one, as text; empty if there was
+            none.
         checkpointed: The interface for checkpoints; ``None`` without servers.
         is_simulated: Whether the world is simulated. Then rounds are planned, and a resumed run repeats them exactly.
         clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
@@ -73,6 +77,10 @@ class World(Protocol):
     def leases(self) -> Iterator[Lease]: ...
     @property
     def has_global_model(self) -> bool: ...
+    @property
+    def decides(self) -> bool: ...
+    @property
+    def callbacks(self) -> str: ...
     @property
     def checkpointed(self) -> CheckpointedWorld | None: ...
     @property
@@ -91,8 +99,16 @@ class World(Protocol):
     def read(self, out: Tensor) -> None:
         """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
 
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
-        """Sends the steps of rank 0's plateau schedulers, and its metrics, to all workers. On rank 0."""
+    def publish(
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+    ) -> None:
+        """Sends what this process has decided to all workers, if it decides.
+
+        Args:
+            plateau_steps: New steps of its plateau schedulers.
+            metrics: Its metrics.
+            callbacks: State of its callbacks, which only a region job sends, to the job that decides next.
+        """
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`. On rank 0."""

@@ -35,6 +35,7 @@ class RealWorld:
 
     is_simulated = False
     clock = None
+    callbacks = ""
 
     def __init__(self, start: Start) -> None:
         site, algorithm, memory, resume, budget = start.site, start.algorithm, start.memory, start.resume, start.budget
@@ -75,6 +76,10 @@ class RealWorld:
         return self._global_host is not None
 
     @property
+    def decides(self) -> bool:
+        return self.has_global_model
+
+    @property
     def version(self) -> int:
         return self._model_host.node.version
 
@@ -85,7 +90,9 @@ class RealWorld:
     def read(self, out: Tensor) -> None:
         self._model_host.ask(lambda node: out.copy_(node.model))
 
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+    ) -> None:
         self._global.act(lambda node: node.publish(plateau_steps, metrics))
 
     def statistics(self) -> list[dict[str, Any]]:

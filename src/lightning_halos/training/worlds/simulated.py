@@ -30,6 +30,7 @@ class SimulatedWorld(SimulatedServers):
     """
 
     is_simulated = True
+    callbacks = ""
 
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory

@@ -60,6 +60,10 @@ class SimulatedServers:
         return self._network is not None
 
     @property
+    def decides(self) -> bool:
+        return self.has_global_model
+
+    @property
     def history(self) -> list[Event]:
         """The events before the start of rank 0's present round; after training, all events. Empty on other ranks."""
         return [] if self._network is None else self._network.history[: self._seen]
@@ -70,7 +74,9 @@ class SimulatedServers:
             if network.model is not None:
                 out.copy_(network.model)
 
-    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float]) -> None:
+    def publish(
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+    ) -> None:
         """Workers get them with their first model after rank 0's present round."""
         with self._rank_0_is_due() as network:
             network.publish(plateau_steps, metrics)

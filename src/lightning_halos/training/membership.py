@@ -1,0 +1,339 @@
+"""A job's membership in a star of jobs: its rank 0 dials the global server and joins, and tells the other workers.
+
+It is made when an entry point of the Trainer starts a fit, and outlives that fit's objects, which need what it knows.
+What happens on the connection during training is in ``worlds/member``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.compat import bytes_of, dense_parts
+from lightning_halos.core.joining import Joining
+from lightning_halos.core.messages import (
+    Enrol,
+    Enrolled,
+    GlobalModel,
+    Message,
+    ModelCopy,
+    RunDescription,
+    Status,
+    Welcome,
+)
+from lightning_halos.core.snapshot import Shard
+from lightning_halos.core.vector import ModelVector
+from lightning_halos.training.compat import WEIGHT_AVERAGING, epochs_of_training
+from lightning_halos.training.server_settings import ServerSettings, numbers_of_global_optimizer
+from lightning_halos.training.shared_data import SharedData
+from lightning_halos.training.trainer_adapter import callbacks_of
+from lightning_halos.transport.errors import PeerFailedError
+from lightning_halos.transport.link import progress_limit, wait_all
+from lightning_halos.transport.server_connection import ServerConnection
+
+if TYPE_CHECKING:
+    from lightning_halos.training.site import Site
+    from lightning_halos.transport.session import Session
+
+T = TypeVar("T")
+
+_TURN = 10.0  # seconds after which the workers are told that rank 0 still waits, so that they do not give up
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The moment of the run at which a job takes part.
+
+    Attributes:
+        total: Local steps that all workers of the run together have finished.
+        epoch: The epoch of the data that is leased next.
+        is_over: Whether the run ends, so that no worker may start another round.
+        plateau_steps: All steps of plateau schedulers until now.
+        metrics: The metrics that were published last.
+    """
+
+    total: int
+    epoch: int
+    is_over: bool
+    plateau_steps: Sequence[tuple[int, float]]
+    metrics: Mapping[str, float]
+
+
+class Membership:
+    """The membership. Making it enrols the job, so all its workers must do so together.
+
+    Args:
+        settings: The global server.
+        site: This process's place in the job.
+
+    Attributes:
+        session: Identity of this life of the job.
+        workers: Number of workers by which local steps are divided to count global steps.
+        first: Number of workers of the regions that enrolled before this one.
+        connection: The connection with the global server, on rank 0.
+        joining: The party that has joined, on rank 0.
+
+    Raises:
+        ServerUnreachableError: If rank 0 cannot reach the server in time.
+        PeerFailedError: If the server refuses the job; on other ranks, also if rank 0 cannot reach it.
+    """
+
+    def __init__(self, settings: ServerSettings, site: Site) -> None:
+        self.session = secrets.token_hex(16)
+        self.connection: ServerConnection | None = None
+        self.joining: JoiningParty | None = None
+        self._site = site
+        self._has_told = False
+        enrolling = _Enrolling(Enrol(self.session, site.size))
+
+        def enrol() -> dict[str, int]:
+            if self.connection is None:
+                self.connection = _connect(settings, site)
+                self.connection.serve(enrolling)
+            _wait(enrolling.is_ready, self.connection, site)
+            assert enrolling.answer is not None
+            return {"workers": enrolling.answer.workers, "first": enrolling.answer.first}
+
+        answer = self._on_rank_0(enrol, "for the other regions to start")
+        self.workers: int = answer["workers"]
+        self.first: int = answer["first"]
+
+    def join(self, description: RunDescription, vector: ModelVector, memory: Tensor) -> Entry:
+        """Joins the run, and gives the job's workers its model. All of them must call it together.
+
+        Args:
+            description: What all members of the run must agree on.
+            vector: Converts between the module and its vector. The module gets the global model.
+            memory: A vector with the module's present values, which is overwritten with the global model.
+
+        Raises:
+            PeerFailedError: If the server refuses the job, because its module, data or settings differ.
+        """
+
+        def join() -> dict[str, Any]:
+            assert self.connection is not None
+            if self.joining is None:
+                self.connection.expect_models((memory.numel(), memory.dtype))
+                node = Joining(self.session, self._site.size, description, memory.clone)
+                self.joining = JoiningParty(node, self.connection)
+                self.connection.serve(self.joining)
+            _wait(self.joining.is_ready, self.connection, self._site)
+            node = self.joining.node
+            assert node.welcome is not None
+            assert node.status is not None
+            assert node.copy is not None
+            assert node.copy.vector is not None
+            memory.copy_(node.copy.vector)
+            return {
+                "total": node.status.total,
+                "epoch": node.welcome.epoch,
+                "is_over": node.status.stop or node.final is not None,
+                "plateau_steps": [list(step) for step in node.status.plateau_steps],
+                "metrics": dict(node.status.metrics),
+            }
+
+        answer = self._on_rank_0(join, "for the other regions to join")
+        self._site.collectives.broadcast_([memory])
+        vector.write(memory)
+        if not vector.lossless:
+            vector.read(memory)
+        steps = [(int(index), float(value)) for index, value in answer["plateau_steps"]]
+        return Entry(answer["total"], answer["epoch"], answer["is_over"], steps, answer["metrics"])
+
+    def close(self, timeout: float) -> None:
+        """Says goodbye to the server."""
+        if self.connection is not None:
+            self.connection.close(timeout)
+
+    def _on_rank_0(self, ask: Callable[[], dict[str, Any]], what: str) -> dict[str, Any]:
+        """Returns on all ranks what ``ask`` returns on rank 0, where it may raise :class:`_WaitingError`."""
+        while True:
+            answer: dict[str, Any] = {}
+            failure: Exception | None = None
+            if self._site.rank == 0:
+                try:
+                    answer = ask()
+                except _WaitingError:
+                    if not self._has_told:
+                        rank_zero_info(f"This job waits {what}.")
+                        self._has_told = True
+                except Exception as error:
+                    answer, failure = {"failure": str(error)}, error
+            answer = self._site.collectives.broadcast_object(answer)
+            if failure is not None:
+                raise failure
+            if "failure" in answer:
+                raise PeerFailedError(f"{self._site.topology.describe(0)} cannot join the run: {answer['failure']}")
+            if answer:
+                return answer
+
+
+class _WaitingError(Exception):
+    """The server has not answered yet."""
+
+
+def _wait(is_ready: threading.Event, connection: ServerConnection, site: Site) -> None:
+    deadline = time.monotonic() + _TURN
+    while not is_ready.wait(0.2):
+        site.interrupted()
+        connection.check()
+        if time.monotonic() > deadline:
+            raise _WaitingError
+
+
+class _Enrolling:
+    """The party of a connection that enrols."""
+
+    def __init__(self, message: Enrol) -> None:
+        self.answer: Enrolled | None = None
+        self.is_ready = threading.Event()
+        self._message = message
+
+    def connected(self) -> list[Message]:
+        return [self._message]
+
+    def disconnected(self) -> None:
+        pass
+
+    def receive(self, message: Message, progress: Iterable[int]) -> bool:
+        wait_all(progress)
+        if isinstance(message, Enrolled):
+            self.answer = message
+            self.is_ready.set()
+        return True
+
+
+class JoiningParty:
+    """The party of a connection that joins.
+
+    Args:
+        node: Says what to send.
+        connection: The connection.
+
+    Attributes:
+        node: As above.
+        early: Other messages that have arrived meanwhile, for the region's server.
+        is_ready: Is set when the job has joined and has the global model.
+    """
+
+    def __init__(self, node: Joining, connection: ServerConnection) -> None:
+        self.node = node
+        self.early: list[Message] = []
+        self.is_ready = threading.Event()
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def connected(self) -> list[Message]:
+        with self._lock:
+            return [self.node.join()]
+
+    def disconnected(self) -> None:
+        pass
+
+    def receive(self, message: Message, progress: Iterable[int]) -> bool:
+        wait_all(progress)
+        with self._lock:
+            if self.is_ready.is_set():
+                return False
+            if not isinstance(message, Welcome | Status | ModelCopy | GlobalModel):
+                self.early.append(message)
+                return True
+            for send in self.node.handle(message):
+                sent = send.complete()
+                assert not isinstance(sent, Shard)
+                self._connection.post(sent)
+            if self.node.is_ready:
+                self._connection.serve(None)
+                self.is_ready.set()
+        return True
+
+
+def _connect(settings: ServerSettings, site: Site) -> ServerConnection:
+    """Dials the global server, for at most the time limit of this job."""
+    from lightning_halos.transport.dialer import dial  # here, because only such jobs need cryptography
+
+    def dial_for(limit: float, interrupted: Callable[[], None]) -> Session:
+        return dial(settings.address, settings.keys, settings.streams, limit, interrupted)
+
+    connection = ServerConnection(settings.server, dial_for, progress_limit(site.timeout))
+    name = settings.read_keys().certificate.name
+    rank_zero_info(f"This job is the region {name} of the run of {settings.server}.")
+    connection.open(site.timeout, site.interrupted)
+    return connection
+
+
+def describe(
+    trainer: pl.Trainer, algorithm: ServerAlgorithm, vector: ModelVector, data: SharedData | None
+) -> RunDescription:
+    """Returns what all members of the run must agree on."""
+    module = trainer.lightning_module
+    settings: dict[str, float | int | bool | str | None] = {}
+    for field in dataclasses.fields(algorithm):
+        value = getattr(algorithm, field.name)
+        if value is None or isinstance(value, bool | int | float | str):
+            settings[field.name] = value
+    frozen = {entry.path for entry in vector.entries if entry.is_parameter and entry.rule == "first"}
+    constants = {name: p for name, p in module.named_parameters() if name in frozen}
+    names, buffers = vector.names(module)
+    return RunDescription(
+        model=json.dumps({**vector.identity, "frozen": _checksum(constants)}, sort_keys=True),
+        dtype=str(vector.dtype).removeprefix("torch."),
+        names=names,
+        shapes=[list(shape) for shape in vector.shapes],
+        buffers=buffers,
+        algorithm=algorithm.title,
+        settings=settings,
+        global_optimizer=numbers_of_global_optimizer(algorithm),
+        data=None if data is None else json.dumps(data.identity, sort_keys=True),
+        steps_per_epoch=0 if data is None else data.steps_per_epoch,
+        epochs=epochs_of_training(trainer),
+        max_steps=None if trainer.max_steps == -1 else trainer.max_steps,
+    )
+
+
+def _checksum(tensors: Mapping[str, Any]) -> int:
+    """Returns a checksum of frozen parameters, which are not sent, so that all jobs must have the same."""
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(name.encode(), checksum)
+        for part in dense_parts(tensor):
+            checksum = zlib.crc32(bytes_of(part).numpy().data, checksum)
+    return checksum
+
+
+def refuse_averages(trainer: pl.Trainer) -> None:
+    """Refuses callbacks that average the weights of the global model over time, in the memory of one process.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    kinds: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+    if names := [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, kinds)]:
+        raise ValueError(
+            f"{names[0]} keeps an average in one process, which would be lost when another job decides, and which no"
+            " other job would have. In a job that is one region of a run (server=..., or HALOS_SERVER), leave it out:"
+            " average the checkpoints of the run afterwards, or train in one job."
+        )
+
+
+def without_progress(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Returns the contents of a checkpoint from which a job only takes the weights, because the server has the run."""
+    rank_zero_info(
+        "ckpt_path in a job that is one region of a run: only its weights are used, and only if the run is new and this"
+        " job is the first to join. Otherwise the job continues with the model and progress of the global server."
+    )
+    kept = {key: value for key, value in checkpoint.items() if key not in ("loops", "callbacks")}
+    return {**kept, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}

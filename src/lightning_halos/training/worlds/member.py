@@ -1,0 +1,121 @@
+"""The world of a job that is one region of a run: its own local server, and a global server in a process of its own.
+
+The region's server is on the job's rank 0. Nothing is decided here, and no state is kept: the run is in the global
+server's directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.cursor import Lease, LeaseStock
+from lightning_halos.core.joining import Joining
+from lightning_halos.core.open_region_node import OpenRegionNode
+from lightning_halos.core.worker import WorkerRound
+from lightning_halos.training.membership import Membership
+from lightning_halos.training.start import Start
+from lightning_halos.transport.member_host import MemberHost
+from lightning_halos.transport.runtime import NodeRuntime
+
+
+class MemberWorld:
+    """This process's worker in the job and, on rank 0, the region's server and its connection with the global server.
+
+    Args:
+        start: The state from which the fit starts, whose memory and module have the global model.
+        membership: The job's membership in the run.
+    """
+
+    is_simulated = False
+    clock = None
+    checkpointed = None
+
+    def __init__(self, start: Start, membership: Membership) -> None:
+        site, algorithm, memory, budget = start.site, start.algorithm, start.memory, start.budget
+        assert isinstance(algorithm, ServerAlgorithm)
+        assert memory is not None
+        assert start.entry is not None
+        self._site = site
+        joining, connection = membership.joining, membership.connection
+        link = None
+        if joining is not None and joining.node.welcome is not None and connection is not None:
+            link = connection, joining.node.welcome
+        runtime = NodeRuntime(
+            site.rank,
+            site.topology,
+            site.groups,
+            None,
+            None if joining is None else _region_node(start, algorithm, memory, joining.node),
+            memory,
+            site.timeout,
+            site.interrupted,
+            membership=link,
+        )
+        self.alarm, self.client = runtime.alarm, runtime.client
+        host = runtime.region_host
+        self._host = host if isinstance(host, MemberHost) else None
+        if self._host is not None and joining is not None:
+            for message in joining.early:
+                self._host.receive(message, ())
+        local_steps = algorithm.planner(start.workers, budget.max_steps).local_steps(site.rank, budget.total)
+        self.first_round = WorkerRound(site.rank, local_steps, budget.position)
+        self.leases: Iterator[Lease] = self.client.leases()
+
+    @property
+    def decides(self) -> bool:
+        return self._host is not None and self._host.decides
+
+    @property
+    def has_global_model(self) -> bool:
+        return self.decides
+
+    @property
+    def callbacks(self) -> str:
+        return "" if self._host is None else self._host.callbacks
+
+    @property
+    def version(self) -> int:
+        return self._region.version
+
+    @property
+    def steps(self) -> int:
+        return self._region.steps
+
+    def read(self, out: Tensor) -> None:
+        out.copy_(self._region.read_global_model(self._check))
+
+    def publish(
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+    ) -> None:
+        self._region.publish(plateau_steps, metrics, callbacks)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """Returns the counters of this job's server only; ``lightning-halos status`` shows those of all regions."""
+        return [self._region.counters.statistics()]
+
+    def close(self, timeout: float) -> None:
+        self.alarm.close(timeout)
+
+    @property
+    def _region(self) -> MemberHost:
+        assert self._host is not None
+        return self._host
+
+    def _check(self) -> None:
+        self.alarm.check()
+        self._site.interrupted()
+
+
+def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor, joining: Joining) -> OpenRegionNode:
+    """Makes the node of the region's server, with a copy of the model."""
+    topology, budget, workers, welcome = start.site.topology, start.budget, start.site.size, joining.welcome
+    assert welcome is not None
+    # There may always be another region, so the server exchanges.
+    server = algorithm.local_server(welcome.member, 2, workers, memory.clone(), start.vector.shapes, topology.describe)
+    planner = algorithm.planner(budget.workers, budget.max_steps)
+    stock = None if start.data is None else LeaseStock(algorithm.local_steps * workers)
+    return OpenRegionNode(server, planner, range(workers), budget, stock, joining)

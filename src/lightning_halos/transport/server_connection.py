@@ -1,0 +1,298 @@
+"""A job's connection with the global server of a star of jobs. When it is lost, a thread dials again.
+
+What is said on a connection is decided by the party that uses it: before a fit one that joins, then the region's
+server. Messages that are posted while there is no connection are dropped, because the party repeats what is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lightning_halos.core.messages import Message, Preempted, Refusal
+from lightning_halos.core.protocol import uses_models_link
+from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.transport.errors import PeerFailedError, PeerLostError
+from lightning_halos.transport.link import Link, OnFailure, OnMessage, since, wait_all
+
+if TYPE_CHECKING:
+    from lightning_halos.transport.session import Session  # which needs cryptography
+
+Dial = Callable[[float, Callable[[], None]], "Session"]
+"""Dials for so many seconds, and calls a function that may raise several times a second meanwhile."""
+
+LIVENESS = 30.0
+"""Seconds of silence after which the global server counts as unreachable. A living one is never silent for so long."""
+_PAUSE = 1.0  # seconds before a connection is dialed again that the server has closed
+
+log = logging.getLogger(__name__)
+
+
+class Party(Protocol):
+    """The user of a connection. Its methods are called in the connection's threads, which hold no lock then."""
+
+    def connected(self) -> Sequence[Message]:
+        """Returns the first messages of a new connection."""
+
+    def disconnected(self) -> None:
+        """Is called when the connection is lost."""
+
+    def receive(self, message: Message, progress: Iterable[int]) -> bool:
+        """Handles a message, whose vector arrives while ``progress`` is iterated over.
+
+        Returns:
+            Whether it did; otherwise the message waits for the next party.
+        """
+
+
+class ServerConnection:
+    """The connection.
+
+    Args:
+        dial: Dials the global server.
+        limit: Seconds without a connection after which the job fails.
+
+    Attributes:
+        server: Address of the server, for messages.
+        models: The link for models, for a host.
+        control: The link for everything else, for a host.
+    """
+
+    def __init__(self, server: str, dial: Dial, limit: float) -> None:
+        self.server = server
+        self.models = RedialedLink(self)
+        self.control = RedialedLink(self)
+        self._dial = dial
+        self._limit = limit
+        self._form: tuple[int, torch.dtype] | None = None
+        self._changed = threading.Condition()
+        self._session: Session | None = None
+        self._greeted: Session | None = None
+        self._open: Session | None = None  # on which the first message is sent
+        self._carried = 0  # bytes on earlier connections
+        self._models: Link | None = None
+        self._party: Party | None = None
+        self._is_lost = self._is_closed = False
+        self._refusal: Refusal | None = None
+        self._error: Exception | None = None
+        self._on_failure: Callable[[Exception], None] = lambda error: None
+
+    def open(self, limit: float, interrupted: Callable[[], None]) -> None:
+        """Dials, and waits at most ``limit`` seconds for the connection."""
+        self._adopt(self._dial(limit, interrupted))
+        for run in (self._keep, self._watch):
+            threading.Thread(target=run, name=f"halos connection {self.server}", daemon=True).start()
+
+    def serve(self, party: Party | None, goes_on: bool = False) -> None:
+        """Lets a party use the connection instead of the present one; ``None``: nobody, and messages wait.
+
+        Args:
+            party: The party.
+            goes_on: Whether it goes on where the one before has ended, so that only a new connection is greeted.
+        """
+        with self._changed:
+            self._party = party
+            if party is not None and not goes_on:
+                self._greeted = None
+            was_lost = self._is_lost or self._session is not self._greeted
+            self._changed.notify_all()
+        if party is not None and goes_on and was_lost:
+            party.disconnected()
+        self._greet()
+
+    def expect_models(self, form: tuple[int, torch.dtype]) -> None:
+        """Allows vectors with a number of elements and a dtype."""
+        with self._changed:
+            self._form = form
+            self._start_models()
+
+    def on_failure(self, fail: Callable[[Exception], None]) -> None:
+        """Sets the function that is called if the connection cannot be restored, or the server refuses the job."""
+        self._on_failure = fail
+
+    def check(self) -> None:
+        """Raises the error after which the connection cannot be restored, if any."""
+        if self._error is not None:
+            raise self._error
+
+    def post(
+        self,
+        message: Message,
+        fill: Callable[[Advance], object] | None = None,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Sends a message, if there is a connection; see :meth:`Link.post`."""
+        with self._changed:
+            session, models = (None, None) if self._is_lost else (self._session, self._models)
+            if session is not self._open:
+                session = None
+            link = None if session is None else models if uses_models_link(message) else session.control
+        if link is not None:
+            link.post(message, fill, sent)
+        elif fill is not None:
+            fill(ignore_progress)
+
+    def close(self, timeout: float) -> None:
+        """Says goodbye, and waits at most ``timeout`` seconds for the server's."""
+        with self._changed:
+            session, self._is_closed, self._party = self._session, True, None
+            self._changed.notify_all()
+        if session is not None:
+            session.close(timeout)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes that the connections of this process have carried."""
+        with self._changed:
+            links = [] if self._session is None else [self._session.control, self._models]
+            return self._carried + sum(link.bytes_sent + link.bytes_received for link in links if link is not None)
+
+    # ------------------------------------------------------------------ the connection's threads
+
+    def _adopt(self, session: Session) -> None:
+        carried = self.traffic
+        with self._changed:
+            self._carried, self._models, self._is_lost, self._refusal = carried, None, False, None
+            self._session = session
+            session.control.start(self._receiver(session), self._loser(session))
+            self._start_models()
+        self._greet()
+
+    def _start_models(self) -> None:
+        session = self._session
+        if session is not None and self._form is not None and self._models is None and not self._is_lost:
+            self._models = session.models(self._form)
+            self._models.start(self._receiver(session), self._loser(session))
+
+    def _greet(self) -> None:
+        with self._changed:
+            party = self._party
+            if party is None or self._is_lost or self._session is self._greeted:
+                return
+            session = self._greeted = self._session
+        assert session is not None
+        for message in party.connected():
+            session.control.post(message)
+        with self._changed:
+            self._open = session
+
+    def _receiver(self, session: Session) -> OnMessage:
+        def receive(message: Message, progress: Iterable[int]) -> None:
+            party: Party | None = None
+            while True:
+                with self._changed:
+                    if isinstance(message, Refusal):
+                        self._refusal = message
+                        return
+                    while self._party in (None, party) and not self._is_closed and session is self._session:
+                        self._changed.wait()
+                    party = self._party if session is self._session and not self._is_lost else None
+                if party is None:
+                    wait_all(progress)
+                    return
+                if party.receive(message, progress):
+                    return
+
+        return receive
+
+    def _loser(self, session: Session) -> OnFailure:
+        def lose(error: Exception) -> None:
+            with self._changed:
+                if session is self._session and not self._is_lost and not self._is_closed:
+                    if not isinstance(error, PeerLostError):
+                        self._fail(error)
+                        return
+                    log.warning("The connection with the global server is lost: %s It is dialed again.", error)
+                    self._is_lost = True
+                    self._changed.notify_all()
+
+        return lose
+
+    def _watch(self) -> None:
+        """Notices a server that is silent, with its connection open, or that has said goodbye."""
+        while not self._is_closed:
+            time.sleep(1.0)
+            with self._changed:
+                session, models = self._session, self._models
+                links = [] if session is None or self._is_lost else [session.control, models]
+            now = time.monotonic()
+            for link in links:
+                if session is not None and link is not None and (link.has_ended or link.silence(now) > LIVENESS):
+                    what = "has said goodbye" if link.has_ended else f"was last heard of {since(link.heard)}"
+                    self._loser(session)(PeerLostError(f"The global server {self.server} {what}."))
+
+    def _keep(self) -> None:
+        """Dials again whenever the connection is lost."""
+        try:
+            while self._wait_for_loss():
+                if (refusal := self._refusal) is not None and refusal.for_good:
+                    raise PeerFailedError(f"The global server {self.server} refuses this job: {refusal.reason}")
+                if refusal is not None:
+                    log.warning("The global server %s refuses this job now: %s", self.server, refusal.reason)
+                self._redial()
+        except _ClosedError:
+            pass
+        except Exception as error:
+            self._fail(error)
+
+    def _wait_for_loss(self) -> bool:
+        with self._changed:
+            while not self._is_lost and not self._is_closed:
+                self._changed.wait()
+            if self._is_closed:
+                return False
+            session, party = self._session, self._party
+        if session is not None:
+            session.abort()
+        if party is not None:
+            party.disconnected()
+        return True
+
+    def _redial(self) -> None:
+        time.sleep(_PAUSE)
+        session = self._dial(self._limit, self._check_closed)
+        log.warning("The global server %s is connected again.", self.server)
+        self._adopt(session)
+
+    def _check_closed(self) -> None:
+        if self._is_closed:
+            raise _ClosedError
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._on_failure(error)
+
+
+class _ClosedError(Exception):
+    """The connection was closed while it was dialed again."""
+
+
+class RedialedLink(Link):
+    """One of the two links of a connection, for a host. It stays the same when the connection is dialed again.
+
+    It passes a failure of the job on to the server, but not a preemption, which only concerns the job.
+    """
+
+    def __init__(self, connection: ServerConnection) -> None:
+        super().__init__(connection.server)
+        self._connection = connection
+
+    def post(
+        self,
+        message: Message,
+        fill: Callable[[Advance], object] | None = None,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
+        if not isinstance(message, Preempted):
+            self._connection.post(message, fill, sent)
+
+    def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
+        """Does nothing, because the connection itself receives."""
+
+    def _receive_all(self, on_message: OnMessage) -> None:
+        raise AssertionError
