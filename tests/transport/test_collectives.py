@@ -187,6 +187,15 @@ class TestResults:
                 assert torch.equal(total, outcomes[0][0])
                 assert torch.equal(values, own[-1])
 
+    def test_tensors_of_a_validation_which_runs_in_inference_mode(self) -> None:
+        def work(collectives: Collectives, rank: int) -> Any:
+            with torch.inference_mode():
+                total = collectives.reduce(torch.tensor([rank, 2.0]), "sum")
+                return total.tolist(), collectives.all_gather(torch.tensor(rank)).tolist(), total.is_inference()
+
+        with workers([[0, 1], [2]]) as all_workers:
+            assert all_workers.run(work) == [([3.0, 6.0], [0, 1, 2], True)] * 3
+
     def test_sums_of_booleans_are_counts(self) -> None:
         def work(collectives: Collectives, rank: int) -> Any:
             flags = torch.tensor([True, rank == 0, False])

@@ -98,6 +98,7 @@ class Star:
             leaving += [self._send(peer, part) for peer in self._pairs if peer != origin]
         self._wait(leaving)
 
+    @torch.inference_mode()  # a tensor that was made in this mode can only be overwritten in it
     def reduce(self, tensor: Tensor, combine: Callable[[Tensor, Tensor], object]) -> None:
         """Reduces a contiguous tensor over all workers, in place, with the same result on all of them.
 
