@@ -88,20 +88,16 @@ class Evidence:
         results = {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
         return cls(batches, results)
 
-    def uses(self) -> Counter[tuple[int, int]]:
-        """How often each sample was used, by epoch and index."""
-        return Counter((batch.epoch, sample) for batch in self.batches for sample in batch.samples)
+    def repeated(self) -> int:
+        """How many batches were trained on again. Shuffled epochs have no batch in common."""
+        return len(self.batches) - len({batch.samples for batch in self.batches})
 
     def useful_steps(self, begin: float = 0.0, end: float = float("inf")) -> int:
         """Steps between two times whose batch was trained on for the first time."""
-        seen: set[tuple[int, tuple[int, ...]]] = set()
-        number = 0
-        for batch in sorted(self.batches, key=lambda batch: batch.at):
-            key = (batch.epoch, batch.samples)
-            if key not in seen:
-                seen.add(key)
-                number += begin <= batch.at < end
-        return number
+        first: dict[tuple[int, ...], float] = {}
+        for batch in self.batches:
+            first[batch.samples] = min(batch.at, first.get(batch.samples, batch.at))
+        return sum(begin <= at < end for at in first.values())
 
     def span(self) -> tuple[float, float]:
         """When the first and the last batch ended."""
@@ -109,15 +105,11 @@ class Evidence:
         return min(times), max(times)
 
     def assert_used_once(self, epochs: int, samples: int, again: int = 0) -> None:
-        """Every epoch used every sample, and at most ``again`` of these uses were a repetition."""
-        uses = self.uses()
-        unused = [
-            key for key in ((epoch, index) for epoch in range(epochs) for index in range(samples)) if key not in uses
-        ]
-        assert not unused, f"{len(unused)} samples were not used, by epoch and index: {unused[:20]} ..."
-        assert {epoch for epoch, _ in uses} <= set(range(epochs)), f"epochs {sorted({epoch for epoch, _ in uses})}"
-        repeated = sum(number - 1 for number in uses.values())
-        assert repeated <= again, f"{repeated} uses of samples were repetitions, and at most {again} are explained"
+        """Every epoch used every sample once, and at most ``again`` batches were repeated."""
+        uses = Counter(sample for batch in {batch.samples for batch in self.batches} for sample in batch)
+        wrong = {index: uses[index] for index in range(samples) if uses[index] != epochs}
+        assert not wrong, f"{len(wrong)} samples were not used {epochs} times: {dict(list(wrong.items())[:20])} ..."
+        assert self.repeated() <= again, f"{self.repeated()} batches were repeated, and at most {again} are explained"
 
     def assert_same_model(self, workers: Iterable[str]) -> dict[str, Tensor]:
         """The named workers ended with the same finite model, bit for bit. Returns it."""

@@ -1,21 +1,20 @@
 """A seeded hand that strikes the processes of a star of jobs: it kills, stops, terminates, cuts off, and starts again.
 
-The same seed strikes at the same moments the same victims in the same way. What the victims are, and how they are
-started, a :class:`Cast` knows, so that other software can be put under the same hand.
+The same seed strikes at the same moments the same victims in the same way. What the victims are does not matter here,
+so that other software can be put under the same hand.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+
+from tests.star.processes import Party, signal_all
 
 KILL, STOP, TERMINATE, CUT, UNPLUG, RESTART = KINDS = ("kill", "stop", "terminate", "cut", "unplug", "restart")
 """A restart is a kill after which the victim is started again at once."""
@@ -79,34 +78,6 @@ def plan(
     return faults
 
 
-class Party(Protocol):
-    """A server or a job, whose processes live and die together."""
-
-    def pids(self) -> list[int]:
-        """Its processes that run."""
-
-    def start(self) -> None:
-        """Starts it. Waits for nothing."""
-
-    def terminate(self) -> None:
-        """Sends SIGTERM, as its scheduler would."""
-
-    def cut(self) -> None:
-        """Loses all packets from and to it, silently."""
-
-    def unplug(self) -> None:
-        """Takes its network cable out."""
-
-    def mend(self) -> None:
-        """Connects it again."""
-
-    def is_done(self) -> bool:
-        """Whether its work is done and it has ended as it should."""
-
-    def has_ended(self) -> bool:
-        """Whether none of its processes runs."""
-
-
 class Hand:
     """Carries out a plan.
 
@@ -118,7 +89,7 @@ class Hand:
     """
 
     def __init__(
-        self, faults: Sequence[Fault], parties: dict[str, Party], patience: float, log: Callable[[str], None]
+        self, faults: Sequence[Fault], parties: Mapping[str, Party], patience: float, log: Callable[[str], None]
     ) -> None:
         self.struck: list[Fault] = []
         self.complaints: list[str] = []
@@ -146,7 +117,7 @@ class Hand:
             elif now > deadline:
                 left = self._parties[name].pids()
                 self.complaints.append(f"{name}: processes {left} still run {self._patience:g} s after [{fault}]")
-                _signal(left, signal.SIGKILL)
+                signal_all(left, signal.SIGKILL)
         for name, party in self._parties.items():
             if not self._is_down(name) and party.has_ended() and not party.is_done():
                 self.complaints.append(f"{name} ended by itself, last struck by [{self._last(name)}]")
@@ -179,7 +150,7 @@ class Hand:
         self.struck.append(fault)
         pid = pids[fault.process % len(pids)]
         if fault.kind in (KILL, RESTART):
-            _signal([pid], signal.SIGKILL)
+            signal_all([pid], signal.SIGKILL)
             self._waiting[fault.victim] = now + self._patience, fault
         elif fault.kind == TERMINATE:
             party.terminate()
@@ -187,7 +158,7 @@ class Hand:
         else:
             if fault.kind == STOP:
                 self._stopped[fault.victim] = pid
-                _signal([pid], signal.SIGSTOP)
+                signal_all([pid], signal.SIGSTOP)
             elif fault.kind == CUT:
                 party.cut()
             else:
@@ -199,7 +170,7 @@ class Hand:
         if fault.kind in NEEDS_NETWORK:
             party.mend()
         elif fault.kind == STOP:
-            _signal([self._stopped.pop(name)], signal.SIGCONT)
+            signal_all([self._stopped.pop(name)], signal.SIGCONT)
         elif not party.is_done():
             party.start()
 
@@ -212,9 +183,3 @@ def described(faults: Sequence[Fault]) -> str:
 def gaps(faults: Sequence[Fault]) -> Iterator[float]:
     """Seconds between faults."""
     return (later.at - earlier.at for earlier, later in pairwise(faults))
-
-
-def _signal(pids: Sequence[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -27,6 +27,32 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 
 _CUT = "10"  # priority of the rules that cut a cable
 
+_RELAY = """
+import asyncio, sys
+
+async def relay(reader, writer):
+    async def pump(source, sink):
+        while data := await source.read(1 << 16):
+            sink.write(data)
+            await sink.drain()
+        sink.close()
+
+    try:
+        there = await asyncio.open_connection(sys.argv[1], int(sys.argv[2]))
+    except OSError:
+        writer.transport.abort()
+        return
+    await asyncio.gather(pump(reader, there[1]), pump(there[0], writer), return_exceptions=True)
+    writer.transport.abort()
+    there[1].transport.abort()
+
+async def main():
+    server = await asyncio.start_server(relay, "0.0.0.0", int(sys.argv[2]))
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
 _made = 0
 
 
@@ -121,12 +147,13 @@ class Place:
                 "100ms",
             )
 
-    def hosts(self, **addresses: str) -> None:
-        """Names that are known here only."""
+    def hosts(self, *names: tuple[str, str]) -> None:
+        """Names that are known here only, each with its address; a name may have several."""
         folder = CONFIGURATION / self.namespace
         folder.mkdir(parents=True, exist_ok=True)
-        lines = ["127.0.0.1 localhost", *(f"{address} {name.replace('_', '.')}" for name, address in addresses.items())]
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names)]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
+        (folder / "nsswitch.conf").write_text("hosts: files\n")  # there is no name server, and nobody waits for one
 
 
 @dataclass
@@ -158,6 +185,7 @@ class Network:
             router,
         )
         self.places.append(place)
+        place.hosts()
         _add(place.namespace)
         _run(
             "ip",
@@ -184,13 +212,24 @@ class Network:
                 _ip(place.namespace, "route", "add", "default", "via", gateway(address), "dev", "eth0")
         return place
 
-    def office(self, name: str) -> Place:
-        """A place behind which others can be, hidden from the internet by NAT: only they can dial."""
+    def office(self, name: str, server: Place, port: int) -> tuple[Place, str]:
+        """A place behind which others can be that nobody reaches: they can only dial.
+
+        With iptables they are behind NAT. Without, the office sends on what they say to a TCP port of its own, and
+        nothing else, which hides them as well.
+
+        Returns:
+            The office, and the address at which those behind it reach the server.
+        """
         office = self.place(name, ipv6=False)
-        _forward(office.namespace)
-        rule = ["-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE"]
-        _run("ip", "netns", "exec", office.namespace, "iptables", *rule)
-        return office
+        if shutil.which("iptables"):
+            _forward(office.namespace)
+            rule = ["-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE"]
+            _run("ip", "netns", "exec", office.namespace, "iptables", *rule)
+            return office, server.ipv4
+        inside = ["ip", "netns", "exec", office.namespace, sys.executable, "-S", "-c", _RELAY]
+        subprocess.Popen([*inside, server.ipv4, str(port)])  # ends with the namespace
+        return office, office.ipv4
 
     def open_only(self, place: Place, port: int) -> None:
         """A firewall before a place: the others reach that TCP port and nothing else, and it can dial nobody."""
@@ -270,11 +309,10 @@ def enter(namespace: str) -> None:
 
     with (RUNTIME / namespace).open() as file:
         call("setns", file.fileno(), _CLONE_NEWNET)
-    hosts = CONFIGURATION / namespace / "hosts"
-    if hosts.exists():
-        call("unshare", _CLONE_NEWNS)
-        call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
-        call("mount", bytes(hosts), b"/etc/hosts", None, ctypes.c_ulong(_MS_BIND), None)
+    call("unshare", _CLONE_NEWNS)
+    call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
+    for path in (CONFIGURATION / namespace).iterdir():
+        call("mount", bytes(path), bytes(Path("/etc", path.name)), None, ctypes.c_ulong(_MS_BIND), None)
 
 
 def wait_until_gone(namespace: str, limit: float) -> list[int]:

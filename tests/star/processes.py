@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,27 +103,35 @@ class Starter:
             place: Where it runs; this machine's own network by default.
             environment: What to set in its environment.
         """
-        log = self.log_of(name)
         variables = {**(environment or {}), "OMP_NUM_THREADS": "1"}
-        process: Process
         if self.as_scripts:
-            inside = ["ip", "netns", "exec", place.namespace] if place else []
-            with log.open("ab") as file:
-                process = _Spawned(
-                    subprocess.Popen(
-                        [*inside, sys.executable, "-m", role.__module__, role.__name__, *arguments],
-                        env={**os.environ, **variables},
-                        cwd=ROOT,
-                        stdout=file,
-                        stderr=file,
-                        start_new_session=True,
-                    )
+            return self.spawn(
+                sys.executable, "-m", role.__module__, role.__name__, *arguments,
+                name=name, place=place, environment=variables,
+            )  # fmt: skip
+        namespace = place.namespace if place else ""
+        forked = _context.Process(target=_work, args=(role, arguments, self.log_of(name), namespace, variables))
+        forked.start()
+        process = _Forked(forked)
+        self.started.append(process)
+        return process
+
+    def spawn(
+        self, *command: str, name: str, place: Place | None = None, environment: dict[str, str] | None = None
+    ) -> Process:
+        """Starts a command. The arguments are those of :meth:`start`."""
+        inside = ["ip", "netns", "exec", place.namespace] if place else []
+        with self.log_of(name).open("ab") as log:
+            process = _Spawned(
+                subprocess.Popen(
+                    [*inside, *command],
+                    env={**os.environ, **(environment or {})},
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
-        else:
-            namespace = place.namespace if place else ""
-            forked = _context.Process(target=_work, args=(role, arguments, log, namespace, variables, os.getpid()))
-            forked.start()
-            process = _Forked(forked)
+            )
         self.started.append(process)
         return process
 
@@ -143,6 +151,69 @@ class Starter:
     def left(self) -> list[int]:
         """Process groups whose first process has ended, and that still have others."""
         return [process.pid for process in self.started if process.code is not None and _has_group(process.pid)]
+
+
+class Party:
+    """A server or a job, whose processes live and die together; ``hand`` may strike it.
+
+    Attributes:
+        place: Where it runs; this machine's own network if ``None``.
+        processes: Those of its present life.
+    """
+
+    def __init__(self, place: Place | None = None) -> None:
+        self.place = place
+        self.processes: list[Process] = []
+
+    def start(self) -> None:
+        """Starts it (again). Waits for nothing."""
+        self.processes = self.launch()
+
+    def launch(self) -> list[Process]:
+        """Starts its processes."""
+        raise NotImplementedError
+
+    def codes(self) -> list[int | None]:
+        """Exit codes of the present life."""
+        return [process.code for process in self.processes]
+
+    def pids(self) -> list[int]:
+        """Its processes that run."""
+        return [process.pid for process in self.processes if process.code is None]
+
+    def has_ended(self) -> bool:
+        """Whether none of its processes runs."""
+        return None not in self.codes()
+
+    def is_done(self) -> bool:
+        """Whether its work is done and it has ended as it should."""
+        return bool(self.processes) and all(code == 0 for code in self.codes())
+
+    def terminate(self) -> None:
+        """Sends SIGTERM to all of it, as its scheduler would."""
+        signal_all(self.pids(), signal.SIGTERM)
+
+    def cut(self) -> None:
+        """Loses all packets from and to it, silently."""
+        assert self.place is not None
+        self.place.cut()
+
+    def unplug(self) -> None:
+        """Takes its network cable out."""
+        assert self.place is not None
+        self.place.unplug()
+
+    def mend(self) -> None:
+        """Connects it again."""
+        assert self.place is not None
+        self.place.mend()
+
+
+def signal_all(pids: Sequence[int], number: int) -> None:
+    """Sends a signal to processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 @contextlib.contextmanager
@@ -185,7 +256,6 @@ def _work(
     log: Path,
     namespace: str,
     environment: dict[str, str],
-    parent: int,
 ) -> None:
     os.setsid()
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.star.hand import CUT, KILL, KINDS, RESTART, STOP, TERMINATE, UNPLUG, Fault, Hand, gaps, plan
-from tests.star.processes import wait_until
+from tests.star.processes import Party, Process, signal_all, wait_until
 
 VICTIMS = ["server", "one", "two", "three"]
 
@@ -28,35 +28,38 @@ def test_a_plan_of_ten_minutes_has_everything() -> None:
     assert faults[-1].at <= 600
 
 
-class Sleepers:
-    """A party of two processes, of which the second ends with the first, or not."""
+class Sleeper:
+    """A process that sleeps."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        self.pid = self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        return self._process.poll()
+
+    def wait(self, limit: float) -> int | None:
+        return self._process.wait(limit)
+
+
+class Sleepers(Party):
+    """Two processes, of which one ends with the other, or not."""
 
     def __init__(self, together: bool = True) -> None:
+        super().__init__()
         self.together = together
         self.starts = 0
         self.calls: list[str] = []
-        self.ranks: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
+    def launch(self) -> list[Process]:
         self.starts += 1
-        self.ranks = [subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) for _ in range(2)]
-
-    def pids(self) -> list[int]:
-        return [rank.pid for rank in self.ranks if rank.poll() is None]
+        return [Sleeper(), Sleeper()]
 
     def has_ended(self) -> bool:
-        if self.together and any(rank.poll() is not None for rank in self.ranks):
-            for rank in self.ranks:
-                rank.kill()
-        return not self.pids()
-
-    def is_done(self) -> bool:
-        return bool(self.ranks) and all(rank.poll() == 0 for rank in self.ranks)
-
-    def terminate(self) -> None:
-        self.calls.append("terminate")
-        for rank in self.ranks:
-            rank.terminate()
+        if self.together and set(self.codes()) != {None}:
+            self.kill()
+        return super().has_ended()
 
     def cut(self) -> None:
         self.calls.append("cut")
@@ -67,15 +70,16 @@ class Sleepers:
     def mend(self) -> None:
         self.calls.append("mend")
 
+    def kill(self) -> None:
+        signal_all(self.pids(), signal.SIGKILL)
+
 
 @pytest.fixture
 def party() -> Iterator[Sleepers]:
     party = Sleepers()
     party.start()
     yield party
-    for rank in party.ranks:
-        rank.kill()
-        rank.wait()
+    party.kill()
 
 
 def carry_out(party: Sleepers, *faults: Fault, patience: float = 5.0) -> Hand:
@@ -130,14 +134,12 @@ def test_complaint_about_processes_that_stay() -> None:
     hand = carry_out(party, Fault(0.0, KILL, "one", 0, 0.0), patience=0.3)
     assert len(hand.complaints) == 1
     assert "still run" in hand.complaints[0]
-    for rank in party.ranks:
-        rank.kill()
-        rank.wait()
+    party.kill()
 
 
 def test_complaint_about_a_party_that_ends_by_itself(party: Sleepers) -> None:
     hand = Hand([], {"one": party}, 5.0, log=print)
-    party.ranks[0].send_signal(signal.SIGKILL)
+    signal_all(party.pids()[:1], signal.SIGKILL)
     wait_until(lambda: (hand.act(), hand.complaints)[1], 5)
     assert "ended by itself" in hand.complaints[0]
     assert party.starts == 2

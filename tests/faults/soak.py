@@ -1,0 +1,211 @@
+"""Trains for minutes with a server and 3 region jobs of 2 workers, while a seeded hand strikes any of them.
+
+Usage::
+
+    python -m tests.faults.soak --minutes 10 --seed 1
+    python -m tests.faults.soak --minutes 10 --seed 1 --without without.json   # keeps the run without faults
+
+Every 5 to 15 seconds the hand kills, stops, terminates, cuts off or restarts one of them. At the end the ordered steps
+must be done, every epoch's samples used, and used once apart from what ``docs/faults.md`` says of rounds in flight; all
+regions must hold one model, as good as that of a run without faults, and no process may be left. Prints the goodput:
+useful local steps per second with faults, over those without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.integration.harness import free_port
+from tests.star.evidence import Evidence
+from tests.star.hand import (
+    KILL,
+    KINDS,
+    NEEDS_NETWORK,
+    RESTART,
+    TERMINATE,
+    Fault,
+    Hand,
+    described,
+    plan,
+)
+from tests.star.network import Place, inhabitants, internet, missing
+from tests.star.processes import Party, Starter, starting
+from tests.star.roles import Task, loss_of
+from tests.star.star import WORKERS, Star
+
+REGIONS = ("one", "two", "three")
+SERVER = "server"
+LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
+PATIENCE = 25.0  # seconds in which a party must have ended after a fault
+PORT = 29600
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a soak came to.
+
+    Attributes:
+        faults: That struck.
+        seconds: From the first batch to the last.
+        steps: Useful local steps: of batches that were trained on for the first time.
+        repeated: Batches that were trained on again.
+        loss: Of the model at the end.
+    """
+
+    faults: list[Fault]
+    seconds: float
+    steps: int
+    repeated: int
+    loss: float
+
+    @property
+    def rate(self) -> float:
+        """Useful local steps per second."""
+        return self.steps / self.seconds
+
+
+@contextlib.contextmanager
+def distant(*names: str) -> Iterator[dict[str, Place]]:
+    """A place for each name, where this machine allows it; else nothing."""
+    if missing():
+        yield {}
+        return
+    with internet() as network:
+        yield {name: network.place(name) for name in names}
+
+
+def three_regions(
+    starter: Starter, folder: Path, task: Task, places: Mapping[str, Place]
+) -> tuple[Star, dict[str, Party]]:
+    """A server and three region jobs, not started yet."""
+    host, port = (places[SERVER].ipv4, PORT) if places else ("127.0.0.1", free_port())
+    star = Star(starter, folder, task, [host], list(REGIONS))
+    options = ["--workers", str(WORKERS * len(REGIONS)), "--liveness", f"{LIVENESS:g}", "--timeout", "60"]
+    parties: dict[str, Party] = {SERVER: star.server(*options, listen=f"{host}:{port}", place=places.get(SERVER))}
+    parties.update({name: star.job(name, f"{host}:{port}", places.get(name)) for name in REGIONS})
+    return star, parties
+
+
+def soak(
+    folder: Path,
+    task: Task,
+    faults: Sequence[Fault],
+    limit: float,
+    as_scripts: bool = True,
+    log: Callable[[str], None] = print,
+) -> Report:
+    """Trains a task under a plan of faults, and checks the result.
+
+    Args:
+        folder: Where everything of the run is kept.
+        task: What is trained.
+        faults: What the hand does.
+        limit: Seconds in which the run must have ended.
+        as_scripts: Whether processes are started as scripts; else they are forked.
+        log: Is told what happens.
+
+    Raises:
+        AssertionError: If anything is not as it must be.
+    """
+    with contextlib.ExitStack() as stack:
+        starter = stack.enter_context(starting(folder, as_scripts))
+        places = stack.enter_context(distant(SERVER, *REGIONS))
+        star, parties = three_regions(starter, folder, task, places)
+        for party in parties.values():
+            party.start()
+        deadline = time.monotonic() + limit
+        # The hand waits for all regions, so that every seed strikes a run that goes on.
+        while len(list(star.evidence.glob("*.batches"))) < WORKERS * len(REGIONS):
+            assert time.monotonic() < deadline, f"The run did not begin.\n{starter.logs()}"
+            assert not any(party.has_ended() for party in parties.values()), starter.logs()
+            time.sleep(0.1)
+        hand = Hand(faults, parties, PATIENCE, log)
+        while hand.is_busy or not all(party.is_done() for party in parties.values()):
+            if parties[SERVER].is_done():
+                hand.finish()
+            hand.act()
+            assert not hand.complaints, f"{hand.complaints}\n{starter.logs()}"
+            assert time.monotonic() < deadline, f"The run did not end within {limit:.0f} s.\n{starter.logs()}"
+            time.sleep(0.05)
+        left = [*starter.left(), *(pid for place in places.values() for pid in inhabitants(place.namespace))]
+        assert not left, f"Processes {left} are left.\n{starter.logs()}"
+        evidence = Evidence.read(star.evidence)
+        star.assert_keys_are_hidden()
+    evidence.assert_used_once(task.epochs, task.samples, again=allowance(hand.struck, task))
+    workers = [f"{name}-{rank}" for name in REGIONS for rank in range(WORKERS)]
+    evidence.assert_same_step(workers, task.steps // len(workers))
+    state = evidence.assert_same_model(workers)
+    begin, end = evidence.span()
+    return Report(hand.struck, end - begin, evidence.useful_steps(), evidence.repeated(), loss_of(state))
+
+
+def allowance(faults: Sequence[Fault], task: Task) -> int:
+    """How many batches may be trained on again, by what ``docs/faults.md`` says."""
+    in_flight = task.local_steps * WORKERS  # one round of each worker of a region
+    unsent = 2 * task.accumulate * task.local_steps  # of an update on its way, and of the next one
+    number = 0
+    for fault in faults:
+        if fault.victim == SERVER or fault.kind == TERMINATE:
+            continue
+        if fault.kind in (KILL, RESTART):
+            number += in_flight + unsent
+        elif fault.lasts > LIVENESS - 2:
+            # Its leases went to others, and it went on with what it had until it heard of that.
+            number += in_flight + unsent + round(fault.lasts * WORKERS / task.pause)
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long the hand strikes (default: 10)")
+    parser.add_argument("--seed", type=int, default=1, help="of the hand (default: 1)")
+    parser.add_argument("--every", type=float, nargs=2, default=(5.0, 15.0), metavar="SECONDS", help="between faults")
+    parser.add_argument("--without", type=Path, help="file with the run without faults; made if it does not exist")
+    parser.add_argument("--folder", type=Path, help="where to keep everything (default: a temporary folder)")
+    options = parser.parse_args(arguments)
+    seconds = 60 * options.minutes
+    task = task_for(seconds)
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kinds = [kind for kind in KINDS if not missing() or kind not in NEEDS_NETWORK]
+        faults = plan(options.seed, seconds, [SERVER, *REGIONS], tuple(options.every), kinds)
+        without = _without(folder / "without", options.without, task, 3 * seconds + 120)
+        print(f"without faults: {without['rate']:.1f} local steps/s, loss {without['loss']:.4f}", flush=True)
+        (folder / "with").mkdir(parents=True)
+        report = soak(folder / "with", task, faults, 3 * seconds + 120, log=lambda line: print(line, flush=True))
+    print(f"with {len(report.faults)} faults ({described(report.faults)}): {report.rate:.1f} local steps/s, ", end="")
+    print(f"{report.repeated} batches again, loss {report.loss:.4f}")
+    print(f"goodput: {report.rate / without['rate']:.1%}")
+    assert report.loss <= 1.25 * without["loss"] + 0.002, "The loss is worse than without faults."
+    return 0
+
+
+def task_for(seconds: float) -> Task:
+    """A task of about so many seconds, with epochs of half a minute."""
+    pause, batch, epoch = 0.05, 4, min(30.0, seconds)
+    samples = round(epoch * len(REGIONS) * WORKERS / pause) * batch
+    return Task(epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause)
+
+
+def _without(folder: Path, path: Path | None, task: Task, limit: float) -> dict[str, float]:
+    """Rate and loss of the run without faults, from a file if it has been made before."""
+    if path is not None and path.exists():
+        return dict(json.loads(path.read_text()))
+    folder.mkdir(parents=True)
+    report = soak(folder, task, [], limit)
+    result = {"rate": report.rate, "loss": report.loss}
+    if path is not None:
+        path.write_text(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
