@@ -23,7 +23,7 @@ from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, wait_all
 from lightning_halos.transport.tls_link import TLSLink
 from lightning_halos.transport.wire import PROTOCOL
-from tests.transport import star
+from tests.tls import star
 
 TIMEOUT = 4.0  # seconds of silence
 ELEMENTS = 3 * PART + 5

@@ -33,7 +33,7 @@ class Site:
     Attributes:
         patience: Limit for a wait before and after training, in seconds.
         collectives: Collectives over all workers, for use when they are in step.
-        groups: Process groups for links; on one machine, of all workers.
+        groups: Pairs of processes for links; on one machine, of rank 0 with each other worker.
 
     Raises:
         PeerLostError: If not all processes connect in time.
@@ -60,8 +60,8 @@ class Site:
         places = Topology.build([range(size)], servers_per_region=1) if one_machine else topology
         # Other workers may have to wait while rank 0 validates the final model.
         self.patience = max(timeout, MIN_PATIENCE)
-        calls, describe = PrefixStore("collectives", store), topology.describe
-        self.collectives = Collectives(places.regions, rank, calls, interrupted, describe, self.patience)
+        self._regions = [group.ranks for group in places.groups]
+        self.collectives = self._connect("collectives", self._regions, self.patience)
         self.groups = Groups(self.store, places, rank, timeout, interrupted)
 
     @property
@@ -75,7 +75,7 @@ class Site:
             return self.collectives
         if ranks not in self._among:
             self._among[ranks] = Collectives(
-                [range(len(ranks))],
+                [[ranks.index(rank) for rank in region if rank in ranks] for region in self._regions],
                 ranks.index(self.rank),
                 PrefixStore(f"among/{'-'.join(map(str, ranks))}", self.store),
                 self.interrupted,
@@ -90,17 +90,18 @@ class Site:
 
     def collectives_of_a_fit(self) -> Collectives:
         """Connects all workers for the synchronous rounds of one fit, in which waits are limited by the timeout."""
-        return self._connect(range(self.size))  # rounds are all-reduces over all workers
+        return self._connect(f"collectives/{next(self._numbers)}", self._regions, self.timeout)
 
     def broadcast_from_leader_(self, tensor: Tensor) -> None:
         """Overwrites a tensor on the workers of each local server with that of the server's leader."""
         group = self.topology.group_of(self.rank)
-        self._connect(group.ranks).broadcast_([tensor], group.leader)
+        name = f"collectives/{next(self._numbers)}/{group.leader}"
+        self._connect(name, [group.ranks], self.timeout).broadcast_([tensor], group.leader)
 
-    def _connect(self, ranks: Sequence[int]) -> Collectives:
-        """Connects some workers. All workers must call this, each with the ranks that include its own."""
-        store = PrefixStore(f"collectives/{next(self._numbers)}/{ranks[0]}", self.store)
-        return Collectives([ranks], self.rank, store, self.interrupted, self.topology.describe, self.timeout)
+    def _connect(self, name: str, regions: Sequence[Sequence[int]], timeout: float) -> Collectives:
+        """Connects the workers of some regions, all of which must call this."""
+        store, describe = PrefixStore(name, self.store), self.topology.describe
+        return Collectives(regions, self.rank, store, self.interrupted, describe, timeout)
 
 
 def named_regions(

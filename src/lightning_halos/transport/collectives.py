@@ -1,9 +1,9 @@
 """Collectives over all workers, for use before and after the training loop, when all workers are in step.
 
-Data goes from the workers of a region to its leader, between the leaders, and back. So a worker only connects to its
-own region, and data crosses the slow links once. Nothing is pickled. Arguments are checked before data is sent, and
-every worker raises the error, so that the next collective works. After the loss of a worker all collectives raise an
-error that names it.
+Data goes from the workers of a region to its leader, from the leaders to the centre, and back, over the pairs in
+``star``. So a worker connects to its leader only, and a model crosses a slow link once in each direction. Nothing is
+pickled. Arguments are checked before data is sent, and every worker raises the error, so that the next collective
+works. After the loss of a worker all collectives raise an error that names it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store
+from torch.distributed import Store
 
 from lightning_halos.core.compat import bytes_of
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
-from lightning_halos.transport.groups import interruptible, make_group
+from lightning_halos.transport.groups import interruptible
 from lightning_halos.transport.link import since
+from lightning_halos.transport.star import Star
 
 T = TypeVar("T")
 
-_OPERATIONS = {
-    "sum": dist.ReduceOp.SUM,
-    "mean": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.SUM,
-    "product": dist.ReduceOp.PRODUCT,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
+_OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "sum": Tensor.add_,
+    "mean": Tensor.add_,
+    "avg": Tensor.add_,
+    "product": Tensor.mul_,
+    "min": lambda result, other: torch.minimum(result, other, out=result),
+    "max": lambda result, other: torch.maximum(result, other, out=result),
 }
 _REDUCTION, _BROADCAST = "give a tensor to a reduction", "take part in a broadcast"  # what workers wait for, in errors
 _ROLL_CALL = 3.0  # seconds in which all waiting workers report themselves after a failure
 _LENGTH = 8  # bytes of a length
 _FRAME = 256  # bytes per worker in the first round trip of a gathering
-_CHUNK = 2**26  # bytes per broadcast
+_CHUNK = 2**26  # bytes that are copied to the host at once
 
 
 class Collectives:
@@ -49,7 +50,8 @@ class Collectives:
     Every method raises ``PeerLostError`` if a worker has ended, or does not come in time.
 
     Args:
-        regions: Ranks of the workers of each region, ascending. The first of each is the region's leader.
+        regions: Ranks of the workers of each region. The lowest of each is the region's leader, and the lowest of all
+            is the centre.
         rank: This worker's rank.
         store: A store of the workers for these collectives alone.
         interrupted: Called several times a second while waiting; may raise.
@@ -69,23 +71,15 @@ class Collectives:
         describe: Callable[[int], str],
         timeout: float,
     ) -> None:
-        self._regions = [list(ranks) for ranks in regions]
-        self._region_of = {rank: index for index, ranks in enumerate(self._regions) for rank in ranks}
-        self._ranks = sorted(self._region_of)
         self._rank = rank
-        self._region = index = self._region_of[rank]
         self._store = store
         self._interrupted = interrupted
         self._describe = describe
         self._timeout = timeout
         self._lost_workers = False
         self._completed: float | None = None
-        self._within = self._across = None  # without others in the region; with one region, or on other workers
-        mine = self._regions[index]
-        if len(mine) > 1:
-            self._within = make_group(store, f"region/{index}", mine.index(rank), len(mine), timeout, interrupted)
-        if rank == mine[0] and len(regions) > 1:
-            self._across = make_group(store, "leaders", index, len(regions), timeout, interrupted)
+        self._star = Star(regions, rank, store, timeout, interrupted)
+        self._ranks = self._star.ranks
 
     def barrier(self) -> None:
         """Waits until all workers have called this."""
@@ -154,7 +148,7 @@ class Collectives:
                 host = torch.cat([_bytes_of(tensor) for tensor in chunk])
             else:
                 host = torch.empty(sum(sizes), dtype=torch.uint8)
-            self._run(_BROADCAST, partial(self._broadcast, host, source))
+            self._run(_BROADCAST, partial(self._star.broadcast, host, source))
             if self._rank != source:
                 for tensor, part in zip(chunk, torch.split(host, sizes), strict=True):
                     tensor.copy_(_tensor_of(part, tensor.dtype, tensor.shape))
@@ -217,54 +211,26 @@ class Collectives:
         """Returns the bytes of all workers, by rank. A few bytes need one round trip, more need two."""
 
         def gather() -> list[Tensor]:
-            table = self._gather_rows(_frame(data, _FRAME))
+            table = self._star.gather(_frame(data, _FRAME))
             lengths = [_length_in(row) for row in table]
             if max(lengths) > _FRAME - _LENGTH:
-                table = self._gather_rows(_frame(data, max(lengths) + _LENGTH))
+                table = self._star.gather(_frame(data, max(lengths) + _LENGTH))
             return [row[_LENGTH:][:length] for row, length in zip(table, lengths, strict=True)]
 
         return self._run(what, gather)
 
-    def _gather_rows(self, row: Tensor) -> Tensor:
-        table = _all_gather_in(self._within, row)
-        if len(self._regions) == 1:
-            return table
-        everything = torch.empty(len(self._ranks), len(row), dtype=row.dtype)
-        if self._across is not None:
-            block = torch.zeros(max(map(len, self._regions)), len(row), dtype=row.dtype)
-            block[: len(table)] = table
-            blocks = _all_gather_in(self._across, block)
-            everything = torch.cat([part[: len(ranks)] for ranks, part in zip(self._regions, blocks, strict=True)])
-        _broadcast_in(self._within, everything, 0)
-        return everything[torch.tensor([*self._region_of]).argsort()]
-
     def _reduce(self, tensor: Tensor, name: str) -> Tensor:
         host = tensor.to("cpu", _wide(tensor.dtype), copy=True).contiguous()
-
-        def reduce() -> None:
-            _all_reduce_in(self._within, host, _OPERATIONS[name])
-            if len(self._regions) > 1:
-                _all_reduce_in(self._across, host, _OPERATIONS[name])
-                _broadcast_in(self._within, host, 0)
-
-        self._run(_REDUCTION, reduce)
+        self._run(_REDUCTION, partial(self._star.reduce, host, _OPERATIONS[name]))
         return host
-
-    def _broadcast(self, data: Tensor, source: int) -> None:
-        home = self._region_of[source]
-        if self._region == home:
-            _broadcast_in(self._within, data, self._regions[home].index(source))
-        _broadcast_in(self._across, data, home)
-        if self._region != home:
-            _broadcast_in(self._within, data, 0)
 
     def _broadcast_bytes(self, data: Tensor, source: int) -> Tensor:
         """Returns the bytes of ``source``. The other workers need not know their number, and give none."""
         frame = _frame(data, _FRAME)
-        self._broadcast(frame, source)
+        self._star.broadcast(frame, source)
         if (length := _length_in(frame)) > _FRAME - _LENGTH:
             frame = _frame(data, length + _LENGTH)
-            self._broadcast(frame, source)
+            self._star.broadcast(frame, source)
         return frame[_LENGTH:][:length]
 
     # ------------------------------------------------------------------ failures
@@ -277,10 +243,10 @@ class Collectives:
         except RuntimeError as error:
             if not is_lost_connection(error):
                 raise
-            # Releasing the groups, and the traceback whose frames refer to them, closes the connections. So workers
+            # Releasing the pairs, and the traceback whose frames refer to them, closes the connections. So workers
             # that wait for this one, and not for the missing one, notice it, too.
             error.__traceback__ = None
-            self._within = self._across = None
+            self._star.close()
             self._lost_workers = True
             raise PeerLostError(
                 f"{self._describe(self._rank)} waited for all workers to {what}. {self._missing()} All were"
@@ -319,31 +285,6 @@ def is_broadcastable(value: Any) -> bool:
     except Exception:  # an object's own methods may raise anything
         return False
     return True
-
-
-# ---------------------------------------------------------------------- over one process group; None is a group of one
-
-
-def _all_gather_in(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
-    if group is None:
-        return tensor.unsqueeze(0)
-    table = tensor.new_empty(group.size(), *tensor.shape)
-    group.allgather([list(table)], [tensor]).wait()
-    return table
-
-
-def _all_reduce_in(group: ProcessGroup | None, tensor: Tensor, operation: Any) -> None:
-    if group is not None:
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(operation)
-        group.allreduce([tensor], options).wait()
-
-
-def _broadcast_in(group: ProcessGroup | None, tensor: Tensor, source: int) -> None:
-    if group is not None and tensor.numel():
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        group.broadcast([tensor], options).wait()
 
 
 # ---------------------------------------------------------------------- tensors as bytes

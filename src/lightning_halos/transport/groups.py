@@ -1,4 +1,4 @@
-"""Process groups and the store that all processes share: one group per local server, two among the leaders.
+"""The store that all processes share, and process groups of two: a worker and its leader, or a leader and rank 0.
 
 Groups are made directly, for host memory (gloo), and never as torch's default group, which is in ``process_group``.
 Forked processes, such as DataLoader workers, close their copies of the sockets of groups and store, because otherwise
@@ -171,27 +171,67 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_give_up_sockets)
 
 
+def connect_pairs(
+    store: Store,
+    name: str,
+    rank: int,
+    parent: int | None,
+    children: Sequence[int],
+    timeout: float,
+    interrupted: Callable[[], None],
+) -> dict[int, ProcessGroup]:
+    """Connects a process with its parent and its children in a tree, and with nobody else.
+
+    All processes of the tree must call it.
+
+    Args:
+        store: The store of all processes.
+        name: A name that no other tree in the store has.
+        rank: Global rank of this process.
+        parent: Global rank of the parent; ``None`` at the root.
+        children: Global ranks of the children.
+        timeout: Limit for connecting, and for each operation, in seconds.
+        interrupted: Called several times a second while connecting; may raise.
+
+    Returns:
+        A process group of two for each peer, by its global rank. In each of them the parent has rank 0.
+
+    Raises:
+        PeerLostError: If the others do not come in time.
+    """
+
+    def connect(child: int, end: int) -> ProcessGroup:
+        return make_group(store, f"{name}/{child}", end, 2, timeout, interrupted)
+
+    pairs = {child: connect(child, 0) for child in children}
+    if parent is not None:
+        pairs[parent] = connect(rank, 1)
+    return pairs
+
+
 class Groups:
-    """The process groups for the links of one process; see :func:`make_group`.
+    """The pairs of processes for the links of one process; see :func:`connect_pairs`.
 
     Attributes:
-        region: The workers of this process's local server, in the order of their ranks; ``None`` for a single worker.
-        models: The leaders, by the index of their server, for models; ``None`` on other processes and for one leader.
-        control: The leaders, on separate connections, so that a stop notice overtakes a model.
+        region: On a leader, the pair with each other worker of its local server; on others, that with their leader.
+        models: On rank 0, the pair with each other leader, for models; on other leaders, that with rank 0.
+        control: The same, on separate connections, so that a stop notice overtakes a model.
     """
 
     def __init__(
         self, store: Store, topology: Topology, rank: int, timeout: float, interrupted: Callable[[], None]
     ) -> None:
-        def make(name: str, ranks: Sequence[int]) -> ProcessGroup | None:
-            if rank not in ranks or len(ranks) == 1:
-                return None
-            return make_group(store, name, ranks.index(rank), len(ranks), timeout, interrupted)
+        def connect(name: str, ranks: Sequence[int]) -> dict[int, ProcessGroup]:
+            if rank not in ranks:
+                return {}
+            parent = None if rank == ranks[0] else ranks[0]
+            children = ranks[1:] if parent is None else []
+            return connect_pairs(store, name, rank, parent, children, timeout, interrupted)
 
         group = topology.group_of(rank)
-        self.region = make(f"region/{group.index}", group.ranks)
-        self.models = make("models", topology.leaders)
-        self.control = make("control", topology.leaders)
+        self.region = connect(f"region/{group.index}", group.ranks)
+        self.models = connect("models", topology.leaders)
+        self.control = connect("control", topology.leaders)
 
 
 def gather_through(

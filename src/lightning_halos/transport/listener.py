@@ -196,8 +196,8 @@ class Listener:
             return
         address = str(Address(host, port))
         if len(self._peers) >= _MOST_PEERS or self._from[host] >= _MOST_FROM_ONE_ADDRESS:
-            plain.close()
             self._throttle.warn("Too many connections are not authenticated yet: one from %s is refused.", address)
+            plain.close()
             return
         plain.setblocking(False)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -240,7 +240,7 @@ class Listener:
 
     def _report(self, peer: _Peer, why: str) -> None:
         """Logs that a connection is refused. Whoever only looks whether the port is open is not worth a line."""
-        if _bytes_received(peer.tls, 1):
+        if _bytes_received(peer.tls, unknown=2) > 1:  # the end of a connection counts as one
             self._throttle.warn("A connection from %s is refused: %s", peer.address, why)
         else:
             _log.debug("A connection from %s is dropped: %s", peer.address, why)

@@ -76,7 +76,7 @@ class NodeRuntime:
             self.global_host = Host(global_node, self.alarm, store, written)
         link: Link
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
-            link = self._gloo_link(groups.region, 0, self._server_of(group.leader), lambda: memory)
+            link = self._gloo_link(groups.region[group.leader], self._server_of(group.leader), lambda: memory)
         else:
             near = {worker for worker in group.ranks if topology.region_of(worker) == group.region}
             if group.region == topology.group_of(0).region:
@@ -89,9 +89,9 @@ class NodeRuntime:
                 self._connect_servers(self.region_host, rank)
             link, own = self._loopback(self._server_of(rank), topology.describe(rank))
             self.region_host.attach(rank, own)
-            for index, worker in enumerate(group.ranks[1:], start=1):
+            for worker in group.ranks[1:]:
                 memory_for_push = self.region_host.memory_for_push
-                its = self._gloo_link(groups.region, index, topology.describe(worker), memory_for_push)
+                its = self._gloo_link(groups.region[worker], topology.describe(worker), memory_for_push)
                 self.region_host.attach(worker, its)
             if self.global_host is not None:
                 self.global_host.act(GlobalNode.start)
@@ -116,23 +116,22 @@ class NodeRuntime:
         topology, groups = self._topology, self._groups
         here, there = self._server_of(rank), f"the global server of {topology.describe(0)}"
         if self.global_host is None:
-            models_link = self._gloo_link(groups.models, 0, there, host.memory_for_answer)
-            host.attach(GLOBAL, models_link, self._gloo_link(groups.control, 0, there))
+            models_link = self._gloo_link(groups.models[0], there, host.memory_for_answer)
+            host.attach(GLOBAL, models_link, self._gloo_link(groups.control[0], there))
             return
         models, control = self._loopback(there, here), self._loopback(there, here)
         self.global_host.attach(0, models[1], control[1])
         host.attach(GLOBAL, models[0], control[0])
         for other in topology.groups[1:]:
-            peer, index = self._server_of(other.leader), other.index
-            models_link = self._gloo_link(groups.models, index, peer)
-            self.global_host.attach(index, models_link, self._gloo_link(groups.control, index, peer))
+            peer = self._server_of(other.leader)
+            models_link = self._gloo_link(groups.models[other.leader], peer)
+            self.global_host.attach(other.index, models_link, self._gloo_link(groups.control[other.leader], peer))
 
     def _server_of(self, leader: int) -> str:
         return f"the server of {self._topology.describe(leader)}"
 
-    def _gloo_link(self, group: ProcessGroup | None, rank: int, peer: str, memory: Memory | None = None) -> GlooLink:
-        assert group is not None
-        link = GlooLink(group, rank, peer, self._timeout, self._form, memory)
+    def _gloo_link(self, pair: ProcessGroup, peer: str, memory: Memory | None = None) -> GlooLink:
+        link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, self._form, memory)
         self.alarm.add(link)
         return link
 

@@ -86,14 +86,12 @@ class SimulatedWorld(SimulatedServers):
         form = None if start.memory is None else (start.memory.numel(), start.memory.dtype)
         link: Link
         if site.rank > 0:
-            assert region is not None
-            link = GlooLink(region, 0, there, site.timeout, form)
+            link = GlooLink(region[0], 0, there, site.timeout, form)
         else:
             link, its = LoopbackLink.pair(there, describe(0))
             self.attach(0, its)
             for rank in range(1, site.size):
-                assert region is not None
-                self.attach(rank, GlooLink(region, rank, describe(rank), site.timeout, form))
+                self.attach(rank, GlooLink(region[rank], 1, describe(rank), site.timeout, form))
         self.alarm.add(link)
         return link
 

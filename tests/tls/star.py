@@ -50,10 +50,12 @@ class Server:
 
 
 @contextmanager
-def server(admit: Callable[[Certificate], None] = welcome, host: str = "127.0.0.1") -> Iterator[Server]:
+def server(admit: Callable[[Certificate], None] = welcome, host: str = "127.0.0.1", port: int = 0) -> Iterator[Server]:
     """A server that listens at a free port."""
     made = Server(
-        Listener(Address(host, 0), read_keys(keys() / "server.pem"), admit, lambda session: made.sessions.put(session))
+        Listener(
+            Address(host, port), read_keys(keys() / "server.pem"), admit, lambda session: made.sessions.put(session)
+        )
     )
     made.listener.start()
     yield made

@@ -1,0 +1,58 @@
+"""Addresses as users write them."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from lightning_halos.transport.address import Address, is_loopback, means_loopback, parse_address, route_to
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("halos.example.org:29600", Address("halos.example.org", 29600)),
+        (" 10.0.0.5:1 ", Address("10.0.0.5", 1)),
+        ("[2001:db8::1]:29600", Address("2001:db8::1", 29600)),
+        ("[::]:29600", Address("::", 29600)),
+        (":29600", Address("", 29600)),
+    ],
+)
+def test_addresses(text: str, address: Address) -> None:
+    assert parse_address(text) == address
+    assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("halos.example.org", "has no port"),
+        ("halos.example.org:", "has no port"),
+        ("halos.example.org:x", "has no port"),
+        ("halos.example.org:65536", "has no port"),
+        ("halos.example.org:-1", "has no port"),
+        ("halos.example.org:٣", "has no port"),
+        ("2001:db8::1:29600", r"Write an IPv6 address in brackets: \[2001:db8::1\]:29600"),
+        ("[halos]:29600", "no IPv6 address in its brackets"),
+        ("https://halos.example.org:29600", "Write HOST:PORT alone"),
+        ("a host:29600", "Write HOST:PORT alone"),
+    ],
+)
+def test_what_is_no_address_says_what_to_write(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_address(text)
+
+
+def test_what_means_this_machine() -> None:
+    assert is_loopback("127.0.1.1")
+    assert is_loopback("::1")
+    assert not is_loopback("10.0.0.1")
+    assert not is_loopback("localhost")  # a name: what it means is for the resolver
+    assert means_loopback("localhost")
+    assert means_loopback("127.0.0.1")
+    assert not means_loopback("halos.example.org")
+
+
+def test_the_way_to_an_address_names_the_interface() -> None:
+    assert route_to(socket.AF_INET, ("127.0.0.1", 29600)) in ("127.0.0.1 (lo)", "127.0.0.1 (lo0)", "127.0.0.1")
