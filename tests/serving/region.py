@@ -6,6 +6,7 @@ Its update is always the same vector, so that the global model says how many upd
 from __future__ import annotations
 
 import queue
+import time
 import uuid
 from collections import deque
 from contextlib import suppress
@@ -25,11 +26,13 @@ from lightning_halos.core.messages import (
     Progress,
     RegionUpdate,
     RunDescription,
+    Status,
     Welcome,
 )
 from lightning_halos.core.protocol import uses_models_link
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.dialer import dial
+from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.session import Session
 
 M = TypeVar("M")
@@ -74,7 +77,8 @@ class Region:
         self.model = torch.zeros(ELEMENTS)
         self.index = -1
         self.updates: deque[tuple[list[Progress], RegionUpdate]] = deque()  # that no snapshot has
-        self.saved = 0
+        self.saved = self._saved_report = self.rounds = 0
+        self.is_stopped = False
         self._keys = keys
         self._workers = workers
         self._description = description
@@ -95,24 +99,33 @@ class Region:
         (self._models if uses_models_link(message) else self.session.control).post(message)
 
     def expect(self, kind: type[M]) -> M:
-        """Returns the next message of a kind. Other messages are kept."""
+        """Returns the next message of a kind. Other messages are kept.
+
+        Raises:
+            PeerLostError: If the connection is lost before.
+        """
         for index, message in enumerate(self._kept):
             if isinstance(message, kind):
                 del self._kept[index]
                 return message
-        while True:
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            failure = self.failure
             try:
-                message = self._inbox.get(timeout=LIMIT)
+                message = self._inbox.get(timeout=0.05)
             except queue.Empty:
-                raise AssertionError(f"no {kind.__name__} came, but {self._kept}; {self.failure}") from None
+                if failure is not None:
+                    raise PeerLostError(str(failure)) from None
+                continue
             if isinstance(message, kind):
                 return message
             self._kept.append(message)
+        raise AssertionError(f"no {kind.__name__} came, but {self._kept}")
 
     def join(self) -> None:
         """Asks to join, with all that this process holds."""
         held = [span for reports, _ in self.updates for report in reports for span in report.data]
-        self.post(Join(self.process, self._workers, self._description, held, self.saved))
+        self.post(Join(self.process, self._workers, self._description, held, self.saved, self._saved_report))
 
     def enter(self) -> Welcome:
         """Joins the run, and founds it if asked to."""
@@ -138,6 +151,7 @@ class Region:
         grant = self.lease()
         assert grant.steps
         self._report += 1
+        self.rounds += 1
         data = [(grant.first, grant.first + grant.steps)]
         report = Progress(self.index, self._report, 0, grant.steps, 0.1, 0.0, 40.0, 0, data=data)
         self._update(-torch.ones(ELEMENTS), grant.steps, [report])
@@ -159,11 +173,32 @@ class Region:
         self.post(Progress(self.index, 1, 0, 0, 0.1, 0.0, 1.0, update=1))
 
     def repeat(self, welcome: Welcome) -> None:
-        """Repeats what the server does not have."""
-        for reports, update in self.updates:
+        """Repeats what the server does not have, and waits for the answers."""
+        for reports, update in list(self.updates):
             if update.number > welcome.received:
                 self.send(*reports, update)
-                self.answer()
+                if not update.final:
+                    self.answer()
+
+    def train(self) -> GlobalModel:
+        """Works until the run is over, whatever happens to the server meanwhile. Returns the final model."""
+        is_flushed = False
+        while True:
+            try:
+                self.connect()
+                self.join()
+                self.repeat(self.settle())
+                while not self.is_stopped and not is_flushed:
+                    self.work()
+                    self.answer()
+                if not is_flushed:
+                    is_flushed = True
+                    self.flush()
+                final = self.final()
+                self.goodbye()
+                return final
+            except PeerLostError:
+                self.cut()
 
     def send(self, *messages: Message) -> None:
         """Posts messages as they are; their vectors stay."""
@@ -200,7 +235,19 @@ class Region:
     def _on_message(self, message: Message, progress: object) -> None:
         for _ in progress:  # type: ignore[attr-defined]
             pass
-        self._inbox.put(message)
+        if isinstance(message, Status):
+            self._on_status(message)
+        elif isinstance(message, Welcome):
+            self._on_status(message.status)
+        if not isinstance(message, Status):
+            self._inbox.put(message)
+
+    def _on_status(self, status: Status) -> None:
+        self.is_stopped = status.stop
+        self.saved = max(self.saved, status.saved)
+        while self.updates and self.updates[0][1].number <= self.saved:
+            reports, _ = self.updates.popleft()
+            self._saved_report = max([self._saved_report, *(report.number for report in reports)])
 
     def _on_failure(self, error: Exception) -> None:
         self.failure = error

@@ -1,0 +1,124 @@
+"""``lightning-halos serve`` as a process: it goes on from its directory, however it ended."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_halos import cli
+from lightning_halos.core.messages import GlobalModel, Refusal
+from lightning_halos.transport.certificates import make_region
+from tests.integration.harness import free_port
+from tests.serving.region import DESCRIPTION, STEPS, Region
+from tests.star import roles
+from tests.star.processes import Process, Starter, starting, wait_until
+
+KILLS, ROUNDS_BETWEEN = 5, 20
+STEPS_IN_ALL = 5 * KILLS * ROUNDS_BETWEEN * STEPS
+
+
+@pytest.fixture
+def starter(tmp_path: Path) -> Iterator[Starter]:
+    with starting(tmp_path) as starter:
+        yield starter
+
+
+def start(starter: Starter, keys: Path, port: int, *options: str) -> Process:
+    directory = str(starter.folder / "run")
+    where = ("--listen", f"127.0.0.1:{port}", "--keys", str(keys / "server.pem"), "--directory", directory)
+    return starter.start(roles.serve, *where, *options, name="server")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_server_killed_at_any_moment_goes_on_and_applies_each_update_once(
+    starter: Starter, keys: Path, seed: int
+) -> None:
+    chance, port = random.Random(seed), free_port()
+    description = replace(DESCRIPTION, max_steps=STEPS_IN_ALL, steps_per_epoch=2 * STEPS_IN_ALL)
+    regions = [Region(port, keys / f"{name}.pem", description=description) for name in ("us", "eu")]
+    finals: list[GlobalModel] = []
+    threads = [threading.Thread(target=lambda one=one: finals.append(one.train()), daemon=True) for one in regions]
+    options = ("--min-regions", "2", "--workers", "1")
+    server = start(starter, keys, port, *options)
+    for thread in threads:
+        thread.start()
+    for _ in range(KILLS):
+        next_strike = sum(region.rounds for region in regions) + ROUNDS_BETWEEN
+        wait_until(lambda: sum(region.rounds for region in regions) > next_strike, 60, starter.logs)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(server.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        assert server.wait(20) in (-signal.SIGKILL, 143), starter.logs()
+        server = start(starter, keys, port, *options)
+    for thread in threads:
+        thread.join(60)
+    assert len(finals) == 2, starter.logs()
+    assert server.wait(20) == 0, starter.logs()
+    checkpoint = torch.load(starter.folder / "run" / "final.ckpt", weights_only=True)
+    updates = sum(region.rounds for region in regions)
+    assert checkpoint["global_step"] == STEPS_IN_ALL
+    assert updates * STEPS >= STEPS_IN_ALL
+    assert torch.equal(checkpoint["state_dict"]["layer.bias"], torch.full((4,), float(updates)))
+    for final in finals:
+        assert final.vector is not None
+        assert torch.equal(final.vector[:16], torch.full((16,), float(updates)))
+    assert starter.log("server").count("goes on from global step") == KILLS
+
+
+def test_the_command(starter: Starter, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its page, its lock, a revoked region, and its end."""
+    port = free_port()
+    directory = starter.folder / "run"
+    make_region(keys, "tmp", replace=True)
+    server = start(starter, keys, port, "--dashboard", "127.0.0.1:0", "--snapshot-every", "8")
+    wait_until(lambda: "dashboard" in starter.log("server"), 20, starter.logs)
+    us = Region(port, keys / "us.pem")
+    us.enter()
+    us.work()
+    us.answer()
+    page = int(re.findall(r"http://127.0.0.1:(\d+)/", starter.log("server"))[0])
+    connection = http.client.HTTPConnection("127.0.0.1", page, timeout=20)
+    connection.request("GET", "/")
+    assert b"us" in connection.getresponse().read()
+
+    # Another server does not get the directory.
+    arguments = ["serve", "--keys", str(keys / "server.pem"), "--directory", str(directory)]
+    assert cli.main(arguments) == 2
+    assert "in use by another server (process" in capsys.readouterr().err
+
+    assert cli.main(["serve", "--directory", str(directory), "--revoke", "us"]) == 0
+    assert "revoked" in us.expect(Refusal).reason
+    us.cut()
+    os.kill(server.pid, signal.SIGINT)
+    assert server.wait(20) == 130, starter.logs()
+    assert "The server ends because of SIGINT." in starter.log("server")
+    assert "Traceback" not in starter.log("server")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "give the server's keys with --keys"),
+        (["--keys", "missing.pem"], "missing.pem"),
+        (["--keys", "missing.pem", "--snapshot-every", "9"], "--snapshot-every 9 must be at most 8"),
+        (["--keys", "missing.pem", "--min-regions", "0"], "--min-regions 0 must be at least 1"),
+        (["--keys", "missing.pem", "--liveness", "1"], "--liveness 1 must be at least 5"),
+        (["--keys", "missing.pem", "--timeout", "nan"], "--timeout nan must be"),
+        (["--keys", "missing.pem", "--listen", "29600"], "HOST:PORT"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert cli.main(["serve", "--directory", str(tmp_path / "run"), *options]) == 2
+    assert reason in capsys.readouterr().err
