@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_halos.training.deciding import put_states, states_as_text
@@ -21,13 +23,14 @@ def test_another_job_goes_on_with_the_state_of_the_callbacks(tmp_path: Path) -> 
     before, after = stopping(wait=3), stopping()
     before.best_score = torch.tensor(0.1)
     saving, resumed = ModelCheckpoint(tmp_path, monitor="val_loss"), ModelCheckpoint(tmp_path, monitor="val_loss")
-    saving.best_model_path, saving.best_k_models = "best.ckpt", {"best.ckpt": torch.tensor(0.1)}
+    best = str(tmp_path / "best.ckpt")
+    saving.best_model_path, saving.best_k_models = best, {best: torch.tensor(0.1)}
     text = states_as_text([before, saving])
     put_states([resumed, after], text)
     assert after.wait_count == 3
     assert torch.equal(after.best_score, torch.tensor(0.1))
-    assert resumed.best_model_path == "best.ckpt"
-    assert resumed.best_k_models == {"best.ckpt": torch.tensor(0.1)}
+    assert resumed.best_model_path == best
+    assert resumed.best_k_models == {best: torch.tensor(0.1)}
 
 
 def test_only_the_callbacks_that_decide_are_sent() -> None:
@@ -57,3 +60,113 @@ def test_nothing_happens_without_a_state() -> None:
     callback = stopping(wait=2)
     put_states([callback], "")
     assert callback.wait_count == 2
+
+
+class TestAnotherJobThatCannotBeTrusted:
+    """Its state says how good models were. It does not say which files here are removed, loaded or missed."""
+
+    def state(self, folder: Path, **changes: Any) -> str:
+        sent = ModelCheckpoint(folder, monitor="val_loss", save_top_k=2)
+        sent.best_model_score = torch.tensor(0.25)
+        for name, value in changes.items():
+            setattr(sent, name, value)
+        return states_as_text([sent])
+
+    def taken(self, folder: Path, **changes: Any) -> ModelCheckpoint:
+        callback = ModelCheckpoint(folder, monitor="val_loss", save_top_k=2)
+        put_states([callback], self.state(folder, **changes))
+        return callback
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/etc/passwd",
+            "{folder}/../mine",
+            "{folder}",
+            "{folder}/link/file",
+            "{folder}-other/a.ckpt",
+            "https://evil.example.org/a.ckpt",
+            "file://{folder}/a.ckpt",
+            "relative.ckpt",
+        ],
+    )
+    def test_does_not_name_files_outside_of_the_callbacks_folder(self, tmp_path: Path, path: str) -> None:
+        folder = tmp_path / "checkpoints"
+        folder.mkdir()
+        (folder / "link").symlink_to("/etc")
+        path = path.format(folder=folder)
+        callback = self.taken(
+            folder,
+            best_model_path=path,
+            kth_best_model_path=path,
+            last_model_path=path,
+            best_k_models={path: torch.tensor(0.1)},
+        )
+        assert path not in repr(vars(callback)).replace(f"'dirpath': '{folder}'", "")
+        assert callback.best_model_path == callback.last_model_path == callback.kth_best_model_path == ""
+        assert callback.best_k_models == {}
+        assert callback.best_model_score == torch.tensor(0.25)  # a number does no harm
+
+    def test_a_folder_of_another_machine_does_not_become_this_ones(self, tmp_path: Path) -> None:
+        sent = ModelCheckpoint(tmp_path / "theirs", monitor="val_loss")
+        sent.best_model_path, sent.best_model_score = str(tmp_path / "theirs" / "a.ckpt"), torch.tensor(0.25)
+        callback = ModelCheckpoint(tmp_path / "mine", monitor="val_loss")
+        put_states([callback], states_as_text([sent]))
+        assert callback.best_model_path == ""
+        assert callback.best_model_score == torch.tensor(0.25)
+
+    def test_names_files_in_a_bucket_that_all_share(self) -> None:
+        folder = "s3://bucket/run"
+        paths = [f"{folder}/a.ckpt", f"{folder}/../b.ckpt", "s3://bucket/runs/c.ckpt", "https://x/d.ckpt"]
+        callback = object.__new__(ModelCheckpoint)  # no connection is made
+        vars(callback).update(vars(ModelCheckpoint("/tmp", monitor="val_loss", save_top_k=5)), dirpath=folder)
+        sent = object.__new__(ModelCheckpoint)
+        vars(sent).update(vars(callback), best_k_models={path: torch.tensor(0.1) for path in paths})
+        put_states([callback], states_as_text([sent]))
+        assert list(callback.best_k_models) == paths[:1]
+
+    def test_keeps_the_best_models_and_knows_the_worst_of_them(self, tmp_path: Path) -> None:
+        paths = [str(tmp_path / f"{number}.ckpt") for number in range(4)]
+        scores = dict(zip(paths, map(torch.tensor, [0.3, 0.1, float("nan"), 0.2]), strict=True))
+        callback = self.taken(tmp_path, best_k_models=scores, kth_best_model_path=str(tmp_path / "absent.ckpt"))
+        assert list(callback.best_k_models) == [paths[1], paths[3]]
+        assert callback.kth_best_model_path == paths[3]
+        assert callback.kth_value == torch.tensor(0.2)
+        assert callback.check_monitor_top_k(Trainer(logger=False), torch.tensor(0.15))
+        assert not callback.check_monitor_top_k(Trainer(logger=False), torch.tensor(0.25))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"kth_value": torch.ones(2)},
+            {"kth_value": "good"},
+            {"kth_value": [1]},
+            {"best_k_models": [1]},
+            {"last_model_path": 3},
+            {"best_model_path": {}},
+        ],
+    )
+    def test_a_value_of_another_kind_changes_nothing(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        with pytest.warns(UserWarning, match="This job's callbacks begin anew"):
+            callback = self.taken(tmp_path, **changes)
+        assert callback.state_dict() == ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2).state_dict()
+
+    @pytest.mark.parametrize("value", [torch.ones(2), "good", [1]])
+    def test_a_callback_that_has_no_score_yet_takes_a_number_only(self, tmp_path: Path, value: Any) -> None:
+        assert self.taken(tmp_path, best_model_score=value).best_model_score is None
+
+    def test_text_in_the_state_of_any_callback_is_not_trusted(self) -> None:
+        class Mine(EarlyStopping):
+            text, more = "mine", ["a"]
+
+            def state_dict(self) -> dict[str, Any]:
+                return {**super().state_dict(), "text": self.text, "more": self.more}
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                super().load_state_dict(state_dict)
+                self.text, self.more = state_dict["text"], state_dict["more"]
+
+        sent, callback = Mine("val_loss"), Mine("val_loss")
+        sent.text, sent.more, sent.wait_count = "/etc/passwd", ["/etc/passwd"], 2
+        put_states([callback], states_as_text([sent]))
+        assert (callback.text, callback.more, callback.wait_count) == ("mine", ["a"], 2)

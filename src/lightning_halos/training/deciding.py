@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_halos.training.foreign_state import load_foreign_state
 from lightning_halos.training.trainer_adapter import decides
 
 _MOST = 2**19  # characters; a message has at most twice as many
@@ -42,7 +43,7 @@ def put_states(callbacks: Iterable[pl.Callback], text: str) -> None:
         texts = json.loads(text) if text else {}
         for callback in callbacks:
             if decides(callback) and callback.state_key in texts:
-                callback.load_state_dict(_from_plain(json.loads(texts[callback.state_key])))
+                load_foreign_state(callback, _from_plain(json.loads(texts[callback.state_key])))
     except Exception as error:  # another job may have other versions of the callbacks
         rank_zero_warn(f"This job's callbacks begin anew, because the other job's state does not suit them: {error!r}")
 
