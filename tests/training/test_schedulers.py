@@ -80,6 +80,21 @@ def test_a_schedule_by_epoch_follows_the_epochs_of_the_run() -> None:
         assert scheduler.last_epoch == steps
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_steps_of_a_plateau_scheduler_that_only_another_job_has_are_left_out() -> None:
+    optimizer, plateau = adamw(), ReduceLROnPlateau(adamw(), patience=0, factor=0.5)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    configs = [
+        LRSchedulerConfig(schedule, interval="step"),
+        LRSchedulerConfig(plateau, interval="step", reduce_on_plateau=True, monitor="val_loss"),
+    ]
+    position = SchedulePosition(Module(), configs, [optimizer, plateau.optimizer], 0, 100, False, epoch_steps=10)
+    with pytest.warns(UserWarning, match=r"index \d+, and this one has not"):
+        position.pull(3, [(0, 1.0), (7, 1.0), (1, 1.0), (1, 2.0), (10**18, 2.0)])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 4)
+    assert plateau.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
 def test_a_plateau_step_of_the_last_validation_is_made_once_when_more_epochs_follow() -> None:
     def make(rank: int) -> tuple[Any, SchedulePosition]:
         scheduler: Any = ReduceLROnPlateau(adamw(), factor=0.5, patience=0)

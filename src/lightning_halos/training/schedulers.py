@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 _NEVER = sys.maxsize  # a frequency with which Lightning never steps a scheduler
@@ -156,6 +157,7 @@ class SchedulePosition:
         Args:
             position: The global step.
             plateaus: Steps of the deciding worker's plateau schedulers since the last pull. That worker ignores them.
+                Those of a scheduler that this worker does not have, as from a job with another script, are left out.
         """
         self._leave_replaced()
         if self._limit is not None:
@@ -166,7 +168,13 @@ class SchedulePosition:
         if self._follows:
             self._restore()
         for index, value in [*(own if self._follows else []), *others]:
-            self._step(self._schedulers[index], 1, value)
+            if index < len(self._schedulers) and self._schedulers[index].config.reduce_on_plateau:
+                self._step(self._schedulers[index], 1, value)
+            else:
+                rank_zero_warn(
+                    f"Another job has a plateau scheduler with index {index}, and this one has not. Its steps are left"
+                    " out. Start all jobs with the same script."
+                )
         for scheduler in self._schedulers:
             if scheduler.period:
                 self._step(scheduler, position // scheduler.period - self._position // scheduler.period)
