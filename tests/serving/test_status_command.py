@@ -7,15 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_halos.cli import main
 from lightning_halos.core.messages import Refusal, StatusReply, StatusRequest
+from lightning_halos.serving.dashboard import page
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import make_authority, make_region, read_keys
 from lightning_halos.transport.listener import Listener
 from lightning_halos.transport.session import Session
+from tests.serving.conftest import until
+from tests.serving.region import Region
 from tests.serving.test_report import EXPECTED, status
 
 Ask = Callable[..., tuple[int, str, str]]
@@ -136,3 +140,29 @@ def test_says_what_is_wrong_in_one_line(
         assert (code, out, err.count("\n")) == (2, "", 1), (arguments, err)
         assert expected in err
     assert server.asked == ["refused"]
+
+
+def test_shows_a_run_that_waits_works_and_has_lost_a_member(
+    ask: Ask, serve: Callable[..., Any], region: Callable[..., Region], keys: Path
+) -> None:
+    server = serve(workers=1, liveness=60)
+    where = ["--server", f"127.0.0.1:{server.port}", "--keys", keys / "ap.pem"]
+    assert "No region has joined yet." in ask(*where)[1]
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    us.work()
+    us.answer()
+    eu.cut()
+    until(lambda: server.status()["members"]["eu"]["state"] == "disconnected")
+    code, out, err = ask(*where)
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith(("us ", "eu "))}
+    assert rows["us"][:3] == ["active", "1", "4"]
+    assert rows["eu"][:3] == ["disconnected", "1", "0"]
+    assert "running, global step 4 of 40, epoch 0 of 1" in out
+    assert "us decides" in out
+    assert "The connection of eu (127.0.0.1:" in out
+    shown = page(server.status())
+    assert '<tr class="disconnected"><td>eu</td>' in shown
+    assert "4 of 40" in shown
