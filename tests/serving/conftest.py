@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lightning_halos.serving import host
 from lightning_halos.serving import server as server_module
 from lightning_halos.serving.entrance import Entrance
 from lightning_halos.serving.server import Rules, RunServer
@@ -65,6 +66,7 @@ class Server:
 def serve(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     """Starts servers of one run, one after the other."""
     monkeypatch.setattr(server_module, "_LEAST_LIVENESS", 0.0)
+    monkeypatch.setattr(host, "RETURN", 0.0)
     servers: list[Server] = []
 
     def start(**rules: Any) -> Server:

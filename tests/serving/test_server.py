@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_halos.core.messages import Enrol, Failure, Progress, Refusal, StatusReply, StatusRequest
+from lightning_halos.core.messages import Enrol, Failure, ModelRequest, Progress, Refusal, StatusReply, StatusRequest
+from lightning_halos.serving import host, snapshots
 from lightning_halos.serving.storage import RunDirectory
+from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
 from tests.serving.conftest import Server, until
 from tests.serving.region import DESCRIPTION, ELEMENTS, STEPS, Region
@@ -339,3 +341,48 @@ def test_anybody_with_a_key_may_ask_for_the_status(serve: Serve, region: Regions
     text = eu.expect(StatusReply).text
     assert '"us"' in text
     assert '"eu"' not in text
+
+
+def test_a_snapshot_that_failed_when_a_member_came_is_written_later(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the member would never get data."""
+    monkeypatch.setattr(snapshots, "_RETRY", 0.2)
+    server = serve(workers=1)
+    save, failed = RunDirectory.save, threading.Event()
+
+    def fail_once(*arguments: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise OSError("No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(RunDirectory, "save", fail_once)
+    us = region("us", server)
+    us.enter()
+    assert failed.is_set()
+    us.work()
+    us.answer()
+
+
+def test_a_name_has_a_limited_number_of_connections(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    for _ in range(host._MOST_SESSIONS):
+        region("us", server).connect()
+    one_more = region("us", server)
+    one_more.connect()
+    with pytest.raises(PeerLostError):
+        one_more.expect(StatusReply)
+    region("eu", server).enter()
+
+
+def test_who_asks_for_models_and_takes_none_is_expelled(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1, liveness=1.0)
+    us = region("us", server)
+    us.enter()
+    member = next(iter(server.server.host._members.values()))
+    member.copies = 1  # one that is never sent
+    us.post(ModelRequest(1))
+    assert "has taken nothing of the last one for 1 s" in us.expect(Refusal).reason

@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.membership import MemberState
 from lightning_halos.core.messages import (
+    Decide,
     Enrol,
     Failure,
     GlobalModel,
@@ -38,7 +39,7 @@ from lightning_halos.core.messages import (
     Welcome,
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
-from lightning_halos.core.protocol import ProtocolError, Send, uses_models_link
+from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.serving.report import printable
 from lightning_halos.transport.certificates import Certificate
@@ -54,8 +55,12 @@ Node = Founding | OpenGlobalNode
 GOODBYE = 30.0
 """Seconds in which a member that has got its last message must say goodbye."""
 
+RETURN = 30.0
+"""Seconds that members have for their return after a restart of the server, at least."""
+
 _PAUSE = 0.01  # seconds between two looks
 _MOST_UNSENT = 10_000  # messages that wait to be sent to a member; more come together only if it reads nothing
+_MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
 _MOST_EVENTS = 50  # latest events that the status shows
 _MOST_CHARACTERS = 2000  # of a reason
 
@@ -192,10 +197,12 @@ class RunHost:
         self._members: dict[int, Client] = {}  # those that are connected
         self._begun = self._written = 0  # numbers of the last snapshots of this process
         self._traffic: dict[str, list[int]] = {}  # bytes sent and received on connections that have ended, by name
-        # Since when a member has been without connection, by `time.monotonic`.
+        # Since when a member has been without connection, by `time.monotonic`. After a restart they get more time,
+        # because they may have been away for long, and then dial only now and then.
         members = node.status()["members"] if isinstance(node, OpenGlobalNode) else {}
+        since = time.monotonic() + max(0.0, RETURN - liveness)
         self._missing = {
-            node.index_of(name): time.monotonic()
+            node.index_of(name): since
             for name, member in members.items()
             if member["state"] == MemberState.DISCONNECTED.value
         }
@@ -214,6 +221,11 @@ class RunHost:
         """Starts to serve an authenticated peer."""
         client = Client(session, time.time())
         with self._lock:
+            others = sum(other.session.name == session.name for other in self._clients)
+            if others >= _MOST_SESSIONS:
+                self.note(f"{client} is refused: it has {others} connections already.", logging.WARNING)
+                session.abort()
+                return
             self._clients.append(client)
         self._start(client, session.control)
 
@@ -239,7 +251,8 @@ class RunHost:
     @property
     def must_save(self) -> bool:
         """Whether a message, or a new member's data, waits for a snapshot."""
-        return self._must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
+        with self._lock:
+            return self._must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
 
     def begin_snapshot(self) -> tuple[int, Shard]:
         """Begins a snapshot. Returns its number, and its state as far as it has been copied."""
@@ -264,20 +277,6 @@ class RunHost:
         with self._lock:
             self._written = number
             self._send_held()
-
-    def close(self, timeout: float) -> bool:
-        """Says goodbye to all clients, waits for theirs, and cuts the connections of those that say none in time.
-
-        Returns:
-            Whether all said goodbye.
-        """
-        with self._lock:
-            for client in list(self._clients):
-                self._close(client, timeout)
-        deadline = time.monotonic() + timeout
-        while self._clients and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
-        return not self._clients
 
     def abort(self) -> None:
         """Cuts all connections, so that members dial again."""
@@ -317,6 +316,10 @@ class RunHost:
                     "bytes_received": received,
                 }
             return found
+
+    @property
+    def _state(self) -> GlobalState | None:
+        return self.node.state if isinstance(self.node, OpenGlobalNode) else None
 
     @property
     def is_alone(self) -> bool:
@@ -363,9 +366,12 @@ class RunHost:
                 return []
         if client.index is None:
             raise ProtocolError(f"it sent {type(message).__name__} before it joined")
+        before = self._state
         sends = self.node.handle(client.index, message, finding)
+        if before is not self._state is GlobalState.STOPPING:
+            self.note("The run stops: its steps are done, or its deciding member asks for it.")
         self.updates += isinstance(message, RegionUpdate)
-        if client.models is None and self.node.form is not None:
+        if isinstance(message, Join) and client.models is None and self.node.form is not None:
             client.form = self.node.form
             client.release()
             client.models = client.session.models(client.form, client.memory)
@@ -509,8 +515,13 @@ class RunHost:
         assert not isinstance(message, Shard)
         link = client.models if uses_models_link(message) else client.session.control
         assert link is not None
-        if isinstance(message, Refusal):
-            self.note(f"{client} is refused: {message.reason}", logging.WARNING)
+        match message:
+            case Refusal():
+                self.note(f"{client} is refused: {message.reason}", logging.WARNING)
+            case Decide():
+                self.note(f"{client.session.name} decides from now on.")
+            case GlobalModel(final=True) if self._state is not GlobalState.FINISHED:
+                self.note(f"{client.session.name} leaves the run.")
         client.begins_to_send(vector_of(message))
         link.post(message, send.fill, partial(self._sent, client, vector_of(message)))
         if client.unsent > _MOST_UNSENT:

@@ -31,6 +31,7 @@ FINISHED, ABANDONED = 0, 1
 """Exit codes of a run that is done, and of one that too few members have worked on. After a signal: 128 + signal."""
 
 _TICK = 0.25  # seconds between two looks at the clock
+_RETRY = 10.0  # seconds after a final model that could not be written
 _LEAST_LIVENESS = 5.0  # seconds; a connection shows a sign of life each second, and may be slow for a few
 
 
@@ -101,6 +102,7 @@ class RunServer:
         self._rules = rules
         self._signal: int | None = None
         self._few_since: float | None = None
+        self._retry_at = 0.0  # when to write the final model again
         self._wake = threading.Event()
         state = directory.load()
         node = self._founding() if state is None else self._resumed(state)
@@ -137,19 +139,14 @@ class RunServer:
         self._snapshots.start()
         try:
             while True:
-                now = time.monotonic()
-                self.host.watch(now)
-                self.reporter.sample(now)
-                self.host.expel_if(objection)
-                each_tick()
-                if self._signal is not None:
-                    return self._end_for_signal(self._signal)
-                if self._is_finished:
-                    self._write_final_model()
-                    if self.host.is_alone:
-                        return self._end_finished()
-                elif self._too_few(now):
-                    return self._end_abandoned()
+                try:
+                    code = self._tick(time.monotonic(), objection)
+                    each_tick()
+                except Exception:  # nothing that a member does may end the run
+                    log.exception("The server has met an error, and goes on.")
+                    code = None
+                if code is not None:
+                    return code
                 self._wake.wait(_TICK)
         finally:
             self._snapshots.end()
@@ -158,6 +155,17 @@ class RunServer:
     def _summary(self) -> dict[str, Any]:
         status = self.host.ask(lambda node: node.status())
         return {"global_step": status["run"]["global_step"], "members": sorted(status["members"])}
+
+    def _tick(self, now: float, objection: Callable[[Certificate], str | None]) -> int | None:
+        """Looks at the clock. Returns the exit code if the process ends."""
+        if self._signal is not None:
+            return self._end_for_signal(self._signal)
+        self.host.watch(now)
+        self.host.expel_if(objection)
+        self.reporter.sample(now)
+        if self._is_finished:
+            return self._end_finished() if self._has_written_final_model(now) and self.host.is_alone else None
+        return self._end_abandoned() if self._too_few(now) else None
 
     def _founding(self) -> Founding:
         rules = self._rules
@@ -193,13 +201,22 @@ class RunServer:
             self._few_since = now
         return self._few_since is not None and now - self._few_since > self._rules.timeout
 
-    def _write_final_model(self) -> None:
-        if not self._directory.final_model.exists():
-            node = self.host.node
-            assert isinstance(node, OpenGlobalNode)
-            # Nothing writes to the model any more.
-            self._directory.write_final_model(checkpoint_of(node))
-            self.host.note(f"The run is finished. Its final model is in {self._directory.final_model}.")
+    def _has_written_final_model(self, now: float) -> bool:
+        """Writes the final model, unless this has been done. Returns whether it is on disk."""
+        if self._directory.final_model.exists():
+            return True
+        node = self.host.node
+        assert isinstance(node, OpenGlobalNode)
+        if now < self._retry_at:
+            return False
+        try:
+            self._directory.write_final_model(checkpoint_of(node))  # nothing changes the model any more
+        except OSError as error:
+            self._retry_at = now + _RETRY
+            self.host.note(f"The final model could not be written, and is tried again: {error}", logging.ERROR)
+            return False
+        self.host.note(f"The run is finished. Its final model is in {self._directory.final_model}.")
+        return True
 
     def _end_finished(self) -> int:
         self.host.note("All members have got the final model. The server ends.")

@@ -26,7 +26,7 @@ class SnapshotWriter:
     """Writes snapshots, one at a time.
 
     A snapshot is due when ``every`` updates have arrived since the last one, but not before as much time has passed as
-    the last one took; and at once when a message waits for it.
+    the last one took; and at once when a message waits for it. One that could not be written is tried again.
 
     Args:
         host: The host.
@@ -48,6 +48,7 @@ class SnapshotWriter:
         self._summary = summary
         self._updates = 0  # that the last snapshot has
         self._next_at = 0.0
+        self._has_failed = False
         self._is_ended = False
         self._thread = threading.Thread(target=self._run, name="halos snapshots", daemon=True)
 
@@ -66,6 +67,7 @@ class SnapshotWriter:
         """Writes a snapshot now. Returns whether it is on disk; if it is not, the reason is logged."""
         start, updates = time.monotonic(), self._host.updates
         number, shard = self._host.begin_snapshot()
+        self._has_failed = True
         try:
             while not self._host.ask(lambda _: shard.advance()):
                 time.sleep(_YIELD)
@@ -78,6 +80,7 @@ class SnapshotWriter:
             self._host.snapshot_failed(number)
             return False
         seconds = time.monotonic() - start
+        self._has_failed = False
         self._updates, self._next_at = updates, start + 2 * seconds
         self.last = {"time": time.time(), "seconds": seconds, "bytes": written.size}
         self._host.snapshot_written(number, shard)
@@ -85,16 +88,20 @@ class SnapshotWriter:
 
     def _run(self) -> None:
         while not self._is_ended:
-            seconds = self._seconds_until_due()
-            if seconds <= 0:
-                self.write()
-            else:
-                self._host.changed.wait(min(seconds, 1.0))
-                self._host.changed.clear()
+            try:
+                seconds = self._seconds_until_due()
+                if seconds <= 0:
+                    self.write()
+                    continue
+            except Exception:  # without this thread, members would wait for ever
+                log.exception("The thread that writes snapshots has met an error, and goes on.")
+                seconds = _RETRY
+            self._host.changed.wait(min(seconds, 1.0))
+            self._host.changed.clear()
 
     def _seconds_until_due(self) -> float:
         if self._host.must_save:
             return 0.0
-        if self._host.updates - self._updates < self._every:
+        if self._host.updates - self._updates < self._every and not self._has_failed:
             return math.inf
         return self._next_at - time.monotonic()
