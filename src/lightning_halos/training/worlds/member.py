@@ -17,9 +17,13 @@ from lightning_halos.core.joining import Joining
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.membership import Membership
+from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.runtime import NodeRuntime
+
+_MOST_ROUNDS = 32  # of data that is ordered ahead
+_PARTS_OF_EPOCH = 16  # of which at most one is ordered ahead
 
 
 class MemberWorld:
@@ -117,5 +121,16 @@ def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor, joini
     # There may always be another region, so the server exchanges.
     server = algorithm.local_server(welcome.member, 2, workers, memory.clone(), start.vector.shapes, topology.describe)
     planner = algorithm.planner(budget.workers, budget.max_steps)
-    stock = None if start.data is None else LeaseStock(algorithm.local_steps * workers)
+    stock = None if start.data is None else LeaseStock(_ahead(algorithm.local_steps * workers, start.data))
     return OpenRegionNode(server, planner, range(workers), budget, stock, joining)
+
+
+def _ahead(round_steps: int, data: SharedData) -> int:
+    """Returns the data to order ahead, in local steps, so that the workers train on while the global server is away.
+
+    Args:
+        round_steps: Local steps of a round of all workers of the job.
+        data: The data. Only a small part of an epoch is ordered ahead, because regions end their epochs by their data.
+    """
+    rounds = data.steps_per_epoch // (_PARTS_OF_EPOCH * round_steps)
+    return max(1, min(_MOST_ROUNDS, rounds)) * round_steps
