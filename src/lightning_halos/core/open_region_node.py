@@ -216,6 +216,8 @@ class OpenRegionNode(RegionNode):
 
     def _on_push(self, push: Push, finding: Finding | None) -> list[Send]:
         has_ended = self._final is not None
+        if push.stop and not self.decides:  # only the member that decides may stop the complete run
+            push.stop, push.leave = False, True
         sends = super()._on_push(push, finding)
         if has_ended and push.final and self._final is not None:
             sends = [send for send in sends if send.message is not self._final]

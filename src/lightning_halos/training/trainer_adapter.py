@@ -163,6 +163,11 @@ class TrainerAdapter:
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
         return bool(epoch.processed == self._epochs)
 
+    def has_reached_end(self, position: int) -> bool:
+        """Whether the Trainer ends by itself here, at a global step."""
+        at_max_steps = self.trainer.max_steps != -1 and position >= self.trainer.max_steps
+        return at_max_steps or self.is_last_batch or self.is_after_last_epoch
+
     @property
     def would_have_validated(self) -> bool:
         """Whether there would have been a validation by now, if this worker validated at its own pace."""

@@ -74,6 +74,7 @@ class WorkerLoop(Callback):
         self._writer = start.saves.writer
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
+        self._is_member = start.membership is not None
         self._counter = StepCounter(self._trainer, self._has_changed)
         self._growth = GrowthWatch(start.site.topology)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
@@ -197,7 +198,9 @@ class WorkerLoop(Callback):
         self._world.alarm.disarm()
         self.finished = True
         self._move_schedulers(final.position, [])
-        self._lightning.finish(final.position, final.stopped)
+        # A job may leave a run that goes on, or the global server may end it early.
+        is_early = self._is_member and not self._lightning.has_reached_end(final.position)
+        self._lightning.finish(final.position, final.stopped or is_early)
 
     def release(self) -> None:
         """Ends what :meth:`__init__` began in torch's optimizers and schedulers."""

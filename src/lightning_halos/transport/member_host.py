@@ -85,7 +85,6 @@ class MemberHost(RegionHost):
                 return True
             case Decide():
                 self.callbacks, self._has_callbacks = message.callbacks, True
-                return True
             case Welcome():
                 self.callbacks, self._has_callbacks = message.callbacks, message.status.decides
                 self._reconnected.set()

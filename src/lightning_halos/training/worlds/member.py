@@ -133,4 +133,4 @@ def _ahead(round_steps: int, data: SharedData) -> int:
         data: The data. Only a small part of an epoch is ordered ahead, because regions end their epochs by their data.
     """
     rounds = data.steps_per_epoch // (_PARTS_OF_EPOCH * round_steps)
-    return max(1, min(_MOST_ROUNDS, rounds)) * round_steps
+    return int(max(1, min(_MOST_ROUNDS, rounds)) * round_steps)
