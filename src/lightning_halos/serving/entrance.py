@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from lightning_halos.serving.host import Session
+from lightning_halos.serving.report import EXPIRES_SOON, span
 from lightning_halos.transport.address import Address
-from lightning_halos.transport.certificates import Certificate, read_keys
+from lightning_halos.transport.certificates import Certificate, Keys, read_keys
 from lightning_halos.transport.errors import CertificateRefusedError
 from lightning_halos.transport.listener import Listener
 from lightning_halos.transport.revocations import Revocations
 
 REVOKED = "revoked"
 """Name of the list of revoked names in the run's directory."""
+
+_REMINDER = 86400.0  # seconds between two lines that the server's certificate expires soon
 
 
 class Entrance:
@@ -44,7 +49,10 @@ class Entrance:
         self._revocations = Revocations(directory / REVOKED)
         self._is_readable = True
         self._changed = self._changed_at()
-        self._listener = Listener(address, read_keys(keys), self._check, admit)
+        self._reminded_at = -math.inf  # by `time.time`
+        own = read_keys(keys)
+        self._expires_at = _end_of(own)
+        self._listener = Listener(address, own, self._check, admit)
         self._listener.start()
         note(f"The server listens on {', '.join(map(str, self._listener.addresses))}.")
 
@@ -70,17 +78,12 @@ class Entrance:
         return None
 
     def renew(self) -> None:
-        """Uses the server's keys from now on if their file was replaced."""
+        """Uses the server's keys from now on if their file was replaced, and reminds of it before they expire."""
         changed = self._changed_at()
-        if changed in (self._changed, None):
-            return
-        self._changed = changed
-        try:
-            self._listener.renew(read_keys(self._keys))
-        except (ValueError, OSError) as error:
-            self._note(f"The server's keys were replaced, but the new ones are not used: {error}")
-        else:
-            self._note("The server's keys were replaced. New connections use the new ones.")
+        if changed not in (self._changed, None):
+            self._changed = changed
+            self._replace_keys()
+        self._remind(time.time())
 
     def close(self) -> None:
         """Lets nobody else in."""
@@ -94,8 +97,32 @@ class Entrance:
                 f"the server cannot read its list of revoked names, so it lets nobody in; see {self._revocations.path}"
             ) from None
 
+    def _replace_keys(self) -> None:
+        try:
+            keys = read_keys(self._keys)
+            self._listener.renew(keys)
+        except (ValueError, OSError) as error:
+            self._note(f"The server's keys were replaced, but the new ones are not used: {error}")
+        else:
+            self._expires_at, self._reminded_at = _end_of(keys), -math.inf
+            self._note("The server's keys were replaced. New connections use the new ones.")
+
+    def _remind(self, now: float) -> None:
+        left = self._expires_at - now
+        if left < EXPIRES_SOON and now - self._reminded_at > _REMINDER:
+            self._reminded_at = now
+            state = f"expires in {span(left)}" if left > 0 else "has expired, so that regions cannot connect again"
+            self._note(
+                f"The server's certificate {state}. Make a new one where the authority is, and copy it over"
+                f" {self._keys}: lightning-halos keys server FOLDER --host HOST --replace"
+            )
+
     def _changed_at(self) -> int | None:
         try:
             return self._keys.stat().st_mtime_ns
         except OSError:
             return None
+
+
+def _end_of(keys: Keys) -> float:
+    return keys.certificate.end.timestamp()

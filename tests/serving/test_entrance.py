@@ -1,0 +1,46 @@
+"""The server's own keys, while it runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_halos.serving import entrance as entrance_module
+from lightning_halos.serving.entrance import Entrance
+from lightning_halos.transport.address import Address
+from lightning_halos.transport.certificates import make_authority, make_server
+
+
+def test_reminds_of_keys_that_expire_soon_once_a_day_until_they_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_authority(tmp_path, ["localhost"], days=20)
+    notes: list[str] = []
+    keys = tmp_path / "server.pem"
+    entrance = Entrance(Address("127.0.0.1", 0), keys, tmp_path, lambda session: None, notes.append)
+    now = [time.time()]
+    monkeypatch.setattr(entrance_module.time, "time", lambda: now[0])
+    try:
+        for hours in (0, 1, 20, 4, 23, 2, 24 * 19):
+            now[0] += 3600 * hours
+            entrance.renew()
+        reminders = [note for note in notes if "certificate" in note]
+        assert [note.partition(".")[0] for note in reminders] == [
+            "The server's certificate expires in 20 d",
+            "The server's certificate expires in 19 d",
+            "The server's certificate expires in 18 d",
+            "The server's certificate has expired, so that regions cannot connect again",
+        ]
+        assert f"copy it over {keys}: lightning-halos keys server FOLDER --host HOST --replace" in reminders[0]
+        now[0] -= 3600 * 24 * 21
+        make_server(tmp_path, ["localhost"], replace=True)
+        entrance.renew()
+        entrance.renew()
+        assert notes[-1] == "The server's keys were replaced. New connections use the new ones."
+        keys.write_text("nothing")
+        entrance.renew()
+        assert "the new ones are not used" in notes[-1]
+    finally:
+        entrance.close()
