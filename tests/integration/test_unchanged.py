@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -60,7 +61,7 @@ def growing(strategy: str) -> Result:
         devices=2,
         max_epochs=3,
         reload_dataloaders_every_n_epochs=1,
-        val_check_interval=timedelta(seconds=0.05),
+        val_check_interval=timedelta(seconds=0.05) if RequirementCache("lightning>=2.6") else None,
     )
     trainer.fit(module, val_dataloaders=loader(8))
     return outcome(trainer, module)
