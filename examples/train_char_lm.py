@@ -14,11 +14,17 @@ and sleeps for the rest. Only the speeds are unequal: the links are those inside
 With ``--strategy`` it trains once, with any strategy of Lightning, and ``--pace 0`` lets the workers run freely::
 
     python examples/train_char_lm.py --strategy halos --accelerator gpu --devices 4 --pace 0
+
+With ``HALOS_SERVER`` and ``HALOS_KEYS`` in the environment this is a job of one region, which connects to the server of
+a run (``examples/deploy/regions_behind_nat.sh`` starts one, and two regions)::
+
+    python examples/train_char_lm.py --strategy halos --devices 2
 """
 
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import sysconfig
@@ -215,7 +221,7 @@ def train(args: argparse.Namespace) -> None:
     # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges, and no
     # momentum on the local servers (docs/time-to-loss.md).
     halos = HalosStrategy(
-        regions=args.regions,
+        regions=None if "HALOS_SERVER" in os.environ else args.regions,  # a job is one region there
         local_steps=args.local_steps,
         accumulate_updates=4,
         merge_weight=0.5,
@@ -309,7 +315,7 @@ def main() -> None:
     )
     parser.add_argument("--pace", type=float, default=0.15, help="seconds per batch; 0: as few as possible")
     parser.add_argument("--slowdown", type=float, nargs="+", default=[1, 1, 1, 4], help="a factor for each worker")
-    parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers over")
+    parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers of one job over")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
     parser.add_argument("--max-steps", type=int, default=250)
     parser.add_argument("--val-every", type=int, default=25, help="the steps between validations")

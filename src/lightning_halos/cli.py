@@ -26,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: that of the command, usually 0, or 2 if the input is invalid or something it needs is missing.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    namespace = make_parser().parse_args(arguments)
+    namespace.command = shlex.join([PROGRAM, *arguments])
+    try:
+        code: int | None = namespace.run(namespace)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    return code or 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (plan, prepare_data, export, evaluate, keys, serve, status):
@@ -38,14 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
         )
-    namespace = parser.parse_args(arguments)
-    namespace.command = shlex.join([PROGRAM, *arguments])
-    try:
-        code: int | None = namespace.run(namespace)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    return code or 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.examples.conftest import EXAMPLES
+from tests.star.network import missing
 
 DEPLOY = EXAMPLES / "deploy"
 SKYPILOT = sorted((DEPLOY / "skypilot").glob("*.yaml"))
@@ -104,3 +106,20 @@ def test_systemd_takes_the_service(tmp_path: Path) -> None:
     unit.write_text(text.replace("/opt/halos/bin/lightning-halos", shutil.which("true") or "/bin/true"))
     found = subprocess.run([verify, "verify", unit], capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="iptables is not installed")
+def test_regions_behind_nat_train(tmp_path: Path) -> None:
+    """Both regions have the same address, and the server's only open port is its own: they finish the run together."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path), "LIMIT": "250"}
+    options = ["--max-steps=40", "--val-every=20", "--batch-size=8"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        code = subprocess.call([DEPLOY / "regions_behind_nat.sh", *options], env=environment, stdout=file, stderr=file)
+    assert code == 0, log.read_text()[-4000:]
+    assert torch.load(tmp_path / "run" / "final.ckpt", weights_only=True)["global_step"] >= 40
+    assert len([*tmp_path.glob("*/halos.jsonl")]) == 2
+    places = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"^(server|nat-us|nat-eu|us|eu)-\d+", places, flags=re.MULTILINE)
