@@ -228,6 +228,11 @@ class Region:
     def goodbye(self) -> None:
         self.session.close(LIMIT)
 
+    def fall_silent(self) -> None:
+        """Sends nothing more, not even signs of life, as a machine without power."""
+        for link in (self.session.control, self._models):
+            link._send_frame = lambda *_, **__: None  # type: ignore[method-assign]
+
     def cut(self) -> None:
         """Loses the connection."""
         self.session.abort()

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -386,3 +387,16 @@ def test_who_asks_for_models_and_takes_none_is_expelled(
     member.copies = 1  # one that is never sent
     us.post(ModelRequest(1))
     assert "has taken nothing of the last one for 1 s" in us.expect(Refusal).reason
+
+
+def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1, liveness=1.5)
+    us = region("us", server)
+    us.enter()
+    member = next(iter(server.server.host._members.values()))
+    member._free.get()  # the memory is in use, by an answer that is never taken
+    before = member.traffic()[1]
+    us.work()
+    until(lambda: member.traffic()[1] > before and member.models.silence(time.monotonic()) == 0)
+    us.fall_silent()
+    until(lambda: server.status()["members"]["us"]["state"] == "lost")

@@ -117,8 +117,13 @@ class Client:
         return [self.session.control] if self.models is None else [self.session.control, self.models]
 
     def silence(self, now: float) -> float:
-        """Returns the seconds for which nothing came, by ``time.monotonic``."""
-        return min(link.silence(now) for link in self.links)
+        """Returns the seconds for which nothing came, by ``time.monotonic``.
+
+        The link for models may wait for memory and hear nothing meanwhile, so that its own silence says little.
+        """
+        silence = self.session.control.silence(now)
+        heard = None if self.models is None else self.models.heard
+        return silence if heard is None else min(silence, now - heard)
 
     def traffic(self) -> tuple[int, int]:
         """Returns the bytes that were sent and received."""
