@@ -44,12 +44,16 @@ def foreign_names(tree: ast.Module) -> Iterator[str]:
 
 
 def imported(tree: ast.Module) -> Iterator[ast.Module]:
-    """The files of this package that a file imports names from, whose classes it may inherit from."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("lightning_halos."):
-            path = (SOURCE.parent / node.module.replace(".", "/")).with_suffix(".py")
-            if path.exists():
-                yield ast.parse(path.read_text())
+    """The files of this package that a file imports names from, whose classes it may inherit from, and theirs."""
+    waiting, seen = [tree], set[Path]()
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_halos."):
+                path = (SOURCE.parent / str(node.module).replace(".", "/")).with_suffix(".py")
+                if path.exists() and path not in seen:
+                    seen.add(path)
+                    waiting.append(ast.parse(path.read_text()))
+                    yield waiting[-1]
 
 
 def defined(tree: ast.Module) -> set[str]:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Scenario:
 
 
 @dataclass
-class _Link:
+class Link:
     """One direction of a connection. Messages arrive in the order in which they were sent.
 
     Attributes:
@@ -157,7 +157,30 @@ class _Link:
     is_open: bool = True
 
 
-class _Worker:
+class Surroundings(Protocol):
+    """What a worker needs of the run, or of its job."""
+
+    scenario: Any  # with `local_steps`, `steps_per_epoch` and `early`
+    rng: random.Random
+
+    @property
+    def now(self) -> float: ...
+
+    @property
+    def published(self) -> list[tuple[int, float]]: ...
+
+    def at(self, moment: float, happen: Callable[[], None]) -> None: ...
+
+    def note(self, what: str, *details: object) -> None: ...
+
+    def draw_vector(self) -> Tensor: ...
+
+    def send_to_server(self, rank: int, message: Message) -> None: ...
+
+    def reset_links(self, rank: int) -> None: ...
+
+
+class Worker:
     """A worker that follows the protocol with random pseudo-gradients instead of training.
 
     Args:
@@ -167,9 +190,10 @@ class _Worker:
         position: Global step at which it starts.
     """
 
-    def __init__(self, run: ChaosRun, rank: int, local_steps: int, position: int) -> None:
+    def __init__(self, run: Surroundings, rank: int, local_steps: int, position: int) -> None:
         self.rank = rank
         self.wants_stop = False
+        self.wants_leave = False
         self.state = "computing"  # then "without data", "pulling", "finishing" or "finished"
         self.final: GlobalModel | None = None
         self.model: list[float] = []
@@ -182,7 +206,7 @@ class _Worker:
         self._used: list[tuple[int, int]] = []
         self._asked = self._answered = 0
         self._is_data_over = False
-        self._plateaus: list[tuple[int, float]] = []
+        self.plateaus: list[tuple[int, float]] = []
         self._push: Push | None = None  # since the last pull
         self._is_again = False
         self._life = 0  # number of restarts; timers from before a restart are ignored
@@ -219,6 +243,12 @@ class _Worker:
             require(message.final and has_left, "worker {} gets {}", self.rank, message)
             self._life += 1
             self.state, self.final, self.model = "finished", message, values_of(message)
+
+    def leave(self) -> None:
+        """Ends the round as soon as possible, and leaves the run."""
+        self.wants_leave = True
+        if self.state == "without data":
+            self._end_round(final=True)
 
     def lose(self) -> None:
         """Loses the worker and restarts it from its state at the last pull, with the data leased since then."""
@@ -262,11 +292,9 @@ class _Worker:
 
     def _on_pull(self, pull: Pull) -> None:
         require(1 <= pull.local_steps <= self._run.scenario.local_steps, "worker {} gets {}", self.rank, pull)
-        self._plateaus += pull.plateau_steps
-        published = self._run.ledger.published[: len(self._plateaus)]
-        require(
-            self._plateaus == published, "worker {} was told {} instead of {}", self.rank, self._plateaus, published
-        )
+        self.plateaus += pull.plateau_steps
+        published = self._run.published[: len(self.plateaus)]
+        require(self.plateaus == published, "worker {} was told {} instead of {}", self.rank, self.plateaus, published)
         self._round.receive(pull, waited=self._run.now - self._pushed_at)
         self._keep()
         if self._round.stopped:
@@ -286,6 +314,8 @@ class _Worker:
             self._used.append((first, first + 1))
         if self._push is not None:  # a repeated round has the same steps as before
             self.begin()
+        elif self.wants_leave:
+            self._end_round(final=True)
         elif self.wants_stop:
             self._end_round(stop=True, final=self._rng.random() < 0.7)
         elif self._round.over or self._rng.random() < self._run.scenario.early:
@@ -300,6 +330,7 @@ class _Worker:
         vector = self._run.draw_vector() if self._round.has_steps else None
         self.wants_stop = self.wants_stop and not stop
         self._push = self._round.push(vector, stop, final, Spans(self._used))  # type: ignore[arg-type]
+        self._push.leave = final and self.wants_leave
         self._used = []
         self._send_push()
 
@@ -367,6 +398,11 @@ class ChaosRun:
         """Checks the nodes against the ledger."""
         self.ledger.check(self._regions, self._globals, self._stocks)
 
+    @property
+    def published(self) -> list[tuple[int, float]]:
+        """All plateau steps so far."""
+        return self.ledger.published
+
     def draw_vector(self, may_be_bad: bool = True) -> Tensor:
         """Draws a random vector, which is different from all others."""
         values = [self.rng.uniform(-1, 1) for _ in range(_ELEMENTS)]
@@ -394,7 +430,7 @@ class ChaosRun:
         """Starts all nodes and workers, from scratch or from a snapshot."""
         scenario, workers = self.scenario, sum(self.scenario.regions)
         self._heap.clear()
-        self._links: dict[tuple[str, int, str], _Link] = {}
+        self._links: dict[tuple[str, int, str], Link] = {}
         shard = None if snapshot is None else snapshot.shards[None]
         progress: dict[str, Any] = {"total": 0, "done": []} if shard is None else shard.progress
         budget = partial(StepBudget, workers, scenario.max_steps, progress["total"])
@@ -425,14 +461,14 @@ class ChaosRun:
                 node.load_state_dict(snapshot.shards[index].state)
             self._globals.load_state_dict(shard.state)
             self.ledger.restart(snapshot, scenario.steps_per_epoch)
-        sent = _completed(self._globals.start())
+        sent = completed(self._globals.start())
         under_way = [] if shard is None else [(update["server"], update["number"]) for update in shard.state["updates"]]
         self.ledger.at_start(under_way, sent)
         self._post_globals(sent)
         for index, node in enumerate(self._regions):
-            self._post_region(index, _completed(node.start()))
+            self._post_region(index, completed(node.start()))
         self.workers = [
-            _Worker(self, rank, scenario.local_steps, progress["total"] // workers) for rank in range(workers)
+            Worker(self, rank, scenario.local_steps, progress["total"] // workers) for rank in range(workers)
         ]
         for worker in self.workers:
             worker.begin()
@@ -454,12 +490,12 @@ class ChaosRun:
                 self._saves += 1
                 save = f"save {self._saves}"
                 self.ledger.save(save)
-                self._post_globals(_completed(self._globals.start_snapshot(Marker(save, ""))))
+                self._post_globals(completed(self._globals.start_snapshot(Marker(save, ""))))
                 self.check()
             elif what == "publish":
                 steps = [(0, self.rng.random()) for _ in range(self.rng.randint(0, 2))]
                 self.ledger.published += steps
-                self._post_globals(_completed(self._globals.publish(steps, {"loss": self.rng.random()})))
+                self._post_globals(completed(self._globals.publish(steps, {"loss": self.rng.random()})))
             elif what == "stop":
                 self.rng.choice(self.workers).wants_stop = True
             elif what == "lose a worker":
@@ -490,7 +526,7 @@ class ChaosRun:
 
     def _send(self, key: tuple[str, int, str], message: Message) -> None:
         if key not in self._links:
-            self._links[key] = _Link(10 ** self.rng.uniform(-2.5, 1), self.now)
+            self._links[key] = Link(10 ** self.rng.uniform(-2.5, 1), self.now)
         if self.scenario.repeats:
             self._links[key].memory.append(copy_of(message))
         self._deliver_later(key, message)
@@ -500,7 +536,7 @@ class ChaosRun:
         link.last = max(link.last, self.now + link.delay * self.rng.expovariate(1.0))
         self.at(link.last, partial(self._deliver, link, key, message))
 
-    def _deliver(self, link: _Link, key: tuple[str, int, str], message: Message) -> None:
+    def _deliver(self, link: Link, key: tuple[str, int, str], message: Message) -> None:
         if not link.is_open:
             return
         kind, number, way = key
@@ -512,11 +548,11 @@ class ChaosRun:
         vector = values_of(message)
         if kind == "worker" or way == "down":
             sender = number if kind == "worker" else GLOBAL
-            sent = _completed(self._regions[index].handle(sender, message))
+            sent = completed(self._regions[index].handle(sender, message))
             self.ledger.at_region(index, sender, message, vector, sent)
             self._post_region(index, sent)
         else:
-            sent = _completed(self._globals.handle(index, message))
+            sent = completed(self._globals.handle(index, message))
             self.ledger.at_globals(index, message, vector, sent)
             self._post_globals(sent)
         self.check()
@@ -647,6 +683,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _completed(sends: list[Send]) -> list[tuple[int, Message]]:
+def completed(sends: list[Send]) -> list[tuple[int, Message]]:
     """Computes the vectors of messages. A shard is left as it is, since its server goes on while it is copied."""
     return [(send.to, send.message if isinstance(send.message, Shard) else send.complete()) for send in sends]  # type: ignore[misc]

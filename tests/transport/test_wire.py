@@ -39,7 +39,7 @@ MESSAGES = [
     messages.LeaseGrant(1, 40, 12),
     messages.Enrol("0a1b", 4),
     messages.Enrolled(16, 4),
-    messages.Join("0a1b", 4, DESCRIPTION, [(3, 5), (9, 12)], 2, 17, 1),
+    messages.Join("0a1b", 4, DESCRIPTION, [(3, 5), (9, 12)], 2, 17, 1, True),
     messages.Welcome(2, 16, STATUS, True, False, 3, 20, 1, 4, [(3, 5)], "callbacks"),
     messages.Refusal("learning_rate differs", for_good=False),
     messages.InitialModel(VECTOR),

@@ -21,6 +21,8 @@ from lightning_halos.core.servers import OptimizerFactory
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MOST_STEPS_PER_BATCH = 64  # several optimizers may step in a batch
 _SHOWN = 5  # differences in a refusal
+MOST_WORKERS = 100_000
+"""Largest number of workers of a member."""
 
 
 def check(description: RunDescription) -> None:
@@ -35,8 +37,10 @@ def check(description: RunDescription) -> None:
         raise ValueError(f"local_steps {steps!r}, has_momentum {momentum!r}: must be a positive number, and a bool")
     if (description.data is None) != (description.steps_per_epoch == 0):
         raise ValueError(f"training data {description.data!r} with {description.steps_per_epoch} local steps")
-    if description.global_optimizer is not None:
+    try:
         global_optimizer(description, 1)([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"global_optimizer: {error}") from None
 
 
 def form(description: RunDescription) -> tuple[int, torch.dtype]:

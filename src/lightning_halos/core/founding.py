@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core import description as descriptions
-from lightning_halos.core.membership import Member, MemberEvent, MemberState
+from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
@@ -27,6 +27,8 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.core.servers import Finding, all_finite
+
+_MOST_REFUSED = 100  # sessions that are remembered as refused
 
 
 class Founding:
@@ -58,7 +60,7 @@ class Founding:
         self._asked: list[int] = []  # members that wait for an answer to their enrolment
         self._founder: int | None = None
         self._model: Tensor | None = None
-        self._expelled: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
 
     @property
     def form(self) -> tuple[int, torch.dtype] | None:
@@ -96,15 +98,15 @@ class Founding:
         """
         member = self._members[sender]
         match message:
-            case Enrol() if message.workers > 0:
+            case Enrol() if 0 < message.workers <= descriptions.MOST_WORKERS:
                 self._enrol(member, message.workers)
                 self._asked.append(sender)
                 return self._answer_enrolled()
-            case Join() if message.workers > 0 and message.session:
+            case Join() if 0 < message.workers <= descriptions.MOST_WORKERS and message.session:
                 return self._on_join(member, message)
             case InitialModel(vector=Tensor()) if member in self._joined:
                 return self._on_model(member, message)
-        raise ProtocolError(f"{member} must not send this before the run has begun: {message!r}.")
+        raise ProtocolError(f"{member} must not send this before the run has begun: {brief(message)}.")
 
     def disconnected(self, index: int) -> list[Send]:
         """Forgets a member whose connection is lost. It may join again."""
@@ -122,7 +124,7 @@ class Founding:
         """Forgets a member, and refuses its session from now on."""
         session = self._members[index].session
         if session:
-            self._expelled[session] = reason
+            self._refused = {session: reason, **dict(list(self._refused.items())[:_MOST_REFUSED])}
         return [Send(index, Refusal(reason)), *self.disconnected(index)]
 
     def status(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class Founding:
         return [Send(index, Enrolled(self._workers, self._members[index].first)) for index in asked]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
-        if reason := self._expelled.get(join.session):
+        if reason := self._refused.get(join.session):
             return [Send(member.index, Refusal(reason))]
         try:
             descriptions.check(join.description)
@@ -202,5 +204,5 @@ class Founding:
             assert self.description is not None
             workers = self._workers or sum(member.workers for member in joined)
             members = list(self._members.values())
-            self.node = OpenGlobalNode(self._model, self.description, workers, members, self._preferred, self._expelled)
+            self.node = OpenGlobalNode(self._model, self.description, workers, members, self._preferred, self._refused)
         return []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lightning_halos.core.counters import ServerCounters
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.messages import LeaseGrant, LeaseRequest, RegionUpdate
+from lightning_halos.core.messages import LeaseGrant, LeaseRequest, Message, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.servers import Finding
 
@@ -84,7 +84,9 @@ class Member:
         counters: Counters for monitoring, of all its sessions.
         session: Its process.
         workers: Number of its workers.
+        is_stale: Whether this record is from a snapshot, and the member may have gone on since.
         is_saved: Whether a snapshot on disk has this session.
+        has_decided: Whether it decides, or has decided.
         update: Number of its last update.
         report: Number of its last report.
         publication: Number of its last publication.
@@ -110,7 +112,9 @@ class Member:
     counters: ServerCounters = field(default_factory=ServerCounters)
     session: str = ""
     workers: int = 0
+    is_stale: bool = False
     is_saved: bool = False
+    has_decided: bool = False
     update: int = 0
     report: int = 0
     publication: int = 0
@@ -174,23 +178,31 @@ class Member:
         vars(member).update({name: state[name] for name in _PLAIN})
         vars(member).update({name: Spans(state[name]) for name in _SPANS})
         member.state = MemberState(state["state"])
-        if member.is_active:
+        if member.state in (MemberState.JOINING, MemberState.ACTIVE):
             member.move(MemberEvent.DISCONNECT)
         member.uncovered = deque(Report(*report) for report in state["uncovered"])
         member.counters = ServerCounters(**state["counters"])
-        member.saved, member.is_saved = (member.update, member.publication), True
+        member.saved, member.is_saved, member.is_stale = (member.update, member.publication), True, True
         return member
 
     def __str__(self) -> str:
         return f"Region {self.name!r}"
 
 
+def brief(message: Message) -> str:
+    """Returns a message as text for errors: the beginning of its fields, without its vector."""
+    fields = ", ".join(f"{name}={value!r}" for name, value in vars(message).items() if name != "vector")
+    return f"{type(message).__name__}({fields[:_SHOWN]}{'...' if len(fields) > _SHOWN else ''})"
+
+
+_SHOWN = 200  # characters of a message in errors
 _PLAIN = (
     "name",
     "index",
     "first",
     "session",
     "workers",
+    "has_decided",
     "update",
     "report",
     "publication",

@@ -219,6 +219,7 @@ class Join:
     saved: int = 0  # number of the last update that a snapshot has, so that the member cannot repeat it
     saved_report: int = 0  # number of the last report that it cannot repeat
     saved_publication: int = 0  # number of the last `Publish` that it cannot repeat
+    is_flushed: bool = False  # whether a snapshot has its last update
 
 
 @dataclass

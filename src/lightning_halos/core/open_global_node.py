@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report
+from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report, brief
 from lightning_halos.core.messages import (
     Decide,
     Enrol,
@@ -50,6 +50,9 @@ from lightning_halos.core.servers import Finding, GlobalServer
 from lightning_halos.core.snapshot import Shard
 
 _LARGEST_ORDER = 65  # rounds of all workers of a member that it may order data for at once; see `LeaseStock`
+_MOST_UNKNOWN = 4  # largest orders of all members that may have been granted after the snapshot of a restart
+_SHOWN = 500  # characters of the reason of a refusal
+_MOST_REFUSED = 1000  # sessions that are remembered as refused
 
 
 class OpenGlobalNode(Node[GlobalState, OpenEvent]):
@@ -67,6 +70,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
     - "No data is left" is said to a member only if nobody else who is not waiting, too, has data that is not reported.
       Data is leased only to members that a snapshot on disk has, and, after a restart, only when all members have
       returned or are lost. Otherwise data could be leased twice.
+    - Only a member that decides, or has decided, may ask for the run to stop; the others' wish is ignored.
     - The run is finished when the budget is used up, the data is over or somebody has asked for it, and all members
       that are present have sent their last updates.
 
@@ -76,7 +80,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         workers: Number of workers that a global step is divided by.
         members: The members; those that are joining are welcomed by :meth:`start`.
         preferred: Name of the member that decides if it is active.
-        expelled: Sessions that may not join, with the reasons.
+        refused: Sessions that may not join, with the reasons.
 
     Attributes:
         server: The global server.
@@ -92,7 +96,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         workers: int,
         members: Iterable[Member] = (),
         preferred: str | None = None,
-        expelled: Mapping[str, str] | None = None,
+        refused: Mapping[str, str] | None = None,
     ) -> None:
         budget = StepBudget(workers, description.max_steps)
         super().__init__("The global server", GlobalState.RUNNING, OPEN_GLOBAL_TRANSITIONS, budget)
@@ -105,8 +109,9 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._callbacks = ""
         self._done = Spans()  # data in reports
         self._cursor = descriptions.cursor(description, Spans())
+        self._is_restored = False
         self._awaited: set[int] = set()  # members that have not returned since the restart of the global server
-        self._expelled = dict(expelled or {})
+        self._refused = dict(refused or {})
         self._snapshots: dict[str, dict[int, tuple[str, int, int]]] = {}  # those under way: what they have of members
         self._snapshot = 0  # number of the last one
 
@@ -150,7 +155,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
                 return member.index
         index = len(self._members)
         first = sum(member.workers for member in self._members.values())
-        self._members[index] = Member(name, index, first)
+        self._members[index] = Member(name, index, first, is_stale=self._is_restored)
         return index
 
     def name_of(self, index: int) -> str:
@@ -168,16 +173,18 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
     def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
         member = self._members.get(sender)
         if member is None:
-            raise ProtocolError(f"{self._name} got an unexpected message from {sender}: {message!r}.")
+            raise ProtocolError(f"{self._name} got an unexpected message from {sender}: {brief(message)}.")
         match message:
             case Enrol():
                 return self._on_enrol(member, message)
             case Join():
                 return self._on_join(member, message)
         if member.state is MemberState.JOINING:
-            raise ProtocolError(f"{member} has not joined: {message!r}.")
+            raise ProtocolError(f"{member} has not joined: {brief(message)}.")
         if not member.is_active:
             return []  # it repeats what is needed when it is back
+        if self.state is GlobalState.FINISHED and isinstance(message, RegionUpdate | Progress | Publish):
+            return []  # it has not got the final model yet
         match message:
             case RegionUpdate(server=index) if index == sender:
                 return self._on_update(member, message, finding)
@@ -189,7 +196,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
                 return self._on_model_request(member, message)
             case Publish():
                 return self._on_publish(member, message)
-        raise ProtocolError(f"{member} must not send this: {message!r}.")
+        raise ProtocolError(f"{member} must not send this: {brief(message)}.")
 
     def disconnected(self, index: int) -> list[Send]:
         """Records that the connection of a member is lost."""
@@ -201,9 +208,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
 
     def expel(self, index: int, reason: str) -> list[Send]:
         """Loses a member, and refuses its session from now on. A new session of the same name may join."""
-        member = self._members[index]
-        if member.session:
-            self._expelled[member.session] = reason
+        self._refuse(self._members[index], reason)
         return [Send(index, Refusal(reason)), *self.lose(index)]
 
     def end(self) -> list[Send]:
@@ -288,7 +293,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             "plateau_steps": list(self._plateau_steps),
             "metrics": dict(self._metrics),
             "callbacks": self._callbacks,
-            "expelled": dict(self._expelled),
+            "refused": dict(self._refused),
             "server": server,
         }
 
@@ -302,11 +307,12 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._asked_to_stop = state["asked_to_stop"]
         self._done = Spans(state["done"])
         self._members = {fields["index"]: Member.restored(fields) for fields in state["members"]}
+        self._is_restored = True
         self._awaited = {index for index, member in self._members.items() if member.is_present}
         self._decider = state["decider"]
         self._plateau_steps = [(index, value) for index, value in state["plateau_steps"]]
         self._metrics, self._callbacks = dict(state["metrics"]), state["callbacks"]
-        self._expelled = dict(state["expelled"])
+        self._refused = dict(state["refused"])
         taken = Spans(self._done)
         for member in self._members.values():
             taken.add(member.open)
@@ -317,26 +323,21 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
     # ------------------------------------------------------------------ members
 
     def _on_enrol(self, member: Member, enrol: Enrol) -> list[Send]:
-        _check(enrol.workers > 0, member, enrol)
+        _check(0 < enrol.workers <= descriptions.MOST_WORKERS, member, enrol)
         self._move(OpenEvent.ENROL)
         member.workers = member.workers or enrol.workers
         return [Send(member.index, Enrolled(self.budget.workers, member.first))]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
-        if reason := self._expelled.get(join.session):
+        if reason := self._reason_against(member, join):
             return [Send(member.index, Refusal(reason))]
-        if differs := descriptions.differences(self.description, join.description):
-            return [Send(member.index, Refusal(f"This job does not fit the run: {differs}."))]
-        end = 0 if self._cursor is None else self._cursor.end
-        _check(join.workers > 0 and bool(join.session), member, join)
-        _check(all(0 <= start < stop <= end for start, stop in join.held), member, join)
-        is_new = join.session != member.session
-        _check(is_new or join.workers == member.workers, member, join)
         self._move(OpenEvent.JOIN)
+        is_new = join.session != member.session
         has_unsent = is_new and bool(member.uncovered)
         if is_new:
             if member.is_present:
                 self._lose(member)
+            self._refuse(member, "Another process of this region has joined since. Start this one anew.")
             member.begin(join.session, join.workers)
             member.move(MemberEvent.JOIN)
             member.move(MemberEvent.WELCOME)
@@ -344,6 +345,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             member.disconnect()
             member.move(MemberEvent.RETURN)
         self._awaited.discard(member.index)
+        member.is_stale = False
         self._forget(member, join)
         lost = self._claim(member, Spans(join.held))
         before = self._decider
@@ -356,6 +358,39 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         sends += [*([] if final is None else [Send(member.index, final)]), *self._settle()]
         return [*sends, *self._tell_all()] if has_unsent else sends
 
+    def _reason_against(self, member: Member, join: Join) -> str:
+        """Returns the reason why a member may not join, or an empty text. Raises an error if the message is wrong."""
+        if reason := self._refused.get(join.session):
+            return reason
+        if differs := descriptions.differences(self.description, join.description):
+            return f"This job does not fit the run: {differs}."
+        _check(0 < join.workers <= descriptions.MOST_WORKERS and bool(join.session), member, join)
+        known, end = Spans(), 0.0
+        if join.session == member.session:
+            _check(join.workers == member.workers, member, join)
+            known = member.leased
+        elif not member.is_stale and (join.held or join.saved or join.saved_report or join.is_flushed):
+            return "The global server has no record of this process. Start it anew."
+        if self._cursor is not None and member.is_stale:
+            # More may have been leased to it after the snapshot that this node was restored from.
+            workers = sum(other.workers for other in self._members.values()) + join.workers
+            end = min(self._cursor.end, self._cursor.next + _MOST_UNKNOWN * workers * self._largest_order)
+        _check(all(0 <= start < stop for start, stop in join.held), member, join)
+        _check(all(stop <= end for _, stop in Spans(join.held).without(known)), member, join)
+        return ""
+
+    @property
+    def _largest_order(self) -> int:
+        """Largest order of data, in local steps per worker."""
+        return _LARGEST_ORDER * int(self.description.settings["local_steps"] or 1)
+
+    def _refuse(self, member: Member, reason: str) -> None:
+        """Refuses a member's session from now on."""
+        if member.session:
+            self._refused[member.session] = reason[:_SHOWN]
+        while len(self._refused) > _MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+
     def _forget(self, member: Member, join: Join) -> None:
         """Gives up what a member cannot repeat: a snapshot had it, but this node was restored from an older one."""
         gone = [report for report in member.uncovered if report.update <= join.saved]
@@ -364,6 +399,9 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         member.update = max(member.update, join.saved)
         member.report = max(member.report, join.saved_report)
         member.publication = max(member.publication, join.saved_publication)
+        if join.is_flushed and not member.is_flushed:
+            member.is_flushed = True
+            self._return_leases(member)
 
     def _claim(self, member: Member, held: Spans) -> Spans:
         """Leases to a member what it holds, and takes back what it does not hold. Returns what others have now."""
@@ -428,6 +466,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             self._give_back(Spans(report.counted))
 
     def _return_leases(self, member: Member) -> None:
+        member.request = None
         open_, member.open = member.open, Spans()
         self._give_back(open_)
 
@@ -445,6 +484,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             self._decider = preferred[0]
         elif self._decider is None or not self._members[self._decider].is_present:
             self._decider = min((member.index for member in active), default=None)
+        if self._decider is not None:
+            self._members[self._decider].has_decided = True
 
     def _new_decider(self, before: int | None, besides: Member | None = None) -> list[Send]:
         """Tells the members concerned, except one that is told in another way, who decides from now on."""
@@ -538,8 +579,6 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         _check(vector is not None and vector.shape == model.shape and vector.dtype == model.dtype, member, update)
         _check(update.final or not update.leave, member, update)
         self._move(OpenEvent.UPDATE)
-        if self.state is GlobalState.FINISHED:
-            return []
         member.waiting.append((update, finding))
         return self._apply(member)
 
@@ -565,7 +604,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
                 sends.append(Send(member.index, answer))
                 continue
             member.is_flushed = True
-            self._asked_to_stop = self._asked_to_stop or update.stop
+            self._asked_to_stop = self._asked_to_stop or (update.stop and member.has_decided)
             self._return_leases(member)
             if update.leave:
                 member.move(MemberEvent.LEAVE)
@@ -592,8 +631,6 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             all(start < stop for start, stop in report.data) and not data.without(member.leased).steps, member, report
         )
         self._move(OpenEvent.PROGRESS)
-        if self.state is GlobalState.FINISHED:
-            return []
         fresh = list(data.without(self._done))
         member.report = report.number
         member.counted += report.steps
@@ -602,9 +639,11 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         member.counters.add(report)
         self.budget.total += report.steps
         self._done.add(fresh)
+        if self._cursor is not None:
+            self._cursor.claim(fresh)  # others may have had it meanwhile, and given it back
         member.reported.add(fresh)
         member.open.remove(data)
-        self._asked_to_stop = self._asked_to_stop or report.stop
+        self._asked_to_stop = self._asked_to_stop or (report.stop and member.has_decided)
         before = self.state
         sends = [*self._apply(member), *self._settle()]
         if self.state is not before:
@@ -615,6 +654,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
 
     def _on_lease_request(self, member: Member, request: LeaseRequest) -> list[Send]:
         _check(self._cursor is not None, member, request)
+        if member.is_flushed:
+            return []  # its last update was faster
         if member.grant is not None and request.number <= member.grant.number:
             return [Send(member.index, member.grant)] if request.number == member.grant.number else []
         self._move(OpenEvent.LEASE_REQUEST)
@@ -634,8 +675,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             others = any(other.open.steps and other.request is None for other in present if other is not member)
             if cursor.is_over and others and not self._asked_to_stop:
                 continue  # another one may be lost, and its data come back
-            most = _LARGEST_ORDER * int(self.description.settings["local_steps"] or 1) * member.workers
-            lease = None if self._asked_to_stop else cursor.take(max(1, min(request.steps, most)), len(present))
+            steps = max(1, min(request.steps, self._largest_order * member.workers))
+            lease = None if self._asked_to_stop else cursor.take(steps, sharers=len(present))
             member.request, member.grant = None, grant_of(lease, request.number)
             if lease is not None:
                 first = lease.epoch * self.description.steps_per_epoch + lease.first
@@ -664,4 +705,4 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
 def _check(holds: bool, member: Member, message: Message) -> None:
     """Raises a :class:`ProtocolError` unless a message of a member is as it must be."""
     if not holds:
-        raise ProtocolError(f"{member} must not send this now: {message!r}.")
+        raise ProtocolError(f"{member} must not send this now: {brief(message)}.")

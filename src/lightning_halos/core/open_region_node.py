@@ -119,7 +119,8 @@ class OpenRegionNode(RegionNode):
                 held.add([(first, first + lease.steps)])
             for spans in self._out.values():
                 held.add(spans)
-        return Join(self.session, len(self._workers), self._description, list(held), *self._saved)
+        is_flushed = self.state is RegionState.FLUSHED and not self._kept
+        return Join(self.session, len(self._workers), self._description, list(held), *self._saved, is_flushed)
 
     def publish(
         self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
@@ -132,8 +133,8 @@ class OpenRegionNode(RegionNode):
     def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
         if sender == GLOBAL and isinstance(message, Welcome):
             return self._outgoing(self._on_welcome(message))
-        if sender == GLOBAL and not self.is_connected:
-            return []
+        if sender == GLOBAL and not self.is_connected and not (isinstance(message, GlobalModel) and message.final):
+            return []  # only the final model may overtake the welcome, on the models link
         if sender == GLOBAL and isinstance(message, Decide):
             self.decides = True
             return []
@@ -146,6 +147,8 @@ class OpenRegionNode(RegionNode):
         return [send for send in sends if send.to != GLOBAL]
 
     def _lease(self) -> list[Send]:
+        if self.state in (RegionState.FLUSHED, RegionState.FINISHED):
+            return []  # it would hold data that others can train on
         sends = super()._lease()
         for send in sends:
             match send.message:
@@ -178,7 +181,8 @@ class OpenRegionNode(RegionNode):
             self._publications.clear()
             self._published = welcome.publications
         sends += [Send(GLOBAL, item) for item in self._publications if item.number > welcome.publications]
-        if self._order is not None and self._order.number > self._filled_orders:
+        is_open = self.state in (RegionState.SERVING, RegionState.EXCHANGING)
+        if is_open and self._order is not None and self._order.number > self._filled_orders:
             sends.append(Send(GLOBAL, self._order))
         return sends
 

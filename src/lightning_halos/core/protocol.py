@@ -181,6 +181,8 @@ OPEN_GLOBAL_TRANSITIONS: dict[GlobalState, dict[OpenEvent, GlobalState]] = {
     _G.RUNNING: {**dict.fromkeys(_ALWAYS, _G.RUNNING), _OE.STOP: _G.STOPPING, _OE.FINISH: _G.FINISHED},
     _G.STOPPING: {**dict.fromkeys(_ALWAYS, _G.STOPPING), _OE.GO_ON: _G.RUNNING, _OE.FINISH: _G.FINISHED},
     # A member that was lost may return, and get the final model.
-    _G.FINISHED: dict.fromkeys(_ALWAYS, _G.FINISHED),
+    _G.FINISHED: dict.fromkeys(
+        (_OE.ENROL, _OE.JOIN, _OE.GO, _OE.LEASE_REQUEST, _OE.MODEL_REQUEST, _OE.SNAPSHOT), _G.FINISHED
+    ),
 }
 """The next state of the global node of a star of jobs for each state and event. Missing events are not allowed."""
