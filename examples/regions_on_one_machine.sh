@@ -36,7 +36,7 @@ for index in 0 1; do
 done
 
 for index in 0 1; do
-  HALOS_REGION=${regions[index]%-*} GLOO_SOCKET_IFNAME=wan OMP_NUM_THREADS=1 \
+  HALOS_REGION=${regions[index]%-*} OMP_NUM_THREADS=1 \
     ip netns exec "${regions[index]}" timeout "$limit" "$python" -m torch.distributed.run \
     --nnodes 2 --node-rank "$index" --nproc-per-node 2 --master-addr "${addresses[0]}" --master-port 29500 \
     "$script" --strategy "$strategy" --num-nodes 2 --devices 2 --pace 0 --batch-size 16 "${options[@]}" &
