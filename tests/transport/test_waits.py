@@ -30,8 +30,9 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import gather_through, interruptible, make_group, open_store
+from lightning_halos.transport.groups import gather_through, interruptible, make_group
 from lightning_halos.transport.link import Link, LoopbackLink
+from lightning_halos.transport.store import open_store
 
 pytestmark = pytest.mark.alone
 

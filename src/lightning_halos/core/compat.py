@@ -7,12 +7,13 @@ one place. Tested with torch 2.13.0, the process group also with 2.4.1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
-from torch.distributed import Work
+from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.futures import Future
 from torch.utils._pytree import tree_map_only
 
@@ -45,6 +46,16 @@ def bytes_of(tensor: Tensor) -> Tensor:
     """Returns the values of a dense tensor as bytes on the host."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
     return plain.contiguous().view(-1).view(torch.uint8)
+
+
+def gloo_group(store: Store, rank: int, size: int, timeout: timedelta, host: str) -> ProcessGroup:
+    """Returns a process group of gloo that listens on one address of this machine only."""
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stubs
+    options._timeout = timeout
+    options._threads = 1  # they run collectives
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    # torch's stubs do not know that it has a process group's methods
+    return cast(ProcessGroup, ProcessGroupGloo(store, rank, size, options))
 
 
 def finished_work(result: list[Tensor]) -> Work:

@@ -37,8 +37,8 @@ from lightning_halos.training.server_settings import ServerSettings, check_suits
 from lightning_halos.training.shared_data import LightningRank
 from lightning_halos.training.site import Site, named_regions
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import open_store
 from lightning_halos.transport.process_group import Mode
+from lightning_halos.transport.store import open_store
 
 StartMethod = Literal["popen", "spawn", "fork"]
 
@@ -206,7 +206,7 @@ class ConnectedStrategy(ParallelStrategy):
             topology, interrupted, simulated = self._topology, self.check_interrupted, self.cluster is not None
             address, port = environment.main_address, environment.main_port
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
-            self._store = open_store(address, port, rank, size, self.timeout, interrupted)
+            self._store = open_store(address, port, rank, size, self.timeout, interrupted, self.num_nodes)
             may_be_named = not simulated and self._regions is None and self._server is None
             if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
                 topology = self.algorithm.arrange(*named)

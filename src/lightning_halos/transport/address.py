@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 from contextlib import suppress
 from typing import NamedTuple
+
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+"""Environment variable with the name of the interface on which a job's processes listen for each other."""
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
@@ -57,14 +61,71 @@ def means_loopback(host: str) -> bool:
     return host.lower().rstrip(".") == "localhost" or is_loopback(host)
 
 
-def route_to(family: int, target: tuple[object, ...]) -> str:
-    """Returns this machine's address, with its interface, on the way to a target; empty if there is no way."""
+def own_address(family: int, target: tuple[object, ...]) -> str:
+    """Returns this machine's address on the way to a target; empty if there is no way."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # of a datagram socket: nothing is sent
-        own = probe.getsockname()[0]
-        interface = _interface_of(own)
-        return f"{own} ({interface})" if interface else str(own)
+        return str(probe.getsockname()[0])
     return ""
+
+
+def route_to(family: int, target: tuple[object, ...]) -> str:
+    """Returns this machine's address, with its interface, on the way to a target; empty if there is no way."""
+    own = own_address(family, target)
+    return with_interface(own) if own else ""
+
+
+def with_interface(own: str) -> str:
+    """Returns an address of this machine with the name of its interface, if the system (Linux) says so."""
+    plain = own.partition("%")[0]
+    interface = next((name for name, address in interfaces() if address == plain), "")
+    return f"{own} ({interface})" if interface else own
+
+
+def interfaces() -> list[tuple[str, str]]:
+    """Returns the interfaces of this machine, each with its IPv4 and IPv6 addresses, as far as the system says so."""
+    found = []
+    with suppress(OSError, ImportError):  # it is not Linux
+        import fcntl
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # it has no IPv4 address
+                    request = struct.pack("16s240x", name.encode())
+                    found.append((name, socket.inet_ntoa(fcntl.ioctl(asking, _GET_ADDRESS, request)[20:24])))
+    with suppress(OSError), open("/proc/net/if_inet6") as table:
+        for line in table:
+            address, *_, name = line.split()
+            found.append((name, str(ipaddress.IPv6Address(bytes.fromhex(address)))))
+    return found
+
+
+def interface_address(family: int) -> tuple[int, str] | None:
+    """Returns the address of the interface in ``GLOO_SOCKET_IFNAME``, with its family.
+
+    ``None`` if the variable is not set, or if the system does not say which interfaces it has (not Linux).
+
+    Args:
+        family: The family of address to prefer.
+
+    Raises:
+        ValueError: If the interface does not exist, or has no address.
+    """
+    name = os.environ.get(INTERFACE_VARIABLE, "").partition(",")[0]
+    if not name or not interfaces():
+        return None
+    addresses = [
+        (socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        for interface, address in interfaces()
+        if interface == name
+    ]
+    if not addresses:
+        known = ", ".join(f"{interface} ({address})" for interface, address in interfaces())
+        raise ValueError(
+            f"{INTERFACE_VARIABLE}={name} is no interface of this machine with an address. Set it to the one that"
+            f" connects the machines, or unset it. This machine has {known}."
+        )
+    return min(addresses, key=lambda found: (found[0] != family, found[1].startswith("fe80")))
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -72,22 +133,3 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(host)
     except ValueError:
         return None
-
-
-def _interface_of(own: str) -> str:
-    """Returns the interface that has an address, if the system (Linux) says so."""
-    address = _ip(own.partition("%")[0])
-    with suppress(OSError, ImportError):
-        if isinstance(address, ipaddress.IPv6Address):
-            with open("/proc/net/if_inet6") as table:
-                found = [line.split()[-1] for line in table if line.startswith(address.packed.hex())]
-            return found[0] if found else ""
-        import fcntl
-
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-            for _, name in socket.if_nameindex():
-                with suppress(OSError):  # it has no IPv4 address
-                    request = struct.pack("16s240x", name.encode())
-                    if socket.inet_ntoa(fcntl.ioctl(asking, _GET_ADDRESS, request)[20:24]) == own:
-                        return name
-    return ""

@@ -1,13 +1,12 @@
-"""The store that all processes share, and process groups of two: a worker and its leader, or a leader and rank 0.
+"""Process groups of two: a worker and its leader, or a leader and rank 0. They listen on the job's interface only.
 
 Groups are made directly, for host memory (gloo), and never as torch's default group, which is in ``process_group``.
-Forked processes, such as DataLoader workers, close their copies of the sockets of groups and store, because otherwise
-the death of their parent would not close its connections.
+The store that they are made with is in ``store``. Forked processes, such as DataLoader workers, close their copies of
+the sockets of groups and store, because otherwise the death of their parent would not close its connections.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import socket
@@ -19,85 +18,22 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeVar
 
-from torch.distributed import DistError, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, ProcessGroup, Store, TCPStore
 from torch.distributed.elastic.utils.store import synchronize
-from torch.distributed.rendezvous import rendezvous
 
+from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.topology import Topology
+from lightning_halos.transport.address import INTERFACE_VARIABLE, interface_address, own_address, with_interface
 from lightning_halos.transport.errors import PeerLostError
 
 T = TypeVar("T")
 
-_stores: dict[tuple[str, int], Store] = {}
 _sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
 _store_ports: set[int] = set()  # ports on which a store of this process accepts connections
-_count = itertools.count()
-_PORT = "halos/port"  # key of the port of the store that rank 0 hosts
-_PATIENCE = 3.0  # seconds for a connection attempt, before the port is read again
-
-
-def open_store(
-    address: str, port: int, rank: int, world_size: int, timeout: float, interrupted: Callable[[], None]
-) -> Store:
-    """Returns a store that all processes share, with keys of its own for every call.
-
-    Every process must make the same calls in the same order.
-
-    Args:
-        address: Address of the process with rank 0.
-        port: A free port of that process.
-        rank: Global rank of this process.
-        world_size: Number of processes.
-        timeout: Seconds to wait for the other processes.
-        interrupted: Called several times a second while waiting; may raise.
-
-    Raises:
-        PeerLostError: If not all processes connect in time.
-    """
-    if (address, port) not in _stores:
-        _store_ports.add(port)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
-
-        def connect() -> Store:
-            with noting_sockets():
-                store: Store = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))[0]
-                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                    store = _store_of_this_start(store, address, rank, timeout)
-                return store
-
-        try:  # a store lives as long as its process, for a second Trainer
-            _stores[address, port] = interruptible(connect, interrupted)
-        except DistError as error:
-            raise PeerLostError(
-                f"Rank {rank} did not meet the other {world_size - 1} process(es) at {address}:{port} within"
-                f" timeout={timeout:g} s. Do all of them run, and can they reach that address? {error}"
-            ) from None
-    return PrefixStore(f"halos/{next(_count)}", _stores[address, port])
-
-
-def _store_of_this_start(agent: Store, address: str, rank: int, timeout: float) -> Store:
-    """Returns a store that rank 0 hosts, whose port the others read from torchrun's store ``agent``.
-
-    The agent's store outlives the workers. When they start again, it would still have the entries of dead processes.
-    """
-    limit = timedelta(seconds=timeout)
-    if rank == 0:
-        own = TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        _store_ports.add(own.port)
-        agent.set(_PORT, str(own.port))
-        return own
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            own = TCPStore(address, int(agent.get(_PORT)), timeout=timedelta(seconds=min(_PATIENCE, timeout)))
-        except DistError:  # it may be the port of an earlier process of rank 0
-            if time.monotonic() > deadline:
-                raise
-            continue
-        own.set_timeout(limit)
-        return own
+_PATIENCE = 2.0  # seconds for the store to answer, for an error
+_LOOPBACK = "127.0.0.1"  # where groups listen whose store is not reached over the network
 
 
 def make_group(
@@ -116,19 +52,60 @@ def make_group(
     Raises:
         PeerLostError: If the others do not come in time.
     """
+    host = listening_host(store)
 
-    def connect() -> ProcessGroupGloo:
+    def connect() -> ProcessGroup:
+        store.set(f"{name}/host/{rank}", host)  # for the others' errors
         with noting_sockets():
-            return ProcessGroupGloo(PrefixStore(name, store), rank, size, timedelta(seconds=timeout))
+            return gloo_group(PrefixStore(name, store), rank, size, timedelta(seconds=timeout), host)
 
     try:
-        group = interruptible(connect, interrupted)
+        return interruptible(connect, interrupted)
     except RuntimeError as error:
+        others = [_host_of(store, f"{name}/host/{other}") for other in range(size) if other != rank]
         raise PeerLostError(
             f"Process {rank} of {size} of the process group {name!r} did not meet the others within timeout={timeout:g}"
-            f" s. Do all of them run, and can they reach each other? {error}"
+            f" s. It listens on {with_interface(host)}, the others on {', '.join(others)}; the one with the higher"
+            " address connects to the other, at a port that the kernel has chosen. Do all of them run, do these"
+            f" addresses belong to the network that connects them (else set {INTERFACE_VARIABLE} to its interface on"
+            f" each machine), and does no firewall close its ports? {error}"
         ) from None
-    return cast(ProcessGroup, group)  # torch's stubs do not know that it has a process group's methods
+
+
+def listening_host(store: Store) -> str:
+    """Returns the address on which this process listens for other processes of its job.
+
+    It is that of the interface in ``GLOO_SOCKET_IFNAME``, else the address from which this process reaches the store.
+
+    Args:
+        store: The store of all processes.
+
+    Raises:
+        ValueError: If the interface does not exist.
+    """
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    there = store.host if isinstance(store, TCPStore) else _LOOPBACK
+    family = socket.AF_INET6 if ":" in there else socket.AF_INET
+    chosen = interface_address(family)
+    return own_address(family, (there, 1)) or _LOOPBACK if chosen is None else chosen[1]
+
+
+def _host_of(store: Store, key: str) -> str:
+    """Returns the address on which another process listens, or text for an error."""
+
+    def read() -> str:
+        return store.get(key).decode() if store.check([key]) else "an address that is unknown, since it did not come"
+
+    try:
+        return interruptible(read, lambda: None, _PATIENCE)
+    except (RuntimeError, TimeoutError):
+        return "an address that is unknown, since the store does not answer"
+
+
+def note_store_port(port: int) -> None:
+    """Records that a store of this process accepts connections at a port, so that forked processes close them."""
+    _store_ports.add(port)
 
 
 @contextmanager
@@ -201,7 +178,8 @@ def connect_pairs(
     """
 
     def connect(child: int, end: int) -> ProcessGroup:
-        return make_group(store, f"{name}/{child}", end, 2, timeout, interrupted)
+        upper = rank if child != rank else parent
+        return make_group(store, f"{name} of ranks {upper} and {child}", end, 2, timeout, interrupted)
 
     pairs = {child: connect(child, 0) for child in children}
     if parent is not None:
