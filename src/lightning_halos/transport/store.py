@@ -35,6 +35,7 @@ _count = itertools.count()
 _PLACE = "halos/place"  # key of the address and port of the store that rank 0 hosts, in torchrun's own store
 _HERE = "halos/here"  # followed by a rank: the process has come
 _CONNECT = 5.0  # seconds for an address to accept a connection
+_OWN = timedelta(seconds=60)
 _PAUSE = 0.2  # seconds between two attempts
 _BACKLOG = 1024
 
@@ -66,6 +67,7 @@ def open_store(
         PeerLostError: If not all processes connect in time. It names the addresses that were tried.
     """
     if (address, port) not in _stores:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
         meeting = _Meeting(address, port, rank, world_size, timeout, nodes)
         with noting_sockets():
             _stores[address, port] = interruptible(meeting.run, interrupted)
@@ -99,7 +101,6 @@ class _Meeting:
     def _agents_store(self) -> Store:
         """Returns the store of torchrun's agent, which listens on all addresses of its machine."""
         self._reach(self._address, self._port)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = self._address, str(self._port)
         store: Store = next(rendezvous("env://", self._rank, self._size, timeout=self._limit))[0]
         return store
 
@@ -139,7 +140,10 @@ class _Meeting:
         note_store_port(port)
         # The newer kind of server (libuv) takes no socket in torch 2.4.
         own: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listener.detach(), "use_libuv": False}
-        return TCPStore(host, port, None, True, self._limit, False, **own)
+        # Its own connection to itself waits for nobody, but a busy machine may be slow.
+        store = TCPStore(host, port, None, True, max(self._limit, _OWN), False, **own)
+        store.set_timeout(self._limit)
+        return store
 
     def _listen(self, port: int) -> socket.socket | None:
         """Returns a socket that listens on this machine's address; ``None`` if the port is in use."""
@@ -172,7 +176,13 @@ class _Meeting:
             time.sleep(_PAUSE)
 
     def _join(self, host: str, port: int) -> TCPStore:
-        return TCPStore(host, port, timeout=self._limit, wait_for_workers=False)
+        try:
+            return TCPStore(host, port, timeout=self._limit, wait_for_workers=False)
+        except DistError as error:
+            raise self._error(
+                f"{Address(host, port)} accepted a connection, but a store did not answer there. Does another program"
+                f" use that port? {error}"
+            ) from None
 
     def _meet(self, store: Store) -> None:
         """Says that this process has come. Rank 0 waits until all have."""

@@ -1,0 +1,52 @@
+"""Who is connected with whom in one job: workers with their leader, leaders with rank 0, and nobody else."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psutil
+import pytest
+
+from lightning_halos import DilocoStrategy, HalosStrategy
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import Toy, loader, make_trainer
+
+REGIONS = [[0, 1, 2], [3, 4, 5]]
+PEERS = {0: {1, 2, 3}, 1: {0}, 2: {0}, 3: {0, 4, 5}, 4: {3}, 5: {3}}
+
+
+def connections() -> list[list[str]]:
+    """Both ends of each connection of this process, except those with the store."""
+    store = int(os.environ["MASTER_PORT"])
+    found = [c for c in psutil.Process().net_connections("tcp") if c.raddr and store not in (c.laddr[1], c.raddr[1])]
+    return [[f"{end[0]}:{end[1]}" for end in (c.laddr, c.raddr)] for c in found]
+
+
+class Looking(Toy):
+    seen: list[list[str]]
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        self.seen = connections()
+
+
+def looking(strategy: type[HalosStrategy] | type[DilocoStrategy]) -> Result:
+    module = Looking()
+    trainer = make_trainer(strategy(regions=REGIONS, local_steps=2, timeout=60), devices=6, max_steps=8)
+    trainer.fit(module, loader(), loader(12))
+    training = module.seen
+    trainer.validate(module, loader(12), verbose=False)
+    listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return {"training": training, "validated": connections(), "listening": sorted(listening)}
+
+
+@pytest.mark.parametrize("strategy", [HalosStrategy, DilocoStrategy])
+def test_workers_are_connected_with_their_leader_and_leaders_with_rank_0(run: Run, strategy: Any) -> None:
+    results = run(looking, strategy, workers=6)
+    for when in ("training", "validated"):
+        owner = {mine: rank for rank, result in enumerate(results) for mine, _ in result[when]}
+        peers = {rank: {owner[theirs] for _, theirs in result[when]} for rank, result in enumerate(results)}
+        assert peers == PEERS
+    assert all(result["listening"] == ["127.0.0.1"] for result in results)
