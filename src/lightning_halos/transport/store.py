@@ -130,8 +130,9 @@ class _Meeting:
         listener = self._listen(port)
         if listener is None:
             note_store_port(port)
+            host = str(self._targets(self._address, port)[0][1][0])
             try:  # a store that the user's script has made in this process, which can be shared
-                return TCPStore(self._address, port, None, True, self._limit, False, multi_tenant=True)
+                return TCPStore(host, port, None, True, self._limit, False, multi_tenant=True)
             except DistError:
                 raise self._error(
                     f"Port {port} of this machine is in use by another program. Set MASTER_PORT to a free port."
@@ -210,9 +211,13 @@ class _Meeting:
         Raises:
             ValueError: If the name means this machine only, and the job is on several machines.
         """
+
+        def look_up() -> list[Any]:
+            return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+
         try:
-            found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
+            found = interruptible(look_up, lambda: None, max(1.0, self._remaining))
+        except (OSError, UnicodeError):  # also if no name server answers
             return []
         targets = list(dict.fromkeys((int(family), target) for family, *_, target in found))
         means_itself = all(is_loopback(str(target[0])) for _, target in targets) and not means_loopback(address)
