@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_halos.core.messages import Enrol, Failure, ModelRequest, Progress, Refusal, StatusReply, StatusRequest
+from lightning_halos.core.messages import (
+    Enrol,
+    Failure,
+    ModelCopy,
+    ModelRequest,
+    Progress,
+    Refusal,
+    StatusReply,
+    StatusRequest,
+)
 from lightning_halos.serving import host, snapshots
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
@@ -102,7 +111,18 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     assert final.vector is not None
     assert again.vector is not None
     assert torch.equal(again.vector, final.vector)
+    # A new process may ask for the model, too, and take its time.
+    us = region("us", server)
+    us.connect()
+    us.join()
+    us.settle()
+    us.post(ModelRequest(1))
+    copy = us.expect(ModelCopy)
+    assert copy.vector is not None
+    assert torch.equal(copy.vector, final.vector)
+    us.final()
     eu.goodbye()
+    us.goodbye()
     assert server.wait() == 0
 
 
@@ -400,3 +420,12 @@ def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(serve
     until(lambda: member.traffic()[1] > before and member.models.silence(time.monotonic()) == 0)
     us.fall_silent()
     until(lambda: server.status()["members"]["us"]["state"] == "lost")
+
+
+def test_a_job_that_ends_without_a_word_is_disconnected_at_once(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    us = region("us", server)
+    us.enter()
+    us.goodbye()
+    assert server.status()["members"]["us"]["state"] == "disconnected"
+    assert "has said goodbye before the run's end" in server.events

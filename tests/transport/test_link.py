@@ -215,6 +215,23 @@ class TestLiveness:
         assert isinstance(a.failure, PeerLostError)
         assert "b did not say anything for 0.5 s" in str(a.failure)
 
+    def test_a_link_ends_with_the_goodbye_of_its_peer(self, wire: Wire) -> None:
+        """And not before it has started."""
+        a, b = wire.link(0, "b"), wire.link(1, "a")
+        assert not a.has_ended
+        for link in (a, b):
+            link.start(lambda message, progress: wait_all(progress), ignore)
+        assert not a.has_ended
+        b.close()
+        deadline = time.monotonic() + 60
+        while not a.has_ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not b.has_ended
+        a.close()
+        b.join(60)
+        assert b.has_ended
+
     def test_a_thread_that_ends_says_so(self) -> None:
         def leave(message: Message) -> None:
             raise SystemExit

@@ -99,7 +99,8 @@ class Client:
     process: str = ""  # the identity of its process
     models: Link | None = None
     is_refused: bool = False  # nothing of what it says counts
-    is_closing: bool = False  # it has been sent its last message
+    is_done: bool = False  # it has been sent the final model
+    is_closing: bool = False  # goodbye has been said to it
     is_gone: bool = False
     unsent: int = 0  # messages that wait to be sent
     copies: int = 0  # models among them that are not in the memory for its vectors
@@ -235,10 +236,15 @@ class RunHost:
         self._start(client, session.control)
 
     def watch(self, now: float) -> None:
-        """Loses the members of which nothing came for too long. ``now`` is by ``time.monotonic``."""
+        """Notices goodbyes, and loses the members of which nothing came for too long.
+
+        ``now`` is by ``time.monotonic``.
+        """
         with self._lock:
-            for client in list(self._clients):
-                if not client.is_closing and client.silence(now) > self._liveness:
+            for client in [client for client in self._clients if not client.is_closing]:
+                if client.session.control.has_ended:
+                    self._on_goodbye(client)
+                elif client.silence(now) > self._liveness:
                     self._drop(client)
                     if client.index is not None:
                         self._lose(client.index, client.session.name)
@@ -424,8 +430,20 @@ class RunHost:
             if client.index is None or client.is_refused:
                 return
             self.note(f"The connection of {client} is lost: {error}", logging.WARNING)
-            self._missing[client.index] = time.monotonic()
-            self._post(self.node.disconnected(client.index))
+            self._disconnect(client.index)
+
+    def _on_goodbye(self, client: Client) -> None:
+        self._close(client, GOODBYE)
+        if client.index is None:
+            return
+        del self._members[client.index]
+        if not client.is_done:
+            self.note(f"{client} has said goodbye before the run's end, and without its last update.", logging.WARNING)
+            self._disconnect(client.index)
+
+    def _disconnect(self, index: int) -> None:
+        self._missing[index] = time.monotonic()
+        self._post(self.node.disconnected(index))
 
     def _expel(self, client: Client, reason: str, error: Exception | None = None) -> None:
         unexpected = None if error is None or isinstance(error, ProtocolError | ValueError) else error
@@ -480,9 +498,11 @@ class RunHost:
         client.is_closing = True
 
         def close() -> None:
-            client.session.close(timeout)
-            with self._lock:
-                self._drop(client)
+            try:
+                client.session.close(timeout)
+            finally:
+                with self._lock:
+                    self._drop(client)
 
         threading.Thread(target=close, name=f"halos goodbye {client.session.name}", daemon=True).start()
 
@@ -531,8 +551,10 @@ class RunHost:
         link.post(message, send.fill, partial(self._sent, client, vector_of(message)))
         if client.unsent > _MOST_UNSENT:
             self._expel(client, f"it does not take what it is sent: {client.unsent} messages wait for it")
-        elif isinstance(message, Refusal) or (isinstance(message, GlobalModel) and message.final):
+        elif isinstance(message, Refusal):
             self._close(client, GOODBYE)
+        elif isinstance(message, GlobalModel) and message.final:
+            client.is_done = True  # and says goodbye when it has all it wants
 
     def _sent(self, client: Client, vector: Tensor | None) -> None:
         with self._lock:

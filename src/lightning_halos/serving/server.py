@@ -43,7 +43,8 @@ class Rules:
         min_regions: Members that the run waits for at its start, and needs to go on.
         workers: Workers that a global step is divided by. Default: those of the members that the run begins with.
         snapshot_every: Updates between two snapshots.
-        timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun.
+        timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun, and that the
+            server waits for goodbyes when it is finished.
         liveness: Seconds of silence after which a member is lost.
         decider: Name of the region that decides about validation and checkpoints while it is present. Default: the one
             that has been a member for longest.
@@ -102,6 +103,8 @@ class RunServer:
         self._rules = rules
         self._signal: int | None = None
         self._few_since: float | None = None
+        self._finished_since: float | None = None
+        self._stays_until = 0.0  # if the run was finished before this process started
         self._retry_at = 0.0  # when to write the final model again
         self._wake = threading.Event()
         state = directory.load()
@@ -164,7 +167,7 @@ class RunServer:
         self.host.expel_if(objection)
         self.reporter.sample(now)
         if self._is_finished:
-            return self._end_finished() if self._has_written_final_model(now) and self.host.is_alone else None
+            return self._end_finished(now) if self._has_written_final_model(now) else None
         return self._end_abandoned() if self._too_few(now) else None
 
     def _founding(self) -> Founding:
@@ -182,6 +185,7 @@ class RunServer:
     def _greet(self) -> None:
         path, note = self._directory.path, self.host.note
         if self._is_finished:
+            self._stays_until = time.monotonic() + self._rules.liveness
             note(
                 f"The run in {path} is finished. Its final model is in {self._directory.final_model}. Members that"
                 f" return within {self._rules.liveness:g} s get it, then the server ends."
@@ -218,9 +222,15 @@ class RunServer:
         self.host.note(f"The run is finished. Its final model is in {self._directory.final_model}.")
         return True
 
-    def _end_finished(self) -> int:
-        self.host.note("All members have got the final model. The server ends.")
-        return FINISHED
+    def _end_finished(self, now: float) -> int | None:
+        if self.host.is_alone and now >= self._stays_until:
+            self.host.note("All members have got the final model. The server ends.")
+            return FINISHED
+        self._finished_since = now if self._finished_since is None else self._finished_since
+        if now - self._finished_since > self._rules.timeout:
+            self.host.note("The server ends, although not all members have said goodbye.", logging.WARNING)
+            return FINISHED
+        return None
 
     def _end_abandoned(self) -> int:
         rules, few = self._rules, self._rules.min_regions

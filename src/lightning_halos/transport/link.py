@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -83,12 +82,14 @@ class Link(ABC):
     Attributes:
         is_remote: Whether the peer is in another process, so that it can disappear.
         peer: Name of the peer, for error messages.
+        has_ended: Whether nothing more will arrive, because the peer has said goodbye or is lost.
     """
 
     is_remote = True
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
+        self.has_ended = False
         self._heard: float | None = None
         self._sent = 0
         self._received = 0
@@ -119,7 +120,14 @@ class Link(ABC):
                 the second argument is iterated over.
             on_failure: Called if the peer is lost, or if ``on_message`` raises.
         """
-        self._start_thread("receive", partial(self._receive_all, on_message), on_failure)
+
+        def receive() -> None:
+            try:
+                self._receive_all(on_message)
+            finally:
+                self.has_ended = True
+
+        self._start_thread("receive", receive, on_failure)
 
     def post(
         self,
@@ -153,11 +161,6 @@ class Link(ABC):
         """Says goodbye. The threads end when the peer has also said goodbye."""
         self._outbox.put(None)
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing more will arrive, because the peer has said goodbye or is lost."""
-        return bool(self._threads) and not self._threads[-1].is_alive()
-
     def silence(self, now: float) -> float:
         """Returns the seconds until ``now`` for which this end has listened and received nothing."""
         since = self._listening_since
@@ -177,8 +180,8 @@ class Link(ABC):
                 on_failure(error if isinstance(error, Exception) else RuntimeError(f"{self.peer}: {error!r}"))
 
         thread = threading.Thread(target=guarded, name=f"halos {name} {self.peer}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)  # not before, because one that has not started cannot be waited for
 
     @abstractmethod
     def _receive_all(self, on_message: OnMessage) -> None: ...
