@@ -65,6 +65,7 @@ class MemberHost(RegionHost):
         self.counters = ServerCounters()
         self.version = self.steps = 0
         self._connection = connection
+        self._final: Tensor | None = None
         self._reported = 0  # number of the last report that is counted
         self._requests = itertools.count(1)
         self._copies: queue.SimpleQueue[ModelCopy] = queue.SimpleQueue()
@@ -93,6 +94,9 @@ class MemberHost(RegionHost):
             case GlobalModel():
                 self.version = max(self.version, message.version)
         self._on_message(GLOBAL, message, progress)
+        if isinstance(message, GlobalModel) and message.final:
+            self._final = message.vector
+            self._connection.say_goodbye()
         return True
 
     @property
@@ -105,7 +109,7 @@ class MemberHost(RegionHost):
         self.act(lambda node: cast(OpenRegionNode, node).publish(plateau_steps, metrics, callbacks))
 
     def read_global_model(self, check: Callable[[], None]) -> Tensor:
-        """Returns a copy of the present global model. While the server is away, this waits for it.
+        """Returns a copy of the present global model, or of the final one. While the server is away, this waits for it.
 
         Args:
             check: Called several times a second meanwhile; may raise.
@@ -113,6 +117,8 @@ class MemberHost(RegionHost):
         number = self._request()
         while True:
             check()
+            if self._final is not None:
+                return self._final.clone()
             if self._reconnected.is_set():
                 number = self._request()
             with suppress(queue.Empty):

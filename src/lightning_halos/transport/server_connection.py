@@ -137,13 +137,20 @@ class ServerConnection:
         elif fill is not None:
             fill(ignore_progress)
 
+    def say_goodbye(self) -> None:
+        """Says goodbye, without waiting, when the server has nothing more to say. It is not dialed again."""
+        with self._changed:
+            session, models, self._is_closed, self._party = self._session, self._models, True, None
+            self._changed.notify_all()
+        for link in (models, None if session is None else session.control):
+            if link is not None:
+                link.close()
+
     def close(self, timeout: float) -> None:
         """Says goodbye, and waits at most ``timeout`` seconds for the server's."""
-        with self._changed:
-            session, self._is_closed, self._party = self._session, True, None
-            self._changed.notify_all()
-        if session is not None:
-            session.close(timeout)
+        self.say_goodbye()
+        if self._session is not None:
+            self._session.close(timeout)
 
     @property
     def traffic(self) -> int:
