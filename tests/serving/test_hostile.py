@@ -57,14 +57,14 @@ def test_a_frame_that_no_member_sends(
     assert server.status()["members"]["us"]["state"] == "lost"
 
 
-@pytest.mark.parametrize("held", [[(0, 2**62)], [(2**61, 2**62)], [(8, 4)]])
+@pytest.mark.parametrize("held", [[(0, 2**62)], [(2**61, 2**62)], [(0, 1000)], [(8, 4)]])
 def test_data_that_a_new_process_says_it_holds(serve: Serve, region: Regions, held: list[tuple[int, int]]) -> None:
     server = serve(workers=1)
     good, evil = region("eu", server), region("us", server)
     good.enter()
     evil.connect()
     evil.post(Join(evil.process, 1, DESCRIPTION, held))
-    assert "held" in evil.expect(Refusal).reason
+    assert evil.expect(Refusal).for_good
     grant = good.lease()
     assert (grant.epoch, grant.first) == (0, 0)
 
@@ -84,3 +84,20 @@ def test_a_process_that_comes_again_and_again_with_another_name_for_itself(serve
     good.work()
     good.answer()
     assert server.status()["run"]["total"] == STEPS
+
+
+@pytest.mark.parametrize("held", [[(0, 2**62)], [(900, 1001)], [(0, 1000)], [(8, 4)]])
+def test_data_that_a_member_says_it_holds_when_it_is_back(
+    serve: Serve, region: Regions, held: list[tuple[int, int]]
+) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.enter()
+    evil.cut()
+    evil.connect()
+    evil.post(Join(evil.process, 1, DESCRIPTION, held))
+    assert evil.expect(Refusal).for_good
+    assert "us (127.0.0.1:" in server.events
+    grant = good.lease()
+    assert (grant.epoch, grant.first) == (0, 0)
