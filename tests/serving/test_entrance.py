@@ -9,8 +9,11 @@ import pytest
 
 from lightning_halos.serving import entrance as entrance_module
 from lightning_halos.serving.entrance import Entrance
+from lightning_halos.serving.host import Session
 from lightning_halos.transport.address import Address
-from lightning_halos.transport.certificates import make_authority, make_server
+from lightning_halos.transport.certificates import make_authority, make_region, make_server
+from lightning_halos.transport.dialer import dial
+from tests.serving.conftest import until
 
 
 def test_reminds_of_keys_that_expire_soon_once_a_day_until_they_are_replaced(
@@ -42,5 +45,29 @@ def test_reminds_of_keys_that_expire_soon_once_a_day_until_they_are_replaced(
         keys.write_text("nothing")
         entrance.renew()
         assert "the new ones are not used" in notes[-1]
+    finally:
+        entrance.close()
+
+
+def test_new_connections_see_the_new_keys_of_both_sides(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost"], days=20)
+    make_region(tmp_path, "us", days=20)
+    sessions: list[Session] = []
+    entrance = Entrance(Address("127.0.0.1", 0), tmp_path / "server.pem", tmp_path, sessions.append, lambda note: None)
+
+    def days_left() -> list[int]:
+        own = dial(Address("localhost", entrance.port), tmp_path / "us.pem", streams=0, timeout=20)
+        until(lambda: sessions)
+        both = [own, sessions.pop()]
+        for session in both:
+            session.abort()
+        return [(session.certificate.end - session.certificate.start).days for session in both]
+
+    try:
+        assert days_left() == [20, 20]
+        make_server(tmp_path, ["localhost"], days=30, replace=True)
+        make_region(tmp_path, "us", days=40, replace=True)
+        entrance.renew()
+        assert days_left() == [30, 40]
     finally:
         entrance.close()
