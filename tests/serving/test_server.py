@@ -308,7 +308,7 @@ def test_a_region_that_leaves_hears_so_only_when_its_work_is_on_disk(
     for _ in range(3):
         eu.work()
         eu.answer()
-    assert server.status()["members"]["us"]["state"] == "left"
+    until(lambda: server.status()["members"]["us"]["state"] == "left")
     us.expect_nothing()
     may_write.set()
     assert us.final().final
@@ -427,5 +427,5 @@ def test_a_job_that_ends_without_a_word_is_disconnected_at_once(serve: Serve, re
     us = region("us", server)
     us.enter()
     us.goodbye()
-    assert server.status()["members"]["us"]["state"] == "disconnected"
+    until(lambda: server.status()["members"]["us"]["state"] == "disconnected")
     assert "has said goodbye before the run's end" in server.events

@@ -71,6 +71,25 @@ def test_a_run_survives_late_regions_killed_regions_and_a_killed_server(starter:
     assert sum(uses.values()) - task.epochs * task.samples <= lost * task.batch
 
 
+def test_jobs_of_a_finished_run_get_its_final_model_when_it_is_served_again(starter: Starter, tmp_path: Path) -> None:
+    port = free_port()
+    star = Star(starter, tmp_path / "star", Task(epochs=1, samples=256, pause=0), ["localhost"], ["us", "eu"])
+    server = star.server("--min-regions", "2", "--liveness", "5", listen=f"127.0.0.1:{port}")
+    jobs = [star.job(name, f"localhost:{port}") for name in star.regions]
+    for _ in range(2):
+        for path in star.evidence.glob("*.pt"):
+            path.unlink()
+        for party in (server, *jobs):
+            party.start()
+        evidence = star.wait(server, jobs, LIMIT)
+    model = evidence.assert_same_model([worker for job in jobs for worker in job.workers])
+    final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(final[name], tensor) for name, tensor in model.items())
+    assert len(evidence.batches) == star.task.steps  # nobody trained again
+    assert "is dialed again" not in starter.logs()
+    assert "is lost" not in starter.log("server")
+
+
 def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     starter: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

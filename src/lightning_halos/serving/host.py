@@ -202,6 +202,7 @@ class RunHost:
         self._clients: list[Client] = []
         self._members: dict[int, Client] = {}  # those that are connected
         self._begun = self._written = 0  # numbers of the last snapshots of this process
+        self._is_on_disk = isinstance(node, OpenGlobalNode)  # which then comes from a snapshot
         self._traffic: dict[str, list[int]] = {}  # bytes sent and received on connections that have ended, by name
         # Since when a member has been without connection, by `time.monotonic`. After a restart they get more time,
         # because they may have been away for long, and then dial only now and then.
@@ -279,15 +280,19 @@ class RunHost:
         """Records that a snapshot is on disk, tells the members, and sends what has waited for it."""
         with self._lock:
             assert isinstance(self.node, OpenGlobalNode)
-            self._written = number
+            self._written, self._is_on_disk = number, True
             self._post(self.node.saved(shard.marker.save))
             self._send_held()
 
     def snapshot_failed(self, number: int) -> None:
-        """Sends what has waited for a snapshot that could not be written, because nobody would gain by waiting."""
+        """Sends what has waited for a snapshot that could not be written, because nobody would gain by waiting.
+
+        Before the first snapshot members wait, because a run that cannot be written does not begin.
+        """
         with self._lock:
-            self._written = number
-            self._send_held()
+            if self._is_on_disk:
+                self._written = number
+                self._send_held()
 
     def abort(self) -> None:
         """Cuts all connections, so that members dial again."""
@@ -310,7 +315,8 @@ class RunHost:
         """
         now = time.monotonic()
         with self._lock:
-            present = {client.session.name: client for client in self._members.values()}
+            members = [client for client in self._clients if client.index is not None and not client.is_refused]
+            present = {client.session.name: client for client in members}
             missing = {self.node.name_of(index): since for index, since in self._missing.items()}
             found = {}
             for name in {**present, **missing, **self._traffic}:

@@ -168,7 +168,7 @@ class SharedData:
         self._length = samples
         self._batches_of_step = 0
         self._used = Spans()
-        self._leases: Leases
+        self._leases = Leases(iter(()))  # none before the start, for a job that comes when the run is over
         self._may_leave = True
         self._limits = combined.limits
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
