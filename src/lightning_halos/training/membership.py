@@ -255,8 +255,14 @@ class JoiningParty:
                 sent = send.complete()
                 assert not isinstance(sent, Shard)
                 self._connection.post(sent)
+            if (final := self.node.final) is not None and self.node.welcome is not None and not self.node.is_ready:
+                # The run is over, so the server says goodbye and answers no request.
+                assert final.vector is not None
+                self.node.handle(ModelCopy(final.version, 0, 1, final.vector.clone()))
             if self.node.is_ready:
                 self._connection.serve(None)
+                if final is not None:
+                    self._connection.say_goodbye()
                 self.is_ready.set()
         return True
 

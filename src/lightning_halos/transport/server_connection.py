@@ -28,7 +28,7 @@ Dial = Callable[[float, Callable[[], None]], "Session"]
 
 LIVENESS = 30.0
 """Seconds of silence after which the global server counts as unreachable. A living one is never silent for so long."""
-_PAUSE = 1.0  # seconds before a connection is dialed again that the server has closed
+_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds before a lost connection is dialed again; longer after useless ones
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class ServerConnection:
         self._models: Link | None = None
         self._party: Party | None = None
         self._is_lost = self._is_closed = False
+        self._pause = _PAUSE
         self._refusal: Refusal | None = None
         self._error: Exception | None = None
         self._on_failure: Callable[[Exception], None] = lambda error: None
@@ -179,7 +180,7 @@ class ServerConnection:
     def _greet(self) -> None:
         with self._changed:
             party = self._party
-            if party is None or self._is_lost or self._session is self._greeted:
+            if party is None or self._is_lost or self._is_closed or self._session is self._greeted:
                 return
             session = self._greeted = self._session
         assert session is not None
@@ -199,6 +200,7 @@ class ServerConnection:
                     while self._party in (None, party) and not self._is_closed and session is self._session:
                         self._changed.wait()
                     party = self._party if session is self._session and not self._is_lost else None
+                    self._pause = _PAUSE
                 if party is None:
                     wait_all(progress)
                     return
@@ -261,7 +263,11 @@ class ServerConnection:
         return True
 
     def _redial(self) -> None:
-        time.sleep(_PAUSE)
+        deadline = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)  # until a connection brings a message
+        while time.monotonic() < deadline:
+            self._check_closed()
+            time.sleep(0.1)
         session = self._dial(self._limit, self._check_closed)
         log.warning("The global server %s is connected again.", self.server)
         self._adopt(session)

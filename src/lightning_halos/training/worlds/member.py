@@ -65,8 +65,6 @@ class MemberWorld:
         if self._host is not None and joining is not None:
             for message in joining.early:
                 self._host.receive(message, ())
-            if joining.node.final is not None and connection is not None:
-                connection.say_goodbye()
         local_steps = algorithm.planner(start.workers, budget.max_steps).local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, budget.position)
         self.leases: Iterator[Lease] = self.client.leases()
