@@ -169,7 +169,7 @@ class TestResults:
     @every_topology
     def test_tensors_of_many_parts(self, regions: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
         """All workers get the same bits, whatever the order in which parts arrive."""
-        monkeypatch.setattr(star, "_PART", 100)
+        monkeypatch.setattr(star, "PART", 100)
         monkeypatch.setattr(star, "_PART_BYTES", 400)
 
         def work(collectives: Collectives, rank: int) -> Any:

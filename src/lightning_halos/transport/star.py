@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed import Store, Work
 
+from lightning_halos.core.vector import PART
 from lightning_halos.transport.groups import connect_pairs
 
-_PART = 2**18  # elements of a part of a reduction
-_PART_BYTES = 2**20  # bytes of a part of a broadcast
-_AHEAD = 16  # parts that a leader sends to the centre before it waits for the first result
+_PART_BYTES = 2**22  # of a broadcast
+_AHEAD = 8  # parts of a reduction that a leader sends to the centre before it waits for the first result
 
 
 class Star:
@@ -106,7 +106,7 @@ class Star:
             tensor: Of the same shape and dtype on all workers.
             combine: Combines its second argument into the first.
         """
-        parts = torch.split(tensor.view(-1), _PART) if tensor.numel() else ()
+        parts = torch.split(tensor.view(-1), PART) if tensor.numel() else ()
         # A result overwrites the part that it was made of. It only comes after the parent has received that part.
         results = [] if self._parent is None else [self._receive(self._parent, part) for part in parts]
         leaving: list[Work] = []

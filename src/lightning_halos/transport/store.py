@@ -133,7 +133,7 @@ class _Meeting:
             host = str(self._targets(self._address, port)[0][1][0])
             try:  # a store that the user's script has made in this process, which can be shared
                 return TCPStore(host, port, None, True, self._limit, False, multi_tenant=True)
-            except DistError:
+            except RuntimeError:  # before torch 2.5 it is no DistError
                 raise self._error(
                     f"Port {port} of this machine is in use by another program. Set MASTER_PORT to a free port."
                 ) from None
