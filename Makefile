@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OLDEST := .venv-oldest
 # With the oldest versions: everything except what needs transformers, and the examples.
-OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys planning serving simulation star training transport)
+OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys planning serving simulation star tls training transport)
 
 .PHONY: demo test test-all test-oldest lint package bench clean
 
