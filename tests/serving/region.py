@@ -9,6 +9,7 @@ import queue
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -79,6 +80,7 @@ class Region:
         self.updates: deque[tuple[list[Progress], RegionUpdate]] = deque()  # that no snapshot has
         self.saved = self._saved_report = self.rounds = 0
         self.is_stopped = False
+        self.falter: Callable[[], None] = lambda: None  # called in the middle of a round; may raise a PeerLostError
         self._keys = keys
         self._workers = workers
         self._description = description
@@ -150,6 +152,7 @@ class Region:
         """Trains one round on leased data, and sends it as an update. Does not wait for the answer."""
         grant = self.lease()
         assert grant.steps
+        self.falter()
         self._report += 1
         self.rounds += 1
         data = [(grant.first, grant.first + grant.steps)]
@@ -190,6 +193,7 @@ class Region:
                 self.repeat(self.settle())
                 while not self.is_stopped and not is_flushed:
                     self.work()
+                    self.falter()
                     self.answer()
                 if not is_flushed:
                     is_flushed = True

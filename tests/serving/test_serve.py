@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from lightning_halos import cli
 from lightning_halos.core.messages import GlobalModel, Refusal
 from lightning_halos.transport.certificates import make_region
+from lightning_halos.transport.errors import PeerLostError
 from tests.integration.harness import free_port
 from tests.serving.region import DESCRIPTION, STEPS, Region
 from tests.star import roles
@@ -40,6 +42,12 @@ def start(starter: Starter, keys: Path, port: int, *options: str) -> Process:
     return starter.start(roles.serve, *where, *options, name="server")
 
 
+def falter(chance: random.Random) -> None:
+    """Loses the connection now and then, with a lease or an answer on the way."""
+    if chance.random() < 0.02:
+        raise PeerLostError
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_server_killed_at_any_moment_goes_on_and_applies_each_update_once(
     starter: Starter, keys: Path, seed: int
@@ -47,6 +55,8 @@ def test_a_server_killed_at_any_moment_goes_on_and_applies_each_update_once(
     chance, port = random.Random(seed), free_port()
     description = replace(DESCRIPTION, max_steps=STEPS_IN_ALL, steps_per_epoch=2 * STEPS_IN_ALL)
     regions = [Region(port, keys / f"{name}.pem", description=description) for name in ("us", "eu")]
+    for index, region in enumerate(regions):
+        region.falter = partial(falter, random.Random(f"{seed} {index}"))
     finals: list[GlobalModel] = []
     threads = [threading.Thread(target=lambda one=one: finals.append(one.train()), daemon=True) for one in regions]
     options = ("--min-regions", "2", "--workers", "1")
