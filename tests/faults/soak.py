@@ -21,21 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from tests.integration.harness import free_port
 from tests.star.evidence import Evidence
-from tests.star.hand import (
-    KILL,
-    KINDS,
-    NEEDS_NETWORK,
-    RESTART,
-    TERMINATE,
-    Fault,
-    Hand,
-    described,
-    plan,
-)
+from tests.star.hand import CUT, KILL, KINDS, NEEDS_NETWORK, RESTART, STOP, UNPLUG, Fault, Hand, described, plan
 from tests.star.network import Place, inhabitants, internet, missing
 from tests.star.processes import Party, Starter, starting
 from tests.star.roles import Task, loss_of
@@ -44,7 +37,9 @@ from tests.star.star import WORKERS, Star
 REGIONS = ("one", "two", "three")
 SERVER = "server"
 LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
-PATIENCE = 25.0  # seconds in which a party must have ended after a fault
+PATIENCE = 60.0  # seconds in which a party must have ended after a fault; a worker that starts up waits for `timeout`
+RECONNECT = 15.0  # seconds in which a server starts and a region that tries again is connected
+IN_FLIGHT = 3.0  # seconds that a batch takes at most until the global server has it
 PORT = 29600
 
 
@@ -139,28 +134,42 @@ def soak(
         assert not left, f"Processes {left} are left.\n{starter.logs()}"
         evidence = Evidence.read(star.evidence)
         star.assert_keys_are_hidden()
-    evidence.assert_used_once(task.epochs, task.samples, again=allowance(hand.struck, task))
+        global_step = star.assert_counters_add_up(evidence)
+    lost = losses(hand.struck)
+    evidence.assert_used_once(
+        task.epochs,
+        task.samples,
+        lambda batch: any(
+            batch.worker.startswith(victim) and begin < batch.at - hand.began < end for victim, begin, end in lost
+        ),
+    )
     workers = [f"{name}-{rank}" for name in REGIONS for rank in range(WORKERS)]
-    evidence.assert_same_step(workers, task.steps // len(workers))
+    evidence.assert_same_step(workers, global_step)
     state = evidence.assert_same_model(workers)
+    final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(state[name], final[name]) for name in state), "final.ckpt is another model"
     begin, end = evidence.span()
-    return Report(hand.struck, end - begin, evidence.useful_steps(), evidence.repeated(), loss_of(state))
+    return Report(hand.struck, end - begin, evidence.useful_steps(), len(evidence.repeated()), loss_of(state))
 
 
-def allowance(faults: Sequence[Fault], task: Task) -> int:
-    """How many batches may be trained on again, by what ``docs/faults.md`` says."""
-    in_flight = task.local_steps * WORKERS  # one round of each worker of a region
-    unsent = 2 * task.accumulate * task.local_steps  # of an update on its way, and of the next one
-    number = 0
+def losses(faults: Sequence[Fault]) -> list[tuple[str, float, float]]:
+    """Whose work may be lost, from when to when in seconds: what ``docs/faults.md`` says of rounds in flight.
+
+    A process that is killed takes with it what the global server does not have: usually a second's work, or all since
+    the connection was lost. The data of a region that was not heard of for ``--liveness`` goes to others, though it
+    went on with them.
+    """
+    found = []
     for fault in faults:
-        if fault.victim == SERVER or fault.kind == TERMINATE:
-            continue
-        if fault.kind in (KILL, RESTART):
-            number += in_flight + unsent
-        elif fault.lasts > LIVENESS - 2:
-            # Its leases went to others, and it went on with what it had until it heard of that.
-            number += in_flight + unsent + round(fault.lasts * WORKERS / task.pause)
-    return number
+        away = [other for other in faults if other.victim in (SERVER, fault.victim) and other.at < fault.at]
+        if fault.kind in (KILL, RESTART) and fault.victim != SERVER:
+            begin = min((other.at for other in away if fault.at < other.at + other.lasts + RECONNECT), default=fault.at)
+            found.append((fault.victim, begin - IN_FLIGHT, fault.at + 1))
+        elif fault.kind in (STOP, CUT, UNPLUG) and fault.lasts > LIVENESS - 2:
+            end = fault.at + fault.lasts + RECONNECT
+            victims = REGIONS if fault.victim == SERVER else [fault.victim]
+            found += [(victim, fault.at - IN_FLIGHT, end) for victim in victims]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=float, nargs=2, default=(5.0, 15.0), metavar="SECONDS", help="between faults")
     parser.add_argument("--without", type=Path, help="file with the run without faults; made if it does not exist")
     parser.add_argument("--folder", type=Path, help="where to keep everything (default: a temporary folder)")
+    parser.add_argument("--fork", action="store_true", help="fork processes instead of starting scripts: less work")
     options = parser.parse_args(arguments)
     seconds = 60 * options.minutes
     task = task_for(seconds)
@@ -177,10 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         kinds = [kind for kind in KINDS if not missing() or kind not in NEEDS_NETWORK]
         faults = plan(options.seed, seconds, [SERVER, *REGIONS], tuple(options.every), kinds)
-        without = _without(folder / "without", options.without, task, 3 * seconds + 120)
+        limit = 3 * seconds + 120
+        without = _without(folder / "without", options.without, task, limit, not options.fork)
         print(f"without faults: {without['rate']:.1f} local steps/s, loss {without['loss']:.4f}", flush=True)
         (folder / "with").mkdir(parents=True)
-        report = soak(folder / "with", task, faults, 3 * seconds + 120, log=lambda line: print(line, flush=True))
+        say = partial(print, flush=True)
+        report = soak(folder / "with", task, faults, limit, not options.fork, say)
     print(f"with {len(report.faults)} faults ({described(report.faults)}): {report.rate:.1f} local steps/s, ", end="")
     print(f"{report.repeated} batches again, loss {report.loss:.4f}")
     print(f"goodput: {report.rate / without['rate']:.1%}")
@@ -195,12 +207,12 @@ def task_for(seconds: float) -> Task:
     return Task(epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause)
 
 
-def _without(folder: Path, path: Path | None, task: Task, limit: float) -> dict[str, float]:
+def _without(folder: Path, path: Path | None, task: Task, limit: float, as_scripts: bool) -> dict[str, float]:
     """Rate and loss of the run without faults, from a file if it has been made before."""
     if path is not None and path.exists():
         return dict(json.loads(path.read_text()))
     folder.mkdir(parents=True)
-    report = soak(folder, task, [], limit)
+    report = soak(folder, task, [], limit, as_scripts)
     result = {"rate": report.rate, "loss": report.loss}
     if path is not None:
         path.write_text(json.dumps(result))

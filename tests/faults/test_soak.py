@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.soak import REGIONS, SERVER, WORKERS, allowance, soak, task_for
+from tests.faults.soak import IN_FLIGHT, LIVENESS, REGIONS, SERVER, WORKERS, losses, soak, task_for
 from tests.star.hand import CUT, KILL, KINDS, NEEDS_NETWORK, TERMINATE, Fault, plan
 from tests.star.network import missing
 from tests.star.roles import Task
@@ -31,10 +31,11 @@ def test_a_minute_of_real_scripts(tmp_path: Path) -> None:
     assert len(soak(tmp_path, task_for(60), faults, limit=400).faults) >= 4
 
 
-def test_what_may_be_repeated() -> None:
-    task = Task(local_steps=4, accumulate=4, pause=0.05)
-    assert (
-        allowance([Fault(0, TERMINATE, "one", 0, 1), Fault(0, KILL, SERVER, 0, 1), Fault(0, CUT, "one", 0, 1)], task)
-        == 0
-    )
-    assert allowance([Fault(0, KILL, "one", 0, 1)], task) == 2 * 4 + 2 * 4 * 4
+def test_whose_work_may_be_lost() -> None:
+    """What was in flight, and what a region did while nobody could hear of it."""
+    kill = Fault(20.0, KILL, "one", 0, 1.0)
+    harmless = [Fault(0.0, TERMINATE, "one", 0, 1.0), Fault(0.0, KILL, SERVER, 0, 1.0), Fault(0.0, CUT, "one", 0, 1.0)]
+    assert losses(harmless) == []
+    assert losses([*harmless, kill]) == [("one", 20 - IN_FLIGHT, 21)]
+    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill]) == [("one", 18 - IN_FLIGHT, 21)]
+    assert [victim for victim, *_ in losses([Fault(0.0, CUT, SERVER, 0, LIVENESS)])] == list(REGIONS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,10 @@ class Evidence:
         results = {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
         return cls(batches, results)
 
-    def repeated(self) -> int:
-        """How many batches were trained on again. Shuffled epochs have no batch in common."""
-        return len(self.batches) - len({batch.samples for batch in self.batches})
+    def repeated(self) -> list[Batch]:
+        """Batches that were trained on again later. Shuffled epochs have no batch in common."""
+        last = {batch.samples: batch for batch in sorted(self.batches, key=lambda batch: batch.at)}
+        return [batch for batch in self.batches if batch is not last[batch.samples]]
 
     def useful_steps(self, begin: float = 0.0, end: float = float("inf")) -> int:
         """Steps between two times whose batch was trained on for the first time."""
@@ -104,12 +105,15 @@ class Evidence:
         times = [batch.at for batch in self.batches]
         return min(times), max(times)
 
-    def assert_used_once(self, epochs: int, samples: int, again: int = 0) -> None:
-        """Every epoch used every sample once, and at most ``again`` batches were repeated."""
+    def assert_used_once(
+        self, epochs: int, samples: int, is_explained: Callable[[Batch], bool] = lambda batch: False
+    ) -> None:
+        """Every epoch used every sample, and once, unless the loss of the first time is explained."""
         uses = Counter(sample for batch in {batch.samples for batch in self.batches} for sample in batch)
         wrong = {index: uses[index] for index in range(samples) if uses[index] != epochs}
         assert not wrong, f"{len(wrong)} samples were not used {epochs} times: {dict(list(wrong.items())[:20])} ..."
-        assert self.repeated() <= again, f"{self.repeated()} batches were repeated, and at most {again} are explained"
+        again = [batch for batch in self.repeated() if not is_explained(batch)]
+        assert not again, f"{len(again)} batches were trained on again without a reason: {again[:5]} ..."
 
     def assert_same_model(self, workers: Iterable[str]) -> dict[str, Tensor]:
         """The named workers ended with the same finite model, bit for bit. Returns it."""

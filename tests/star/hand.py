@@ -81,6 +81,11 @@ def plan(
 class Hand:
     """Carries out a plan.
 
+    Attributes:
+        struck: The faults so far.
+        complaints: What must not happen, and did.
+        began: When it began, by ``time.time``.
+
     Args:
         faults: The plan, in order of time.
         parties: Whom it strikes, by name.
@@ -100,6 +105,7 @@ class Hand:
         self._repairs: list[tuple[float, str, Fault]] = []  # when, whom, after which fault
         self._waiting: dict[str, tuple[float, Fault]] = {}  # parties that are to end: until when, after which fault
         self._stopped: dict[str, int] = {}
+        self.began = time.time()
         self._begin = time.monotonic()
 
     @property

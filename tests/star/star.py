@@ -9,6 +9,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lightning_halos import cli
 from tests.integration.harness import free_port
 from tests.star import roles
@@ -135,6 +137,18 @@ class Star:
         assert all(party.is_done() for party in parties), self.starter.logs()
         wait_until(lambda: not self.starter.left(), 5, lambda: f"left: {self.starter.left()}")
         return Evidence.read(self.evidence)
+
+    def assert_counters_add_up(self, evidence: Evidence) -> int:
+        """The server's last snapshot agrees with what the workers wrote. Returns the global step."""
+        snapshot = torch.load(max(self.directory.glob("snapshot-*.pt")), weights_only=True)
+        assert snapshot["state"] == "finished"
+        assert list(snapshot["done"]) == [(0, self.task.steps)]
+        # A repeated batch is a step, too, if its first time counted. It does not if it was lost with its worker.
+        again = snapshot["total"] - self.task.steps
+        repeated = len(evidence.repeated())
+        assert 0 <= again <= repeated, f"{again} steps too many, {repeated} batches repeated"
+        assert not any(member["counters"]["rejected"] for member in snapshot["members"])
+        return int(snapshot["total"]) // int(snapshot["workers"])
 
     def assert_keys_are_hidden(self) -> None:
         """No log shows a private key."""
