@@ -31,7 +31,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.launcher import SimulationLauncher
-from lightning_halos.training.membership import Membership
+from lightning_halos.training.membership import Membership, refuse_averages
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
@@ -218,6 +218,7 @@ class ConnectedStrategy(ParallelStrategy):
         if (trainer := find_trainer(self.lightning_module)) is not None:  # else no entry point of the Trainer runs
             keep_sigterm_local(trainer)
             if self._server is not None and trainer.state.fn == TrainerFn.FITTING:
+                refuse_averages(trainer)
                 # Here, because the module's setup() may already ask for the number of steps.
                 self.membership = Membership(self._server, self._site)
 

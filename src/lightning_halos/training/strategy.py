@@ -45,7 +45,7 @@ from lightning_halos.training.default_group import (
     without_telling_rank,
 )
 from lightning_halos.training.fit import Fit
-from lightning_halos.training.membership import refuse_averages, without_progress
+from lightning_halos.training.membership import without_progress
 from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
 from lightning_halos.training.same_model import check_initialized, copy_from_module, names_in_state
@@ -168,8 +168,6 @@ class AlgorithmStrategy(ConnectedStrategy):
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
-            if self.membership is not None:
-                refuse_averages(trainer)
             self.setup_optimizers(trainer)
             refuse_sharing(self.model, self.optimizers)
             set_batch_norm_local(self.model, True)
