@@ -171,6 +171,7 @@ def cut_off_handshake(length: int, change: tuple[int, int] | None) -> Callable[[
         tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
         sent = 0
         with socket.create_connection(address, LIMIT) as plain, contextlib.suppress(OSError):
+            plain.settimeout(0.1)
             while sent < length:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     tls.do_handshake()

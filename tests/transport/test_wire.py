@@ -109,6 +109,9 @@ def packed(kind, **fields):
         (wire.encode(messages.Join("a", 1, DESCRIPTION, [(-1, 5)])), r"`int` >= 0 - at `\$.held\[0\]\[0\]"),
         (pickle.dumps(MESSAGES[1]), ""),
         (wire.encode(MESSAGES[0])[:-1], "truncated"),
+        (packed("LeaseRequest", steps=2**63, number=1), "Expected `int` <= 9223372036854775807"),
+        (b"\x81\xa4type\xa3\xd4\x00\x00", "utf-8"),
+        (b"\x81\xa1x" + b"\x91" * 10**6, "recursion"),
         (wire.encode(MESSAGES[0]) + b"\0", "trailing"),
     ],
     ids=[
@@ -123,6 +126,9 @@ def packed(kind, **fields):
         "in a list",
         "pickle",
         "half",
+        "too large",
+        "no text",
+        "too deep",
         "more",
     ],
 )

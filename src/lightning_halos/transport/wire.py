@@ -26,7 +26,7 @@ MOST_BYTES = 2**24
 """Largest number of bytes of a message's fields."""
 
 _DTYPES = [torch.float32, torch.float64]
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # as torch has them
 _Text = Annotated[str, msgspec.Meta(max_length=2**20)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # not NaN either
 
@@ -82,7 +82,7 @@ def decode(data: bytes, vector: Tensor | None) -> Message:
         form = _DECODER.decode(data)
         message: Message = _filled(form, **({} if vector is None else {"vector": vector}))
         return message
-    except (msgspec.DecodeError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise ValueError(
             f"Not a message: {data[:80]!r}; do all processes run the same version of lightning-halos? ({error})"
         ) from None
