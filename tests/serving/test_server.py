@@ -429,3 +429,16 @@ def test_a_job_that_ends_without_a_word_is_disconnected_at_once(serve: Serve, re
     us.goodbye()
     until(lambda: server.status()["members"]["us"]["state"] == "disconnected")
     assert "has said goodbye before the run's end" in server.events
+
+
+def test_the_final_model_is_that_of_this_end(serve: Serve, region: Regions, tmp_path: Path) -> None:
+    """And not that of an end before, which a server wrote that was killed before its last snapshot."""
+    server = serve(workers=1)
+    (tmp_path / "run" / "final.ckpt").write_text("of an end that no snapshot has")
+    us = region("us", server)
+    us.enter()
+    us.flush(stop=True)
+    us.final()
+    us.goodbye()
+    assert server.wait() == 0
+    assert torch.load(tmp_path / "run" / "final.ckpt", weights_only=True)["halos"]["updates"] == 0

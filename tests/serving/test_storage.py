@@ -132,6 +132,7 @@ def test_two_servers_never_use_one_directory(tmp_path: Path) -> None:
     RunDirectory(tmp_path)
 
 
+@pytest.mark.slow  # tests/serving/test_serve.py kills a complete server
 def test_a_server_killed_at_any_moment_leaves_a_snapshot_and_frees_the_directory(tmp_path: Path) -> None:
     """The process writes snapshot after snapshot, and prints the number of each that is complete."""
     program = (

@@ -442,7 +442,7 @@ class RunHost:
         self._close(client, GOODBYE)
         if client.index is None:
             return
-        del self._members[client.index]
+        self._members.pop(client.index, None)
         if not client.is_done:
             self.note(f"{client} has said goodbye before the run's end, and without its last update.", logging.WARNING)
             self._disconnect(client.index)

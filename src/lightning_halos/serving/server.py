@@ -105,17 +105,13 @@ class RunServer:
         self._few_since: float | None = None
         self._finished_since: float | None = None
         self._stays_until = 0.0  # if the run was finished before this process started
-        self._retry_at = 0.0  # when to write the final model again
+        self._is_written = False  # the final model
+        self._retry_at = 0.0  # when to write it again
         self._wake = threading.Event()
         state = directory.load()
         node = self._founding() if state is None else self._resumed(state)
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
-        self._snapshots = SnapshotWriter(
-            self.host,
-            directory,
-            rules.snapshot_every,
-            self._summary,
-        )
+        self._snapshots = SnapshotWriter(self.host, directory, rules.snapshot_every, self._summary)
         self.reporter = Reporter(self.host, self._snapshots, directory.path, rules.min_regions)
 
     def admit(self, session: Session) -> None:
@@ -143,8 +139,8 @@ class RunServer:
         try:
             while True:
                 try:
-                    code = self._tick(time.monotonic(), objection)
                     each_tick()
+                    code = self._tick(time.monotonic(), objection)
                 except Exception:  # nothing that a member does may end the run
                     log.exception("The server has met an error, and goes on.")
                     code = None
@@ -186,6 +182,7 @@ class RunServer:
         path, note = self._directory.path, self.host.note
         if self._is_finished:
             self._stays_until = time.monotonic() + self._rules.liveness
+            self._is_written = self._directory.final_model.exists()
             note(
                 f"The run in {path} is finished. Its final model is in {self._directory.final_model}. Members that"
                 f" return within {self._rules.liveness:g} s get it, then the server ends."
@@ -207,18 +204,19 @@ class RunServer:
 
     def _has_written_final_model(self, now: float) -> bool:
         """Writes the final model, unless this has been done. Returns whether it is on disk."""
-        if self._directory.final_model.exists():
+        if self._is_written:
             return True
-        node = self.host.node
-        assert isinstance(node, OpenGlobalNode)
         if now < self._retry_at:
             return False
+        node = self.host.node
+        assert isinstance(node, OpenGlobalNode)
         try:
             self._directory.write_final_model(checkpoint_of(node))  # nothing changes the model any more
         except OSError as error:
             self._retry_at = now + _RETRY
             self.host.note(f"The final model could not be written, and is tried again: {error}", logging.ERROR)
             return False
+        self._is_written = True
         self.host.note(f"The run is finished. Its final model is in {self._directory.final_model}.")
         return True
 
