@@ -67,8 +67,8 @@ class Ear:
         return self.failures[0]
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
+def wait_until(condition: Callable[[], object], limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -121,6 +121,24 @@ class TestSessions:
         closing.join()
         assert not any(ear.failures for ear in ears)
         assert not any(connection.tls.fileno() >= 0 for ear in ears for connection in ear.link._connections)
+
+    @pytest.mark.slow
+    def test_vectors_of_more_than_2_to_the_31_bytes(self, running: Server) -> None:
+        elements = 2**29 + 5
+        vector = torch.zeros(elements)
+        places = torch.tensor([0, PART - 1, PART, 2**29 - 1, 2**29, elements - 1])
+        vector[places] = torch.arange(1.0, 7.0)
+        own, its = running.meet(streams=3)
+        received = torch.full((elements,), -1.0)
+        link = own.models((elements, torch.float32))
+        ear = Ear(its.models((elements, torch.float32), lambda: received))
+        Ear(link).link.post(Push(0, 0, 1, 1, 1.0, vector=vector))
+        wait_until(lambda: ear.messages or ear.failures, limit=240)
+        assert not ear.failures
+        assert torch.equal(received, vector)
+        assert link.bytes_sent > 2**31
+        own.abort()
+        its.abort()
 
     def test_without_connections_for_models(self, running: Server) -> None:
         own, its = running.meet(streams=0)
@@ -321,6 +339,18 @@ class TestWhoIsRefused:
             assert silent
         assert still_works(running)
 
+    def test_a_member_that_opens_connections_without_end(
+        self, running: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It costs no other member its place."""
+        monkeypatch.setattr(listener, "_MOST_SESSIONS", 3)
+        sessions = [session for _ in range(3) for session in running.meet("eu", streams=0)]
+        assert "eu has 3 connections already" in self.refused(running, keys() / "eu.pem")
+        for session in sessions:
+            session.abort()
+        for session in running.meet("eu"):
+            session.abort()
+
     def test_another_version(self, running: Server) -> None:
         with authenticated(running) as tls:
             tls.sendall(struct.pack("!4sHH", b"HALO", wire.PROTOCOL + 1, 10))
@@ -380,7 +410,7 @@ class TestWhoIsRefused:
         with server(admit) as running:
             with authenticated(running) as tls:
                 assert tls.recv(1) == b""
-            assert "ZeroDivisionError" in log.text
+            wait_until(lambda: "ZeroDivisionError" in log.text)
             assert still_works(running)
 
 

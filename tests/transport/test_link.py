@@ -189,6 +189,7 @@ class TestLiveness:
         b.wait_for(1)
         assert b.failure is None
 
+    @pytest.mark.parametrize("wire", ["gloo", pytest.param("tls", marks=pytest.mark.slow)], indirect=True)
     def test_a_server_that_takes_long_is_waited_for(self, wire: Wire) -> None:
         server = End(wire.link(1, "rank 1")).start()
         alarm = Alarm("rank 1")

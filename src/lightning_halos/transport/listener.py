@@ -49,6 +49,7 @@ _MOST_PEERS = 256  # that are not authenticated, at once
 _MOST_FROM_ONE_ADDRESS = 64
 _ASSEMBLY = 30.0  # seconds until all connections of an authenticated peer have to be there
 _MOST_WAITING = 8  # first connections of one name whose others are not there yet
+_MOST_SESSIONS = 64  # of one name at once; each costs threads
 _LINES = 20  # about refused connections, in the log per minute
 
 # In Linux's `struct tcp_info`. It counts handshakes, too, which Python's `ssl` does not.
@@ -118,6 +119,7 @@ class Listener:
         self._peers: dict[int, _Peer] = {}
         self._from: Counter[str] = Counter()
         self._waiting: dict[str, _Waiting] = {}
+        self._sessions: list[Session] = []  # that were complete, and perhaps are closed
         self._throttle = _Throttle()
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
@@ -271,9 +273,13 @@ class Listener:
     def _meet_control(self, peer: _Peer, certificate: Certificate, opening: Opening) -> Generator[int, None, None]:
         if not 0 <= opening.streams <= MOST_STREAMS:
             raise ValueError(f"{opening.streams} connections for models; at most {MOST_STREAMS} are possible.")
+        name = certificate.name
+        self._sessions = [session for session in self._sessions if not session.control.is_closed]
+        if sum(session.name == name for session in self._sessions) >= _MOST_SESSIONS:
+            raise ValueError(f"{name} has {_MOST_SESSIONS} connections already.")
         token = secrets.token_hex(16)
         yield from _write(peer.tls, encode(Answer(token)))
-        of_this_name = [key for key, other in self._waiting.items() if other.certificate.name == certificate.name]
+        of_this_name = [key for key, other in self._waiting.items() if other.certificate.name == name]
         for key in of_this_name[: max(0, len(of_this_name) + 1 - _MOST_WAITING)]:
             self._waiting.pop(key).close()
         deadline = time.monotonic() + _ASSEMBLY
@@ -313,6 +319,7 @@ class Listener:
         name, address = waiting.certificate.name, waiting.address
         streams = [waiting.streams[index] for index in range(waiting.count)]
         session = Session(waiting.certificate, f"{name} ({address})", address, waiting.control, streams)
+        self._sessions.append(session)
         try:
             self._authenticated(session)
         except BaseException:

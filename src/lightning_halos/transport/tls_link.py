@@ -61,6 +61,11 @@ class TLSLink(FramedLink):
         self._directions = 2  # that are open
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the connections are closed."""
+        return self._is_closed
+
+    @property
     def bytes_sent(self) -> int:
         return sum(connection.sent for connection in self._connections)
 
