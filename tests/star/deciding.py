@@ -25,9 +25,10 @@ class Deciding(Module):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0)
-        steps = self.trainer.estimated_stepping_batches
-        self.steps = int(steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+        self.steps = int(self.trainer.estimated_stepping_batches)
+        self.schedule = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 1.0)
+        every_step = {"scheduler": self.schedule, "interval": "step"}
+        return [optimizer], [{"scheduler": plateau, "monitor": "val_loss"}, every_step]
 
 
 class Journal(Callback):
@@ -42,6 +43,11 @@ class Journal(Callback):
         file = os.open(self._folder / "journal", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.write(file, line.encode())
         os.close(file)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed == 0:
+            scheduled = module.schedule.last_epoch
+            self._write("begin", step=trainer.global_step, epoch=trainer.current_epoch, scheduled=scheduled)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

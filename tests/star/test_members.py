@@ -119,6 +119,13 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     assert [line["rank"] for line in validated] == [0] * len(validated)
     # The patience of EarlyStopping begins with the second validation, in us, and goes on in eu.
     assert [line["waited"] for line in validated] == [0, *range(len(validated) - 1)]
+    # A job that joins late is at once where the run is, and so are its schedulers.
+    begins = journal(star, "begin")
+    assert [line["step"] == line["scheduled"] for line in begins] == [True] * 6
+    late = [line for line in begins if line["step"] > 0]
+    assert [line["region"] for line in late] == ["us", "us"]
+    assert late[0]["step"] >= validated[regions.index("eu")]["step"]
+    assert late[0]["epoch"] in (late[0]["step"] * task.epochs // (task.steps // 4) + ahead for ahead in (0, 1))
     ends = journal(star, "end")
     assert len(ends) == 4
     assert {line["estimate"] for line in ends} == {task.steps // 4}

@@ -74,7 +74,8 @@ class Fit:
         if start.membership is not None:
             self.preemption = Departure(trainer, world.alarm, grace_time)
         batches = None if data is None else data.batches
-        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, world.decides)
+        has_entered = start.entry is not None
+        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, world.decides, has_entered)
         if start.membership is not None:
             self.lightning.schedulers.set_deciding(world.decides)  # it may change
         self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics)

@@ -40,6 +40,7 @@ class TrainerAdapter:
         end: Global step at which the run ends by itself; may be infinite.
         epoch_batches: Batches per epoch of a worker's fixed shard; ``None`` if the workers do not share data.
         decides: Whether this process validates and saves for the run, and steps plateau schedulers.
+        has_entered: Whether the Trainer's counters were set to those of a run that it joins, with new schedulers.
 
     Attributes:
         trainer: The Trainer.
@@ -48,7 +49,13 @@ class TrainerAdapter:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, limit: int | None, end: float, epoch_batches: int | None, decides: bool
+        self,
+        trainer: pl.Trainer,
+        limit: int | None,
+        end: float,
+        epoch_batches: int | None,
+        decides: bool,
+        has_entered: bool = False,
     ) -> None:
         self.trainer = trainer
         self._decides = decides
@@ -64,11 +71,11 @@ class TrainerAdapter:
             trainer.lightning_module,
             trainer.lr_scheduler_configs,
             trainer.optimizers,
-            trainer.global_step,
+            0 if has_entered else trainer.global_step,
             limit,
             decides,
             math.ceil(self._epoch_batches / trainer.accumulate_grad_batches) if follows_epochs else None,
-            trainer.current_epoch,
+            trainer.current_epoch if has_entered else 0,
         )
         self._callbacks = callbacks_of(trainer)
         self._is_manual = not trainer.lightning_module.automatic_optimization
