@@ -1,5 +1,5 @@
 """``python -m tests.chaos``."""
 
-from tests.chaos.runs import main
+from tests.chaos.command import main
 
 raise SystemExit(main())

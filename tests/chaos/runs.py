@@ -1,4 +1,4 @@
-"""Random runs of nodes with faults, under a virtual clock: ``python -m tests.chaos``.
+"""Random runs of nodes with faults, under a virtual clock.
 
 Real nodes with small real servers exchange messages over links that delay and repeat them; workers and servers are lost
 and restarted. After every event a :class:`~tests.chaos.ledger.Ledger` checks the nodes. Everything is
@@ -7,15 +7,12 @@ derived from the seed, and nothing from the wall clock, so that a failed run can
 
 from __future__ import annotations
 
-import argparse
 import copy
 import heapq
-import logging
 import math
 import random
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -34,7 +31,7 @@ from lightning_halos.core.messages import (
     Pull,
     Push,
 )
-from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, ProtocolError, Send, uses_models_link
+from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
 from lightning_halos.core.servers import GlobalServer, LocalServer
@@ -44,7 +41,6 @@ from lightning_halos.core.worker import WorkerRound
 from tests.chaos.ledger import (
     PARAMETERS,
     Data,
-    InvariantError,
     Ledger,
     Snapshot,
     require,
@@ -642,45 +638,6 @@ def copy_of(message: M) -> M:
     copied = copy.copy(message)
     copied.vector = vector.clone()  # type: ignore[attr-defined]
     return copied
-
-
-def fault_of(seed: int, trace: Callable[[str], object] | None = None) -> str | None:
-    """Runs the scenario of a seed.
-
-    Args:
-        seed: The seed.
-        trace: Called with a line for each event.
-
-    Returns:
-        The error, ``None`` if the run succeeded.
-    """
-    scenario = Scenario.draw(seed)
-    if trace is not None:
-        trace(str(scenario))
-    try:
-        ChaosRun(scenario, trace).run()
-    except (InvariantError, ProtocolError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs scenarios and prints the seeds that fail. Returns 1 if any does."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--runs", type=int, default=1000, help="number of runs, with a seed each")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; the others' follow")
-    parser.add_argument("--verbose", action="store_true", help="print every event")
-    options = parser.parse_args(arguments)
-    logging.getLogger("lightning_halos").setLevel(logging.ERROR)  # rejected and repeated updates are intended
-    begin, failed = time.process_time(), 0
-    for seed in range(options.seed, options.seed + options.runs):
-        fault = fault_of(seed, print if options.verbose else None)
-        if fault is not None:
-            failed += 1
-            print(f"seed {seed} failed: {fault}\n  see it with --seed {seed} --runs 1 --verbose", flush=True)
-    seconds = time.process_time() - begin
-    print(f"{options.runs} runs, {failed} failed, {seconds:.1f} s of CPU time")
-    return int(failed > 0)
 
 
 def completed(sends: list[Send]) -> list[tuple[int, Message]]:

@@ -27,6 +27,7 @@ from lightning_halos.core.membership import MemberState
 from lightning_halos.core.messages import (
     GlobalModel,
     Join,
+    LeaseGrant,
     Message,
     ModelCopy,
     Push,
@@ -221,6 +222,8 @@ class _Job:
         self.workers: list[Worker] = []
         self.updates: dict[int, _Update] = {}
         self.lost: set[int] = set()  # data that others got
+        self.granted: set[int] = set()
+        self.was_given_up = False
         self.finished = 0  # local steps in pushes
         self._unsent = _Update([], 0, [])
         self._pushes = dict.fromkeys(range(workers), 0)
@@ -299,7 +302,15 @@ class _Job:
             self.notice(connection)
             return
         if isinstance(message, Welcome):
-            self.lost |= {index for start, stop in message.lost for index in range(start, stop)}
+            lost = {index for start, stop in message.lost for index in range(start, stop)}
+            may_be = self.scenario.damages or lost <= self.run.given_up.union(
+                *(job.granted for job in self.run.jobs if job.was_given_up)
+            )
+            require(may_be, "others got the data {} of {}", lost, self.session)
+            self.lost |= lost
+        if isinstance(message, LeaseGrant):
+            first = message.epoch * self.scenario.steps_per_epoch + message.first
+            self.granted |= set(range(first, first + message.steps))
         if self.node is None:
             if isinstance(message, Welcome | Status | ModelCopy):
                 self.send(completed(self.joining.handle(message)))
@@ -434,6 +445,7 @@ class StarRun:
         self._revivals = 0
         self._forgotten: set[str] = set()  # sessions some of whose updates were only in a damaged snapshot
         self._plateaus_lost = False
+        self.given_up: set[int] = set()  # data of members that the server has lost at some time
         self.replaced: set[str] = set()  # sessions of regions that other processes have joined for
         self.ledger = Ledger(self.initial.tolist()[:PARAMETERS])
         self._start_server()
@@ -495,7 +507,7 @@ class StarRun:
         for what in due:
             alive = [job for job in self.jobs if job.is_alive]
             connected = [job for job in alive if job.connection is not None and job.connection.is_open]
-            if self.is_finished and what not in ("kill the server", "cut", "join"):
+            if self.is_finished and what not in ("kill the server", "cut", "join", "kill a member"):
                 continue
             self.note(what)
             if what == "kill the server" and self._top is not None:
@@ -525,7 +537,7 @@ class StarRun:
 
     def _new_job(self, name: str) -> None:
         """Starts a process of a region, unless one is running."""
-        if not self.is_finished and not any(job.name == name and job.is_alive for job in self.jobs):
+        if not any(job.name == name and job.is_alive for job in self.jobs):
             self.jobs.append(_Job(self, name, self.rng.randint(1, 2)))
 
     def _publish(self) -> None:
@@ -569,7 +581,9 @@ class StarRun:
         def lose() -> None:
             if self._life != life or self.node is None or index in self._connections:
                 return
-            if self.node._members[index].state is MemberState.DISCONNECTED:
+            member = self.node._members[index]
+            if member.state is MemberState.DISCONNECTED:
+                self._give_up(index)
                 self._post(self.node.lose(index))
                 self._after()
 
@@ -582,8 +596,16 @@ class StarRun:
         index = connection.index
         if index is not None and self._top is not None and self._connections.get(index) is connection:
             del self._connections[index]
+            self._give_up(index)
             self._post(self._top.lose(index))
             self._after()
+
+    def _give_up(self, index: int) -> None:
+        if self.node is not None:
+            member = self.node._members[index]
+            self.given_up |= {index for start, stop in member.leased for index in range(start, stop)}
+            for job in self.jobs:
+                job.was_given_up = job.was_given_up or job.session == member.session
 
     def _kill_server(self) -> None:
         self._top = None
@@ -840,7 +862,7 @@ class StarRun:
                 job.session,
                 job.updates.keys() - set(taken),
             )
-            if known and not job.leaves:
+            if known and not job.node._leaving:
                 require(same(job.workers[0].model[:PARAMETERS], ledger.model), "{} has another model", job.session)
         steps = None if scenario.max_steps is None else scenario.max_steps * node.budget.workers
         data = None if scenario.epochs is None else scenario.epochs * scenario.steps_per_epoch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.servers import LocalServer
-from tests.chaos import runs as chaos
+from tests.chaos import command as chaos
 
 
 @pytest.fixture(autouse=True)

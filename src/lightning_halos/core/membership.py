@@ -85,7 +85,7 @@ class Member:
         session: Its process.
         workers: Number of its workers.
         is_stale: Whether this record is from a snapshot, and the member may have gone on since.
-        is_saved: Whether a snapshot on disk has this session.
+        is_saved: Whether a snapshot on disk has this session as a present one.
         has_decided: Whether it decides, or has decided.
         update: Number of its last update.
         report: Number of its last report.
@@ -178,11 +178,14 @@ class Member:
         vars(member).update({name: state[name] for name in _PLAIN})
         vars(member).update({name: Spans(state[name]) for name in _SPANS})
         member.state = MemberState(state["state"])
-        if member.state in (MemberState.JOINING, MemberState.ACTIVE):
+        if member.session and member.state is MemberState.JOINING:  # it may have been welcomed since
+            member.move(MemberEvent.WELCOME)
+        if member.is_active:
             member.move(MemberEvent.DISCONNECT)
         member.uncovered = deque(Report(*report) for report in state["uncovered"])
         member.counters = ServerCounters(**state["counters"])
-        member.saved, member.is_saved, member.is_stale = (member.update, member.publication), True, True
+        member.saved, member.is_stale = (member.update, member.publication), True
+        member.is_saved = member.is_present
         return member
 
     def __str__(self) -> str:

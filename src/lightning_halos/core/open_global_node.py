@@ -112,7 +112,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._is_restored = False
         self._awaited: set[int] = set()  # members that have not returned since the restart of the global server
         self._refused = dict(refused or {})
-        self._snapshots: dict[str, dict[int, tuple[str, int, int]]] = {}  # those under way: what they have of members
+        # What the snapshots under way have of each member: session, update and publication; of the present ones only.
+        self._snapshots: dict[str, dict[int, tuple[str, int, int]]] = {}
         self._snapshot = 0  # number of the last one
 
     @classmethod
@@ -223,7 +224,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._move(OpenEvent.SNAPSHOT)
         self._snapshot += 1
         token, snapshot = str(self._snapshot), self.server.snapshot()
-        members = self._members.values()
+        members = [m for m in self._members.values() if m.is_present or m.state is MemberState.JOINING]
         self._snapshots[token] = {m.index: (m.session, m.update, m.publication) for m in members}
         return [Send(STORAGE, Shard(Marker(token, ""), None, self._state(snapshot.state), snapshot))]
 
@@ -319,6 +320,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._cursor = descriptions.cursor(self.description, taken)
         if self.state is GlobalState.FINISHED:
             self._final = self._model_at_end()
+        self._follow()
 
     # ------------------------------------------------------------------ members
 
@@ -345,9 +347,9 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             member.disconnect()
             member.move(MemberEvent.RETURN)
         self._awaited.discard(member.index)
-        member.is_stale = False
         self._forget(member, join)
         lost = self._claim(member, Spans(join.held))
+        member.is_stale = False
         before = self._decider
         self._choose_decider()
         welcome = self._welcome(member, is_new, lost)
@@ -412,6 +414,11 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         self._give_back(surplus)
         unknown = held.without(member.open, member.reported)
         claimed = self._cursor.claim(unknown)
+        for other in [self._members[index] for index in self._awaited if member.is_stale]:
+            # Since the snapshot, the other one has returned it, and will not claim it.
+            moved = other.open.common(unknown)
+            other.open.remove(moved)
+            claimed.add(moved)
         member.open.add(claimed)
         member.leased.add(held)
         return unknown.without(claimed)
@@ -453,6 +460,9 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         member.move(MemberEvent.LOSE)
         if member.uncovered:
             member.report = member.uncovered[0].number - 1
+        member.is_saved = False  # if it returns, a snapshot must know of it before it gets data
+        for saved in self._snapshots.values():
+            saved.pop(member.index, None)
         self._take_back(member, member.uncovered)
         member.uncovered.clear()
         self._return_leases(member)
