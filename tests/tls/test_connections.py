@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -161,6 +162,22 @@ class TestSessions:
                 assert "disappeared" in str(ear.failure())
             time.sleep(0.2)
             assert [len(ear.failures) for ear in ears] == [1, 1]
+
+    def test_a_message_that_is_announced_takes_no_memory_until_it_arrives(self, running: Server) -> None:
+        own, its = running.meet(streams=0)
+        ear = Ear(its.control)
+        connection = own.control._connections[0]
+        connection.send(struct.pack("<qqq", -3, wire.PROTOCOL, 0))
+        tracemalloc.start()
+        try:
+            connection.send(struct.pack("<qqq", wire.MOST_BYTES, 0, 0) + bytes(100_000))
+            wait_until(lambda: its.control.bytes_received > 100_000)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        assert not ear.failures
+        own.abort()
+        its.abort()
 
     def test_a_lost_connection_of_several_ends_the_link(self, running: Server) -> None:
         own, its = running.meet(streams=3)

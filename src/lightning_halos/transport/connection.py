@@ -24,6 +24,7 @@ Check = Callable[[], None]
 """Called several times a second during a wait; may raise, for example because a time limit is over."""
 
 _CHUNK = 2**18  # bytes of one call that sends; while it encrypts them, the connection cannot be read
+_PIECE = 2**16  # bytes of a text that are received at once
 _PATIENCE = 0.1  # seconds between two checks
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -101,9 +102,12 @@ class Connection:
                 self.waiting_since = None
 
     def receive(self, size: int, check: Check | None = None) -> bytes:
-        """Receives ``size`` bytes; see :meth:`receive_into`. The caller has checked the size."""
-        data = bytearray(size)
-        self.receive_into(memoryview(data), check)
+        """Receives ``size`` bytes; see :meth:`receive_into`. It takes memory for what has arrived, not for the rest."""
+        data = bytearray()
+        while len(data) < size:
+            piece = bytearray(min(size - len(data), _PIECE))
+            self.receive_into(memoryview(piece), check)
+            data += piece
         return bytes(data)
 
     def close(self) -> None:
