@@ -35,12 +35,12 @@ LONG = 60.0  # timeout of those who connect
 def ignore(*_: object) -> None: ...
 
 
-def meet(address: str, port: str, rank: str, timeout: str, size: str = "2", nodes: str = "2") -> None:
+def meet(address: str, port: str, rank: str, timeout: str, nodes: str) -> None:
     """A process of a job, each of which is a region. It prints how it listens, or its error, and how long it took."""
     begin, error, total = time.monotonic(), "", 0.0
     try:
-        store = open_store(address, int(port), int(rank), int(size), float(timeout), ignore, int(nodes))
-        topology = Topology.build([[rank] for rank in range(int(size))], 1)
+        store = open_store(address, int(port), int(rank), 2, float(timeout), ignore, int(nodes))
+        topology = Topology.build([[rank] for rank in range(2)], 1)
         groups = Groups(store, topology, int(rank), float(timeout), ignore)
         regions = topology.regions
         collectives = Collectives(regions, int(rank), store, ignore, topology.describe, float(timeout))
@@ -72,13 +72,14 @@ class Machines:
         timeout: float,
         ports: tuple[int, int] = (PORT, PORT),
         interfaces: tuple[str, str] = ("", ""),
+        nodes: int = 2,
     ) -> list[dict[str, Any]]:
         """Returns what the two processes print, given what each of them is told."""
         self.count += 1
         names, processes = [f"{self.count}-{rank}" for rank in range(2)], []
-        for rank, place in enumerate((self.first, self.second)):
+        for rank, place in enumerate((self.first, self.second if nodes == 2 else self.first)):
             environment = {"GLOO_SOCKET_IFNAME": interfaces[rank], "TORCH_CPP_LOG_LEVEL": "ERROR"}
-            arguments = (addresses[rank], str(ports[rank] + self.count), str(rank), str(timeout))
+            arguments = (addresses[rank], str(ports[rank] + self.count), str(rank), str(timeout), str(nodes))
             started = self.starter.start(meet, *arguments, name=names[rank], place=place, environment=environment)
             processes.append(started)
         for process in processes:
@@ -90,7 +91,7 @@ class Machines:
         """Returns the errors of the two processes, both of which must end in time."""
         outcomes = self.meet(addresses, timeout, **kwargs)
         assert all(outcome["error"] for outcome in outcomes), outcomes
-        assert all(outcome["seconds"] < 2 * timeout + 20 for outcome in outcomes), "even if the machine is busy"
+        assert all(outcome["seconds"] < 3 * timeout + 6 for outcome in outcomes), outcomes
         return outcomes[0]["error"], outcomes[1]["error"]
 
 
@@ -120,6 +121,16 @@ class TestMachines:
             is_old = address == first.ipv4
             assert outcomes[0]["listening"] == [first.ipv4 if is_old else first.ipv6]
             assert outcomes[1]["listening"] == [second.ipv4 if is_old else second.ipv6]
+        # Rank 0 is reached at an address of something that passes connections on, such as a service of Kubernetes.
+        outcomes = machines.meet(("10.99.0.1", first.ipv4), LONG)
+        assert [outcome["error"] for outcome in outcomes] == ["", ""]
+        assert outcomes[0]["listening"] == [first.ipv4]
+
+    def test_a_job_on_one_machine_listens_on_the_loopback_only(self, machines: Machines) -> None:
+        address = machines.first.ipv4
+        outcomes = machines.meet((address, address), LONG, nodes=1)
+        assert [outcome["total"] for outcome in outcomes] == [2.0, 2.0]
+        assert [outcome["listening"] for outcome in outcomes] == [["127.0.0.1"]] * 2
 
     def test_a_name_that_means_the_machine_itself(self, machines: Machines) -> None:
         """Debian gives the machine's own name the address 127.0.1.1."""
@@ -145,7 +156,7 @@ class TestMachines:
         add_interface(machines.first, "docker0", "10.1.0.1/24")
         own, other = machines.fail(address, MEDIUM, interfaces=("docker0", ""))
         assert f"It listens on 10.1.0.1 (docker0), the others on {machines.second.ipv4};" in own
-        assert f"It listens on {machines.second.ipv4} (eth0), the others on 10.1.0.1;" in other
+        assert f"It listens on {machines.second.ipv4} (eth0), the others on" in other
         assert "(else set GLOO_SOCKET_IFNAME to its interface on each machine)" in other
 
     def test_a_wrong_port(self, machines: Machines) -> None:
@@ -160,7 +171,7 @@ class TestMachines:
         machines.net.open_only(first, PORT + 1)
         own, other = machines.fail((first.ipv4, first.ipv4), MEDIUM)  # only the store's port is open
         assert f"listens on {first.ipv4} (eth0), the others on {second.ipv4};" in own
-        assert f"listens on {second.ipv4} (eth0), the others on {first.ipv4};" in other
+        assert f"listens on {second.ipv4} (eth0), the others on" in other
         assert "does no firewall close its ports?" in other
         own, other = machines.fail((first.ipv4, first.ipv4))  # no port is
         assert "Rank(s) [1] did not come" in own

@@ -9,6 +9,8 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
+LOOPBACK = "127.0.0.1"
+
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 """Environment variable with the name of the interface on which a job's processes listen for each other."""
 

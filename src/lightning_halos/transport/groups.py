@@ -25,7 +25,13 @@ from torch.distributed.elastic.utils.store import synchronize
 
 from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.topology import Topology
-from lightning_halos.transport.address import INTERFACE_VARIABLE, interface_address, own_address, with_interface
+from lightning_halos.transport.address import (
+    INTERFACE_VARIABLE,
+    LOOPBACK,
+    interface_address,
+    own_address,
+    with_interface,
+)
 from lightning_halos.transport.errors import PeerLostError
 
 T = TypeVar("T")
@@ -33,7 +39,7 @@ T = TypeVar("T")
 _sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
 _store_ports: set[int] = set()  # ports on which a store of this process accepts connections
 _PATIENCE = 2.0  # seconds for the store to answer, for an error
-_LOOPBACK = "127.0.0.1"  # where groups listen whose store is not reached over the network
+_LONGEST_ATTEMPT = 60.0  # seconds for a connection to a process that has come
 
 
 def make_group(
@@ -46,29 +52,80 @@ def make_group(
         name: A name that no other group in the store has.
         rank: This process's rank in the group.
         size: Number of processes in the group.
-        timeout: Limit for connecting, and for each operation, in seconds.
+        timeout: Limit for connecting, in seconds. Operations need limits of their own.
         interrupted: Called several times a second while connecting; may raise.
 
     Raises:
         PeerLostError: If the others do not come in time.
     """
+    others = [other for other in range(size) if other != rank]
+    host = _meet(store, name, rank, others, timeout, interrupted)
+    return _connect(store, name, rank, size, host, [f"{name}/host/{other}" for other in others], timeout, interrupted)
+
+
+def _meet(
+    store: Store, name: str, rank: int, others: Sequence[int], timeout: float, interrupted: Callable[[], None]
+) -> str:
+    """Publishes the address on which this process listens, waits until the others have done so, and returns it."""
     host = listening_host(store)
 
+    def meet() -> None:
+        store.set(f"{name}/host/{rank}", host)
+        if others:
+            store.wait([f"{name}/host/{other}" for other in others], timedelta(seconds=timeout))
+
+    try:
+        interruptible(meet, interrupted, 2 * timeout)
+    except (DistError, TimeoutError) as error:
+        missing = [other for other in others if not _host_of(store, f"{name}/host/{other}")]
+        raise PeerLostError(
+            f"Rank {rank} waited for timeout={timeout:g} s for the others to connect ({name}). Rank(s) {missing} did"
+            f" not come. Do they run, and can they reach the store? {error}"
+        ) from None
+    return host
+
+
+def _connect(
+    store: Store,
+    name: str,
+    rank: int,
+    size: int,
+    host: str,
+    keys: Sequence[str],
+    timeout: float,
+    interrupted: Callable[[], None],
+) -> ProcessGroup:
+    """Makes a group with processes that have come.
+
+    Args:
+        store: The store of all processes.
+        name: Name of the group.
+        rank: This process's rank in the group.
+        size: Number of processes in the group.
+        host: The address on which this process listens.
+        keys: Where the others' addresses are in the store, for errors.
+        timeout: Limit for connecting, in seconds.
+        interrupted: Called several times a second while connecting; may raise.
+    """
+    # gloo waits this long while it connects to others, and five times as long for others to connect to it.
+    limit = timedelta(seconds=min(max(timeout / 5, 1.0), _LONGEST_ATTEMPT))
+
     def connect() -> ProcessGroup:
-        store.set(f"{name}/host/{rank}", host)  # for the others' errors
         with noting_sockets():
-            return gloo_group(PrefixStore(name, store), rank, size, timedelta(seconds=timeout), host)
+            return gloo_group(PrefixStore(name, store), rank, size, limit, host)
 
     try:
         return interruptible(connect, interrupted)
     except RuntimeError as error:
-        others = [_host_of(store, f"{name}/host/{other}") for other in range(size) if other != rank]
+        theirs = ", ".join(_host_of(store, key) or "an address that is unknown" for key in keys)
+        if getattr(_without_prefix(store), "port", None) in _store_ports:
+            time.sleep(_PATIENCE)  # this process has the store, and the others may still read it for their errors
         raise PeerLostError(
-            f"Process {rank} of {size} of the process group {name!r} did not meet the others within timeout={timeout:g}"
-            f" s. It listens on {with_interface(host)}, the others on {', '.join(others)}; the one with the higher"
-            " address connects to the other, at a port that the kernel has chosen. Do all of them run, do these"
-            f" addresses belong to the network that connects them (else set {INTERFACE_VARIABLE} to its interface on"
-            f" each machine), and does no firewall close its ports? {error}"
+            f"Process {rank} of {size} of the process group {name!r} did not connect with the others within"
+            f" timeout={timeout:g} s. It listens on {with_interface(host)}, the others on {theirs}; the one with the"
+            " higher address connects to the other, at a port that the kernel has chosen. Do all of them still run, do"
+            f" these addresses belong to the network that connects them (else set {INTERFACE_VARIABLE} to its interface"
+            f" on each machine), and does no firewall close its ports? {error}"
         ) from None
 
 
@@ -83,24 +140,25 @@ def listening_host(store: Store) -> str:
     Raises:
         ValueError: If the interface does not exist.
     """
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    there = store.host if isinstance(store, TCPStore) else _LOOPBACK
+    plain = _without_prefix(store)
+    there = plain.host if isinstance(plain, TCPStore) else LOOPBACK
     family = socket.AF_INET6 if ":" in there else socket.AF_INET
     chosen = interface_address(family)
-    return own_address(family, (there, 1)) or _LOOPBACK if chosen is None else chosen[1]
+    return own_address(family, (there, 1)) or LOOPBACK if chosen is None else chosen[1]
+
+
+def _without_prefix(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _host_of(store: Store, key: str) -> str:
-    """Returns the address on which another process listens, or text for an error."""
-
-    def read() -> str:
-        return store.get(key).decode() if store.check([key]) else "an address that is unknown, since it did not come"
-
+    """Returns the address on which another process listens; empty if it is unknown."""
     try:
-        return interruptible(read, lambda: None, _PATIENCE)
+        return interruptible(lambda: store.get(key).decode() if store.check([key]) else "", lambda: None, _PATIENCE)
     except (RuntimeError, TimeoutError):
-        return "an address that is unknown, since the store does not answer"
+        return ""
 
 
 def note_store_port(port: int) -> None:
@@ -167,7 +225,7 @@ def connect_pairs(
         rank: Global rank of this process.
         parent: Global rank of the parent; ``None`` at the root.
         children: Global ranks of the children.
-        timeout: Limit for connecting, and for each operation, in seconds.
+        timeout: Limit for connecting, in seconds. Operations need limits of their own.
         interrupted: Called several times a second while connecting; may raise.
 
     Returns:
@@ -176,14 +234,16 @@ def connect_pairs(
     Raises:
         PeerLostError: If the others do not come in time.
     """
+    host = _meet(store, name, rank, [*children, *([] if parent is None else [parent])], timeout, interrupted)
 
-    def connect(child: int, end: int) -> ProcessGroup:
-        upper = rank if child != rank else parent
-        return make_group(store, f"{name} of ranks {upper} and {child}", end, 2, timeout, interrupted)
+    def connect(upper: int, lower: int) -> ProcessGroup:
+        end, other = (0, lower) if rank == upper else (1, upper)
+        pair = f"{name} of ranks {upper} and {lower}"
+        return _connect(store, pair, end, 2, host, [f"{name}/host/{other}"], timeout, interrupted)
 
-    pairs = {child: connect(child, 0) for child in children}
+    pairs = {child: connect(rank, child) for child in children}
     if parent is not None:
-        pairs[parent] = connect(rank, 1)
+        pairs[parent] = connect(parent, rank)
     return pairs
 
 

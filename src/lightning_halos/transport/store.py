@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from lightning_halos.transport.address import (
     INTERFACE_VARIABLE,
+    LOOPBACK,
     Address,
     interface_address,
     interfaces,
@@ -208,6 +209,8 @@ class _Meeting:
     def _targets(self, address: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
         """Returns the family and address of each socket address of the store's machine; none if the name is unknown.
 
+        A job on one machine needs no other interface than the loopback, whatever the machine's name means.
+
         Raises:
             ValueError: If the name means this machine only, and the job is on several machines.
         """
@@ -221,7 +224,10 @@ class _Meeting:
             return []
         targets = list(dict.fromkeys((int(family), target) for family, *_, target in found))
         means_itself = all(is_loopback(str(target[0])) for _, target in targets) and not means_loopback(address)
-        if self._nodes == 1 or not means_itself:
+        if self._nodes == 1:
+            is_own = any(own_address(family, target) == target[0] for family, target in targets)
+            return [(socket.AF_INET, (LOOPBACK, port))] if is_own and not interface_address(0) else targets
+        if not means_itself:
             return targets
         family, own = interface_address(targets[0][0]) or (0, "")
         if not own:
