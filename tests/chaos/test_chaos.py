@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_halos.core.cursor import Spans
+from lightning_halos.core.membership import Member
+from lightning_halos.core.messages import RegionUpdate
+from lightning_halos.core.open_global_node import OpenGlobalNode
+from lightning_halos.core.open_region_node import OpenRegionNode
+from lightning_halos.core.protocol import Send
 from lightning_halos.core.servers import LocalServer
 from tests.chaos import command as chaos
 
@@ -21,6 +28,60 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 def test_300_random_runs_with_faults_keep_every_promise() -> None:
     failed = {seed: fault for seed in range(300) if (fault := chaos.fault_of(seed)) is not None}
     assert not failed, "see one with: python -m tests.chaos --runs 1 --verbose --seed SEED"
+
+
+def test_200_random_stars_whose_members_and_server_come_and_go_keep_every_promise() -> None:
+    failed = {seed: fault for seed in range(200) if (fault := chaos.fault_of(seed, star=True)) is not None}
+    assert not failed, "see one with: python -m tests.chaos --star --runs 1 --verbose --seed SEED"
+
+
+def test_stars_cover_what_can_happen() -> None:
+    traces = []
+    for seed in range(40):
+        lines: list[str] = []
+        chaos.fault_of(seed, lines.append, star=True)
+        traces.append("\n".join(lines))
+    faults = ("cut", "silence", "kill a member", "kill the server", "leave", "join", "publish", "is damaged", "revive")
+    messages = ("Refusal(", "Decide(", "InitialModel(", "vector=None", "leave=True", "final=True", "lost=[(")
+    for what in (*faults, *messages):
+        assert any(what in trace for trace in traces), what
+
+
+def not_taken_back(node: OpenGlobalNode, member: Any, reports: Any) -> None:
+    """A lost member's reports count though their update never arrives."""
+
+
+def leases_forgotten(node: OpenGlobalNode, member: Member) -> None:
+    """The data of a lost member is never used."""
+    member.open = Spans()
+
+
+def kept_without_copy(node: OpenRegionNode, update: RegionUpdate) -> None:
+    """The answer overwrites the update that may have to be repeated."""
+    node._kept.append(update)
+
+
+def awaits_nobody(node: OpenGlobalNode) -> list[Send]:
+    """Data is leased before a restarted server knows what is leased."""
+    node._awaited.clear()
+    return lease(node)
+
+
+lease = OpenGlobalNode._lease
+BUGS = [
+    (OpenGlobalNode, "_take_back", not_taken_back),
+    (OpenGlobalNode, "_return_leases", leases_forgotten),
+    (OpenGlobalNode, "_lease", awaits_nobody),
+    (OpenRegionNode, "_keep", kept_without_copy),
+]
+
+
+@pytest.mark.parametrize(("node", "rule", "broken"), BUGS, ids=[rule for _, rule, _ in BUGS])
+def test_a_star_that_breaks_a_rule_is_found(
+    monkeypatch: pytest.MonkeyPatch, node: type, rule: str, broken: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(node, rule, broken)
+    assert any(chaos.fault_of(seed, star=True) is not None for seed in range(200))
 
 
 def test_they_cover_what_can_happen() -> None:
