@@ -40,7 +40,7 @@ from tests.star.processes import Party, Process, Starter, starting  # noqa: E402
 from tests.star.roles import Task  # noqa: E402
 
 GOAL = 0.9
-TASK = Task(epochs=10_000, samples=7200, pause=0.05, local_steps=8)
+TASK = Task(epochs=100, samples=100_000, pause=0.05, local_steps=8)
 ENVIRONMENT = ROOT / ".venv-torchft"
 WARM_UP = 10.0  # seconds between the first step of all workers and the first second that counts
 

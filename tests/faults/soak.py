@@ -28,7 +28,20 @@ import torch
 
 from tests.integration.harness import free_port
 from tests.star.evidence import Evidence
-from tests.star.hand import CUT, KILL, KINDS, NEEDS_NETWORK, RESTART, STOP, UNPLUG, Fault, Hand, described, plan
+from tests.star.hand import (
+    CUT,
+    EXCEPTION,
+    KILL,
+    KINDS,
+    NEEDS_NETWORK,
+    RESTART,
+    STOP,
+    UNPLUG,
+    Fault,
+    Hand,
+    described,
+    plan,
+)
 from tests.star.network import Place, inhabitants, internet, missing
 from tests.star.processes import Party, Starter, starting
 from tests.star.roles import Task, loss_of
@@ -38,6 +51,7 @@ REGIONS = ("one", "two", "three")
 SERVER = "server"
 LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
 PATIENCE = 60.0  # seconds in which a party must have ended after a fault; a worker that starts up waits for `timeout`
+LAST_WORDS = 5.0  # seconds in which a job that has failed prints why, while its other worker may train on
 RECONNECT = 15.0  # seconds in which a server starts and a region that tries again is connected
 IN_FLIGHT = 3.0  # seconds that a batch takes at most until the global server has it
 PORT = 29600
@@ -53,6 +67,8 @@ class Report:
         steps: Useful local steps: of batches that were trained on for the first time.
         repeated: Batches that were trained on again.
         loss: Of the model at the end.
+        evidence: What the workers wrote.
+        hand: That struck.
     """
 
     faults: list[Fault]
@@ -60,6 +76,8 @@ class Report:
     steps: int
     repeated: int
     loss: float
+    evidence: Evidence
+    hand: Hand
 
     @property
     def rate(self) -> float:
@@ -89,6 +107,11 @@ def three_regions(
     return star, parties
 
 
+def all_train(star: Star) -> bool:
+    """Whether all regions train, so that every seed strikes a run that goes on."""
+    return len(list(star.evidence.glob("*.batches"))) >= WORKERS * len(REGIONS)
+
+
 def soak(
     folder: Path,
     task: Task,
@@ -96,6 +119,7 @@ def soak(
     limit: float,
     as_scripts: bool = True,
     log: Callable[[str], None] = print,
+    begins: Callable[[Star], bool] = all_train,
 ) -> Report:
     """Trains a task under a plan of faults, and checks the result.
 
@@ -106,6 +130,7 @@ def soak(
         limit: Seconds in which the run must have ended.
         as_scripts: Whether processes are started as scripts; else they are forked.
         log: Is told what happens.
+        begins: Whether the hand's time begins now.
 
     Raises:
         AssertionError: If anything is not as it must be.
@@ -117,11 +142,10 @@ def soak(
         for party in parties.values():
             party.start()
         deadline = time.monotonic() + limit
-        # The hand waits for all regions, so that every seed strikes a run that goes on.
-        while len(list(star.evidence.glob("*.batches"))) < WORKERS * len(REGIONS):
+        while not begins(star):
             assert time.monotonic() < deadline, f"The run did not begin.\n{starter.logs()}"
             assert not any(party.has_ended() for party in parties.values()), starter.logs()
-            time.sleep(0.1)
+            time.sleep(0.05)
         hand = Hand(faults, parties, PATIENCE, log)
         while hand.is_busy or not all(party.is_done() for party in parties.values()):
             if parties[SERVER].is_done():
@@ -149,7 +173,15 @@ def soak(
     final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], final[name]) for name in state), "final.ckpt is another model"
     begin, end = evidence.span()
-    return Report(hand.struck, end - begin, evidence.useful_steps(), len(evidence.repeated()), loss_of(state))
+    return Report(
+        hand.struck,
+        end - begin,
+        evidence.useful_steps(),
+        len(evidence.batches) - evidence.useful_steps(),
+        loss_of(state),
+        evidence,
+        hand,
+    )
 
 
 def losses(faults: Sequence[Fault]) -> list[tuple[str, float, float]]:
@@ -162,9 +194,9 @@ def losses(faults: Sequence[Fault]) -> list[tuple[str, float, float]]:
     found = []
     for fault in faults:
         away = [other for other in faults if other.victim in (SERVER, fault.victim) and other.at < fault.at]
-        if fault.kind in (KILL, RESTART) and fault.victim != SERVER:
+        if fault.kind in (KILL, RESTART, EXCEPTION) and fault.victim != SERVER:
             begin = min((other.at for other in away if fault.at < other.at + other.lasts + RECONNECT), default=fault.at)
-            found.append((fault.victim, begin - IN_FLIGHT, fault.at + 1))
+            found.append((fault.victim, begin - IN_FLIGHT, fault.at + LAST_WORDS))
         elif fault.kind in (STOP, CUT, UNPLUG) and fault.lasts > LIVENESS - 2:
             end = fault.at + fault.lasts + RECONNECT
             victims = REGIONS if fault.victim == SERVER else [fault.victim]
@@ -201,10 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def task_for(seconds: float) -> Task:
-    """A task of about so many seconds, with epochs of half a minute."""
-    pause, batch, epoch = 0.05, 4, min(30.0, seconds)
-    samples = round(epoch * len(REGIONS) * WORKERS / pause) * batch
-    return Task(epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause)
+    """A task of about so many seconds, with epochs of at most two minutes."""
+    pause, batch, epoch = 0.05, 4, min(120.0, seconds)
+    samples = round(epoch * len(REGIONS) * WORKERS / pause * 0.9) * batch
+    return Task(epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause, local_steps=8)
 
 
 def _without(folder: Path, path: Path | None, task: Task, limit: float, as_scripts: bool) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.soak import IN_FLIGHT, LIVENESS, REGIONS, SERVER, WORKERS, losses, soak, task_for
+from tests.faults.soak import IN_FLIGHT, LAST_WORDS, LIVENESS, REGIONS, SERVER, WORKERS, losses, soak, task_for
 from tests.star.hand import CUT, KILL, KINDS, NEEDS_NETWORK, TERMINATE, Fault, plan
 from tests.star.network import missing
 from tests.star.roles import Task
@@ -36,6 +36,6 @@ def test_whose_work_may_be_lost() -> None:
     kill = Fault(20.0, KILL, "one", 0, 1.0)
     harmless = [Fault(0.0, TERMINATE, "one", 0, 1.0), Fault(0.0, KILL, SERVER, 0, 1.0), Fault(0.0, CUT, "one", 0, 1.0)]
     assert losses(harmless) == []
-    assert losses([*harmless, kill]) == [("one", 20 - IN_FLIGHT, 21)]
-    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill]) == [("one", 18 - IN_FLIGHT, 21)]
+    assert losses([*harmless, kill]) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
+    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill]) == [("one", 18 - IN_FLIGHT, 20 + LAST_WORDS)]
     assert [victim for victim, *_ in losses([Fault(0.0, CUT, SERVER, 0, LIVENESS)])] == list(REGIONS)

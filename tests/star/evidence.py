@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,12 @@ class Evidence:
         results = {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
         return cls(batches, results)
 
-    def repeated(self) -> list[Batch]:
-        """Batches that were trained on again later. Shuffled epochs have no batch in common."""
-        last = {batch.samples: batch for batch in sorted(self.batches, key=lambda batch: batch.at)}
-        return [batch for batch in self.batches if batch is not last[batch.samples]]
+    def repeated(self) -> list[list[Batch]]:
+        """Batches that were trained on more than once, each time. Shuffled epochs have no batch in common."""
+        times = defaultdict(list)
+        for batch in self.batches:
+            times[batch.samples].append(batch)
+        return [batches for batches in times.values() if len(batches) > 1]
 
     def useful_steps(self, begin: float = 0.0, end: float = float("inf")) -> int:
         """Steps between two times whose batch was trained on for the first time."""
@@ -99,6 +102,16 @@ class Evidence:
         for batch in self.batches:
             first[batch.samples] = min(batch.at, first.get(batch.samples, batch.at))
         return sum(begin <= at < end for at in first.values())
+
+    def longest_pause(self, regions: Iterable[str], begin: float, seconds: float) -> float:
+        """The longest time between two batches of a worker of these regions, of those that end in so many seconds."""
+        longest = 0.0
+        for worker in {batch.worker for batch in self.batches}:
+            if worker.split("-")[0] in regions:
+                times = sorted(batch.at for batch in self.batches if batch.worker == worker)
+                pauses = [after - before for before, after in pairwise(times) if begin <= before < begin + seconds]
+                longest = max([longest, *pauses])
+        return longest
 
     def span(self) -> tuple[float, float]:
         """When the first and the last batch ended."""
@@ -108,11 +121,11 @@ class Evidence:
     def assert_used_once(
         self, epochs: int, samples: int, is_explained: Callable[[Batch], bool] = lambda batch: False
     ) -> None:
-        """Every epoch used every sample, and once, unless the loss of the first time is explained."""
+        """Every epoch used every sample, and once, unless one of the times is explained."""
         uses = Counter(sample for batch in {batch.samples for batch in self.batches} for sample in batch)
         wrong = {index: uses[index] for index in range(samples) if uses[index] != epochs}
         assert not wrong, f"{len(wrong)} samples were not used {epochs} times: {dict(list(wrong.items())[:20])} ..."
-        again = [batch for batch in self.repeated() if not is_explained(batch)]
+        again = [batches for batches in self.repeated() if not any(map(is_explained, batches))]
         assert not again, f"{len(again)} batches were trained on again without a reason: {again[:5]} ..."
 
     def assert_same_model(self, workers: Iterable[str]) -> dict[str, Tensor]:

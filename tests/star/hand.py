@@ -19,6 +19,9 @@ from tests.star.processes import Party, signal_all
 KILL, STOP, TERMINATE, CUT, UNPLUG, RESTART = KINDS = ("kill", "stop", "terminate", "cut", "unplug", "restart")
 """A restart is a kill after which the victim is started again at once."""
 
+EXCEPTION = "exception"
+"""A mistake in the user's code, in a process that makes it when SIGUSR2 comes."""
+
 NEEDS_NETWORK = (CUT, UNPLUG)
 
 
@@ -84,6 +87,7 @@ class Hand:
     Attributes:
         struck: The faults so far.
         complaints: What must not happen, and did.
+        ended: For each fault that ended a party: the seconds until all its processes had ended, and their exit codes.
         began: When it began, by ``time.time``.
 
     Args:
@@ -98,6 +102,7 @@ class Hand:
     ) -> None:
         self.struck: list[Fault] = []
         self.complaints: list[str] = []
+        self.ended: dict[Fault, tuple[float, list[int | None]]] = {}
         self._faults = list(faults)
         self._parties = parties
         self._patience = patience
@@ -118,6 +123,7 @@ class Hand:
         now = time.monotonic() - self._begin
         for name, (deadline, fault) in list(self._waiting.items()):
             if self._parties[name].has_ended():
+                self.ended[fault] = now - fault.at, self._parties[name].codes()
                 del self._waiting[name]
                 self._repairs.append((max(now, fault.at + fault.lasts), name, fault))
             elif now > deadline:
@@ -155,8 +161,8 @@ class Hand:
         self._log(str(fault))
         self.struck.append(fault)
         pid = pids[fault.process % len(pids)]
-        if fault.kind in (KILL, RESTART):
-            signal_all([pid], signal.SIGKILL)
+        if fault.kind in (KILL, RESTART, EXCEPTION):
+            signal_all([pid], signal.SIGUSR2 if fault.kind == EXCEPTION else signal.SIGKILL)
             self._waiting[fault.victim] = now + self._patience, fault
         elif fault.kind == TERMINATE:
             party.terminate()

@@ -7,6 +7,7 @@ user would write, with a callback that writes down what it trains on.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from lightning_halos import HalosStrategy, cli
 from tests.star.evidence import Witness
 
 FEATURES, NOISE = 8, 0.1
+MISTAKE = "a mistake in the user's code"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def serve(*arguments: str) -> None:
 def region(folder: str, name: str) -> None:
     """One worker of a region's job. HALOS_SERVER and HALOS_KEYS say where the star is, as they would for a user."""
     task = Task.of_environment()
+    signal.signal(signal.SIGUSR2, _make_a_mistake)
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())
     strategy = HalosStrategy(
@@ -131,6 +134,10 @@ def region(folder: str, name: str) -> None:
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
     trainer.fit(Module(task.pause), data)
+
+
+def _make_a_mistake(*_: object) -> None:
+    raise RuntimeError(MISTAKE)
 
 
 if __name__ == "__main__":

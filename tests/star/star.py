@@ -145,7 +145,7 @@ class Star:
         assert list(snapshot["done"]) == [(0, self.task.steps)]
         # A repeated batch is a step, too, if its first time counted. It does not if it was lost with its worker.
         again = snapshot["total"] - self.task.steps
-        repeated = len(evidence.repeated())
+        repeated = len(evidence.batches) - evidence.useful_steps()
         assert 0 <= again <= repeated, f"{again} steps too many, {repeated} batches repeated"
         assert not any(member["counters"]["rejected"] for member in snapshot["members"])
         return int(snapshot["total"]) // int(snapshot["workers"])

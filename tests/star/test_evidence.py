@@ -28,10 +28,10 @@ def test_a_batch_that_was_lost() -> None:
 def test_a_batch_that_was_repeated() -> None:
     again = Batch("two-0", 10.0, 1, (7, 0))
     evidence = Evidence([again, *batches()])
-    assert [batch.worker for batch in evidence.repeated()] == ["one-0"]
-    evidence.assert_used_once(EPOCHS, SAMPLES, lambda batch: batch.at == 7.0)
+    assert evidence.repeated() == [[again, batches()[-1]]]
+    evidence.assert_used_once(EPOCHS, SAMPLES, lambda batch: batch.at == 10.0)
     with pytest.raises(AssertionError, match="1 batches were trained on again without a reason"):
-        evidence.assert_used_once(EPOCHS, SAMPLES, lambda batch: batch.at == 10.0)
+        evidence.assert_used_once(EPOCHS, SAMPLES, lambda batch: batch.at == 6.0)
 
 
 def test_a_batch_that_was_repeated_is_no_useful_step() -> None:
