@@ -40,7 +40,7 @@ from tests.star.processes import Party, Process, Starter, starting  # noqa: E402
 from tests.star.roles import Task  # noqa: E402
 
 GOAL = 0.9
-TASK = Task(epochs=100, samples=100_000, pause=0.05, local_steps=8)
+TASK = Task(epochs=100, samples=100_000, pause=0.05, local_steps=8, timeout=120.0)
 ENVIRONMENT = ROOT / ".venv-torchft"
 WARM_UP = 10.0  # seconds between the first step of all workers and the first second that counts
 
@@ -130,7 +130,7 @@ def rate(name: str, faults: list[Fault], seconds: float, folder: Path) -> float:
             assert time.monotonic() < deadline, starter.logs()
             time.sleep(0.1)
         time.sleep(WARM_UP)
-        hand = Hand(faults, parties, PATIENCE, lambda line: print(f"    {line}", file=sys.stderr))
+        hand = Hand(faults, parties, TASK.timeout + PATIENCE, lambda line: print(f"    {line}", file=sys.stderr))
         begin = time.time()
         while time.time() < begin + seconds:
             hand.act()

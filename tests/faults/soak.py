@@ -50,7 +50,7 @@ from tests.star.star import WORKERS, Star
 REGIONS = ("one", "two", "three")
 SERVER = "server"
 LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
-PATIENCE = 60.0  # seconds in which a party must have ended after a fault; a worker that starts up waits for `timeout`
+PATIENCE = 30.0  # seconds beyond the strategy's `timeout` in which a party must have ended after a fault
 LAST_WORDS = 5.0  # seconds in which a job that has failed prints why, while its other worker may train on
 RECONNECT = 15.0  # seconds in which a server starts and a region that tries again is connected
 IN_FLIGHT = 3.0  # seconds that a batch takes at most until the global server has it
@@ -146,14 +146,18 @@ def soak(
             assert time.monotonic() < deadline, f"The run did not begin.\n{starter.logs()}"
             assert not any(party.has_ended() for party in parties.values()), starter.logs()
             time.sleep(0.05)
-        hand = Hand(faults, parties, PATIENCE, log)
-        while hand.is_busy or not all(party.is_done() for party in parties.values()):
+        hand = Hand(faults, parties, task.timeout + PATIENCE, log)
+        while hand.is_busy or not all(party.has_ended() for party in parties.values()):
             if parties[SERVER].is_done():
                 hand.finish()
             hand.act()
             assert not hand.complaints, f"{hand.complaints}\n{starter.logs()}"
             assert time.monotonic() < deadline, f"The run did not end within {limit:.0f} s.\n{starter.logs()}"
             time.sleep(0.05)
+        present = [name for name in REGIONS if parties[name].is_done()]
+        assert parties[SERVER].is_done(), starter.logs()
+        assert present, starter.logs()
+        assert all(hand.is_absent(name, 60 + task.timeout) for name in REGIONS if name not in present), starter.logs()
         left = [*starter.left(), *(pid for place in places.values() for pid in inhabitants(place.namespace))]
         assert not left, f"Processes {left} are left.\n{starter.logs()}"
         evidence = Evidence.read(star.evidence)
@@ -167,7 +171,7 @@ def soak(
             batch.worker.startswith(victim) and begin < batch.at - hand.began < end for victim, begin, end in lost
         ),
     )
-    workers = [f"{name}-{rank}" for name in REGIONS for rank in range(WORKERS)]
+    workers = [f"{name}-{rank}" for name in present for rank in range(WORKERS)]
     evidence.assert_same_step(workers, global_step)
     state = evidence.assert_same_model(workers)
     final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]
@@ -236,7 +240,9 @@ def task_for(seconds: float) -> Task:
     """A task of about so many seconds, with epochs of at most two minutes."""
     pause, batch, epoch = 0.05, 4, min(120.0, seconds)
     samples = round(epoch * len(REGIONS) * WORKERS / pause * 0.9) * batch
-    return Task(epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause, local_steps=8)
+    return Task(
+        epochs=max(1, round(seconds / epoch)), samples=samples, batch=batch, pause=pause, local_steps=8, timeout=120.0
+    )
 
 
 def _without(folder: Path, path: Path | None, task: Task, limit: float, as_scripts: bool) -> dict[str, float]:

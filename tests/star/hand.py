@@ -24,6 +24,9 @@ EXCEPTION = "exception"
 
 NEEDS_NETWORK = (CUT, UNPLUG)
 
+LAUNCHER = 15.0
+"""Seconds after which the rest of a job is told to end by SIGTERM; torchrun does that at once."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -109,9 +112,11 @@ class Hand:
         self._log = log
         self._repairs: list[tuple[float, str, Fault]] = []  # when, whom, after which fault
         self._waiting: dict[str, tuple[float, Fault]] = {}  # parties that are to end: until when, after which fault
+        self._told: set[str] = set()  # those of them that a launcher has told to end
         self._stopped: dict[str, int] = {}
         self.began = time.time()
         self._begin = time.monotonic()
+        self._is_over = False
 
     @property
     def is_busy(self) -> bool:
@@ -124,14 +129,19 @@ class Hand:
         for name, (deadline, fault) in list(self._waiting.items()):
             if self._parties[name].has_ended():
                 self.ended[fault] = now - fault.at, self._parties[name].codes()
+                self._told.discard(name)
                 del self._waiting[name]
                 self._repairs.append((max(now, fault.at + fault.lasts), name, fault))
+            elif now > fault.at + LAUNCHER and name not in self._told:
+                self._log(f"({name} has not ended by itself after {LAUNCHER:g} s, as [{fault}])")
+                self._told.add(name)
+                self._parties[name].terminate()
             elif now > deadline:
                 left = self._parties[name].pids()
                 self.complaints.append(f"{name}: processes {left} still run {self._patience:g} s after [{fault}]")
                 signal_all(left, signal.SIGKILL)
         for name, party in self._parties.items():
-            if not self._is_down(name) and party.has_ended() and not party.is_done():
+            if not self._is_over and not self._is_down(name) and party.has_ended() and not party.is_done():
                 self.complaints.append(f"{name} ended by itself, last struck by [{self._last(name)}]")
                 party.start()
         for repair in sorted(self._repairs, key=lambda repair: repair[0]):
@@ -143,8 +153,14 @@ class Hand:
             self._strike(self._faults.pop(0), now)
 
     def finish(self) -> None:
-        """Strikes no more; repairs what is broken as soon as it is due."""
+        """Strikes no more and starts nobody again, because the run is over; sets free who is stopped or cut off."""
         self._faults.clear()
+        self._is_over = True
+
+    def is_absent(self, name: str, since: float) -> bool:
+        """Whether a party may miss the end of the run: it was struck in the last so many seconds."""
+        now = time.monotonic() - self._begin
+        return any(fault.victim == name and now - fault.at - fault.lasts < since for fault in self.struck)
 
     def _is_down(self, name: str) -> bool:
         return name in self._waiting or any(name == other for _, other, _ in self._repairs)
@@ -183,7 +199,7 @@ class Hand:
             party.mend()
         elif fault.kind == STOP:
             signal_all([self._stopped.pop(name)], signal.SIGCONT)
-        elif not party.is_done():
+        elif not (self._is_over or party.is_done()):
             party.start()
 
 
