@@ -31,7 +31,7 @@ KINDS = (EXCEPTION, KILL, TERMINATE, STOP, STOP, CUT, CUT)
 LASTS = (1.0, 1.0, 1.0, 1.0, LIVENESS + 3, 1.0, LIVENESS + 3)
 
 TASK = Task(epochs=2, samples=4800, batch=4, pause=0.04)  # about 16 s
-PAUSE = 2.5  # seconds that the other regions may wait at most, on a machine that is not busy
+WAIT = 1.0  # seconds without a batch that are worth a word
 ENDED = 10.0  # seconds until all processes of a party that is struck must have ended, once it trains
 
 
@@ -77,7 +77,9 @@ class StarOutcome:
 
     def __str__(self) -> str:
         does = "goes on" if self.ended is None else f"ends in {self.ended:.1f} s"
-        return f"{does}; {self.repeated} batches again"
+        waits = f"; the others wait {self.pause:.1f} s" if self.pause > WAIT else ""
+        again = f"; {self.repeated} batches again" if self.repeated else ""
+        return does + waits + again
 
 
 def observe(case: StarCase, folder: Path) -> StarOutcome:

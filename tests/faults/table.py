@@ -1,48 +1,73 @@
-"""Runs all cases and makes the table of ``docs/faults.md``.
+"""Runs all cases and makes the tables of ``docs/faults.md``.
 
 Usage::
 
-    python -m tests.faults.table                    # prints it, in Markdown
-    python -m tests.faults.table docs/faults.md     # puts it there, too
+    python -m tests.faults.table                         # prints them, in Markdown
+    python -m tests.faults.table docs/faults.md          # puts them there, too
+    python -m tests.faults.table docs/faults.md star     # only the faults in a star of jobs
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
+from tests.faults import star_cases
 from tests.faults.cases import CASES, FAULTS, MOMENTS, VICTIMS, Case
 from tests.faults.outcomes import GOES_ON, PREEMPTED, Outcome, observe
 
-BEGIN, END = "<!-- python -m tests.faults.table docs/faults.md -->\n", "<!-- end -->\n"
 BROKEN = "**not as documented**"
 
 
-def main(*paths: str) -> int:
+def main(path: str = "", only: str = "") -> int:
+    tables = {"job": of_one_job, "star": of_a_star}
+    made = {name: table() for name, table in tables.items() if only in ("", name)}
+    for name, table in made.items():
+        print(table)
+        if path:
+            begin, end = f"<!-- python -m tests.faults.table docs/faults.md {name} -->\n", "<!-- end -->\n"
+            before, rest = Path(path).read_text().split(begin)
+            Path(path).write_text(f"{before}{begin}{table}{end}{rest.split(end, 1)[1]}")
+    return int(any(BROKEN in table for table in made.values()))
+
+
+def of_one_job() -> str:
     cells = {case: cell(case) for case in CASES}
-    lines = [f"| when | what | {' | '.join(VICTIMS)} |", f"|---|---|{'---|' * len(VICTIMS)}"]
-    for moment in MOMENTS:
-        for fault in FAULTS:
-            row = [cells[Case(moment, fault, victim)] for victim in VICTIMS]
-            lines.append(f"| {moment} | {fault} | {' | '.join(row)} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    for path in map(Path, paths):
-        before, rest = path.read_text().split(BEGIN)
-        path.write_text(f"{before}{BEGIN}{table}{END}{rest.split(END)[1]}")
-    return int(BROKEN in cells.values())
+    rows = [
+        [moment, fault, *(cells[Case(moment, fault, victim)] for victim in VICTIMS)]
+        for moment, fault in product(MOMENTS, FAULTS)
+    ]
+    return markdown(["when", "what", *VICTIMS], rows)
 
 
-def cell(case: Case) -> str:
+def of_a_star() -> str:
+    cells = {case: cell(case) for case in star_cases.CASES}
+    rows = [
+        [moment, fault, *(cells.get(star_cases.StarCase(moment, fault, victim), "") for victim in star_cases.VICTIMS)]
+        for moment, fault in product(star_cases.MOMENTS, star_cases.FAULTS)
+    ]
+    return markdown(["when", "what", *star_cases.VICTIMS], [row for row in rows if any(row[2:])])
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+def cell(case: Case | star_cases.StarCase) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            outcome = observe(case, Path(folder))
+            if isinstance(case, Case):
+                outcome = described(observe(case, Path(folder)))
+            else:
+                outcome = str(star_cases.observe(case, Path(folder)))
         except AssertionError as error:
             print(f"{case}: {error}", file=sys.stderr)
             return BROKEN
     print(f"{case}: {outcome}", file=sys.stderr)
-    return described(outcome)
+    return outcome
 
 
 def described(outcome: Outcome) -> str:
