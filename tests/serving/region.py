@@ -92,10 +92,14 @@ class Region:
         self.failure = None
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._kept: list[Message] = []
-        self.session: Session = dial(Address("127.0.0.1", self.port), self._keys, streams=2, timeout=LIMIT)
+        self.dial()
         self._models = self.session.models((ELEMENTS, torch.float32))
         for link in (self.session.control, self._models):
             link.start(self._on_message, self._on_failure)
+
+    def dial(self) -> None:
+        """Opens a connection, on which nothing is sent or read yet."""
+        self.session: Session = dial(Address("127.0.0.1", self.port), self._keys, streams=2, timeout=LIMIT)
 
     def post(self, message: Message) -> None:
         (self._models if uses_models_link(message) else self.session.control).post(message)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
-from lightning_halos.core.messages import Join, Progress, Refusal
+from lightning_halos.core import open_global_node
+from lightning_halos.core.messages import Enrol, Join, Progress, Refusal, StatusRequest
 from lightning_halos.transport import wire
-from tests.serving.conftest import Server
+from tests.serving.conftest import Server, until
 from tests.serving.region import DESCRIPTION, STEPS, Region
 
 Serve = Callable[..., Server]
@@ -101,3 +103,102 @@ def test_data_that_a_member_says_it_holds_when_it_is_back(
     assert "us (127.0.0.1:" in server.events
     grant = good.lease()
     assert (grant.epoch, grant.first) == (0, 0)
+
+
+def expel(evil: Region) -> None:
+    evil.post(Progress(evil.index, 9, 0, STEPS, 0.1, 0.0, 1.0, update=1))
+    evil.expect(Refusal)
+
+
+def test_a_member_that_uses_the_identity_of_another_ones_process(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.process = good.process  # whoever knows it
+    evil.enter()
+    expel(evil)
+    good.cut()
+    good.connect()
+    good.join()
+    assert not good.settle().is_new
+    good.work()
+    good.answer()
+
+
+def test_requests_for_the_status_whose_answers_nobody_reads(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.dial()
+    control = evil.session.control
+    control._send_frame(control._HELLO, wire.PROTOCOL)
+    request = wire.encode(StatusRequest())
+    frame = control._HEADER.pack(len(request), 0, 0) + request
+    for _ in range(100):
+        if "does not take what it asks for" in server.events:
+            break
+        control._connections[0].send(frame * 1000)
+    until(lambda: "us (127.0.0.1:" in server.events and "does not take what it asks for" in server.events)
+    good.work()
+    good.answer()
+
+
+LONG = "x" * 2**20
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(Enrol(LONG, 1), id="enrols"),
+        pytest.param(Join(LONG, 1, DESCRIPTION), id="joins"),
+        pytest.param(Join("1", 1, replace(DESCRIPTION, model=LONG, names=[LONG, LONG])), id="describes itself"),
+    ],
+)
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_long_texts_are_not_kept(serve: Serve, region: Regions, message: Enrol | Join, has_begun: bool) -> None:
+    server = serve(workers=1, min_regions=1 if has_begun else 2)
+    good, evil = region("eu", server), region("us", server)
+    good.connect()
+    good.join()
+    if has_begun:
+        good.settle()
+    until(lambda: "eu" in server.status()["members"])
+    evil.connect()
+    evil.post(message)
+    until(lambda: "refused" in server.events or "loses its membership" in server.events)
+    assert "us (127.0.0.1:" in server.events
+    assert len(server.server.reporter.text()) < 2**16
+
+
+def test_reports_whose_updates_never_come(serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_global_node, "_MOST_UNCOVERED", 100)
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.enter()
+    for number in range(1, 102):
+        evil.post(Progress(evil.index, number, 0, 0, 0.1, 0.0, 1.0, update=1))
+    assert evil.expect(Refusal).for_good
+    good.work()
+    good.answer()
+
+
+def test_steps_of_an_update_that_cannot_come(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.enter()
+    evil.post(Progress(evil.index, 1, 0, STEPS, 0.1, 0.0, 1.0, update=1000))
+    assert evil.expect(Refusal).for_good
+    assert server.status()["run"]["total"] == 0
+
+
+def test_a_last_update_without_steps_that_were_reported(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.enter()
+    evil.post(Progress(evil.index, 1, 0, STEPS, 0.1, 0.0, 1.0, update=2))
+    evil.flush()  # with number 1
+    assert evil.expect(Refusal).for_good
+    assert server.status()["run"]["total"] == 0

@@ -21,6 +21,7 @@ from lightning_halos.core.servers import OptimizerFactory
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MOST_STEPS_PER_BATCH = 64  # several optimizers may step in a batch
 _SHOWN = 5  # differences in a refusal
+_MOST_CHARACTERS = 500  # of each of them
 MOST_WORKERS = 100_000
 """Largest number of workers of a member."""
 
@@ -99,7 +100,7 @@ def differences(ours: RunDescription, theirs: RunDescription) -> str:
     if not found and ours != theirs:
         found.append("the model's parameters have another order")
     more = "" if len(found) <= _SHOWN else f", and {len(found) - _SHOWN} more"
-    return "; ".join(found[:_SHOWN]) + more
+    return "; ".join(difference[:_MOST_CHARACTERS] for difference in found[:_SHOWN]) + more
 
 
 def _tensors(description: RunDescription) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core import description as descriptions
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief
+from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief, is_possible
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
@@ -29,6 +29,7 @@ from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.core.servers import Finding, all_finite
 
 _MOST_REFUSED = 100  # sessions that are remembered as refused
+_MOST_CHARACTERS = 500  # of what is wrong with a description
 
 
 class Founding:
@@ -60,7 +61,7 @@ class Founding:
         self._asked: list[int] = []  # members that wait for an answer to their enrolment
         self._founder: int | None = None
         self._model: Tensor | None = None
-        self._refused: dict[str, str] = {}
+        self._refused: dict[tuple[int, str], str] = {}  # by member and session
 
     @property
     def form(self) -> tuple[int, torch.dtype] | None:
@@ -98,13 +99,13 @@ class Founding:
         """
         member = self._members[sender]
         match message:
-            case Enrol() if 0 < message.workers <= descriptions.MOST_WORKERS:
+            case Enrol() if is_possible(message) and sender not in self._asked:
                 self._enrol(member, message.workers)
                 self._asked.append(sender)
                 return self._answer_enrolled()
-            case Join() if 0 < message.workers <= descriptions.MOST_WORKERS and message.session:
+            case Join() if is_possible(message):
                 return self._on_join(member, message)
-            case InitialModel(vector=Tensor()) if member in self._joined:
+            case InitialModel(vector=Tensor()) if sender == self._founder:
                 return self._on_model(member, message)
         raise ProtocolError(f"{member} must not send this before the run has begun: {brief(message)}.")
 
@@ -124,7 +125,7 @@ class Founding:
         """Forgets a member, and refuses its session from now on."""
         session = self._members[index].session
         if session:
-            self._refused = {session: reason, **dict(list(self._refused.items())[:_MOST_REFUSED])}
+            self._refused = {(index, session): reason, **dict(list(self._refused.items())[:_MOST_REFUSED])}
         return [Send(index, Refusal(reason)), *self.disconnected(index)]
 
     def status(self) -> dict[str, Any]:
@@ -164,12 +165,13 @@ class Founding:
         return [Send(index, Enrolled(self._workers, self._members[index].first)) for index in asked]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
-        if reason := self._refused.get(join.session):
+        if reason := self._refused.get((member.index, join.session)):
             return [Send(member.index, Refusal(reason))]
         try:
             descriptions.check(join.description)
         except ValueError as error:
-            return [Send(member.index, Refusal(f"This job cannot be part of a run: {error}."))]
+            reason = str(error)[:_MOST_CHARACTERS]
+            return [Send(member.index, Refusal(f"This job cannot be part of a run: {reason}."))]
         differs = "" if self.description is None else descriptions.differences(self.description, join.description)
         if differs:
             return [Send(member.index, Refusal(f"This job does not fit the run: {differs}."))]

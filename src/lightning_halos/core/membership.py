@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
+from lightning_halos.core import description as descriptions
 from lightning_halos.core.counters import ServerCounters
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.messages import LeaseGrant, LeaseRequest, Message, RegionUpdate
+from lightning_halos.core.messages import Enrol, Join, LeaseGrant, LeaseRequest, Message, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.servers import Finding
 
@@ -192,12 +193,18 @@ class Member:
         return f"Region {self.name!r}"
 
 
+def is_possible(message: Enrol | Join) -> bool:
+    """Whether a process can have the identity and the number of workers that a message has."""
+    return 0 < message.workers <= descriptions.MOST_WORKERS and 0 < len(message.session) <= _MOST_CHARACTERS
+
+
 def brief(message: Message) -> str:
     """Returns a message as text for errors: the beginning of its fields, without its vector."""
     fields = ", ".join(f"{name}={value!r}" for name, value in vars(message).items() if name != "vector")
     return f"{type(message).__name__}({fields[:_SHOWN]}{'...' if len(fields) > _SHOWN else ''})"
 
 
+_MOST_CHARACTERS = 64  # of the identity of a process, which is kept
 _SHOWN = 200  # characters of a message in errors
 _PLAIN = (
     "name",

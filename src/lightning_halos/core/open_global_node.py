@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report, brief
+from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report, brief, is_possible
 from lightning_halos.core.messages import (
     Decide,
     Enrol,
@@ -37,6 +37,7 @@ from lightning_halos.core.messages import (
     Welcome,
 )
 from lightning_halos.core.node import Node, grant_of
+from lightning_halos.core.open_region_node import MOST_KEPT
 from lightning_halos.core.protocol import (
     OPEN_GLOBAL_TRANSITIONS,
     STORAGE,
@@ -53,6 +54,8 @@ _LARGEST_ORDER = 65  # rounds of all workers of a member that it may order data 
 _MOST_UNKNOWN = 4  # largest orders of all members that may have been granted after the snapshot of a restart
 _SHOWN = 500  # characters of the reason of a refusal
 _MOST_REFUSED = 1000  # sessions that are remembered as refused
+_MOST_AHEAD = 2 * MOST_KEPT  # updates between the last one of a member and the one that a report announces
+_MOST_UNCOVERED = 2**18  # reports of a member whose updates have not arrived
 
 
 class OpenGlobalNode(Node[GlobalState, OpenEvent]):
@@ -80,7 +83,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         workers: Number of workers that a global step is divided by.
         members: The members; those that are joining are welcomed by :meth:`start`.
         preferred: Name of the member that decides if it is active.
-        refused: Sessions that may not join, with the reasons.
+        refused: Sessions that may not join, as pairs of a member's index and its session, with the reasons.
 
     Attributes:
         server: The global server.
@@ -96,7 +99,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         workers: int,
         members: Iterable[Member] = (),
         preferred: str | None = None,
-        refused: Mapping[str, str] | None = None,
+        refused: Mapping[tuple[int, str], str] | None = None,
     ) -> None:
         budget = StepBudget(workers, description.max_steps)
         super().__init__("The global server", GlobalState.RUNNING, OPEN_GLOBAL_TRANSITIONS, budget)
@@ -325,7 +328,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
     # ------------------------------------------------------------------ members
 
     def _on_enrol(self, member: Member, enrol: Enrol) -> list[Send]:
-        _check(0 < enrol.workers <= descriptions.MOST_WORKERS, member, enrol)
+        _check(is_possible(enrol), member, enrol)
         self._move(OpenEvent.ENROL)
         member.workers = member.workers or enrol.workers
         return [Send(member.index, Enrolled(self.budget.workers, member.first))]
@@ -362,11 +365,11 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
 
     def _reason_against(self, member: Member, join: Join) -> str:
         """Returns the reason why a member may not join, or an empty text. Raises an error if the message is wrong."""
-        if reason := self._refused.get(join.session):
+        _check(is_possible(join), member, join)
+        if reason := self._refused.get((member.index, join.session)):
             return reason
         if differs := descriptions.differences(self.description, join.description):
             return f"This job does not fit the run: {differs}."
-        _check(0 < join.workers <= descriptions.MOST_WORKERS and bool(join.session), member, join)
         known, end = Spans(), 0.0
         if join.session == member.session:
             _check(join.workers == member.workers, member, join)
@@ -389,7 +392,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
     def _refuse(self, member: Member, reason: str) -> None:
         """Refuses a member's session from now on."""
         if member.session:
-            self._refused[member.session] = reason[:_SHOWN]
+            self._refused[member.index, member.session] = reason[:_SHOWN]
         while len(self._refused) > _MOST_REFUSED:
             del self._refused[next(iter(self._refused))]
 
@@ -566,7 +569,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         member.status += 1
         return Status(
             total=self.budget.total,
-            fastest=max(other.fastest for other in self._members.values()),
+            fastest=max((other.fastest for other in self._members.values() if other.is_present), default=0.0),
             stop=self.state is not GlobalState.RUNNING,
             counted=member.counted,
             first_plateau_step=first,
@@ -606,6 +609,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             update, finding = member.waiting[0]
             covered = [report for report in member.uncovered if report.update <= update.number]
             _check(sum(report.steps for report in covered) == update.steps, member, update)
+            _check(not update.final or len(covered) == len(member.uncovered), member, update)
             member.waiting.popleft()
             member.cover(update.number)
             update.version = min(update.version, self.version)  # after a restart it may be of a later model
@@ -632,7 +636,9 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             return [self._tell(member)]
         last = member.uncovered[-1].update if member.uncovered else member.update + 1
         numbers = (report.seconds, report.waited, report.fastest)
-        _check(report.number == member.report + 1 and report.update >= last, member, report)
+        _check(report.number == member.report + 1 and last <= report.update, member, report)
+        _check(report.update <= member.update + _MOST_AHEAD, member, report)
+        _check(len(member.uncovered) < _MOST_UNCOVERED, member, report)
         _check(report.worker < member.workers and not member.is_flushed, member, report)
         _check(0 <= report.steps <= descriptions.most_steps(self.description), member, report)
         _check(all(math.isfinite(number) and number >= 0 for number in numbers), member, report)

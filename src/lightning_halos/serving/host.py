@@ -60,9 +60,10 @@ RETURN = 30.0
 
 _PAUSE = 0.01  # seconds between two looks
 _MOST_UNSENT = 10_000  # messages that wait to be sent to a member; more come together only if it reads nothing
+_MOST_ANSWERS = 100  # messages that wait to be sent to a peer that asks for the status
 _MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
 _MOST_EVENTS = 50  # latest events that the status shows
-_MOST_CHARACTERS = 2000  # of a reason
+_MOST_CHARACTERS = 2000  # of a reason, and of an event
 
 
 class Session(Protocol):
@@ -302,7 +303,7 @@ class RunHost:
 
     def note(self, sentence: str, level: int = logging.INFO) -> None:
         """Logs a sentence, which may have a member's words, and keeps it for the status."""
-        sentence = printable(sentence)
+        sentence = printable(sentence[:_MOST_CHARACTERS])
         log.log(level, "%s", sentence)
         self.events.append((time.time(), sentence))
 
@@ -367,7 +368,10 @@ class RunHost:
     def _handle(self, client: Client, message: Message, finding: Any) -> list[Send]:
         match message:
             case StatusRequest():
-                client.session.control.post(StatusReply(self._status()))
+                if client.unsent >= _MOST_ANSWERS:
+                    raise ProtocolError(f"it does not take what it asks for: {client.unsent} messages wait for it")
+                client.begins_to_send(None)
+                client.session.control.post(StatusReply(self._status()), sent=partial(self._sent, client, None))
                 return []
             case Enrol() | Join():
                 if not self._identify(client, message):
