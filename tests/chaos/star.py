@@ -513,7 +513,7 @@ class StarRun:
             if what == "kill the server" and self._top is not None:
                 self._kill_server()
             elif what == "join" and len({job.name for job in self.jobs}) < 5:
-                self._new_job(self.rng.choice(["region 0", "region 1", "late", "later"]))
+                self._new_job(self.rng.choice(["region 0", "region 1", "late", "later"]), self.rng.random() < 0.2)
             elif what == "publish":
                 self._publish()
             elif what in ("cut", "silence") and connected:
@@ -535,9 +535,9 @@ class StarRun:
                 if workers:
                     self.rng.choice(workers).wants_stop = True
 
-    def _new_job(self, name: str) -> None:
-        """Starts a process of a region, unless one is running."""
-        if not any(job.name == name and job.is_alive for job in self.jobs):
+    def _new_job(self, name: str, again: bool = False) -> None:
+        """Starts a process of a region, unless one is running, or a second one by mistake."""
+        if again or not self._runs(name):
             self.jobs.append(_Job(self, name, self.rng.randint(1, 2)))
 
     def _publish(self) -> None:
@@ -732,7 +732,7 @@ class StarRun:
         assert isinstance(shard, Shard)
         number = int(shard.marker.save)
         self._ledgers[number] = self.ledger.copied()
-        self._copy(self._life, shard)
+        self.soon(0.1, partial(self._copy, self._life, shard))
         return number
 
     def _copy(self, life: int, shard: Shard) -> None:
