@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from lightning_halos.core.cursor import LeaseStock, Spans
-from lightning_halos.core.description import differences
+from lightning_halos.core.description import reason_against
 from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
 from lightning_halos.core.messages import (
     Decide,
@@ -207,17 +208,38 @@ def test_the_founder_gives_the_model_and_another_one_does_if_it_goes() -> None:
     assert top.node.model.tolist() == [1, 1]
 
 
-def test_jobs_that_differ_are_refused_with_what_differs() -> None:
-    star = Star(min_regions=2)
-    star.job("eu")
-    other = dataclasses.replace(
-        DESCRIPTION, shapes=[[3]], settings={**DESCRIPTION.settings, "local_steps": 8}, max_steps=5
+@pytest.mark.parametrize("regions", [1, 2], ids=["while the run goes on", "before it begins"])
+def test_a_job_that_does_not_fit_the_run_is_told_each_difference_and_what_to_do(regions: int) -> None:
+    numbers = {"samples": 100, "seed": 0}
+    ours = dataclasses.replace(
+        DESCRIPTION,
+        model=json.dumps({"elements": 2, "checksum of frozen parameters": 0}),
+        data=json.dumps(numbers),
+        steps_per_epoch=10,
+        max_steps=100,
     )
-    refused = star.job("us", description=other).refusal
-    assert refused.for_good
-    for text in ("local_steps is 4 in the run, and 8 here", "weight is a parameter of shape (2,)", "max_steps is None"):
-        assert text in refused.reason
-    assert differences(DESCRIPTION, copy.deepcopy(DESCRIPTION)) == ""
+    theirs = dataclasses.replace(
+        ours,
+        data=json.dumps({**numbers, "samples": 90}),
+        settings={**ours.settings, "local_steps": 8},
+        max_steps=None,
+        shapes=[[1, 2]],
+        buffers=[("mean", [3])],
+        model=json.dumps({"elements": 5, "checksum of frozen parameters": 5}),
+    )
+    star = Star(min_regions=regions)
+    star.job("eu", description=ours)
+    refusal = star.job("us", description=theirs).refusal
+    assert refusal is not None
+    assert refusal.for_good
+    assert refusal.reason == (
+        "This job does not fit the run: checksum of frozen parameters is 0 in the run, and 5 in this job;"
+        " local_steps is 4 in the run, and 8 in this job; the number of samples is 100 in the run, and 90 in this"
+        " job; max_steps is 100 in the run, and None in this job; parameter weight is of shape (2,) in the run, and"
+        " of shape (1, 2) in this job, and 1 more. All jobs of a run need the same module, data, max_steps,"
+        " max_epochs and settings; another run needs a server with another --directory."
+    )
+    assert reason_against(ours, copy.deepcopy(ours)) == ""
 
 
 def test_when_nobody_is_left_before_the_run_begins_another_job_may_found_another_run() -> None:

@@ -538,9 +538,13 @@ class TestWhatStopsARegion:
         opened = contextlib.ExitStack()
         late = threading.Timer(1.0, lambda: opened.enter_context(server(port=port)))
         late.start()
-        session = dial(Address("127.0.0.1", port), keys() / "us.pem", 1, LIMIT)
+        told: list[str] = []
+        session = dial(Address("127.0.0.1", port), keys() / "us.pem", 1, LIMIT, tell=told.append)
         session.abort()
         opened.close()
+        assert len(told) == 1, "each reason once"
+        assert f"127.0.0.1:{port} cannot be reached yet. It is tried again for up to {LIMIT:g} s." in told[0]
+        assert "nothing listens there" in told[0]
 
     def test_who_waits_can_be_interrupted(self) -> None:
         class StopError(Exception): ...

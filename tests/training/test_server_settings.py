@@ -58,6 +58,15 @@ def test_the_environment_says_where_the_server_is(monkeypatch: pytest.MonkeyPatc
         DilocoStrategy()
 
 
+def test_a_job_does_not_train_alone_because_the_variable_of_the_server_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HALOS_SERVER", raising=False)
+    monkeypatch.setenv("HALOS_KEYS", "us.pem")
+    with pytest.raises(ValueError, match=r"HALOS_KEYS='us\.pem' without server: .* or set HALOS_SERVER"):
+        HalosStrategy()
+
+
 def test_keys_are_checked_when_the_trainer_is_made(tmp_path: Path) -> None:
     assert cli.main(["keys", "init", str(tmp_path), "--host", "localhost"]) == 0
     for keys, message in (("none.pem", "cannot be read: No such file"), ("server.pem", "are those of the server")):

@@ -5,7 +5,9 @@ Nothing here changes during a run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 from functools import partial
 from typing import Any
@@ -22,6 +24,13 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MOST_STEPS_PER_BATCH = 64  # several optimizers may step in a batch
 _SHOWN = 5  # differences in a refusal
 _MOST_CHARACTERS = 500  # of each of them
+_TENSORS = ("names", "shapes", "buffers")
+_DERIVED = ("elements", "parameters")  # of the model's identity; they follow from the tensors
+_NAMES = {  # for users
+    "epochs": "max_epochs",
+    "samples": "the number of samples",
+    "step_samples": "the samples of a step",
+}
 MOST_WORKERS = 100_000
 """Largest number of workers of a member."""
 
@@ -82,30 +91,44 @@ def cursor(description: RunDescription, taken: Spans) -> DataCursor | None:
     return DataCursor(description.steps_per_epoch, description.epochs, taken)
 
 
-def differences(ours: RunDescription, theirs: RunDescription) -> str:
-    """Returns text that names each difference between the run's description and a member's; empty if there is none."""
-    found = []
-    for field in dataclasses.fields(RunDescription):
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if mine == other or field.name in ("names", "shapes", "buffers"):
-            continue
-        if isinstance(mine, dict) and isinstance(other, dict):
-            names = [name for name in sorted({*mine, *other}) if mine.get(name) != other.get(name)]
-            found += [f"{name} is {mine.get(name)!r} in the run, and {other.get(name)!r} here" for name in names]
-        else:
-            found.append(f"{field.name} is {mine!r} in the run, and {other!r} here")
-    mine, other = _tensors(ours), _tensors(theirs)
-    for name in [name for name in {**mine, **other} if mine.get(name) != other.get(name)]:
-        found.append(f"{name} is {mine.get(name, 'missing')} in the run, and {other.get(name, 'missing')} here")
+def reason_against(ours: RunDescription, theirs: RunDescription) -> str:
+    """Returns the reason why a member does not fit the run, with each difference; empty if it fits."""
+    mine, other = _values(ours), _values(theirs)
+    found = [
+        f"{name} is {mine.get(name, 'missing')} in the run, and {other.get(name, 'missing')} in this job"
+        for name in {**mine, **other}
+        if mine.get(name) != other.get(name)
+    ]
     if not found and ours != theirs:
         found.append("the model's parameters have another order")
+    if not found:
+        return ""
     more = "" if len(found) <= _SHOWN else f", and {len(found) - _SHOWN} more"
-    return "; ".join(difference[:_MOST_CHARACTERS] for difference in found[:_SHOWN]) + more
+    shown = "; ".join(difference[:_MOST_CHARACTERS] for difference in found[:_SHOWN])
+    return (
+        f"This job does not fit the run: {shown}{more}. All jobs of a run need the same module, data, max_steps, max_epochs"
+        " and settings; another run needs a server with another --directory."
+    )
 
 
-def _tensors(description: RunDescription) -> dict[str, str]:
-    parameters = {
-        name: f"a parameter of shape {tuple(shape)}"
-        for name, shape in zip(description.names, description.shapes, strict=False)
-    }
-    return {**parameters, **{name: f"a buffer of shape {tuple(shape)}" for name, shape in description.buffers}}
+def _values(description: RunDescription) -> dict[str, str]:
+    """Returns what members must agree on, as text, by names that a user knows."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(RunDescription):
+        if field.name not in _TENSORS:
+            parts = _parts(field.name, getattr(description, field.name))
+            found |= {_NAMES.get(name, name): repr(part) for name, part in parts.items() if name not in _DERIVED}
+    parameters = zip(description.names, description.shapes, strict=False)
+    for kind, tensors in (("parameter", parameters), ("buffer", description.buffers)):
+        found |= {f"{kind} {name}": f"of shape {tuple(shape)}" for name, shape in tensors}
+    return found
+
+
+def _parts(name: str, value: Any) -> dict[str, Any]:
+    """Returns the parts of a value by their names, also if it is JSON, as those of the model and the data are."""
+    parts = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = json.loads(value)
+    is_plain = isinstance(parts, dict) and not any(isinstance(part, dict | list) for part in parts.values())
+    return parts if is_plain else {name: value}

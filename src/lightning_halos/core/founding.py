@@ -172,9 +172,8 @@ class Founding:
         except ValueError as error:
             reason = str(error)[:_MOST_CHARACTERS]
             return [Send(member.index, Refusal(f"This job cannot be part of a run: {reason}."))]
-        differs = "" if self.description is None else descriptions.differences(self.description, join.description)
-        if differs:
-            return [Send(member.index, Refusal(f"This job does not fit the run: {differs}."))]
+        if self.description and (reason := descriptions.reason_against(self.description, join.description)):
+            return [Send(member.index, Refusal(reason))]
         self.description = self.description or join.description
         self._enrol(member, join.workers)
         member.begin(join.session, join.workers)

@@ -368,8 +368,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         _check(is_possible(join), member, join)
         if reason := self._refused.get((member.index, join.session)):
             return reason
-        if differs := descriptions.differences(self.description, join.description):
-            return f"This job does not fit the run: {differs}."
+        if reason := descriptions.reason_against(self.description, join.description):
+            return reason
         known, end = Spans(), 0.0
         if join.session == member.session:
             _check(join.workers == member.workers, member, join)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import secrets
 import threading
 import time
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from lightning_halos.transport.session import Session
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _TURN = 10.0  # seconds after which the workers are told that rank 0 still waits, so that they do not give up
 
@@ -272,7 +275,7 @@ def _connect(settings: ServerSettings, site: Site) -> ServerConnection:
     from lightning_halos.transport.dialer import dial  # here, because only such jobs need cryptography
 
     def dial_for(limit: float, interrupted: Callable[[], None]) -> Session:
-        return dial(settings.address, settings.keys, settings.streams, limit, interrupted)
+        return dial(settings.address, settings.keys, settings.streams, limit, interrupted, tell=log.warning)
 
     connection = ServerConnection(settings.server, dial_for, progress_limit(site.timeout))
     name = settings.read_keys().certificate.name
@@ -295,7 +298,7 @@ def describe(
     constants = {name: p for name, p in module.named_parameters() if name in frozen}
     names, buffers = vector.names(module)
     return RunDescription(
-        model=json.dumps({**vector.identity, "frozen": _checksum(constants)}, sort_keys=True),
+        model=json.dumps({**vector.identity, "checksum of frozen parameters": _checksum(constants)}, sort_keys=True),
         dtype=str(vector.dtype).removeprefix("torch."),
         names=names,
         shapes=[list(shape) for shape in vector.shapes],

@@ -89,8 +89,12 @@ def find_server(server: str | None, keys: str | Path | None, streams: int) -> Se
     file = keys or os.environ.get(KEYS_VARIABLE)
     text = server or os.environ.get(SERVER_VARIABLE)
     if not text:
-        if keys is not None:
-            raise ValueError(f"keys={str(keys)!r} without server: pass server='host:29600', or set {SERVER_VARIABLE}.")
+        if file:
+            name = KEYS_VARIABLE if keys is None else "keys"
+            raise ValueError(
+                f"{name}={str(file)!r} without server: pass server='host:29600', or set {SERVER_VARIABLE}. For a job"
+                " that is the complete run, leave the keys out."
+            )
         return None
     if not file:
         raise ValueError(

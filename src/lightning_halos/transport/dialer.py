@@ -49,6 +49,7 @@ def dial(
     streams: int = STREAMS,
     timeout: float = 300.0,
     interrupted: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda reason: None,
 ) -> Session:
     """Connects to the global server.
 
@@ -61,6 +62,7 @@ def dial(
         streams: Number of connections for models; 0 for a control link alone.
         timeout: Limit in seconds for all attempts together.
         interrupted: Called several times a second; may raise.
+        tell: Called before the server is tried again, once for each reason why it could not be reached.
 
     Raises:
         ServerRefusedError: If trying again does not help: certificates, versions, another program at that port.
@@ -73,6 +75,7 @@ def dial(
     start = time.monotonic()
     own = read_keys(keys)
     pause, attempts = _FIRST_PAUSE, 0
+    told: set[str] = set()
     while True:
         attempts += 1
         remaining = start + timeout - time.monotonic()
@@ -88,6 +91,12 @@ def dial(
             raise ServerUnreachableError(
                 f"The global server {address} could not be reached within timeout={timeout:g} s ({attempts}"
                 f" attempt{'s' if attempts > 1 else ''}). {attempt.report()}"
+            )
+        if (reason := attempt.report()) not in told:
+            told.add(reason)
+            tell(
+                f"The global server {address} cannot be reached yet. It is tried again for up to {timeout:g} s."
+                f" {reason}"
             )
         _sleep(wait, interrupted)
 

@@ -216,7 +216,8 @@ class ServerConnection:
                     if not isinstance(error, PeerLostError):
                         self._fail(error)
                         return
-                    log.warning("The connection with the global server is lost: %s It is dialed again.", error)
+                    if self._refusal is None:
+                        log.warning("The connection with the global server is lost: %s It is dialed again.", error)
                     self._is_lost = True
                     self._changed.notify_all()
 
