@@ -106,8 +106,8 @@ def reason_against(ours: RunDescription, theirs: RunDescription) -> str:
     more = "" if len(found) <= _SHOWN else f", and {len(found) - _SHOWN} more"
     shown = "; ".join(difference[:_MOST_CHARACTERS] for difference in found[:_SHOWN])
     return (
-        f"This job does not fit the run: {shown}{more}. All jobs of a run need the same module, data, max_steps, max_epochs"
-        " and settings; another run needs a server with another --directory."
+        f"This job does not fit the run: {shown}{more}. All jobs of a run need the same module, data, max_steps,"
+        " max_epochs and settings; another run needs a server with another --directory."
     )
 
 
