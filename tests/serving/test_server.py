@@ -104,7 +104,7 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     server.wait()
 
     server = serve(liveness=1.0)
-    assert "is finished" in server.events
+    until(lambda: "is finished" in server.events)
     eu.connect(server.port)
     eu.join()
     again = eu.final()
@@ -124,6 +124,20 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     eu.goodbye()
     us.goodbye()
     assert server.wait() == 0
+
+
+def test_the_end_of_an_old_connection_does_not_concern_the_new_one(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    old, new = region("us", server), region("us", server)
+    old.enter()
+    old.session.control.close()
+    until(lambda: "us (127.0.0.1:" in server.events and "has said goodbye" in server.events)
+    new.enter()
+    old.cut()
+    time.sleep(0.3)
+    new.work()
+    new.answer()
+    assert server.status()["members"]["us"]["state"] == "active"
 
 
 def test_a_second_client_with_the_name_of_a_present_region_is_refused(serve: Serve, region: Regions) -> None:

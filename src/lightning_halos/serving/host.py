@@ -354,7 +354,7 @@ class RunHost:
                 client.wait_for_room(self._liveness)
             finding = self.node.inspect(message, progress)
             with self._lock:
-                if client.is_gone or client.is_refused:
+                if client.is_gone or client.is_refused or self._is_replaced(client):
                     return
                 sends = self._handle(client, message, finding)
                 is_taken = True  # the vector of an update comes back in the answer, perhaps later
@@ -429,9 +429,16 @@ class RunHost:
             raise ProtocolError("it changed its session on one connection")
         return True
 
+    def _is_replaced(self, client: Client) -> bool:
+        """Whether a member has said goodbye on this connection, or has another one by now."""
+        return client.index is not None and self._members.get(client.index) is not client
+
     def _on_failure(self, client: Client, error: Exception) -> None:
         with self._lock:
             if client.is_gone:
+                return
+            if self._is_replaced(client):
+                self._drop(client)
                 return
             if not isinstance(error, PeerLostError | OSError):
                 self._expel(client, str(error) or repr(error), error)
