@@ -78,7 +78,8 @@ class Spans:
         rest = Spans()
         rest._spans = list(self._spans)
         for spans in others:
-            rest.remove(spans)
+            # What a member was leased in a long run has many ranges, and a report has few.
+            rest.remove(spans.common(rest) if isinstance(spans, Spans) else spans)
         return rest
 
     def missing(self, first: int) -> tuple[int, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,7 +106,6 @@ class RunServer:
         self._stays_until = 0.0  # if the run was finished before this process started
         self._is_written = False  # the final model
         self._retry_at = 0.0  # when to write it again
-        self._wake = threading.Event()
         state = directory.load()
         node = self._founding() if state is None else self._resumed(state)
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
@@ -119,9 +117,8 @@ class RunServer:
         self.host.admit(session)
 
     def stop(self, number: int) -> None:
-        """Ends :meth:`run` soon, because of a signal."""
+        """Ends :meth:`run` soon, because of a signal. It takes no lock, which the interrupted thread may hold."""
         self._signal = number
-        self._wake.set()
 
     def run(
         self,
@@ -146,7 +143,7 @@ class RunServer:
                     code = None
                 if code is not None:
                     return code
-                self._wake.wait(_TICK)
+                time.sleep(_TICK)
         finally:
             self._snapshots.end()
             self.host.abort()
