@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -52,7 +53,7 @@ SERVER = "server"
 LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
 PATIENCE = 30.0  # seconds beyond the strategy's `timeout` in which a party must have ended after a fault
 LAST_WORDS = 5.0  # seconds in which a job that has failed prints why, while its other worker may train on
-RECONNECT = 15.0  # seconds in which a server starts and a region that tries again is connected
+RECONNECT = 5.0  # seconds in which a region that tries again is connected, if the server's log does not say when
 IN_FLIGHT = 3.0  # seconds that a batch takes at most until the global server has it
 PORT = 29600
 
@@ -163,7 +164,7 @@ def soak(
         evidence = Evidence.read(star.evidence)
         star.assert_keys_are_hidden()
         global_step = star.assert_counters_add_up(evidence)
-    lost = losses(hand.struck)
+    lost = losses(hand.struck, connections((folder / "server.log").read_text(), hand.began))
     evidence.assert_used_once(
         task.epochs,
         task.samples,
@@ -188,23 +189,39 @@ def soak(
     )
 
 
-def losses(faults: Sequence[Fault]) -> list[tuple[str, float, float]]:
+def losses(faults: Sequence[Fault], connected: Mapping[str, Sequence[float]]) -> list[tuple[str, float, float]]:
     """Whose work may be lost, from when to when in seconds: what ``docs/faults.md`` says of rounds in flight.
 
     A process that is killed takes with it what the global server does not have: usually a second's work, or all since
     the connection was lost. The data of a region that was not heard of for ``--liveness`` goes to others, though it
     went on with them.
+
+    Args:
+        faults: What struck.
+        connected: When each region was connected, in seconds from the beginning of the hand.
     """
+
+    def end(fault: Fault, victim: str) -> float:
+        again = min((at for at in connected.get(victim, ()) if at > fault.at), default=0.0)
+        return max(again, fault.at + fault.lasts + RECONNECT)
+
     found = []
     for fault in faults:
-        away = [other for other in faults if other.victim in (SERVER, fault.victim) and other.at < fault.at]
+        victims = REGIONS if fault.victim == SERVER else [fault.victim]
         if fault.kind in (KILL, RESTART, EXCEPTION) and fault.victim != SERVER:
-            begin = min((other.at for other in away if fault.at < other.at + other.lasts + RECONNECT), default=fault.at)
+            before = [other for other in faults if other.victim in (SERVER, fault.victim) and other.at < fault.at]
+            begin = min((other.at for other in before if fault.at < end(other, fault.victim)), default=fault.at)
             found.append((fault.victim, begin - IN_FLIGHT, fault.at + LAST_WORDS))
         elif fault.kind in (STOP, CUT, UNPLUG) and fault.lasts > LIVENESS - 2:
-            end = fault.at + fault.lasts + RECONNECT
-            victims = REGIONS if fault.victim == SERVER else [fault.victim]
-            found += [(victim, fault.at - IN_FLIGHT, end) for victim in victims]
+            found += [(victim, fault.at - IN_FLIGHT, end(fault, victim)) for victim in victims]
+    return found
+
+
+def connections(log: str, began: float) -> dict[str, list[float]]:
+    """When each region was connected, by the server's log, in seconds from ``began``."""
+    found: dict[str, list[float]] = {name: [] for name in REGIONS}
+    for at, name in re.findall(r"^(\S+ \S+) INFO (\w+) \(\S+\) is connected\.$", log, re.MULTILINE):
+        found[name].append(time.mktime(time.strptime(at, "%Y-%m-%d %H:%M:%S")) - began)
     return found
 
 

@@ -35,7 +35,10 @@ def test_whose_work_may_be_lost() -> None:
     """What was in flight, and what a region did while nobody could hear of it."""
     kill = Fault(20.0, KILL, "one", 0, 1.0)
     harmless = [Fault(0.0, TERMINATE, "one", 0, 1.0), Fault(0.0, KILL, SERVER, 0, 1.0), Fault(0.0, CUT, "one", 0, 1.0)]
-    assert losses(harmless) == []
-    assert losses([*harmless, kill]) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
-    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill]) == [("one", 18 - IN_FLIGHT, 20 + LAST_WORDS)]
-    assert [victim for victim, *_ in losses([Fault(0.0, CUT, SERVER, 0, LIVENESS)])] == list(REGIONS)
+    assert losses(harmless, {}) == []
+    assert losses([*harmless, kill], {}) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
+    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill], {}) == [("one", 18 - IN_FLIGHT, 20 + LAST_WORDS)]
+    before = [Fault(5.0, KILL, SERVER, 0, 1.0), kill]
+    assert losses(before, {"one": [0.0, 15.0]}) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
+    assert losses(before, {"one": [0.0, 25.0]}) == [("one", 5 - IN_FLIGHT, 20 + LAST_WORDS)]
+    assert [victim for victim, *_ in losses([Fault(0.0, CUT, SERVER, 0, LIVENESS)], {})] == list(REGIONS)
