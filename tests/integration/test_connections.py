@@ -45,8 +45,10 @@ def looking(strategy: type[HalosStrategy] | type[DilocoStrategy]) -> Result:
 @pytest.mark.parametrize("strategy", [HalosStrategy, DilocoStrategy])
 def test_workers_are_connected_with_their_leader_and_leaders_with_rank_0(run: Run, strategy: Any) -> None:
     results = run(looking, strategy, workers=6)
-    for when in ("training", "validated"):
-        owner = {mine: rank for rank, result in enumerate(results) for mine, _ in result[when]}
+    # One end may have closed a connection of the fit when the other end still shows it.
+    moments = ("training", "validated")
+    owner = {mine: rank for rank, result in enumerate(results) for when in moments for mine, _ in result[when]}
+    for when in moments:
         peers = {rank: {owner[theirs] for _, theirs in result[when]} for rank, result in enumerate(results)}
         assert peers == PEERS
     assert all(result["listening"] == ["127.0.0.1"] for result in results)
