@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_halos.core import open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
 from lightning_halos.core.description import reason_against
 from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
@@ -757,6 +758,11 @@ BAD: dict[str, Callable[[], Message]] = {
     "an update of another dtype": lambda: RegionUpdate(0, 0, 0, vector=torch.ones(2).double(), number=1),
     "steps that were not reported": lambda: RegionUpdate(0, 0, 8, vector=torch.ones(2), number=1),
     "a publication that skips one": lambda: Publish(2),
+    "too many steps of plateau schedulers": lambda: Publish(1, [(0, 1.0)] * 1001),
+    "too many metrics": lambda: Publish(1, metrics={str(number): 1.0 for number in range(2001)}),
+    "a name of a metric that is too long": lambda: Publish(1, metrics={"x" * 70_000: 1.0}),
+    "a report with too many ranges of data": lambda: report(data=[(0, 1)] * (2**14 + 1)),
+    "too many ranges of data at once": lambda: Join("eu 1", 1, SHARED, [(0, 1)] * (2**16 + 1)),
     "a welcome": lambda: Decide(""),
     "a final model": lambda: GlobalModel(1, True, vector=torch.ones(2)),
     "data for a new process": lambda: Join("x", 1, SHARED, [(0, 2**62)]),
@@ -802,6 +808,39 @@ def test_a_huge_order_of_data_gets_no_more_than_a_member_can_use() -> None:
     star, first, _ = pair(dataclasses.replace(SHARED, steps_per_epoch=10**6, epochs=None))
     (grant,) = of_kind(star.node.handle(first.index, LeaseRequest(10**9, 9)), LeaseGrant)
     assert grant.steps == 65 * 4
+
+
+def test_a_member_that_orders_data_and_reports_none_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_global_node, "_MOST_OPEN", 16)
+    star, first, _ = pair(dataclasses.replace(SHARED, steps_per_epoch=10**6, epochs=None))
+    for number in range(9, 25):
+        (grant,) = of_kind(star.node.handle(first.index, LeaseRequest(10**9, number)), LeaseGrant)
+        assert grant.steps == 65 * 4
+    with pytest.raises(ProtocolError, match="'eu' asks for more data, and has not reported the 4164 local steps"):
+        star.node.handle(first.index, LeaseRequest(10**9, 25))
+    star.node.handle(first.index, report(data=[(8, 9), (9, 300)]))
+    assert of_kind(star.node.handle(first.index, LeaseRequest(4, 99)), LeaseGrant), "it has reported"
+
+
+def test_the_steps_of_plateau_schedulers_have_a_limit_in_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(open_global_node, "_MOST_PLATEAU_STEPS", 3)
+    star, first, _ = pair(LIMITED)
+    for value in range(3):
+        first.post(first.node.publish([(0, value), (1, value)], {"val_loss": value}))
+        star.pump()
+    late = star.job("asia", description=LIMITED)
+    assert late.joining.welcome.status.plateau_steps == [(0, 0), (1, 0), (0, 1)]
+    assert late.joining.welcome.status.metrics == {"val_loss": 2}, "the publication counts"
+    assert caplog.text.count("Later ones are ignored") == 1
+
+
+def test_a_rejected_update_is_its_regions_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    star, first, _ = pair()
+    bad = RegionUpdate(first.index, 0, 0, vector=torch.full((2,), float("nan")), number=1)
+    star.node.handle(first.index, bad)
+    assert "The update of region 'eu' was rejected" in caplog.text
 
 
 def test_messages_of_a_member_that_is_lost_change_nothing() -> None:

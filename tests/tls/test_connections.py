@@ -35,6 +35,7 @@ from lightning_halos.transport.errors import (
     ServerUnreachableError,
 )
 from lightning_halos.transport.link import wait_all
+from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.session import HEADER_BYTES, Answer, Opening, Session, decode, encode, length_of
 from lightning_halos.transport.tls import client_context
 from lightning_halos.transport.tls_link import TLSLink
@@ -430,6 +431,24 @@ class TestWhoIsRefused:
             wait_until(lambda: "ZeroDivisionError" in log.text)
             assert still_works(running)
 
+    def test_an_error_about_a_late_peer_costs_one_connection(
+        self, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listener, "_LIMIT", 0.2)
+        mistakes = [ZeroDivisionError()]
+
+        def report(self: listener.Listener, peer: object, why: str) -> None:
+            if mistakes:
+                raise mistakes.pop()
+
+        monkeypatch.setattr(listener.Listener, "_report", report)
+        with server() as running:
+            with socket.create_connection(running.address, LIMIT) as silent:
+                assert silent.recv(1) == b""
+            wait_until(lambda: "ZeroDivisionError" in log.text)
+            monkeypatch.setattr(listener, "_LIMIT", LIMIT)
+            assert still_works(running)
+
 
 def send_until_dropped(plain: socket.socket, data: bytes, pause: float) -> None:
     with contextlib.suppress(OSError):
@@ -567,3 +586,80 @@ class TestWhatStopsARegion:
                 session = dial(Address(host, running.listener.port), keys() / "us.pem", 1, LIMIT)
                 assert running.sessions.get(timeout=LIMIT).address.startswith(f"[{host}]" if ":" in host else host)
                 session.abort()
+
+
+class TestARunningMember:
+    """It was connected before, so it is patient: what was right may become right again."""
+
+    @pytest.fixture
+    def log(self, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+        caplog.set_level(logging.WARNING)
+        return caplog
+
+    def connect(self, running: Server, limit: float = LIMIT) -> tuple[ServerConnection, list[Exception]]:
+        failures: list[Exception] = []
+        us = keys() / "us.pem"
+        connection = ServerConnection(
+            "the server", lambda seconds, check: dial(running.address, us, 0, seconds, check), limit
+        )
+        connection.on_failure(failures.append)
+        connection.open(LIMIT, lambda: None)
+        return connection, failures
+
+    def lose(self, running: Server) -> None:
+        running.sessions.get(timeout=LIMIT).abort()
+
+    def test_comes_back_when_the_list_of_revoked_names_can_be_read_again(self, log: pytest.LogCaptureFixture) -> None:
+        answers = [CertificateRefusedError("The list cannot be read.", for_good=False)]
+        admitted = [True]
+
+        def admit(certificate: Certificate) -> None:
+            if admitted:
+                admitted.pop()
+            elif answers:
+                raise answers.pop()
+
+        with server(admit) as running:
+            connection, failures = self.connect(running)
+            self.lose(running)
+            running.sessions.get(timeout=LIMIT)
+            assert not failures
+            assert "The list cannot be read." in log.text
+            connection.close(0)
+
+    def test_comes_back_when_the_server_has_its_own_keys_again(
+        self, log: pytest.LogCaptureFixture, tmp_path: Path
+    ) -> None:
+        make_authority(tmp_path, ["localhost"])  # another one
+        with server() as running:
+            connection, failures = self.connect(running)
+            running.listener.renew(read_keys(tmp_path / "server.pem"))
+            self.lose(running)
+            wait_until(lambda: "It is tried again for up to" in log.text)
+            running.listener.renew(read_keys(keys() / "server.pem"))
+            running.sessions.get(timeout=LIMIT)
+            assert not failures
+            connection.close(0)
+
+    def test_gives_up_at_once_when_it_is_revoked(self) -> None:
+        admitted = [True]
+
+        def admit(certificate: Certificate) -> None:
+            if not admitted:
+                raise CertificateRefusedError("The certificate of us is revoked.")
+            admitted.pop()
+
+        with server(admit) as running:
+            _, failures = self.connect(running)
+            self.lose(running)
+            wait_until(lambda: failures)
+            assert "is revoked" in str(failures[0])
+
+    def test_gives_up_at_the_limit(self, tmp_path: Path) -> None:
+        make_authority(tmp_path, ["localhost"])
+        with server() as running:
+            _, failures = self.connect(running, limit=1.5)
+            running.listener.renew(read_keys(tmp_path / "server.pem"))
+            self.lose(running)
+            wait_until(lambda: failures)
+            assert isinstance(failures[0], ServerRefusedError)

@@ -7,6 +7,7 @@ its sender the membership and not the run. The caller measures time: it says whe
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -50,12 +51,20 @@ from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import Finding, GlobalServer
 from lightning_halos.core.snapshot import Shard
 
+log = logging.getLogger(__name__)
+
 _LARGEST_ORDER = 65  # rounds of all workers of a member that it may order data for at once; see `LeaseStock`
 _MOST_UNKNOWN = 4  # largest orders of all members that may have been granted after the snapshot of a restart
 _SHOWN = 500  # characters of the reason of a refusal
 _MOST_REFUSED = 1000  # sessions that are remembered as refused
 _MOST_AHEAD = 2 * MOST_KEPT  # updates between the last one of a member and the one that a report announces
 _MOST_UNCOVERED = 2**18  # reports of a member whose updates have not arrived
+_MOST_OPEN = 64  # largest orders that a member may hold and not report; a region may order about 33 ahead
+_MOST_RANGES = 2**14  # of data in a report
+_MOST_HELD = 2**16  # ranges of data that a member that joins may hold
+_MOST_PUBLISHED = 1000  # steps of plateau schedulers in a publication
+_MOST_PLATEAU_STEPS = 2**19  # in a run: a welcome has all of them, and must not be larger than a message may be
+_MOST_METRICS, _MOST_CHARACTERS = 2000, 2**16  # metrics in a publication, and characters of their names together
 
 
 class OpenGlobalNode(Node[GlobalState, OpenEvent]):
@@ -351,7 +360,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             member.move(MemberEvent.RETURN)
         self._awaited.discard(member.index)
         self._forget(member, join)
-        lost = self._claim(member, Spans(join.held))
+        lost = self._claim(member, Spans(sorted(join.held)))
         member.is_stale = False
         before = self._decider
         self._choose_decider()
@@ -365,7 +374,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
 
     def _reason_against(self, member: Member, join: Join) -> str:
         """Returns the reason why a member may not join, or an empty text. Raises an error if the message is wrong."""
-        _check(is_possible(join), member, join)
+        _check(is_possible(join) and len(join.held) <= _MOST_HELD, member, join)
         if reason := self._refused.get((member.index, join.session)):
             return reason
         if reason := descriptions.reason_against(self.description, join.description):
@@ -381,7 +390,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             workers = sum(other.workers for other in self._members.values()) + join.workers
             end = min(self._cursor.end, self._cursor.next + _MOST_UNKNOWN * workers * self._largest_order)
         _check(all(0 <= start < stop for start, stop in join.held), member, join)
-        _check(all(stop <= end for _, stop in Spans(join.held).without(known)), member, join)
+        _check(all(stop <= end for _, stop in Spans(sorted(join.held)).without(known)), member, join)
         return ""
 
     @property
@@ -613,7 +622,7 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             member.waiting.popleft()
             member.cover(update.number)
             update.version = min(update.version, self.version)  # after a restart it may be of a later model
-            answer = self.server.receive(update, finding)
+            answer = self.server.receive(update, finding, f"region {member.name!r}")
             if not update.final:
                 sends.append(Send(member.index, answer))
                 continue
@@ -642,7 +651,8 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         _check(report.worker < member.workers and not member.is_flushed, member, report)
         _check(0 <= report.steps <= descriptions.most_steps(self.description), member, report)
         _check(all(math.isfinite(number) and number >= 0 for number in numbers), member, report)
-        data = Spans(report.data)
+        _check(len(report.data) <= _MOST_RANGES, member, report)
+        data = Spans(sorted(report.data))  # in order, each range is added at the end
         _check(
             all(start < stop for start, stop in report.data) and not data.without(member.leased).steps, member, report
         )
@@ -674,6 +684,11 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
             return []  # its last update was faster
         if member.grant is not None and request.number <= member.grant.number:
             return [Send(member.index, member.grant)] if request.number == member.grant.number else []
+        if (held := member.open.steps) > _MOST_OPEN * self._largest_order * member.workers:
+            raise ProtocolError(
+                f"{member} asks for more data, and has not reported the {held} local steps of data that it holds. A job"
+                " holds so much only if its data loaders load thousands of batches ahead: lower prefetch_factor."
+            )
         self._move(OpenEvent.LEASE_REQUEST)
         member.request = request
         return self._lease()
@@ -709,11 +724,17 @@ class OpenGlobalNode(Node[GlobalState, OpenEvent]):
         if publish.number <= member.publication:
             return []
         _check(publish.number == member.publication + 1, member, publish)
+        _check(len(publish.plateau_steps) <= _MOST_PUBLISHED, member, publish)
+        _check(len(publish.metrics) <= _MOST_METRICS, member, publish)
+        _check(sum(map(len, publish.metrics)) <= _MOST_CHARACTERS, member, publish)
         self._move(OpenEvent.PUBLISH)
         member.publication = publish.number
         if member.index != self._decider:
             return []  # it has not heard yet that another one decides
-        self._plateau_steps += publish.plateau_steps
+        room = _MOST_PLATEAU_STEPS - len(self._plateau_steps)
+        if 0 < room <= len(publish.plateau_steps):
+            log.warning("The run has %d steps of plateau schedulers. Later ones are ignored.", _MOST_PLATEAU_STEPS)
+        self._plateau_steps += publish.plateau_steps[:room]
         self._metrics, self._callbacks = dict(publish.metrics), publish.callbacks
         return self._tell_all()
 

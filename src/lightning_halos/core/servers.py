@@ -443,19 +443,21 @@ class GlobalServer(ParameterServer):
         super().__init__(model, optimizer, shapes, senders=servers)
         self.steps = 0
 
-    def receive(self, update: RegionUpdate, finding: Finding | None = None) -> GlobalModel:
+    def receive(self, update: RegionUpdate, finding: Finding | None = None, name: str | None = None) -> GlobalModel:
         """Applies a region's accumulated update, unless it has no local steps and is final. Returns the answer.
 
         Args:
             update: The update. Its vector's memory is reused for the answer.
             finding: The result of :meth:`inspect` for its vector. Default: inspect it now.
+            name: The sender's name in warnings. Default: the local server with its index.
         """
         assert update.vector is not None
         self.steps += update.steps
         is_accepted = False
         if update.steps or not update.final:
             finding = self.inspect(update.vector) if finding is None else finding
-            is_accepted = self._judge(finding, update.version, update.server, f"the local server {update.server}")
+            name = f"the local server {update.server}" if name is None else name
+            is_accepted = self._judge(finding, update.version, update.server, name)
         return self.answer(update, is_accepted)
 
     def answer(self, update: RegionUpdate, is_accepted: bool = False) -> GlobalModel:

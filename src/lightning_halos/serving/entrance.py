@@ -94,7 +94,8 @@ class Entrance:
             self._revocations.check(certificate)
         except OSError:
             raise CertificateRefusedError(
-                f"the server cannot read its list of revoked names, so it lets nobody in; see {self._revocations.path}"
+                f"the server cannot read its list of revoked names, so it lets nobody in; see {self._revocations.path}",
+                for_good=False,
             ) from None
 
     def _replace_keys(self) -> None:

@@ -72,7 +72,12 @@ class RunDirectory:
             try:
                 state = self._read(number)
             except _DamagedError as error:
-                log.warning("%s The snapshot before it is used, and members repeat what it lacks.", error)
+                log.warning(
+                    "%s The snapshot before it is used. Members repeat the updates that it lacks and that they still"
+                    " keep. Those that the damaged one had they may have forgotten: that work is lost, and its data is"
+                    " trained on again.",
+                    error,
+                )
                 continue
             self._good = [number]
             return state

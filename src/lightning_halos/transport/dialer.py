@@ -84,7 +84,8 @@ def dial(
         if session is not None:
             return session
         if attempt.is_for_good:
-            raise ServerRefusedError(f"The global server {address} cannot be used. {attempt.report()}")
+            text = f"The global server {address} cannot be used. {attempt.report()}"
+            raise ServerRefusedError(text, attempt.is_answer)
         wait = pause * random.uniform(0.5, 1.0)  # so that many regions do not come back at the same moment
         pause = min(2 * pause, _LONGEST_PAUSE)
         if time.monotonic() + wait > start + timeout:
@@ -112,9 +113,10 @@ class _Target(NamedTuple):
 class _FailedError(Exception):
     """An address could not be used, for this reason."""
 
-    def __init__(self, reason: str, is_for_good: bool = False) -> None:
+    def __init__(self, reason: str, is_for_good: bool = False, is_answer: bool = False) -> None:
         super().__init__(reason)
         self.is_for_good = is_for_good
+        self.is_answer = is_answer  # of the server itself
 
 
 class _Attempt:
@@ -122,6 +124,7 @@ class _Attempt:
 
     Attributes:
         is_for_good: Whether all addresses refused in such a way that another attempt does not help.
+        is_answer: Whether the server itself has refused at one of them.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class _Attempt:
         self._deadline = time.monotonic() + timeout
         self._interrupted = interrupted
         self._failures: list[str] = []
-        self.is_for_good = False
+        self.is_for_good = self.is_answer = False
 
     def run(self) -> Session | None:
         """Returns the session, or ``None`` if no address can be used."""
@@ -144,6 +147,7 @@ class _Attempt:
                 return self._open(target)
             except _FailedError as error:
                 for_good.append(error.is_for_good)
+                self.is_answer = self.is_answer or error.is_answer
                 route = route_to(target.family, target.sockaddr)
                 self._failures.append(f"{target}{f' from {route}' if route else ''}: {error}{self._hint(target)}")
         self.is_for_good = bool(for_good) and all(for_good)
@@ -224,7 +228,8 @@ class _Attempt:
             raise _FailedError(str(error), is_for_good=True) from None
         if answer.refusal:
             # The connections for models are refused when the server has forgotten the first one.
-            raise _FailedError(f"The server refused: {answer.refusal}", is_for_good=not opening.token)
+            is_for_good = answer.for_good and not opening.token
+            raise _FailedError(f"The server refused: {answer.refusal}", is_for_good, is_answer=True)
         return certificate, answer.token
 
     def _connect(self, target: _Target) -> socket.socket:

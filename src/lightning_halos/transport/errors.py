@@ -12,7 +12,17 @@ class ServerUnreachableError(PeerLostError):
 
 
 class ServerRefusedError(ServerUnreachableError):
-    """The global server, or what answers in its place, was reached, and trying again would not help."""
+    """The global server, or what answers in its place, was reached, and trying again would not help.
+
+    Args:
+        text: The message.
+        is_answer: Whether the server itself has refused for good. Otherwise somebody may mend the reason, such as a
+            wrong certificate of the server.
+    """
+
+    def __init__(self, text: str, is_answer: bool = False) -> None:
+        super().__init__(text)
+        self.is_answer = is_answer
 
 
 class ProtocolVersionError(RuntimeError):
@@ -24,7 +34,16 @@ class PeerFailedError(RuntimeError):
 
 
 class CertificateRefusedError(RuntimeError):
-    """A peer's certificate is valid, but revoked. The message says by what, and the remedy."""
+    """A peer's certificate is valid, but revoked. The message says by what, and the remedy.
+
+    Args:
+        text: The message.
+        for_good: Whether trying again does not help; not so if the server cannot find out whether it is revoked.
+    """
+
+    def __init__(self, text: str, for_good: bool = True) -> None:
+        super().__init__(text)
+        self.for_good = for_good
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

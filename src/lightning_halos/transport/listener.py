@@ -155,19 +155,23 @@ class Listener:
             self._selector.register(opened, selectors.EVENT_READ, opened)
         while not self._is_closing:
             for key, _ in self._selector.select(self._seconds_to_wait()):
-                try:
-                    if isinstance(key.data, _Peer):
-                        self._advance(key.data)
-                    elif key.data is not None:
-                        self._accept(key.data)
-                except Exception:  # nothing that a stranger sends may end this thread
-                    _log.exception("A connection was dropped because of an error in this program.")
-            self._drop_late()
+                if isinstance(key.data, _Peer):
+                    self._try(partial(self._advance, key.data))
+                elif key.data is not None:
+                    self._try(partial(self._accept, key.data))
+            self._try(self._drop_late)
         for peer in list(self._peers.values()):
             self._drop(peer)
         for waiting in self._waiting.values():
             waiting.close()
         self._selector.close()
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """Calls a function. Nothing that a stranger does may end this thread."""
+        try:
+            step()
+        except Exception:
+            _log.exception("A connection was dropped because of an error in this program.")
 
     def _seconds_to_wait(self) -> float | None:
         deadlines = [peer.deadline for peer in self._peers.values()]
@@ -177,8 +181,10 @@ class Listener:
     def _drop_late(self) -> None:
         now = time.monotonic()
         for peer in [peer for peer in self._peers.values() if peer.deadline <= now]:
-            self._report(peer, f"it was not authenticated within {_LIMIT:g} s")
-            self._drop(peer)
+            try:
+                self._report(peer, f"it was not authenticated within {_LIMIT:g} s")
+            finally:
+                self._drop(peer)  # else it would be late again at once
         for token, waiting in list(self._waiting.items()):
             if waiting.deadline <= now:
                 self._throttle.warn(
@@ -267,7 +273,8 @@ class Listener:
                 yield from self._meet_control(peer, certificate, opening)
         except (CertificateRefusedError, ProtocolVersionError, ValueError) as error:
             self._throttle.warn("A connection of %s is refused: %s", who, error)
-            yield from _write(tls, encode(Answer(refusal=str(error)[:8000])))
+            for_good = not isinstance(error, CertificateRefusedError) or error.for_good
+            yield from _write(tls, encode(Answer(refusal=str(error)[:8000], for_good=for_good)))
             yield from _linger(tls)
 
     def _meet_control(self, peer: _Peer, certificate: Certificate, opening: Opening) -> Generator[int, None, None]:

@@ -17,7 +17,7 @@ import torch
 from lightning_halos.core.messages import Message, Preempted, Refusal
 from lightning_halos.core.protocol import uses_models_link
 from lightning_halos.core.vector import Advance, ignore_progress
-from lightning_halos.transport.errors import PeerFailedError, PeerLostError
+from lightning_halos.transport.errors import PeerFailedError, PeerLostError, ServerRefusedError
 from lightning_halos.transport.link import Link, OnFailure, OnMessage, since, wait_all
 
 if TYPE_CHECKING:
@@ -266,12 +266,36 @@ class ServerConnection:
     def _redial(self) -> None:
         deadline = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)  # until a connection brings a message
-        while time.monotonic() < deadline:
-            self._check_closed()
-            time.sleep(0.1)
-        session = self._dial(self._limit, self._check_closed)
+        self._wait_until(deadline)
+        session = self._dial_patiently()
         log.warning("The global server %s is connected again.", self.server)
         self._adopt(session)
+
+    def _dial_patiently(self) -> Session:
+        """Dials. What was right once may become right again, so it is tried until the limit, whatever is wrong.
+
+        Examples are keys that are replaced just now, here or at the server, and a proxy that answers for a server that
+        is away. Only what the server itself refuses for good is believed at once.
+        """
+        deadline, pause = time.monotonic() + self._limit, _PAUSE
+        told = ""
+        while True:
+            try:
+                return self._dial(max(0.0, deadline - time.monotonic()), self._check_closed)
+            except (ServerRefusedError, OSError, ValueError) as error:  # the last two: the keys cannot be read
+                is_final = isinstance(error, ServerRefusedError) and error.is_answer
+                if is_final or time.monotonic() + pause > deadline:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s It is tried again for up to %.0f s.", told, deadline - time.monotonic())
+            self._wait_until(time.monotonic() + pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _wait_until(self, moment: float) -> None:
+        while time.monotonic() < moment:
+            self._check_closed()
+            time.sleep(0.1)
 
     def _check_closed(self) -> None:
         if self._is_closed:

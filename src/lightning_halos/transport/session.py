@@ -46,6 +46,7 @@ class Answer(msgspec.Struct, forbid_unknown_fields=True):
 
     token: str = ""
     refusal: str = ""  # why the connection is refused; empty if it is not
+    for_good: bool = True  # whether trying again does not help
 
 
 def encode(message: Opening | Answer) -> bytes:
