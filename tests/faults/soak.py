@@ -52,7 +52,7 @@ REGIONS = ("one", "two", "three")
 SERVER = "server"
 LIVENESS = 5.0  # seconds, so that some faults last longer and some do not
 PATIENCE = 30.0  # seconds beyond the strategy's `timeout` in which a party must have ended after a fault
-LAST_WORDS = 5.0  # seconds in which a job that has failed prints why, while its other worker may train on
+LAST_WORDS = 5.0  # seconds in which a job that fails prints why, or one that is back trains on what it had in hand
 RECONNECT = 5.0  # seconds in which a region that tries again is connected, if the server's log does not say when
 IN_FLIGHT = 3.0  # seconds that a batch takes at most until the global server has it
 PORT = 29600
@@ -203,7 +203,7 @@ def losses(faults: Sequence[Fault], connected: Mapping[str, Sequence[float]]) ->
 
     def end(fault: Fault, victim: str) -> float:
         again = min((at for at in connected.get(victim, ()) if at > fault.at), default=0.0)
-        return max(again, fault.at + fault.lasts + RECONNECT)
+        return max(again + LAST_WORDS, fault.at + fault.lasts + RECONNECT)
 
     found = []
     for fault in faults:
