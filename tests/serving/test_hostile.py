@@ -202,3 +202,30 @@ def test_a_last_update_without_steps_that_were_reported(serve: Serve, region: Re
     evil.flush()  # with number 1
     assert evil.expect(Refusal).for_good
     assert server.status()["run"]["total"] == 0
+
+
+def test_a_member_that_joins_again_and_again_on_one_connection(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good, evil = region("eu", server), region("us", server)
+    good.enter()
+    evil.enter()
+    evil.join()
+    assert "Join twice on one connection" in evil.expect(Refusal).reason
+    good.work()
+    good.answer()
+
+
+def test_refusals_without_end_leave_the_events_of_others(serve: Serve, region: Regions) -> None:
+    server = serve(workers=1)
+    good = region("eu", server)
+    good.enter()
+    for _ in range(20):
+        evil = region("us", server)
+        evil.connect()
+        evil.post(Join("1", 1, replace(DESCRIPTION, model="another")))
+        evil.expect(Refusal)
+        evil.goodbye()
+    assert "The run begins." in server.events
+    assert "eu (127.0.0.1:" in server.events
+    assert "(20 times)" in server.events
+    assert server.events.count("us (127.0.0.1:") <= 10

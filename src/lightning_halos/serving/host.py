@@ -41,7 +41,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
-from lightning_halos.serving.report import printable
+from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link, Memory
@@ -62,8 +62,7 @@ _PAUSE = 0.01  # seconds between two looks
 _MOST_UNSENT = 10_000  # messages that wait to be sent to a member; more come together only if it reads nothing
 _MOST_ANSWERS = 100  # messages that wait to be sent to a peer that asks for the status
 _MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
-_MOST_EVENTS = 50  # latest events that the status shows
-_MOST_CHARACTERS = 2000  # of a reason, and of an event
+_MOST_CHARACTERS = 2000  # of a reason
 
 
 class Session(Protocol):
@@ -99,6 +98,7 @@ class Client:
     index: int | None = None  # of its member, when it has said which process it is
     process: str = ""  # the identity of its process
     models: Link | None = None
+    said: set[type[Message]] = field(default_factory=set)  # which it may send once on a connection
     is_refused: bool = False  # nothing of what it says counts
     is_done: bool = False  # it has been sent the final model
     is_closing: bool = False  # goodbye has been said to it
@@ -188,7 +188,6 @@ class RunHost:
         node: The node. Other threads use it through :meth:`ask` and :meth:`act`.
         changed: Set whenever something happened that a snapshot should have.
         updates: Number of updates that have arrived since this process started.
-        events: The latest events, as pairs of their time (by ``time.time``) and a sentence.
     """
 
     def __init__(self, node: Node, liveness: float, status: Callable[[], str] = lambda: "{}") -> None:
@@ -196,7 +195,7 @@ class RunHost:
         self.changed = threading.Event()
         self.updates = 0
         self._must_save = False
-        self.events: deque[tuple[float, str]] = deque(maxlen=_MOST_EVENTS)
+        self._journal = Journal()
         self._liveness = liveness
         self._status = status
         self._lock = threading.RLock()
@@ -231,7 +230,7 @@ class RunHost:
         with self._lock:
             others = sum(other.session.name == session.name for other in self._clients)
             if others >= _MOST_SESSIONS:
-                self.note(f"{client} is refused: it has {others} connections already.", logging.WARNING)
+                self._note(client, f"{client} is refused: it has {others} connections already.", logging.WARNING)
                 session.abort()
                 return
             self._clients.append(client)
@@ -303,9 +302,16 @@ class RunHost:
 
     def note(self, sentence: str, level: int = logging.INFO) -> None:
         """Logs a sentence, which may have a member's words, and keeps it for the status."""
-        sentence = printable(sentence[:_MOST_CHARACTERS])
-        log.log(level, "%s", sentence)
-        self.events.append((time.time(), sentence))
+        self._journal.note(sentence, level)
+
+    def _note(self, client: Client, sentence: str, level: int = logging.INFO) -> None:
+        """Logs a sentence about a client, and keeps it, unless there are too many about it."""
+        self._journal.note(sentence, level, client.session.name, client.session.address)
+
+    @property
+    def events(self) -> list[tuple[float, str]]:
+        """The latest events, as pairs of their time (by ``time.time``) and a sentence."""
+        return self._journal.latest
 
     def connections(self) -> dict[str, dict[str, Any]]:
         """Returns what is known of the members' connections, by the members' names.
@@ -381,7 +387,7 @@ class RunHost:
                 if client.index is None:
                     return []
                 reason = message.reason.strip().splitlines()[-1:] or ["it gave no reason"]
-                self.note(f"The job of {client} failed: {reason[0][:_MOST_CHARACTERS]}", logging.WARNING)
+                self._note(client, f"The job of {client} failed: {reason[0][:_MOST_CHARACTERS]}", logging.WARNING)
                 return self._lost(client.index)
             case Preempted():
                 return []
@@ -424,9 +430,12 @@ class RunHost:
             self._missing.pop(index, None)
             client.index, client.process = index, message.session
             self._members[index] = client
-            self.note(f"{client} is connected.")
+            self._note(client, f"{client} is connected.")
         elif client.process != message.session:
             raise ProtocolError("it changed its session on one connection")
+        if type(message) in client.said:
+            raise ProtocolError(f"it sent {type(message).__name__} twice on one connection")
+        client.said.add(type(message))
         return True
 
     def _is_replaced(self, client: Client) -> bool:
@@ -446,7 +455,7 @@ class RunHost:
             self._drop(client)
             if client.index is None or client.is_refused:
                 return
-            self.note(f"The connection of {client} is lost: {error}", logging.WARNING)
+            self._note(client, f"The connection of {client} is lost: {error}", logging.WARNING)
             self._disconnect(client.index)
 
     def _on_goodbye(self, client: Client) -> None:
@@ -455,7 +464,9 @@ class RunHost:
             return
         self._members.pop(client.index, None)
         if not client.is_done:
-            self.note(f"{client} has said goodbye before the run's end, and without its last update.", logging.WARNING)
+            self._note(
+                client, f"{client} has said goodbye before the run's end, and without its last update.", logging.WARNING
+            )
             self._disconnect(client.index)
 
     def _disconnect(self, index: int) -> None:
@@ -466,9 +477,9 @@ class RunHost:
         unexpected = None if error is None or isinstance(error, ProtocolError | ValueError) else error
         reason = reason[:_MOST_CHARACTERS]
         if client.index is None:
-            self.note(f"{client} is refused: {reason}", logging.WARNING)
+            self._note(client, f"{client} is refused: {reason}", logging.WARNING)
         else:
-            self.note(f"{client} loses its membership: {reason}", logging.ERROR)
+            self._note(client, f"{client} loses its membership: {reason}", logging.ERROR)
         if unexpected is not None:
             log.error("The error was not expected.", exc_info=unexpected)
         client.is_refused = True
@@ -480,13 +491,13 @@ class RunHost:
         self.changed.set()
 
     def _refuse(self, client: Client, reason: str) -> None:
-        self.note(f"{client} is refused: {reason}", logging.WARNING)
+        self._note(client, f"{client} is refused: {reason}", logging.WARNING)
         client.is_refused = True
         client.session.control.post(Refusal(reason, for_good=False))
         self._close(client, GOODBYE)
 
     def _lose(self, index: int, name: str) -> None:
-        self.note(f"{name} is lost: nothing came from it for {self._liveness:g} s.", logging.WARNING)
+        self._journal.note(f"{name} is lost: nothing came from it for {self._liveness:g} s.", logging.WARNING, name)
         self._post(self._lost(index))
 
     def _lost(self, index: int) -> list[Send]:
@@ -559,11 +570,11 @@ class RunHost:
         assert link is not None
         match message:
             case Refusal():
-                self.note(f"{client} is refused: {message.reason}", logging.WARNING)
+                self._note(client, f"{client} is refused: {message.reason}", logging.WARNING)
             case Decide():
-                self.note(f"{client.session.name} decides from now on.")
+                self._note(client, f"{client.session.name} decides from now on.")
             case GlobalModel(final=True) if self._state is not GlobalState.FINISHED:
-                self.note(f"{client.session.name} leaves the run.")
+                self._note(client, f"{client.session.name} leaves the run.")
         client.begins_to_send(vector_of(message))
         link.post(message, send.fill, partial(self._sent, client, vector_of(message)))
         if client.unsent > _MOST_UNSENT:
