@@ -37,6 +37,7 @@ from tests.star.hand import (
     NEEDS_NETWORK,
     RESTART,
     STOP,
+    TERMINATE,
     UNPLUG,
     Fault,
     Hand,
@@ -193,7 +194,8 @@ def losses(faults: Sequence[Fault], connected: Mapping[str, Sequence[float]]) ->
     """Whose work may be lost, from when to when in seconds: what ``docs/faults.md`` says of rounds in flight.
 
     A process that is killed takes with it what the global server does not have: usually a second's work, or all since
-    the connection was lost. The data of a region that was not heard of for ``--liveness`` goes to others, though it
+    the connection was lost. A job that SIGTERM ends takes nothing with it, unless it has no connection then and gets
+    none within ``grace_time``. The data of a region that was not heard of for ``--liveness`` goes to others, though it
     went on with them.
 
     Args:
@@ -208,10 +210,11 @@ def losses(faults: Sequence[Fault], connected: Mapping[str, Sequence[float]]) ->
     found = []
     for fault in faults:
         victims = REGIONS if fault.victim == SERVER else [fault.victim]
-        if fault.kind in (KILL, RESTART, EXCEPTION) and fault.victim != SERVER:
+        if fault.kind in (KILL, RESTART, EXCEPTION, TERMINATE) and fault.victim != SERVER:
             before = [other for other in faults if other.victim in (SERVER, fault.victim) and other.at < fault.at]
             begin = min((other.at for other in before if fault.at < end(other, fault.victim)), default=fault.at)
-            found.append((fault.victim, begin - IN_FLIGHT, fault.at + LAST_WORDS))
+            if fault.kind != TERMINATE or begin < fault.at:
+                found.append((fault.victim, begin - IN_FLIGHT, fault.at + LAST_WORDS))
         elif fault.kind in (STOP, CUT, UNPLUG) and fault.lasts > LIVENESS - 2:
             found += [(victim, fault.at - IN_FLIGHT, end(fault, victim)) for victim in victims]
     return found

@@ -38,6 +38,8 @@ def test_whose_work_may_be_lost() -> None:
     assert losses(harmless, {}) == []
     assert losses([*harmless, kill], {}) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
     assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), kill], {}) == [("one", 18 - IN_FLIGHT, 20 + LAST_WORDS)]
+    terminate = Fault(20.0, TERMINATE, "one", 0, 1.0)
+    assert losses([Fault(18.0, KILL, SERVER, 0, 1.0), terminate], {}) == [("one", 18 - IN_FLIGHT, 20 + LAST_WORDS)]
     before = [Fault(5.0, KILL, SERVER, 0, 1.0), kill]
     assert losses(before, {"one": [0.0, 15.0]}) == [("one", 20 - IN_FLIGHT, 20 + LAST_WORDS)]
     assert losses(before, {"one": [0.0, 25.0]}) == [("one", 5 - IN_FLIGHT, 20 + LAST_WORDS)]
