@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DEMO_READY := $(VENV)/demo-ready
 OLDEST := .venv-oldest
 # With the oldest versions: everything except what needs transformers, and the examples.
 OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys planning serving simulation star tls training transport)
 
 .PHONY: demo test test-all test-oldest lint package bench clean
 
-demo: $(READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
+demo: $(DEMO_READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
 	$(BIN)/python examples/train_char_lm.py
 
 test: $(READY)  ## the test suite
@@ -49,6 +50,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@ $(DEMO_READY)
+
+$(DEMO_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . "matplotlib>=3.7"
 	touch $@
 
 oldest = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml)
