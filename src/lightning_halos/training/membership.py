@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_TURN = 10.0  # seconds after which the workers are told that rank 0 still waits, so that they do not give up
+_TURN = 2.0  # seconds after which the workers are told that rank 0 still waits, so that they do not give up
 
 
 @dataclass(frozen=True)

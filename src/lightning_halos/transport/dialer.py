@@ -39,7 +39,7 @@ STREAMS = 4
 
 _CONNECT = 10.0  # seconds for one address to accept a connection
 _OPEN = 15.0  # seconds for TLS and the server's answer on one connection
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between attempts
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # seconds between attempts
 _SLICE = 0.1  # seconds between two checks for interruptions
 
 
