@@ -5,9 +5,9 @@ Which callbacks decide, and on which process, is in ``trainer_adapter``.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_halos.training.foreign_state import load_foreign_state
 from lightning_halos.training.trainer_adapter import decides
+from lightning_halos.transport.packing import pack, unpack
 
 _MOST = 2**19  # characters; a message has at most twice as many
-_TENSOR = "__tensor__"
 
 
 def states_as_text(callbacks: Iterable[pl.Callback]) -> str:
@@ -27,7 +27,7 @@ def states_as_text(callbacks: Iterable[pl.Callback]) -> str:
     for callback in callbacks:
         if decides(callback) and (state := callback.state_dict()):
             try:
-                texts[callback.state_key] = json.dumps(_to_plain(state))
+                texts[callback.state_key] = base64.b64encode(pack(state).numpy().tobytes()).decode()
             except (TypeError, ValueError):
                 rank_zero_warn(
                     f"The state of the callback {callback.state_key} stays in this job: it cannot be sent without"
@@ -43,29 +43,10 @@ def put_states(callbacks: Iterable[pl.Callback], text: str) -> None:
         texts = json.loads(text) if text else {}
         for callback in callbacks:
             if decides(callback) and callback.state_key in texts:
-                load_foreign_state(callback, _from_plain(json.loads(texts[callback.state_key])))
+                load_foreign_state(callback, unpack(_bytes(texts[callback.state_key])))
     except Exception as error:  # another job may have other versions of the callbacks
         rank_zero_warn(f"This job's callbacks begin anew, because the other job's state does not suit them: {error!r}")
 
 
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {_TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
-    if isinstance(value, dict):
-        return [[_to_plain(key), _to_plain(entry)] for key, entry in value.items()]
-    if isinstance(value, list | tuple):
-        return {"list": [_to_plain(entry) for entry in value]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{type(value).__name__} is no plain value")
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            dtype, numbers = value[_TENSOR]
-            return torch.tensor(numbers, dtype=getattr(torch, dtype))
-        return [_from_plain(entry) for entry in value["list"]]
-    if isinstance(value, list):
-        return {_from_plain(key): _from_plain(entry) for key, entry in value}
-    return value
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)

@@ -37,8 +37,8 @@ from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_o
 from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
-from lightning_halos.transport.collectives import is_broadcastable
 from lightning_halos.transport.link import MIN_PATIENCE
+from lightning_halos.transport.packing import is_plain
 
 
 class Fit:
@@ -67,6 +67,7 @@ class Fit:
         )
         self._decides = world.decides
         self._told_callbacks = ""
+        self._looked_in = 0  # number of the round in which the callbacks' states were compared last
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
         saves = start.saves if start.site.rank == 0 else None
@@ -262,8 +263,10 @@ class Fit:
         if self.start.membership is None or self.start.site.rank > 0 or self.loop.finished:
             return
         if self.world.decides == self._decides:
-            if self._decides and states_as_text(callbacks_of(self.trainer)) != self._told_callbacks:
-                self.publish([])
+            if self._decides and self.loop.round.number != self._looked_in:
+                self._looked_in = self.loop.round.number  # not in every batch, because callbacks copy their states
+                if states_as_text(callbacks_of(self.trainer)) != self._told_callbacks:
+                    self.publish([])
             return
         self._decides = self.world.decides
         self.lightning.set_deciding(self._decides)
@@ -307,7 +310,7 @@ class Fit:
         states: dict[str, Any] = {}
         if rank == 0:
             states = {key: callback.state_dict() for key, callback in deciding.items()}
-            for key in [key for key, state in states.items() if not is_broadcastable(state)]:
+            for key in [key for key, state in states.items() if not is_plain(state)]:
                 rank_zero_warn(
                     f"The state of the callback {key} stays on rank 0: it cannot be sent without pickling it."
                 )

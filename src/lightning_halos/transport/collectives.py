@@ -9,8 +9,6 @@ works. After the loss of a worker all collectives raise an error that names it.
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,10 +19,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store
 
-from lightning_halos.core.compat import bytes_of
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 from lightning_halos.transport.groups import interruptible
 from lightning_halos.transport.link import since
+from lightning_halos.transport.packing import (
+    LENGTH_BYTES,
+    bytes_of_dense,
+    bytes_of_length,
+    bytes_of_text,
+    check_dense,
+    form_of,
+    is_dense,
+    length_in,
+    pack,
+    pack_error,
+    tensor_of,
+    text_of,
+    unpack,
+)
 from lightning_halos.transport.star import Star
 
 T = TypeVar("T")
@@ -39,7 +51,6 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 _REDUCTION, _BROADCAST = "give a tensor to a reduction", "take part in a broadcast"  # what workers wait for, in errors
 _ROLL_CALL = 3.0  # seconds in which all waiting workers report themselves after a failure
-_LENGTH = 8  # bytes of a length
 _FRAME = 256  # bytes per worker in the first round trip of a gathering
 _CHUNK = 2**26  # bytes that are copied to the host at once
 
@@ -102,10 +113,10 @@ class Collectives:
                 worker raises it.
         """
         name = str(operation).lower().rsplit(".", 1)[-1]
-        self._agree(_REDUCTION, f"reduce_op={name!r}, {_form(tensor)}")
+        self._agree(_REDUCTION, f"reduce_op={name!r}, {form_of(tensor)}")
         if name not in _OPERATIONS:
             raise ValueError(f"reduce_op={operation!r} must be one of {sorted(_OPERATIONS)}.")
-        _check_dense(tensor)
+        check_dense(tensor)
         total = self._reduce(tensor.detach(), name)
         if name in ("mean", "avg"):
             mean = (total if total.is_floating_point() else total.double()) / len(self._ranks)
@@ -123,10 +134,10 @@ class Collectives:
         Raises:
             ValueError: If shapes or dtypes differ. Every worker raises it.
         """
-        data = _bytes_of(tensor) if _is_dense(tensor) else None
-        rows = self._agree("give a tensor to a gathering", _form(tensor), data)
-        _check_dense(tensor)
-        return torch.stack([_tensor_of(row, tensor.dtype, tensor.shape) for row in rows]).to(tensor.device)
+        data = bytes_of_dense(tensor) if is_dense(tensor) else None
+        rows = self._agree("give a tensor to a gathering", form_of(tensor), data)
+        check_dense(tensor)
+        return torch.stack([tensor_of(row, tensor.dtype, tensor.shape) for row in rows]).to(tensor.device)
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrites tensors with those of the worker ``source``, in few messages.
@@ -138,20 +149,20 @@ class Collectives:
         Raises:
             ValueError: If number, shapes or dtypes differ. Every worker raises it.
         """
-        rows = self._gather(_BROADCAST, _bytes("\n".join(map(_form, tensors))))
-        forms = [_text(row).split("\n") for row in rows]
+        rows = self._gather(_BROADCAST, bytes_of_text("\n".join(map(form_of, tensors))))
+        forms = [text_of(row).split("\n") for row in rows]
         self._compare([_difference(row, forms[0]) for row in forms])
-        _check_dense(*tensors)
+        check_dense(*tensors)
         for chunk in _chunks([tensor.detach() for tensor in tensors]):
             sizes = [tensor.nbytes for tensor in chunk]
             if self._rank == source:
-                host = torch.cat([_bytes_of(tensor) for tensor in chunk])
+                host = torch.cat([bytes_of_dense(tensor) for tensor in chunk])
             else:
                 host = torch.empty(sum(sizes), dtype=torch.uint8)
             self._run(_BROADCAST, partial(self._star.broadcast, host, source))
             if self._rank != source:
                 for tensor, part in zip(chunk, torch.split(host, sizes), strict=True):
-                    tensor.copy_(_tensor_of(part, tensor.dtype, tensor.shape))
+                    tensor.copy_(tensor_of(part, tensor.dtype, tensor.shape))
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Returns the value of the worker ``source``.
@@ -167,17 +178,17 @@ class Collectives:
         body = torch.empty(0, dtype=torch.uint8)
         if self._rank == source:
             try:
-                body = _to_bytes(value)
+                body = pack(value)
             except Exception as error:  # anything, even out of memory: the others wait for an answer
-                failure, body = error, _body({"error": str(error)}, [])
+                failure, body = error, pack_error(error)
         body = self._run(_BROADCAST, partial(self._broadcast_bytes, body, source))
         if failure is not None:
             raise failure
-        return value if self._rank == source else _from_bytes(body)
+        return value if self._rank == source else unpack(body)
 
     def gather_texts(self, text: str) -> list[str]:
         """Returns the texts of all workers, by rank."""
-        return [_text(row) for row in self._gather("give a text to a gathering", _bytes(text))]
+        return [text_of(row) for row in self._gather("give a text to a gathering", bytes_of_text(text))]
 
     def count(self, key: str, amount: int) -> int:
         """Adds to a counter that all workers share, and returns its new value. It waits for no worker."""
@@ -194,9 +205,9 @@ class Collectives:
 
     def _agree(self, what: str, form: str, data: Tensor | None = None) -> list[Tensor]:
         """Gathers bytes. Raises an error on every worker if the forms of their arguments differ."""
-        head = _bytes(form + "\n")
+        head = bytes_of_text(form + "\n")
         rows = self._gather(what, head if data is None else torch.cat([head, data]))
-        self._compare([_text(row[:_FRAME]).partition("\n")[0] for row in rows])
+        self._compare([text_of(row[:_FRAME]).partition("\n")[0] for row in rows])
         return [row[len(head) :] for row in rows]
 
     def _compare(self, forms: list[str]) -> None:
@@ -212,10 +223,10 @@ class Collectives:
 
         def gather() -> list[Tensor]:
             table = self._star.gather(_frame(data, _FRAME))
-            lengths = [_length_in(row) for row in table]
-            if max(lengths) > _FRAME - _LENGTH:
-                table = self._star.gather(_frame(data, max(lengths) + _LENGTH))
-            return [row[_LENGTH:][:length] for row, length in zip(table, lengths, strict=True)]
+            lengths = [length_in(row) for row in table]
+            if max(lengths) > _FRAME - LENGTH_BYTES:
+                table = self._star.gather(_frame(data, max(lengths) + LENGTH_BYTES))
+            return [row[LENGTH_BYTES:][:length] for row, length in zip(table, lengths, strict=True)]
 
         return self._run(what, gather)
 
@@ -228,10 +239,10 @@ class Collectives:
         """Returns the bytes of ``source``. The other workers need not know their number, and give none."""
         frame = _frame(data, _FRAME)
         self._star.broadcast(frame, source)
-        if (length := _length_in(frame)) > _FRAME - _LENGTH:
-            frame = _frame(data, length + _LENGTH)
+        if (length := length_in(frame)) > _FRAME - LENGTH_BYTES:
+            frame = _frame(data, length + LENGTH_BYTES)
             self._star.broadcast(frame, source)
-        return frame[_LENGTH:][:length]
+        return frame[LENGTH_BYTES:][:length]
 
     # ------------------------------------------------------------------ failures
 
@@ -278,35 +289,6 @@ class Collectives:
         return f"Did not come, or has ended: {', '.join(map(self._describe, sorted(missing)))}."
 
 
-def is_broadcastable(value: Any) -> bool:
-    """Returns whether :meth:`Collectives.broadcast_object` supports a value."""
-    try:
-        _to_bytes(value)
-    except Exception:  # an object's own methods may raise anything
-        return False
-    return True
-
-
-# ---------------------------------------------------------------------- tensors as bytes
-
-
-def _form(tensor: Tensor) -> str:
-    kind = "" if _is_dense(tensor) else "meta " if tensor.is_meta else f"{tensor.layout} ".removeprefix("torch.")
-    return f"a {kind}{str(tensor.dtype).removeprefix('torch.')} tensor of shape {list(tensor.shape)}"
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Returns whether a tensor has its values in a block of memory."""
-    return tensor.layout == torch.strided and not tensor.is_meta
-
-
-def _check_dense(*tensors: Tensor) -> None:
-    """Refuses other tensors. All workers have agreed on their form before, so every worker raises the error."""
-    for tensor in tensors:
-        if not _is_dense(tensor):
-            raise TypeError(f"{_form(tensor)} cannot be sent. Send dense tensors, such as tensor.to_dense().")
-
-
 def _difference(forms: list[str], first: list[str]) -> str:
     """Describes how ``forms`` differ from ``first``: by their number, or the first form that differs."""
     if len(forms) != len(first):
@@ -331,87 +313,7 @@ def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield [tensor for _, tensor in chunk]
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    _check_dense(tensor)
-    return bytes_of(tensor)
-
-
-def _tensor_of(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    return data.clone().view(dtype).view(shape)  # a clone is aligned, and does not keep the other tensors in memory
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)[:-1]  # no buffer may be empty
-
-
-def _text(data: Tensor) -> str:
-    return data.numpy().tobytes().decode(errors="replace")
-
-
-def _length(length: int) -> Tensor:
-    return torch.tensor([length]).view(torch.uint8)
-
-
-def _length_in(data: Tensor) -> int:
-    return int(data[:_LENGTH].view(torch.int64))
-
-
 def _frame(data: Tensor, size: int) -> Tensor:
     """Returns a frame of ``size`` bytes with the length of ``data`` and as much of ``data`` as fits."""
-    frame = torch.cat([_length(len(data)), data[: size - _LENGTH]])
+    frame = torch.cat([bytes_of_length(len(data)), data[: size - LENGTH_BYTES]])
     return torch.nn.functional.pad(frame, (0, size - len(frame)))
-
-
-# ---------------------------------------------------------------------- objects
-
-
-def _to_bytes(value: Any) -> Tensor:
-    """Returns a value as bytes: the length of the JSON, the JSON, and the tensors in it."""
-    tensors: list[Tensor] = []
-    return _body(_pack(value, tensors), tensors)
-
-
-def _body(packed: Any, tensors: list[Tensor]) -> Tensor:
-    head = _bytes(json.dumps(packed))
-    return torch.cat([_length(len(head)), head, *map(_bytes_of, tensors)])
-
-
-def _pack(value: Any, tensors: list[Tensor]) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return {"tensor": [list(value.shape), str(value.dtype).removeprefix("torch.")]}
-    if isinstance(value, (list, tuple)):
-        return {type(value).__name__ if type(value) in (list, tuple) else "list": [_pack(v, tensors) for v in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
-    if hasattr(value, "__fspath__"):
-        return value.__fspath__()
-    raise TypeError(
-        f"A {type(value).__name__} cannot be broadcast, because lightning-halos never unpickles data from other"
-        " processes. Broadcast numbers, strings, tensors, and lists or dicts of them."
-    )
-
-
-def _from_bytes(body: Tensor) -> Any:
-    stop = _LENGTH + _length_in(body)
-
-    def unpack(packed: Any) -> Any:
-        nonlocal stop
-        if not isinstance(packed, dict):
-            return packed
-        ((kind, content),) = packed.items()
-        if kind == "error":
-            raise TypeError(content)
-        if kind == "tensor":
-            shape, name = content
-            dtype = getattr(torch, name)
-            start, stop = stop, stop + math.prod(shape) * dtype.itemsize
-            return _tensor_of(body[start:stop], dtype, shape)
-        if kind == "dict":
-            return {unpack(key): unpack(value) for key, value in content}
-        items = [unpack(item) for item in content]
-        return tuple(items) if kind == "tuple" else items
-
-    return unpack(json.loads(_text(body[_LENGTH:stop])))
