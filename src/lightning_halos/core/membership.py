@@ -75,7 +75,7 @@ class Report(NamedTuple):
 
 @dataclass
 class Member:
-    """The global node's record of a member. Everything below ``session`` belongs to this session.
+    """The global node's record of a member. Everything below ``session`` belongs to that process.
 
     Attributes:
         name: Its name, by its certificate.
@@ -86,7 +86,7 @@ class Member:
         session: Its process.
         workers: Number of its workers.
         is_stale: Whether this record is from a snapshot, and the member may have gone on since.
-        is_saved: Whether a snapshot on disk has this session as a present one.
+        is_saved: Whether a snapshot on disk has the member, with that session, as present.
         has_decided: Whether it decides, or has decided.
         update: Number of its last update.
         report: Number of its last report.

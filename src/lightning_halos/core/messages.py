@@ -231,7 +231,7 @@ class Welcome:
     # Progress of the run, with all plateau steps from the start. `counted` is what counts of the member's reports.
     status: Status
     needs_model: bool = False  # whether the member must send an `InitialModel`, after which it is welcomed again
-    is_new: bool = True  # whether this session had not joined before
+    is_new: bool = True  # whether the process had not joined before
     received: int = 0  # number of the session's last update that the global server has
     reports: int = 0  # number of its last report that counts
     publications: int = 0  # number of its last `Publish` that counts
