@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_halos.checkpoint.manifest import NAME, Manifest
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
@@ -178,13 +179,15 @@ def resumed_epochs(folder: Path) -> Result:
     return outcome(trainer, module)
 
 
-@pytest.mark.alone
 def test_resuming_inside_an_epoch_uses_the_rest_of_it(run: Run, tmp_path: Path) -> None:
     results = run(resumed_epochs, tmp_path)
+    (manifest,) = (tmp_path / "step=24").glob(f"*/{NAME}")
+    done = sum(stop - start for start, stop in Manifest.read(manifest.read_text(), manifest).done)
     for result in results:
         assert (result["epoch"], result["global_step"]) == (3, 48)
-    # What was in flight when the checkpoint was saved is run again.
-    assert 24 * 4 - 2 * 4 <= sum(result["optimizer_steps"] for result in results) <= 24 * 4 + LOCAL_STEPS * 4
+    # The servers' state is copied after rank 0 has seen step 24: on a busy machine other workers push meanwhile.
+    assert done + LOCAL_STEPS * 4 >= 24 * 4
+    assert sum(result["optimizer_steps"] for result in results) == 3 * 64 - done > 0
     assert_same_model(results)
 
 

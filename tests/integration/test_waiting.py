@@ -53,7 +53,8 @@ def test_fast_workers_do_not_wait_for_a_slow_one(run: Run) -> None:
     results = run(straggling)
     assert_trained(results, max_steps=40)
     steps = [result["optimizer_steps"] for result in results]
-    assert min(steps[:3]) >= 2.5 * steps[3]
+    # Four times as many on an idle machine. If they waited, they would take as many as it does, on any machine.
+    assert min(steps[:3]) >= 1.5 * steps[3]
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
