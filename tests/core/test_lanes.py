@@ -69,5 +69,5 @@ def test_one_lane_has_the_vector_itself() -> None:
 
 
 def test_pieces_of_another_size_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"The pieces of tensor 1 have \[1, 1\] elements, but 2 lane\(s\) must share 4"):
+    with pytest.raises(ValueError, match=r"pieces of tensor 1 have \[1, 1\] elements, but 2 lane\(s\) must share 4"):
         Layout.build([6, 4], 2, 2, {1: [1, 1]})

@@ -72,7 +72,7 @@ class Layout:
             total, start = sum(sizes[index] for index in others), 0
             ends = [total * lane // lanes for lane in range(lanes + 1)]
             for index in others:
-                bounds[index] = tuple(min(max(end - start, 0), sizes[index]) for end in ends[:-1]) + (sizes[index],)
+                bounds[index] = (*(min(max(end - start, 0), sizes[index]) for end in ends[:-1]), sizes[index])
                 start += sizes[index]
         return cls(num_tensors, tuple(bounds[index] for index in range(len(sizes))))
 
