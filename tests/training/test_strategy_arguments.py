@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_halos
@@ -47,11 +48,39 @@ from lightning_halos.training.other_packages import refuse_elsewhere
         ({"regions": 0}, "regions=0 must be at least 1"),
         ({"regions": [[0, 1], []]}, r"regions=\[\[0, 1\], \[\]\]: region 1 has no workers"),
         ({"regions": [[0, 1], [1, 2]]}, "rank 1 is in region 0 and in region 1"),
+        ({"worker": 0}, "worker=0 must be at least 1"),
+        ({"inner": "ddp"}, r"inner='ddp' needs workers of several processes: pass worker=2"),
+        ({"worker": 2, "inner": "deepspeed"}, r"inner='deepspeed' must be a strategy of Lightning, or one of \['ddp'"),
     ],
 )
 def test_a_wrong_value_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HalosStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("inner", "kind"),
+    [
+        (None, DDPStrategy),
+        ("ddp_find_unused_parameters_true", DDPStrategy),
+        ("fsdp", FSDPStrategy),
+        ("fsdp2", ModelParallelStrategy),
+        (FSDPStrategy(), FSDPStrategy),
+    ],
+)
+def test_the_strategy_inside_a_worker_is_lightnings_own(inner: Any, kind: type) -> None:
+    assert type(HalosStrategy(worker=2, inner=inner).inner) is kind
+    assert HalosStrategy().inner is None
+
+
+def test_another_kind_of_strategy_inside_a_worker_is_refused() -> None:
+    with pytest.raises(TypeError, match="inner=<HalosStrategy> must be Lightning's DDPStrategy, FSDPStrategy or"):
+        HalosStrategy(worker=2, inner=HalosStrategy())  # type: ignore[arg-type]
+
+
+def test_a_size_of_workers_that_does_not_divide_the_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"worker=2 does not divide the 3 process\(es\) of a node.* such as worker=3"):
+        L.Trainer(accelerator="cpu", devices=3, strategy=HalosStrategy(worker=2), logger=False)
 
 
 @pytest.mark.parametrize("name", ["local_optimizer", "global_optimizer"])

@@ -37,11 +37,13 @@ class Topology:
         names: Names of the regions, by index.
         regions: Global ranks of the workers of each region, ascending.
         groups: The local servers and their workers, ordered by their lowest ranks.
+        noun: What :meth:`describe` calls a worker: by its rank, which is that of its process, unless it has several.
     """
 
     names: tuple[str, ...]
     regions: tuple[tuple[int, ...], ...]
     groups: tuple[ServerGroup, ...]
+    noun: str = "rank"
 
     @classmethod
     def build(
@@ -91,7 +93,7 @@ class Topology:
 
     def describe(self, rank: int) -> str:
         """Rank and region of a worker, for messages."""
-        return f"rank {rank} (region {self.names[self.region_of(rank)]})"
+        return f"{self.noun} {rank} (region {self.names[self.region_of(rank)]})"
 
 
 def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:

@@ -21,21 +21,24 @@ from torch.distributed import Store
 
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.checks import check_seconds
+from lightning_halos.core.placement import Placement, WorkerSize, check_divides, check_worker
 from lightning_halos.core.topology import Topology, assign_regions, check_regions
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
+    all_gather,
     find_trainer,
     keep_sigterm_local,
 )
 from lightning_halos.training.default_group import DefaultGroup
+from lightning_halos.training.inner import InnerStrategy, backend_for, make_inner
 from lightning_halos.training.launcher import SimulationLauncher
 from lightning_halos.training.membership import Membership, refuse_averages
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
-from lightning_halos.training.site import Site, named_regions
+from lightning_halos.training.site import Site, named_regions, place_processes
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.process_group import Mode
 from lightning_halos.transport.store import open_store
@@ -49,6 +52,7 @@ class ConnectedStrategy(ParallelStrategy):
     Attributes:
         algorithm: The algorithm.
         cluster: The cluster to simulate; ``None`` for a real run.
+        inner: Lightning's strategy inside a worker; ``None`` if each process is a worker.
         membership: The job's membership in a run of several jobs; only during a fit of such a job.
         timeout: Limit for any wait for a peer, in seconds.
     """
@@ -61,10 +65,13 @@ class ConnectedStrategy(ParallelStrategy):
         timeout: float,
         simulate: SimulatedCluster | str | None,
         server: ServerSettings | None = None,
+        worker: WorkerSize = 1,
+        inner: InnerStrategy | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_regions(regions)
+        check_worker(worker)
         check_seconds("timeout", timeout)
         if start_method not in get_args(StartMethod):
             raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
@@ -83,9 +90,12 @@ class ConnectedStrategy(ParallelStrategy):
             check_suits_server(algorithm, server, simulate is not None, regions)
         self.algorithm = algorithm
         self.cluster = simulate
+        self.inner = make_inner(worker, inner)
         self.membership: Membership | None = None
         self._server = server
         self._regions = regions
+        self._worker = worker
+        self._lanes: int | None = None  # as many as the smallest worker has processes
         self._start_method = start_method
         self.timeout = float(timeout)
         self.num_nodes = 1  # the Trainer sets it
@@ -112,16 +122,17 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def world_size(self) -> int:
-        """Number of workers; 1 while only rank 0 works, so that it agrees with samplers and collectives."""
-        return 1 if self.only_rank_zero_works else super().world_size
+        """Number of processes; those of one worker while only it works, to agree with samplers and collectives."""
+        return len(self.site.worker_processes) if self.only_rank_zero_works else super().world_size
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         if self.only_rank_zero_works:
-            return {"num_replicas": 1, "rank": 0}
-        if (member := self.membership) is not None:
-            rank = (member.first + self.global_rank) % member.workers
-            return {"num_replicas": member.workers, "rank": LightningRank(rank)}
+            return {"num_replicas": len(self.site.worker_processes), "rank": self.site.lane}
+        if (member := self.membership) is not None:  # the workers of other jobs may have other sizes
+            worker = (member.first + self.site.rank) % member.workers
+            rank = worker + member.workers * self.site.lane
+            return {"num_replicas": member.workers * len(self.site.worker_processes), "rank": LightningRank(rank)}
         return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
 
     @property
@@ -150,10 +161,12 @@ class ConnectedStrategy(ParallelStrategy):
         if self.cluster is not None:
             self._configure_simulation(self.cluster)
             return
+        if self._worker != "node":
+            check_divides(self._worker, [self.num_processes])
         if self._server is not None:
             self._configure_region(self._server)
             return
-        regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
+        regions = assign_regions(self._regions, self._num_workers, self.num_nodes)
         if regions is not None:
             self._topology = self.algorithm.arrange(regions)
         self._launcher = self._make_launcher()
@@ -165,9 +178,13 @@ class ConnectedStrategy(ParallelStrategy):
         name = "this job"
         with nullcontext() if is_rank_0 else suppress(ValueError):  # only its machine must have the keys
             name = server.read_keys().certificate.name
-        workers = range(self.num_nodes * self.num_processes)
-        self._topology = self.algorithm.arrange([workers], [name])
+        self._topology = self.algorithm.arrange([range(self._num_workers)], [name])
         self._launcher = self._make_launcher()
+
+    @property
+    def _num_workers(self) -> int:
+        processes = self.num_nodes * self.num_processes
+        return self.num_nodes if self._worker == "node" else processes // self._worker
 
     def _make_launcher(self) -> SubprocessScriptLauncher | MultiProcessingLauncher:
         assert self.cluster_environment is not None
@@ -183,8 +200,13 @@ class ConnectedStrategy(ParallelStrategy):
                 "simulate=... itself starts a process for each worker of the cluster, on one machine. Use"
                 " Trainer(num_nodes=1), without torchrun or SLURM."
             )
+        if self._worker == "node":
+            raise ValueError(
+                "worker='node' has no meaning with simulate=..., which runs on one machine. Use a number of processes."
+            )
         devices = self.parallel_devices
-        self.parallel_devices = [devices[rank % len(devices)] for rank in range(cluster.num_workers)]
+        processes = cluster.num_workers * self._worker
+        self.parallel_devices = [devices[rank % len(devices)] for rank in range(processes)]
         self._topology = self.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
         start_method = "fork" if self._start_method == "popen" else self._start_method
         self._launcher = SimulationLauncher(self, start_method)
@@ -208,11 +230,16 @@ class ConnectedStrategy(ParallelStrategy):
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(address, port, rank, size, self.timeout, interrupted, self.num_nodes)
             may_be_named = not simulated and self._regions is None and self._server is None
-            if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
+            place = self._store, rank, size, self.timeout, interrupted
+            placement = Placement.single(size)
+            if self._worker != 1:
+                placement = place_processes(*place, self.node_rank, self._worker, self._lanes)
+            if may_be_named and (named := named_regions(*place, placement)):
                 topology = self.algorithm.arrange(*named)
             assert topology is not None
-            self._site = Site(self._store, rank, size, topology, simulated, self.timeout, interrupted)
-            self._default_group = DefaultGroup(self._site, self._mode)
+            self._site = Site(self._store, rank, placement, topology, simulated, self.timeout, interrupted)
+            backend = backend_for(self.root_device) if self.inner is not None else None
+            self._default_group = DefaultGroup(self._site, self._mode, backend)
         assert self._default_group is not None
         self._default_group.install()
         if (trainer := find_trainer(self.lightning_module)) is not None:  # else no entry point of the Trainer runs
@@ -265,33 +292,43 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def _in_step(self) -> Collectives | None:
-        """The collectives over all workers if these are in step; ``None`` during a fit."""
+        """The collectives over all processes if these are in step; ``None`` during a fit."""
         return None if self._site is None or self._mode() is not Mode.TOGETHER else self._site.collectives
 
+    @property
+    def _in_worker(self) -> Collectives | None:
+        """The collectives over this worker's processes; ``None`` if it has one."""
+        site = self._site
+        return None if site is None or len(site.worker_processes) == 1 else site.worker_collectives
+
     def barrier(self, name: str | None = None) -> None:
-        """Waits for all workers. During training it does nothing."""
-        if collectives := self._in_step:
+        """Waits for all processes. During training it waits for those of this worker only."""
+        if collectives := self._in_step or self._in_worker:
             collectives.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Returns the object of the worker ``src``. During training it returns the worker's own object.
+        """Returns the object of the process ``src``.
+
+        During training, it is that of the process of this worker with the same number inside its worker.
 
         Raises:
             TypeError: If the object has parts other than numbers, strings, tensors, lists and dicts.
         """
         if collectives := self._in_step:
             return collectives.broadcast_object(obj, src)
+        if collectives := self._in_worker:
+            return collectives.broadcast_object(obj, self.site.worker_processes.index(self.site.stand_in(src)))
         return obj
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces a tensor over all workers. During training it returns the worker's own tensor."""
-        collectives = self._in_step
+        """Reduces a tensor over all processes. During training it reduces it over those of this worker."""
+        collectives = self._in_step or self._in_worker
         if not isinstance(tensor, Tensor) or collectives is None:
             return tensor
         return collectives.reduce(tensor, "mean" if reduce_op is None else str(reduce_op))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gathers a tensor from all workers. During training it repeats the worker's own tensor.
+        """Gathers a tensor from all processes. During training it repeats the tensors of this worker.
 
         Args:
             tensor: The tensor.
@@ -303,14 +340,20 @@ class ConnectedStrategy(ParallelStrategy):
         """
         if collectives := self._in_step:
             return collectives.all_gather(tensor)
-        if self.world_size > 1 and self._default_group is not None:
+        site = self._site
+        here = 1 if site is None else len(site.worker_processes)
+        if self.world_size > here and self._default_group is not None:
             self._default_group.warn("self.all_gather")
         own = tensor if sync_grads else tensor.detach()
-        return own.expand(self.world_size, *own.shape).clone()
+        if site is None or here == 1:
+            return own.expand(self.world_size, *own.shape).clone()
+        rows = all_gather(own, site.inner_group, sync_grads)
+        processes = site.worker_processes if self.world_size == here else range(self.world_size)
+        return rows[[site.worker_processes.index(site.stand_in(process)) for process in processes]]
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002
-        """Returns whether all (or any) workers decide so. During training it returns the worker's own decision."""
-        collectives = self._in_step
+        """Returns whether all (or any) processes decide so. During training only those of this worker take part."""
+        collectives = self._in_step or self._in_worker
         if collectives is None:
             return bool(decision)
         return bool(collectives.reduce(torch.tensor(int(decision)), "min" if all else "max"))

@@ -5,22 +5,30 @@ What the group's collectives do is in ``transport/process_group``; the strategy 
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import Metric
 
 from lightning_halos.training.compat import advise_sync_dist_only_if, with_sampler
 from lightning_halos.training.site import Site
-from lightning_halos.transport.process_group import Mode, Workers, default_group, make_default_group
+from lightning_halos.transport.process_group import (
+    Mode,
+    Workers,
+    default_group,
+    make_default_group,
+    worker_group,
+)
 
 _ADVICE = {
     "barrier": "Nothing needs to wait here: remove it, or move it to setup() or on_fit_start().",
@@ -39,29 +47,47 @@ class DefaultGroup:
     Args:
         site: This process's place and connections.
         mode: Returns what a collective does now.
+        backend: Backend of torch's own group of this worker's processes; ``None`` if it needs none.
     """
 
-    def __init__(self, site: Site, mode: Callable[[], Mode]) -> None:
+    def __init__(self, site: Site, mode: Callable[[], Mode], backend: str | None = None) -> None:
         self._site = site
+        self._backend = backend
         self._users: dist.ProcessGroup | None = None
         self._has_warned = False
-        self._workers = Workers(site.rank, site.size, mode, site.collectives_among, self.warn, os.getpid())
+        self._workers = Workers(
+            site.process,
+            site.processes,
+            site.worker_processes,
+            site.stand_in,
+            mode,
+            site.collectives_among,
+            self.warn,
+            os.getpid(),
+        )
 
     def install(self) -> None:
         """Makes the group torch's default process group, when an entry point of the Trainer starts."""
         self._has_warned = False
         self._workers.are_running = True
-        if (group := default_group()) is not None and group.workers.size == self._site.size:
+        if (group := default_group()) is not None and group.workers.is_like(self._workers):
             group.workers.adopt(self._workers)  # groups that the user made of its workers stay valid
             self._workers = group.workers
+            self._make_inner_group()
             return
         if group is not None:
             dist.destroy_process_group()
         elif dist.is_initialized():
             self._users, dist.GroupMember.WORLD = dist.group.WORLD, None
         make_default_group(self._workers, self._site.store, self._site.patience)
+        self._make_inner_group()
         advise_sync_dist_only_if(_values_are_combined)
         Metric.sync = _sync  # type: ignore[assignment, method-assign]
+
+    def _make_inner_group(self) -> None:
+        if self._backend is not None:
+            group = worker_group(self._site.worker_processes, self._backend, self._site.patience)
+            self._site.inner_group = self._workers.inner = group
 
     def release(self) -> None:
         """Puts the user's own default group back, when the entry point has ended."""
@@ -97,9 +123,12 @@ class DefaultGroup:
 
 
 def _values_are_combined() -> bool:
-    """Whether metrics combine their values over all workers now."""
+    """Whether metrics combine the values of several processes now."""
     group = default_group()
-    return group is None or (group.workers.are_running and group.workers.mode() is Mode.TOGETHER)
+    if group is None:
+        return True
+    workers = group.workers
+    return workers.are_running and (workers.mode() is Mode.TOGETHER or len(workers.here) > 1)
 
 
 _sync_metric = Metric.sync
@@ -108,22 +137,43 @@ _sync_metric = Metric.sync
 def _sync(metric: Metric, *args: Any, **kwargs: Any) -> None:
     """Replaces ``Metric.sync``, so that during a fit a metric is that of the data that this worker has seen.
 
-    Gathering would repeat this worker's state, which is wrong for sums, and for metrics that compare samples.
+    Gathering would repeat the worker's states, which is wrong for sums, and for metrics that compare samples.
     """
-    if _values_are_combined():
-        _sync_metric(metric, *args, **kwargs)
+    if not _values_are_combined():
+        return
+    call = inspect.signature(_sync_metric).bind(metric, *args, **kwargs)
+    if (group := default_group()) is not None and group.workers.mode() is Mode.APART:
+        call.arguments["process_group"] = (
+            call.arguments.get("process_group") or metric.process_group or group.workers.inner
+        )
+    _sync_metric(*call.args, **call.kwargs)
 
 
-def set_batch_norm_local(module: nn.Module, is_local: bool) -> None:
-    """Makes the ``SyncBatchNorm`` layers of a module plain ``BatchNorm`` layers, or undoes it.
+def set_batch_norm_local(module: nn.Module, is_local: bool, group: dist.ProcessGroup | None = None) -> None:
+    """Makes the ``SyncBatchNorm`` layers of a module use the samples of this worker only, or undoes it.
 
     During a fit, their statistics are averaged with the model.
+
+    Args:
+        module: The module.
+        is_local: Whether to do it.
+        group: The group of this worker's processes; ``None`` if it has only one. Then they are plain layers.
     """
     for layer in module.modules():
         if isinstance(layer, SyncBatchNorm):
             vars(layer).pop("forward", None)
-            if is_local:
+            if is_local and group is not None and group.size() > 1:
+                vars(layer)["forward"] = partial(_normalize_in, layer, group)
+            elif is_local:
                 vars(layer)["forward"] = MethodType(nn.BatchNorm1d.forward, layer)
+
+
+def _normalize_in(layer: SyncBatchNorm, group: dist.ProcessGroup, samples: Tensor) -> Tensor:
+    before, layer.process_group = layer.process_group, group
+    try:
+        return SyncBatchNorm.forward(layer, samples)
+    finally:
+        layer.process_group = before
 
 
 def refuse_sharing(module: nn.Module, optimizers: Iterable[Any]) -> None:

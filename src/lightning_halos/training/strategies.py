@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,18 +17,21 @@ from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import StrategyRegistry
 from lightning_halos.training.connected_strategy import StartMethod
+from lightning_halos.training.inner import InnerStrategy
 from lightning_halos.training.strategy import AlgorithmStrategy
 
 
 class HalosStrategy(AlgorithmStrategy):
     """Trains any LightningModule with HALoS: hierarchical asynchronous local SGD (arXiv 2506.04531).
 
-    Each device has a worker process. Workers run local steps with the module's own optimizers and send the difference
-    to their region's server, which applies it at once and answers with its model. The regions' servers exchange their
-    accumulated updates with the global server. No worker waits for a slower worker or for a link between regions.
+    Each device has a process, which is a worker unless ``worker`` says otherwise. Workers run local steps with the
+    module's own optimizers and send the difference to their region's server, which applies it at once and answers with
+    its model. The regions' servers exchange their accumulated updates with the global server. No worker waits for a
+    slower worker or for a link between regions.
 
     Args:
         regions: Number of regions (with consecutive ranks), or the ranks of each region, such as ``[[0, 1], [2, 3]]``.
+            With workers of several processes, these are numbers of workers.
             Default: the environment variable ``HALOS_REGION`` of each process, else one region per node.
         servers_per_region: Number of local servers in every region, which share its workers, or a list with one number
             per region.
@@ -61,6 +64,10 @@ class HalosStrategy(AlgorithmStrategy):
         keys: The file with the region's key and certificates, which ``lightning-halos keys region`` has made. Default:
             the environment variable ``HALOS_KEYS``. Only the job's rank 0 reads it.
         streams: TCP connections to the global server over which a model is sent at once.
+        worker: Processes of a worker, which train one copy of the model in step, or ``"node"`` for all of a node. A
+            worker never spans two nodes. Regions, servers and the number of workers count workers, not processes.
+        inner: The strategy inside a worker of several processes: Lightning's ``DDPStrategy`` (the default),
+            ``FSDPStrategy`` or ``ModelParallelStrategy``, or a name such as ``"ddp"``, ``"fsdp"`` or ``"fsdp2"``.
         **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
             ``checkpoint_io``, ``precision_plugin``.
 
@@ -90,6 +97,8 @@ class HalosStrategy(AlgorithmStrategy):
         server: str | None = None,
         keys: str | Path | None = None,
         streams: int = 4,
+        worker: int | Literal["node"] = 1,
+        inner: InnerStrategy | str | None = None,
         **kwargs: Any,
     ) -> None:
         algorithm = Halos(
@@ -103,7 +112,18 @@ class HalosStrategy(AlgorithmStrategy):
             max_norm_ratio=max_norm_ratio,
         )
         super().__init__(
-            algorithm, regions, start_method, timeout, grace_time, simulate, server, keys, streams, **kwargs
+            algorithm,
+            regions,
+            start_method,
+            timeout,
+            grace_time,
+            simulate,
+            server,
+            keys,
+            streams,
+            worker,
+            inner,
+            **kwargs,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,7 @@ from lightning_halos.training.default_group import (
     without_telling_rank,
 )
 from lightning_halos.training.fit import Fit
+from lightning_halos.training.inner import InnerStrategy
 from lightning_halos.training.membership import without_progress
 from lightning_halos.training.other_packages import WHAT_TO_DO
 from lightning_halos.training.preemption import let_data_workers_end, outlive_sigterm
@@ -62,8 +63,8 @@ _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 class AlgorithmStrategy(ConnectedStrategy):
     """Trains any LightningModule with an algorithm in which workers run local steps and exchange models.
 
-    Each device has a worker process. :class:`~lightning_halos.HalosStrategy` and the other strategies are subclasses
-    that make their own algorithm.
+    Each device has a process, and one or more processes are a worker. :class:`~lightning_halos.HalosStrategy` and the
+    other strategies are subclasses that make their own algorithm.
 
     Args:
         algorithm: The algorithm.
@@ -75,6 +76,8 @@ class AlgorithmStrategy(ConnectedStrategy):
         server: As there.
         keys: As there.
         streams: As there.
+        worker: As there.
+        inner: As there.
         **kwargs: As there.
 
     Raises:
@@ -93,12 +96,13 @@ class AlgorithmStrategy(ConnectedStrategy):
         server: str | None = None,
         keys: str | Path | None = None,
         streams: int = 4,
+        worker: int | Literal["node"] = 1,
+        inner: InnerStrategy | str | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs["checkpoint_io"] = kwargs.get("checkpoint_io") or AtomicCheckpointIO()
-        super().__init__(
-            algorithm, regions, start_method, timeout, simulate, find_server(server, keys, streams), **kwargs
-        )
+        its_server = find_server(server, keys, streams)
+        super().__init__(algorithm, regions, start_method, timeout, simulate, its_server, worker, inner, **kwargs)
         check_seconds("grace_time", grace_time)
         self._grace_time = float(grace_time)
         self._shards: Shards | None = None
@@ -170,7 +174,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             refuse_sharing(self.model, self.optimizers)
-            set_batch_norm_local(self.model, True)
+            set_batch_norm_local(self.model, True, self.site.inner_group)
         else:
             self.synchronize_module()
         self.setup_precision_plugin()
