@@ -28,6 +28,7 @@ from lightning_halos.checkpoint.places import newest_complete
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
+    LOCAL_STEPS,
     Toy,
     Watching,
     assert_same_model,
@@ -108,7 +109,8 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path / "step=24.ckpt")
     done = sum(stop - start for start, stop in manifest.done)
     assert 0 < done == manifest.total
-    assert abs(done - 24 * 4) <= 2 * 4 * 4
+    # Others may have pushed several rounds before the snapshot began; a round in flight is not in it.
+    assert done >= 24 * 4 - 4 * LOCAL_STEPS
     used = Counter(index for result in results for index in result["trained_on"])
     assert sum(used.values()) == 4 * (3 * 64 - done)  # what was in flight is run again, and nothing else
     assert max(used.values()) <= 3
