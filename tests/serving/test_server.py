@@ -20,15 +20,16 @@ from lightning_halos.core.messages import (
     ModelRequest,
     Progress,
     Refusal,
+    RegionUpdate,
     StatusReply,
     StatusRequest,
 )
-from lightning_halos.serving import host, snapshots
+from lightning_halos.serving import client, snapshots
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
 from tests.serving.conftest import Server, until
-from tests.serving.region import DESCRIPTION, ELEMENTS, STEPS, Region
+from tests.serving.region import DESCRIPTION, ELEMENTS, LIMIT, STEPS, Region
 
 Serve = Callable[..., Server]
 Regions = Callable[..., Region]
@@ -239,6 +240,36 @@ def test_a_region_whose_connection_is_lost_goes_on_where_it_was(serve: Serve, re
     assert "connection of us" in server.events
 
 
+def test_members_and_strangers_get_in_while_an_update_takes_long(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    node, begun, may_end = server.server.host.node, threading.Event(), threading.Event()
+    handle = node.handle
+
+    def slow(sender: int, message: Any, finding: Any = None) -> Any:
+        if isinstance(message, RegionUpdate):
+            begun.set()
+            may_end.wait(LIMIT)
+        return handle(sender, message, finding)
+
+    monkeypatch.setattr(node, "handle", slow)
+    us.work()
+    assert begun.wait(LIMIT)
+    eu.cut()
+    ap = region("ap", server)
+    for one in (eu, ap):  # the second only gets in if the listener did not wait for the first one's admission
+        one.connect()
+        one.join()
+    may_end.set()
+    assert not eu.settle().is_new
+    assert ap.settle().is_new
+    us.answer()
+
+
 def test_a_region_that_says_nothing_is_lost_and_may_return(serve: Serve, region: Regions) -> None:
     server = serve(workers=1, liveness=1.0)
     us = region("us", server)
@@ -402,7 +433,7 @@ def test_a_snapshot_that_failed_when_a_member_came_is_written_later(
 
 def test_a_name_has_a_limited_number_of_connections(serve: Serve, region: Regions) -> None:
     server = serve(workers=1)
-    for _ in range(host._MOST_SESSIONS):
+    for _ in range(client._MOST_SESSIONS):
         region("us", server).connect()
     one_more = region("us", server)
     one_more.connect()

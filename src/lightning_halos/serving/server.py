@@ -17,8 +17,9 @@ from typing import Any
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState
+from lightning_halos.serving.client import Session
 from lightning_halos.serving.final_model import checkpoint_of
-from lightning_halos.serving.host import RunHost, Session
+from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.serving.status import Reporter
 from lightning_halos.serving.storage import RunDirectory
