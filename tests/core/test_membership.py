@@ -293,6 +293,34 @@ def test_a_late_member_gets_the_global_model_the_budget_and_the_plateau_steps() 
     star.check()
 
 
+def test_without_shared_data_a_job_begins_with_the_epoch_of_its_region_or_of_the_slowest_worker() -> None:
+    own = dataclasses.replace(DESCRIPTION, epochs=3)
+    star = Star()
+    eu = star.job("eu", workers=2, description=own)
+    eu.push(0, epoch=2)
+    assert star.job("first", description=own).joining.welcome.epoch == 0  # the other worker of eu has finished none
+    star.jobs["first"].die()
+    eu.push(1, epoch=1)
+    us = star.job("us", description=own)
+    assert us.joining.welcome.epoch == 1
+    eu.push(1, epoch=2)
+    star.restart()
+    eu.connect()
+    us.connect()
+    eu.die()
+    eu = star.job("eu", workers=2, description=own)
+    assert eu.joining.welcome.epoch == 2  # its region has come so far, and us has not
+    assert star.node.status()["run"]["epoch"] == 1
+    us.push(final=True, epoch=3)
+    late = star.job("late", description=own)
+    assert late.joining.welcome.epoch == 2  # us does not work any more
+    eu.push(0, final=True, epoch=3)
+    eu.push(1, final=True, epoch=3)
+    late.push(final=True, epoch=3)
+    assert star.node.state is GlobalState.FINISHED
+    assert star.node.status()["run"]["epoch"] == 2  # the last one
+
+
 def test_a_member_that_leaves_gives_all_its_steps_and_the_run_goes_on() -> None:
     star, first, second = pair(SHARED)
     second.ask()

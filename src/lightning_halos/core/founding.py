@@ -166,7 +166,7 @@ class Founding:
             return [Send(member.index, Refusal(reason))]
         self.description = self.description or join.description
         self._enrol(member, join.workers)
-        member.begin(join.session, join.workers)
+        member.begin(join.session, join.workers, epoch=0)
         member.move(MemberEvent.JOIN)
         if self._founder == member.index:
             self._founder = None  # it has a new connection, and is asked for the model again

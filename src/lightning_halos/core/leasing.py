@@ -54,8 +54,15 @@ class Leasing:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the data that is leased next; 0 without shared data."""
-        return 0 if self.cursor is None else self.cursor.epoch
+        """The epoch of the run; the last one if its work is done."""
+        if self.cursor is not None:
+            return self.cursor.epoch
+        finished, epochs = self._finished_epochs, self._description.epochs
+        return finished if epochs is None else min(finished, epochs - 1)
+
+    def epoch_of(self, member: Member) -> int:
+        """Returns the epoch with which a member begins that joins now."""
+        return max(member.epoch, self._finished_epochs) if self.cursor is None else self.cursor.epoch
 
     def order(self, member: Member, request: LeaseRequest) -> None:
         """Takes a member's order, which :meth:`lease` answers.
@@ -150,6 +157,12 @@ class Leasing:
         member.open.add(claimed)
         member.leased.add(held)
         return unknown.without(claimed)
+
+    @property
+    def _finished_epochs(self) -> int:
+        """Epochs that all workers have finished which still work. Without shared data each has its own."""
+        working = [member.epoch for member in self._members.present if not member.is_flushed]
+        return min(working) if working else max((member.epoch for member in self._members), default=0)
 
     @property
     def _largest_order(self) -> int:

@@ -153,7 +153,7 @@ class OpenGlobalNode(OpenRun):
             if member.is_present:
                 self._lose(member)
             self._members.refuse(member, "Another process of this region has joined since. Start this one anew.")
-            member.begin(join.session, join.workers)
+            member.begin(join.session, join.workers, self._leasing.epoch_of(member))
             member.move(MemberEvent.JOIN)
             member.move(MemberEvent.WELCOME)
         else:
@@ -340,6 +340,7 @@ class OpenGlobalNode(OpenRun):
         member.report = report.number
         member.counted += report.steps
         member.fastest = report.fastest
+        member.count_epochs(report.worker, report.epoch)
         member.uncovered.append(Report(report.number, report.update, report.steps, fresh))
         member.counters.add(report)
         self.budget.total += report.steps

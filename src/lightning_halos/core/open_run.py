@@ -178,7 +178,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
             received=member.update,
             reports=member.report,
             publications=member.publication,
-            epoch=self._leasing.epoch,
+            epoch=self._leasing.epoch_of(member),
             lost=list(lost or ()),
             callbacks=self._deciding.callbacks if status.decides else "",
         )

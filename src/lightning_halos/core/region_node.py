@@ -216,6 +216,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             bytes_between_regions=between,
             stop=push.stop,
             data=push.data,
+            epoch=push.epoch,
         )
 
     def _exchange(self) -> Send:

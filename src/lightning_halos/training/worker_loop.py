@@ -174,6 +174,7 @@ class WorkerLoop(Callback):
         memory = self._memory if self.round.has_steps else None
         push = self.round.push(memory, stop, final=True, data=self._take_used())
         push.leave = self._preemption.leaves
+        push.epoch = self._trainer.current_epoch
         self._finish(push, self._fill)
         if self._preemption.leaves:
             self._preemption.end()
@@ -253,7 +254,9 @@ class WorkerLoop(Callback):
 
     def _next_round(self) -> None:
         self._end_round()
-        self._exchange(self.round.push(self._memory, data=self._take_used()), self._fill)
+        push = self.round.push(self._memory, data=self._take_used())
+        push.epoch = self._trainer.current_epoch
+        self._exchange(push, self._fill)
 
     def _end_round(self) -> None:
         self._refuse_newly_trainable()
