@@ -311,6 +311,7 @@ class Marker:
 
     save: str  # identity of the save
     folder: str  # folder in which its shards are written
+    pushed: int = 0  # to a worker: number of its last push that is in the snapshot
 
 
 @dataclass
