@@ -1,5 +1,6 @@
 """The page shows the state of a run to a browser, and nobody can change the run or the page through it."""
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lightning_halos.serving import dashboard as dashboard_module
 from lightning_halos.serving.dashboard import Dashboard, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -118,6 +120,42 @@ def test_requests_that_never_end_cost_a_limited_number_of_threads(dashboard: Das
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ask(dashboard, "/")[0] == 200
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+
+
+def test_a_request_has_one_time_limit_however_its_bytes_trickle(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard_module, "_LIMIT", 0.5)
+    slow = socket.create_connection(("127.0.0.1", dashboard.port), timeout=0.02)
+    slow.sendall(b"GET / HTTP/1.0\r\n")
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(ConnectionError):
+        while not is_closed(slow):
+            assert time.monotonic() < deadline
+            slow.sendall(b"x")  # of a header that never ends
+    slow.close()
+
+
+def test_a_reader_that_takes_nothing_has_the_same_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard_module, "_LIMIT", 0.5)
+    before = threading.active_count()
+    dashboard = Dashboard("127.0.0.1", 0, lambda: STATUS, lambda: "x" * 10**8)
+    slow = socket.create_connection(("127.0.0.1", dashboard.port), timeout=10)
+    slow.sendall(b"GET /status.json HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    assert slow.recv(1) == b"H"
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before + 1:  # the one that listens
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    slow.close()
+    dashboard.close()
 
 
 def test_an_error_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
