@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ Node = Founding | OpenGlobalNode
 
 GOODBYE = 30.0
 """Seconds in which a member that has got its last message must say goodbye."""
+
+_PAUSE = 0.01  # seconds between two looks
 
 RETURN = 30.0
 """Seconds that members have for their return after a restart of the server, at least."""
@@ -166,6 +169,19 @@ class RunHost:
         with self._lock:
             self._gate.failed(number)
             self._send_held()
+
+    def give_up(self, reason: str, timeout: float) -> None:
+        """Tells all members that this server ends and is not to be waited for, and why.
+
+        It waits until they have said goodbye, but at most ``timeout`` seconds.
+        """
+        with self._lock:
+            for client in self._clients:
+                client.session.control.post(Failure("the global server", reason))
+                self._close(client, timeout)
+        deadline = time.monotonic() + timeout
+        while list(self._clients) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
 
     def abort(self) -> None:
         """Cuts all connections, so that members dial again."""
@@ -291,11 +307,13 @@ class RunHost:
             index = self.node.index_of(client.session.name)
             other = self._members.get(index)
             if other is not None and other.process != message.session:
+                since = datetime.fromtimestamp(other.since, timezone.utc)
                 self._refuse(
                     client,
-                    f"{client.session.name} is present already, from {other.session.address}; two jobs must not use the"
-                    " same key file. If that job has just died, it is lost after"
-                    f" {self._liveness:g} s of silence, and this one may join.",
+                    f"{client.session.name} is present already, from {other.session.address}, since {since:%F %T} UTC."
+                    " Two jobs must not use the same key file: stop one of them, or give it a key of its own."
+                    f" If the other one has just died, it is lost after {self._liveness:g} s of silence, and this one"
+                    " may join.",
                 )
                 return False
             if other is not None:
