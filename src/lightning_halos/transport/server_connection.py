@@ -127,6 +127,11 @@ class ServerConnection:
         if self._error is not None:
             raise self._error
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server has refused the job, and has not let it in since."""
+        return self._refusal is not None or self._refused_since is not None
+
     def post(
         self,
         message: Message,
