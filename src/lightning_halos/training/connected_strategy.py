@@ -25,17 +25,16 @@ from lightning_halos.core.topology import Topology, assign_regions, check_region
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
-    SubprocessScriptLauncher,
     find_trainer,
     keep_sigterm_local,
 )
 from lightning_halos.training.default_group import DefaultGroup
-from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.launcher import ScriptLauncher, SimulationLauncher, Started
 from lightning_halos.training.membership import Membership, refuse_averages
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
-from lightning_halos.training.site import Site, named_regions
+from lightning_halos.training.site import Site, regions_of_processes
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.process_group import Mode
 from lightning_halos.transport.store import open_store
@@ -88,7 +87,7 @@ class ConnectedStrategy(ParallelStrategy):
         self._regions = regions
         self._start_method = start_method
         self.timeout = float(timeout)
-        self.num_nodes = 1  # the Trainer sets it
+        self.num_nodes = 1  # the Trainer sets it, then the launcher of the processes if it says it
         self._topology: Topology | None = None
         self._store: Store | None = None
         self._site: Site | None = None
@@ -108,6 +107,7 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
+        """Number of processes on this node. Other nodes may have more or fewer."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
@@ -122,7 +122,7 @@ class ConnectedStrategy(ParallelStrategy):
         if (member := self.membership) is not None:
             rank = (member.first + self.global_rank) % member.workers
             return {"num_replicas": member.workers, "rank": LightningRank(rank)}
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
+        return {"num_replicas": super().world_size, "rank": LightningRank(self.global_rank)}
 
     @property
     def topology(self) -> Topology:
@@ -150,29 +150,32 @@ class ConnectedStrategy(ParallelStrategy):
         if self.cluster is not None:
             self._configure_simulation(self.cluster)
             return
+        if (started := Started.by(self.cluster_environment)) is not None:
+            assert self.parallel_devices is not None
+            started.check_nodes(self.num_nodes)
+            self.num_nodes = started.nodes
+            self.parallel_devices = started.devices(self.parallel_devices)
         if self._server is not None:
             self._configure_region(self._server)
             return
-        regions = assign_regions(self._regions, self.num_nodes * self.num_processes, self.num_nodes)
+        regions = assign_regions(self._regions, self.world_size, self.num_nodes)
         if regions is not None:
             self._topology = self.algorithm.arrange(regions)
         self._launcher = self._make_launcher()
 
     def _configure_region(self, server: ServerSettings) -> None:
         """Arranges a job that is one region, with the name in its certificate."""
-        assert self.cluster_environment is not None
-        is_rank_0 = self.cluster_environment.node_rank() == 0 and self.cluster_environment.local_rank() == 0
+        is_rank_0 = self.global_rank == 0
         name = "this job"
         with nullcontext() if is_rank_0 else suppress(ValueError):  # only its machine must have the keys
             name = server.read_keys().certificate.name
-        workers = range(self.num_nodes * self.num_processes)
-        self._topology = self.algorithm.arrange([workers], [name])
+        self._topology = self.algorithm.arrange([range(self.world_size)], [name])
         self._launcher = self._make_launcher()
 
-    def _make_launcher(self) -> SubprocessScriptLauncher | MultiProcessingLauncher:
+    def _make_launcher(self) -> ScriptLauncher | MultiProcessingLauncher:
         assert self.cluster_environment is not None
         if self._start_method == "popen":
-            return SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            return ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         return MultiProcessingLauncher(self, start_method=self._start_method)
 
     def _configure_simulation(self, cluster: SimulatedCluster) -> None:
@@ -190,7 +193,10 @@ class ConnectedStrategy(ParallelStrategy):
         self._launcher = SimulationLauncher(self, start_method)
 
     def set_world_ranks(self) -> None:
-        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
+        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does.
+
+        Environments whose launcher has started the processes ignore it: the ranks and sizes are the launcher's.
+        """
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
@@ -207,9 +213,9 @@ class ConnectedStrategy(ParallelStrategy):
             address, port = environment.main_address, environment.main_port
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(address, port, rank, size, self.timeout, interrupted, self.num_nodes)
-            may_be_named = not simulated and self._regions is None and self._server is None
-            if may_be_named and (named := named_regions(self._store, rank, size, self.timeout, interrupted)):
-                topology = self.algorithm.arrange(*named)
+            if not simulated and self._regions is None and self._server is None:
+                place = rank, size, self.node_rank
+                topology = self.algorithm.arrange(*regions_of_processes(self._store, *place, self.timeout, interrupted))
             assert topology is not None
             self._site = Site(self._store, rank, size, topology, simulated, self.timeout, interrupted)
             self._default_group = DefaultGroup(self._site, self._mode)

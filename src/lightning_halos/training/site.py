@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_name
+from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_place
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import Groups, gather_through
 from lightning_halos.transport.link import MIN_PATIENCE
@@ -104,18 +104,26 @@ class Site:
         return Collectives(regions, self.rank, store, self.interrupted, describe, timeout)
 
 
-def named_regions(
-    store: Store, rank: int, size: int, timeout: float, interrupted: Callable[[], None]
-) -> tuple[list[list[int]], list[str]] | None:
-    """Returns the ranks and the name of each region, if processes name theirs with ``HALOS_REGION``.
+def regions_of_processes(
+    store: Store, rank: int, size: int, node: int, timeout: float, interrupted: Callable[[], None]
+) -> tuple[list[list[int]], list[str]]:
+    """Returns the ranks and the name of each region, by what each process says of its own place.
 
     All processes must call it.
 
+    Args:
+        store: The store of all processes.
+        rank: Global rank of this process.
+        size: Number of processes.
+        node: Number of this process's node.
+        timeout: Limit for the wait, in seconds.
+        interrupted: Called several times a second while waiting; may raise.
+
     Raises:
-        ValueError: If only some processes name their region.
+        ValueError: If only some processes name their region with ``HALOS_REGION``.
         PeerLostError: If not all processes connect in time.
     """
-    names = gather_through(
-        store, REGION_VARIABLE, rank, size, os.environ.get(REGION_VARIABLE, ""), interrupted, timeout
-    )
-    return regions_by_name(names) if any(names) else None
+    place = f"{node} {os.environ.get(REGION_VARIABLE, '')}"
+    places = gather_through(store, REGION_VARIABLE, rank, size, place, interrupted, timeout)
+    nodes, _, names = zip(*(place.partition(" ") for place in places), strict=True)
+    return regions_by_place(names, [int(node) for node in nodes])
