@@ -637,7 +637,7 @@ class StarRun:
         state, ledger = self._disk[-1]
         self._top = OpenGlobalNode.restored(copy.deepcopy(state))
         self.ledger = ledger.copied()
-        for index in self._top._awaited:
+        for index in self._top._leasing.awaited:
             self._expect(index)
         self.check()
 
@@ -690,7 +690,7 @@ class StarRun:
         self._after()
 
     def _numbers(self) -> dict[str, int]:
-        return {} if self.node is None else {m.session: m.update for m in self.node._members.values() if m.session}
+        return {} if self.node is None else {m.session: m.update for m in self.node._members if m.session}
 
     def _take(self, before: dict[str, int], is_join: bool) -> None:
         """Records the updates that the server has taken."""
@@ -758,7 +758,7 @@ class StarRun:
 
     def _saved(self, life: int, token: str) -> None:
         node = self.node
-        if life != self._life or node is None or token not in node._snapshots:
+        if life != self._life or node is None or token not in node._confirmations:
             return
         self.note("snapshot {} is on disk", token)
         sends = node.saved(token)
@@ -801,7 +801,7 @@ class StarRun:
         model = node.model.tolist()[:PARAMETERS]
         require(same(model, ledger.model), "the global model is {}, not {}", model, ledger.model)
         require(node.server.steps == ledger.steps, "the model has {} steps, not {}", node.server.steps, ledger.steps)
-        members = node._members.values()
+        members = node._members
         unsent = sum(report.steps for member in members for report in member.uncovered)
         total = node.budget.total
         require(
@@ -819,7 +819,7 @@ class StarRun:
         senders = max(1, len(present))
         if not self.is_finished:
             require(node.server.senders == senders, "the server has {} members, not {}", node.server.senders, senders)
-            decider = None if node._decider is None else node._members[node._decider]
+            decider = None if node._deciding.index is None else node._members[node._deciding.index]
             expected = any(member.is_active for member in present)
             require(decider is None or decider.is_present, "{} decides", decider)
             require(decider is not None or not expected, "nobody decides")
@@ -828,12 +828,12 @@ class StarRun:
 
     def _check_data(self, node: OpenGlobalNode) -> None:
         """Checks that all data is done, or with the cursor, or with one member."""
-        cursor = node._cursor
+        cursor = node._leasing.cursor
         assert cursor is not None
         owned = Counter[int]()
-        for member in node._members.values():
+        for member in node._members:
             owned.update(index for start, stop in member.open for index in range(start, stop))
-        done = {index for start, stop in node._done for index in range(start, stop)}
+        done = {index for start, stop in node._leasing.done for index in range(start, stop)}
         taken = {index for start, stop in cursor._taken for index in range(start, stop)}
         lost = {index for job in self.jobs for index in job.lost}
         twice = {index for index, count in owned.items() if count > 1 or index in done}
@@ -875,7 +875,7 @@ class StarRun:
         )
         twice = {index for index, count in trained.items() if count > 1}
         require(twice <= lost, "the data {} was used twice", twice - lost)
-        done = {index for start, stop in node._done for index in range(start, stop)}
+        done = {index for start, stop in node._leasing.done for index in range(start, stop)}
         require(done ^ set(trained) <= lost, "{} is said to be done, not {}", done, set(trained))
         if data is not None and not asked and (steps is None or ledger.steps < steps):
             require(done == set(range(data)), "the data {} was never used", set(range(data)) - done)

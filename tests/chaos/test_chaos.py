@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.cursor import Spans
+from lightning_halos.core.leasing import Leasing
 from lightning_halos.core.membership import Member
 from lightning_halos.core.messages import RegionUpdate
 from lightning_halos.core.open_global_node import OpenGlobalNode
@@ -51,7 +52,7 @@ def not_taken_back(node: OpenGlobalNode, member: Any, reports: Any) -> None:
     """A lost member's reports count though their update never arrives."""
 
 
-def leases_forgotten(node: OpenGlobalNode, member: Member) -> None:
+def leases_forgotten(leasing: Leasing, member: Member) -> None:
     """The data of a lost member is never used."""
     member.open = Spans()
 
@@ -61,17 +62,17 @@ def kept_without_copy(node: OpenRegionNode, update: RegionUpdate) -> None:
     node._kept.append(update)
 
 
-def awaits_nobody(node: OpenGlobalNode) -> list[Send]:
+def awaits_nobody(leasing: Leasing, is_over: bool) -> list[Send]:
     """Data is leased before a restarted server knows what is leased."""
-    node._awaited.clear()
-    return lease(node)
+    leasing.awaited.clear()
+    return lease(leasing, is_over)
 
 
-lease = OpenGlobalNode._lease
+lease = Leasing.lease
 BUGS = [
     (OpenGlobalNode, "_take_back", not_taken_back),
-    (OpenGlobalNode, "_return_leases", leases_forgotten),
-    (OpenGlobalNode, "_lease", awaits_nobody),
+    (Leasing, "return_all", leases_forgotten),
+    (Leasing, "lease", awaits_nobody),
     (OpenRegionNode, "_keep", kept_without_copy),
 ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_halos.core import open_global_node
+from lightning_halos.core import leasing, open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
 from lightning_halos.core.description import reason_against
 from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
@@ -119,7 +119,7 @@ def happen(star: Star, first: Job, second: Job, event: OpenEvent) -> None:
     elif event is OpenEvent.GO_ON:
         node.lose(index)  # which takes its steps back
     elif event is OpenEvent.FINISH:
-        for member in node._members.values():
+        for member in node._members:
             member.is_flushed = True
         node.end()
     else:
@@ -293,6 +293,34 @@ def test_a_late_member_gets_the_global_model_the_budget_and_the_plateau_steps() 
     star.check()
 
 
+def test_without_shared_data_a_job_begins_with_the_epoch_of_its_region_or_of_the_slowest_worker() -> None:
+    own = dataclasses.replace(DESCRIPTION, epochs=3)
+    star = Star()
+    eu = star.job("eu", workers=2, description=own)
+    eu.push(0, epoch=2)
+    assert star.job("first", description=own).joining.welcome.epoch == 0  # the other worker of eu has finished none
+    star.jobs["first"].die()
+    eu.push(1, epoch=1)
+    us = star.job("us", description=own)
+    assert us.joining.welcome.epoch == 1
+    eu.push(1, epoch=2)
+    star.restart()
+    eu.connect()
+    us.connect()
+    eu.die()
+    eu = star.job("eu", workers=2, description=own)
+    assert eu.joining.welcome.epoch == 2  # its region has come so far, and us has not
+    assert star.node.status()["run"]["epoch"] == 1
+    us.push(final=True, epoch=3)
+    late = star.job("late", description=own)
+    assert late.joining.welcome.epoch == 2  # us does not work any more
+    eu.push(0, final=True, epoch=3)
+    eu.push(1, final=True, epoch=3)
+    late.push(final=True, epoch=3)
+    assert star.node.state is GlobalState.FINISHED
+    assert star.node.status()["run"]["epoch"] == 2  # the last one
+
+
 def test_a_member_that_leaves_gives_all_its_steps_and_the_run_goes_on() -> None:
     star, first, second = pair(SHARED)
     second.ask()
@@ -305,7 +333,9 @@ def test_a_member_that_leaves_gives_all_its_steps_and_the_run_goes_on() -> None:
     assert star.node.state is GlobalState.RUNNING
     assert star.node.budget.total == star.node.server.steps == 1
     held = Spans(star.node._members[second.index].open)
-    assert star.node._cursor._taken.without(held, [(lease.first, lease.first + 1)]).steps == 0, "its leases returned"
+    assert star.node._leasing.cursor._taken.without(held, [(lease.first, lease.first + 1)]).steps == 0, (
+        "its leases returned"
+    )
     assert second.push(steps=1) is not None
 
 
@@ -396,7 +426,7 @@ def test_a_lost_process_is_rolled_back_exactly_steps_and_data() -> None:
     assert star.node.budget.total == star.node.server.steps == 8
     assert second.node.budget.total == 8, "the others are told"
     assert star.node.server.senders == 1
-    assert list(star.node._done) == list(Spans(spans[:2]))
+    assert list(star.node._leasing.done) == list(Spans(spans[:2]))
     used, number = list[int](), 0
     while (lease := second.ask()) is not None and lease.steps:
         number += 1
@@ -522,7 +552,7 @@ def test_a_snapshot_is_plain_values_and_survives_the_disk() -> None:
     first.connect()
     assert star.node.status()["members"]["eu"]["state"] == "active"
     assert star.node.description == SHARED
-    assert star.node._callbacks == "callbacks"
+    assert star.node._deciding.callbacks == "callbacks"
 
 
 def test_after_a_restart_data_is_leased_when_all_members_have_returned_or_are_lost() -> None:
@@ -593,7 +623,7 @@ def test_publications_are_repeated_for_a_server_that_has_lost_them() -> None:
     second.connect()
     first.connect()
     assert star.node._plateau_steps == [(0, 1.5)]
-    assert star.node._callbacks == "first"
+    assert star.node._deciding.callbacks == "first"
     assert second.node._plateau_steps == [(0, 1.5)]
 
 
@@ -811,7 +841,7 @@ def test_a_huge_order_of_data_gets_no_more_than_a_member_can_use() -> None:
 
 
 def test_a_member_that_orders_data_and_reports_none_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_global_node, "_MOST_OPEN", 16)
+    monkeypatch.setattr(leasing, "_MOST_OPEN", 16)
     star, first, _ = pair(dataclasses.replace(SHARED, steps_per_epoch=10**6, epochs=None))
     for number in range(9, 25):
         (grant,) = of_kind(star.node.handle(first.index, LeaseRequest(10**9, number)), LeaseGrant)
@@ -872,6 +902,6 @@ def test_spans_can_be_removed_and_compared() -> None:
 def test_a_stock_drops_what_others_have() -> None:
     stock = LeaseStock(8)
     node = OpenGlobalNode(torch.zeros(2), SHARED, 1)
-    stock.add(node._cursor.take(8))
+    stock.add(node._leasing.cursor.take(8))
     stock.drop([(2, 4), (7, 40)], 40)
     assert [(lease.first, lease.steps) for lease in stock] == [(0, 2), (4, 3)]

@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_halos.core.algorithms import AsyncLocalSGD
-from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_name
+from lightning_halos.core.topology import REGION_VARIABLE, Topology, assign_regions, check_regions, regions_by_place
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +26,20 @@ class TestAssignment:
     def test_lists_name_the_ranks_of_each_region_in_any_order(self):
         assert assign_regions(((3, 1), (0, 2)), 4, num_nodes=1) == [[3, 1], [0, 2]]
 
-    def test_by_default_a_node_is_a_region(self):
-        assert assign_regions(None, 6, num_nodes=3) == [[0, 1], [2, 3], [4, 5]]
+    def test_by_default_one_node_is_one_region(self):
+        assert assign_regions(None, 3, num_nodes=1) == [[0, 1, 2]]
+
+    def test_by_default_several_nodes_are_regions_which_only_all_processes_together_know(self):
+        assert assign_regions(None, 6, num_nodes=3) is None
+        assert regions_by_place([""] * 6, [0, 0, 1, 1, 2, 2]) == ([[0, 1], [2, 3], [4, 5]], ["0", "1", "2"])
+
+    def test_nodes_may_have_different_numbers_of_workers_and_any_ranks(self):
+        assert regions_by_place([""] * 3, [0, 1, 1]) == ([[0], [1, 2]], ["0", "1"])
+        assert regions_by_place([""] * 5, [2, 0, 2, 0, 1]) == ([[0, 2], [1, 3], [4]], ["0", "1", "2"])
 
     def test_by_default_the_environment_decides_if_it_names_a_region(self, monkeypatch):
         monkeypatch.setenv(REGION_VARIABLE, "eu")
-        assert assign_regions(None, 6, num_nodes=3) is None
+        assert assign_regions(None, 6, num_nodes=1) is None
 
     def test_an_argument_beats_the_environment(self, monkeypatch):
         monkeypatch.setenv(REGION_VARIABLE, "eu")
@@ -43,7 +51,7 @@ class TestAssignment:
         assert assign_regions(None, 2, num_nodes=1) == [[0, 1]]
 
     def test_processes_that_named_the_same_region_are_together(self):
-        regions, names = regions_by_name(["us", "eu", "us", "eu", "asia"])
+        regions, names = regions_by_place(["us", "eu", "us", "eu", "asia"], nodes=[0, 0, 1, 1, 1])
         assert regions == [[0, 2], [1, 3], [4]]
         assert names == ["us", "eu", "asia"]
 
@@ -123,13 +131,13 @@ class TestErrors:
         ],
     )
     def test_a_value_that_does_not_fit_the_workers(self, regions, says):
-        with pytest.raises(ValueError, match="devices x num_nodes") as error:
+        with pytest.raises(ValueError, match="of the job") as error:
             assign_regions(regions, world_size=4, num_nodes=1)
         assert all(part in str(error.value) for part in says), error.value
 
     def test_a_variable_that_only_some_processes_have(self):
         with pytest.raises(ValueError, match=REGION_VARIABLE) as error:
-            regions_by_name(["eu", "", "us", ""])
+            regions_by_place(["eu", "", "us", ""], nodes=[0, 0, 1, 1])
         assert "not in rank(s) [1, 3]" in str(error.value)
         assert "every process, or pass HalosStrategy(regions=...)" in str(error.value)
 

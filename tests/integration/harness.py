@@ -130,6 +130,18 @@ def lightning_environments(workers: int) -> list[dict[str, str]]:
     return [{**shared, "LOCAL_RANK": str(rank)} for rank in range(workers)]
 
 
+def torchrun_environments(*processes: int) -> list[dict[str, str]]:
+    """The environment that torchrun would set in each process, given the number of processes on each node."""
+    size, port, environments = sum(processes), free_port(), list[dict[str, str]]()
+    for node, here in enumerate(processes):
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+        shared |= {"GROUP_RANK": str(node), "GROUP_WORLD_SIZE": str(len(processes))}
+        shared |= {"LOCAL_WORLD_SIZE": str(here), "WORLD_SIZE": str(size)}
+        for local in range(here):
+            environments.append({**shared, "LOCAL_RANK": str(local), "RANK": str(len(environments))})
+    return environments
+
+
 @contextlib.contextmanager
 def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Kills what is left of the process's group at the end."""

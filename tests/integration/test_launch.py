@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.integration.toys import (
     outcome,
     state,
 )
+from tests.integration.unequal import PROCESSES, assert_unequal, unequal
 
 TIMEOUT = 240
 SCRIPT = ["-m", "tests.integration.script"]
@@ -111,27 +113,57 @@ def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
     assert main["start_method"] == "fork"
 
 
-def on_slurm() -> Result:
-    module, trainer = Toy(), make_trainer(devices=2, max_steps=20)
-    trainer.fit(module, loader())
-    return outcome(trainer, module, environment=type(trainer.strategy.cluster_environment).__name__)
+def test_torchrun_with_nodes_of_unequal_size(tmp_path: Path) -> None:
+    address, port = "127.0.0.1", free_port()
+    with ExitStack() as stack:
+        nodes = []
+        for rank, processes in enumerate(PROCESSES):
+            (folder := tmp_path / f"node{rank}").mkdir()
+            options = f"--nnodes=2 --node-rank={rank} --nproc-per-node={processes} --master-addr={address}"
+            torchrun = ["-m", "torch.distributed.run", *options.split(), f"--master-port={port}"]
+            script = ["-m", "tests.integration.unequal", tmp_path]
+            nodes.append((stack.enter_context(ending(start(*torchrun, *script, folder=folder))), folder / "log"))
+        for process, log in nodes:
+            assert process.wait(TIMEOUT) == 0, log.read_text()[-4000:]
+    assert_unequal(load_results(tmp_path, sum(PROCESSES)), "TorchElasticEnvironment")
 
 
-def test_slurm(run: Run) -> None:
+def test_slurm_with_nodes_of_unequal_size(run: Run) -> None:
     shared = {
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "train",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1",
-        "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "3",
+        "SLURM_NTASKS_PER_NODE": "2",  # at most, since the number of tasks is given
+        "SLURM_NNODES": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1,2",
+        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    tasks = [{**shared, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
-    results = run(on_slurm, environments=tasks)
-    assert_trained(results, max_steps=20)
-    assert all(result["environment"] == "SLURMEnvironment" for result in results)
+    places = [(0, 0), (1, 0), (1, 1)]
+    tasks = [
+        {**shared, "SLURM_PROCID": str(task), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(place)}
+        for task, (node, place) in enumerate(places)
+    ]
+    assert_unequal(run(unequal, environments=tasks), "SLURMEnvironment")
+
+
+def refused(devices: int) -> Result:
+    with pytest.raises(ValueError, match="num_nodes \\* devices") as error:
+        make_trainer(devices=devices, num_nodes=2, max_steps=20).fit(Toy(), loader())
+    return {"error": str(error.value)}
+
+
+def unequal_without_launcher() -> Result:
+    return refused(devices=1 + int(os.environ["NODE_RANK"]))
+
+
+def test_nodes_of_unequal_size_need_a_launcher_that_knows_all(run: Run) -> None:
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    environments = [{**shared, "NODE_RANK": str(node)} for node in range(2)]
+    errors = [result["error"] for result in run(unequal_without_launcher, environments=environments)]
+    assert errors[0].startswith("Rank 0 is one of 2 process(es), but another process is one of 4.")
+    assert errors[1].startswith("Rank 2 is one of 4 process(es), but another process is one of 2.")
+    assert all("torchrun, with an --nproc-per-node of its own on each machine" in error for error in errors)
 
 
 def in_named_regions() -> Result:

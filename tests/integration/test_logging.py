@@ -155,5 +155,5 @@ def test_logging_every_step_does_not_move_the_global_step(run: Run, tmp_path: Pa
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["mine"]]
     assert steps == sorted(steps)
     # Rank 0 is slow: the others make most of the global steps.
-    assert results[0]["optimizer_steps"] < 25
-    assert steps[-1] >= 36
+    assert results[0]["optimizer_steps"] < min(result["optimizer_steps"] for result in results[1:])
+    assert steps[-1] > results[0]["optimizer_steps"]

@@ -1,5 +1,6 @@
 """The page shows the state of a run to a browser, and nobody can change the run or the page through it."""
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from lightning_halos.serving import dashboard as dashboard_module
 from lightning_halos.serving.dashboard import Dashboard, page
+from tests.serving.conftest import until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NOW = time.time()
@@ -118,6 +121,40 @@ def test_requests_that_never_end_cost_a_limited_number_of_threads(dashboard: Das
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert ask(dashboard, "/")[0] == 200
+
+
+def is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+
+
+def test_a_request_has_one_time_limit_however_its_bytes_trickle(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard_module, "_LIMIT", 0.5)
+    slow = socket.create_connection(("127.0.0.1", dashboard.port), timeout=0.02)
+    slow.sendall(b"GET / HTTP/1.0\r\n")
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(ConnectionError):
+        while not is_closed(slow):
+            assert time.monotonic() < deadline
+            slow.sendall(b"x")  # of a header that never ends
+    slow.close()
+
+
+def test_a_reader_that_takes_nothing_has_the_same_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard_module, "_LIMIT", 0.5)
+    before, much = threading.active_count(), "x" * 10**7  # more than the kernel takes
+    dashboard = Dashboard("127.0.0.1", 0, lambda: STATUS, lambda: much)
+    slow = socket.create_connection(("127.0.0.1", dashboard.port), timeout=10)
+    slow.sendall(b"GET /status.json HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        slow.recv(1)  # the request was accepted
+    until(lambda: threading.active_count() == before + 1)  # the thread that listens
+    slow.close()
+    dashboard.close()
 
 
 def test_an_error_is_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lightning_halos.core import open_global_node
+from lightning_halos.core import member_checks
 from lightning_halos.core.messages import Enrol, Join, Progress, Refusal, StatusRequest
 from lightning_halos.transport import wire
 from tests.serving.conftest import Server, until
@@ -171,7 +171,7 @@ def test_long_texts_are_not_kept(serve: Serve, region: Regions, message: Enrol |
 
 
 def test_reports_whose_updates_never_come(serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_global_node, "_MOST_UNCOVERED", 100)
+    monkeypatch.setattr(member_checks, "_MOST_UNCOVERED", 100)
     server = serve(workers=1)
     good, evil = region("eu", server), region("us", server)
     good.enter()

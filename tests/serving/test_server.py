@@ -20,15 +20,16 @@ from lightning_halos.core.messages import (
     ModelRequest,
     Progress,
     Refusal,
+    RegionUpdate,
     StatusReply,
     StatusRequest,
 )
-from lightning_halos.serving import host, snapshots
+from lightning_halos.serving import client, snapshots
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
 from tests.serving.conftest import Server, until
-from tests.serving.region import DESCRIPTION, ELEMENTS, STEPS, Region
+from tests.serving.region import DESCRIPTION, ELEMENTS, LIMIT, STEPS, Region
 
 Serve = Callable[..., Server]
 Regions = Callable[..., Region]
@@ -148,6 +149,7 @@ def test_a_second_client_with_the_name_of_a_present_region_is_refused(serve: Ser
     double.join()
     refusal = double.expect(Refusal)
     assert "us is present already, from 127.0.0.1:" in refusal.reason
+    assert " UTC. Two jobs must not use the same key file: stop one of them, or give it a key of" in refusal.reason
     assert not refusal.for_good
     assert "us is present already" in server.events
     us.work()
@@ -239,6 +241,36 @@ def test_a_region_whose_connection_is_lost_goes_on_where_it_was(serve: Serve, re
     assert "connection of us" in server.events
 
 
+def test_members_and_strangers_get_in_while_an_update_takes_long(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    node, begun, may_end = server.server.host.node, threading.Event(), threading.Event()
+    handle = node.handle
+
+    def slow(sender: int, message: Any, finding: Any = None) -> Any:
+        if isinstance(message, RegionUpdate):
+            begun.set()
+            may_end.wait(LIMIT)
+        return handle(sender, message, finding)
+
+    monkeypatch.setattr(node, "handle", slow)
+    us.work()
+    assert begun.wait(LIMIT)
+    eu.cut()
+    ap = region("ap", server)
+    for one in (eu, ap):  # the second only gets in if the listener did not wait for the first one's admission
+        one.connect()
+        one.join()
+    may_end.set()
+    assert not eu.settle().is_new
+    assert ap.settle().is_new
+    us.answer()
+
+
 def test_a_region_that_says_nothing_is_lost_and_may_return(serve: Serve, region: Regions) -> None:
     server = serve(workers=1, liveness=1.0)
     us = region("us", server)
@@ -268,8 +300,11 @@ def test_a_run_that_too_few_regions_work_on_ends_and_can_go_on(serve: Serve, reg
     us.work()
     us.answer()
     eu.cut()
+    reason = "Fewer than 2 regions were present for longer than 0.5 s, so the server ends."
+    assert reason in us.expect(Failure).reason
+    us.goodbye()
     assert server.wait() == 1
-    assert "Fewer than 2 regions were present for longer than 0.5 s" in server.events
+    assert reason in server.events
 
     server = serve(liveness=1.0)  # after which eu's data is leased to others
     us.connect(server.port)
@@ -335,22 +370,54 @@ def test_a_region_that_leaves_hears_so_only_when_its_work_is_on_disk(
     assert server.status()["run"]["total"] >= STEPS
 
 
+def fill_the_disk(*_: object) -> None:
+    raise OSError("No space left on device")
+
+
 def test_a_full_disk_does_not_end_the_run(serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(workers=1)
     us = region("us", server)
     us.enter()
-
-    def fail(*_: object) -> None:
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "save", fail)
+        patch.setattr(RunDirectory, "save", fill_the_disk)
         for _ in range(3):
             us.work()
             us.answer()
         until(lambda: "No space left on device" in server.events)
     us.flush(leave=True)
     us.final()
+
+
+def test_a_disk_that_stays_full_ends_the_server_and_its_members_hear_why(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "_RETRY", 0.1)
+    server = serve(workers=1, timeout=0.5)
+    us = region("us", server)
+    us.enter()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", fill_the_disk)
+        us.work()
+        us.answer()
+        reason = "No snapshot could be written for 0.5 s (No space left on device), so the server ends."
+        assert reason in us.expect(Failure).reason
+        us.goodbye()
+        assert server.wait() == 1
+    assert reason in server.events
+
+
+def test_a_final_model_that_cannot_be_written_ends_the_server_and_its_members_hear_why(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1, timeout=0.5)
+    us = region("us", server)
+    us.enter()
+    monkeypatch.setattr(RunDirectory, "write_final_model", fill_the_disk)
+    us.flush(stop=True)
+    us.final()
+    assert "The final model could not be written for 0.5 s" in us.expect(Failure).reason
+    us.goodbye()
+    assert server.wait() == 1
 
 
 def test_who_is_revoked_is_expelled_and_let_in_with_a_new_key(
@@ -402,7 +469,7 @@ def test_a_snapshot_that_failed_when_a_member_came_is_written_later(
 
 def test_a_name_has_a_limited_number_of_connections(serve: Serve, region: Regions) -> None:
     server = serve(workers=1)
-    for _ in range(host._MOST_SESSIONS):
+    for _ in range(client._MOST_SESSIONS):
         region("us", server).connect()
     one_more = region("us", server)
     one_more.connect()

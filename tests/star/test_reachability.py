@@ -70,13 +70,14 @@ def test_errors_name_address_interface_and_remedy(
     timeout = 4.0
     there = net.place("server")
     net.open_only(there, PORT)
-    good, names = f"{there.ipv4}:{PORT}", ["firewall", "port", "here", "unknown", "family", "early", "other"]
-    star = Star(starter, tmp_path, replace(TASK, timeout=timeout), [there.ipv4, "halos.test"], names[:-2] + names[-1:])
-    # As on a machine whose clock is a day behind that of the machine where the keys were made.
-    later = datetime.now(timezone.utc) + timedelta(days=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(certificates, "_now", lambda: later)
-        star.make_keys("early")
+    good, names = f"{there.ipv4}:{PORT}", ["firewall", "port", "here", "unknown", "family", "other", "early", "late"]
+    star = Star(starter, tmp_path, replace(TASK, timeout=timeout), [there.ipv4, "halos.test"], names[:-2])
+    # As on machines whose clocks are a day behind, and a year ahead of, that of the machine where the keys were made.
+    for name, days in ("early", 1), ("late", -366):
+        then = datetime.now(timezone.utc) + timedelta(days=days)
+        with monkeypatch.context() as patch:
+            patch.setattr(certificates, "_now", lambda then=then: then)
+            star.make_keys(name)
     places = {name: net.place(name, ipv6=name == "family", ipv4=name != "family") for name in names}
     places["here"].hosts(("halos.test", "127.0.1.1"))
     places["other"].hosts(("elsewhere.test", there.ipv4))
@@ -93,6 +94,7 @@ def test_errors_name_address_interface_and_remedy(
         "unknown": (f"nowhere.test:{PORT}", ["nowhere.test", "DNS"]),
         "family": (good, [good, "no way from this machine"]),
         "early": (good, ["early.pem", "not valid yet", "clock", "date -u"]),
+        "late": (good, ["late.pem", "has expired", "keys region FOLDER late --replace", "clock", "date -u"]),
         "other": (f"elsewhere.test:{PORT}", [good, "eth0", places["other"].ipv4, "elsewhere.test", "--host"]),
     }
     server = star.server(listen=f":{PORT}", place=there)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_halos.core.messages import Failure, LeaseRequest, Message, Push
+from lightning_halos.core.messages import Failure, LeaseRequest, Message, Push, Refusal, StatusReply
 from lightning_halos.core.vector import PART
 from lightning_halos.transport import dialer, listener, wire
 from lightning_halos.transport.address import Address
@@ -29,6 +29,7 @@ from lightning_halos.transport.certificates import Certificate, make_authority, 
 from lightning_halos.transport.dialer import dial
 from lightning_halos.transport.errors import (
     CertificateRefusedError,
+    PeerFailedError,
     PeerLostError,
     ProtocolVersionError,
     ServerRefusedError,
@@ -596,14 +597,16 @@ class TestARunningMember:
         caplog.set_level(logging.WARNING)
         return caplog
 
-    def connect(self, running: Server, limit: float = LIMIT) -> tuple[ServerConnection, list[Exception]]:
+    def connect(
+        self, running: Server, limit: float = LIMIT, patience: float = LIMIT
+    ) -> tuple[ServerConnection, list[Exception]]:
         failures: list[Exception] = []
         us = keys() / "us.pem"
         connection = ServerConnection(
             "the server", lambda seconds, check: dial(running.address, us, 0, seconds, check), limit
         )
         connection.on_failure(failures.append)
-        connection.open(LIMIT, lambda: None)
+        connection.open(patience, lambda: None)
         return connection, failures
 
     def lose(self, running: Server) -> None:
@@ -654,6 +657,58 @@ class TestARunningMember:
             self.lose(running)
             wait_until(lambda: failures)
             assert "is revoked" in str(failures[0])
+
+    def refuse(self, running: Server) -> None:
+        """Refuses the next connection for a reason that may pass."""
+        self.say(running, Refusal("us is present already.", for_good=False)).close(LIMIT)
+
+    def say(self, running: Server, message: Message) -> Session:
+        there = running.sessions.get(timeout=LIMIT)
+        there.control.start(lambda message, progress: None, lambda error: None)
+        there.control.post(message)
+        return there
+
+    def test_ends_when_the_server_says_that_it_has_given_up(self) -> None:
+        with server() as running:
+            connection, failures = self.connect(running)
+            self.say(running, Failure("the global server", "The disk is full.")).close(LIMIT)
+            wait_until(lambda: failures)
+            assert str(failures[0]) == "The global server the server has given up: The disk is full."
+            with pytest.raises(PeerFailedError):
+                connection.check()
+            assert running.sessions.empty()
+
+    def test_is_told_at_once_that_it_is_refused_and_waits_to_be_let_in(self, log: pytest.LogCaptureFixture) -> None:
+        class Nobody:
+            def connected(self) -> list[Message]:
+                return []
+
+            def disconnected(self) -> None: ...
+
+            def receive(self, message: Message, progress: object) -> bool:
+                return True
+
+        with server() as running:
+            connection, failures = self.connect(running)
+            connection.serve(Nobody())
+            self.refuse(running)
+            wait_until(lambda: f"us is present already. It is asked again for up to {LIMIT:g} s." in log.text)
+            self.refuse(running)
+            self.say(running, StatusReply(""))
+            wait_until(lambda: "lets this job in now" in log.text)
+            assert log.text.count("us is present already.") == 1
+            assert "is connected again" not in log.text
+            assert "is lost" not in log.text
+            assert not failures
+            connection.close(0)
+
+    def test_ends_when_it_was_refused_until_the_limit(self) -> None:
+        with server() as running:
+            _, failures = self.connect(running, patience=1.5)
+            self.refuse(running)
+            self.refuse(running)
+            wait_until(lambda: failures)
+            assert "has refused this job for timeout=1.5 s: us is present already." in str(failures[0])
 
     def test_gives_up_at_the_limit(self, tmp_path: Path) -> None:
         make_authority(tmp_path, ["localhost"])

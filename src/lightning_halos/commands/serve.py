@@ -16,8 +16,9 @@ examples:
   lightning-halos serve --directory runs/pile --revoke us-east
       refuses us-east's present certificates from now on, also in a server that runs already
 
-exit status: 0 the run is finished, 1 too few regions for longer than --timeout, 2 an argument or the directory is
-  wrong, 130 or 143 ended by SIGINT or SIGTERM (the run goes on when the server is started again)
+exit status: 0 the run is finished, 1 too few regions, or a full disk, for longer than --timeout, 2 an argument or the
+  directory is wrong, 130 or 143 ended by SIGINT or SIGTERM; after 1, 130 and 143 the run goes on when the server is
+  started again
 """
 
 _PORT = 29600
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="end when fewer than --min-regions have been present for so long (default: 3600)",
+        help="end when for so long fewer than --min-regions were present, or the disk was full (default: 3600)",
     )
     run.add_argument(
         "--liveness",

@@ -26,9 +26,9 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import ProtocolError, Send
+from lightning_halos.core.roster import Roster
 from lightning_halos.core.servers import Finding, all_finite
 
-_MOST_REFUSED = 100  # sessions that are remembered as refused
 _MOST_CHARACTERS = 500  # of what is wrong with a description
 
 
@@ -56,12 +56,11 @@ class Founding:
         self._min_regions = min_regions
         self._workers = workers
         self._preferred = preferred
-        self._members: dict[int, Member] = {}
+        self._members = Roster()
         self._enrolled: list[int] = []  # in this order
         self._asked: list[int] = []  # members that wait for an answer to their enrolment
         self._founder: int | None = None
         self._model: Tensor | None = None
-        self._refused: dict[tuple[int, str], str] = {}  # by member and session
 
     @property
     def form(self) -> tuple[int, torch.dtype] | None:
@@ -71,16 +70,12 @@ class Founding:
     @property
     def present(self) -> int:
         """Number of members that have joined and are connected."""
-        return len(self._joined)
+        return len(self._members.joining)
 
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
-        for member in self._members.values():
-            if member.name == name:
-                return member.index
-        index = len(self._members)
-        self._members[index] = Member(name, index)
-        return index
+        member = self._members.named(name)
+        return (self._members.add(name) if member is None else member).index
 
     def name_of(self, index: int) -> str:
         return self._members[index].name
@@ -123,9 +118,7 @@ class Founding:
 
     def expel(self, index: int, reason: str) -> list[Send]:
         """Forgets a member, and refuses its session from now on."""
-        session = self._members[index].session
-        if session:
-            self._refused = {(index, session): reason, **dict(list(self._refused.items())[:_MOST_REFUSED])}
+        self._members.refuse(self._members[index], reason)
         return [Send(index, Refusal(reason)), *self.disconnected(index)]
 
     def status(self) -> dict[str, Any]:
@@ -142,12 +135,9 @@ class Founding:
             "decider": None,
             "min_regions": self._min_regions,
         }
-        members = {m.name: {"state": m.state.value, "workers": m.workers, "session": m.session} for m in self._joined}
+        joined = self._members.joining
+        members = {m.name: {"state": m.state.value, "workers": m.workers, "session": m.session} for m in joined}
         return {"run": run, "members": members}
-
-    @property
-    def _joined(self) -> list[Member]:
-        return [m for m in self._members.values() if m.session and m.state is MemberState.JOINING]
 
     def _enrol(self, member: Member, workers: int) -> None:
         if member.index not in self._enrolled:
@@ -165,7 +155,7 @@ class Founding:
         return [Send(index, Enrolled(self._workers, self._members[index].first)) for index in asked]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
-        if reason := self._refused.get((member.index, join.session)):
+        if reason := self._members.refusal(member, join.session):
             return [Send(member.index, Refusal(reason))]
         try:
             descriptions.check(join.description)
@@ -176,7 +166,7 @@ class Founding:
             return [Send(member.index, Refusal(reason))]
         self.description = self.description or join.description
         self._enrol(member, join.workers)
-        member.begin(join.session, join.workers)
+        member.begin(join.session, join.workers, epoch=0)
         member.move(MemberEvent.JOIN)
         if self._founder == member.index:
             self._founder = None  # it has a new connection, and is asked for the model again
@@ -192,7 +182,7 @@ class Founding:
 
     def _found(self) -> list[Send]:
         """Begins the run if everything is there; else asks the founder for the model, if it was not asked yet."""
-        joined = self._joined
+        joined = self._members.joining
         if not joined:
             self.description = self._founder = self._model = None
             return []
@@ -204,6 +194,5 @@ class Founding:
         if len(joined) >= self._min_regions and self.node is None:
             assert self.description is not None
             workers = self._workers or sum(member.workers for member in joined)
-            members = list(self._members.values())
-            self.node = OpenGlobalNode(self._model, self.description, workers, members, self._preferred, self._refused)
+            self.node = OpenGlobalNode(self._model, self.description, workers, self._members, self._preferred)
         return []

@@ -75,7 +75,7 @@ class Report(NamedTuple):
 
 @dataclass
 class Member:
-    """The global node's record of a member. Everything below ``session`` belongs to that process.
+    """The global node's record of a member. Everything from ``begins`` on belongs to its present process.
 
     Attributes:
         name: Its name, by its certificate.
@@ -83,6 +83,8 @@ class Member:
         first: Workers of the members with smaller indices, when it enrolled.
         state: Its state.
         counters: Counters for monitoring, of all its sessions.
+        begins: The epoch with which its process begins.
+        epochs: Epochs that its workers have finished, by worker, as far as they have reported.
         session: Its process.
         workers: Number of its workers.
         is_stale: Whether this record is from a snapshot, and the member may have gone on since.
@@ -111,6 +113,8 @@ class Member:
     first: int = 0
     state: MemberState = MemberState.JOINING
     counters: ServerCounters = field(default_factory=ServerCounters)
+    begins: int = 0
+    epochs: dict[int, int] = field(default_factory=dict)
     session: str = ""
     workers: int = 0
     is_stale: bool = False
@@ -148,9 +152,21 @@ class Member:
             raise ProtocolError(f"{self} is {self.state.value}, which does not allow this: {event.value}.")
         self.state = MEMBER_TRANSITIONS[self.state][event]
 
-    def begin(self, session: str, workers: int) -> None:
-        """Begins a new session."""
-        fresh = Member(self.name, self.index, self.first, self.state, self.counters, session, workers)
+    @property
+    def epoch(self) -> int:
+        """Epochs that all its workers have finished."""
+        return min(self.epochs.get(worker, self.begins) for worker in range(max(1, self.workers)))
+
+    def count_epochs(self, worker: int, finished: int) -> None:
+        """Records how many epochs a worker says that it has finished."""
+        known = self.epochs.get(worker, self.begins)
+        self.epochs[worker] = max(known, min(finished, known + _MOST_EPOCHS))
+
+    def begin(self, session: str, workers: int, epoch: int) -> None:
+        """Begins a new session, with an epoch."""
+        fresh = Member(
+            self.name, self.index, self.first, self.state, self.counters, epoch, session=session, workers=workers
+        )
         vars(self).update(vars(fresh))
 
     def disconnect(self) -> None:
@@ -204,12 +220,15 @@ def brief(message: Message) -> str:
     return f"{type(message).__name__}({fields[:_SHOWN]}{'...' if len(fields) > _SHOWN else ''})"
 
 
+_MOST_EPOCHS = 1000  # that a worker may finish between two reports; more of them do not count
 _MOST_CHARACTERS = 64  # of the identity of a process, which is kept
 _SHOWN = 200  # characters of a message in errors
 _PLAIN = (
     "name",
     "index",
     "first",
+    "begins",
+    "epochs",
     "session",
     "workers",
     "has_decided",

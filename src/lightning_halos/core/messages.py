@@ -46,6 +46,7 @@ class Push:
     # not share data.
     data: list[tuple[int, int]] = field(default_factory=list)
     leave: bool = False  # in a final push: whether the complete region leaves the run, which goes on without it
+    epoch: int = 0  # epochs that the worker has finished
 
 
 @dataclass
@@ -124,6 +125,7 @@ class Progress:
     stop: bool = False  # see `Push`, like `data`
     data: list[tuple[int, int]] = field(default_factory=list)
     update: int = 0  # in a star of jobs: number of the update that contains the push
+    epoch: int = 0  # see `Push`
 
 
 @dataclass
@@ -235,7 +237,9 @@ class Welcome:
     received: int = 0  # number of the session's last update that the global server has
     reports: int = 0  # number of its last report that counts
     publications: int = 0  # number of its last `Publish` that counts
-    epoch: int = 0  # the epoch of the data that is leased next
+    # The epoch that the member begins with: that of the data that is leased next. If the workers do not share data, it
+    # is that of the slowest worker of the region's earlier jobs or, if that is later, of all others.
+    epoch: int = 0
     lost: list[tuple[int, int]] = field(default_factory=list)  # data that it held, and that others have now
     callbacks: str = ""  # for the member that decides: the text in the last `Publish`
 
@@ -307,6 +311,7 @@ class Marker:
 
     save: str  # identity of the save
     folder: str  # folder in which its shards are written
+    pushed: int = 0  # to a worker: number of its last push that is in the snapshot
 
 
 @dataclass

@@ -6,7 +6,7 @@ A message that arrives again is recognized by its number here, so that it is ans
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -216,6 +216,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             bytes_between_regions=between,
             stop=push.stop,
             data=push.data,
+            epoch=push.epoch,
         )
 
     def _exchange(self) -> Send:
@@ -312,4 +313,5 @@ class RegionNode(Node[RegionState, RegionEvent]):
         snapshot = self.server.snapshot()
         shard = Shard(marker, self.server.index, self._state(snapshot.state), snapshot)
         reply = MarkerReply(marker.save, self.server.index, self.server.number)
-        return [*(Send(rank, marker) for rank in self._workers), Send(GLOBAL, reply), Send(STORAGE, shard)]
+        markers = [Send(rank, replace(marker, pushed=worker.push)) for rank, worker in self._workers.items()]
+        return [*markers, Send(GLOBAL, reply), Send(STORAGE, shard)]

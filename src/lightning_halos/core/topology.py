@@ -135,24 +135,24 @@ def check_regions(regions: int | Sequence[Sequence[int]] | None) -> None:
 def assign_regions(
     regions: int | Sequence[Sequence[int]] | None, world_size: int, num_nodes: int
 ) -> list[list[int]] | None:
-    """Returns the ranks of each region, or ``None`` if every process names its own region with ``HALOS_REGION``.
+    """Returns the ranks of each region, or ``None`` if only all processes together know them: :func:`regions_by_place`.
 
     Args:
         regions: The number of regions (with consecutive ranks, of sizes as equal as possible), the ranks of each
             region, or ``None``: then ``HALOS_REGION`` counts if this process has it, else each node is a region.
         world_size: Number of workers.
-        num_nodes: Number of nodes of the Trainer.
+        num_nodes: Number of nodes, which may have different numbers of workers.
 
     Raises:
         ValueError: If there are more regions than workers, or the ranks do not match the workers.
     """
     if regions is None:
-        return None if os.environ.get(REGION_VARIABLE) else _divide(list(range(world_size)), num_nodes)
+        return None if os.environ.get(REGION_VARIABLE) or num_nodes > 1 else [list(range(world_size))]
     if isinstance(regions, int):
         if regions > world_size:
             raise ValueError(
-                f"regions={regions} is more than the {world_size} worker(s) of the Trainer (devices x num_nodes). Every"
-                f" region needs a worker: use regions={world_size} or fewer, or more devices."
+                f"regions={regions} is more than the {world_size} worker(s) of the job. Every region needs a worker:"
+                f" use regions={world_size} or fewer, or more devices."
             )
         return _divide(list(range(world_size)), regions)
     named = sorted(rank for ranks in regions for rank in ranks)
@@ -160,30 +160,39 @@ def assign_regions(
         missing = sorted(set(range(world_size)) - set(named))
         unknown = sorted(set(named) - set(range(world_size)))
         raise ValueError(
-            f"regions={[list(ranks) for ranks in regions]} does not fit the {world_size} worker(s) of the Trainer"
-            f" (devices x num_nodes): ranks without a region: {missing}, ranks that do not exist: {unknown}. Name every"
-            f" rank from 0 to {world_size - 1} exactly once."
+            f"regions={[list(ranks) for ranks in regions]} does not fit the {world_size} worker(s) of the job: ranks"
+            f" without a region: {missing}, ranks that do not exist: {unknown}. Name every rank from 0 to"
+            f" {world_size - 1} exactly once."
         )
     return [list(ranks) for ranks in regions]
 
 
-def regions_by_name(names: Sequence[str]) -> tuple[list[list[int]], list[str]]:
+def regions_by_place(names: Sequence[str], nodes: Sequence[int]) -> tuple[list[list[int]], list[str]]:
     """Returns the ranks of each region and the regions' names, ordered by their lowest ranks.
+
+    Processes with the same name are a region. If no process has a name, each node is a region, whose name is its index.
 
     Args:
         names: The value of ``HALOS_REGION`` in each process, by rank; empty if it is not set.
+        nodes: The number of each process's node, by rank.
 
     Raises:
         ValueError: If some processes have ``HALOS_REGION`` and others do not.
     """
+    if not any(names):
+        regions = _ranks_by(nodes)
+        return regions, [str(index) for index in range(len(regions))]
     unnamed = [rank for rank, name in enumerate(names) if not name]
     if unnamed:
         raise ValueError(
             f"{REGION_VARIABLE} is set in some processes but not in rank(s) {unnamed}. Set it in the environment of"
             " every process, or pass HalosStrategy(regions=...)."
         )
-    order = list(dict.fromkeys(names))
-    return [[rank for rank, name in enumerate(names) if name == region] for region in order], order
+    return _ranks_by(names), list(dict.fromkeys(names))
+
+
+def _ranks_by(places: Sequence[object]) -> list[list[int]]:
+    return [[rank for rank, its in enumerate(places) if its == place] for place in dict.fromkeys(places)]
 
 
 def _divide(ranks: list[int], parts: int) -> list[list[int]]:

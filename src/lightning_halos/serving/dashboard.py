@@ -12,6 +12,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http import HTTPStatus
@@ -81,9 +82,9 @@ class Dashboard:
     def __init__(self, host: str, port: int, describe: Callable[[], dict[str, Any]], text: Callable[[], str]) -> None:
         names = {host.lower(), "localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
 
-        class Handler(BaseHTTPRequestHandler):
-            timeout = _LIMIT
+        deadlines: dict[socket.socket, float] = {}  # of the requests, by `time.monotonic`
 
+        class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if not _is_asked_for(self.headers.get("Host", ""), names):
@@ -127,10 +128,23 @@ class Dashboard:
                     self.shutdown_request(request)
 
             def process_request_thread(self, request: Any, client_address: Any) -> None:
+                deadlines[request] = time.monotonic() + _LIMIT
                 try:
                     super().process_request_thread(request, client_address)
                 finally:
+                    del deadlines[request]
                     self.places.release()
+
+            def service_actions(self) -> None:
+                """Cuts the connections whose time is over. A time limit of the socket would begin anew with each byte.
+
+                It is called several times a second.
+                """
+                now = time.monotonic()
+                for request, deadline in list(deadlines.items()):
+                    if now > deadline:
+                        with suppress(OSError):  # it is closed already
+                            request.shutdown(socket.SHUT_RDWR)
 
             def handle_error(self, request: Any, client_address: Any) -> None:
                 if not isinstance(sys.exc_info()[1], OSError):  # a browser that goes away is none

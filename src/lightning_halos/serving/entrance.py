@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_halos.serving.host import Session
+from lightning_halos.serving.client import Session
 from lightning_halos.serving.report import EXPIRES_SOON, span
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import Certificate, Keys, read_keys

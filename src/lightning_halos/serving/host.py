@@ -8,16 +8,13 @@ leaves or is lost; ``snapshots`` decides when a snapshot is written.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from lightning_halos.core.founding import Founding
@@ -36,15 +33,16 @@ from lightning_halos.core.messages import (
     RegionUpdate,
     StatusReply,
     StatusRequest,
-    Welcome,
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
+from lightning_halos.serving.client import Client, Clients, Session
+from lightning_halos.serving.gate import SnapshotGate
 from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.link import Link, Memory
+from lightning_halos.transport.link import Link
 from lightning_halos.transport.wire import vector_of
 
 log = logging.getLogger(__name__)
@@ -55,125 +53,14 @@ Node = Founding | OpenGlobalNode
 GOODBYE = 30.0
 """Seconds in which a member that has got its last message must say goodbye."""
 
+_PAUSE = 0.01  # seconds between two looks
+
 RETURN = 30.0
 """Seconds that members have for their return after a restart of the server, at least."""
 
-_PAUSE = 0.01  # seconds between two looks
 _MOST_UNSENT = 10_000  # messages that wait to be sent to a member; more come together only if it reads nothing
 _MOST_ANSWERS = 100  # messages that wait to be sent to a peer that asks for the status
-_MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
 _MOST_CHARACTERS = 2000  # of a reason
-
-
-class Session(Protocol):
-    """An authenticated connection to a peer; see :class:`lightning_halos.transport.session.Session`."""
-
-    certificate: Certificate
-    name: str
-    address: str
-
-    @property
-    def control(self) -> Link: ...
-
-    @property
-    def has_models(self) -> bool: ...
-
-    def models(self, form: tuple[int, torch.dtype], memory: Memory | None = None) -> Link: ...
-
-    def close(self, timeout: float) -> None: ...
-
-    def abort(self) -> None: ...
-
-
-@dataclass(eq=False)
-class Client:
-    """A peer with a valid certificate: a member, or somebody who asks for the status.
-
-    There is memory for one of its vectors at a time. While the answer in it has not been sent, the next vector waits at
-    the peer, so that a member costs the server one vector, whatever it sends.
-    """
-
-    session: Session
-    since: float  # by `time.time`
-    index: int | None = None  # of its member, when it has said which process it is
-    process: str = ""  # the identity of its process
-    models: Link | None = None
-    said: set[type[Message]] = field(default_factory=set)  # which it may send once on a connection
-    is_refused: bool = False  # nothing of what it says counts
-    is_done: bool = False  # it has been sent the final model
-    is_closing: bool = False  # goodbye has been said to it
-    is_gone: bool = False
-    unsent: int = 0  # messages that wait to be sent
-    copies: int = 0  # models among them that are not in the memory for its vectors
-    # Messages that wait for a snapshot, and those after them, with the number of the snapshot; 0 for no matter which.
-    held: deque[tuple[int, Send]] = field(default_factory=deque)
-    form: tuple[int, torch.dtype] | None = None
-    _vector: Tensor | None = None
-    _free: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
-
-    def __str__(self) -> str:
-        return f"{self.session.name} ({self.session.address})"
-
-    @property
-    def links(self) -> list[Link]:
-        return [self.session.control] if self.models is None else [self.session.control, self.models]
-
-    def silence(self, now: float) -> float:
-        """Returns the seconds for which nothing came, by ``time.monotonic``.
-
-        The link for models may wait for memory and hear nothing meanwhile, so that its own silence says little.
-        """
-        silence = self.session.control.silence(now)
-        heard = None if self.models is None else self.models.heard
-        return silence if heard is None else min(silence, now - heard)
-
-    def traffic(self) -> tuple[int, int]:
-        """Returns the bytes that were sent and received."""
-        return sum(link.bytes_sent for link in self.links), sum(link.bytes_received for link in self.links)
-
-    def memory(self) -> Tensor:
-        """Waits until the memory for a vector is free, and returns it."""
-        self._free.get()
-        assert self.form is not None
-        if self._vector is None:
-            self._vector = torch.empty(self.form[0], dtype=self.form[1])
-        return self._vector
-
-    def release(self) -> None:
-        """Frees the memory."""
-        self._free.put(None)
-
-    def wait_for_room(self, timeout: float) -> None:
-        """Waits until no copy of a model waits to be sent.
-
-        Raises:
-            ProtocolError: If the peer does not take it in time.
-        """
-        deadline = time.monotonic() + timeout
-        while self.copies and not self.is_gone:
-            if time.monotonic() > deadline:
-                raise ProtocolError(f"it asks for models, and has taken nothing of the last one for {timeout:g} s")
-            time.sleep(_PAUSE)
-
-    def begins_to_send(self, vector: Tensor | None) -> None:
-        """Records that a message waits to be sent."""
-        self.unsent += 1
-        self.copies += vector is not None and vector is not self._vector
-
-    def has_sent(self, vector: Tensor | None) -> None:
-        """Records that a message was sent, and frees its memory."""
-        self.unsent -= 1
-        if vector is None:
-            return
-        if vector is self._vector:
-            self.release()
-        else:
-            self.copies -= 1
-
-    def give_away(self) -> None:
-        """Leaves the vector that has arrived to the node. The next one gets new memory."""
-        self._vector = None
-        self._free.put(None)
 
 
 class RunHost:
@@ -194,15 +81,13 @@ class RunHost:
         self.node = node
         self.changed = threading.Event()
         self.updates = 0
-        self._must_save = False
         self._journal = Journal()
         self._liveness = liveness
         self._status = status
         self._lock = threading.RLock()
-        self._clients: list[Client] = []
+        self._clients = Clients()
         self._members: dict[int, Client] = {}  # those that are connected
-        self._begun = self._written = 0  # numbers of the last snapshots of this process
-        self._is_on_disk = isinstance(node, OpenGlobalNode)  # which then comes from a snapshot
+        self._gate = SnapshotGate(is_on_disk=isinstance(node, OpenGlobalNode))  # which then comes from a snapshot
         self._traffic: dict[str, list[int]] = {}  # bytes sent and received on connections that have ended, by name
         # Since when a member has been without connection, by `time.monotonic`. After a restart they get more time,
         # because they may have been away for long, and then dial only now and then.
@@ -225,16 +110,13 @@ class RunHost:
             self._post(action(self.node))
 
     def admit(self, session: Session) -> None:
-        """Starts to serve an authenticated peer."""
+        """Starts to serve an authenticated peer. It does not wait for the node, which may be busy with an update."""
         client = Client(session, time.time())
-        with self._lock:
-            others = sum(other.session.name == session.name for other in self._clients)
-            if others >= _MOST_SESSIONS:
-                self._note(client, f"{client} is refused: it has {others} connections already.", logging.WARNING)
-                session.abort()
-                return
-            self._clients.append(client)
-        self._start(client, session.control)
+        if self._clients.add(client):
+            self._start(client, session.control)
+        else:
+            self._note(client, f"{client} is refused: it has too many connections already.", logging.WARNING)
+            session.abort()
 
     def watch(self, now: float) -> None:
         """Notices goodbyes, and loses the members of which nothing came for too long.
@@ -264,35 +146,42 @@ class RunHost:
     def must_save(self) -> bool:
         """Whether a message, or a new member's data, waits for a snapshot."""
         with self._lock:
-            return self._must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
+            return self._gate.must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
 
     def begin_snapshot(self) -> tuple[int, Shard]:
         """Begins a snapshot. Returns its number, and its state as far as it has been copied."""
         with self._lock:
             assert isinstance(self.node, OpenGlobalNode)
-            self._begun += 1
-            self._must_save = False
             (send,) = self.node.begin_snapshot()
             assert isinstance(send.message, Shard)
-            return self._begun, send.message
+            return self._gate.begin(), send.message
 
     def snapshot_written(self, number: int, shard: Shard) -> None:
         """Records that a snapshot is on disk, tells the members, and sends what has waited for it."""
         with self._lock:
             assert isinstance(self.node, OpenGlobalNode)
-            self._written, self._is_on_disk = number, True
+            self._gate.written(number)
             self._post(self.node.saved(shard.marker.save))
             self._send_held()
 
     def snapshot_failed(self, number: int) -> None:
-        """Sends what has waited for a snapshot that could not be written, because nobody would gain by waiting.
+        """Records that a snapshot could not be written, and sends what need not wait for it."""
+        with self._lock:
+            self._gate.failed(number)
+            self._send_held()
 
-        Before the first snapshot members wait, because a run that cannot be written does not begin.
+    def give_up(self, reason: str, timeout: float) -> None:
+        """Tells all members that this server ends and is not to be waited for, and why.
+
+        It waits until they have said goodbye, but at most ``timeout`` seconds.
         """
         with self._lock:
-            if self._is_on_disk:
-                self._written = number
-                self._send_held()
+            for client in self._clients:
+                client.session.control.post(Failure("the global server", reason))
+                self._close(client, timeout)
+        deadline = time.monotonic() + timeout
+        while list(self._clients) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
 
     def abort(self) -> None:
         """Cuts all connections, so that members dial again."""
@@ -418,11 +307,13 @@ class RunHost:
             index = self.node.index_of(client.session.name)
             other = self._members.get(index)
             if other is not None and other.process != message.session:
+                since = datetime.fromtimestamp(other.since, timezone.utc)
                 self._refuse(
                     client,
-                    f"{client.session.name} is present already, from {other.session.address}; two jobs must not use the"
-                    " same key file. If that job has just died, it is lost after"
-                    f" {self._liveness:g} s of silence, and this one may join.",
+                    f"{client.session.name} is present already, from {other.session.address}, since {since:%F %T} UTC."
+                    " Two jobs must not use the same key file: stop one of them, or give it a key of its own."
+                    f" If the other one has just died, it is lost after {self._liveness:g} s of silence, and this one"
+                    " may join.",
                 )
                 return False
             if other is not None:
@@ -539,29 +430,14 @@ class RunHost:
             client = self._members.get(send.to)
             if client is None:
                 continue  # its connection is lost, and it gets all it needs when it is back
-            must_wait = self._must_wait(send.message)
-            if must_wait or client.held:
-                client.held.append((self._begun + 1 if must_wait else 0, send))
-                if must_wait:
-                    self._must_save = True
-                    self.changed.set()
+            if self._gate.hold(client, send):
+                self.changed.set()
             else:
                 self._send(client, send)
 
-    def _must_wait(self, message: Message | Shard) -> bool:
-        """Returns whether a message may be sent only when a snapshot has the present state.
-
-        A member that has got its last message is gone and repeats nothing, so what it has given must be on disk. A
-        member that has been welcomed must not be forgotten, nor must the run.
-        """
-        if isinstance(message, Welcome):
-            return message.is_new and not message.needs_model
-        return isinstance(message, GlobalModel) and message.final
-
     def _send_held(self) -> None:
-        for client in list(self._members.values()):
-            while client.held and client.held[0][0] <= self._written:
-                self._send(client, client.held.popleft()[1])
+        for client, send in self._gate.released(list(self._members.values())):
+            self._send(client, send)
 
     def _send(self, client: Client, send: Send) -> None:
         message = send.message

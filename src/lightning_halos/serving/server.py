@@ -1,8 +1,9 @@
 """The global server's process: it listens, keeps the clock, and ends when the run is done or nobody works on it.
 
 A member is lost when nothing at all came from it for ``liveness`` seconds. The run goes on until its work is done, an
-operator ends the process, or fewer than ``min_regions`` members have been present for longer than ``timeout``. The last
-two cost nothing but time: the snapshot in the run's directory is what the next process goes on from.
+operator ends the process, or for longer than ``timeout`` fewer than ``min_regions`` members have been present, or
+nothing could be written to the disk. The last three cost nothing but time: the snapshot in the run's directory is what
+the next process goes on from. Members wait for a server that an operator has ended, and not for one that has given up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState
+from lightning_halos.serving.client import Session
 from lightning_halos.serving.final_model import checkpoint_of
-from lightning_halos.serving.host import RunHost, Session
+from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.serving.status import Reporter
 from lightning_halos.serving.storage import RunDirectory
@@ -27,10 +29,11 @@ from lightning_halos.transport.certificates import Certificate
 log = logging.getLogger(__name__)
 
 FINISHED, ABANDONED = 0, 1
-"""Exit codes of a run that is done, and of one that too few members have worked on. After a signal: 128 + signal."""
+"""Exit codes of a run that is done, and of one that the server has given up. After a signal: 128 + signal."""
 
 _TICK = 0.25  # seconds between two looks at the clock
 _RETRY = 10.0  # seconds after a final model that could not be written
+_HEAR = 10.0  # seconds in which members must hear that the server gives up
 _LEAST_LIVENESS = 5.0  # seconds; a connection shows a sign of life each second, and may be slow for a few
 
 
@@ -42,8 +45,8 @@ class Rules:
         min_regions: Members that the run waits for at its start, and needs to go on.
         workers: Workers that a global step is divided by. Default: those of the members that the run begins with.
         snapshot_every: Updates between two snapshots.
-        timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun, and that the
-            server waits for goodbyes when it is finished.
+        timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun; that the disk
+            may be full; and that the server waits for goodbyes when the run is finished.
         liveness: Seconds of silence after which a member is lost.
         decider: Name of the region that decides about validation and checkpoints while it is present. Default: the one
             that has been a member for longest.
@@ -106,6 +109,7 @@ class RunServer:
         self._stays_until = 0.0  # if the run was finished before this process started
         self._is_written = False  # the final model
         self._retry_at = 0.0  # when to write it again
+        self._unwritten_since: float | None = None  # when it could not be written for the first time
         state = directory.load()
         node = self._founding() if state is None else self._resumed(state)
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
@@ -160,8 +164,8 @@ class RunServer:
         self.host.expel_if(objection)
         self.reporter.sample(now)
         if self._is_finished:
-            return self._end_finished(now) if self._has_written_final_model(now) else None
-        return self._end_abandoned() if self._too_few(now) else None
+            return self._end_finished(now) if self._has_written_final_model(now) else self._give_up_finished(now)
+        return self._give_up_unfinished(now)
 
     def _founding(self) -> Founding:
         rules = self._rules
@@ -211,6 +215,7 @@ class RunServer:
             self._directory.write_final_model(checkpoint_of(node))  # nothing changes the model any more
         except OSError as error:
             self._retry_at = now + _RETRY
+            self._unwritten_since = now if self._unwritten_since is None else self._unwritten_since
             self.host.note(f"The final model could not be written, and is tried again: {error}", logging.ERROR)
             return False
         self._is_written = True
@@ -224,18 +229,33 @@ class RunServer:
         self._finished_since = now if self._finished_since is None else self._finished_since
         if now - self._finished_since > self._rules.timeout:
             self.host.note("The server ends, although not all members have said goodbye.", logging.WARNING)
+            self.host.give_up("The run is finished, and this job has not said goodbye in time.", _HEAR)
             return FINISHED
         return None
 
-    def _end_abandoned(self) -> int:
-        rules, few = self._rules, self._rules.min_regions
+    def _give_up_unfinished(self, now: float) -> int | None:
+        few, limit, failing = self._rules.min_regions, self._rules.timeout, self._snapshots.failing_since
+        if self._too_few(now):
+            regions = "regions" if few > 1 else "region"
+            return self._give_up(f"Fewer than {few} {regions} were present for longer than {limit:g} s")
+        if failing is not None and now - failing > limit:
+            return self._give_up(f"No snapshot could be written for {limit:g} s ({self._snapshots.failure})")
+        return None
+
+    def _give_up_finished(self, now: float) -> int | None:
+        limit, failing = self._rules.timeout, self._unwritten_since
+        if failing is not None and now - failing > limit:
+            return self._give_up(f"The final model could not be written for {limit:g} s")
+        return None
+
+    def _give_up(self, reason: str) -> int:
         self._snapshots.end()
         self._snapshots.write()
-        self.host.note(
-            f"Fewer than {few} {'regions' if few > 1 else 'region'} were present for longer than {rules.timeout:g} s,"
-            f" so the server ends. The run is in {self._directory.path}: start the server again to go on.",
-            logging.ERROR,
+        sentence = (
+            f"{reason}, so the server ends. The run is in {self._directory.path}: start the server again to go on."
         )
+        self.host.note(sentence, logging.ERROR)
+        self.host.give_up(sentence, _HEAR)
         return ABANDONED
 
     def _end_for_signal(self, number: int) -> int:

@@ -35,6 +35,8 @@ class SnapshotWriter:
         summary: Returns what the small file beside a snapshot tells.
 
     Attributes:
+        failure: Why the last one could not be written, if it could not.
+        failing_since: Since when none could be written, by ``time.monotonic``; ``None`` if the last one is on disk.
         last: About the last snapshot that is on disk: ``time`` (by ``time.time``), ``seconds`` and ``bytes``.
     """
 
@@ -42,6 +44,8 @@ class SnapshotWriter:
         self, host: RunHost, directory: RunDirectory, every: int, summary: Callable[[], dict[str, Any]]
     ) -> None:
         self.last: dict[str, float] | None = None
+        self.failure = ""
+        self.failing_since: float | None = None
         self._host = host
         self._directory = directory
         self._every = every
@@ -74,13 +78,15 @@ class SnapshotWriter:
             written = self._directory.save(shard.state, self._summary())
         except Exception as error:  # the run goes on; its members keep what no snapshot has
             self._next_at = time.monotonic() + _RETRY
+            self.failure = str(error)
+            self.failing_since = start if self.failing_since is None else self.failing_since
             self._host.note(f"A snapshot could not be written, and is tried again: {error}", logging.ERROR)
             if not isinstance(error, OSError):
                 log.error("The error was not expected.", exc_info=error)
             self._host.snapshot_failed(number)
             return False
         seconds = time.monotonic() - start
-        self._has_failed = False
+        self._has_failed, self.failing_since = False, None
         self._updates, self._next_at = updates, start + 2 * seconds
         self.last = {"time": time.time(), "seconds": seconds, "bytes": written.size}
         self._host.snapshot_written(number, shard)

@@ -18,6 +18,7 @@ import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistry
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available as all_gather
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
@@ -44,6 +45,7 @@ __all__ = [  # names of Lightning; the functions below need no mention
     "all_gather",
     "collect_random_states",
     "optimizers_to_device",
+    "set_num_threads_if_needed",
     "set_random_states",
 ]
 

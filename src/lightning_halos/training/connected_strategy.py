@@ -21,24 +21,23 @@ from torch.distributed import Store
 
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.checks import check_seconds
-from lightning_halos.core.placement import Placement, WorkerSize, check_divides, check_worker
-from lightning_halos.core.topology import Topology, assign_regions, check_regions
+from lightning_halos.core.placement import Placement, WorkerSize, by_worker, check_divides, check_worker
+from lightning_halos.core.topology import Topology, assign_regions, check_regions, regions_by_place
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
-    SubprocessScriptLauncher,
     all_gather,
     find_trainer,
     keep_sigterm_local,
 )
 from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.inner import InnerStrategy, backend_for, make_inner
-from lightning_halos.training.launcher import SimulationLauncher
+from lightning_halos.training.launcher import ScriptLauncher, SimulationLauncher, Started
 from lightning_halos.training.membership import Membership, refuse_averages
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
-from lightning_halos.training.site import Site, named_regions, place_processes
+from lightning_halos.training.site import Site, gather_places
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.process_group import Mode
 from lightning_halos.transport.store import open_store
@@ -98,7 +97,7 @@ class ConnectedStrategy(ParallelStrategy):
         self._lanes: int | None = None  # as many as the smallest worker has processes
         self._start_method = start_method
         self.timeout = float(timeout)
-        self.num_nodes = 1  # the Trainer sets it
+        self.num_nodes = 1  # the Trainer sets it, then the launcher of the processes if it says it
         self._topology: Topology | None = None
         self._store: Store | None = None
         self._site: Site | None = None
@@ -118,6 +117,7 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
+        """Number of processes on this node. Other nodes may have more or fewer."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
     @property
@@ -133,7 +133,7 @@ class ConnectedStrategy(ParallelStrategy):
             worker = (member.first + self.site.rank) % member.workers
             rank = worker + member.workers * self.site.lane
             return {"num_replicas": member.workers * len(self.site.worker_processes), "rank": LightningRank(rank)}
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": LightningRank(self.global_rank)}
+        return {"num_replicas": super().world_size, "rank": LightningRank(self.global_rank)}
 
     @property
     def topology(self) -> Topology:
@@ -161,6 +161,11 @@ class ConnectedStrategy(ParallelStrategy):
         if self.cluster is not None:
             self._configure_simulation(self.cluster)
             return
+        if (started := Started.by(self.cluster_environment)) is not None:
+            assert self.parallel_devices is not None
+            started.check_nodes(self.num_nodes)
+            self.num_nodes = started.nodes
+            self.parallel_devices = started.devices(self.parallel_devices)
         if self._worker != "node":
             check_divides(self._worker, [self.num_processes])
         if self._server is not None:
@@ -173,8 +178,7 @@ class ConnectedStrategy(ParallelStrategy):
 
     def _configure_region(self, server: ServerSettings) -> None:
         """Arranges a job that is one region, with the name in its certificate."""
-        assert self.cluster_environment is not None
-        is_rank_0 = self.cluster_environment.node_rank() == 0 and self.cluster_environment.local_rank() == 0
+        is_rank_0 = self.global_rank == 0
         name = "this job"
         with nullcontext() if is_rank_0 else suppress(ValueError):  # only its machine must have the keys
             name = server.read_keys().certificate.name
@@ -183,13 +187,12 @@ class ConnectedStrategy(ParallelStrategy):
 
     @property
     def _num_workers(self) -> int:
-        processes = self.num_nodes * self.num_processes
-        return self.num_nodes if self._worker == "node" else processes // self._worker
+        return self.num_nodes if self._worker == "node" else self.world_size // self._worker
 
-    def _make_launcher(self) -> SubprocessScriptLauncher | MultiProcessingLauncher:
+    def _make_launcher(self) -> ScriptLauncher | MultiProcessingLauncher:
         assert self.cluster_environment is not None
         if self._start_method == "popen":
-            return SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            return ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         return MultiProcessingLauncher(self, start_method=self._start_method)
 
     def _configure_simulation(self, cluster: SimulatedCluster) -> None:
@@ -212,7 +215,10 @@ class ConnectedStrategy(ParallelStrategy):
         self._launcher = SimulationLauncher(self, start_method)
 
     def set_world_ranks(self) -> None:
-        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does."""
+        """Sets this process's rank in the cluster environment, as Lightning's ``DDPStrategy`` does.
+
+        Environments whose launcher has started the processes ignore it: the ranks and sizes are the launcher's.
+        """
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
@@ -229,13 +235,12 @@ class ConnectedStrategy(ParallelStrategy):
             address, port = environment.main_address, environment.main_port
             # Kept even if connecting fails, because others may still read the reason from rank 0's store.
             self._store = open_store(address, port, rank, size, self.timeout, interrupted, self.num_nodes)
-            may_be_named = not simulated and self._regions is None and self._server is None
-            place = self._store, rank, size, self.timeout, interrupted
-            placement = Placement.single(size)
-            if self._worker != 1:
-                placement = place_processes(*place, self.node_rank, self._worker, self._lanes)
-            if may_be_named and (named := named_regions(*place, placement)):
-                topology = self.algorithm.arrange(*named)
+            place = rank, size, self.node_rank, self.timeout, interrupted
+            nodes, names = ([0] * size, [""] * size) if simulated else gather_places(self._store, *place)
+            placement = Placement.build(nodes, self._worker, self._lanes)
+            if not simulated and self._regions is None and self._server is None:
+                nodes = [nodes[processes[0]] for processes in placement.workers]
+                topology = self.algorithm.arrange(*regions_by_place(by_worker(placement, names), nodes))
             assert topology is not None
             self._site = Site(self._store, rank, placement, topology, simulated, self.timeout, interrupted)
             backend = backend_for(self.root_device) if self.inner is not None else None

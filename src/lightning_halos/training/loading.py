@@ -11,7 +11,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, server_shard, worker_shard
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.training.site import Site
-from lightning_halos.training.worker_state import clear_optimizers, put_worker_state, take_part_again
+from lightning_halos.training.worker_state import clear_optimizers, put_own_data, put_worker_state, take_part_again
 
 
 def load(
@@ -68,9 +68,11 @@ def load(
         _warn_of_missing(site, found, resume)
     if resume is not None and found.manifest.data_remains(max_epochs):
         take_part_again(checkpoint, max_epochs)
-    if resume is not None and site.rank > 0:
+    if resume is not None and site.rank == 0:
+        put_own_data(checkpoint, resume.worker, max_epochs)
+    elif resume is not None:
         if resume.worker:
-            put_worker_state(checkpoint, resume.worker, max_epochs)
+            put_worker_state(checkpoint, resume.worker, max_epochs, shares_data=found.manifest.data is not None)
         elif site.rank >= found.manifest.workers:
             clear_optimizers(checkpoint)
     return checkpoint, resume

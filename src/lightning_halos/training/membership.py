@@ -170,7 +170,7 @@ class Membership:
                 try:
                     answer = ask()
                 except _WaitingError:
-                    if not self._has_told:
+                    if not self._has_told and not (self.connection is not None and self.connection.is_refused):
                         rank_zero_info(f"This job waits {what}.")
                         self._has_told = True
                 except Exception as error:

@@ -197,13 +197,16 @@ class Shards:
                 rank_zero_warn(f"A checkpoint is not complete: {reason}. Older checkpoints are kept.")
 
     def _start_snapshot(self, fit: Fit, marker: Marker) -> None:
-        """Starts the snapshot of all servers and workers, and writes rank 0's shard."""
+        """Starts the snapshot of all servers and workers. In a simulation it also writes rank 0's shard."""
         world, vector = fit.world.checkpointed, fit.start.vector
         assert world is not None
         state = fit.loop.own_state()
-        if fit.world.is_simulated:
-            own = fit.worker_model
-            state["model"] = vector.read(vector.new()) if own is None else own.clone()
+        if not fit.world.is_simulated:
+            fit.loop.save_after_round(marker, state)
+            world.start_snapshot(marker)
+            return
+        own = fit.worker_model
+        state["model"] = vector.read(vector.new()) if own is None else own.clone()
         world.start_snapshot(marker)
         self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
 

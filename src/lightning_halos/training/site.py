@@ -14,8 +14,8 @@ from functools import cached_property
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
-from lightning_halos.core.placement import Placement, WorkerSize, by_worker
-from lightning_halos.core.topology import REGION_VARIABLE, Topology, regions_by_name
+from lightning_halos.core.placement import Placement
+from lightning_halos.core.topology import REGION_VARIABLE, Topology
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.groups import Groups, gather_through
 from lightning_halos.transport.link import MIN_PATIENCE
@@ -173,48 +173,25 @@ class Site:
         return Collectives(regions, self.rank, store, self.interrupted, describe, timeout)
 
 
-def named_regions(
-    store: Store, rank: int, size: int, timeout: float, interrupted: Callable[[], None], placement: Placement
-) -> tuple[list[list[int]], list[str]] | None:
-    """Returns the workers and the name of each region, if processes name theirs with ``HALOS_REGION``.
+def gather_places(
+    store: Store, rank: int, size: int, node: int, timeout: float, interrupted: Callable[[], None]
+) -> tuple[list[int], list[str]]:
+    """Returns the number of each process's node and the value of its ``HALOS_REGION``, by rank; empty if it has none.
 
     All processes must call it.
-
-    Raises:
-        ValueError: If only some processes name their region, or processes of a worker name different ones.
-        PeerLostError: If not all processes connect in time.
-    """
-    names = gather_through(
-        store, REGION_VARIABLE, rank, size, os.environ.get(REGION_VARIABLE, ""), interrupted, timeout
-    )
-    return regions_by_name(by_worker(placement, names)) if any(names) else None
-
-
-def place_processes(
-    store: Store,
-    rank: int,
-    size: int,
-    timeout: float,
-    interrupted: Callable[[], None],
-    node: int,
-    worker: WorkerSize,
-    lanes: int | None,
-) -> Placement:
-    """Groups all processes into workers. All of them must call it.
 
     Args:
         store: The store of all processes.
         rank: Global rank of this process.
         size: Number of processes.
+        node: Number of this process's node.
         timeout: Limit for the wait, in seconds.
         interrupted: Called several times a second while waiting; may raise.
-        node: Number of this process's node.
-        worker: Size of the workers.
-        lanes: Number of slices; ``None`` for the size of the smallest worker.
 
     Raises:
-        ValueError: If a node's processes cannot be divided into workers of this size.
         PeerLostError: If not all processes connect in time.
     """
-    nodes = gather_through(store, "node", rank, size, str(node), interrupted, timeout)
-    return Placement.build([int(number) for number in nodes], worker, lanes)
+    place = f"{node} {os.environ.get(REGION_VARIABLE, '')}"
+    places = gather_through(store, REGION_VARIABLE, rank, size, place, interrupted, timeout)
+    numbers, _, names = zip(*(place.partition(" ") for place in places), strict=True)
+    return [int(number) for number in numbers], list(names)

@@ -21,12 +21,19 @@ from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.first_metrics import FirstMetrics
 from lightning_halos.training.growth import GrowthWatch
 from lightning_halos.training.hand_stepped import HandStepped
+from lightning_halos.training.own_data import OwnData
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
 from lightning_halos.training.steps import StepCounter
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
-from lightning_halos.training.worker_state import random_state, set_random_state, to_host, worker_state
+from lightning_halos.training.worker_state import (
+    own_data_state,
+    random_state,
+    set_random_state,
+    to_host,
+    worker_state,
+)
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
 from lightning_halos.transport.collectives import Collectives
@@ -75,6 +82,9 @@ class WorkerLoop(Callback):
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
         self._is_member = start.membership is not None
+        has_rounds_in_flight = world.checkpointed is not None and not world.is_simulated
+        self._own_data = OwnData(self._trainer) if self._data is None and has_rounds_in_flight else None
+        self._snapshots: dict[str, dict[str, Any]] = {}  # of rank 0: its states when it started them, by save
         self._counter = StepCounter(self._trainer, self._has_changed)
         self._growth = GrowthWatch(start.site.topology)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
@@ -111,6 +121,8 @@ class WorkerLoop(Callback):
         self._lightning.release_validation()
         self.check()
         self._counter.begin_batch()
+        if self._own_data is not None:
+            self._own_data.begin_batch()
         self._schedulers.before_batch(self.round.batches)
         self._hand_stepped.begin_batch(self._next_global_step())
         self._log_time()
@@ -174,6 +186,7 @@ class WorkerLoop(Callback):
         memory = self._memory if self.round.has_steps else None
         push = self.round.push(memory, stop, final=True, data=self._take_used())
         push.leave = self._preemption.leaves
+        push.epoch = self._trainer.current_epoch
         self._finish(push, self._fill)
         if self._preemption.leaves:
             self._preemption.end()
@@ -253,7 +266,9 @@ class WorkerLoop(Callback):
 
     def _next_round(self) -> None:
         self._end_round()
-        self._exchange(self.round.push(self._memory, data=self._take_used()), self._fill)
+        push = self.round.push(self._memory, data=self._take_used())
+        push.epoch = self._trainer.current_epoch
+        self._exchange(push, self._fill)
 
     def _end_round(self) -> None:
         self._refuse_newly_trainable()
@@ -267,6 +282,8 @@ class WorkerLoop(Callback):
             self._load(pull.vector, progress)
             self._growth.look(pull.vector[: self._vector.num_parameters])
         self.round.receive(pull, waited=self.stopwatch.now() - posted)
+        if self._own_data is not None:
+            self._own_data.begin_round()
         self._move_schedulers(pull.position, pull.plateau_steps)
         if not self._world.decides:
             show_metrics(self._trainer, pull.metrics)
@@ -295,13 +312,17 @@ class WorkerLoop(Callback):
         self._schedulers.pull(position, [*missed, *plateaus])
         self._hand_stepped.pull(position)
 
+    def save_after_round(self, marker: Marker, state: dict[str, Any]) -> None:
+        """Writes a state of rank 0 for a snapshot that it starts, when it knows its last push in the snapshot."""
+        self._snapshots[marker.save] = state
+
     def _save_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
-        if self._is_rank_0:  # it wrote its state when it started the snapshot
-            return
-        state = self.state()
+        state = self._snapshots.pop(marker.save) if self._is_rank_0 else self.state()
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
+        elif self._own_data is not None:
+            state |= own_data_state(self._own_data.position_in(has_push=push.number <= marker.pushed))
         assert self._world.checkpointed is not None
         self._writer.shard(marker, worker_shard(self._rank), state, self._world.checkpointed.tell)
 

@@ -31,30 +31,65 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
     }
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     state["callbacks"] = {c.state_key: copy.deepcopy(own) for c in callbacks if (own := c.state_dict())}
-    for part in (state, state["callbacks"]):
-        for name in [name for name, value in part.items() if value and name != "callbacks" and not is_plain(value)]:
-            rank_zero_warn(f"The state of {name} is not in a worker's shard: it could not be read without unpickling.")
-            del part[name]
+    _leave_out(state, but="callbacks")
+    _leave_out(state["callbacks"])
     return {name: to_host(value) for name, value in state.items()}
 
 
-def put_worker_state(checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None) -> None:
+def _leave_out(state: dict[str, Any], but: str = "") -> None:
+    """Removes what cannot be read without unpickling, with a warning."""
+    for name in [name for name, value in state.items() if value and name != but and not is_plain(value)]:
+        rank_zero_warn(f"The state of {name} is not in a worker's shard: it could not be read without unpickling.")
+        del state[name]
+
+
+def own_data_state(position: dict[str, Any]) -> dict[str, Any]:
+    """Returns a worker's position in data of its own, as a part of its state; see :mod:`.own_data`."""
+    state = {"own_data": position}
+    _leave_out(state)
+    return to_host(state)  # type: ignore[no-any-return]
+
+
+def put_worker_state(
+    checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None, shares_data: bool
+) -> None:
     """Replaces rank 0's state in the contents of a ``.ckpt`` file by that of another worker, in place."""
     fit_loop = checkpoint["loops"]["fit_loop"]
-    fit_loop.update(state.get("own_data", {}))
     mine = {name: value for name, value in state.items() if name in checkpoint}
     callbacks = {**checkpoint.get("callbacks", {}), **mine.pop("callbacks", {})}
+    loops = mine.pop("loops", None)
     checkpoint.update(mine)
     checkpoint["callbacks"] = callbacks
-    if "loops" in mine and _has_ended(mine["loops"]["fit_loop"], max_epochs):
-        # The data of its last round may have to be used again, so it takes part again, at rank 0's position.
-        checkpoint["loops"] = {"fit_loop": fit_loop}
-    elif "loops" in mine:
+    # If it has ended shared data, its last round may have to be run again, so it takes part at rank 0's position.
+    if loops is not None and not (shares_data and _has_ended(loops["fit_loop"], max_epochs)):
         # Rank 0's counters have the global step of the run.
-        loop = copy.deepcopy(mine["loops"]["fit_loop"])
+        loop = copy.deepcopy(loops["fit_loop"])
         checkpoint["loops"] = {"fit_loop": loop}
         for name in (*_STEPS, "epoch_loop.state_dict"):
             loop[name] = fit_loop[name]
+        _let_start(loop, max_epochs)
+    put_own_data(checkpoint, state, max_epochs)
+
+
+def put_own_data(checkpoint: dict[str, Any], state: dict[str, Any], max_epochs: int | None) -> None:
+    """Puts a worker's position in data of its own into the contents of a ``.ckpt`` file, in place."""
+    loop, position = checkpoint["loops"]["fit_loop"], state.get("own_data", {})
+    loop.update(position)
+    if "epoch_progress" in position:  # not after a fit, when all workers are in step
+        _let_start(loop, max_epochs)
+
+
+def _let_start(loop: dict[str, Any], max_epochs: int | None) -> None:
+    """Puts a worker that is after its last epoch at its last batch, because Lightning would not even start its fit."""
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if max_epochs in (None, -1) or epoch["current"]["processed"] < max_epochs:
+        return
+    for counts in (epoch["total"], epoch["current"]):
+        counts["processed"] = counts["completed"] = counts["ready"] - 1
+    if batch["current"]["completed"]:
+        for counts in (batch["total"], batch["current"]):
+            counts["completed"] = counts["processed"] - 1
+    batch["is_last_batch"] = True
 
 
 def ended_worker_state(trainer: pl.Trainer, shares_data: bool) -> dict[str, Any]:

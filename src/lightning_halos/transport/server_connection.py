@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lightning_halos.core.messages import Message, Preempted, Refusal
+from lightning_halos.core.messages import Failure, Message, Preempted, Refusal
 from lightning_halos.core.protocol import uses_models_link
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError, ServerRefusedError
@@ -80,11 +80,17 @@ class ServerConnection:
         self._is_lost = self._is_closed = False
         self._pause = _PAUSE
         self._refusal: Refusal | None = None
+        self._refused_since: float | None = None  # by `time.monotonic`; `None` after any other message
+        self._patience = limit  # seconds of refusals that may pass
         self._error: Exception | None = None
         self._on_failure: Callable[[Exception], None] = lambda error: None
 
     def open(self, limit: float, interrupted: Callable[[], None]) -> None:
-        """Dials, and waits at most ``limit`` seconds for the connection."""
+        """Dials, and waits at most ``limit`` seconds for the connection.
+
+        The job also fails if the server refuses it for so long, for reasons that may pass.
+        """
+        self._patience = limit
         self._adopt(self._dial(limit, interrupted))
         for run in (self._keep, self._watch):
             threading.Thread(target=run, name=f"halos connection {self.server}", daemon=True).start()
@@ -120,6 +126,11 @@ class ServerConnection:
         """Raises the error after which the connection cannot be restored, if any."""
         if self._error is not None:
             raise self._error
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server has refused the job, and has not let it in since."""
+        return self._refusal is not None or self._refused_since is not None
 
     def post(
         self,
@@ -191,12 +202,18 @@ class ServerConnection:
 
     def _receiver(self, session: Session) -> OnMessage:
         def receive(message: Message, progress: Iterable[int]) -> None:
+            if isinstance(message, Refusal):
+                self._refusal = message
+                return
+            if isinstance(message, Failure):
+                self._server_has_ended(session, message.reason)
+                return
             party: Party | None = None
             while True:
                 with self._changed:
-                    if isinstance(message, Refusal):
-                        self._refusal = message
-                        return
+                    if self._refused_since is not None:
+                        log.warning("The global server %s lets this job in now.", self.server)
+                        self._refused_since = None
                     while self._party in (None, party) and not self._is_closed and session is self._session:
                         self._changed.wait()
                     party = self._party if session is self._session and not self._is_lost else None
@@ -240,11 +257,7 @@ class ServerConnection:
         """Dials again whenever the connection is lost."""
         try:
             while self._wait_for_loss():
-                if (refusal := self._refusal) is not None and refusal.for_good:
-                    raise PeerFailedError(f"The global server {self.server} refuses this job: {refusal.reason}")
-                if refusal is not None:
-                    log.warning("The global server %s refuses this job now: %s", self.server, refusal.reason)
-                self._redial()
+                self._redial(self._refusal)
         except _ClosedError:
             pass
         except Exception as error:
@@ -263,13 +276,34 @@ class ServerConnection:
             party.disconnected()
         return True
 
-    def _redial(self) -> None:
+    def _redial(self, refusal: Refusal | None) -> None:
         deadline = time.monotonic() + self._pause
+        if refusal is not None:
+            self._tell_refusal(refusal, deadline)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)  # until a connection brings a message
         self._wait_until(deadline)
         session = self._dial_patiently()
-        log.warning("The global server %s is connected again.", self.server)
+        if refusal is None:
+            log.warning("The global server %s is connected again.", self.server)
         self._adopt(session)
+
+    def _tell_refusal(self, refusal: Refusal, next_at: float) -> None:
+        """Logs why the server refuses the job, or raises an error if it will not be dialed again."""
+        if refusal.for_good:
+            raise PeerFailedError(f"The global server {self.server} refuses this job: {refusal.reason}")
+        now = time.monotonic()
+        is_new = self._refused_since is None
+        since = self._refused_since = now if self._refused_since is None else self._refused_since
+        if next_at > since + self._patience:
+            raise PeerFailedError(
+                f"The global server {self.server} has refused this job for timeout={self._patience:g} s:"
+                f" {refusal.reason}"
+            )
+        if is_new:
+            log.warning(
+                "The global server %s refuses this job now: %s It is asked again for up to %.0f s.",
+                *(self.server, refusal.reason, self._patience),
+            )
 
     def _dial_patiently(self) -> Session:
         """Dials. What was right once may become right again, so it is tried until the limit, whatever is wrong.
@@ -300,6 +334,14 @@ class ServerConnection:
     def _check_closed(self) -> None:
         if self._is_closed:
             raise _ClosedError
+
+    def _server_has_ended(self, session: Session, reason: str) -> None:
+        """Ends the job, because the server has given the run up, and will not be back by itself."""
+        with self._changed:
+            if session is not self._session or self._is_closed:
+                return
+            self.say_goodbye()
+        self._fail(PeerFailedError(f"The global server {self.server} has given up: {reason}"))
 
     def _fail(self, error: Exception) -> None:
         self._error = error

@@ -35,9 +35,12 @@ _stores: dict[tuple[str, int], Store] = {}  # a store lives as long as its proce
 _count = itertools.count()
 _PLACE = "halos/place"  # key of the address and port of the store that rank 0 hosts, in torchrun's own store
 _HERE = "halos/here"  # followed by a rank: the process has come
+_SIZE = "halos/size"  # number of processes, as rank 0 knows it
+_OTHER_SIZE = "halos/other"  # number of processes, as another process knows it, if it is not rank 0's
 _CONNECT = 5.0  # seconds for an address to accept a connection
 _OWN = timedelta(seconds=60)
 _PAUSE = 0.2  # seconds between two attempts
+_GLANCE = 0.05  # seconds between two looks at who has come
 _BACKLOG = 1024
 
 
@@ -64,7 +67,8 @@ def open_store(
         nodes: Number of machines that the job may be on.
 
     Raises:
-        ValueError: If the interface in ``GLOO_SOCKET_IFNAME`` does not exist, or a name is one of this machine only.
+        ValueError: If the interface in ``GLOO_SOCKET_IFNAME`` does not exist, a name is one of this machine only, or
+            another process knows another ``world_size``.
         PeerLostError: If not all processes connect in time. It names the addresses that were tried.
     """
     if (address, port) not in _stores:
@@ -188,18 +192,25 @@ class _Meeting:
 
     def _meet(self, store: Store) -> None:
         """Says that this process has come. Rank 0 waits until all have."""
-        store.set(f"{_HERE}/{self._rank}", "")
         if self._rank > 0:
+            if (size := int(store.get(_SIZE))) != self._size:
+                store.set(_OTHER_SIZE, str(self._size))
+                raise self._other_size(size)
+            store.set(f"{_HERE}/{self._rank}", "")
             return
-        keys = [f"{_HERE}/{rank}" for rank in range(self._size)]
-        try:
-            store.wait(keys, timedelta(seconds=max(1.0, self._remaining)))
-        except DistError:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise self._error(
-                f"Rank(s) {missing} did not come. Do they run, with the same MASTER_ADDR and MASTER_PORT, and can they"
-                f" reach this machine? {self._listens(store)}"
-            ) from None
+        store.set(_SIZE, str(self._size))
+        keys = [f"{_HERE}/{rank}" for rank in range(1, self._size)]
+        deadline = time.monotonic() + max(1.0, self._remaining)
+        while keys and not store.check(keys):
+            if store.check([_OTHER_SIZE]):
+                raise self._other_size(int(store.get(_OTHER_SIZE)))
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys, 1) if not store.check([key])]
+                raise self._error(
+                    f"Rank(s) {missing} did not come. Do they run, with the same MASTER_ADDR and MASTER_PORT, and can"
+                    f" they reach this machine? {self._listens(store)}"
+                )
+            time.sleep(_GLANCE)
 
     def _listens(self, store: Store) -> str:
         if not isinstance(store, TCPStore):
@@ -257,6 +268,14 @@ class _Meeting:
         """A sentence with this machine's addresses."""
         known = ", ".join(f"{address} ({name})" for name, address in interfaces())
         return f"This machine has the addresses {known}." if known else ""
+
+    def _other_size(self, size: int) -> ValueError:
+        return ValueError(
+            f"Rank {self._rank} is one of {self._size} process(es), but another process is one of {size}. Without a"
+            " launcher for all machines, this number is num_nodes * devices, which must be the same on each of them."
+            " Start machines with different numbers of devices with torchrun, with an --nproc-per-node of its own on"
+            ' each machine, or with SLURM, and use Trainer(devices="auto").'
+        )
 
     def _error(self, why: str) -> PeerLostError:
         return PeerLostError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_halos.core.messages import NOT_NEGATIVE, Message
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
 MOST_BYTES = 2**24
 """Largest number of bytes of a message's fields."""

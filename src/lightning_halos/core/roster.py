@@ -1,0 +1,79 @@
+"""The members of a run by index and by name, and the sessions that may not join it.
+
+It decides nothing: the founding and the global node change the members and refuse sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from lightning_halos.core.membership import Member, MemberState
+
+_SHOWN = 500  # characters of the reason of a refusal
+_MOST_REFUSED = 1000  # sessions that are remembered as refused
+
+
+class Roster:
+    """The members of a run.
+
+    Args:
+        members: The first members.
+        refused: Sessions that may not join, as pairs of a member's index and its session, with the reasons.
+
+    Attributes:
+        refused: The same, with those that :meth:`refuse` has added.
+    """
+
+    def __init__(self, members: Iterable[Member] = (), refused: Mapping[tuple[int, str], str] | None = None) -> None:
+        self._members = {member.index: member for member in members}
+        self.refused = dict(refused or {})
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __getitem__(self, index: int) -> Member:
+        return self._members[index]
+
+    def get(self, index: int) -> Member | None:
+        return self._members.get(index)
+
+    def named(self, name: str) -> Member | None:
+        """Returns the member with a name, if there is one."""
+        return next((member for member in self if member.name == name), None)
+
+    def add(self, name: str, first: int = 0, is_stale: bool = False) -> Member:
+        """Adds a member. Its index is the same for ever."""
+        member = Member(name, len(self._members), first, is_stale=is_stale)
+        self._members[member.index] = member
+        return member
+
+    @property
+    def workers(self) -> int:
+        """Number of the workers of all members."""
+        return sum(member.workers for member in self)
+
+    @property
+    def joining(self) -> list[Member]:
+        """Members that have joined and are not welcome yet."""
+        return [member for member in self if member.session and member.state is MemberState.JOINING]
+
+    @property
+    def active(self) -> list[Member]:
+        """Members that are connected."""
+        return [member for member in self if member.is_active]
+
+    @property
+    def present(self) -> list[Member]:
+        """Members that take part in the run, even if they are not connected just now."""
+        return [member for member in self if member.is_present]
+
+    def refuse(self, member: Member, reason: str) -> None:
+        """Refuses a member's session from now on."""
+        if member.session:
+            self.refused[member.index, member.session] = reason[:_SHOWN]
+        while len(self.refused) > _MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
+
+    def refusal(self, member: Member, session: str) -> str:
+        """Returns the reason why a session of a member may not join, or an empty text."""
+        return self.refused.get((member.index, session), "")

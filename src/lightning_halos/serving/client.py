@@ -1,0 +1,162 @@
+"""A connected peer of the server: its links, the memory for its vectors, and what waits to be sent to it.
+
+What its messages mean is decided in ``host``.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.messages import Message
+from lightning_halos.core.protocol import ProtocolError, Send
+from lightning_halos.transport.certificates import Certificate
+from lightning_halos.transport.link import Link, Memory
+
+_PAUSE = 0.01  # seconds between two looks
+_MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
+
+
+class Session(Protocol):
+    """An authenticated connection to a peer; see :class:`lightning_halos.transport.session.Session`."""
+
+    certificate: Certificate
+    name: str
+    address: str
+
+    @property
+    def control(self) -> Link: ...
+
+    @property
+    def has_models(self) -> bool: ...
+
+    def models(self, form: tuple[int, torch.dtype], memory: Memory | None = None) -> Link: ...
+
+    def close(self, timeout: float) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Client:
+    """A peer with a valid certificate: a member, or somebody who asks for the status.
+
+    There is memory for one of its vectors at a time. While the answer in it has not been sent, the next vector waits at
+    the peer, so that a member costs the server one vector, whatever it sends.
+    """
+
+    session: Session
+    since: float  # by `time.time`
+    index: int | None = None  # of its member, when it has said which process it is
+    process: str = ""  # the identity of its process
+    models: Link | None = None
+    said: set[type[Message]] = field(default_factory=set)  # which it may send once on a connection
+    is_refused: bool = False  # nothing of what it says counts
+    is_done: bool = False  # it has been sent the final model
+    is_closing: bool = False  # goodbye has been said to it
+    is_gone: bool = False
+    unsent: int = 0  # messages that wait to be sent
+    copies: int = 0  # models among them that are not in the memory for its vectors
+    # Messages that wait for a snapshot, and those after them, with the number of the snapshot; 0 for no matter which.
+    held: deque[tuple[int, Send]] = field(default_factory=deque)
+    form: tuple[int, torch.dtype] | None = None
+    _vector: Tensor | None = None
+    _free: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+
+    def __str__(self) -> str:
+        return f"{self.session.name} ({self.session.address})"
+
+    @property
+    def links(self) -> list[Link]:
+        return [self.session.control] if self.models is None else [self.session.control, self.models]
+
+    def silence(self, now: float) -> float:
+        """Returns the seconds for which nothing came, by ``time.monotonic``.
+
+        The link for models may wait for memory and hear nothing meanwhile, so that its own silence says little.
+        """
+        silence = self.session.control.silence(now)
+        heard = None if self.models is None else self.models.heard
+        return silence if heard is None else min(silence, now - heard)
+
+    def traffic(self) -> tuple[int, int]:
+        """Returns the bytes that were sent and received."""
+        return sum(link.bytes_sent for link in self.links), sum(link.bytes_received for link in self.links)
+
+    def memory(self) -> Tensor:
+        """Waits until the memory for a vector is free, and returns it."""
+        self._free.get()
+        assert self.form is not None
+        if self._vector is None:
+            self._vector = torch.empty(self.form[0], dtype=self.form[1])
+        return self._vector
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._free.put(None)
+
+    def wait_for_room(self, timeout: float) -> None:
+        """Waits until no copy of a model waits to be sent.
+
+        Raises:
+            ProtocolError: If the peer does not take it in time.
+        """
+        deadline = time.monotonic() + timeout
+        while self.copies and not self.is_gone:
+            if time.monotonic() > deadline:
+                raise ProtocolError(f"it asks for models, and has taken nothing of the last one for {timeout:g} s")
+            time.sleep(_PAUSE)
+
+    def begins_to_send(self, vector: Tensor | None) -> None:
+        """Records that a message waits to be sent."""
+        self.unsent += 1
+        self.copies += vector is not None and vector is not self._vector
+
+    def has_sent(self, vector: Tensor | None) -> None:
+        """Records that a message was sent, and frees its memory."""
+        self.unsent -= 1
+        if vector is None:
+            return
+        if vector is self._vector:
+            self.release()
+        else:
+            self.copies -= 1
+
+    def give_away(self) -> None:
+        """Leaves the vector that has arrived to the node. The next one gets new memory."""
+        self._vector = None
+        self._free.put(None)
+
+
+class Clients:
+    """The clients that are connected. Its methods never wait for the run's node, which may be busy for long."""
+
+    def __init__(self) -> None:
+        self._clients: list[Client] = []
+        self._lock = threading.Lock()
+
+    def add(self, client: Client) -> bool:
+        """Adds a client, unless too many have its name. Returns whether it did."""
+        with self._lock:
+            others = sum(other.session.name == client.session.name for other in self._clients)
+            if others < _MOST_SESSIONS:
+                self._clients.append(client)
+        return others < _MOST_SESSIONS
+
+    def remove(self, client: Client) -> None:
+        """Removes a client."""
+        with self._lock:
+            self._clients.remove(client)
+
+    def __iter__(self) -> Iterator[Client]:
+        """Iterates over those that are connected now."""
+        with self._lock:
+            return iter(list(self._clients))
