@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.futures import Future
@@ -63,3 +64,30 @@ def finished_work(result: list[Tensor]) -> Work:
     future: Future[list[Tensor]] = Future()
     future.set_result(result)
     return cast(Work, _create_work_from_future(future))
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets a model after ``fully_shard`` have its shards as parameters, in place of the complete ones of a forward."""
+    for module in model.modules():
+        is_sharded = hasattr(module, "reshard") and hasattr(module, "unshard")  # torch's class is public since 2.6
+        if is_sharded:
+            cast(Any, module).reshard()
+
+
+def flat_shards(model: nn.Module) -> dict[int, tuple[torch.Size, list[int]]]:
+    """Returns how ``FullyShardedDataParallel`` divides the parameters of a model among processes, by their ``id``.
+
+    It is the shape of the complete parameter, and the elements of each process's part of its flattened values.
+    """
+    shards: dict[int, tuple[torch.Size, list[int]]] = {}
+    for module in model.modules():
+        handle = getattr(module, "_handle", None)
+        if type(module).__name__ != "FullyShardedDataParallel" or handle is None or not handle.uses_sharded_strategy:
+            continue  # not by isinstance: servers, which have no such model, would spend a second on the import
+        flat, length = handle.flat_param, handle.flat_param._sharded_size.numel()
+        ends = [length * process for process in range(handle.world_size + 1)]
+        places = zip(flat._params, flat._shapes, handle._get_flat_param_offsets(), strict=True)
+        for parameter, shape, (first, last) in places:
+            inside = [min(max(end - first, 0), last + 1 - first) for end in ends]
+            shards[id(parameter)] = shape, [stop - start for start, stop in pairwise(inside)]
+    return shards
