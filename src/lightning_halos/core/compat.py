@@ -12,11 +12,14 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.futures import Future
 from torch.utils._pytree import tree_map_only
+
+_AT_ONCE = 32 * 2**20  # bytes
 
 # Operations on each tensor of a list, in place and with few kernels.
 add_each_ = torch._foreach_add_
@@ -67,11 +70,20 @@ def finished_work(result: list[Tensor]) -> Work:
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets a model after ``fully_shard`` have its shards as parameters, in place of the complete ones of a forward."""
+    """Frees the complete parameters that a forward has left, so that a divided model has its shards as parameters.
+
+    Otherwise the next forward would use them again, whatever is written into the shards.
+    """
     for module in model.modules():
-        is_sharded = hasattr(module, "reshard") and hasattr(module, "unshard")  # torch's class is public since 2.6
-        if is_sharded:
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # torch's class is public since 2.6
             cast(Any, module).reshard()
+            continue
+        handle = _flat_handle(module)
+        had_forward = handle is not None and hasattr(handle.flat_param, "_full_param_padded")
+        if had_forward and not handle.needs_unshard():
+            handle.reshard(free_unsharded_flat_param=True)
+            handle.post_reshard()
+            handle._prefetched = False
 
 
 def flat_shards(model: nn.Module) -> dict[int, tuple[torch.Size, list[int]]]:
@@ -81,13 +93,28 @@ def flat_shards(model: nn.Module) -> dict[int, tuple[torch.Size, list[int]]]:
     """
     shards: dict[int, tuple[torch.Size, list[int]]] = {}
     for module in model.modules():
-        handle = getattr(module, "_handle", None)
-        if type(module).__name__ != "FullyShardedDataParallel" or handle is None or not handle.uses_sharded_strategy:
-            continue  # not by isinstance: servers, which have no such model, would spend a second on the import
+        handle = _flat_handle(module)
+        if handle is None:
+            continue
         flat, length = handle.flat_param, handle.flat_param._sharded_size.numel()
         ends = [length * process for process in range(handle.world_size + 1)]
-        places = zip(flat._params, flat._shapes, handle._get_flat_param_offsets(), strict=True)
-        for parameter, shape, (first, last) in places:
+        offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+        places = [place for place, is_padding in offsets if not is_padding]
+        for parameter, shape, (first, last) in zip(flat._params, flat._shapes, places, strict=True):
             inside = [min(max(end - first, 0), last + 1 - first) for end in ends]
             shards[id(parameter)] = shape, [stop - start for start, stop in pairwise(inside)]
     return shards
+
+
+def broadcast_each_(group: ProcessGroup, tensors: list[Tensor], source: int) -> None:
+    """Overwrites tensors with those of one member of a group, by its number there, a few at a time."""
+    if tensors:
+        dist._broadcast_coalesced(group, tensors, _AT_ONCE, source)
+
+
+def _flat_handle(module: nn.Module) -> Any:
+    """Returns what ``FullyShardedDataParallel`` knows of its parameters; ``None`` if it does not divide any here."""
+    if type(module).__name__ != "FullyShardedDataParallel":  # not isinstance, for which servers would wait a second
+        return None
+    handle: Any = getattr(module, "_handle", None)
+    return handle if handle is not None and handle.uses_sharded_strategy else None
