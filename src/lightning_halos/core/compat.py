@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.futures import Future
 from torch.utils._pytree import tree_map_only
+
+_AT_ONCE = 32 * 2**20  # bytes
 
 # Operations on each tensor of a list, in place and with few kernels.
 add_each_ = torch._foreach_add_
@@ -63,3 +67,54 @@ def finished_work(result: list[Tensor]) -> Work:
     future: Future[list[Tensor]] = Future()
     future.set_result(result)
     return cast(Work, _create_work_from_future(future))
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the complete parameters that a forward has left, so that a divided model has its shards as parameters.
+
+    Otherwise the next forward would use them again, whatever is written into the shards.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # torch's class is public since 2.6
+            cast(Any, module).reshard()
+            continue
+        handle = _flat_handle(module)
+        had_forward = handle is not None and hasattr(handle.flat_param, "_full_param_padded")
+        if had_forward and not handle.needs_unshard():
+            handle.reshard(free_unsharded_flat_param=True)
+            handle.post_reshard()
+            handle._prefetched = False
+
+
+def flat_shards(model: nn.Module) -> dict[int, tuple[torch.Size, list[int]]]:
+    """Returns how ``FullyShardedDataParallel`` divides the parameters of a model among processes, by their ``id``.
+
+    It is the shape of the complete parameter, and the elements of each process's part of its flattened values.
+    """
+    shards: dict[int, tuple[torch.Size, list[int]]] = {}
+    for module in model.modules():
+        handle = _flat_handle(module)
+        if handle is None:
+            continue
+        flat, length = handle.flat_param, handle.flat_param._sharded_size.numel()
+        ends = [length * process for process in range(handle.world_size + 1)]
+        offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+        places = [place for place, is_padding in offsets if not is_padding]
+        for parameter, shape, (first, last) in zip(flat._params, flat._shapes, places, strict=True):
+            inside = [min(max(end - first, 0), last + 1 - first) for end in ends]
+            shards[id(parameter)] = shape, [stop - start for start, stop in pairwise(inside)]
+    return shards
+
+
+def broadcast_each_(group: ProcessGroup, tensors: list[Tensor], source: int) -> None:
+    """Overwrites tensors with those of one member of a group, by its number there, a few at a time."""
+    if tensors:
+        dist._broadcast_coalesced(group, tensors, _AT_ONCE, source)
+
+
+def _flat_handle(module: nn.Module) -> Any:
+    """Returns what ``FullyShardedDataParallel`` knows of its parameters; ``None`` if it does not divide any here."""
+    if type(module).__name__ != "FullyShardedDataParallel":  # not isinstance, for which servers would wait a second
+        return None
+    handle: Any = getattr(module, "_handle", None)
+    return handle if handle is not None and handle.uses_sharded_strategy else None

@@ -6,10 +6,12 @@ servers' models meanwhile, because not all workers freeze them at the same momen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from lightning_halos.core.sharding import local
 
 
 class FrozenParameters:
@@ -22,10 +24,20 @@ class FrozenParameters:
 
     Args:
         parameters: All parameters that are sent.
+        sent_part: Returns the part of the parameter of an index that is in the vector, as real numbers, from the
+            values that this process has of it.
+        any_of: Returns for each flag whether any process of this worker has set it. A process compares only its values.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        sent_part: Callable[[int, Tensor], Tensor],
+        any_of: Callable[[Sequence[bool]], list[bool]],
+    ) -> None:
         self._parameters = parameters
+        self._sent_part = sent_part
+        self._any_of = any_of
         self._flags = self._requires_grad()
         self._trained = {index for index, is_trained in enumerate(self._flags) if is_trained}
         self._toggled: set[int] = set()  # those that the module freezes for less than a complete round
@@ -45,7 +57,7 @@ class FrozenParameters:
                     self._toggled.add(index)
                 self._thaw(index)
             elif before and index not in self._toggled:
-                self._candidates[index] = self._parameters[index].detach().clone()
+                self._candidates[index] = self._value(index).clone()
         self._flags = flags
 
     def end_batch(self) -> None:
@@ -57,37 +69,42 @@ class FrozenParameters:
             if flags[index]:
                 self._toggled.add(index)
                 self._thaw(index)
+        values = {index: value for index, value in self._candidates.items() if index not in self._toggled}
+        differ = self._agreed({index: not torch.equal(self._value(index), value) for index, value in values.items()})
         for index, value in self._candidates.items():
-            if index not in self._toggled and torch.equal(self._parameters[index].detach(), value):
-                self._frozen[index], self._rounds[index] = value, 0
-            else:
+            if differ.get(index, True):
                 self._toggled.add(index)
+            else:
+                self._frozen[index], self._rounds[index] = value, 0
         frozen_within = [index for index in changed if not flags[index] and index not in self._toggled]
-        self._candidates = {index: self._parameters[index].detach().clone() for index in frozen_within}
+        self._candidates = {index: self._value(index).clone() for index in frozen_within}
 
     def end_round(self, start: Sequence[Tensor]) -> None:
         """Compares the parameters with their values at the start of a round.
 
         Args:
-            start: The values by parameter, on the host.
+            start: The sent parts of their values by parameter, on the host.
         """
         # All comparisons are queued before the first result is awaited.
-        differ = {i: (self._parameters[i].detach() != value).any() for i, value in self._frozen.items()}
+        queued = {i: (self._value(i) != value).any() for i, value in self._frozen.items()}
+        differ = self._agreed({index: bool(differs) for index, differs in queued.items()})
         for index in [index for index, differs in differ.items() if differs]:  # trained within batches
             self._toggled.add(index)
             self._thaw(index)
-        for index, (parameter, before) in enumerate(zip(self._parameters, start, strict=True)):
+        waiting = []
+        for index, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
                 self._thaw(index)
             elif index in self._frozen:
                 self._rounds[index] += 1
             elif index in self._trained:
-                now = parameter.detach()
-                flat = torch.view_as_real(now) if now.is_complex() else now
-                if index in self._last and torch.equal(flat.to(before.device, before.dtype), before):
-                    self._frozen[index], self._rounds[index] = self._last.pop(index), 2
-                else:
-                    self._last[index] = now.clone()
+                waiting.append(index)
+        differ = self._agreed({i: self._differs_from(i, start[i]) for i in waiting if i in self._last})
+        for index in waiting:
+            if differ.get(index, True):
+                self._last[index] = self._value(index).clone()
+            else:
+                self._frozen[index], self._rounds[index] = self._last.pop(index), 2
 
     def put_back(self, vector: Sequence[Tensor]) -> None:
         """Restores the values of frozen parameters in the module and in its vector, after the module was overwritten.
@@ -96,12 +113,12 @@ class FrozenParameters:
             vector: The parts of the vector by parameter, on the host.
         """
         for index, value in self._now_frozen().items():
-            self._parameters[index].detach().copy_(value)
-            vector[index].copy_(torch.view_as_real(value) if value.is_complex() else value)
+            self._value(index).copy_(value)
+            vector[index].copy_(self._sent_part(index, value))
 
     @property
     def tensors(self) -> dict[int, Tensor]:
-        """The values of the frozen parameters, by the ``id`` of the parameter."""
+        """This process's values of the frozen parameters, by the ``id`` of the parameter."""
         return {id(self._parameters[index]): value for index, value in self._now_frozen().items()}
 
     def _now_frozen(self) -> dict[int, Tensor]:
@@ -113,6 +130,17 @@ class FrozenParameters:
         self._trained.add(index)
         for values in (self._candidates, self._last, self._frozen, self._rounds):
             values.pop(index, None)
+
+    def _value(self, index: int) -> Tensor:
+        return local(self._parameters[index])
+
+    def _differs_from(self, index: int, before: Tensor) -> bool:
+        now = self._sent_part(index, self._value(index))
+        return not torch.equal(now.to(before.device, before.dtype), before)
+
+    def _agreed(self, differ: dict[int, bool]) -> dict[int, bool]:
+        """Returns what differs on any process of the worker. All of them have the same flags, and ask the same."""
+        return dict(zip(differ, self._any_of([*differ.values()]), strict=True)) if differ else {}
 
     def _requires_grad(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self._parameters]

@@ -1,7 +1,8 @@
 """The flat vector of a model that is sent: the trainable parameters, then what is averaged with them.
 
-This file deals with modules and tensors, not with training. Which buffers and frozen parameters are averaged is decided
-in :mod:`.buffers`.
+Each process of a worker sends a slice of this canonical vector. This file deals with modules and tensors, not with
+training. Which buffers and frozen parameters are averaged is decided in :mod:`.buffers`, and how torch divides a model
+among processes in :mod:`.sharding`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_halos.core.buffers import ATTRIBUTE, find_entries
-from lightning_halos.core.compat import copy_each_, subtract_each_
+from lightning_halos.core.compat import copy_each_, reshard, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
 from lightning_halos.core.frozen import FrozenParameters
+from lightning_halos.core.lanes import Layout
+from lightning_halos.core.sharding import OneProcess, WorkerProcesses, find_shards, local
 
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
@@ -34,22 +37,31 @@ class ModelVector:
     The servers compute in ``float32``, or in ``float64`` if a trainable parameter is ``float64``. Tied parameters are
     sent once, complex parameters as pairs of real numbers.
 
+    In a worker of several processes, the vector of each process is a slice of the canonical one: the process's shards,
+    and an equal part of all parameters, and of all averaged tensors, that every process has completely. Then all
+    processes of the worker must make the same calls in the same order.
+
     Args:
         module: The module. Its trainable parameters are those with ``requires_grad`` at this moment.
         all_parameters: Whether to send frozen parameters, too, for modules that are unfrozen during training.
         copies: Copies between the module and host memory. Default: chosen by the module's devices.
         idle: ``id`` of trainable parameters that no optimizer has.
+        processes: The processes of the worker. Default: only this one.
 
     Attributes:
         entries: The module's buffers and frozen parameters, and what happens with them.
         dtype: ``torch.float32`` or ``torch.float64``.
-        shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2.
+        shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2, and parts of
+            parameters are flat.
+        complete_shapes: Shapes of the parameters in the canonical vector.
         lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
-        num_parameters: Elements of the vector that belong to parameters.
-        num_elements: Elements of the complete vector.
+        num_parameters: Elements of this process's vector that belong to parameters.
+        num_elements: Elements of this process's vector.
+        layout: Which part of the canonical vector each lane's vector is.
 
     Raises:
-        ValueError: If the module has no trainable parameter, or its ``halos_buffers`` is invalid.
+        ValueError: If the module has no trainable parameter, its ``halos_buffers`` is invalid, or its parameters are
+            divided among the worker's processes in a way that is not supported.
     """
 
     def __init__(
@@ -58,13 +70,16 @@ class ModelVector:
         all_parameters: bool = False,
         copies: Copies | None = None,
         idle: Collection[int] = (),
+        processes: WorkerProcesses | None = None,
     ) -> None:
+        self._processes = OneProcess() if processes is None else processes
+        shards = find_shards(self._processes.model)
         trainable = [p for p in module.parameters() if p.requires_grad or all_parameters]
         self.entries = find_entries(module, {id(p) for p in trainable}, idle)
         others = {id(entry.tensor) for entry in self.entries if entry.is_parameter}
         self._parameters = [p for p in trainable if id(p) not in others]
         self._idle = idle
-        self._frozen = FrozenParameters(self._parameters)
+        self._frozen = FrozenParameters(self._parameters, self._sent_part, self._processes.any_of)
         self._averaged = [(entry, entry.tensor.shape) for entry in self.entries if entry.rule == "mean"]
         if not self._parameters:
             raise ValueError(
@@ -73,15 +88,29 @@ class ModelVector:
             )
         self.dtype = torch.float64 if any(_real(p).dtype == torch.float64 for p in self._parameters) else torch.float32
         self.lossless = all(_real(p).dtype == self.dtype for p in self._parameters)
-        self.shapes = [_real(p).shape for p in self._parameters]
+        held = [shards.get(id(tensor)) for tensor in self._tensors()]
+        complete = [_real(t).shape if h is None else h.shape for t, h in zip(self._tensors(), held, strict=True)]
+        sizes = [shape.numel() for shape in complete]
+        pieces = {index: shard.sizes for index, shard in enumerate(held) if shard is not None}
+        lane, lanes, number = self._processes.lane, self._processes.lanes, len(self._parameters)
+        self.layout = Layout.build(sizes, number, lanes, pieces)
+        self.complete_shapes = complete[:number]
+        self._are_shards = [shard is not None for shard in held]
+        self._ranges = [
+            (bounds[lane], bounds[lane + 1]) if lane < lanes else (bounds[-1], bounds[-1])
+            for bounds in self.layout.bounds
+        ]
+        self._shapes = complete if lanes == 1 else [torch.Size([stop - start]) for start, stop in self._ranges]
+        self.shapes = self._shapes[:number]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
-        self.num_elements = self.num_parameters + sum(_real(entry.tensor).numel() for entry, _ in self._averaged)
+        self.num_elements = sum(shape.numel() for shape in self._shapes)
         self._copies = copies or copies_of({tensor.device for tensor in self._tensors()})
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What another module's vector must share to be compatible."""
-        return {"elements": self.num_elements, "parameters": self.num_parameters, "dtype": str(self.dtype)}
+        """What another module's canonical vector must share to be compatible."""
+        parameters = sum(shape.numel() for shape in self.complete_shapes)
+        return {"elements": self.layout.elements, "parameters": parameters, "dtype": str(self.dtype)}
 
     def new(self) -> Tensor:
         """Returns an uninitialized vector on the host."""
@@ -90,6 +119,7 @@ class ModelVector:
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:
         """Copies the module's values into ``out`` and returns it."""
+        self._agree()
         for tensors, parts, _ in self._copies.to_host(self._runs(out)):
             copy_each_(parts, tensors)
         return out
@@ -102,8 +132,11 @@ class ModelVector:
         ``progress`` yields the number of complete elements, while the vector is filled from front to back. Default: it
         is complete.
         """
-        runs = self._runs(vector)
+        self._reshard()
+        staged = self._staged()
+        runs = self._runs(vector, staged)
         self._copies.to_device(runs if progress is None else _filled(runs, progress))
+        self._share(staged)
         self._frozen.put_back(self._split(vector))
 
     def begin_batch(self) -> None:
@@ -120,6 +153,7 @@ class ModelVector:
 
         It then has start minus end for the parameters, and the present values of the averaged tensors.
         """
+        self._agree()
         self._frozen.end_round(self._split(start)[: len(self._parameters)])
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             if stop <= self.num_parameters:
@@ -131,6 +165,7 @@ class ModelVector:
 
     def names(self, module: nn.Module) -> tuple[list[str], list[tuple[str, list[int]]]]:
         """Returns the names of the vector's parameters in ``module.state_dict()``, and names and shapes of the rest."""
+        self._reshard()
         names: dict[int, str] = {}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             names.setdefault(id(tensor), name)
@@ -141,18 +176,21 @@ class ModelVector:
 
     def newly_trainable(self, module: nn.Module) -> list[str]:
         """Names of the parameters of ``module`` that are trainable now but not part of the vector."""
+        self._reshard()
         known = {*self._idle, *(id(p) for p in self._parameters)}
         return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
 
     def frozen_names(self, module: nn.Module) -> set[str]:
         """Names of the parameters of ``module`` that were frozen during training, each by its worker."""
+        self._reshard()
         frozen = self._frozen.tensors
         return {name for name, parameter in module.named_parameters() if id(parameter) in frozen}
 
     def named_parts(self, module: nn.Module, vector: Tensor) -> dict[str, Tensor]:
         """Returns the parts of ``vector`` by their names in ``module.state_dict()``, including tied names.
 
-        They have the dtypes of the module's tensors but are in host memory, from which a checkpoint is written.
+        They have the dtypes of the module's tensors but are in host memory, from which a checkpoint is written. Only
+        for a worker of one lane, whose vector has complete parts.
         """
         tensors = self._tensors()
         parts = {id(tensor): part for tensor, part in zip(tensors, self._split(vector), strict=True)}
@@ -172,12 +210,49 @@ class ModelVector:
             averaged.append(tensor)
         return [*self._parameters, *averaged]
 
-    def _runs(self, vector: Tensor) -> Iterator[Run]:
+    def _reshard(self) -> None:
+        if self._processes.model is not None:
+            reshard(self._processes.model)
+
+    def _agree(self) -> None:
+        """Gives all processes of the worker lane 0's averaged tensors, which may differ, as Lightning does."""
+        self._reshard()
+        if self._processes.lanes > 1:
+            averaged = [*zip(self._tensors(), self._are_shards, strict=True)][len(self._parameters) :]
+            self._processes.share_([_real(tensor) for tensor, is_shard in averaged if not is_shard], 0)
+
+    def _staged(self) -> dict[int, Tensor]:
+        """Returns memory for the tensors of which a part cannot be written, as they are not contiguous."""
+        if self._processes.lanes == 1:
+            return {}
+        tensors = enumerate(map(_real, self._tensors()))
+        return {
+            index: torch.empty(t.numel(), dtype=t.dtype, device=t.device)
+            for index, t in tensors
+            if not t.is_contiguous()
+        }
+
+    def _share(self, staged: dict[int, Tensor]) -> None:
+        """Gives all processes of the worker what the others have written, of tensors that all have completely."""
+        if self._processes.lanes == 1:
+            return
+        tensors = [_real(tensor) for tensor in self._tensors()]
+        for lane in range(self._processes.lanes):
+            parts: list[Tensor] = []
+            for index, (tensor, bounds) in enumerate(zip(tensors, self.layout.bounds, strict=True)):
+                start, stop = bounds[lane], bounds[lane + 1]
+                if start < stop and not self._are_shards[index]:
+                    parts += torch.split(_flat(tensor, staged.get(index))[start:stop], PART)
+            self._processes.share_(parts, lane)
+        for index, flat in staged.items():
+            tensors[index].copy_(flat.view(tensors[index].shape))
+
+    def _runs(self, vector: Tensor, staged: dict[int, Tensor] | None = None) -> Iterator[Run]:
         """Divides the vector into runs of about ``PART`` elements. No run has both parameters and averaged tensors."""
         tensors: list[Tensor] = []
         parts: list[Tensor] = []
         start = stop = 0
-        for tensor, part in self._pieces(vector):
+        for tensor, part in self._pairs(vector, staged or {}):
             tensors.append(tensor)
             parts.append(part)
             stop += part.numel()
@@ -185,18 +260,37 @@ class ModelVector:
                 yield tensors, parts, stop
                 tensors, parts, start = [], [], stop
 
-    def _pieces(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
-        for tensor, part in zip(map(_real, self._tensors()), self._split(vector), strict=True):
-            if tensor.numel() > PART and tensor.is_contiguous():
-                yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
-            else:
-                yield tensor, part
+    def _pairs(self, vector: Tensor, staged: dict[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
+        for index, (tensor, part) in enumerate(zip(map(_real, self._tensors()), self._split(vector), strict=True)):
+            if self._processes.lanes == 1:
+                if tensor.numel() > PART and tensor.is_contiguous():
+                    yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
+                else:
+                    yield tensor, part
+            elif part.numel():
+                flat = self._in_range(index, _flat(tensor, staged.get(index)))
+                yield from zip(torch.split(flat, PART), torch.split(part, PART), strict=True)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        shapes = [_real(t).shape for t in self._tensors()]
-        parts = torch.split(vector, [shape.numel() for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        parts = torch.split(vector, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _in_range(self, index: int, flat: Tensor) -> Tensor:
+        """Returns the part that is sent of the flattened values that this process has of a tensor."""
+        start, stop = self._ranges[index]
+        return flat if self._are_shards[index] else flat[start:stop]
+
+    def _sent_part(self, index: int, values: Tensor) -> Tensor:
+        real = _real(values)
+        return real if self._processes.lanes == 1 else self._in_range(index, real.reshape(-1))
+
+
+def _flat(tensor: Tensor, staged: Tensor | None) -> Tensor:
+    """Returns a tensor's values in a row: a view if it is contiguous, otherwise the memory for them, or a copy."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.reshape(-1) if staged is None else staged
 
 
 def _filled(runs: Iterable[Run], progress: Iterable[int]) -> Iterator[Run]:
@@ -209,7 +303,9 @@ def _filled(runs: Iterable[Run], progress: Iterable[int]) -> Iterator[Run]:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    """Returns the values that this process has of a tensor, as real numbers."""
+    values = local(tensor)
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _like(part: Tensor, tensor: Tensor) -> Tensor:
