@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ def collectives(rank: int, size: int) -> dict[str, Any]:
 
 
 def two_workers_of_two(port: int) -> Result:
-    import os
-
     rank = int(os.environ["LOCAL_RANK"])
     mode = Mode.TOGETHER
     placement = Placement.build([0] * PROCESSES, 2)
@@ -72,6 +71,7 @@ def two_workers_of_two(port: int) -> Result:
     dist.all_reduce(grouped, group=own)
     mode = Mode.TOGETHER
     lane = site.lane_collectives.gather_texts(str(rank))
+    site.collectives.barrier()  # the process with rank 0 has the store
     return {**result, "inner": inner.item(), "own group": grouped.item(), "lane": lane, "here": site.here}
 
 
