@@ -42,6 +42,7 @@ from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import RegionHost
+from lightning_halos.transport.link import LoopbackLink
 
 SGD = partial(torch.optim.SGD, lr=1.0)
 
@@ -545,4 +546,7 @@ def test_a_resumed_run_goes_on_counting_bytes() -> None:
     node.traffic = (30, 10)
     resumed.load_state_dict(node.state_dict())
     host = RegionHost(resumed, Alarm("here"), near=(), store=print)
-    assert host._traffic() == (30, 10)
+    for peer in (GLOBAL, 0):
+        host.attach(peer, LoopbackLink.pair("a", "b")[0])
+    host.handle(2, push(0, 1), None, (4, 2))  # the second link
+    assert resumed.traffic == (34, 12)

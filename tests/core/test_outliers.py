@@ -140,7 +140,7 @@ class TestInspect:
         size = 2 * PART + 60
         vector = torch.randn(size + 10, generator=torch.Generator().manual_seed(0))
         one = LocalServer(0, torch.zeros(size + 10), plain_sgd, 1, 0.5, shapes=[torch.Size([size])])
-        fault, norm = one.inspect(vector, parts)
+        fault, norm, _ = one.inspect(vector, parts)
         assert fault is None
         assert norm == pytest.approx(float(vector[:size].double().norm()), rel=1e-4)
 

@@ -77,12 +77,12 @@ class Victim(Toy):
         strategy: Any = self.trainer.strategy
         return bool(strategy.round.batches == 2)
 
-    def _on_update(self, host: Host[Any], index: int, message: object, *_: Any) -> None:
+    def _on_update(self, host: Host[Any], channel: int, message: object, *_: Any) -> None:
         """Region 1's update is on its way to rank 0."""
-        if self.case.rank == 0 and index == 1 and isinstance(message, RegionUpdate):
+        if self.case.rank == 0 and isinstance(message, RegionUpdate) and message.server == 1:
             self.strike()
 
-    def _on_model(self, host: RegionHost, peer: int, message: object, *_: Any) -> None:
+    def _on_model(self, host: RegionHost, channel: int, message: object, *_: Any) -> None:
         """The global model is on its way to region 1."""
         if self.case.rank > 0 and self.global_rank == 2 and isinstance(message, GlobalModel) and not message.final:
             self._at_this_moment(here=2)

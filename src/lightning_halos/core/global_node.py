@@ -37,7 +37,7 @@ from lightning_halos.core.protocol import (
     Send,
 )
 from lightning_halos.core.schedule import StepBudget, global_step
-from lightning_halos.core.servers import Finding, GlobalServer
+from lightning_halos.core.servers import Finding, GlobalServer, plain_finding, update_of_snapshot
 from lightning_halos.core.snapshot import RunSnapshot
 
 
@@ -121,7 +121,8 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         flushed = {update["server"] for update in self._under_way if update["final"]}
         for fields in self._under_way:
             assert self.server is not None
-            answer = self.server.receive(update := RegionUpdate(**{**fields, "vector": fields["vector"].clone()}))
+            update, finding = update_of_snapshot(fields)
+            answer = self.server.receive(update, finding)
             self._regions[update.server].update = update.number
             if update.server not in flushed:
                 sends.append(Send(update.server, answer))
@@ -202,7 +203,7 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         if not update.final:
             self._move(GlobalEvent.UPDATE)
         for snapshot in self._snapshots.values():
-            snapshot.add_update(update)
+            snapshot.add_update(update, plain_finding(finding))
         region.update = update.number
         answer = server.receive(update, finding)
         if not update.final:

@@ -335,6 +335,41 @@ class ShardWritten:
 
 
 @dataclass
+class Turn:
+    """Lane 0 of a worker tells another lane who gets the memory for a push next, so that all lanes give it alike."""
+
+    host: int  # of the server: 0 for the local server, 1 for the global server
+    worker: int
+
+
+@dataclass
+class Inspected:
+    """A lane of a worker tells lane 0 what it has found in its slice of a push or an update."""
+
+    host: int  # see `Turn`
+    channel: int  # number of the link on which the message arrived, counted from 1 in the same order in all lanes
+    fault: str | None  # see `servers.Finding`, like `norm` and `touched`
+    norm: float
+    touched: list[int]
+    within: int = 0  # bytes that the lane's links have carried, as in `Progress`
+    between: int = 0
+
+
+@dataclass
+class Ordered:
+    """Lane 0 of a worker tells another lane what its server handles next."""
+
+    host: int  # see `Turn`
+    channel: int  # see `Inspected`; 0 if the process itself asks for it
+    act: str = ""  # what the process itself asks for
+    message: bytes = b""  # the fields of lane 0's message, encoded; empty if there is none
+    has_vector: bool = False  # whether the message has a vector
+    finding: tuple[str | None, float, list[int]] | None = None  # what all lanes have found in it
+    within: int = 0  # bytes that all lanes' links have carried, as in `Progress`
+    between: int = 0
+
+
+@dataclass
 class Preempted:
     """A process tells its peers that it is preempted, so that the run saves a checkpoint and ends."""
 
@@ -372,6 +407,9 @@ Message = (
     | Marker
     | MarkerReply
     | ShardWritten
+    | Turn
+    | Inspected
+    | Ordered
     | Preempted
     | Failure
 )

@@ -147,7 +147,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         if vector is not None:
             if is_new:
                 version = self.first_version if push.version is None else push.version
-                finding = self.server.inspect(vector) if finding is None else finding
+                finding = self.server.find(vector) if finding is None else finding
                 is_accepted = self.server.judge(push, finding, version)
             answer = self.server.memory_for(vector)
             fill = partial(self.server.apply, vector, is_accepted, answer)

@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,21 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 # portions. Other optimizers may need all parameters at once.
 _BY_PARAMETER = (DelayedNesterov, torch.optim.SGD)
 
+# Optimizers that compute each element from that element alone, so that the lanes' servers, each with a slice of every
+# parameter, compute together what one server would.
+_BY_ELEMENT = (
+    *_BY_PARAMETER,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+
 _REPEATED = 3  # rejected updates of a sender in a row after which a warning names it, and again after 6, 12, ...
 
 
@@ -39,6 +54,17 @@ class Finding(NamedTuple):
 
     fault: str | None  # why the update is invalid, regardless of other updates
     norm: float  # Euclidean norm of its parameters
+    # Indices of the parameters that have values other than 0, in any lane; `None` if there is one lane, whose server
+    # sees it by itself.
+    touched: Collection[int] | None = None
+
+
+def combine(findings: Sequence[Finding]) -> Finding:
+    """Returns the finding for an update, given those for its slices in all lanes."""
+    fault = next((finding.fault for finding in findings if finding.fault is not None), None)
+    touched = [finding.touched for finding in findings if finding.touched is not None]
+    together = sorted(set().union(*touched)) if touched else None
+    return Finding(fault, math.hypot(*(finding.norm for finding in findings)), together)
 
 
 class ParameterServer:
@@ -59,6 +85,8 @@ class ParameterServer:
         rejections: Number of rejected updates, by sender.
         staleness: Staleness of the last applied update: versions between the model that it started from and its
             arrival.
+        agree: Returns the finding of all lanes, given that of this one, where no host does so; see :meth:`find`.
+        warns: Whether to log rejections. One lane does.
     """
 
     def __init__(
@@ -74,6 +102,10 @@ class ParameterServer:
         self.version = 0
         self.rejections: dict[int, int] = {}
         self.staleness = 0
+        self.agree: Callable[[Finding], Finding] = lambda finding: finding
+        self.warns = True
+        self._is_slice = False
+        self._touched: Collection[int] | None = None  # by the last update
         self._dropped_in_a_row: dict[int, int] = {}
         self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
@@ -84,6 +116,24 @@ class ParameterServer:
         self._optimizer = optimizer(self._parameters)
         self._portions = _portions(self._sizes) if type(self._optimizer) in _BY_PARAMETER else [slice(len(self._sizes))]
         self._snapshots: weakref.WeakSet[ServerSnapshot] = weakref.WeakSet()  # an abandoned one costs nothing
+
+    def become_slice(self, warns: bool) -> None:
+        """Makes this the server of one lane, whose parameters are the lane's pieces of them; some may be empty.
+
+        Args:
+            warns: Whether to log rejections.
+
+        Raises:
+            ValueError: If the optimizer needs complete parameters.
+        """
+        if type(self._optimizer) not in _BY_ELEMENT:
+            known = ", ".join(kind.__name__ for kind in _BY_ELEMENT)
+            raise ValueError(
+                f"The server optimizer {type(self._optimizer).__name__} may need complete parameters, but in workers of"
+                " several processes each process has a server for its slice of them. Use one of"
+                f" {known}, or HalosStrategy(worker=1)."
+            )
+        self._is_slice, self.warns = True, warns
 
     @property
     def rejected(self) -> int:
@@ -109,7 +159,17 @@ class ParameterServer:
             fault = f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
         if vector.dtype != self.model.dtype:
             fault = f"its dtype is {vector.dtype}, the model's is {self.model.dtype}"
-        return Finding(fault, norm)
+        return Finding(fault, norm, self._touched_by(vector, fault) if self._is_slice else None)
+
+    def find(self, vector: Tensor) -> Finding:
+        """Returns the finding for an update that no host has inspected; all lanes must do so in step."""
+        return self.agree(self.inspect(vector))
+
+    def _touched_by(self, vector: Tensor, fault: str | None) -> list[int]:
+        if fault is not None:
+            return []
+        parts = torch.split(vector[: self._num_parameters], self._sizes)
+        return [index for index, part in enumerate(parts) if not _is_zero(part)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the server's state, of tensors and plain values."""
@@ -206,11 +266,14 @@ class ParameterServer:
         if fault is None:
             self.staleness = self.version - version
             self.version += 1
+            self._touched = None if finding.touched is None else frozenset(finding.touched)
             self._dropped_in_a_row.pop(sender, None)
             return True
         self.rejections[sender] = self.rejections.get(sender, 0) + 1
         in_a_row = self._dropped_in_a_row[sender] = self._dropped_in_a_row.get(sender, 0) + 1
         repeats, rest = divmod(in_a_row, _REPEATED)
+        if not self.warns:
+            return False
         if in_a_row < _REPEATED:
             log.warning(
                 "The update of %s was rejected: %s. It goes on from the server's model (%d rejected so far).",
@@ -250,8 +313,8 @@ class ParameterServer:
             start, stop = stop, stop + sum(self._sizes[portion])
             flat = vector[start:stop]
             parts = torch.split(flat, self._sizes[portion])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = None if _is_zero(part) else part.view_as(parameter)
+            for number, (parameter, part) in enumerate(zip(parameters, parts, strict=True), portion.start or 0):
+                parameter.grad = part.view_as(parameter) if self._is_touched(number, part) else None
             self._optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
@@ -260,6 +323,10 @@ class ParameterServer:
             self._preserve(len(self._portions))
             self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
         self._answer(answer, stop, self.model.numel(), advance)
+
+    def _is_touched(self, number: int, part: Tensor) -> bool:
+        """Returns whether an update changes a parameter, so that its momentum may move it, too."""
+        return not _is_zero(part) if self._touched is None else number in self._touched
 
     def _answer(self, answer: Tensor, start: int, stop: int, advance: Advance) -> None:
         for begin in range(start, stop, PART):
@@ -455,7 +522,7 @@ class GlobalServer(ParameterServer):
         self.steps += update.steps
         is_accepted = False
         if update.steps or not update.final:
-            finding = self.inspect(update.vector) if finding is None else finding
+            finding = self.find(update.vector) if finding is None else finding
             name = f"the local server {update.server}" if name is None else name
             is_accepted = self._judge(finding, update.version, update.server, name)
         return self.answer(update, is_accepted)
@@ -483,12 +550,27 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 
 
+def plain_finding(finding: Finding | None) -> tuple[str | None, float, list[int]] | None:
+    """Returns the finding of several lanes as plain values, for a snapshot; ``None`` for one lane."""
+    if finding is None or finding.touched is None:
+        return None
+    return finding.fault, finding.norm, list(finding.touched)
+
+
+def update_of_snapshot(fields: Mapping[str, Any]) -> tuple[RegionUpdate, Finding | None]:
+    """Returns an update of a snapshot, as a copy, and the finding of several lanes for it."""
+    fields = dict(fields)
+    finding = fields.pop("finding", None)
+    fields["vector"] = fields["vector"].clone()
+    return RegionUpdate(**fields), None if finding is None else Finding(*finding)
+
+
 class SynchronousServer(ParameterServer):
     """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
 
     def receive(self, mean: Tensor) -> None:
         """Applies the mean of the workers' vectors, and overwrites it with the new model."""
-        is_accepted = self._judge(self.inspect(mean), self.version, 0, "all workers together")
+        is_accepted = self._judge(self.find(mean), self.version, 0, "all workers together")
         self.apply(mean, is_accepted, mean)
 
 

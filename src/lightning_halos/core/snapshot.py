@@ -107,11 +107,17 @@ class RunSnapshot:
     updates: list[dict[str, Any]] = field(default_factory=list)  # those that arrived since then, by their fields
     last_updates: dict[int, int] = field(default_factory=dict)  # each local server's last one before its snapshot
 
-    def add_update(self, update: RegionUpdate) -> None:
-        """Adds an update that has arrived, unless it was surely sent after the local server's snapshot."""
+    def add_update(self, update: RegionUpdate, finding: tuple[Any, ...] | None) -> None:
+        """Adds an update that has arrived, unless it was surely sent after the local server's snapshot.
+
+        Args:
+            update: The update.
+            finding: What all lanes have found, which a lane cannot see in its own slice; ``None`` for one lane.
+        """
         if update.number <= self.last_updates.get(update.server, update.number):
             assert update.vector is not None
-            self.updates.append({**vars(update), "vector": update.vector.clone()})
+            found = {} if finding is None else {"finding": finding}
+            self.updates.append({**vars(update), "vector": update.vector.clone(), **found})
 
     def add_report(self, report: Progress) -> None:
         """Adds a report that has arrived, unless it was sent after the local server's snapshot."""

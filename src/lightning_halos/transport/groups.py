@@ -254,22 +254,49 @@ class Groups:
         region: On a leader, the pair with each other worker of its local server; on others, that with their leader.
         models: On rank 0, the pair with each other leader, for models; on other leaders, that with rank 0.
         control: The same, on separate connections, so that a stop notice overtakes a model.
+        order: The pairs with the other processes of the worker, by their lanes: on lane 0 with each other lane, on the
+            others with lane 0. What is sent on them is in :mod:`lightning_halos.transport.lanes`.
+        slices: On rank 0, the same for the slices of what a job exchanges with a server of its own.
+
+    Args:
+        store: The store of all processes.
+        topology: The regions and servers.
+        rank: Index of this process's worker.
+        timeout: Limit for connecting, in seconds.
+        interrupted: Called several times a second while connecting; may raise.
+        lane: Lane of this process in its worker.
+        lanes: Number of lanes. Each has pairs of its own between the workers.
     """
 
     def __init__(
-        self, store: Store, topology: Topology, rank: int, timeout: float, interrupted: Callable[[], None]
+        self,
+        store: Store,
+        topology: Topology,
+        rank: int,
+        timeout: float,
+        interrupted: Callable[[], None],
+        lane: int = 0,
+        lanes: int = 1,
     ) -> None:
-        def connect(name: str, ranks: Sequence[int]) -> dict[int, ProcessGroup]:
-            if rank not in ranks:
+        own = store if lanes == 1 else PrefixStore(f"lane/{lane}", store)
+
+        def connect(
+            name: str, members: Sequence[int], number: int = rank, store: Store = own
+        ) -> dict[int, ProcessGroup]:
+            if number not in members:
                 return {}
-            parent = None if rank == ranks[0] else ranks[0]
-            children = ranks[1:] if parent is None else []
-            return connect_pairs(store, name, rank, parent, children, timeout, interrupted)
+            parent = None if number == members[0] else members[0]
+            children = members[1:] if parent is None else []
+            return connect_pairs(store, name, number, parent, children, timeout, interrupted)
 
         group = topology.group_of(rank)
         self.region = connect(f"region/{group.index}", group.ranks)
         self.models = connect("models", topology.leaders)
         self.control = connect("control", topology.leaders)
+        inside = PrefixStore(f"worker/{rank}", store)
+        among = range(lanes) if lanes > 1 else range(0)
+        self.order = connect("order", among, lane, inside)
+        self.slices = connect("slices", among if rank == 0 else range(0), lane, inside)
 
 
 def gather_through(

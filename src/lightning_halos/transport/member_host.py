@@ -27,7 +27,7 @@ from lightning_halos.core.messages import (
     Welcome,
 )
 from lightning_halos.core.open_region_node import OpenRegionNode
-from lightning_halos.core.protocol import GLOBAL, Send
+from lightning_halos.core.protocol import Send
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import RegionHost
 from lightning_halos.transport.link import wait_all
@@ -93,7 +93,7 @@ class MemberHost(RegionHost):
                 self._has_callbacks = self._has_callbacks and message.decides
             case GlobalModel():
                 self.version = max(self.version, message.version)
-        self._on_message(GLOBAL, message, progress)
+        self._on_message(1, message, progress)  # the first link is to the global server
         if isinstance(message, GlobalModel) and message.final:
             self._final = message.vector
             self._connection.say_goodbye()
@@ -145,6 +145,6 @@ class MemberHost(RegionHost):
         # The node keeps an update until it is safe on the global server's disk, so its memory is not for answers.
         return None if isinstance(message, RegionUpdate) else super()._after_sending(message)
 
-    def _traffic(self) -> tuple[int, int]:
-        within, _ = super()._traffic()
+    def carried(self) -> tuple[int, int]:
+        within, _ = super().carried()
         return within, self._connection.traffic

@@ -1,12 +1,13 @@
 """Hosts the nodes of one process, and connects its worker and nodes with their peers.
 
 The nodes make all decisions, and the caller makes the nodes and writes files. All processes do this in step, and end
-with a goodbye on every link.
+with a goodbye on every link. Each lane of a worker has nodes and links of its own; ``lanes`` keeps them equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -21,6 +22,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.hosts import Host, RegionHost, Store
+from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.server_connection import ServerConnection
@@ -30,18 +32,20 @@ class NodeRuntime:
     """The hosts and links of one process, during one fit.
 
     Args:
-        rank: Global rank of this process.
+        rank: Index of this process's worker.
         topology: The regions and servers.
         groups: Its process groups.
         global_node: On rank 0, the global node.
         region_node: On the leader of a local server, the server's node.
-        memory: The worker's vector. Models from another process are received into it.
+        memory: The worker's vector, or the slice of it that this process carries. Models from another process are
+            received into it.
         timeout: Limit for any wait for a peer, in seconds.
         interrupted: Called several times a second while the worker waits; may raise.
         store: Writes a node's part of a snapshot in the background.
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
         membership: On rank 0 of a job that is one region of a run, its connection with the global server, and the
             answer to its request to join.
+        lane: Lane of this process in its worker.
 
     Attributes:
         alarm: The alarm to report failures to.
@@ -63,17 +67,21 @@ class NodeRuntime:
         store: Store = lambda shard, complete: None,
         written: Callable[[ShardWritten], None] = lambda message: None,
         membership: tuple[ServerConnection, Welcome] | None = None,
+        lane: int = 0,
     ) -> None:
-        self.alarm = Alarm(topology.describe(rank))
+        self._name = topology.describe if not groups.order else partial(_lane_of, topology, lane)
+        self.alarm = Alarm(self._name(rank))
         self.global_host: Host[GlobalNode] | None = None
         self.region_host: RegionHost | None = None
         self._topology = topology
         self._groups = groups
         self._timeout = timeout
         self._form = memory.numel(), memory.dtype
+        self._lanes = self._connect_lanes(rank, lane, written) if groups.order else None
         group = topology.group_of(rank)
         if global_node is not None:
-            self.global_host = Host(global_node, self.alarm, store, written)
+            forward = written if self._lanes is None or lane == 0 else self._lanes.post
+            self.global_host = Host(global_node, self.alarm, store, forward, self._lanes)
         link: Link
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
             link = self._gloo_link(groups.region[group.leader], self._server_of(group.leader), lambda: memory)
@@ -85,21 +93,38 @@ class NodeRuntime:
                 assert membership is not None
                 self.region_host = self._member_host(region_node, near, *membership)
             else:
-                self.region_host = RegionHost(region_node, self.alarm, near, store)
+                self.region_host = RegionHost(region_node, self.alarm, near, store, self._lanes)
                 self._connect_servers(self.region_host, rank)
-            link, own = self._loopback(self._server_of(rank), topology.describe(rank))
+            link, own = self._loopback(self._server_of(rank), self._name(rank))
             self.region_host.attach(rank, own)
             for worker in group.ranks[1:]:
-                memory_for_push = self.region_host.memory_for_push
-                its = self._gloo_link(groups.region[worker], topology.describe(worker), memory_for_push)
+                memory_for_push = partial(self.region_host.memory_for_push, worker)
+                its = self._gloo_link(groups.region[worker], self._name(worker), memory_for_push)
                 self.region_host.attach(worker, its)
             if self.global_host is not None:
-                self.global_host.act(GlobalNode.start)
-            self.region_host.act(RegionNode.start)
+                self.global_host.do("start")
+            self.region_host.do("start")
             if isinstance(self.region_host, MemberHost) and membership is not None:
                 membership[0].serve(self.region_host, goes_on=True)
+        if self._lanes is not None:
+            self._lanes.start()
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)
         self.alarm.watch(timeout)
+
+    def tell(self, message: ShardWritten) -> None:
+        """Tells rank 0 that a part of a snapshot has been written, from a process with a node of its own."""
+        if self.region_host is not None:
+            self.region_host.tell(message)
+        else:
+            self.client.tell(message)
+
+    def _connect_lanes(self, rank: int, lane: int, written: Callable[[ShardWritten], None]) -> Lanes:
+        """Connects this process with the other processes of its worker."""
+        links = {
+            other: self._gloo_link(pair, _lane_of(self._topology, other, rank), with_models=False)
+            for other, pair in self._groups.order.items()
+        }
+        return Lanes(lane, links, self.alarm, written)
 
     def _member_host(
         self, node: OpenRegionNode, near: set[int], connection: ServerConnection, welcome: Welcome
@@ -114,7 +139,7 @@ class NodeRuntime:
     def _connect_servers(self, host: RegionHost, rank: int) -> None:
         """Connects a local server with the global server and, on rank 0, the global server with all local servers."""
         topology, groups = self._topology, self._groups
-        here, there = self._server_of(rank), f"the global server of {topology.describe(0)}"
+        here, there = self._server_of(rank), f"the global server of {self._name(0)}"
         if self.global_host is None:
             models_link = self._gloo_link(groups.models[0], there, host.memory_for_answer)
             host.attach(GLOBAL, models_link, self._gloo_link(groups.control[0], there))
@@ -128,10 +153,12 @@ class NodeRuntime:
             self.global_host.attach(other.index, models_link, self._gloo_link(groups.control[other.leader], peer))
 
     def _server_of(self, leader: int) -> str:
-        return f"the server of {self._topology.describe(leader)}"
+        return f"the server of {self._name(leader)}"
 
-    def _gloo_link(self, pair: ProcessGroup, peer: str, memory: Memory | None = None) -> GlooLink:
-        link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, self._form, memory)
+    def _gloo_link(
+        self, pair: ProcessGroup, peer: str, memory: Memory | None = None, with_models: bool = True
+    ) -> GlooLink:
+        link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, self._form if with_models else None, memory)
         self.alarm.add(link)
         return link
 
@@ -139,3 +166,8 @@ class NodeRuntime:
         pair = LoopbackLink.pair(first, second)
         self.alarm.add(*pair)
         return pair
+
+
+def _lane_of(topology: Topology, lane: int, rank: int) -> str:
+    """Returns the name of one process of a worker."""
+    return f"{topology.describe(rank)}, lane {lane}"

@@ -13,10 +13,9 @@ from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.messages import Marker, Push, RegionUpdate, ShardWritten
-from lightning_halos.core.protocol import GlobalState
+from lightning_halos.core.messages import Marker, Publish, Push, ShardWritten
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import unsent_update
+from lightning_halos.core.servers import unsent_update, update_of_snapshot
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
@@ -42,6 +41,7 @@ class RealWorld:
         assert isinstance(algorithm, ServerAlgorithm)
         assert memory is not None
         self._saves = start.saves
+        self._interrupted = site.interrupted
         if resume is not None:
             if not resume.fits and site.rank == 0:
                 servers = len(site.topology.groups)
@@ -88,12 +88,12 @@ class RealWorld:
         return self._global.node.steps
 
     def read(self, out: Tensor) -> None:
-        self._model_host.ask(lambda node: out.copy_(node.model))
+        self._model_host.read(out, self._check)
 
     def publish(
         self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
     ) -> None:
-        self._global.act(lambda node: node.publish(plateau_steps, metrics))
+        self._global.do("publish", Publish(0, list(plateau_steps), metrics))
 
     def statistics(self) -> list[dict[str, Any]]:
         return self._global.ask(lambda node: [counters.statistics() for counters in node.counters.values()])
@@ -105,7 +105,7 @@ class RealWorld:
         (self.client if self._region_host is None else self._region_host).tell(message)
 
     def start_snapshot(self, marker: Marker) -> None:
-        if not self._global.act(lambda node: [] if node.state is GlobalState.FINISHED else node.start_snapshot(marker)):
+        if not self._global.do("snapshot", marker):
             self._saves.fail(marker.save, "the run has ended meanwhile")
 
     def adopt_final_model(self, model: Tensor) -> None:
@@ -124,6 +124,10 @@ class RealWorld:
 
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
+
+    def _check(self) -> None:
+        self.alarm.check()
+        self._interrupted()
 
     @property
     def _global(self) -> Host[GlobalNode]:
@@ -219,7 +223,7 @@ def rebuild(
     assert server is not None
     server.load_state_dict(resume.globals["server"])
     for update in resume.globals["updates"]:
-        server.receive(RegionUpdate(**update))
+        server.receive(*update_of_snapshot(update))
     for index, state in resume.servers.items():
         if (update := unsent_update(index, state["server"])).steps:
             server.receive(update)
