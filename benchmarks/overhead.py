@@ -7,6 +7,8 @@
     monitor      steps per second of two workers with HalosMonitor, a logger and the progress bar, against the same
                  without HalosMonitor
     memory       peak memory of a leader beyond that of a worker, in multiples of a 40M-parameter model
+    lanes        bytes per round that a process of a worker of 4 processes sends and receives for HALoS, with 4 lanes
+                 against one lane, for a 4M-parameter model
 
 Prints each number and exits with 1 if one is outside its limit. Run: python benchmarks/overhead.py [MEASUREMENT ...]
 """
@@ -45,6 +47,7 @@ from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.groups import Groups, make_group
+from lightning_halos.transport.link import GlooLink
 from lightning_halos.transport.runtime import NodeRuntime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -53,6 +56,7 @@ ROUND_TRIP_LIMIT = 2.0  # times the bare send and receive
 THROUGHPUT_LIMIT = 0.95  # of the independent Trainers' steps per second
 MONITOR_LIMIT = 0.98  # of the steps per second without it
 MEMORY_LIMIT = 6.0  # models, for a leader of 4 workers
+LANES, LANES_LIMIT = 4, 0.27  # of the bytes per process of one lane
 
 ROUND_TRIPS = 31
 FITS, STEPS, WARM_UP = 15, 120, 24  # many short fits, so that other load on the machine affects both kinds alike
@@ -277,6 +281,55 @@ def memory() -> bool:
     return good
 
 
+# ---------------------------------------------------------------------- lanes
+
+
+class Narrow(Wide):
+    """About 4M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(4)))
+
+
+def lanes_process(folder: Path, lanes: int | None) -> None:
+    """Trains two workers of 4 processes, and notes the bytes per round of this process's links.
+
+    The links are those between workers and servers, and those between the lanes of a worker. What DDP sends inside a
+    worker is not counted.
+    """
+    torch.set_num_threads(1)
+    links: list[GlooLink] = []
+    make = GlooLink.__init__
+
+    def note(link: GlooLink, *args: Any, **kwargs: Any) -> None:
+        make(link, *args, **kwargs)
+        links.append(link)
+
+    GlooLink.__init__ = note  # type: ignore[method-assign]
+    halos = HalosStrategy(regions=1, local_steps=2, dynamic_local_steps=False, worker=LANES)
+    vars(halos)["_lanes"] = lanes
+    trainer = L.Trainer(strategy=halos, devices=2 * LANES, **QUIET, max_steps=24)
+    trainer.fit(Narrow(), DataLoader(TensorDataset(torch.randn(1024, 1000))))
+    assert halos.round is not None
+    size = sum(link.bytes_sent + link.bytes_received for link in links) / halos.round.number
+    (folder / str(trainer.global_rank)).write_text(str(size))
+    halos.barrier()
+
+
+def lanes() -> bool:
+    """Prints the bytes per process with one lane and with 4. Returns whether they are within the limit."""
+    most = {}
+    for number in (1, LANES):
+        with tempfile.TemporaryDirectory() as name:
+            run(f"lanes-{number}", Path(name))
+            # Of the worker that does not lead the region.
+            most[number] = max(float((Path(name) / str(rank)).read_text()) for rank in range(LANES, 2 * LANES))
+    share, sizes = most[LANES] / most[1], {number: f"{size / 1e6:5.2f} MB" for number, size in most.items()}
+    print(f"lanes         {LANES} lanes {sizes[LANES]}   one {sizes[1]}   {share:6.3f}", end="")
+    return verdict(share <= LANES_LIMIT, f"at most {LANES_LIMIT:g}")
+
+
 # ---------------------------------------------------------------------- the runs
 
 MEASUREMENTS: dict[str, Callable[[], bool]] = {
@@ -284,6 +337,7 @@ MEASUREMENTS: dict[str, Callable[[], bool]] = {
     "throughput": throughput,
     "monitor": monitor,
     "memory": memory,
+    "lanes": lanes,
 }
 PROCESSES: dict[str, Callable[[Path], None]] = {
     "round-trip": round_trip_process,
@@ -292,6 +346,8 @@ PROCESSES: dict[str, Callable[[Path], None]] = {
     "memory-alone": partial(memory_process, regions=None),
     "memory-apart": partial(memory_process, regions=APART),
     "memory-together": partial(memory_process, regions=TOGETHER),
+    "lanes-1": partial(lanes_process, lanes=1),
+    f"lanes-{LANES}": partial(lanes_process, lanes=LANES),
 }
 
 

@@ -6,6 +6,11 @@ All settings are in the YAML files of ``examples/pythia``, and can be overridden
     python examples/pretrain_pythia.py fit --config examples/pythia/paper.yaml --config examples/pythia/70m.yaml \
         --data.prefix /data/pile/document
 
+Models that do not fit into a GPU, with every 4 GPUs a worker, which divide the model among them
+(docs/large-models.md)::
+
+    python examples/pretrain_pythia.py fit --config ... --trainer.strategy.worker 4 --trainer.strategy.inner fsdp2
+
 ``--help`` lists them all. docs/pretraining.md goes from a corpus to an evaluated model.
 """
 
@@ -80,6 +85,19 @@ class Pythia(L.LightningModule):
             self.model.compile()
         self.val_loss = MeanMetric()
         self.val_perplexity = Perplexity()
+
+    def configure_model(self) -> None:
+        """Divides the parameters among the processes of a worker, if its strategy is FSDP2."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # since torch 2.6
+
+        if isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.model.gpt_neox.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns the logits, of shape ``[batch, context, vocabulary]``, in float32."""

@@ -15,6 +15,10 @@ With ``--strategy`` it trains once, with any strategy of Lightning, and ``--pace
 
     python examples/train_char_lm.py --strategy halos --accelerator gpu --devices 4 --pace 0
 
+Every two devices may be one worker, with DDP between them::
+
+    python examples/train_char_lm.py --strategy halos --devices 4 --worker 2 --pace 0
+
 With ``HALOS_SERVER`` and ``HALOS_KEYS`` in the environment this is a job of one region, which connects to the server of
 a run (``examples/deploy/regions_behind_nat.sh`` starts one, and two regions)::
 
@@ -222,6 +226,7 @@ def train(args: argparse.Namespace) -> None:
     # momentum on the local servers (docs/time-to-loss.md).
     halos = HalosStrategy(
         regions=None if "HALOS_SERVER" in os.environ else args.regions,  # a job is one region there
+        worker=args.worker,
         local_steps=args.local_steps,
         accumulate_updates=4,
         merge_weight=0.5,
@@ -309,13 +314,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", help="do one run only, with this strategy: halos, ddp or another of Lightning's")
     parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--devices", type=int, default=4, help="the number of workers, on each node")
+    parser.add_argument("--devices", type=int, default=4, help="the number of devices, on each node")
     parser.add_argument(
         "--num-nodes", type=int, default=1, help="the number of nodes, each started by torchrun or SLURM"
     )
     parser.add_argument("--pace", type=float, default=0.15, help="seconds per batch; 0: as few as possible")
     parser.add_argument("--slowdown", type=float, nargs="+", default=[1, 1, 1, 4], help="a factor for each worker")
     parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers of one job over")
+    parser.add_argument("--worker", type=int, default=1, help="the devices of a HALoS worker, with DDP between them")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
     parser.add_argument("--max-steps", type=int, default=250)
     parser.add_argument("--val-every", type=int, default=25, help="the steps between validations")

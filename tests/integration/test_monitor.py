@@ -173,11 +173,11 @@ def logged(workers: int, bar: Any = None) -> dict[str, float]:
         "compute_share": dict.fromkeys(range(workers), 0.5),
     }
     servers = SimpleNamespace(statistics=lambda: [defaultdict(float, of_workers)], version=1, clock=lambda: 7.0)
-    strategy = SimpleNamespace(servers=servers, round=SimpleNamespace(batches=0))
+    site = SimpleNamespace(size=workers)
+    strategy = SimpleNamespace(servers=servers, round=SimpleNamespace(batches=0), site=site)
     trainer: Any = SimpleNamespace(
         strategy=strategy,
         global_step=1,
-        world_size=workers,
         progress_bar_callback=bar or SimpleNamespace(get_metrics=dict),
     )
     metrics: dict[str, float] = {}

@@ -46,6 +46,8 @@ class HalosMonitor(Callback):
     ``halos/compute_share/rank_0``       for each worker: seconds computing / seconds computing and waiting
     ===================================  ==================================================================
 
+    Ranks are those of workers, and of workers of several processes, bytes are those of the first lane.
+
     In a real run, a message inside one process counts no bytes. Async-Local-SGD has one region, so all its bytes count
     as inside it. In a simulation, every push, pull and exchange counts with the cluster's message size, and it counts
     as between regions if worker and server are in different ones, also under Async-Local-SGD; seconds are virtual, and
@@ -117,7 +119,7 @@ class HalosMonitor(Callback):
         for name, numbers in workers.items():
             metrics |= {f"{name}/rank_{rank}": float(numbers[rank]) for rank in sorted(numbers)}
         pl_module.log_dict({f"halos/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
-        size = trainer.world_size
+        size = strategy.site.size
         self._shown = {
             "rounds": _shown(workers["rounds"], size, sum(workers["rounds"].values()), digits=0),
             "staleness": _shown(workers["staleness_of"], size, metrics["staleness"], digits=1),
