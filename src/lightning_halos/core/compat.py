@@ -35,8 +35,13 @@ def map_tensors(function: Callable[[Tensor], Any], state: Any) -> Any:
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Returns the dense tensors that a tensor consists of: itself, or the indices and values of a sparse one."""
+    """Returns the dense tensors that a tensor consists of: itself, or the indices and values of a sparse one.
+
+    Of a distributed tensor, it is the part that this process has.
+    """
     tensor = tensor.detach()
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
     if tensor.layout is torch.strided:
         return [tensor]
     if tensor.layout is torch.sparse_coo:

@@ -26,6 +26,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -35,6 +36,8 @@ from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler
 
@@ -69,6 +72,39 @@ def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:
 def synchronizes_batch_norm(strategy: ParallelStrategy) -> bool:
     """Whether the Trainer was made with ``sync_batchnorm=True``."""
     return strategy._layer_sync is not None
+
+
+def set_layer_sync(inner: ParallelStrategy, strategy: ParallelStrategy) -> None:
+    """Lets the strategy inside a worker convert BatchNorm layers, if the Trainer was made with ``sync_batchnorm``."""
+    inner._layer_sync = strategy._layer_sync
+
+
+def limit_to_group(inner: DDPStrategy | FSDPStrategy, group: ProcessGroup) -> None:
+    """Lets a strategy wrap modules for the processes of a group."""
+    (inner.kwargs if isinstance(inner, FSDPStrategy) else inner._ddp_kwargs)["process_group"] = group
+
+
+def parallel_sizes(inner: ModelParallelStrategy) -> tuple[int | str, int | str]:
+    """Returns ``data_parallel_size`` and ``tensor_parallel_size`` of a strategy, as the user has set them."""
+    return inner._data_parallel_size, inner._tensor_parallel_size
+
+
+def set_device_mesh(inner: ModelParallelStrategy, module: pl.LightningModule, mesh: DeviceMesh) -> None:
+    """Sets the device mesh of a strategy and its module."""
+    inner._device_mesh = module._device_mesh = mesh
+
+
+def save_in_one_file(inner: FSDPStrategy | ModelParallelStrategy) -> None:
+    """Lets a strategy collect the complete state of a divided module in its first process."""
+    if isinstance(inner, FSDPStrategy):
+        inner._state_dict_type = "full"
+    else:
+        inner._save_distributed_checkpoint = False
+
+
+def evaluation_loops(trainer: pl.Trainer) -> list[Any]:
+    """Returns the loops that use ``inference_mode``."""
+    return [trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
 
 
 def seed_dataloader_workers(loader: DataLoader[Any], rank: int) -> None:

@@ -258,9 +258,13 @@ class ConnectedStrategy(ParallelStrategy):
     def check_interrupted(self) -> None:
         """Raises an exception that must end this process, while its main thread waits for other processes."""
 
-    def teardown(self) -> None:
+    def release(self) -> None:
+        """Puts torch's default process group of the user back."""
         if self._default_group is not None:
             self._default_group.release()
+
+    def teardown(self) -> None:
+        self.release()
         super().teardown()
 
     def model_to_device(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -176,22 +176,37 @@ def _normalize_in(layer: SyncBatchNorm, group: dist.ProcessGroup, samples: Tenso
         layer.process_group = before
 
 
-def refuse_sharing(module: nn.Module, optimizers: Iterable[Any]) -> None:
+def refuse_sharing(module: nn.Module, optimizers: Iterable[Any], processes: Collection[int]) -> None:
     """Refuses optimizers and parameters of which each worker has a part, and for which workers wait in every step.
 
     With collectives that do not wait, each worker would train its own part only.
+
+    Args:
+        module: The module.
+        optimizers: Its optimizers.
+        processes: Global ranks of this worker's processes, among which a module may be divided.
 
     Raises:
         ValueError: If there are any.
     """
     shared = [type(optimizer).__name__ for optimizer in optimizers if "torch.distributed" in type(optimizer).__module__]
-    shared += [f"the parameter {name}" for name, p in module.named_parameters() if hasattr(p, "device_mesh")]
-    if shared:
-        raise ValueError(
-            f"{shared[0]} is divided among workers that wait for each other in every step, but with this strategy each"
-            " worker trains a complete model at its own pace. Use an optimizer of torch.optim, and a module that is"
-            " not sharded."
+    for name, parameter in module.named_parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and (len(processes) == 1 or not {*mesh.mesh.flatten().tolist()}.issubset(processes)):
+            shared.append(f"the parameter {name}")
+    if not shared:
+        return
+    if len(processes) == 1:
+        advice = (
+            "Use an optimizer of torch.optim, and a module that is not sharded; or let several processes be a worker,"
+            " with worker=2 or more, among which a module may be divided."
         )
+    else:
+        advice = "Use an optimizer of torch.optim, and divide the module with mesh=self.device_mesh['data_parallel']."
+    raise ValueError(
+        f"{shared[0]} is divided among workers that wait for each other in every step, but with this strategy each"
+        f" worker trains a complete model at its own pace. {advice}"
+    )
 
 
 # ---------------------------------------------------------------------- data loaders

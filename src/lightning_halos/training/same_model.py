@@ -36,12 +36,13 @@ def check_initialized(module: nn.Module) -> None:
         )
 
 
-def broadcast_module(collectives: Collectives, module: nn.Module) -> None:
+def broadcast_module(collectives: Collectives, module: nn.Module, except_for: Collection[int] = ()) -> None:
     """Copies the parameters and buffers of rank 0's module to the modules of all workers, sparse ones too.
 
-    Each worker keeps its local ones, which may have other shapes than rank 0's.
+    Each worker keeps its local ones, which may have other shapes than rank 0's. ``except_for`` has the ``id`` of others
+    to leave out.
     """
-    local = {id(tensor) for tensor in local_tensors(module)}
+    local = {id(tensor) for tensor in local_tensors(module)}.union(except_for)
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in local]
     collectives.broadcast_([part for tensor in tensors for part in dense_parts(tensor)])
 

@@ -17,6 +17,7 @@ from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget, global_step
+from lightning_halos.core.sharding import WorkerProcesses
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.growth import suited
 from lightning_halos.training.membership import Entry, Membership, describe
@@ -24,6 +25,7 @@ from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import callbacks_of, enter_run, optimizers_of, unfreezes
+from lightning_halos.transport.worker_processes import GroupedProcesses
 
 
 class Start:
@@ -65,7 +67,7 @@ class Start:
         self.membership = membership
         module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
         idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
-        self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle)
+        self.vector = ModelVector(module, unfrozen_later, idle=idle, processes=_processes(site, trainer))
         _check(site, self.vector, resume)
         self.entry: Entry | None = None
         self.memory: Tensor | None = None
@@ -169,6 +171,16 @@ def idle_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> set[i
     return {id(p) for p in module.parameters() if p.requires_grad and id(p) not in optimized} if optimizers else set()
 
 
+def _processes(site: Site, trainer: pl.Trainer) -> WorkerProcesses | None:
+    """Returns how this process talks with the others of its worker about the model; ``None`` if there are none."""
+    if len(site.worker_processes) == 1:
+        return None
+    model = trainer.strategy.model
+    assert site.inner_group is not None
+    assert model is not None
+    return GroupedProcesses(site.inner_group, site.lanes, model)
+
+
 def _check(site: Site, vector: ModelVector, resume: Resume | None) -> None:
     """Refuses a checkpoint of another model, and workers with modules of different sizes."""
     if resume is not None and resume.manifest.model != vector.identity:
@@ -177,10 +189,10 @@ def _check(site: Site, vector: ModelVector, resume: Resume | None) -> None:
             f" {vector.identity}. Train the same module with the same parameters frozen, or remove the folder of its"
             " shards to resume from its .ckpt file alone."
         )
-    elements = site.collectives.gather_texts(str(vector.num_elements))
-    if others := [rank for rank, count in enumerate(elements) if count != elements[site.rank]]:
+    elements = site.collectives.gather_texts(str(vector.layout.elements))
+    if others := [process for process, count in enumerate(elements) if count != elements[site.process]]:
         raise RuntimeError(
-            f"The vector of the module of {site.here} has {vector.num_elements} elements, that of"
-            f" {site.topology.describe(others[0])} has {elements[others[0]]}. All workers must train the same module"
+            f"The vector of the module of {site.here} has {vector.layout.elements} elements, that of"
+            f" {site.describe(others[0])} has {elements[others[0]]}. All workers must train the same module"
             " with the same parameters frozen."
         )

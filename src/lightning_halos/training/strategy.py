@@ -35,7 +35,8 @@ from lightning_halos.training.compat import (
     run_validation_in,
     synchronizes_batch_norm,
 )
-from lightning_halos.training.connected_strategy import ConnectedStrategy, StartMethod
+from lightning_halos.training.composed_strategy import ComposedStrategy
+from lightning_halos.training.connected_strategy import StartMethod
 from lightning_halos.training.default_group import (
     environment_of_one,
     refuse_sharing,
@@ -60,7 +61,7 @@ from lightning_halos.transport.alarm import EXIT_CODE
 _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 
 
-class AlgorithmStrategy(ConnectedStrategy):
+class AlgorithmStrategy(ComposedStrategy):
     """Trains any LightningModule with an algorithm in which workers run local steps and exchange models.
 
     Each device has a process, and one or more processes are a worker. :class:`~lightning_halos.HalosStrategy` and the
@@ -160,6 +161,24 @@ class AlgorithmStrategy(ConnectedStrategy):
             self._shards = Shards(self.site, run, has_server_shards=self.cluster is None)
 
     def setup(self, trainer: pl.Trainer) -> None:
+        assert self.model is not None
+        check_initialized(self.model)
+        if self.inner is None:
+            self._setup_one_process(trainer)
+        else:
+            self.setup_inner(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.synchronize_module()
+            return
+        refuse_sharing(self.model, self.optimizers, self.site.worker_processes)
+        set_batch_norm_local(self.model, True, self.site.inner_group)
+        if self.site.rank == 0:
+            run_validation_in(trainer, environment_of_one)
+        else:
+            self._no_validation.apply(trainer)
+
+    def _setup_one_process(self, trainer: pl.Trainer) -> None:
+        """Does what Lightning's strategy for one device does."""
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -168,22 +187,14 @@ class AlgorithmStrategy(ConnectedStrategy):
                 "sync_batchnorm=True has no effect with the halos strategy: the statistics of BatchNorm are averaged"
                 " with the model."
             )
-        check_initialized(self.model)
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
-        if trainer.state.fn == TrainerFn.FITTING:
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        if is_fit:
             self.setup_optimizers(trainer)
-            refuse_sharing(self.model, self.optimizers)
-            set_batch_norm_local(self.model, True, self.site.inner_group)
-        else:
-            self.synchronize_module()
         self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fit:
             optimizers_to_device(self.optimizers, self.root_device)
-            if self.is_global_zero:
-                run_validation_in(trainer, environment_of_one)
-            else:
-                self._no_validation.apply(trainer)
 
     # ------------------------------------------------------------------ training
 
@@ -274,11 +285,16 @@ class AlgorithmStrategy(ConnectedStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the state of the *global* model on rank 0 during a fit, and of the module otherwise."""
         with self._not_computing():
-            state = super().lightning_module_state_dict()
             fit, module = self._fit, self.lightning_module
-            if fit is None or not fit.has_two_models or fit.worker_model is not None:
-                return state
             assert module is not None
+            if fit is None or not fit.has_two_models or fit.worker_model is not None:
+                return super().lightning_module_state_dict()
+            if self.inner is not None:  # no process has all parts
+                with fit.global_model():
+                    state = super().lightning_module_state_dict()
+                    copy_from_module(module, state)
+                    return state
+            state = super().lightning_module_state_dict()
             parts = fit.global_parts(module)
             names = names_in_state(module, state)
             if names is not None:
@@ -361,8 +377,7 @@ class AlgorithmStrategy(ConnectedStrategy):
         """
         if is_local(checkpoint_path):
             checkpoint_path = available(Path(checkpoint_path))
-        options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6
-        checkpoint = super().load_checkpoint(checkpoint_path, **options)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         if is_fit and self.membership is not None:
             return without_progress(checkpoint)
