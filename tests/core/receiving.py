@@ -11,7 +11,7 @@ from lightning_halos.core.servers import LocalServer
 def receive(server: LocalServer, push: Push) -> tuple[Tensor, RegionUpdate | None]:
     """Gives a push to a local server. Returns the model for the next round, and the update that is due."""
     assert push.vector is not None
-    is_accepted = server.judge(push, server.inspect(push.vector), push.version or 0)
+    is_accepted = server.judge(push, server.find(push.vector), push.version or 0)
     answer = server.memory_for(push.vector)
     server.apply(push.vector, is_accepted, answer)
     if not server.is_due:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from lightning_halos.core.cursor import DataCursor, LeaseStock
+from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import Marker, Publish, ShardWritten
@@ -50,7 +50,8 @@ class Plan:
         shards: Elements of each lane's piece of the tensors that are sharded.
         spoiled: Worker and round of a push that has a NaN in lane 1's slice only; else in no slice.
         killed: Process that is killed in the middle of a push, and the round.
-        snapshot: Folder and round of worker 0 in which a snapshot starts.
+        snapshot: Round of worker 0 after which a snapshot starts.
+        timeout: Seconds of silence after which a peer counts as lost.
     """
 
     lanes: int = 2
@@ -78,33 +79,53 @@ def gradient(plan: Plan, worker: int, number: int) -> Tensor:
     return vector
 
 
-def make_region_node(index: int, model: Tensor, shapes: Sequence[torch.Size], k: int | None = 3) -> RegionNode:
-    ranks = REGIONS[index]
-    server = LocalServer(index, model, OPTIMIZER, k, 0.25, shapes, len(ranks), max_norm_ratio=50.0)
-    return RegionNode(server, RoundPlanner(4, True, WORKERS), ranks, StepBudget(WORKERS), LeaseStock(8))
+def make_region_node(
+    index: int, model: Tensor, shapes: Sequence[torch.Size], state: Mapping[str, Any] | None = None
+) -> RegionNode:
+    """Makes the node of a local server, in the state of a snapshot."""
+    ranks, total = REGIONS[index], 0 if state is None else state["total"]
+    server = LocalServer(index, model, OPTIMIZER, 3, 0.25, shapes, len(ranks), max_norm_ratio=50.0)
+    node = RegionNode(server, RoundPlanner(4, True, WORKERS), ranks, StepBudget(WORKERS, total=total), LeaseStock(8))
+    if state is not None:
+        node.load_state_dict(state[f"server-{index}"])
+    return node
 
 
-def make_global_node(model: Tensor, shapes: Sequence[torch.Size]) -> GlobalNode:
+def make_global_node(model: Tensor, shapes: Sequence[torch.Size], state: Mapping[str, Any] | None = None) -> GlobalNode:
+    """Makes the global node, in the state of a snapshot."""
+    total, done = (0, []) if state is None else (state["total"], state["done"])
     server = GlobalServer(model, OPTIMIZER, shapes, len(REGIONS))
-    return GlobalNode(server, len(REGIONS), StepBudget(WORKERS), DataCursor(STEPS, 1))
+    cursor = DataCursor(STEPS, 2, Spans(done))
+    node = GlobalNode(server, len(REGIONS), StepBudget(WORKERS, total=total), cursor, Spans(done))
+    if state is not None:
+        node.load_state_dict(state["global"])
+    return node
 
 
 def start_model() -> Tensor:
     return torch.linspace(-1, 1, sum(SIZES))
 
 
-def work(plan: Plan, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A process: one lane of a worker. Returns what it has seen, and the states of its nodes."""
+def work(plan: Plan, states: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A process: one lane of a worker. Returns what it has seen, and the states of its nodes.
+
+    Args:
+        plan: What to do.
+        states: The states to resume from, by lane.
+    """
     process, port = int(os.environ["HALOS_TEST_PROCESS"]), int(os.environ["HALOS_TEST_PORT"])
     worker, lane = divmod(process, plan.lanes)
     store = TCPStore("127.0.0.1", port, is_master=process == 0, wait_for_workers=False)
     topology, layout = Topology.build(REGIONS, 1), plan.layout
     shapes = layout.shapes(lane) if plan.lanes > 1 else SHAPES
     groups = Groups(store, topology, worker, plan.timeout, lambda: None, lane, plan.lanes)
+    state = None if states is None else states[lane]
     memory = layout.cut(start_model(), lane)
     index = topology.group_of(worker).index
-    region_node = make_region_node(index, memory.clone(), shapes) if worker == REGIONS[index][0] else None
-    global_node = make_global_node(memory.clone(), shapes) if worker == 0 else None
+    if state is not None:
+        memory = state[f"server-{index}"]["server"]["model"].clone()
+    region_node = make_region_node(index, memory.clone(), shapes, state) if worker == REGIONS[index][0] else None
+    global_node = make_global_node(memory.clone(), shapes, state) if worker == 0 else None
     shards: dict[str, Any] = {}
     written: list[str] = []
     handled: dict[str, list[Any]] = {"region": [], "global": []}
@@ -159,6 +180,8 @@ def work(plan: Plan, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
                 runtime.global_host.do("snapshot", Marker("save", "folder"))
     final, progress = client.finish(round_.push(None, final=True), fill)
     wait_all(progress)
+    while plan.snapshot and process == 0 and len(written) < (1 + len(REGIONS)) * plan.lanes:
+        time.sleep(0.01)
     alarm.disarm()
     _wait_for_all(store, plan, process, "finished")
     runtime.alarm.close(10.0)

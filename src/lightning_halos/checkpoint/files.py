@@ -64,8 +64,13 @@ def write_state(path: Path, state: Any) -> WrittenFile:
     return write(path, lambda file: torch.save(state, file))
 
 
-def read_state(path: Path, expected: WrittenFile) -> Any:
+def read_state(path: Path, expected: WrittenFile, mapped: bool = False) -> Any:
     """Reads a file of :func:`write_state`, without unpickling anything but tensors and plain values.
+
+    Args:
+        path: The file.
+        expected: What was written.
+        mapped: Whether the tensors stay in the file, for callers that copy only some of their values.
 
     Raises:
         CheckpointError: If it is missing, or is not what was written.
@@ -83,6 +88,8 @@ def read_state(path: Path, expected: WrittenFile) -> Any:
             raise CheckpointError(
                 f"{path} is damaged: its checksum is {found:08x}, but {expected.crc32:08x} was written."
             )
+        if mapped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 

@@ -14,9 +14,12 @@ from typing import Any
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import WrittenFile, write
+from lightning_halos.core.lanes import Layout
 
 FORMAT = 3
 """Version of the manifest and the shards. It changes when older versions of the package could not read them."""
+FORMAT_OF_LANES = 4
+"""The version if the model is cut into slices, which versions before this one could not read."""
 
 NAME = "manifest.json"
 GLOBAL_SHARD = "global.pt"
@@ -27,9 +30,14 @@ def worker_shard(rank: int) -> str:
     return f"worker-{rank}.pt"
 
 
-def server_shard(index: int) -> str:
-    """Returns the name of a local server's shard."""
-    return f"server-{index}.pt"
+def server_shard(index: int, lane: int = 0) -> str:
+    """Returns the name of a local server's shard, or of another lane's part of it."""
+    return f"server-{index}.lane-{lane}.pt" if lane else f"server-{index}.pt"
+
+
+def global_shard(lane: int = 0) -> str:
+    """Returns the name of the global server's shard, or of another lane's part of it."""
+    return f"global.lane-{lane}.pt" if lane else GLOBAL_SHARD
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,13 @@ class Manifest:
     metrics: dict[str, float]  # of rank 0
     world: dict[str, Any] | None  # of a simulation: its clock and rounds
     shards: dict[str, WrittenFile] = field(default_factory=dict)
+    # The slices of the lanes, as in core.lanes.Layout.to_plain; None if there is one lane.
+    layout: dict[str, Any] | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes."""
+        return 1 if self.layout is None else Layout.from_plain(self.layout).lanes
 
     @property
     def workers(self) -> int:
@@ -66,7 +81,10 @@ class Manifest:
 
     def text(self) -> str:
         """Returns the manifest as JSON."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        fields = dataclasses.asdict(self)
+        if self.layout is None:
+            del fields["layout"]
+        return json.dumps({"format": FORMAT if self.layout is None else FORMAT_OF_LANES, **fields}, indent=1)
 
     @classmethod
     def read(cls, text: str | bytes, path: Path) -> Manifest:
@@ -80,11 +98,11 @@ class Manifest:
             found = fields.pop("format")
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: it is not the manifest of a checkpoint ({error!r}).") from None
-        if found != FORMAT:
+        if found not in (FORMAT, FORMAT_OF_LANES):
             raise CheckpointError(
                 f"{path} has format {found}, written by lightning-halos {fields.get('version', '?')}; this version"
-                f" reads format {FORMAT}. Resume with that version of lightning-halos, or remove the folder to resume"
-                " from the global model alone."
+                f" reads formats {FORMAT} and {FORMAT_OF_LANES}. Resume with that version of lightning-halos, or remove"
+                " the folder to resume from the global model alone."
             )
         try:
             shards = {name: WrittenFile(**shard) for name, shard in fields.pop("shards").items()}

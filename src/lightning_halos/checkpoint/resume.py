@@ -29,8 +29,8 @@ class CompleteCheckpoint:
     folder: Path
     manifest: Manifest
 
-    def read(self, name: str) -> Any:
-        """Reads a shard.
+    def read(self, name: str, mapped: bool = False) -> Any:
+        """Reads a shard; see :func:`read_state`.
 
         Raises:
             CheckpointError: If it is missing or damaged.
@@ -38,7 +38,7 @@ class CompleteCheckpoint:
         if name not in self.manifest.shards:
             raise CheckpointError(f"{self.folder / NAME} does not name {name}. {_WHAT_TO_DO}")
         try:
-            return read_state(self._path(name), self.manifest.shards[name])
+            return read_state(self._path(name), self.manifest.shards[name], mapped)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_WHAT_TO_DO}") from None
 
@@ -61,6 +61,9 @@ class Resume:
     worker: dict[str, Any] = field(default_factory=dict)  # this worker's shard; empty if it has none
     server: dict[str, Any] | None = None  # on a leader: None if its local server starts from the global model
     globals: dict[str, Any] | None = None  # on rank 0: of the global server or of the simulation
+    # If the model was cut into slices, or is now: the checkpoint. The states of the servers are read from it when the
+    # slices are known.
+    sliced: CompleteCheckpoint | None = None
     servers: dict[int, dict[str, Any]] = field(default_factory=dict)  # on rank 0 unless it fits: of the old servers
 
 

@@ -86,6 +86,10 @@ class Layout:
         """Elements of the complete vector."""
         return sum(bounds[-1] for bounds in self.bounds)
 
+    def undivided(self) -> Layout:
+        """Returns the layout of the same vector in one lane."""
+        return Layout(self.num_tensors, tuple((0, bounds[-1]) for bounds in self.bounds))
+
     def sizes(self, lane: int) -> list[int]:
         """Returns the elements of a lane's piece of each tensor."""
         return [bounds[lane + 1] - bounds[lane] for bounds in self.bounds]

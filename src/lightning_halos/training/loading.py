@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, server_shard, worker_shard
+from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, global_shard, server_shard, worker_shard
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
+from lightning_halos.core.lanes import Layout
+from lightning_halos.core.reslicing import Reslicing
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import clear_optimizers, put_own_data, put_worker_state, take_part_again
 
@@ -88,6 +93,7 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         )
         return None
     resume = Resume(manifest, fits=manifest.groups == groups)
+    resume.sliced = found if manifest.lanes > 1 or site.lanes > 1 else None
     if not has_server_shards and not resume.fits:
         rank_zero_warn(
             f"{found.folder} was saved in a cluster with the workers {manifest.groups}, by local server, but now they"
@@ -96,24 +102,74 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         return None
     if resume.fits:
         resume.worker = found.read(worker_shard(rank))
-        group = site.topology.group_of(rank)
-        if rank == group.leader and has_server_shards:
-            resume.server = found.read(server_shard(group.index))
-        if rank == 0:
-            resume.globals = found.read(GLOBAL_SHARD)
+        if resume.sliced is None:
+            group = site.topology.group_of(rank)
+            if rank == group.leader and has_server_shards:
+                resume.server = found.read(server_shard(group.index))
+            if rank == 0:
+                resume.globals = found.read(GLOBAL_SHARD)
         return resume
     # If machines do not share a disk, this machine may not have all old shards.
     if found.has(worker_shard(rank)):
         resume.worker = found.read(worker_shard(rank))
     if rank == 0:
-        resume.globals = found.read(GLOBAL_SHARD)
-        names = {index: server_shard(index) for index in range(len(manifest.groups))}
-        resume.servers = {i: found.read(name) for i, name in names.items() if found.has(name)}
-        _warn(found, resume, groups)
+        indices = [i for i in range(len(manifest.groups)) if _has_server(found, i)]
+        if resume.sliced is None:
+            resume.globals = found.read(GLOBAL_SHARD)
+            resume.servers = {index: found.read(server_shard(index)) for index in indices}
+        if site.lane == 0:
+            _warn(found, resume, groups, indices)
     return resume
 
 
-def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]]) -> None:
+def read_slices(site: Site, resume: Resume, layout: Layout, shapes: Sequence[torch.Size]) -> None:
+    """Reads this lane's slices of the servers' states, for slices that may be others than those of the checkpoint.
+
+    All processes must call it together.
+
+    Args:
+        site: This process's place and connections.
+        resume: What was read before; it gets the states.
+        layout: The slices of this run.
+        shapes: Shapes of the parameters in this lane.
+
+    Raises:
+        CheckpointError: On all ranks, if a shard is missing or damaged.
+    """
+    if resume.sliced is None:
+        return
+    found, reason = resume.sliced, ""
+    manifest = found.manifest
+    old = layout.undivided() if manifest.layout is None else Layout.from_plain(manifest.layout)
+
+    def read(name: Callable[[int], str]) -> Any:
+        reslicing = Reslicing(old, layout, site.lane, shapes)
+        for lane in reslicing.lanes:
+            reslicing.add(lane, found.read(name(lane), mapped=True))
+        return reslicing.state
+
+    try:
+        group = site.topology.group_of(site.rank)
+        if site.carries and resume.fits and site.rank == group.leader and server_shard(group.index) in manifest.shards:
+            resume.server = read(partial(server_shard, group.index))
+        if site.carries and site.rank == 0:
+            resume.globals = read(global_shard)
+            if not resume.fits:
+                indices = [i for i in range(len(manifest.groups)) if _has_server(found, i)]
+                resume.servers = {index: read(partial(server_shard, index)) for index in indices}
+    except Exception as error:  # whatever it is, the other workers are told
+        reason = _reason(error, f"the shards in {found.folder}")
+    if reasons := [text for text in site.collectives.gather_texts(reason) if text]:
+        raise CheckpointError(" ".join(dict.fromkeys(reasons)))
+    resume.sliced = None
+
+
+def _has_server(found: CompleteCheckpoint, index: int) -> bool:
+    """Returns whether this machine can read all parts of a local server's shard."""
+    return all(found.has(server_shard(index, lane)) for lane in range(found.manifest.lanes))
+
+
+def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]], indices: Sequence[int]) -> None:
     """Warns about the state that could not be kept with other workers or servers."""
     manifest, size = resume.manifest, sum(map(len, groups))
     lost = ["the local servers' momentum"]
@@ -122,7 +178,7 @@ def _warn(found: CompleteCheckpoint, resume: Resume, groups: list[list[int]]) ->
     if manifest.workers > size:
         gone = manifest.workers - size
         lost.append(f"the optimizers of the last {gone} worker(s)")
-    if missing := sorted(set(range(len(manifest.groups))) - resume.servers.keys()):
+    if missing := sorted(set(range(len(manifest.groups))) - set(indices)):
         lost.append(f"the unsent updates of the local servers {missing}, whose shards are not in {found.folder}")
     rank_zero_warn(
         f"The checkpoint was saved with the workers {manifest.groups}, by local server, but now they are {groups}. The"

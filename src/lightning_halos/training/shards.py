@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.files import is_local
-from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, Manifest, server_shard, worker_shard
+from lightning_halos.checkpoint.manifest import Manifest, global_shard, server_shard, worker_shard
 from lightning_halos.checkpoint.places import is_hpc, is_last
 from lightning_halos.checkpoint.resume import KEY, Resume
 from lightning_halos.checkpoint.saves import Save, Saves, State
@@ -267,16 +267,16 @@ class Shards:
             return [ShardWritten(marker.save, name, error=f"{name} could not be written: {error}")]
         parts = {name: state}
         if server is not None:
-            parts[server_shard(site.topology.group_of(site.rank).index)] = server
+            parts[server_shard(site.topology.group_of(site.rank).index, site.lane)] = server
         if globals_ is not None:
-            parts[GLOBAL_SHARD] = globals_
+            parts[global_shard(site.lane)] = globals_
         return [write_shard(marker, name, part) for name, part in parts.items()]
 
     def _names(self) -> set[str]:
-        groups = self._site.topology.groups
+        groups, lanes = self._site.topology.groups, range(self._site.lanes)
         workers = [worker_shard(rank) for group in groups for rank in group.ranks]
-        servers = [server_shard(group.index) for group in groups] if self._has_server_shards else []
-        return {GLOBAL_SHARD, *workers, *servers}
+        servers = [server_shard(group.index, lane) for group in groups for lane in lanes]
+        return {*map(global_shard, lanes), *workers, *(servers if self._has_server_shards else [])}
 
     def _manifest(self, fit: Fit) -> Manifest:
         metrics = {name: float(value) for name, value in fit.trainer.callback_metrics.items()}
@@ -293,6 +293,7 @@ class Shards:
             plateau_steps=list(fit.lightning.schedulers.history),
             metrics=metrics,
             world=None,
+            layout=None if self._site.lanes == 1 else fit.start.vector.layout.to_plain(),
         )
 
 

@@ -83,7 +83,7 @@ class Site:
         self._lane_store = store if self.lane == 0 else PrefixStore(f"lane/{self.lane}", store)
         self._groups: Groups | None = None
         if self.carries:
-            self._groups = Groups(self._lane_store, places, self.rank, timeout, interrupted)
+            self._groups = Groups(self.store, places, self.rank, timeout, interrupted, self.lane, self.lanes)
 
     @property
     def here(self) -> str:

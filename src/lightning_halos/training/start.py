@@ -20,6 +20,7 @@ from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.sharding import WorkerProcesses
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.growth import suited
+from lightning_halos.training.loading import read_slices
 from lightning_halos.training.membership import Entry, Membership, describe
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
@@ -69,6 +70,8 @@ class Start:
         idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
         self.vector = ModelVector(module, unfrozen_later, idle=idle, processes=_processes(site, trainer))
         _check(site, self.vector, resume)
+        if resume is not None:
+            read_slices(site, resume, self.vector.layout, self.vector.shapes)
         self.entry: Entry | None = None
         self.memory: Tensor | None = None
         if not algorithm.averages_gradients:

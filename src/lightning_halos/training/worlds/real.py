@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, server_shard
+from lightning_halos.checkpoint.manifest import global_shard, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import Marker, Publish, Push, ShardWritten
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import unsent_update, update_of_snapshot
+from lightning_halos.core.servers import ParameterServer, unsent_update, update_of_snapshot
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.training.findings import add_findings, slice_of
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld
 from lightning_halos.transport.hosts import Host, RegionHost
@@ -45,7 +46,7 @@ class RealWorld:
         if resume is not None:
             if not resume.fits and site.rank == 0:
                 servers = len(site.topology.groups)
-                rebuild(resume, memory, start.vector.shapes, algorithm, servers, budget.total)
+                rebuild(resume, memory, start.vector.shapes, algorithm, servers, budget.total, slice_of(site))
             _share_model(start, memory, resume)
         runtime = NodeRuntime(
             site.rank,
@@ -58,7 +59,9 @@ class RealWorld:
             site.interrupted,
             self._write,
             start.saves.written,
+            lane=site.lane,
         )
+        self._lane = site.lane
         self.alarm, self.client = runtime.alarm, runtime.client
         self._global_host, self._region_host = runtime.global_host, runtime.region_host
         self._has_one_server = len(site.topology.groups) == 1
@@ -144,10 +147,11 @@ class RealWorld:
     def _write(self, shard: Shard, complete: Callable[[], None]) -> None:
         """Writes a server's part of a snapshot in the background, and tells rank 0."""
         if shard.server is None:
-            name, tell = GLOBAL_SHARD, self._saves.written
-            self._saves.complete_manifest(shard.marker.save, **shard.progress)
+            name, tell = global_shard(self._lane), self._saves.written if self._lane == 0 else self.tell
+            if self._lane == 0:
+                self._saves.complete_manifest(shard.marker.save, **shard.progress)
         else:
-            name, tell = server_shard(shard.server), self.tell
+            name, tell = server_shard(shard.server, self._lane), self.tell
         self._saves.writer.shard(shard.marker, name, shard.state, tell, complete)
 
 
@@ -161,6 +165,9 @@ def _global_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> Gl
     cursor = None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done))
     node = GlobalNode(server, servers, start.budget, cursor, done)
     if resume is not None and resume.globals is not None:
+        if server is not None and start.site.lanes > 1:
+            slice_of(start.site)(server)
+            add_findings(resume.globals["updates"], server)
         node.load_state_dict(resume.globals)
     return node
 
@@ -188,14 +195,20 @@ def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
     if resume.fits:
         start.site.broadcast_from_leader_(memory)
     else:
-        start.site.collectives.broadcast_([memory])
+        start.site.lane_collectives.broadcast_([memory])
     start.vector.write(memory)
     if not start.vector.lossless:
         start.vector.read(memory)
 
 
 def rebuild(
-    resume: Resume, memory: Tensor, shapes: Sequence[torch.Size], algorithm: ServerAlgorithm, servers: int, total: int
+    resume: Resume,
+    memory: Tensor,
+    shapes: Sequence[torch.Size],
+    algorithm: ServerAlgorithm,
+    servers: int,
+    total: int,
+    prepare: Callable[[ParameterServer], object] = lambda server: None,
 ) -> None:
     """Flushes the old servers of a checkpoint, on rank 0, so that new servers can start from the global model.
 
@@ -209,6 +222,7 @@ def rebuild(
         algorithm: The algorithm.
         servers: Number of local servers of the new run.
         total: Local steps at the start of the new run.
+        prepare: Makes a server that of one lane, if there are several.
     """
     assert resume.globals is not None
     had_one, has_one = len(resume.manifest.groups) == 1, servers == 1
@@ -221,6 +235,7 @@ def rebuild(
         return
     server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), shapes)
     assert server is not None
+    prepare(server)
     server.load_state_dict(resume.globals["server"])
     for update in resume.globals["updates"]:
         server.receive(*update_of_snapshot(update))

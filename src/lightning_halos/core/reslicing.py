@@ -1,0 +1,103 @@
+"""Makes the state of one lane's servers of those of other lanes, for a run with other slices than the one before.
+
+It knows which values in a state belong to elements of the model's vector; everything else is equal in all lanes. Where
+the states come from, it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.lanes import Layout
+
+_SLICES = ("model", "base", "vector", "memory")
+"""Names of slices of the vector in the states of servers, updates, pushes and workers."""
+
+
+class Reslicing:
+    """Takes the states of the old lanes, one after another, so that only one of them need be in memory.
+
+    Args:
+        old: The old layout.
+        new: The new layout.
+        lane: The lane in it.
+        shapes: Shapes of the parameters, or of this lane's pieces of them, in the new servers.
+
+    Attributes:
+        lanes: The old lanes whose states are needed.
+        state: The new state, when all of them were added.
+
+    Raises:
+        ValueError: If the layouts are of different models.
+    """
+
+    def __init__(self, old: Layout, new: Layout, lane: int, shapes: Sequence[torch.Size]) -> None:
+        ends = [[bounds[-1] for bounds in layout.bounds] for layout in (old, new)]
+        if ends[0] != ends[1] or old.num_tensors != new.num_tensors:
+            raise ValueError(f"The tensors have {ends[0]} elements in the old slices, and {ends[1]} in the new ones.")
+        self._old, self._new, self._lane, self._shapes = old, new, lane, shapes
+        moves = [move for tensor in range(len(new.bounds)) for move in new.moves(tensor, old, lane)]
+        self.lanes = sorted({move.lane for move in moves}) or [0]
+        self.state: Any = None
+
+    def add(self, lane: int, state: Any) -> None:
+        """Takes what this lane needs of the state of an old lane. It keeps none of its tensors of slices."""
+        if self.state is None:
+            self.state = self._begun(state)
+        self._fill(self.state, state, lane)
+
+    def _begun(self, state: Any) -> Any:
+        """Returns a state of this form, whose slices have the new sizes and no values yet."""
+        if isinstance(state, Mapping):
+            new = {key: self._begun(value) for key, value in state.items()}
+            for key in _SLICES:
+                if isinstance(value := state.get(key), Tensor):
+                    new[key] = value.new_empty(self._new.elements_of(self._lane))
+            if "optimizer" in state:
+                for number, own in state["optimizer"]["state"].items():
+                    for name, value in own.items():
+                        if _is_of_elements(name, value):
+                            new["optimizer"]["state"][number][name] = value.new_empty(self._shapes[number])
+                if "parameters" in state:
+                    new["parameters"] = self._new.parameters_of(self._lane)
+            return new
+        if isinstance(state, (list, tuple)):
+            return type(state)(self._begun(value) for value in state)
+        return state
+
+    def _fill(self, new: Any, state: Any, lane: int) -> None:
+        """Copies what the state of an old lane has of the new slices."""
+        if isinstance(state, Mapping):
+            for key, value in state.items():
+                if key in _SLICES and isinstance(value, Tensor):
+                    self._move(new[key], value, lane)
+                else:
+                    self._fill(new[key], value, lane)
+            if "optimizer" in state:
+                for number, own in state["optimizer"]["state"].items():
+                    for name, value in own.items():
+                        if _is_of_elements(name, value):
+                            self._move_piece(number, new["optimizer"]["state"][number][name], value, lane)
+        elif isinstance(state, (list, tuple)):
+            for ours, theirs in zip(new, state, strict=True):
+                self._fill(ours, theirs, lane)
+
+    def _move(self, target: Tensor, source: Tensor, lane: int) -> None:
+        targets = torch.split(target, self._new.sizes(self._lane))
+        sources = torch.split(source, self._old.sizes(lane))
+        for tensor, (ours, theirs) in enumerate(zip(targets, sources, strict=True)):
+            self._move_piece(tensor, ours, theirs, lane)
+
+    def _move_piece(self, tensor: int, target: Tensor, source: Tensor, lane: int) -> None:
+        for move in self._new.moves(tensor, self._old, self._lane):
+            if move.lane == lane:
+                target.view(-1)[move.target] = source.reshape(-1)[move.source]
+
+
+def _is_of_elements(name: str, value: Any) -> bool:
+    """Returns whether an optimizer's value for a parameter has one number for each of its elements."""
+    return isinstance(value, Tensor) and name != "step"
