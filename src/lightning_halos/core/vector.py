@@ -27,6 +27,9 @@ Advance = Callable[[int], None]
 """Called repeatedly with the number of complete elements of a vector, while it is filled from front to back."""
 
 
+_WRAPPED = "_fsdp_wrapped_module."  # FullyShardedDataParallel adds this to the names in a module
+
+
 def ignore_progress(elements: int) -> None:
     """Ignores the number of complete elements."""
 
@@ -57,6 +60,7 @@ class ModelVector:
         lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
         num_parameters: Elements of this process's vector that belong to parameters.
         num_elements: Elements of this process's vector.
+        shards: How those parameters are divided of which this process has only a part, by their ``id``.
         layout: Which part of the canonical vector each lane's vector is.
 
     Raises:
@@ -73,7 +77,7 @@ class ModelVector:
         processes: WorkerProcesses | None = None,
     ) -> None:
         self._processes = OneProcess() if processes is None else processes
-        shards = find_shards(self._processes.model)
+        self.shards = shards = find_shards(self._processes.model)
         trainable = [p for p in module.parameters() if p.requires_grad or all_parameters]
         self.entries = find_entries(module, {id(p) for p in trainable}, idle)
         others = {id(entry.tensor) for entry in self.entries if entry.is_parameter}
@@ -168,7 +172,7 @@ class ModelVector:
         self._reshard()
         names: dict[int, str] = {}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            names.setdefault(id(tensor), name)
+            names.setdefault(id(tensor), name.replace(_WRAPPED, ""))
         tensors = self._tensors()
         parameters = [names[id(tensor)] for tensor in tensors[: len(self._parameters)]]
         averaged = tensors[len(self._parameters) :]

@@ -137,8 +137,15 @@ class Fit:
         start, module = self.start, self.trainer.lightning_module
         averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
         may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
+        shards = start.vector.shards
         adopt_final_model(
-            start.site.collectives, module, start.vector.entries, start.vector.frozen_names(module), may_differ
+            start.site.collectives,
+            module,
+            start.vector.entries,
+            start.vector.frozen_names(module),
+            may_differ,
+            shards,
+            start.site.lane_collectives if shards else None,
         )
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, WEIGHT_AVERAGING):  # trainer.validate() puts its average into the module

@@ -62,7 +62,13 @@ def log_rules(entries: Sequence[Entry]) -> None:
 
 
 def adopt_final_model(
-    collectives: Collectives, module: nn.Module, entries: Sequence[Entry], frozen: Collection[str], may_differ: bool
+    collectives: Collectives,
+    module: nn.Module,
+    entries: Sequence[Entry],
+    frozen: Collection[str],
+    may_differ: bool,
+    shards: Collection[int] = (),
+    of_lane: Collectives | None = None,
 ) -> None:
     """Compares the modules of all workers after a fit, and replaces what differs by rank 0's.
 
@@ -70,18 +76,22 @@ def adopt_final_model(
     changed it after the final model was loaded.
 
     Args:
-        collectives: Collectives over all workers.
+        collectives: Collectives over all processes.
         module: The module, with the final model.
         entries: Its buffers and frozen parameters. Local ones are not compared.
         frozen: Parameters that this worker's module froze during training, each worker at its own moment, or never.
         may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
+        shards: ``id`` of parameters that are divided among the processes of a worker.
+        of_lane: Collectives over the processes that have the same parts of them.
     """
     frozen_anywhere = [name for row in collectives.gather_texts(json.dumps([*frozen])) for name in json.loads(row)]
     expected = {*frozen_anywhere, *(entry.path for entry in entries)}
     local = {entry.path for entry in entries if entry.rule == "local"}
     places = {place.path: place for place in _places(module) if place.path not in local}
-    differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})
-    _replace(collectives, [places.get(path) for path in differing])
+    parts = {path: place for path, place in places.items() if id(place.tensor) in shards}
+    differing = _adopt(collectives, {path: place for path, place in places.items() if path not in parts})
+    if of_lane is not None:
+        differing += _adopt(of_lane, parts)
     frozen = {entry.path for entry in entries if entry.is_parameter and entry.rule == "first"}
     if changed := [path for path in differing if path in frozen]:
         rank_zero_info(
@@ -94,11 +104,20 @@ def adopt_final_model(
             " workers have rank 0's now. A hook changes them on some ranks only, perhaps at the end of training: make"
             " it do the same on all ranks."
         )
+    if shards:  # the state of a divided module would have to be collected
+        return
     if others := _differing(collectives, _other_state(module, places.values(), local)):
         rank_zero_warn(
             f"These entries of the module's state_dict differ between the workers: {summary(others)}. They are no"
             " parameters or buffers, so each worker keeps its own, and checkpoints have rank 0's."
         )
+
+
+def _adopt(collectives: Collectives, places: Mapping[str, _Place]) -> list[str]:
+    """Replaces what differs from rank 0's. Returns the names."""
+    differing = _differing(collectives, {path: _checksum(place.tensor) for path, place in places.items()})
+    _replace(collectives, [places.get(path) for path in differing])
+    return differing
 
 
 def names_in_state(module: nn.Module, state: Mapping[str, Any]) -> dict[str, str] | None:

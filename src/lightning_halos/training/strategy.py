@@ -24,6 +24,7 @@ from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local
 from lightning_halos.checkpoint.resume import available
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_seconds
+from lightning_halos.core.sharding import local
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
@@ -239,9 +240,14 @@ class AlgorithmStrategy(ComposedStrategy):
         if not self.algorithm.averages_gradients or not self.trains_at_own_pace or is_accumulating(self.trainer):
             return
         assert self.lightning_module is not None
-        gradients = [p.grad for p in self.lightning_module.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.lightning_module.parameters() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        mean = self.site.collectives.sum_(flat) / self.world_size
+        # The processes of a worker have the same gradients already, or each of them has its part.
+        site = self.site
+        if site.placement.is_even:
+            mean = site.lane_collectives.sum_(flat) / site.size
+        else:
+            mean = site.collectives.sum_(flat) / site.processes
         for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

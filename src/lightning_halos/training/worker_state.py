@@ -12,10 +12,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_halos.checkpoint.files import is_plain
 from lightning_halos.core.compat import map_tensors
 from lightning_halos.training.compat import collect_random_states, set_random_states
+from lightning_halos.training.composed_strategy import ComposedStrategy
+from lightning_halos.training.optimizer_shards import optimizer_pieces
 
 _STEPS = ("epoch_loop.automatic_optimization.optim_progress", "epoch_loop.manual_optimization.optim_step_progress")
 
@@ -24,7 +27,7 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns a copy of the state of this process's worker, in host memory."""
     plugin = trainer.precision_plugin
     state: dict[str, Any] = {
-        "optimizer_states": [trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+        "optimizer_states": [_optimizer_state(trainer, optimizer) for optimizer in trainer.optimizers],
         "lr_schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "loops": {"fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())},
         type(plugin).__qualname__: copy.deepcopy(plugin.state_dict()),
@@ -48,6 +51,14 @@ def own_data_state(position: dict[str, Any]) -> dict[str, Any]:
     state = {"own_data": position}
     _leave_out(state)
     return to_host(state)  # type: ignore[no-any-return]
+
+
+def _optimizer_state(trainer: pl.Trainer, optimizer: Optimizer) -> dict[str, Any]:
+    """Returns the state of an optimizer, or this process's part of it if the model is divided."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ComposedStrategy) or not strategy.divides_model:
+        return strategy.optimizer_state(optimizer)
+    return optimizer_pieces(optimizer, strategy.model, strategy.site.lane)
 
 
 def put_worker_state(
