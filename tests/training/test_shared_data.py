@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_halos.core.cursor import Lease
-from lightning_halos.training.shared_data import Leases, SharedSampler
+from lightning_halos.training.shared_data import Leases, Share, SharedSampler
 
 SAMPLES = 103
 
@@ -51,3 +51,24 @@ def test_the_rest_of_an_epoch_that_the_trainer_leaves_is_dropped_and_reported() 
     assert leases.use() == (0, 0)
     assert list(leases.of_epoch(1)) == [Lease(1, 0, 1)]
     assert leases.dropped == [Lease(0, 1, 1), Lease(0, 4, 2)]
+
+
+def of_worker(leases: list[Lease], processes: int, samples: int = SAMPLES) -> list[list[int]]:
+    """The samples of each process of a worker, whose batches have 2 samples per process, and 2 batches per step."""
+    sampler = DistributedSampler(range(SAMPLES), num_replicas=4, rank=1, shuffle=False)  # type: ignore[arg-type]
+    step = 2 * 2 * processes
+    return [
+        list(SharedSampler(sampler, Leases(iter(leases)), step, samples, Share(lane, processes, batch_size=2)))
+        for lane in range(processes)
+    ]
+
+
+def test_the_processes_of_a_worker_divide_each_of_its_batches() -> None:
+    assert of_worker([Lease(0, 1, 1)], processes=2) == [[8, 10, 12, 14], [9, 11, 13, 15]]
+    first, second, third = of_worker([Lease(0, 0, 1)], processes=3)
+    assert [first[:2], second[:2], third[:2]] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_the_last_batch_of_an_epoch_is_as_long_in_all_processes_of_a_worker() -> None:
+    assert of_worker([Lease(0, 0, 1)], processes=2, samples=7) == [[0, 2, 4, 6], [1, 3, 5, 4]]
+    assert of_worker([Lease(0, 0, 1)], processes=4, samples=9) == [[0, 4, 8], [1, 5, 8], [2, 6, 8], [3, 7, 8]]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -80,6 +81,33 @@ class Leases:
         return lease.epoch, lease.first
 
 
+@dataclass(frozen=True)
+class Share:
+    """One process's share of the batches of a worker of several processes.
+
+    Attributes:
+        lane: Number of the process inside its worker.
+        processes: Processes of the worker.
+        batch_size: Samples in a batch of one process.
+    """
+
+    lane: int
+    processes: int
+    batch_size: int
+
+    def of(self, indices: Sequence[int]) -> Iterator[int]:
+        """Yields every ``processes``-th sample of each of the worker's batches.
+
+        All processes get equally many, because they are in step: as in torch's ``DistributedSampler``, the last batch
+        of an epoch is filled up with samples of its own.
+        """
+        size = self.processes * self.batch_size
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            filled = math.ceil(len(batch) / self.processes) * self.processes
+            yield from (batch[number % len(batch)] for number in range(self.lane, filled, self.processes))
+
+
 class SharedSampler(Sampler[int]):
     """Yields the indices of the samples in a worker's leases, epoch after epoch.
 
@@ -90,13 +118,22 @@ class SharedSampler(Sampler[int]):
         leases: The worker's leases.
         step_samples: Samples per local step.
         samples: Samples of an epoch that are used, which may be fewer than the dataset has.
+        share: Which samples of the worker's batches are this process's.
     """
 
-    def __init__(self, sampler: DistributedSampler[Any], leases: Leases, step_samples: int, samples: int) -> None:
+    def __init__(
+        self,
+        sampler: DistributedSampler[Any],
+        leases: Leases,
+        step_samples: int,
+        samples: int,
+        share: Share | None = None,
+    ) -> None:
         self._sampler = sampler
         self._leases = leases
         self._step_samples = step_samples
         self._samples = samples
+        self._share = share
         self._epoch = 0
         self._order: tuple[int, Tensor] | None = None
 
@@ -111,7 +148,8 @@ class SharedSampler(Sampler[int]):
         for lease in self._leases.of_epoch(self._epoch):
             first = lease.first * self._step_samples
             last = min(first + lease.steps * self._step_samples, self._samples)
-            yield from self._shuffled(lease.epoch)[first:last].tolist() if self._sampler.shuffle else range(first, last)
+            indices = self._shuffled(lease.epoch)[first:last].tolist() if self._sampler.shuffle else range(first, last)
+            yield from indices if self._share is None else self._share.of(indices)
 
     def _shuffled(self, epoch: int) -> Tensor:
         """Returns the order of an epoch, as a tensor, because a list of numbers would need four times the memory."""
@@ -138,10 +176,19 @@ class SharedData:
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
-    def __init__(self, trainer: pl.Trainer, combined: CombinedLoader, loader: DataLoader[Any], workers: int) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        combined: CombinedLoader,
+        loader: DataLoader[Any],
+        workers: int,
+        lane: int,
+        processes: int,
+    ) -> None:
         self._trainer = trainer
         batch_sampler: Any = loader.batch_sampler
-        size, accumulate = batch_sampler.batch_size, trainer.accumulate_grad_batches
+        self._share = None if processes == 1 else Share(lane, processes, batch_sampler.batch_size)
+        size, accumulate = batch_sampler.batch_size * processes, trainer.accumulate_grad_batches
         samples = len(loader.dataset)  # type: ignore[arg-type]
         self.batches = int(trainer.fit_loop.max_batches)
         batches = samples // size if batch_sampler.drop_last else math.ceil(samples / size)
@@ -174,11 +221,17 @@ class SharedData:
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
     @classmethod
-    def find(cls, trainer: pl.Trainer, workers: int) -> SharedData | None:
-        """Returns the training data if the ``workers`` of the run can share it, else ``None``.
+    def find(cls, trainer: pl.Trainer, workers: int, lane: int = 0, processes: int = 1) -> SharedData | None:
+        """Returns the training data if the workers of the run can share it, else ``None``.
 
         They can share a single loader with a sampler that Lightning made, but no ``IterableDataset`` and no sampler of
         the user's own.
+
+        Args:
+            trainer: The Trainer, at the start of training.
+            workers: Number of workers of the run.
+            lane: Number of this process inside its worker.
+            processes: Processes of each worker, which share its batches.
         """
         combined = training_loader(trainer)
         loaders = [] if combined is None else combined.flattened
@@ -187,7 +240,7 @@ class SharedData:
         overfits: float = trainer.overfit_batches  # type: ignore[attr-defined]
         if combined is None or len(loaders) != 1 or overfits or changes_steps or not _is_shareable(loaders[0]):
             return None
-        return cls(trainer, combined, loaders[0], workers)
+        return cls(trainer, combined, loaders[0], workers, lane, processes)
 
     def start(self, leases: Iterator[Lease], may_leave: bool) -> None:
         """Makes the Trainer train on these leases. Call it before the first epoch starts.
@@ -260,7 +313,7 @@ class SharedData:
                 " started, but workers have planned how to share it. Keep its length, or pass a sampler of your own."
             )
         sampler = loader.batch_sampler.sampler
-        shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples)
+        shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples, self._share)
         shared.set_epoch(self._trainer.current_epoch)
         self._replaced.append((loader.batch_sampler, sampler))
         loader.batch_sampler.sampler = shared

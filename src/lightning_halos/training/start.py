@@ -76,7 +76,9 @@ class Start:
         self.memory: Tensor | None = None
         if not algorithm.averages_gradients:
             self.memory = self.vector.read(self.vector.new())
-        self.data = SharedData.find(trainer, self.workers) if algorithm.shares_data else None
+        self.data: SharedData | None = None
+        if algorithm.shares_data and site.placement.is_even:  # larger workers would use more samples per local step
+            self.data = SharedData.find(trainer, self.workers, site.lane, len(site.worker_processes))
         if not can_share(site.collectives, None if self.data is None else self.data.dataset):
             self.data = None
         if membership is not None:
