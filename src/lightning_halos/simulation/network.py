@@ -16,7 +16,7 @@ import dataclasses
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.core.servers import GlobalServer, LocalServer, ParameterServer, SynchronousServer
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import ServerGroup, Topology
@@ -492,6 +492,7 @@ def make_network(
     work: Work,
     shapes: Sequence[torch.Size],
     model: Tensor | None,
+    prepare: Callable[[ParameterServer], object] = lambda server: None,
 ) -> Network:
     """Makes the network of an algorithm.
 
@@ -502,9 +503,12 @@ def make_network(
         work: The ordered work.
         shapes: Shapes of the parameters in the model.
         model: The initial model, which is copied; ``None`` for a network that only computes the rounds.
+        prepare: Called with each server that has a model.
     """
     if isinstance(algorithm, SynchronousAlgorithm):
         server = None if model is None else algorithm.server(model.clone(), shapes)
+        if server is not None:
+            prepare(server)
         return SynchronousNetwork(timing, work, algorithm, server)
     assert isinstance(algorithm, ServerAlgorithm)
     groups, number = topology.groups, len(topology.groups)
@@ -518,4 +522,6 @@ def make_network(
             for g in groups
         ]
         global_ = algorithm.global_server(number, model.clone(), shapes)
+        for server_with_model in (*locals_, *filter(None, [global_])):
+            prepare(server_with_model)
     return RegionNetwork(timing, work, algorithm, groups, locals_, global_)

@@ -212,26 +212,26 @@ def refuse_sharing(module: nn.Module, optimizers: Iterable[Any], processes: Coll
 # ---------------------------------------------------------------------- data loaders
 
 
-def use_all_samples(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
-    """Returns a loader of all samples if a user's ``DistributedSampler`` divides them among ``size`` workers.
+def use_all_samples(loader: DataLoader[Any], site: Site) -> DataLoader[Any]:
+    """Returns a loader of all samples if a user's ``DistributedSampler`` divides them among all processes.
 
-    It is for the validation in a fit, for which only rank 0 works.
+    It is for the validation in a fit, for which only one worker works, whose processes divide the samples.
     """
     sampler = loader.sampler
-    if size == 1 or type(sampler) is not DistributedSampler or sampler.num_replicas != size:
+    if site.size == 1 or type(sampler) is not DistributedSampler or sampler.num_replicas != site.processes:
         return loader
     alone: DistributedSampler[Any] = DistributedSampler(
-        sampler.dataset, 1, 0, sampler.shuffle, sampler.seed, sampler.drop_last
+        sampler.dataset, len(site.worker_processes), site.lane, sampler.shuffle, sampler.seed, sampler.drop_last
     )
     return with_sampler(loader, alone)
 
 
 @contextmanager
-def environment_of_one() -> Iterator[None]:
-    """Shows a world of one in the environment, too, where some data libraries look. For the validation in a fit."""
-    alone = {"RANK": "0", "GLOBAL_RANK": "0", "WORLD_SIZE": "1"}
+def environment_alone(site: Site) -> Iterator[None]:
+    """Shows a world of one worker in the environment, too, where some data libraries look. For validation in a fit."""
+    alone = {"RANK": site.lane, "GLOBAL_RANK": site.lane, "WORLD_SIZE": len(site.worker_processes)}
     before = {name: os.environ[name] for name in alone if name in os.environ}
-    os.environ.update({name: alone[name] for name in before})
+    os.environ.update({name: str(alone[name]) for name in before})
     try:
         yield
     finally:

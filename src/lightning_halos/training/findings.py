@@ -1,6 +1,6 @@
-"""Lets the lanes of a worker agree on what they find in an update before a fit, when all of them are in step.
+"""Lets the lanes of a worker agree on what they find in an update where no host does so, when all of them are in step.
 
-During a fit their hosts do so; see ``transport/lanes.py``.
+In a real run with servers, their hosts do so; see ``transport/lanes.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from lightning_halos.training.site import Site
 from lightning_halos.transport.collectives import Collectives
 
 
-def slice_of(site: Site) -> Callable[[ParameterServer], None]:
+def slice_of(site: Site, connect: Callable[[], Collectives] | None = None) -> Callable[[ParameterServer], None]:
     """Returns a function that makes a server that of this process's lane; it does nothing if there is one lane.
 
     What the server finds by itself is then found by all lanes of this worker together, so all must do so in step.
+
+    Args:
+        site: This process's place and connections.
+        connect: Returns collectives over the lanes of this worker. Default: those for the main thread.
     """
     if site.lanes == 1:
         return lambda server: None
-    collectives = site.collectives_among(site.worker_processes[: site.lanes])
+    collectives = site.collectives_among(site.worker_processes[: site.lanes]) if connect is None else connect()
 
     def prepare(server: ParameterServer) -> None:
         server.become_slice(warns=site.lane == 0)

@@ -25,13 +25,14 @@ class FirstMetrics:
         store: A store of one fit.
         check: Called many times a second while waiting; may raise.
         timeout: Limit for a wait, in seconds.
+        is_rank_0: Whether this process may tell the others: of the worker that validates, only one does.
     """
 
-    def __init__(self, store: Store, check: Callable[[], None], timeout: float) -> None:
+    def __init__(self, store: Store, check: Callable[[], None], timeout: float, is_rank_0: bool = True) -> None:
         self._store = store
         self._check = check
         self._timeout = timeout
-        self._is_told = False
+        self._is_told = not is_rank_0
 
     def tell(self, metrics: Mapping[str, Any]) -> None:
         """Tells the other ranks the metrics, if they are the first. On rank 0."""

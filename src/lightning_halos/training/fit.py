@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
@@ -63,23 +64,24 @@ class Fit:
         self.worker_model: Tensor | None = None
         self._averages: list[GlobalAverage | GlobalStochasticAverage] = []
         self._first_metrics = FirstMetrics(
-            start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE)
+            start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
         self._decides = world.decides
         self._told_callbacks = ""
         self._looked_in = 0  # number of the round in which the callbacks' states were compared last
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
-        saves = start.saves if start.site.rank == 0 else None
-        self.preemption = Preemption(trainer, world.alarm, grace_time, saves)
+        site, agreement = start.site, Agreement(start.site)
+        saves = start.saves if site.process == 0 else None
+        self.preemption = Preemption(trainer, world.alarm, grace_time, saves, site.rank == 0, agreement.is_needed)
         if start.membership is not None:
-            self.preemption = Departure(trainer, world.alarm, grace_time)
+            self.preemption = Departure(trainer, world.alarm, grace_time, agreement.is_needed)
         batches = None if data is None else data.batches
         has_entered = start.entry is not None
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, world.decides, has_entered)
         if start.membership is not None:
             self.lightning.schedulers.set_deciding(world.decides)  # it may change
-        self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics)
+        self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics, agreement)
         self.loop.end_evaluation = self._end_evaluation
         show_metrics(trainer, start.metrics)
 
@@ -197,7 +199,7 @@ class Fit:
     @property
     def has_two_models(self) -> bool:
         """Whether this process decides, and trains, so that the worker's model and the global model differ."""
-        return self.is_training and self.world.has_global_model and not self.loop.finished
+        return self.is_training and self.loop.decides and not self.loop.finished
 
     @contextmanager
     def global_model(self) -> Iterator[None]:
@@ -269,13 +271,13 @@ class Fit:
         """Decides from this batch on, or no longer, if that has changed; and publishes what its callbacks remember."""
         if self.start.membership is None or self.start.site.rank > 0 or self.loop.finished:
             return
-        if self.world.decides == self._decides:
+        if self.loop.decides == self._decides:
             if self._decides and self.loop.round.number != self._looked_in:
                 self._looked_in = self.loop.round.number  # not in every batch, because callbacks copy their states
                 if states_as_text(callbacks_of(self.trainer)) != self._told_callbacks:
                     self.publish([])
             return
-        self._decides = self.world.decides
+        self._decides = self.loop.decides
         self.lightning.set_deciding(self._decides)
         if self._decides:
             replace_metrics(self.trainer, dict)
@@ -308,7 +310,7 @@ class Fit:
 
     def share_decisions(self) -> None:
         """Shares rank 0's decisions, so that trainer.test(ckpt_path="best") means the same file on all ranks."""
-        collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.rank
+        collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.process
         schedulers.plateaus()
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}

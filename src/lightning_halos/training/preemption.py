@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -44,13 +44,26 @@ class Preemption:
         alarm: Passes the preemption on to the peers.
         grace_time: Seconds from the signal until rank 0 abandons the save. Other processes wait 3 seconds longer.
         saves: The record of saves; ``None`` on processes other than rank 0.
+        takes_part: Whether this process takes part in saving: all processes of rank 0's worker do.
+        is_together: Whether the worker has several processes, which act at the same moment; see :meth:`follow`.
 
     Attributes:
         saved: Path of the checkpoint of this preemption; ``None`` before it is saved.
     """
 
-    def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float, saves: Saves | None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        alarm: Alarm,
+        grace_time: float,
+        saves: Saves | None,
+        takes_part: bool = False,
+        is_together: bool = False,
+    ) -> None:
         self.saved: str | None = None
+        self._takes_part = takes_part
+        self._has_saved = False
+        self._agreed = (False, False) if is_together else None  # whether the run has to end, and whether this process
         self._trainer = trainer
         self._alarm = alarm
         self._grace_time = grace_time
@@ -64,6 +77,11 @@ class Preemption:
     @property
     def is_due(self) -> bool:
         """Whether the run has to end."""
+        return self.is_known if self._agreed is None else self._agreed[0]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this process knows that the run has to end, which others of its worker may not know yet."""
         return self._since is not None
 
     @property
@@ -91,20 +109,64 @@ class Preemption:
         if (since := self._since) is None:
             return
         self._alarm.preempt(since)
-        if self._alarm.is_over:  # the run has ended, so no save is needed
+        if self._agreed is not None:  # only a process that cannot ask the others any more ends here
+            if time.monotonic() - since > self._grace_time + 2 * _LATER:
+                raise SIGTERMException(EXIT_CODE)
+        elif self._alarm.is_over:  # the run has ended, so no save is needed
             self.end_if_late()
         elif self._saves is None:
-            if time.monotonic() - since > self._grace_time + _LATER:
+            if self._is_over:
                 raise SIGTERMException(EXIT_CODE)
-        elif self.is_late:
+        else:
+            if not self._has_saved and not self.is_late:
+                self._save()
+            if self._is_over:
+                self._end_save()
+                raise SIGTERMException(EXIT_CODE)
+
+    def flags(self) -> list[bool]:
+        """Returns what the processes of a worker tell each other for :meth:`follow`."""
+        return [self.is_known, self.is_known and self._is_over]
+
+    def follow(self, flags: Sequence[Sequence[bool]]) -> None:
+        """Does the same as :meth:`check` from the next :meth:`act` on, given the flags of all processes of the worker.
+
+        Args:
+            flags: What :meth:`flags` returned in each of them. Nothing happens in a worker of one process.
+        """
+        if self._agreed is not None:
+            self._agreed = any(due for due, _ in flags), any(over for _, over in flags)
+            if self._agreed[0]:
+                self._alarm.preempt(self._since)
+
+    def act(self) -> None:
+        """Saves or ends this process, as all processes of the worker do at this moment.
+
+        Raises:
+            SIGTERMException: To end the process, with the exit code of a preempted process.
+        """
+        if self._agreed is None or not self._agreed[0]:
+            return
+        if self._agreed[1]:
+            self._end_save()
+            raise SIGTERMException(EXIT_CODE)
+        if self._takes_part and not self._has_saved and not self._alarm.is_over:
+            self._save()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether this process has nothing to wait for, when the run has to end."""
+        if self._agreed is not None and self._alarm.is_over:
+            return self._alarm.has_failed or self.is_late
+        if self._saves is not None:
+            return self.is_late or (self._has_saved and not self._saves.under_way)
+        return self._since is not None and time.monotonic() - self._since > self._grace_time + _LATER
+
+    def _end_save(self) -> None:
+        """Gives up a save that takes too long."""
+        if self._saves is not None and self.is_late:
             self._saves.give_up(self._grace_time)
             self._link_to_newest()
-            raise SIGTERMException(EXIT_CODE)
-        else:
-            if self.saved is None:
-                self._save()
-            if not self._saves.under_way:
-                raise SIGTERMException(EXIT_CODE)
 
     def end_if_late(self) -> None:
         """Ends the process if the end of the run takes too long.
@@ -155,6 +217,7 @@ class Preemption:
             link(newest, Path(self.saved))
 
     def _save(self) -> None:
+        self._has_saved = True
         path = preemption_path(self._trainer)
         if path is None:
             rank_zero_info("SIGTERM: the run ends. Without a ModelCheckpoint nothing is saved.")
@@ -174,10 +237,11 @@ class Departure(Preemption):
         trainer: The Trainer.
         alarm: Passes the preemption on to the job's other processes.
         grace_time: Seconds from the signal until a process ends without an answer.
+        is_together: As in :class:`Preemption`.
     """
 
-    def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float) -> None:
-        super().__init__(trainer, alarm, grace_time, None)
+    def __init__(self, trainer: pl.Trainer, alarm: Alarm, grace_time: float, is_together: bool = False) -> None:
+        super().__init__(trainer, alarm, grace_time, None, is_together=is_together)
 
     @property
     def leaves(self) -> bool:

@@ -74,6 +74,7 @@ class Site:
         self._among: dict[tuple[int, ...], Collectives] = {}
         self._numbers = itertools.count()  # of what is made later, in the same order on all processes
         self._numbers_of_lane = itertools.count()  # the same, on all processes of this lane
+        self._numbers_of_worker = itertools.count()  # the same, on all lanes of this worker
         places = Topology.build([range(self.size)], servers_per_region=1) if one_machine else topology
         # Other workers may have to wait while rank 0 validates the final model.
         self.patience = max(timeout, MIN_PATIENCE)
@@ -83,7 +84,7 @@ class Site:
         self._lane_store = store if self.lane == 0 else PrefixStore(f"lane/{self.lane}", store)
         self._groups: Groups | None = None
         if self.carries:
-            self._groups = Groups(self.store, places, self.rank, timeout, interrupted, self.lane, self.lanes)
+            self._groups = Groups(store, places, self.rank, timeout, interrupted, self.lane, self.lanes)
 
     @property
     def here(self) -> str:
@@ -155,6 +156,19 @@ class Site:
     def collectives_of_a_fit(self) -> Collectives:
         """Connects this lane for the synchronous rounds of one fit, in which waits are limited by the timeout."""
         return self._connect_lane(f"collectives/{next(self._numbers_of_lane)}", self._regions, self.timeout)
+
+    def collectives_of_lanes(self) -> Collectives:
+        """Connects the lanes of this worker, all of which must call this, for another thread than the main one."""
+        lanes = self.worker_processes[: self.lanes]
+        store = PrefixStore(f"lanes/{self.rank}/{next(self._numbers_of_worker)}", self.store)
+        return Collectives(
+            [range(self.lanes)],
+            self.lane,
+            store,
+            self.interrupted,
+            lambda lane: self.describe(lanes[lane]),
+            self.patience,
+        )
 
     def broadcast_from_leader_(self, tensor: Tensor) -> None:
         """Overwrites a tensor of this lane on the workers of each local server with that of the server's leader."""

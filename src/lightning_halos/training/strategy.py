@@ -39,7 +39,7 @@ from lightning_halos.training.compat import (
 from lightning_halos.training.composed_strategy import ComposedStrategy
 from lightning_halos.training.connected_strategy import StartMethod
 from lightning_halos.training.default_group import (
-    environment_of_one,
+    environment_alone,
     refuse_sharing,
     set_batch_norm_local,
     tell_rank_to_workers,
@@ -125,9 +125,12 @@ class AlgorithmStrategy(ComposedStrategy):
 
     @property
     def decides(self) -> bool:
-        """Whether this process validates and saves for the run during a fit; otherwise whether it has rank 0."""
+        """Whether this process validates and saves for the run during a fit; otherwise whether it has rank 0.
+
+        In a worker of several processes all of them do, in step, but only rank 0 writes files.
+        """
         fit = self._fit
-        return self.is_global_zero if fit is None or fit.is_over else fit.world.decides
+        return self.is_global_zero if fit is None or fit.is_over else fit.loop.decides
 
     @property
     def round(self) -> WorkerRound | None:
@@ -174,7 +177,7 @@ class AlgorithmStrategy(ComposedStrategy):
         refuse_sharing(self.model, self.optimizers, self.site.worker_processes)
         set_batch_norm_local(self.model, True, self.site.inner_group)
         if self.site.rank == 0:
-            run_validation_in(trainer, environment_of_one)
+            run_validation_in(trainer, partial(environment_alone, self.site))
         else:
             self._no_validation.apply(trainer)
 
@@ -203,7 +206,7 @@ class AlgorithmStrategy(ComposedStrategy):
         """Lets DataLoader workers survive SIGTERM, as their training process does, and know its rank."""
         if isinstance(dataloader, DataLoader):
             if self.only_rank_zero_works:
-                dataloader = use_all_samples(dataloader, self.site.size)
+                dataloader = use_all_samples(dataloader, self.site)
             without_telling_rank(dataloader)
             outlive_sigterm(dataloader, self.global_rank, self._grace_time)
             tell_rank_to_workers(dataloader)
@@ -366,10 +369,9 @@ class AlgorithmStrategy(ComposedStrategy):
                 super().save_checkpoint(checkpoint, filepath, storage_options)
             elif fit is None or not fit.is_training:
                 shards.save_together(self.trainer, checkpoint, Path(filepath), write)
-            elif fit.has_two_models:
-                shards.save_while_training(fit, checkpoint, Path(filepath), write)
             elif self.is_global_zero:
-                shards.save_at_end(fit, checkpoint, Path(filepath), write)
+                save = shards.save_while_training if fit.has_two_models else shards.save_at_end
+                save(fit, checkpoint, Path(filepath), write)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero and self._shards is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.messages import Marker, Push
 from lightning_halos.core.vector import Advance
+from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.first_metrics import FirstMetrics
 from lightning_halos.training.growth import GrowthWatch
@@ -48,6 +49,7 @@ class WorkerLoop(Callback):
         lightning: The Trainer's adapter.
         preemption: Handles SIGTERM.
         first_metrics: Rank 0's first metrics.
+        agreement: Asks the other processes of the worker.
 
     Attributes:
         round: The worker's round.
@@ -64,6 +66,7 @@ class WorkerLoop(Callback):
         lightning: TrainerAdapter,
         preemption: Preemption,
         first_metrics: FirstMetrics,
+        agreement: Agreement,
     ) -> None:
         state = start.worker_state
         self.round = world.first_round
@@ -78,6 +81,8 @@ class WorkerLoop(Callback):
         self._schedulers = lightning.schedulers
         self._preemption = preemption
         self._first_metrics = first_metrics
+        self._agreement = agreement
+        self._decides = world.decides  # if the worker's processes have to agree
         self._writer = start.saves.writer
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
@@ -114,12 +119,26 @@ class WorkerLoop(Callback):
 
     def check(self) -> None:
         """Raises an exception that must end this process now: a failure, or a preemption after everything is saved."""
-        self._world.alarm.check()
+        if not (self._agreement.is_needed and self._preemption.is_known):  # else all of its processes end together
+            self._world.alarm.check()
         self._preemption.check()
+
+    @property
+    def decides(self) -> bool:
+        """Whether this process's worker validates and saves for the run, as all its processes see it."""
+        return self._decides if self._agreement.is_needed else self._world.decides
+
+    def _agree(self, stop: bool = False) -> bool:
+        """Lets the worker's processes agree on what to do next. Returns whether any of them wants to stop."""
+        flags = self._agreement.ask([stop, self._world.decides, *self._preemption.flags()])
+        self._decides = flags[0][1]
+        self._preemption.follow([row[2:] for row in flags])
+        return any(row[0] for row in flags)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._lightning.release_validation()
         self.check()
+        self._preemption.act()
         self._counter.begin_batch()
         if self._own_data is not None:
             self._own_data.begin_batch()
@@ -128,7 +147,9 @@ class WorkerLoop(Callback):
         self._log_time()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._agree()
         self.check()
+        self._preemption.act()
         if self._preemption.leaves and not self.finished:
             self.end_evaluation()
             self.finish(stop=False)
@@ -145,7 +166,7 @@ class WorkerLoop(Callback):
         self.round.count(stepped, seconds)
         if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
-        if self._lightning.wants_to_stop:
+        if self._agree(self._lightning.wants_to_stop):
             self.finish(stop=True)
         elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
@@ -202,7 +223,7 @@ class WorkerLoop(Callback):
             self._exchange(push, lambda advance: None)
 
     def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
-        if self._is_rank_0:
+        if self._is_rank_0:  # all processes of its worker do, which changes nothing
             self._first_metrics.end_waits()
         final, progress = self._world.client.finish(push, fill)
         if final.vector is not None:
@@ -285,7 +306,7 @@ class WorkerLoop(Callback):
         if self._own_data is not None:
             self._own_data.begin_round()
         self._move_schedulers(pull.position, pull.plateau_steps)
-        if not self._world.decides:
+        if not self.decides:
             show_metrics(self._trainer, pull.metrics)
         if self.round.stopped:
             self.finish(stop=False)

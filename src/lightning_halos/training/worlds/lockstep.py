@@ -7,7 +7,7 @@ and the collectives give all replicas the same pushes. Checkpoints only contain 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,13 @@ from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.training.findings import slice_of
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
+from lightning_halos.training.worlds.protocol import Client
 from lightning_halos.transport.alarm import Alarm
+
+T = TypeVar("T")
 
 
 class LockstepWorld:
@@ -42,18 +46,20 @@ class LockstepWorld:
         self._site = site
         self._steps_before = budget.total
         self._planner = algorithm.planner(site.size, budget.max_steps)
-        self._node = SynchronousNode(algorithm.server(start.memory.clone(), start.vector.shapes), self._planner, budget)
+        server = algorithm.server(start.memory.clone(), start.vector.shapes)
+        if server is not None:
+            slice_of(site)(server)
+        self._node = SynchronousNode(server, self._planner, budget)
         self._collectives = site.collectives_of_a_fit()
+        lanes = site.worker_processes[: site.lanes]
+        self._lanes = site.collectives_among(lanes) if len(lanes) > 1 else None
         self._published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})  # on rank 0, for the next round
         self.alarm = Alarm(site.here)
         self.has_global_model = self.decides = site.rank == 0
         local_steps = self._planner.local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, start.trainer.global_step)
         self.leases: Iterator[Lease] = iter(()) if start.data is None else self._leases(start.data)
-
-    @property
-    def client(self) -> LockstepWorld:
-        return self
+        self.client: Client = self
 
     @property
     def version(self) -> int:
@@ -101,14 +107,23 @@ class LockstepWorld:
         """Yields the data to train on, of which the workers' store counts what is leased."""
         while True:
             wanted = self._planner.known_steps(self._site.rank)
-            start = data.first + self._collectives.count("leased", wanted) - wanted
+            start = data.first + self._count(wanted) - wanted
             if start >= data.end:
                 return
             yield from split(start, int(min(wanted, data.end - start)), data.steps_per_epoch)
 
+    def _count(self, steps: int) -> int:
+        """Adds to the data that is leased, and returns the sum. The lanes of a worker count together."""
+        leased = self._collectives.count("leased", steps) if self._site.lane == 0 else 0
+        return self._of_lane_0(leased)
+
+    def _of_lane_0(self, value: T) -> T:
+        """Returns lane 0's value in all lanes of this worker, whose replicas of the server stay equal by that."""
+        return value if self._lanes is None else cast(T, self._lanes.broadcast_object(value))
+
     def _take_part(self, push: Push) -> Pull | GlobalModel | None:
         """Takes part in a round. Returns this worker's answer, ``None`` if it has finished and others have not."""
-        mine = [push.steps, push.batches, push.seconds, push.stop, push.final, push.vector is not None]
+        mine = self._of_lane_0([push.steps, push.batches, push.seconds, push.stop, push.final, push.vector is not None])
         table = self._collectives.all_gather(torch.tensor([float(entry) for entry in mine], dtype=torch.float64))
         pushes = [
             Push(rank, push.version, int(steps), int(batches), seconds, stop=stop > 0, final=final > 0)
@@ -118,7 +133,7 @@ class LockstepWorld:
         if vectors:
             gift = torch.zeros_like(self._model) if push.vector is None else push.vector
             mean = self._collectives.sum_(gift) / vectors
-        plateau_steps, metrics = self._collectives.broadcast_object(list(self._published))
+        plateau_steps, metrics = self._of_lane_0(self._collectives.broadcast_object(list(self._published)))
         self._published = ([], metrics)
         self._node.publish(plateau_steps, metrics)
         return self._node.finish_round(pushes, mean).get(self._site.rank)

@@ -19,6 +19,7 @@ from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.membership import Membership
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
+from lightning_halos.training.worlds.protocol import Client
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.runtime import NodeRuntime
 
@@ -58,8 +59,10 @@ class MemberWorld:
             site.timeout,
             site.interrupted,
             membership=link,
+            lane=site.lane,
         )
-        self.alarm, self.client = runtime.alarm, runtime.client
+        self.alarm = runtime.alarm
+        self.client: Client = runtime.client
         host = runtime.region_host
         self._host = host if isinstance(host, MemberHost) else None
         if self._host is not None and joining is not None:
@@ -67,7 +70,7 @@ class MemberWorld:
                 self._host.receive(message, ())
         local_steps = algorithm.planner(start.workers, budget.max_steps).local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, budget.position)
-        self.leases: Iterator[Lease] = self.client.leases()
+        self.leases: Iterator[Lease] = runtime.client.leases()
 
     @property
     def decides(self) -> bool:

@@ -20,7 +20,7 @@ from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.findings import add_findings, slice_of
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import CheckpointedWorld
+from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
 from lightning_halos.transport.hosts import Host, RegionHost
 from lightning_halos.transport.runtime import NodeRuntime
 
@@ -62,13 +62,15 @@ class RealWorld:
             lane=site.lane,
         )
         self._lane = site.lane
-        self.alarm, self.client = runtime.alarm, runtime.client
+        self.alarm = runtime.alarm
+        self.client: Client = runtime.client
+        self._runtime = runtime
         self._global_host, self._region_host = runtime.global_host, runtime.region_host
         self._has_one_server = len(site.topology.groups) == 1
         local_steps = algorithm.planner(site.size, budget.max_steps).local_steps(site.rank, budget.total)
         position = start.trainer.global_step if resume is None else budget.position
         self.first_round = WorkerRound(site.rank, local_steps, position)
-        self.leases: Iterator[Lease] = self.client.leases()
+        self.leases: Iterator[Lease] = runtime.client.leases()
 
     @property
     def checkpointed(self) -> CheckpointedWorld:
@@ -102,10 +104,10 @@ class RealWorld:
         return self._global.ask(lambda node: [counters.statistics() for counters in node.counters.values()])
 
     def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
-        self.client.on_marker = save
+        self._runtime.client.on_marker = save
 
     def tell(self, message: ShardWritten) -> None:
-        (self.client if self._region_host is None else self._region_host).tell(message)
+        self._runtime.tell(message)
 
     def start_snapshot(self, marker: Marker) -> None:
         if not self._global.do("snapshot", marker):

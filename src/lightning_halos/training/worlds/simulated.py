@@ -13,8 +13,9 @@ from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Network, Work, make_network
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.training.findings import slice_of
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import CheckpointedWorld
+from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
 from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
@@ -52,19 +53,22 @@ class SimulatedWorld(SimulatedServers):
         available = math.inf if data is None else data.end - offset
         end = min(ordered, available)
         work = Work(budget, end) if data is None else Work(budget, end, data.steps_per_epoch, offset)
-        timing = Timing(cluster, cluster.message_bytes or vector.num_elements * vector.dtype.itemsize)
+        timing = Timing(cluster, cluster.message_bytes or vector.layout.elements * vector.dtype.itemsize)
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
-        servers, rounds = make(memory) if site.rank == 0 else None, make(None)
+        servers, rounds = None, make(None)
+        if site.rank == 0:
+            servers = make(memory, slice_of(site, site.collectives_of_lanes))
         if servers is not None and resume is not None and resume.globals is not None:
             servers.load_state_dict(resume.globals)
         if schedule is not None:
             rounds.load_schedule(schedule)
             if servers is not None:
                 servers.load_schedule(schedule)
-        super().__init__(servers, Alarm(site.topology.describe(site.rank)), site.timeout, start.saves)
+        super().__init__(servers, Alarm(site.here), site.timeout, start.saves)
         self._averages_gradients = start.algorithm.averages_gradients
-        self.client = WorkerClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
+        self._client = WorkerClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
+        self.client: Client = self._client
         self.alarm.watch(site.timeout)
         if servers is not None:
             self.start()
@@ -104,10 +108,10 @@ class SimulatedWorld(SimulatedServers):
         return (lambda: self.virtual_seconds) if self.has_global_model else None
 
     def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
-        self.client.on_marker = save
+        self._client.on_marker = save
 
     def tell(self, message: ShardWritten) -> None:
-        self.client.tell(message)
+        self._client.tell(message)
 
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
