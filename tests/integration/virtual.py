@@ -43,7 +43,7 @@ def simulate(
         folder: Where the outcomes are saved.
         module: The module. A batch takes no time of its own.
         data: Loaders for training and validation.
-        slow: Rank of a worker that is 4 times slower than the others.
+        slow: Index of a worker that is 4 times slower than the others.
         regions: Number of workers in each region.
         strategy: Further arguments of the strategy.
         callbacks: Further callbacks.
@@ -52,8 +52,9 @@ def simulate(
     Returns:
         The outcome of each rank.
     """
-    assert sum(regions) == WORKERS
-    speeds = [1 / SLOW if rank == slow else 1.0 for rank in range(WORKERS)]
+    workers = sum(regions)
+    assert workers * (strategy or {}).get("worker", 1) == WORKERS
+    speeds = [1 / SLOW if rank == slow else 1.0 for rank in range(workers)]
     starts = [sum(regions[:index]) for index in range(len(regions))]
     cluster = SimulatedCluster(
         bandwidths=[[10.0 if a == b else 1.0 for b in regions_of(regions)] for a in regions_of(regions)],

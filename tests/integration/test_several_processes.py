@@ -1,0 +1,100 @@
+"""Training with workers of several processes: data, validation, stops, signals and simulations."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_halos import DilocoStrategy
+from tests.integration.conftest import Run
+from tests.integration.harness import Result, end_workers, lightning_environments
+from tests.integration.toys import SAMPLES, Toy, halos, loader, make_trainer, outcome
+from tests.integration.virtual import simulate
+
+VALIDATED = 64
+
+
+class Stopping(Toy):
+    """One process stops the run by itself, at its tenth optimizer step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 3 and self.optimizer_steps == 10:
+            self.trainer.should_stop = True
+        return super().training_step(batch, batch_idx)
+
+
+class Terminated(Toy):
+    """One process gets SIGTERM at its tenth optimizer step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 3 and self.optimizer_steps == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def trains(make: Callable[[], Toy], algorithm: str = "halos", max_epochs: int = 2) -> Result:
+    module = make()
+    strategy = halos(worker=2) if algorithm == "halos" else DilocoStrategy(worker=2, local_steps=4, timeout=60)
+    trainer = make_trainer(strategy, max_epochs=max_epochs)
+    trainer.fit(module, loader(), loader(VALIDATED))
+    return outcome(trainer, module)
+
+
+def assert_workers_in_step(results: list[Result]) -> None:
+    """The processes of a worker made the same number of steps, with different samples."""
+    for first, second in (results[:2], results[2:]):
+        assert first["optimizer_steps"] == second["optimizer_steps"] > 0
+        assert first["local_steps"] == second["local_steps"] > 0
+        assert len(first["trained_on"]) == len(second["trained_on"])
+        assert not set(first["trained_on"][:4]) & set(second["trained_on"][:4])
+    assert len({result["global_step"] for result in results}) == 1
+
+
+def test_all_workers_share_the_data_and_the_first_one_validates(run: Run) -> None:
+    results = run(trains, Toy)
+    assert_workers_in_step(results)
+    used = sorted(index for result in results for index in result["trained_on"])
+    assert used == sorted([*range(SAMPLES)] * 2)
+    first, second, *others = [result["validated_on"] for result in results]
+    assert len(first) == len(second) > 0
+    assert all(sorted(mine + its) == list(range(VALIDATED)) for mine, its in zip(first, second, strict=True))
+    assert others == [[], []]
+    losses = [result["metrics"]["val_loss"] for result in results]
+    assert losses == [losses[0]] * 4
+
+
+def test_a_process_stops_its_worker_and_the_run(run: Run) -> None:
+    results = run(trains, Stopping, "halos", 50)
+    assert_workers_in_step(results)
+    assert all(result["epoch"] < 50 for result in results)
+
+
+def test_rounds_in_step_with_all_workers(run: Run) -> None:
+    results = run(trains, Toy, "diloco")
+    assert_workers_in_step(results)
+    used = sorted(index for result in results for index in result["trained_on"])
+    assert used == sorted([*range(SAMPLES)] * 2)
+
+
+def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
+    ends = end_workers(
+        trains,
+        Terminated,
+        "halos",
+        50,
+        folder=tmp_path,
+        environments=lightning_environments(4),
+        timeout=90,
+        patience=30,
+    )
+    assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]
+
+
+def test_a_simulated_cluster_has_workers_of_several_processes(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Toy(), loader(), regions=(1, 1), strategy={"worker": 2}, max_epochs=2)
+    assert_workers_in_step(results)
+    used = sorted(index for result in results for index in result["trained_on"])
+    assert used == sorted([*range(SAMPLES)] * 2)
