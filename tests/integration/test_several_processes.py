@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_halos import DilocoStrategy
+import torch
+
+from lightning_halos import DilocoStrategy, HalosStrategy
 from tests.integration.conftest import Run
-from tests.integration.harness import Result, end_workers, lightning_environments
-from tests.integration.toys import SAMPLES, Toy, halos, loader, make_trainer, outcome
+from tests.integration.harness import Result, end_workers, lightning_environments, torchrun_environments
+from tests.integration.toys import SAMPLES, Toy, assert_same_model, halos, loader, make_trainer, outcome
 from tests.integration.virtual import simulate
 
 VALIDATED = 64
@@ -79,6 +81,44 @@ def test_rounds_in_step_with_all_workers(run: Run) -> None:
     assert used == sorted([*range(SAMPLES)] * 2)
 
 
+def nodes_are_workers() -> Result:
+    module, strategy = Toy(), HalosStrategy(worker="node", local_steps=4, accumulate_updates=4, timeout=60)
+    trainer = make_trainer(strategy, max_epochs=2, devices="auto")
+    trainer.fit(module, loader(), loader(VALIDATED))
+    site = strategy.site
+    return outcome(trainer, module, place=[site.rank, site.lane, site.lanes], regions=list(strategy.topology.names))
+
+
+def test_nodes_of_different_sizes_are_workers_that_divide_the_data_by_process(run: Run) -> None:
+    results = run(nodes_are_workers, environments=torchrun_environments(1, 2))
+    assert [result["place"] for result in results] == [[0, 0, 1], [1, 0, 1], [1, 1, 1]]
+    assert results[0]["regions"] == ["0", "1"]
+    assert_same_model(results)
+    first, *second = results
+    assert second[0]["optimizer_steps"] == second[1]["optimizer_steps"] > 0
+    share = -(-SAMPLES // 3)  # as under DDP, which repeats samples so that all processes have as many
+    assert [len(result["trained_on"]) for result in results] == [2 * share] * 3
+    assert {index for result in results for index in result["trained_on"][:share]} == set(range(SAMPLES))
+    assert sorted(first["validated_on"][-1]) == list(range(VALIDATED))
+
+
+class Killed(Toy):
+    """One process is killed at its tenth optimizer step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 3 and self.optimizer_steps == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_process_that_dies_ends_its_worker_and_the_run_of_one_job(tmp_path: Path) -> None:
+    environments = lightning_environments(4)
+    ends = end_workers(trains, Killed, "halos", 50, folder=tmp_path, environments=environments, timeout=90, patience=40)
+    assert ends[3].code == -signal.SIGKILL
+    assert [end.code for end in ends[:3]] == [1, 1, 1], [end.log[-2000:] for end in ends]
+    assert not any(end.left for end in ends)
+
+
 def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
     ends = end_workers(
         trains,
@@ -93,8 +133,19 @@ def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
     assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]
 
 
-def test_a_simulated_cluster_has_workers_of_several_processes(tmp_path: Path) -> None:
-    results = simulate(tmp_path, Toy(), loader(), regions=(1, 1), strategy={"worker": 2}, max_epochs=2)
-    assert_workers_in_step(results)
-    used = sorted(index for result in results for index in result["trained_on"])
-    assert used == sorted([*range(SAMPLES)] * 2)
+def test_a_simulated_cluster_has_workers_of_several_processes_and_lanes_change_nothing(tmp_path: Path) -> None:
+    runs = []
+    for lanes in (2, 1):
+        (folder := tmp_path / str(lanes)).mkdir()
+        torch.manual_seed(1)
+        runs.append(
+            simulate(folder, Toy(), loader(), regions=(1, 1), strategy={"worker": 2}, slow=1, lanes=lanes, max_epochs=2)
+        )
+    for results in runs:
+        assert_workers_in_step(results)
+        used = sorted(index for result in results for index in result["trained_on"])
+        assert used == sorted([*range(SAMPLES)] * 2)
+        assert_same_model(results)
+    for two, one in zip(*runs, strict=True):
+        assert two["trained_on"] == one["trained_on"]
+        assert all(torch.equal(two["state"][name], one["state"][name]) for name in one["state"])

@@ -35,6 +35,7 @@ def simulate(
     regions: tuple[int, ...] = (2, 2),
     strategy: dict[str, Any] | None = None,
     callbacks: Any = (),
+    lanes: int | None = None,
     **flags: Any,
 ) -> list[Result]:
     """Fits a module with one process per worker, under a virtual clock.
@@ -47,6 +48,7 @@ def simulate(
         regions: Number of workers in each region.
         strategy: Further arguments of the strategy.
         callbacks: Further callbacks.
+        lanes: Number of lanes. Default: as many as a worker has processes.
         flags: Further flags of the Trainer.
 
     Returns:
@@ -63,8 +65,10 @@ def simulate(
         message_bytes=1_000,
     )
     module.pause = 0.0
+    made = halos(regions=None, simulate=cluster, **(strategy or {}))
+    made._lanes = lanes
     trainer = make_trainer(
-        halos(regions=None, simulate=cluster, **(strategy or {})),
+        made,
         devices=1,
         callbacks=[*callbacks, Saving(folder)],
         **flags,

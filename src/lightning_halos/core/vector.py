@@ -97,6 +97,7 @@ class ModelVector:
         sizes = [shape.numel() for shape in complete]
         pieces = {index: shard.sizes for index, shard in enumerate(held) if shard is not None}
         lane, lanes, number = self._processes.lane, self._processes.lanes, len(self._parameters)
+        self._is_alone = lanes == 1 and self._processes.model is None
         self.layout = Layout.build(sizes, number, lanes, pieces)
         self.complete_shapes = complete[:number]
         self._are_shards = [shard is not None for shard in held]
@@ -104,8 +105,8 @@ class ModelVector:
             (bounds[lane], bounds[lane + 1]) if lane < lanes else (bounds[-1], bounds[-1])
             for bounds in self.layout.bounds
         ]
-        self._shapes = complete if lanes == 1 else [torch.Size([stop - start]) for start, stop in self._ranges]
-        self.shapes = self._shapes[:number]
+        self._shapes = complete if self._is_alone else [torch.Size([stop - start]) for start, stop in self._ranges]
+        self.shapes = self.complete_shapes if (lane, lanes) == (0, 1) else self._shapes[:number]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
         self.num_elements = sum(shape.numel() for shape in self._shapes)
         self._copies = copies or copies_of({tensor.device for tensor in self._tensors()})
@@ -221,13 +222,13 @@ class ModelVector:
     def _agree(self) -> None:
         """Gives all processes of the worker lane 0's averaged tensors, which may differ, as Lightning does."""
         self._reshard()
-        if self._processes.lanes > 1:
+        if not self._is_alone:
             averaged = [*zip(self._tensors(), self._are_shards, strict=True)][len(self._parameters) :]
             self._processes.share_([_real(tensor) for tensor, is_shard in averaged if not is_shard], 0)
 
     def _staged(self) -> dict[int, Tensor]:
         """Returns memory for the tensors of which a part cannot be written, as they are not contiguous."""
-        if self._processes.lanes == 1:
+        if self._is_alone:
             return {}
         tensors = enumerate(map(_real, self._tensors()))
         return {
@@ -238,7 +239,7 @@ class ModelVector:
 
     def _share(self, staged: dict[int, Tensor]) -> None:
         """Gives all processes of the worker what the others have written, of tensors that all have completely."""
-        if self._processes.lanes == 1:
+        if self._is_alone:
             return
         tensors = [_real(tensor) for tensor in self._tensors()]
         for lane in range(self._processes.lanes):
@@ -267,7 +268,7 @@ class ModelVector:
     def _pairs(self, vector: Tensor, staged: dict[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
         for index, (tensor, part) in enumerate(zip(map(_real, self._tensors()), self._split(vector), strict=True)):
-            if self._processes.lanes == 1:
+            if self._is_alone:
                 if tensor.numel() > PART and tensor.is_contiguous():
                     yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
                 else:
@@ -287,7 +288,7 @@ class ModelVector:
 
     def _sent_part(self, index: int, values: Tensor) -> Tensor:
         real = _real(values)
-        return real if self._processes.lanes == 1 else self._in_range(index, real.reshape(-1))
+        return real if self._is_alone else self._in_range(index, real.reshape(-1))
 
 
 def _flat(tensor: Tensor, staged: Tensor | None) -> Tensor:

@@ -200,7 +200,8 @@ class ComposedStrategy(ConnectedStrategy):
         while self._inference_modes:
             loop, mode = self._inference_modes.pop()
             loop.inference_mode = mode
-        self.inner.teardown()
+        if self.inner.cluster_environment is not None:  # else this process has only launched the others
+            self.inner.teardown()
         self.release()
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()
