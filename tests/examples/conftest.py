@@ -21,13 +21,18 @@ Example = Callable[..., list[Result]]
 
 @pytest.fixture
 def example(tmp_path: Path) -> Example:
-    """Runs ``examples/SCRIPT OPTIONS`` on two workers in ``tmp_path``. Returns what :func:`recorded` does, by rank."""
-    return lambda script, *options: run_workers(
-        recorded, script, options, folder=tmp_path, environments=lightning_environments(2), timeout=240
-    )
+    """Runs ``examples/SCRIPT OPTIONS`` in processes in ``tmp_path``. Returns what :func:`recorded` does, by rank."""
+
+    def run(script: str, *options: str, processes: int = 2) -> list[Result]:
+        environments = lightning_environments(processes)
+        return run_workers(
+            recorded, script, options, processes, folder=tmp_path, environments=environments, timeout=240
+        )
+
+    return run
 
 
-def recorded(script: str, options: tuple[str, ...]) -> Result:
+def recorded(script: str, options: tuple[str, ...], processes: int) -> Result:
     record: Result = {}
 
     def on_fit_start(module: pl.LightningModule) -> None:
@@ -49,6 +54,6 @@ def recorded(script: str, options: tuple[str, ...]) -> Result:
 
     for hook in (on_fit_start, on_train_end, on_fit_end, on_test_end):
         setattr(pl.LightningModule, hook.__name__, hook)
-    sys.argv = [script, "--devices", "2", *options]
+    sys.argv = [script, "--devices", str(processes), *options]
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return record

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import os
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ import torch
 
 from lightning_halos.data import IndexedTokensWriter
 from tests.examples.conftest import EXAMPLES
+from tests.integration.harness import Result, lightning_environments, run_workers
 from tests.language.models import VOCABULARY, train_tokenizer
 
 CONTEXT = 8
@@ -40,26 +43,41 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def fit(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """Runs ``pretrain_pythia.py fit`` with the paper's settings and a model's. Returns the rows of ``metrics.csv``."""
+def prepared(tmp_path: Path) -> Path:
+    """The folder with the data, in which the script runs."""
     chance = np.random.default_rng(0)
     with IndexedTokensWriter(tmp_path / "tokens") as writer:
         for _ in range(48):
             writer.add(chance.integers(VOCABULARY, size=CONTEXT + 1))
     train_tokenizer([__file__]).save_pretrained(tmp_path / "tokens-tokenizer")
-    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(model: str, *options: str) -> list[str]:
+    """The arguments that train a model for two steps with the paper's settings."""
+    files = ("--config", str(EXAMPLES / "pythia/paper.yaml"), "--config", str(EXAMPLES / f"pythia/{model}.yaml"))
+    machine = ("--trainer.accelerator=cpu", "--trainer.num_nodes=1", "--trainer.devices=1")
+    short = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1")
+    data = ("prefix=tokens", "tokenizer=tokens-tokenizer", f"context={CONTEXT}", "batch_size=2", "val_sequences=4")
+    given = (f"--data.{option}" for option in (*data, "num_workers=0"))
+    return ["pretrain_pythia.py", "fit", *files, *machine, *short, *given, *options]
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of the latest ``metrics.csv``."""
+    with max((folder / "runs").rglob("metrics.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def fit(script: ModuleType, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Runs ``pretrain_pythia.py fit`` with the paper's settings and a model's. Returns the rows of ``metrics.csv``."""
+    monkeypatch.chdir(prepared)
 
     def run(model: str, *options: str) -> list[dict[str, str]]:
-        files = ("--config", str(EXAMPLES / "pythia/paper.yaml"), "--config", str(EXAMPLES / f"pythia/{model}.yaml"))
-        machine = ("--trainer.accelerator=cpu", "--trainer.num_nodes=1", "--trainer.devices=1")
-        short = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1")
-        data = ("prefix=tokens", "tokenizer=tokens-tokenizer", f"context={CONTEXT}", "batch_size=2", "val_sequences=4")
-        options = (*(f"--data.{option}" for option in (*data, "num_workers=0")), *options)
-        monkeypatch.setattr("sys.argv", ["pretrain_pythia.py", "fit", *files, *machine, *short, *options])
+        monkeypatch.setattr("sys.argv", command(model, *options))
         script.main()
-        latest = max((tmp_path / "runs").rglob("metrics.csv"))
-        with latest.open() as file:
-            return list(csv.DictReader(file))
+        return logged(prepared)
 
     return run
 
@@ -78,6 +96,27 @@ def test_each_model_trains_with_the_papers_settings(fit: Fit, model: str) -> Non
     assert len(values(rows, "train_loss")) == 2
     for name in ("val_loss", "val_perplexity", "val_bits_per_byte", "tokens_per_second"):
         assert values(rows, name)
+
+
+def in_a_worker(options: list[str]) -> Result:
+    sys.argv = options
+    runpy.run_path(str(EXAMPLES / "pretrain_pythia.py"), run_name="__main__")
+    return {}
+
+
+@pytest.mark.parametrize("inner", ["ddp", "fsdp2"])
+def test_a_worker_of_two_processes_trains_with_the_papers_settings(
+    script: ModuleType, prepared: Path, inner: str
+) -> None:
+    worker = ("--trainer.devices=2", "--trainer.strategy.worker=2", f"--trainer.strategy.inner={inner}")
+    options = command("70m", *small(), *worker)
+    environments = lightning_environments(2)
+    run_workers(in_a_worker, options, folder=prepared, environments=environments, timeout=240)
+    rows = logged(prepared)
+    assert len(values(rows, "train_loss")) == 2
+    assert all(values(rows, name) for name in ("val_loss", "val_perplexity", "tokens_per_second"))
+    module = script.Pythia.load_from_checkpoint(prepared / "runs/checkpoints/last.ckpt")  # an ordinary one
+    assert module.model.get_input_embeddings().weight.shape == (50304, SMALL["hidden_size"])
 
 
 def test_a_run_that_is_started_again_goes_on(fit: Fit, tmp_path: Path) -> None:

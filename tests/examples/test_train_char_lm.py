@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, Example
+from tests.integration.toys import assert_same_model
 
 # 4 workers with 0.1, 0.1, 0.1 and 0.4 s per batch: without anything but batches, HALoS takes 49.2 s and DDP 160 s.
 SETTINGS = {"slowdown": [1, 1, 1, 4], "devices": 4, "max_steps": 400, "pace": 0.1}
@@ -63,3 +65,14 @@ def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch)
         now[0] += computed
         pace.on_train_batch_end(trainer, None, None, None, 0)
     assert slept == pytest.approx([0.07, 0.37, 0.07, 0])
+
+
+def test_two_workers_of_two_processes_train_one_model(example: Example) -> None:
+    options = ["--strategy", "halos", "--worker", "2", "--pace", "0", "--max-steps", "60", "--val-every", "30"]
+    results = example("train_char_lm.py", *options, processes=4)
+    assert_same_model(results)
+    for first, second in (results[:2], results[2:]):
+        assert first["local_steps"] == second["local_steps"], "the processes of a worker are in step"
+    assert results[0]["local_steps"] + results[2]["local_steps"] >= 2 * 60
+    start = math.log(256)  # nats per byte of a model that knows nothing
+    assert all(result["metrics"]["val_loss"] < 0.75 * start for result in results)

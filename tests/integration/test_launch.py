@@ -227,3 +227,21 @@ def test_lightning_cli(run: Run, strategy: Any, regions: int) -> None:
     results = run(from_command_line, {"trainer": {**trainer, **quiet}})
     assert_trained(results, max_steps=20)
     assert all(result["regions"] == regions for result in results)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    ["ddp", {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}}],
+)
+def test_lightning_cli_with_workers_of_two_processes(run: Run, inner: Any) -> None:
+    strategy = {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": 2, "worker": 2, "inner": inner}}
+    trainer = {"accelerator": "cpu", "devices": 4, "max_steps": 20, "strategy": strategy}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    results = run(from_command_line, {"trainer": {**trainer, **quiet}})
+    assert_same_model(results)
+    assert all(result["regions"] == 2 and result["global_step"] == 20 for result in results)
+    workers = [results[:2], results[2:]]
+    assert sum(first["optimizer_steps"] for first, _ in workers) >= 2 * 20
+    for first, second in workers:
+        assert first["optimizer_steps"] == second["optimizer_steps"]
+        assert not set(first["trained_on"][:16]) & set(second["trained_on"][:16]), "each process has its own samples"
