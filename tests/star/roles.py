@@ -112,18 +112,23 @@ def serve(*arguments: str) -> None:
 
 
 def region(folder: str, name: str) -> None:
-    """One worker of a region's job. HALOS_SERVER and HALOS_KEYS say where the star is, as they would for a user."""
+    """One process of a region's job. HALOS_SERVER and HALOS_KEYS say where the star is, as they would for a user."""
     task = Task.of_environment()
     signal.signal(signal.SIGUSR2, _make_a_mistake)
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())
+    worker = int(os.environ.get("TASK_WORKER", "1"))
     strategy = HalosStrategy(
-        local_steps=task.local_steps, accumulate_updates=task.accumulate, timeout=task.timeout, grace_time=5
+        local_steps=task.local_steps,
+        accumulate_updates=task.accumulate,
+        timeout=task.timeout,
+        grace_time=5,
+        worker=worker,
     )
     trainer = pl.Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=2,
+        devices=2 * worker,
         max_epochs=task.epochs,
         callbacks=[Witness(Path(folder), name)],
         logger=False,

@@ -24,21 +24,26 @@ PREEMPTED = 128 + signal.SIGTERM
 
 
 class Job(Party):
-    """A region's job: two workers, started as torchrun or SLURM would start them.
+    """A region's job: two workers, whose processes are started as torchrun or SLURM would start them.
 
     Args:
         star: To which it belongs.
         name: Of the region, which is that of its certificate.
         address: The server's, as this region sees it.
         place: Where it runs; this machine's own network by default.
+        worker: Number of processes of a worker.
+
+    Attributes:
+        workers: Names of its processes.
     """
 
-    def __init__(self, star: Star, name: str, address: str, place: Place | None = None) -> None:
+    def __init__(self, star: Star, name: str, address: str, place: Place | None = None, worker: int = 1) -> None:
         super().__init__(place)
+        self._worker = worker
         self._star = star
         self._address = address
         self.name = name
-        self.workers = [f"{name}-{rank}" for rank in range(WORKERS)]
+        self.workers = [f"{name}-{rank}" for rank in range(WORKERS * worker)]
 
     def launch(self) -> list[Process]:
         shared = {
@@ -47,6 +52,7 @@ class Job(Party):
             "HALOS_KEYS": str(self._star.keys / f"{self.name}.pem"),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
+            "TASK_WORKER": str(self._worker),
         }
         return [
             self._star.starter.start(
@@ -127,8 +133,8 @@ class Star:
     def server(self, *options: str, listen: str, place: Place | None = None) -> Server:
         return Server(self, listen, options, place)
 
-    def job(self, name: str, address: str, place: Place | None = None) -> Job:
-        return Job(self, name, address, place)
+    def job(self, name: str, address: str, place: Place | None = None, worker: int = 1) -> Job:
+        return Job(self, name, address, place, worker)
 
     def wait(self, server: Server, jobs: list[Job], limit: float) -> Evidence:
         """Waits until all have ended with 0, and no process is left. Returns what the workers wrote."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.compat import bytes_of, dense_parts
 from lightning_halos.core.joining import Joining
+from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
@@ -41,6 +42,7 @@ from lightning_halos.training.compat import WEIGHT_AVERAGING, epochs_of_training
 from lightning_halos.training.server_settings import ServerSettings, numbers_of_global_optimizer
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.trainer_adapter import callbacks_of
+from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerFailedError
 from lightning_halos.transport.link import progress_limit, wait_all
 from lightning_halos.transport.server_connection import ServerConnection
@@ -88,6 +90,7 @@ class Membership:
         first: Number of workers of the regions that enrolled before this one.
         connection: The connection with the global server, on rank 0.
         joining: The party that has joined, on rank 0.
+        node: How the job has joined, on all lanes of the first worker, with this lane's slice of the model.
 
     Raises:
         ServerUnreachableError: If rank 0 cannot reach the server in time.
@@ -98,6 +101,7 @@ class Membership:
         self.session = secrets.token_hex(16)
         self.connection: ServerConnection | None = None
         self.joining: JoiningParty | None = None
+        self.node: Joining | None = None
         self._site = site
         self._has_told = False
         enrolling = _Enrolling(Enrol(self.session, site.size))
@@ -120,41 +124,73 @@ class Membership:
         Args:
             description: What all members of the run must agree on.
             vector: Converts between the module and its vector. The module gets the global model.
-            memory: A vector with the module's present values, which is overwritten with the global model.
+            memory: This lane's vector with the module's present values, which is overwritten with the global model.
 
         Raises:
             PeerFailedError: If the server refuses the job, because its module, data or settings differ.
         """
+        site = self._site
+        slices = Slices(site, vector.layout) if site.lanes > 1 and site.rank == 0 and site.carries else None
+        complete = memory if slices is None else slices.gather(memory)
 
         def join() -> dict[str, Any]:
             assert self.connection is not None
             if self.joining is None:
-                self.connection.expect_models((memory.numel(), memory.dtype))
-                node = Joining(self.session, self._site.size, description, memory.clone)
+                self.connection.expect_models((complete.numel(), complete.dtype))
+                node = Joining(self.session, site.size, description, complete.clone)
                 self.joining = JoiningParty(node, self.connection)
                 self.connection.serve(self.joining)
-            _wait(self.joining.is_ready, self.connection, self._site)
+            _wait(self.joining.is_ready, self.connection, site)
             node = self.joining.node
             assert node.welcome is not None
             assert node.status is not None
             assert node.copy is not None
             assert node.copy.vector is not None
-            memory.copy_(node.copy.vector)
+            complete.copy_(node.copy.vector)
             return {
                 "total": node.status.total,
                 "epoch": node.welcome.epoch,
                 "is_over": node.status.stop or node.final is not None,
                 "plateau_steps": [list(step) for step in node.status.plateau_steps],
                 "metrics": dict(node.status.metrics),
+                "headers": [
+                    "" if message is None else wire.encode(message).hex()
+                    for message in (node.welcome, node.copy, node.status, node.final)
+                ],
             }
 
         answer = self._on_rank_0(join, "for the other regions to join")
-        self._site.collectives.broadcast_([memory])
+        if slices is not None:
+            slices.scatter(complete, memory)
+        if site.rank == 0 and site.carries:
+            self.node = self._node_of_lane(description, answer["headers"], memory)
+        if site.carries:
+            site.lane_collectives.broadcast_([memory])
         vector.write(memory)
         if not vector.lossless:
             vector.read(memory)
         steps = [(int(index), float(value)) for index, value in answer["plateau_steps"]]
         return Entry(answer["total"], answer["epoch"], answer["is_over"], steps, answer["metrics"])
+
+    def _node_of_lane(self, description: RunDescription, headers: Sequence[str], memory: Tensor) -> Joining:
+        """Returns how the job has joined, with this lane's slice of the model."""
+        if self._site.lanes == 1 and self.joining is not None:
+            return self.joining.node
+        node = Joining(self.session, self._site.size, description, memory.clone)
+        messages = [wire.decode(bytes.fromhex(header), None) if header else None for header in headers]
+        for message in messages:
+            match message:
+                case Welcome():
+                    node.welcome = message
+                case ModelCopy():
+                    message.vector = memory.clone()
+                    node.copy = message
+                case Status():
+                    node.status = message
+                case GlobalModel():
+                    message.vector = memory.clone()
+                    node.final = message
+        return node
 
     def close(self, timeout: float) -> None:
         """Says goodbye to the server."""
@@ -166,7 +202,7 @@ class Membership:
         while True:
             answer: dict[str, Any] = {}
             failure: Exception | None = None
-            if self._site.rank == 0:
+            if self._site.process == 0:
                 try:
                     answer = ask()
                 except _WaitingError:
@@ -182,6 +218,40 @@ class Membership:
                 raise PeerFailedError(f"{self._site.topology.describe(0)} cannot join the run: {answer['failure']}")
             if answer:
                 return answer
+
+
+class Slices:
+    """Moves the slices of a model between the lanes of the first worker, when they are in step.
+
+    Args:
+        site: This process's place.
+        layout: The slices.
+    """
+
+    def __init__(self, site: Site, layout: Layout) -> None:
+        self._collectives = site.collectives_among(site.worker_processes[: site.lanes])
+        self._lane = site.lane
+        self._layout = layout
+
+    def gather(self, memory: Tensor) -> Tensor:
+        """Returns the complete vector on lane 0, and nothing on the others, given each lane's slice."""
+        complete = memory.new_empty(self._layout.elements if self._lane == 0 else 0)
+        for lane in range(self._layout.lanes):
+            part = memory.clone() if lane == self._lane else memory.new_empty(self._layout.elements_of(lane))
+            self._collectives.broadcast_([part], lane)
+            if self._lane == 0:
+                self._layout.put(complete, lane, part)
+        return complete
+
+    def scatter(self, complete: Tensor, memory: Tensor) -> None:
+        """Overwrites each lane's slice with that of lane 0's complete vector."""
+        for lane in range(self._layout.lanes):
+            part = memory.new_empty(self._layout.elements_of(lane))
+            if self._lane == 0:
+                self._layout.cut(complete, lane, part)
+            self._collectives.broadcast_([part], 0)
+            if lane == self._lane:
+                memory.copy_(part)
 
 
 class _WaitingError(Exception):
@@ -301,7 +371,7 @@ def describe(
         model=json.dumps({**vector.identity, "checksum of frozen parameters": _checksum(constants)}, sort_keys=True),
         dtype=str(vector.dtype).removeprefix("torch."),
         names=names,
-        shapes=[list(shape) for shape in vector.shapes],
+        shapes=[list(shape) for shape in vector.complete_shapes],
         buffers=buffers,
         algorithm=algorithm.title,
         settings=settings,

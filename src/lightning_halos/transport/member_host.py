@@ -22,27 +22,38 @@ from lightning_halos.core.messages import (
     ModelCopy,
     ModelRequest,
     Progress,
+    Publish,
     RegionUpdate,
     Status,
     Welcome,
 )
 from lightning_halos.core.open_region_node import OpenRegionNode
-from lightning_halos.core.protocol import Send
+from lightning_halos.core.protocol import GLOBAL, Send
+from lightning_halos.core.servers import Finding
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import RegionHost
+from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import wait_all
 from lightning_halos.transport.server_connection import ServerConnection
+from lightning_halos.transport.slices import JoiningLink
+
+_FROM_SERVER = 1  # number of the link to the global server, which is the first one that is attached
 
 
 class MemberHost(RegionHost):
     """Hosts the local server. It is the party of the job's connection with the global server.
 
+    In a worker of several lanes, lane 0 has the connection. The others send it their slices of updates, and get from it
+    what the global server says.
+
     Args:
         node: The node.
         alarm: The alarm to report failures to.
         near: As in :class:`RegionHost`.
-        connection: The connection.
+        connection: The connection; ``None`` on other lanes than 0.
         welcome: The answer to the job's request to join.
+        lanes: As in :class:`Host`.
+        joining: On lane 0 of several, the link that joins their slices.
 
     Attributes:
         callbacks: The text of the callbacks of the job that decided before this one.
@@ -56,15 +67,18 @@ class MemberHost(RegionHost):
         node: OpenRegionNode,
         alarm: Alarm,
         near: Collection[int],
-        connection: ServerConnection,
+        connection: ServerConnection | None,
         welcome: Welcome,
+        lanes: Lanes | None = None,
+        joining: JoiningLink | None = None,
     ) -> None:
-        super().__init__(node, alarm, near, lambda shard, complete: None)
+        super().__init__(node, alarm, near, lambda shard, complete: None, lanes)
         self.callbacks = welcome.callbacks
         self._has_callbacks = welcome.status.decides
         self.counters = ServerCounters()
         self.version = self.steps = 0
         self._connection = connection
+        self._joining = joining
         self._final: Tensor | None = None
         self._reported = 0  # number of the last report that is counted
         self._requests = itertools.count(1)
@@ -72,18 +86,36 @@ class MemberHost(RegionHost):
         self._reconnected = threading.Event()
 
     def connected(self) -> list[Message]:
+        self.disconnected()
         return [self.ask(lambda node: cast(OpenRegionNode, node).join())]
 
     def disconnected(self) -> None:
-        self.ask(lambda node: cast(OpenRegionNode, node).disconnected())
+        if self._joining is not None:
+            self._joining.forget()
+        self.do("disconnect")
 
     def receive(self, message: Message, progress: Iterable[int]) -> bool:
+        model = message.vector if isinstance(message, GlobalModel) else None
+        if self._joining is not None and isinstance(message, GlobalModel):
+            wait_all(progress)
+            message = self._joining.scatter(message)
+        self._on_message(_FROM_SERVER, message, progress)
+        if isinstance(message, GlobalModel) and message.final:
+            self._final = model
+            assert self._connection is not None
+            self._connection.say_goodbye()
+        return True
+
+    def _on_message(self, channel: int, message: Message, progress: Iterable[int]) -> None:
+        if isinstance(message, ModelCopy):
+            wait_all(progress)
+            self.version, self.steps = message.version, message.steps
+            self._copies.put(message)
+        else:
+            super()._on_message(channel, message, progress)
+
+    def handle(self, channel: int, message: Message, finding: Finding | None, traffic: tuple[int, int]) -> None:
         match message:
-            case ModelCopy():
-                wait_all(progress)
-                self.version, self.steps = message.version, message.steps
-                self._copies.put(message)
-                return True
             case Decide():
                 self.callbacks, self._has_callbacks = message.callbacks, True
             case Welcome():
@@ -93,11 +125,10 @@ class MemberHost(RegionHost):
                 self._has_callbacks = self._has_callbacks and message.decides
             case GlobalModel():
                 self.version = max(self.version, message.version)
-        self._on_message(1, message, progress)  # the first link is to the global server
-        if isinstance(message, GlobalModel) and message.final:
-            self._final = message.vector
-            self._connection.say_goodbye()
-        return True
+        super().handle(channel, message, finding, traffic)
+
+    def arrives_in_all_lanes(self, channel: int) -> bool:
+        return self._channels[channel - 1] != GLOBAL
 
     @property
     def decides(self) -> bool:
@@ -106,14 +137,42 @@ class MemberHost(RegionHost):
 
     def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         """Tells all members what this job has decided."""
-        self.act(lambda node: cast(OpenRegionNode, node).publish(plateau_steps, metrics, callbacks))
+        self.do("publish", Publish(0, list(plateau_steps), metrics, callbacks))
 
-    def read_global_model(self, check: Callable[[], None]) -> Tensor:
-        """Returns a copy of the present global model, or of the final one. While the server is away, this waits for it.
+    def _sends_of(self, act: str, message: Message | None) -> Sequence[Send]:
+        node = cast(OpenRegionNode, self.node)
+        match act, message:
+            case "publish", Publish():
+                return node.publish(message.plateau_steps, message.metrics, message.callbacks)
+            case "disconnect", None:
+                return node.disconnected()
+        return super()._sends_of(act, message)
+
+    def read(self, out: Tensor, check: Callable[[], None]) -> None:
+        """Copies the present global model, or the final one. While the server is away, this waits for it.
+
+        In several lanes, all must call this in step, and each gets its slice of the same model.
 
         Args:
+            out: Memory for the model or the slice.
             check: Called several times a second meanwhile; may raise.
         """
+        if self._connection is None:
+            vector = self._slice_of_copy(check)
+        else:
+            vector = self._read_global_model(check)
+            if self._joining is not None:
+                vector = self._joining.scatter(ModelCopy(self.version, self.steps, 0, vector)).vector
+        assert vector is not None
+        out.copy_(vector)
+
+    def _slice_of_copy(self, check: Callable[[], None]) -> Tensor | None:
+        while True:
+            check()
+            with suppress(queue.Empty):
+                return self._copies.get(timeout=0.2).vector
+
+    def _read_global_model(self, check: Callable[[], None]) -> Tensor:
         number = self._request()
         while True:
             check()
@@ -130,6 +189,7 @@ class MemberHost(RegionHost):
     def _request(self) -> int:
         self._reconnected.clear()
         request = ModelRequest(next(self._requests))
+        assert self._connection is not None
         self._connection.post(request)
         return request.number
 
@@ -139,6 +199,8 @@ class MemberHost(RegionHost):
             if isinstance(report, Progress) and report.number > self._reported:  # not one that is repeated
                 self._reported = report.number
                 self.counters.add(report)
+        if self._connection is None:
+            sends = [send for send in sends if send.to != GLOBAL or getattr(send.message, "vector", None) is not None]
         super()._post(sends)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
@@ -147,4 +209,4 @@ class MemberHost(RegionHost):
 
     def carried(self) -> tuple[int, int]:
         within, _ = super().carried()
-        return within, self._connection.traffic
+        return within, 0 if self._connection is None else self._connection.traffic

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import ShardWritten, Welcome
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL
@@ -26,6 +28,7 @@ from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.server_connection import ServerConnection
+from lightning_halos.transport.slices import JoiningLink, NoLink
 
 
 class NodeRuntime:
@@ -43,9 +46,10 @@ class NodeRuntime:
         interrupted: Called several times a second while the worker waits; may raise.
         store: Writes a node's part of a snapshot in the background.
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
-        membership: On rank 0 of a job that is one region of a run, its connection with the global server, and the
-            answer to its request to join.
+        membership: On rank 0 of a job that is one region of a run, its connection with the global server, which only
+            lane 0 has, and the answer to its request to join.
         lane: Lane of this process in its worker.
+        layout: The slices of the lanes. Default: there is one lane.
 
     Attributes:
         alarm: The alarm to report failures to.
@@ -66,8 +70,9 @@ class NodeRuntime:
         interrupted: Callable[[], None],
         store: Store = lambda shard, complete: None,
         written: Callable[[ShardWritten], None] = lambda message: None,
-        membership: tuple[ServerConnection, Welcome] | None = None,
+        membership: tuple[ServerConnection | None, Welcome] | None = None,
         lane: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         self._name = topology.describe if not groups.order else partial(_lane_of, topology, lane)
         self.alarm = Alarm(self._name(rank))
@@ -91,7 +96,7 @@ class NodeRuntime:
                 near.add(GLOBAL)
             if isinstance(region_node, OpenRegionNode):
                 assert membership is not None
-                self.region_host = self._member_host(region_node, near, *membership)
+                self.region_host = self._member_host(region_node, near, *membership, layout)
             else:
                 self.region_host = RegionHost(region_node, self.alarm, near, store, self._lanes)
                 self._connect_servers(self.region_host, rank)
@@ -104,7 +109,7 @@ class NodeRuntime:
             if self.global_host is not None:
                 self.global_host.do("start")
             self.region_host.do("start")
-            if isinstance(self.region_host, MemberHost) and membership is not None:
+            if isinstance(self.region_host, MemberHost) and membership is not None and membership[0] is not None:
                 membership[0].serve(self.region_host, goes_on=True)
         if self._lanes is not None:
             self._lanes.start()
@@ -121,17 +126,37 @@ class NodeRuntime:
     def _connect_lanes(self, rank: int, lane: int, written: Callable[[ShardWritten], None]) -> Lanes:
         """Connects this process with the other processes of its worker."""
         links = {
-            other: self._gloo_link(pair, _lane_of(self._topology, other, rank), with_models=False)
+            other: self._link(pair, _lane_of(self._topology, other, rank), None)
             for other, pair in self._groups.order.items()
         }
         return Lanes(lane, links, self.alarm, written)
 
     def _member_host(
-        self, node: OpenRegionNode, near: set[int], connection: ServerConnection, welcome: Welcome
+        self,
+        node: OpenRegionNode,
+        near: set[int],
+        connection: ServerConnection | None,
+        welcome: Welcome,
+        layout: Layout | None,
     ) -> MemberHost:
         """Makes the host of the only local server of a job whose global server is a process of its own."""
-        host = MemberHost(node, self.alarm, near, connection, welcome)
-        host.attach(GLOBAL, connection.models, connection.control)
+        slices: dict[int, Link] = {}
+        if self._lanes is not None:
+            assert layout is not None
+            dtype = self._form[1]
+            for lane, pair in self._groups.slices.items():
+                form = layout.elements_of(lane or self._lanes.lane), dtype
+                slices[lane] = self._link(pair, _lane_of(self._topology, lane, 0), form)
+        if connection is None:
+            host = MemberHost(node, self.alarm, near, None, welcome, self._lanes)
+            host.attach(GLOBAL, slices[0], NoLink(slices[0].peer))
+            return host
+        joining = None
+        if self._lanes is not None:
+            assert layout is not None
+            joining = JoiningLink(connection.models, layout, slices, self._lanes)
+        host = MemberHost(node, self.alarm, near, connection, welcome, self._lanes, joining)
+        host.attach(GLOBAL, connection.models if joining is None else joining, connection.control)
         self.alarm.add(connection.control)  # which tells the server if the job fails
         connection.on_failure(self.alarm.fail)
         return host
@@ -155,10 +180,13 @@ class NodeRuntime:
     def _server_of(self, leader: int) -> str:
         return f"the server of {self._name(leader)}"
 
-    def _gloo_link(
-        self, pair: ProcessGroup, peer: str, memory: Memory | None = None, with_models: bool = True
+    def _gloo_link(self, pair: ProcessGroup, peer: str, memory: Memory | None = None) -> GlooLink:
+        return self._link(pair, peer, self._form, memory)
+
+    def _link(
+        self, pair: ProcessGroup, peer: str, form: tuple[int, torch.dtype] | None, memory: Memory | None = None
     ) -> GlooLink:
-        link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, self._form if with_models else None, memory)
+        link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, form, memory)
         self.alarm.add(link)
         return link
 

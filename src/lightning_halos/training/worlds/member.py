@@ -45,21 +45,22 @@ class MemberWorld:
         assert memory is not None
         assert start.entry is not None
         self._site = site
-        joining, connection = membership.joining, membership.connection
+        joining, node = membership.joining, membership.node
         link = None
-        if joining is not None and joining.node.welcome is not None and connection is not None:
-            link = connection, joining.node.welcome
+        if node is not None and node.welcome is not None:
+            link = membership.connection, node.welcome
         runtime = NodeRuntime(
             site.rank,
             site.topology,
             site.groups,
             None,
-            None if joining is None else _region_node(start, algorithm, memory, joining.node),
+            None if node is None else _region_node(start, algorithm, memory, node),
             memory,
             site.timeout,
             site.interrupted,
             membership=link,
             lane=site.lane,
+            layout=start.vector.layout,
         )
         self.alarm = runtime.alarm
         self.client: Client = runtime.client
@@ -93,7 +94,7 @@ class MemberWorld:
         return self._region.steps
 
     def read(self, out: Tensor) -> None:
-        out.copy_(self._region.read_global_model(self._check))
+        self._region.read(out, self._check)
 
     def publish(
         self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
