@@ -137,7 +137,7 @@ def region(folder: str, name: str) -> None:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
+    data = DataLoader(samples(task.samples), batch_size=task.batch // worker, shuffle=True)
     trainer.fit(Module(task.pause), data)
 
 
