@@ -41,6 +41,16 @@ class TestPlan:
         assert cells["share of all workers' time: computing"[:36]][-5:] == ["1.7%", "20.0%", "19.0%", "59.0%", "98.0%"]
         assert not list(tmp_path.iterdir())
 
+    def test_workers_of_several_devices_share_their_link(self, run, tmp_path):
+        (tmp_path / "several.yaml").write_text(PAPER_FILE.read_text() + "devices_per_worker: 4\n")
+        _, one, _ = run(PAPER)
+        _, several, _ = run(str(tmp_path / "several.yaml"))
+        assert several.splitlines()[0] == (
+            "16 workers of 4 devices in 4 region(s), 281.7 MB per model on a link (70.4 MB per device), 238.391 ms per"
+            " local step of the fastest worker"
+        )
+        assert several.splitlines()[1:] == one.splitlines()[1:]
+
     def test_is_for_the_algorithms_asked_for_in_their_usual_order(self, run):
         _, out, _ = run("--algorithm", "halos", "--algorithm", "diloco", PAPER)
         assert out.splitlines()[2].split() == ["diloco", "halos"]

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,7 @@ from lightning_halos import (
     DilocoStrategy,
     HalosMonitor,
     HalosStrategy,
+    SimulatedCluster,
 )
 from lightning_halos.core.algorithms.halos import Halos
 from lightning_halos.training.other_packages import refuse_elsewhere
@@ -73,9 +75,50 @@ def test_the_strategy_inside_a_worker_is_lightnings_own(inner: Any, kind: type) 
     assert HalosStrategy().inner is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ([], DDPStrategy),
+        (["--trainer.strategy.inner=fsdp2"], ModelParallelStrategy),
+        (
+            [
+                "--trainer.strategy.inner=lightning.pytorch.strategies.ModelParallelStrategy",
+                "--trainer.strategy.inner.data_parallel_size=2",
+            ],
+            ModelParallelStrategy,
+        ),
+    ],
+    ids=["default", "name", "class"],
+)
+@pytest.mark.parametrize("worker", ["2", "node"])
+def test_workers_of_several_processes_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, worker: str, arguments: list[str], kind: type
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    common = ["--trainer.accelerator=cpu", "--trainer.devices=4", "--trainer.logger=false"]
+    strategy = ["--trainer.strategy=lightning_halos.HalosStrategy", f"--trainer.strategy.worker={worker}"]
+    cli = LightningCLI(BoringModel, args=[*common, *strategy, *arguments], run=False, save_config_callback=None)
+    assert isinstance(cli.trainer.strategy, HalosStrategy)
+    assert type(cli.trainer.strategy.inner) is kind
+
+
 def test_another_kind_of_strategy_inside_a_worker_is_refused() -> None:
     with pytest.raises(TypeError, match="inner=<HalosStrategy> must be Lightning's DDPStrategy, FSDPStrategy or"):
         HalosStrategy(worker=2, inner=HalosStrategy())  # type: ignore[arg-type]
+
+
+def test_a_described_cluster_has_workers_of_the_strategys_size() -> None:
+    cluster = SimulatedCluster([[1.0]], [[1.0, 1.0]], 10.0, devices_per_worker=4)
+    with pytest.raises(ValueError, match=r"describes workers of 4 device\(s\), but worker=1. Pass worker=4"):
+        HalosStrategy(simulate=cluster)
+    assert HalosStrategy(simulate=cluster, worker=4).cluster is cluster
+    with pytest.raises(ValueError, match="worker='node' has no meaning with simulate="):
+        L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            strategy=HalosStrategy(simulate=SimulatedCluster([[1.0]], [[1.0, 1.0]], 10.0), worker="node"),
+        )
 
 
 def test_a_size_of_workers_that_does_not_divide_the_devices_is_refused() -> None:

@@ -28,9 +28,12 @@ _MOST_BARS = 128  # with more workers, a panel of the picture shows regions
 def describe(timing: Timing) -> str:
     """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
+    devices = cluster.devices_per_worker or 1
+    kind = "workers" if devices == 1 else f"workers of {devices} devices"
+    each = "" if devices == 1 else f" ({timing.message_bytes / 1e6 / devices:,.1f} MB per device)"
     return (
-        f"{cluster.num_workers} workers in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
-        f" model on a link, {cluster.step_ms:g} ms per local step of the fastest worker"
+        f"{cluster.num_workers} {kind} in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
+        f" model on a link{each}, {cluster.step_ms:g} ms per local step of the fastest worker"
     )
 
 

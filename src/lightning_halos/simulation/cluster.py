@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lightning_halos.core.checks import is_number
+from lightning_halos.core.checks import check_count, is_number
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class SimulatedCluster:
             lets a small model stand for a large one.
         global_region: Index of the global server's region.
         names: Names of the regions. Default: ``"0"``, ``"1"``, ...
+        devices_per_worker: Devices of each worker, whose speed is that of all of them together, and which share its
+            links: each sends its slice of a model at the same time. Default: as many as the strategy has processes per
+            worker.
         record_parameters: Whether the history keeps the server's model after every event; for small models only.
 
     Raises:
@@ -43,6 +46,7 @@ class SimulatedCluster:
     global_region: int = 0
     names: Sequence[str] = ()
     record_parameters: bool = False
+    devices_per_worker: int | None = None
 
     def __post_init__(self) -> None:
         rows = _table("worker_speeds", self.worker_speeds)
@@ -63,6 +67,8 @@ class SimulatedCluster:
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
         if not isinstance(home, int) or not is_number(home) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
+        if (devices := self.devices_per_worker) is not None:
+            check_count("devices_per_worker", devices)
         if isinstance(self.names, str):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))

@@ -85,6 +85,11 @@ class ConnectedStrategy(ParallelStrategy):
             raise ValueError(
                 f"regions={regions!r} must be None with simulate=..., because the cluster has the regions."
             )
+        if simulate is not None and simulate.devices_per_worker not in (None, worker):
+            raise ValueError(
+                f"simulate=... describes workers of {simulate.devices_per_worker} device(s), but worker={worker!r}."
+                f" Pass worker={simulate.devices_per_worker}, or leave devices_per_worker out of the description."
+            )
         if server is not None:
             check_suits_server(algorithm, server, simulate is not None, regions)
         self.algorithm = algorithm
