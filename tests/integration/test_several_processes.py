@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
 from tests.integration.conftest import Run
@@ -17,6 +19,38 @@ from tests.integration.toys import SAMPLES, Toy, assert_same_model, halos, loade
 from tests.integration.virtual import simulate
 
 VALIDATED = 64
+
+
+class Asking(Toy):
+    """Combines values and metrics in every training step, and keeps the last results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = SumMetric()
+        self.samples_before = 0
+        self.found: dict[str, Any] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rank = torch.tensor(float(self.global_rank))
+        summed = rank.clone()
+        dist.all_reduce(summed)
+        gathered = self.all_gather(rank)
+        self.seen.update(len(batch[0]))
+        self.log("rank", rank, sync_dist=True)
+        self.log("seen", self.seen, on_epoch=True)
+        self.found = {"sum": summed.item(), "gathered": gathered.tolist(), "world": self.trainer.world_size}
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.found["samples"], self.samples_before = len(self.trained_on) - self.samples_before, len(self.trained_on)
+        self.found |= {"seen": self.seen.compute().item(), "rank": self.trainer.callback_metrics["rank"].item()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.found["validating"] = [dist.get_rank(), dist.get_world_size(), self.trainer.world_size]
+
+    def more(self) -> Result:
+        return self.found
 
 
 class Stopping(Toy):
@@ -42,7 +76,7 @@ def trains(make: Callable[[], Toy], algorithm: str = "halos", max_epochs: int = 
     strategy = halos(worker=2) if algorithm == "halos" else DilocoStrategy(worker=2, local_steps=4, timeout=60)
     trainer = make_trainer(strategy, max_epochs=max_epochs)
     trainer.fit(module, loader(), loader(VALIDATED))
-    return outcome(trainer, module)
+    return outcome(trainer, module, **module.more())
 
 
 def assert_workers_in_step(results: list[Result]) -> None:
@@ -56,7 +90,7 @@ def assert_workers_in_step(results: list[Result]) -> None:
 
 
 def test_all_workers_share_the_data_and_the_first_one_validates(run: Run) -> None:
-    results = run(trains, Toy)
+    results = run(trains, Asking)
     assert_workers_in_step(results)
     used = sorted(index for result in results for index in result["trained_on"])
     assert used == sorted([*range(SAMPLES)] * 2)
@@ -64,6 +98,16 @@ def test_all_workers_share_the_data_and_the_first_one_validates(run: Run) -> Non
     assert len(first) == len(second) > 0
     assert all(sorted(mine + its) == list(range(VALIDATED)) for mine, its in zip(first, second, strict=True))
     assert others == [[], []]
+    for worker in (0, 1):
+        processes = results[2 * worker : 2 * worker + 2]
+        ranks = [2.0 * worker, 2.0 * worker + 1]
+        for result in processes:
+            assert result["sum"] == 2 * sum(ranks), "as if the other worker had the same values"
+            assert result["gathered"] == 2 * ranks
+            assert result["world"] == 4
+            assert result["rank"] == sum(ranks) / 2
+            assert result["seen"] == sum(other["samples"] for other in processes)
+    assert [result["validating"] for result in results[:2]] == [[0, 2, 2], [1, 2, 2]]
     losses = [result["metrics"]["val_loss"] for result in results]
     assert losses == [losses[0]] * 4
 

@@ -35,3 +35,7 @@ class Agreement:
             return [list(flags)]
         texts = self._site.worker_collectives.gather_texts("".join(str(int(flag)) for flag in flags))
         return [[digit == "1" for digit in text] for text in texts]
+
+    def is_same(self, text: str) -> bool:
+        """Returns whether all processes of this worker have the same text. All of them must call it together."""
+        return not self.is_needed or len(set(self._site.worker_collectives.gather_texts(text))) == 1

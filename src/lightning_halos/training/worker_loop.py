@@ -6,6 +6,7 @@ It is a callback that the strategy installs for a fit. The servers' nodes make t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ class WorkerLoop(Callback):
         self._first_metrics = first_metrics
         self._agreement = agreement
         self._decides = world.decides  # if the worker's processes have to agree
+        self._validates_in_step = True
         self._writer = start.saves.writer
         self._rank = start.site.rank
         self._is_rank_0 = self._rank == 0
@@ -146,8 +148,13 @@ class WorkerLoop(Callback):
         self._hand_stepped.begin_batch(self._next_global_step())
         self._log_time()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batches = trainer.num_val_batches
+        self._validates_in_step = self._agreement.is_same(str(batches)) and math.inf not in batches
+
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._agree()
+        if self._agreement.is_needed and self._validates_in_step:  # else one process may be at the end already
+            self._agree()
         self.check()
         self._preemption.act()
         if self._preemption.leaves and not self.finished:
@@ -323,7 +330,8 @@ class WorkerLoop(Callback):
         if self._memory is None:
             return False
         now, parameters = self._vector.read(self._vector.new()), slice(self._vector.num_parameters)
-        return not torch.equal(now[parameters], self._memory[parameters])
+        has_changed = not torch.equal(now[parameters], self._memory[parameters])
+        return any(flag for (flag,) in self._agreement.ask([has_changed]))
 
     def _take_used(self) -> list[tuple[int, int]]:
         return [] if self._data is None else self._data.take_used()
