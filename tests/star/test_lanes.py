@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import torch
 
 from tests.integration.harness import free_port
-from tests.star.processes import Starter
+from tests.star.processes import Starter, wait_until
 from tests.star.roles import Task
 from tests.star.star import Star
 
 LIMIT = 120.0
 
 
+def batches(star: Star, name: str) -> int:
+    """Batches of a region's processes."""
+    return sum(len(path.read_text().splitlines()) for path in star.evidence.glob(f"{name}-*.batches"))
+
+
 def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter: Starter, tmp_path: Path) -> None:
+    """The server is killed and comes back meanwhile, and then a process of a worker dies: its job is lost as one."""
     port = free_port()
-    star = Star(starter, tmp_path / "star", Task(epochs=2, samples=512), ["localhost"], ["us", "eu"])
-    server = star.server("--min-regions", "2", "--liveness", "5", listen=f"127.0.0.1:{port}")
-    jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
+    star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1024), ["localhost"], ["us", "eu"])
+    server = star.server("--min-regions", "1", "--liveness", "5", listen=f"127.0.0.1:{port}")
+    us, eu = jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
     for party in (server, *jobs):
         party.start()
+    wait_until(lambda: batches(star, "us") > 40 and batches(star, "eu") > 20, LIMIT, starter.logs)
+    os.kill(server.pids()[0], signal.SIGKILL)
+    wait_until(server.has_ended, LIMIT)
+    server.start()
+    wait_until(lambda: "is connected again" in starter.log("us-0"), LIMIT, starter.logs)
+    os.kill(us.pids()[3], signal.SIGKILL)
+    wait_until(us.has_ended, LIMIT, starter.logs)
+    us.start()
     evidence = star.wait(server, jobs, LIMIT)
     model = evidence.assert_same_model([process for job in jobs for process in job.workers])
     final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]
