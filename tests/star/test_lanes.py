@@ -26,7 +26,7 @@ def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter
     port = free_port()
     star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1024), ["localhost"], ["us", "eu"])
     server = star.server("--min-regions", "1", "--liveness", "5", listen=f"127.0.0.1:{port}")
-    us, eu = jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
+    us, _ = jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
     for party in (server, *jobs):
         party.start()
     wait_until(lambda: batches(star, "us") > 40 and batches(star, "eu") > 20, LIMIT, starter.logs)
