@@ -25,9 +25,9 @@ NAME = "manifest.json"
 GLOBAL_SHARD = "global.pt"
 
 
-def worker_shard(rank: int) -> str:
-    """Returns the name of a worker's shard."""
-    return f"worker-{rank}.pt"
+def worker_shard(rank: int, lane: int = 0) -> str:
+    """Returns the name of a worker's shard, or of that of another one of its lanes."""
+    return f"worker-{rank}.lane-{lane}.pt" if lane else f"worker-{rank}.pt"
 
 
 def server_shard(index: int, lane: int = 0) -> str:

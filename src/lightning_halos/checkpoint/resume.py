@@ -59,6 +59,8 @@ class Resume:
     manifest: Manifest
     fits: bool  # whether the workers and servers are the same as in the checkpoint
     worker: dict[str, Any] = field(default_factory=dict)  # this worker's shard; empty if it has none
+    # By lane of the checkpoint, the states of this worker's optimizers, if its model was divided among its processes.
+    optimizers: list[list[dict[str, Any]]] = field(default_factory=list)
     server: dict[str, Any] | None = None  # on a leader: None if its local server starts from the global model
     globals: dict[str, Any] | None = None  # on rank 0: of the global server or of the simulation
     # If the model was cut into slices, or is now: the checkpoint. The states of the servers are read from it when the

@@ -7,7 +7,7 @@ worker is one process, and knows nothing of rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.connected_strategy import ConnectedStrategy
 from lightning_halos.training.inner import InnerStrategy, backend_for
+from lightning_halos.training.optimizer_shards import join_pieces, load_pieces, wanted_pieces
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.site import Site
 from lightning_halos.transport.process_group import worker_group
@@ -276,6 +277,22 @@ class ComposedStrategy(ConnectedStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self.inner or super()
         strategy.load_optimizer_state_dict(checkpoint)
+
+    def load_optimizers(self, states: Sequence[Sequence[Mapping[str, Any]]], is_new: bool) -> None:
+        """Gives the optimizers of a divided model this worker's own state in place of rank 0's.
+
+        Args:
+            states: Their states, by lane of the checkpoint.
+            is_new: Whether the checkpoint does not have this worker.
+        """
+        if self.site.rank == 0:
+            return
+        if is_new:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+        for optimizer, pieces in zip(self.optimizers, zip(*states, strict=True), strict=False):
+            wanted = wanted_pieces(optimizer, self.model, self.site.lane)
+            load_pieces(optimizer, join_pieces(pieces, wanted), wanted)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         options = {} if weights_only is None else {"weights_only": weights_only}  # since Lightning 2.6

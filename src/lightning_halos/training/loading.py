@@ -15,12 +15,19 @@ from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, gl
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.reslicing import Reslicing
+from lightning_halos.training.optimizer_shards import is_divided, join_pieces
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import clear_optimizers, put_own_data, put_worker_state, take_part_again
 
 
 def load(
-    site: Site, run: str, has_server_shards: bool, path: Path, checkpoint: dict[str, Any], max_epochs: int | None
+    site: Site,
+    run: str,
+    has_server_shards: bool,
+    path: Path,
+    checkpoint: dict[str, Any],
+    max_epochs: int | None,
+    joins_optimizers: bool,
 ) -> tuple[dict[str, Any], Resume | None]:
     """Reads the shards that belong to a ``.ckpt`` file, when all workers are in step.
 
@@ -31,6 +38,7 @@ def load(
         path: The file.
         checkpoint: Its contents.
         max_epochs: Epochs of the run; ``None`` or -1 for no limit.
+        joins_optimizers: Whether the contents get the complete states of optimizers, for Lightning to restore.
 
     Returns:
         The contents for this process, with this worker's own state instead of rank 0's; and the state from which the
@@ -77,6 +85,10 @@ def load(
         put_own_data(checkpoint, resume.worker, max_epochs)
     elif resume is not None:
         if resume.worker:
+            if joins_optimizers and any(resume.optimizers):
+                resume.worker["optimizer_states"] = [join_pieces(own) for own in zip(*resume.optimizers, strict=True)]
+            elif not joins_optimizers:
+                resume.worker.pop("optimizer_states", None)
             put_worker_state(checkpoint, resume.worker, max_epochs, shares_data=found.manifest.data is not None)
         elif site.rank >= found.manifest.workers:
             clear_optimizers(checkpoint)
@@ -101,7 +113,7 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         )
         return None
     if resume.fits:
-        resume.worker = found.read(worker_shard(rank))
+        _read_worker(found, site, resume)
         if resume.sliced is None:
             group = site.topology.group_of(rank)
             if rank == group.leader and has_server_shards:
@@ -110,8 +122,8 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
                 resume.globals = found.read(GLOBAL_SHARD)
         return resume
     # If machines do not share a disk, this machine may not have all old shards.
-    if found.has(worker_shard(rank)):
-        resume.worker = found.read(worker_shard(rank))
+    if all(found.has(worker_shard(rank, lane)) for lane in range(manifest.lanes)):
+        _read_worker(found, site, resume)
     if rank == 0:
         indices = [i for i in range(len(manifest.groups)) if _has_server(found, i)]
         if resume.sliced is None:
@@ -120,6 +132,20 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         if site.lane == 0:
             _warn(found, resume, groups, indices)
     return resume
+
+
+def _read_worker(found: CompleteCheckpoint, site: Site, resume: Resume) -> None:
+    """Reads this process's shard, or that of its worker's lane 0 if the checkpoint has no such lane."""
+    rank, lanes = site.rank, found.manifest.lanes
+    resume.worker = found.read(worker_shard(rank, site.lane if site.lane < lanes else 0))
+    if lanes == 1:
+        resume.optimizers = [resume.worker.get("optimizer_states", [])]
+        return
+    shards = [found.read(worker_shard(rank, lane), mapped=True) for lane in range(lanes)]
+    if is_divided(shards[0].get("optimizer_states", [])):
+        resume.optimizers = [shard["optimizer_states"] for shard in shards]
+    else:  # all processes of the worker had the same, and lane 0 saved it
+        resume.optimizers = [found.read(worker_shard(rank)).get("optimizer_states", [])]
 
 
 def read_slices(site: Site, resume: Resume, layout: Layout, shapes: Sequence[torch.Size]) -> None:
@@ -190,7 +216,7 @@ def _warn_of_missing(site: Site, found: CompleteCheckpoint, resume: Resume) -> N
     """Warns about old workers whose shards their new processes cannot reach."""
     is_missing = site.rank < found.manifest.workers and not resume.worker
     texts = site.collectives.gather_texts("missing" if is_missing else "")
-    if missing := [rank for rank, text in enumerate(texts) if text]:
+    if missing := sorted({site.placement.worker_of(process) for process, text in enumerate(texts) if text}):
         rank_zero_warn(
             f"Not kept: the optimizers of the workers {missing}, whose shards"
             f" ({', '.join(map(worker_shard, missing))}) are not in {found.folder} on their machines. They start with"

@@ -44,6 +44,11 @@ def optimizer_pieces(optimizer: Optimizer, model: nn.Module | None, lane: int) -
     return {**state, "state": values, PIECES: pieces}
 
 
+def is_divided(states: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether states of optimizers are pieces of those of a divided model."""
+    return any(PIECES in state for state in states)
+
+
 def join_pieces(states: Sequence[Mapping[str, Any]], wanted: Mapping[int, tuple[int, int]] | None = None) -> Any:
     """Returns an optimizer's state of the pieces of all lanes.
 
@@ -53,6 +58,8 @@ def join_pieces(states: Sequence[Mapping[str, Any]], wanted: Mapping[int, tuple[
             parameter's shape.
     """
     first = states[0]
+    if PIECES not in first and wanted is None:
+        return dict(first)
     joined: dict[str, Any] = {key: value for key, value in first.items() if key != PIECES}
     joined["state"] = {}
     for number in dict.fromkeys(number for state in states for number in state["state"]):

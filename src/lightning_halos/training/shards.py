@@ -87,9 +87,13 @@ class Shards:
         self.saves = Saves()
         return resume
 
-    def load(self, path: Path, checkpoint: dict[str, Any], max_epochs: int | None) -> dict[str, Any]:
+    def load(
+        self, path: Path, checkpoint: dict[str, Any], max_epochs: int | None, joins_optimizers: bool
+    ) -> dict[str, Any]:
         """Reads the shards of a ``.ckpt`` file, from which the next fit resumes; see :func:`load`."""
-        content, self.resume = load(self._site, self._run, self._has_server_shards, path, checkpoint, max_epochs)
+        content, self.resume = load(
+            self._site, self._run, self._has_server_shards, path, checkpoint, max_epochs, joins_optimizers
+        )
         return content
 
     def link_when_complete(self, callbacks: Iterable[pl.Callback]) -> None:
@@ -163,7 +167,7 @@ class Shards:
             OSError: On all ranks, if the checkpoint cannot be written.
         """
         save, reason = None, ""
-        if self._site.rank == 0:
+        if self._site.process == 0:
             try:
                 assert self.ended is not None
                 save = self.saves.begin(path, self.ended.manifest, self._names())
@@ -187,7 +191,7 @@ class Shards:
         world, model = fit.world.checkpointed, fit.loop.final_model
         assert world is not None
         assert model is not None
-        if self._site.rank == 0 and not self._at_end:
+        if self._site.process == 0 and not self._at_end:
             self.saves.flush(self._site.timeout, self._site.interrupted)
         world.adopt_final_model(model)
         self.ended = Ended(world, fit.lightning.schedulers.state_dict(), self._manifest(fit))
@@ -258,7 +262,9 @@ class Shards:
     def _write_ended(self, trainer: pl.Trainer, marker: Marker) -> list[ShardWritten]:
         """Writes the shards of this process after the fit. Any error is in what it returns."""
         assert self.ended is not None
-        site, name = self._site, worker_shard(self._site.rank)
+        site, name = self._site, worker_shard(self._site.rank, self._site.lane)
+        if not site.carries:
+            return []
         try:
             state = ended_worker_state(trainer, shares_data=self.ended.manifest.data is not None)
             state |= {"schedulers": self.ended.schedulers, "random": random_state()}
@@ -274,7 +280,7 @@ class Shards:
 
     def _names(self) -> set[str]:
         groups, lanes = self._site.topology.groups, range(self._site.lanes)
-        workers = [worker_shard(rank) for group in groups for rank in group.ranks]
+        workers = [worker_shard(rank, lane) for group in groups for rank in group.ranks for lane in lanes]
         servers = [server_shard(group.index, lane) for group in groups for lane in lanes]
         return {*map(global_shard, lanes), *workers, *(servers if self._has_server_shards else [])}
 

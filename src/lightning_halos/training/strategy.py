@@ -391,7 +391,11 @@ class AlgorithmStrategy(ComposedStrategy):
             return without_progress(checkpoint)
         if not is_fit or not self._saves_servers or self._shards is None:
             return checkpoint
-        return self._shards.load(Path(checkpoint_path), checkpoint, self.trainer.max_epochs)
+        joins, max_epochs = self.lightning_restore_optimizer, self.trainer.max_epochs
+        checkpoint = self._shards.load(Path(checkpoint_path), checkpoint, max_epochs, joins)
+        if not joins and (resume := self._shards.resume) is not None:
+            self.load_optimizers(resume.optimizers, is_new=self.site.rank >= resume.manifest.workers)
+        return checkpoint
 
     def _end_training(self) -> None:
         """Lets hooks at the end of training use rank 0's decisions and checkpoints, when all workers have finished."""

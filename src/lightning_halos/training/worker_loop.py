@@ -86,7 +86,7 @@ class WorkerLoop(Callback):
         self._decides = world.decides  # if the worker's processes have to agree
         self._validates_in_step = True
         self._writer = start.saves.writer
-        self._rank = start.site.rank
+        self._rank, self._lane = start.site.rank, start.site.lane
         self._is_rank_0 = self._rank == 0
         self._is_member = start.membership is not None
         has_rounds_in_flight = world.checkpointed is not None and not world.is_simulated
@@ -347,13 +347,16 @@ class WorkerLoop(Callback):
 
     def _save_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
-        state = self._snapshots.pop(marker.save) if self._is_rank_0 else self.state()
+        if not self._is_rank_0:
+            state = self.state()
+        else:  # its lane 0 has started the snapshot
+            state = self._snapshots.pop(marker.save) if self._lane == 0 else self.own_state()
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
         elif self._own_data is not None:
             state |= own_data_state(self._own_data.position_in(has_push=push.number <= marker.pushed))
         assert self._world.checkpointed is not None
-        self._writer.shard(marker, worker_shard(self._rank), state, self._world.checkpointed.tell)
+        self._writer.shard(marker, worker_shard(self._rank, self._lane), state, self._world.checkpointed.tell)
 
     def _refuse_newly_trainable(self) -> None:
         if names := self._vector.newly_trainable(self._trainer.lightning_module):

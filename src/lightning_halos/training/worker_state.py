@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.optim import Optimizer
 
 from lightning_halos.checkpoint.files import is_plain
 from lightning_halos.core.compat import map_tensors
@@ -27,7 +26,7 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns a copy of the state of this process's worker, in host memory."""
     plugin = trainer.precision_plugin
     state: dict[str, Any] = {
-        "optimizer_states": [_optimizer_state(trainer, optimizer) for optimizer in trainer.optimizers],
+        **_optimizer_states(trainer),
         "lr_schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
         "loops": {"fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())},
         type(plugin).__qualname__: copy.deepcopy(plugin.state_dict()),
@@ -53,12 +52,15 @@ def own_data_state(position: dict[str, Any]) -> dict[str, Any]:
     return to_host(state)  # type: ignore[no-any-return]
 
 
-def _optimizer_state(trainer: pl.Trainer, optimizer: Optimizer) -> dict[str, Any]:
-    """Returns the state of an optimizer, or this process's part of it if the model is divided."""
+def _optimizer_states(trainer: pl.Trainer) -> dict[str, Any]:
+    """Returns the states of the optimizers: of a divided model this process's parts, and otherwise only on lane 0."""
     strategy = trainer.strategy
-    if not isinstance(strategy, ComposedStrategy) or not strategy.divides_model:
-        return strategy.optimizer_state(optimizer)
-    return optimizer_pieces(optimizer, strategy.model, strategy.site.lane)
+    if isinstance(strategy, ComposedStrategy) and strategy.divides_model:
+        lane = strategy.site.lane
+        return {"optimizer_states": [optimizer_pieces(o, strategy.model, lane) for o in trainer.optimizers]}
+    if isinstance(strategy, ComposedStrategy) and strategy.site.lane > 0:
+        return {}
+    return {"optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]}
 
 
 def put_worker_state(
