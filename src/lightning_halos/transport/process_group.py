@@ -173,6 +173,10 @@ class WorkersGroup(ProcessGroup):
     def getBackendName(self) -> str:  # noqa: N802
         return BACKEND
 
+    @property
+    def _device_types(self) -> list[torch.device]:  # where torch's distributed checkpoints put what they broadcast
+        return [torch.device("cpu")]
+
     def _set_group_name(self, name: str) -> None:  # torch's own method needs another backend
         self._group_name = name
 
