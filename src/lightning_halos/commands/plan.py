@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -18,7 +18,7 @@ from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.planning.report import as_json, save_picture, table
 from lightning_halos.planning.sweep import sweep, sweep_table
 from lightning_halos.planning.trace import write_trace
-from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.cluster import AllReduce, SimulatedCluster
 
 SUMMARY = "Say where the time would go on a cluster, under each algorithm, without training."
 EXAMPLES = """\
@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--baseline-local-steps", type=int, default=32, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
     )
+    how.add_argument(
+        "--all-reduce",
+        choices=get_args(AllReduce),
+        help="of DiLoCo and synchronous SGD: through rank 0, as in real runs, or in a ring of all workers (default: as"
+        " the cluster's description says, else star)",
+    )
     how.add_argument("--sweep", action="store_true", help="vary H, K and the number of servers of HALoS instead")
     what = parser.add_argument_group("what to simulate and write")
     what.add_argument("--hours", type=float, default=1.0, help="virtual hours (default: 1)")
@@ -77,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     name, cluster = _cluster(arguments)
+    if arguments.all_reduce is not None:
+        cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
     timing, folder = make_timing(cluster, arguments.message_bytes), arguments.output
     if arguments.sweep:
         _report(arguments, "sweep", sweep_table(sweep(timing, arguments.hours), timing))

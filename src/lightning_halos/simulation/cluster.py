@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from lightning_halos.core.checks import is_number
+
+AllReduce = Literal["star", "ring"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class SimulatedCluster:
             lets a small model stand for a large one.
         global_region: Index of the global server's region.
         names: Names of the regions. Default: ``"0"``, ``"1"``, ...
+        all_reduce: How DiLoCo and synchronous SGD average over all workers. ``"star"``: each region's first worker
+            collects the models of its region, and the first worker of the global region those of the other regions, as
+            real runs do. ``"ring"``: in a ring of all workers, as in the simulator of the HALoS paper and under DDP.
         record_parameters: Whether the history keeps the server's model after every event; for small models only.
 
     Raises:
@@ -42,6 +47,7 @@ class SimulatedCluster:
     message_bytes: int | None = None
     global_region: int = 0
     names: Sequence[str] = ()
+    all_reduce: AllReduce = "star"
     record_parameters: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class SimulatedCluster:
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
         if not isinstance(home, int) or not is_number(home) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
+        if self.all_reduce not in get_args(AllReduce):
+            raise ValueError(f"all_reduce={self.all_reduce!r} must be one of {get_args(AllReduce)}.")
         if isinstance(self.names, str):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))
