@@ -124,7 +124,7 @@ class Fit:
             set_random_state(state["random"])
         if data is not None:
             leases = self.loop.stopwatch.excluding(self.world.leases)
-            data.start(leases, may_leave=not self.world.is_simulated)
+            data.start(leases)
         if "random" in state and not state.get("ends_epoch"):
             set_random_state(state["random"])
         self.loop.stopwatch.restart()
