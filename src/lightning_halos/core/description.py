@@ -83,7 +83,7 @@ def _check_tensors(description: RunDescription) -> None:
     shapes = [*description.shapes, *(shape for _, shape in description.buffers)]
     if len(shapes) > _MOST_TENSORS:
         raise ValueError(f"{len(shapes)} parameters and buffers: must be at most {_MOST_TENSORS}")
-    elements = 0
+    elements: float = 0
     for shape in shapes:
         # Checked one after the other, because the product of many large numbers takes long.
         size = math.prod(shape) if len(shape) <= _MOST_DIMENSIONS else math.inf

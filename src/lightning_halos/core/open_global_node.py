@@ -22,6 +22,7 @@ from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
     GlobalModel,
+    InitialModel,
     Join,
     LeaseRequest,
     Marker,
@@ -87,6 +88,9 @@ class OpenGlobalNode(OpenRun):
                 return self._on_join(member, message)
         if member.state is MemberState.JOINING:
             raise ProtocolError(f"{member} has not joined: {brief(message)}.")
+        if isinstance(message, InitialModel) and member.owes_model:
+            member.owes_model = False
+            return []  # that of another member was faster
         if not member.is_active:
             return []  # it repeats what is needed when it is back
         if self.state is GlobalState.FINISHED and isinstance(message, RegionUpdate | Progress | Publish):
@@ -140,7 +144,7 @@ class OpenGlobalNode(OpenRun):
     def _on_enrol(self, member: Member, enrol: Enrol) -> list[Send]:
         check(is_possible(enrol), member, enrol)
         self._move(OpenEvent.ENROL)
-        member.workers = member.workers or enrol.workers
+        self._members.enrol(member, enrol.workers)
         return [Send(member.index, Enrolled(self.budget.workers, member.first))]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
@@ -153,6 +157,7 @@ class OpenGlobalNode(OpenRun):
             if member.is_present:
                 self._lose(member)
             self._members.refuse(member, "Another process of this region has joined since. Start this one anew.")
+            self._members.enrol(member, join.workers)
             member.begin(join.session, join.workers, self._leasing.epoch_of(member))
             member.move(MemberEvent.JOIN)
             member.move(MemberEvent.WELCOME)

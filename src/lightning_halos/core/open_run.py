@@ -99,7 +99,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         """Returns the index of the member with a name, which is the same for ever."""
         member = self._members.named(name)
         if member is None:
-            member = self._members.add(name, self._members.workers, is_stale=self._is_restored)
+            member = self._members.add(name, is_stale=self._is_restored)
         return member.index
 
     def name_of(self, index: int) -> str:
