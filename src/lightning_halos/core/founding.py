@@ -52,7 +52,7 @@ class Founding:
         workers: Number of workers that a global step is divided by. Default: those of the first ``min_regions``
             members that enrol, or join without enrolling.
         preferred: Name of the member that decides if it is active.
-        patience: Seconds in which a tenth of the initial model must arrive.
+        patience: Seconds in which a tenth of the initial model must arrive; also for the run's node.
         state: The result of :meth:`state_dict` of an earlier process.
 
     Attributes:
@@ -301,5 +301,7 @@ class Founding:
         if len(joined) >= self._min_regions and self.node is None:
             assert self.description is not None
             workers = self._workers or sum(member.workers for member in joined)
-            self.node = OpenGlobalNode(self._model, self.description, workers, self._members, self._preferred)
+            self.node = OpenGlobalNode(
+                self._model, self.description, workers, self._members, self._preferred, self._patience
+            )
         return []

@@ -90,6 +90,7 @@ class Member:
         is_stale: Whether this record is from a snapshot, and the member may have gone on since.
         is_saved: Whether a snapshot on disk has the member, with that session, as present.
         has_decided: Whether it decides, or has decided.
+        was_given_up: Whether it was lost because it had let the others wait for too long.
         owes_model: Whether it has been asked for the initial model on its present connection, and has not sent it.
         update: Number of its last update.
         report: Number of its last report.
@@ -121,6 +122,7 @@ class Member:
     is_stale: bool = False
     is_saved: bool = False
     has_decided: bool = False
+    was_given_up: bool = False
     owes_model: bool = False
     update: int = 0
     report: int = 0

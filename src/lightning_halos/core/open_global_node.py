@@ -1,8 +1,8 @@
 """The decisions about a run whose members come and go: who takes part, what of their work counts, and when it ends.
 
 The run goes on whatever happens to a member. A message is checked before anything changes, so that a wrong one costs
-its sender the membership and not the run. The caller measures time: it says when a member is lost. The state is in
-``open_run``, the division of the data in ``leasing``.
+its sender the membership and not the run. The caller tells the time, and when a member was silent for too long. The
+state is in ``open_run``, the division of the data in ``leasing``.
 """
 
 from __future__ import annotations
@@ -120,6 +120,25 @@ class OpenGlobalNode(OpenRun):
         """Loses a member, and refuses its session from now on. A new session of the same name may join."""
         self._members.refuse(self._members[index], reason)
         return [Send(index, Refusal(reason)), *self.lose(index)]
+
+    def tick(self, now: float) -> list[Send]:
+        """Gives members up that have let the others wait for too long; see :class:`Patience`.
+
+        A member may return once. Then it does not get back the data that it held, and the second time it is expelled.
+
+        Args:
+            now: The time in seconds, by a clock that never goes back.
+        """
+        if self.state is GlobalState.FINISHED:
+            return []
+        is_stopping, sends = self.state is GlobalState.STOPPING, list[Send]()
+        for member, reason in self._patience.exhausted(now, self._members, self._leasing, is_stopping):
+            if member.was_given_up:
+                sends += self.expel(member.index, f"{reason} It was the second time.")
+            else:
+                sends += [Send(member.index, Refusal(reason, for_good=False)), *self.lose(member.index)]
+                member.was_given_up = True
+        return sends
 
     def end(self) -> list[Send]:
         """Asks all members to stop, as a worker can."""

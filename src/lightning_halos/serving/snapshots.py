@@ -69,6 +69,9 @@ class SnapshotWriter:
 
     def write(self) -> bool:
         """Writes a snapshot now. Returns whether it is on disk; if it is not, the reason is logged."""
+        founding = self._host.begin_founding()
+        if founding is not None:
+            return self._write_founding(*founding)
         start, updates = time.monotonic(), self._host.updates
         number, shard = self._host.begin_snapshot()
         self._has_failed = True
@@ -90,6 +93,18 @@ class SnapshotWriter:
         self._updates, self._next_at = updates, start + 2 * seconds
         self.last = {"time": time.time(), "seconds": seconds, "bytes": written.size}
         self._host.snapshot_written(number, shard)
+        return True
+
+    def _write_founding(self, number: int, state: dict[str, Any]) -> bool:
+        self._has_failed = True
+        try:
+            self._directory.save_founding(state)
+        except OSError as error:
+            self._next_at = time.monotonic() + _RETRY
+            self._host.note(f"What regions are told could not be written, and is tried again: {error}", logging.ERROR)
+            return False
+        self._has_failed = False
+        self._host.founding_written(number)
         return True
 
     def _run(self) -> None:
