@@ -76,7 +76,7 @@ def test_a_member_that_leases_a_small_epoch_and_trains_on_nothing_loses_it_to_th
     star.check()
 
 
-def test_it_may_return_once_and_does_not_get_back_what_it_held() -> None:
+def test_it_may_return_and_does_not_get_back_what_others_have_taken() -> None:
     star, first, second = pair()
     held = hoard(first)
     list(train(second))

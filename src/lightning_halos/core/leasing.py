@@ -176,8 +176,7 @@ class Leasing:
         member.open.remove(surplus)
         self._give_back(surplus)
         unknown = held.without(member.open, member.reported)
-        # One that had been given up does not get back what the others have waited for.
-        claimed = Spans() if member.was_given_up else self.cursor.claim(unknown)
+        claimed = self.cursor.claim(unknown)
         for other in [self._members[index] for index in self.awaited if member.is_stale]:
             # Since the snapshot, the other one has returned it, and will not claim it.
             moved = other.open.common(unknown)

@@ -124,7 +124,7 @@ class OpenGlobalNode(OpenRun):
     def tick(self, now: float) -> list[Send]:
         """Gives members up that have let the others wait for too long; see :class:`Patience`.
 
-        A member may return once. Then it does not get back the data that it held, and the second time it is expelled.
+        Such a member may return once, and has what nobody else has taken meanwhile. The second time it is expelled.
 
         Args:
             now: The time in seconds, by a clock that never goes back.
