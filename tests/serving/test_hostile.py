@@ -133,7 +133,7 @@ def test_requests_for_the_status_whose_answers_nobody_reads(serve: Serve, region
     control = evil.session.control
     control._send_frame(frames.HELLO, frames.PROTOCOL)
     request = wire.encode(StatusRequest())
-    frame = control._HEADER.pack(len(request), 0, 0) + request
+    frame = frames.HEADER.pack(len(request), 0, 0) + request
     for _ in range(100):
         if "does not take what it asks for" in server.events:
             break
