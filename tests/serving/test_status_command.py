@@ -101,6 +101,12 @@ def test_imports_no_torch(server: Server, folder: Path) -> None:
     assert not packages & SLOW
 
 
+def test_the_state_of_a_run_of_very_many_workers_is_long(ask: Ask, server: Server, folder: Path) -> None:
+    server.answer = json.dumps({**status(), "counters": "x" * 2**22})
+    code, out, _ = ask("--server", server.address, "--keys", folder / "us.pem", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(server.answer))
+
+
 def test_watches_also_while_the_server_is_away(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     servers = [Server(folder)]
     pauses: list[float] = []

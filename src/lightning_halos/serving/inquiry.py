@@ -66,7 +66,7 @@ def _ask(connection: Connection, peer: str, check: Check) -> Any:
     while (length := _header(connection, check)[0]) == frames.ALIVE:
         pass
     if not 0 <= length <= frames.MOST_BYTES:
-        return None
+        raise ServerUnreachableError(f"{peer} did not answer: it announces {length} bytes.")
     data = connection.receive(length, check)
     connection.send(frames.HEADER.pack(frames.GOODBYE, 0, 0), check)
     try:
