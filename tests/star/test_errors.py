@@ -64,6 +64,6 @@ def test_jobs_end_with_the_reason_when_the_server_gives_up(starter: Starter, tmp
     assert server.codes() == [1]
     wait_until(us.has_ended, LIMIT, starter.logs)
     assert us.codes() == [1, 1]
-    reason = "has given up: Fewer than 2 regions were present for longer than 1 s, so the server ends."
+    reason = "has given up: Fewer than 2 regions took part for longer than 1 s, so the server ends."
     for worker in us.workers:
         assert reason in starter.log(worker), starter.logs()
