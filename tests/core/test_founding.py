@@ -20,7 +20,7 @@ OTHER = dataclasses.replace(DESCRIPTION, max_steps=10)
 
 def founding(*names: str, description: RunDescription = DESCRIPTION, **options: Any) -> tuple[Founding, list[int]]:
     """A founding with members that have joined; the first one is the founder."""
-    top = Founding(**{"min_regions": 2, "patience": 60.0, **options})
+    top = Founding(**{"min_regions": 2, "patience": 600.0, **options})
     indices = [top.index_of(name) for name in names]
     for index, name in zip(indices, names, strict=True):
         top.handle(index, Join(name, 1, description))
@@ -125,6 +125,18 @@ def test_a_job_that_sends_nothing_does_not_keep_out_those_with_another_descripti
     top.handle(third, Join("c", 1, OTHER))
     top.handle(second, InitialModel(torch.ones(2)))
     assert top.node is not None
+
+
+def test_the_time_before_a_job_has_joined_and_after_its_model_has_arrived_does_not_count() -> None:
+    top, (first,) = founding("eu")
+    second = top.index_of("us")
+    top.handle(first, InitialModel(torch.ones(2)))
+    top.tick(1000.0)
+    top.disconnected(first)
+    top.tick(5000.0)
+    top.handle(first, Join("again", 1, DESCRIPTION))
+    top.tick(5010.0)
+    assert list(refused(top.handle(second, Join("a", 1, OTHER)))) == [second]
 
 
 def test_a_job_whose_model_arrives_is_not_replaced() -> None:

@@ -100,7 +100,7 @@ def test_a_damaged_file_of_what_regions_were_told_is_an_error_that_says_what_to_
 
 
 def test_a_founder_that_is_connected_and_sends_no_model_does_not_block_the_start(serve: Serve, region: Regions) -> None:
-    server = serve(min_regions=2, patience=0.3)
+    server = serve(min_regions=2, patience=3.0)
     us, eu = region("us", server), region("eu", server)
     us.connect()
     us.join()

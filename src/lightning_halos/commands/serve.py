@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--patience",
         type=float,
-        default=600.0,
+        default=1800.0,
         metavar="SECONDS",
         help="the others wait so long, or longer if their rounds are long, for a region that is connected and does not"
-        " do its part (default: 600)",
+        " do its part (default: 1800)",
     )
     run.add_argument(
         "--snapshot-every",

@@ -55,7 +55,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         workers: int,
         members: Roster | None = None,
         preferred: str | None = None,
-        patience: float = 600.0,
+        patience: float = 1800.0,
     ) -> None:
         budget = StepBudget(workers, description.max_steps)
         super().__init__("The global server", GlobalState.RUNNING, OPEN_GLOBAL_TRANSITIONS, budget)
@@ -73,7 +73,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         self._confirmations = Confirmations(members)
 
     @classmethod
-    def restored(cls: type[R], state: Mapping[str, Any], preferred: str | None = None, patience: float = 600.0) -> R:
+    def restored(cls: type[R], state: Mapping[str, Any], preferred: str | None = None, patience: float = 1800.0) -> R:
         """Returns the node of a snapshot on disk. None of its members is connected."""
         fields = state["description"]
         description = RunDescription(

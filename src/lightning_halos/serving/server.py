@@ -32,6 +32,7 @@ FINISHED, ABANDONED = 0, 1
 """Exit codes of a run that is done, and of one that the server has given up. After a signal: 128 + signal."""
 
 _TICK = 0.25  # seconds between two looks at the clock
+_LONGEST_TICK = 5.0  # seconds of them that count
 _RETRY = 10.0  # seconds after a final model that could not be written
 _HEAR = 10.0  # seconds in which members must hear that the server gives up
 _LEAST_LIVENESS = 5.0  # seconds; a connection shows a sign of life each second, and may be slow for a few
@@ -61,7 +62,7 @@ class Rules:
     snapshot_every: int = 1
     timeout: float = 3600.0
     liveness: float = 30.0
-    patience: float = 600.0
+    patience: float = 1800.0
     decider: str | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +113,8 @@ class RunServer:
         self._stays_until = 0.0  # if the run was finished before this process started
         self._is_written = False  # the final model
         self._retry_at = 0.0  # when to write it again
+        self._ticked = time.monotonic()
+        self._seconds = 0.0  # that count for the members
         self._unwritten_since: float | None = None  # when it could not be written for the first time
         state = directory.load()
         node = self._founding(directory.load_founding()) if state is None else self._resumed(state)
@@ -164,7 +167,10 @@ class RunServer:
         if self._signal is not None:
             return self._end_for_signal(self._signal)
         self.host.watch(now)
-        self.host.act(lambda node: node.tick(now))
+        # A member may wait for the disk, and nobody did anything while this process was stopped.
+        passed = min(now - self._ticked, _LONGEST_TICK) if self._snapshots.failing_since is None else 0.0
+        self._ticked, self._seconds = now, self._seconds + passed
+        self.host.act(lambda node: node.tick(self._seconds))
         self.host.expel_if(objection)
         self.reporter.sample(now)
         if self._is_finished:
