@@ -93,7 +93,9 @@ class Fit:
         Args:
             end: Called when all workers have the final model, before any hook sees the end of training.
         """
-        first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, self.start.site, end)
+        first_hooks = FirstHooks(
+            self.loop, self.lightning, self._first_metrics, self.start.site, lambda: self.world.version, end
+        )
         self.lightning.install(first_hooks, self.loop)
         if not self._decides:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
