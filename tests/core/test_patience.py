@@ -145,6 +145,18 @@ def test_long_rounds_of_the_others_make_the_limit_longer() -> None:
     assert state_of(star, first) == "lost"
 
 
+def test_before_the_others_have_reported_anything_its_own_rounds_count() -> None:
+    star, first, second = pair(LIMITED)
+    first.push(seconds=50.0)
+    first.push(stop=True, seconds=50.0)
+    star.tick(0.5)
+    star.tick(62.0)
+    assert state_of(star, first) == "active", "its rounds take 50 s"
+    assert second.refusal is None, "and those of the other one seem to"
+    star.tick(1002.0)
+    assert state_of(star, first) == "lost"
+
+
 def test_who_asks_for_more_while_it_holds_much_is_told_the_end_and_the_others_wait_for_its_reports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -91,10 +91,11 @@ def test_nobody_is_told_what_could_not_be_written(
     assert state == {"workers": 3, "regions": [{"name": "us", "first": 0, "workers": 3}]}
 
 
-def test_a_damaged_file_of_what_regions_were_told_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_file_of_what_regions_were_told_is_an_error_that_says_what_to_do(tmp_path: Path, text: str) -> None:
     directory = RunDirectory(tmp_path)
     assert directory.load_founding() is None
-    (tmp_path / "founding.json").write_text("{")
+    (tmp_path / "founding.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"founding.json cannot be read.* Remove it if no job waits"):
         directory.load_founding()
 

@@ -121,10 +121,10 @@ class Leasing:
 
     def is_awaited(self, member: Member) -> bool:
         """Whether others wait for data that a member holds."""
-        if self.cursor is None or self.awaited or not self.cursor.is_over:
+        if self.cursor is None or self.awaited or member.request is not None or not list(member.open):
             return False
         others = any(other.request is not None for other in self._members.present if other is not member)
-        return others and member.request is None and member.open.steps > 0
+        return others and self.cursor.is_over
 
     def holds_old_data(self, member: Member) -> bool:
         """Whether a member holds data of an epoch such that the next one is over, too."""

@@ -74,7 +74,7 @@ class Patience:
             if wait is None or wait.what != what or (what == _REPORT and wait.report != member.report):
                 wait = _Wait(what, now, member.report, member.open.steps)
             waits[member.index] = wait
-            limit = max(self._seconds, _ROUNDS * _round_of_fastest(others or [member]))
+            limit = max(self._seconds, _ROUNDS * (_round_of_fastest(others) or _round_of_fastest([member])))
             waited = now - wait.since
             if waited > limit and (what != _DATA or _time_left(wait, member, waited) > limit):
                 found.append((member, f"The others have waited {waited:.0f} s for {what}."))

@@ -117,6 +117,8 @@ class RunDirectory:
         """
         try:
             state: dict[str, Any] = json.loads(self._founding_file.read_bytes())
+            if not isinstance(state, dict) or state.keys() != {"workers", "regions"}:
+                raise ValueError("it has another format")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
