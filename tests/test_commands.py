@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_halos.cli import make_parser
+
+SLOW = {"torch", "lightning", "numpy"}
+"""Packages whose import takes long."""
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -31,6 +36,39 @@ def test_commands_are_accepted(path: Path) -> None:
             make_parser().parse_args(shlex.split(command))
         except SystemExit:
             pytest.fail(f"lightning-halos {command}")
+
+
+def imported(program: list[str], *arguments: object) -> set[str]:
+    """Returns the packages that a command imports."""
+    command = [sys.executable, "-X", "importtime", *program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+
+
+SCRIPT = Path(sys.executable).with_name("lightning-halos")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(["-m", "lightning_halos.cli"], id="module"),
+        pytest.param([str(SCRIPT)], id="script", marks=pytest.mark.skipif(not SCRIPT.exists(), reason="not installed")),
+    ],
+)
+def test_those_that_need_no_model_start_fast(program: list[str], tmp_path: Path) -> None:
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["keys", "init", tmp_path, "--host", "localhost"],
+        ["keys", "show", tmp_path],
+        ["status", "--help"],
+        ["serve", "--help"],
+    ):
+        packages = imported(program, *arguments)
+        assert "lightning_halos" in packages
+        assert not packages & SLOW, arguments
+    assert "torch" in imported(program, "plan", "--help")  # so that the test sees it
 
 
 def test_they_are_found() -> None:

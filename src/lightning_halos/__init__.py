@@ -2,27 +2,50 @@
 
 Importing this package registers the strategies ``"halos"``, ``"halos_spawn"``, ``"halos_fork"`` and
 ``"halos_notebook"``, and what they are compared with: ``"diloco"``, ``"async_local_sgd"`` and ``"sync_sgd"``.
+The process of the command line is an exception: there the package imports Lightning when it is needed, because a
+command such as ``lightning-halos status`` would take seconds otherwise.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lightning_halos.callbacks.evaluation import LMEvalCallback
-from lightning_halos.callbacks.hugging_face import HuggingFaceCheckpoint
-from lightning_halos.callbacks.monitor import HalosMonitor
-from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.language.evaluation import evaluate
-from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.training.other_packages import refuse_elsewhere
-from lightning_halos.training.strategies import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
-from lightning_halos.training.strategy import AlgorithmStrategy
-from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 from lightning_halos.version import __version__
 
-for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):
-    strategy.register_strategies(StrategyRegistry)
-del strategy
-refuse_elsewhere(["halos", "halos_spawn", "halos_fork", "halos_notebook", "diloco", "async_local_sgd", "sync_sgd"])
+
+def _is_command_line() -> bool:
+    program = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+    # `python -m lightning_halos.cli` imports the package before it knows where the program is.
+    return program == "lightning-halos" or (program == "-m" and "lightning_halos.cli" in sys.orig_argv)
+
+
+if TYPE_CHECKING or not _is_command_line():
+    from lightning_halos.interface import (
+        AlgorithmStrategy,
+        AsyncLocalSGDStrategy,
+        CheckpointError,
+        DelayedNesterov,
+        DilocoStrategy,
+        HalosMonitor,
+        HalosStrategy,
+        HuggingFaceCheckpoint,
+        LMEvalCallback,
+        PeerFailedError,
+        PeerLostError,
+        SimulatedCluster,
+        SyncSGDStrategy,
+        evaluate,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is missing; see above."""
+    if name in __all__:
+        from lightning_halos import interface
+
+        return getattr(interface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AlgorithmStrategy",

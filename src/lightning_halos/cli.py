@@ -9,11 +9,35 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_halos.commands import evaluate, export, keys, plan, prepare_data, serve, status
+from lightning_halos.version import __version__
 
 PROGRAM = "lightning-halos"
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of a command. It gets its arguments when it is used, because some need slow imports.
+
+    Args:
+        arguments: Arguments of the base class.
+        add: Adds the command's arguments.
+        options: Arguments of the base class.
+    """
+
+    def __init__(
+        self, *arguments: Any, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._add: Callable[[argparse.ArgumentParser], None] | None = add
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._add is not None:
+            self._add(self)
+            self._add = None
+        return super().parse_known_args(args, namespace)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,16 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for command in (plan, prepare_data, export, evaluate, keys, serve, status):
-        command.add_arguments(
-            commands.add_parser(
-                command.__name__.rpartition(".")[2].replace("_", "-"),
-                help=command.SUMMARY,
-                description=command.SUMMARY,
-                epilog=command.EXAMPLES,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+        commands.add_parser(
+            command.__name__.rpartition(".")[2].replace("_", "-"),
+            help=command.SUMMARY,
+            description=command.SUMMARY,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add=command.add_arguments,
         )
     return parser
 

@@ -49,6 +49,7 @@ _SHAPES = [torch.Size([PARAMETERS])]
 _OPTIMIZER = partial(torch.optim.SGD, lr=1.0, foreach=False)
 _MOST_EVENTS = 50_000
 _MOST_REVIVALS = 30
+_MOST_REFUSALS = 100  # after which a second process of a region gives up
 _FAULTS = {
     "cut": 2.0,
     "silence": 1.0,
@@ -58,6 +59,7 @@ _FAULTS = {
     "join": 1.0,
     "publish": 1.5,
     "stop": 0.1,
+    "hang": 0.8,
 }
 
 
@@ -81,6 +83,7 @@ class StarScenario:
         early: Share of local steps after which a round ends early.
         snapshot_every: Updates per snapshot.
         liveness: Time after which a silent member is lost.
+        patience: Time after which a member is lost that is connected and lets the others wait.
         polite: Whether the server refuses a new process of a member whose old one may be alive.
         damages: Whether a restarted server may find its newest snapshot damaged.
         faults: Pairs of an event's number and the action before it.
@@ -101,6 +104,7 @@ class StarScenario:
     early: float
     snapshot_every: int
     liveness: float
+    patience: float
     polite: bool
     damages: bool
     faults: tuple[tuple[int, str], ...]
@@ -133,6 +137,7 @@ class StarScenario:
             early=rng.choice([0.0, 0.0, 0.1]),
             snapshot_every=rng.randint(1, 4),
             liveness=10 ** rng.uniform(0, 1.5),
+            patience=10 ** rng.uniform(0.5, 2.5),
             polite=rng.random() < 0.7,
             damages=rng.random() < 0.2,
             faults=tuple(sorted(faults)),
@@ -228,7 +233,8 @@ class _Job:
         self._unsent = _Update([], 0, [])
         self._pushes = dict.fromkeys(range(workers), 0)
         self._early: list[Message] = []  # messages from before the node was made
-        self._redials = 0
+        self._redials = self._refusals = 0
+        self._hangs_until = 0.0
         self._last: dict[tuple[int, str], float] = {}
         self._delay = 10 ** self.rng.uniform(-3, -0.5)
         self.dial()
@@ -252,7 +258,18 @@ class _Job:
         return self.node._plateau_steps
 
     def at(self, moment: float, happen: Callable[[], None]) -> None:
-        self.run.at(moment, lambda: None if self.is_dead else happen())
+        def unless_dead() -> None:
+            if self.now < self._hangs_until:
+                self.run.at(self._hangs_until, unless_dead)
+            elif not self.is_dead:
+                happen()
+
+        self.run.at(moment, unless_dead)
+
+    def hang(self, seconds: float) -> None:
+        """Does nothing for a time, except that its server answers the global one."""
+        if self.now >= self._hangs_until:  # a longer time would change the order of what waits
+            self._hangs_until = self.now + seconds
 
     def note(self, what: str, *details: object) -> None:
         self.run.note(f"{self.session}: {what}", *details)
@@ -294,9 +311,10 @@ class _Job:
             return
         if isinstance(message, Refusal):
             # After a damaged snapshot the server may not know the process, or one that it has replaced.
-            may_be = self.session in self.run.replaced or self.scenario.damages
+            may_be = self.session in self.run.replaced | self.run.expelled or self.scenario.damages
             require(not message.for_good or may_be, "{} is refused: {}", self.session, message)
-            self.is_dead = message.for_good
+            self._refusals += 1
+            self.is_dead = message.for_good or self._refusals > _MOST_REFUSALS
             connection.close()
             self.run.server_notices(connection)
             self.notice(connection)
@@ -446,6 +464,7 @@ class StarRun:
         self._forgotten: set[str] = set()  # sessions some of whose updates were only in a damaged snapshot
         self._plateaus_lost = False
         self.given_up: set[int] = set()  # data of members that the server has lost at some time
+        self.expelled: set[str] = set()  # sessions that have let the others wait twice
         self.replaced: set[str] = set()  # sessions of regions that other processes have joined for
         self.ledger = Ledger(self.initial.tolist()[:PARAMETERS])
         self._start_server()
@@ -479,6 +498,7 @@ class StarRun:
                 if self._heap:
                     self.now, _, happen = heapq.heappop(self._heap)
                     happen()
+                    self._tick()
             if self.is_finished:
                 break
             self._revive()
@@ -525,6 +545,8 @@ class StarRun:
                     self._lose(connection)
             elif alive and what == "kill a member":
                 self._kill(self.rng.choice(alive))
+            elif alive and what == "hang":
+                self.rng.choice(alive).hang(self.scenario.patience * 10 ** self.rng.uniform(-0.5, 1.0))
             elif alive and what == "leave":
                 job = self.rng.choice(alive)
                 job.leave()
@@ -607,6 +629,20 @@ class StarRun:
             for job in self.jobs:
                 job.was_given_up = job.was_given_up or job.session == member.session
 
+    def _tick(self) -> None:
+        """Tells the server the time."""
+        node = self.node
+        active = [] if node is None else node._members.active
+        sends = [] if self._top is None else self._top.tick(self.now)
+        for member in [member for member in active if not member.is_active]:
+            self.note("{} has let the others wait", member)
+            self._give_up(member.index)
+            if member.was_given_up and node is not None and node._members.refusal(member, member.session):
+                self.expelled.add(member.session)
+        if sends:
+            self._post(sends)
+            self._after()
+
     def _kill_server(self) -> None:
         self._top = None
         self._life += 1
@@ -631,11 +667,11 @@ class StarRun:
         self._since = 0
         self._ledgers = {}
         if not self._disk:
-            self._top = Founding(scenario.min_regions)
+            self._top = Founding(scenario.min_regions, patience=scenario.patience)
             self.ledger = Ledger(self.initial.tolist()[:PARAMETERS])
             return
         state, ledger = self._disk[-1]
-        self._top = OpenGlobalNode.restored(copy.deepcopy(state))
+        self._top = OpenGlobalNode.restored(copy.deepcopy(state), patience=scenario.patience)
         self.ledger = ledger.copied()
         for index in self._top._leasing.awaited:
             self._expect(index)

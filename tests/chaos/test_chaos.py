@@ -42,9 +42,21 @@ def test_stars_cover_what_can_happen() -> None:
         lines: list[str] = []
         chaos.fault_of(seed, lines.append, star=True)
         traces.append("\n".join(lines))
-    faults = ("cut", "silence", "kill a member", "kill the server", "leave", "join", "publish", "is damaged", "revive")
+    faults = (
+        "cut",
+        "silence",
+        "kill a member",
+        "kill the server",
+        "leave",
+        "join",
+        "publish",
+        "is damaged",
+        "revive",
+        "hang",
+        "let the others wait",
+    )
     messages = ("Refusal(", "Decide(", "InitialModel(", "leave=True", "final=True", "lost=[(")
-    for what in (*faults, *messages):
+    for what in (*faults, "hang", "let the others wait", *messages):
         assert any(what in trace for trace in traces), what
 
 

@@ -95,6 +95,9 @@ class Job:
     def receive(self, message: Message) -> None:
         if isinstance(message, Refusal):
             self.refusal = message
+            self.is_connected = False
+            if self.node is not None:
+                self.node.disconnected()
         elif self.node is not None:
             self.post(self.node.handle(GLOBAL, message))
         else:
@@ -112,12 +115,14 @@ class Job:
         self.node = OpenRegionNode(server, planner, range(self.workers), budget, stock, joining)
         self.post(self.node.start())
 
-    def push(self, rank: int = 0, steps: int = 4, pump: bool = True, **fields: Any) -> Pull | None:
+    def push(
+        self, rank: int = 0, steps: int = 4, pump: bool = True, seconds: float = 1.0, **fields: Any
+    ) -> Pull | None:
         """A worker pushes a round; returns the answer."""
         self.numbers[rank] += 1
         vector = torch.ones(2) if steps else None
         version = self.node.version
-        push = Push(rank, version, steps, steps, 1.0, vector=vector, number=self.numbers[rank], **fields)
+        push = Push(rank, version, steps, steps, seconds, vector=vector, number=self.numbers[rank], **fields)
         self.post(self.node.handle(rank, push))
         if pump:
             self.star.pump()
@@ -143,8 +148,10 @@ class Job:
 class Star:
     """A global server and jobs. Messages arrive at once, unless the connection is cut."""
 
-    def __init__(self, min_regions: int = 1, workers: int | None = None, decider: str | None = None) -> None:
-        self.top: Founding | OpenGlobalNode = Founding(min_regions, workers, decider)
+    def __init__(
+        self, min_regions: int = 1, workers: int | None = None, decider: str | None = None, patience: float = 600.0
+    ) -> None:
+        self.top: Founding | OpenGlobalNode = Founding(min_regions, workers, decider, patience)
         self.jobs: dict[str, Job] = {}
         self.saves = True  # whether a snapshot is on disk after every message
         self.disk: dict[str, Any] | None = None
@@ -188,6 +195,11 @@ class Star:
                 self.post(self.top.start())
             if self.saves and isinstance(self.top, OpenGlobalNode):
                 self.save()
+
+    def tick(self, now: float) -> None:
+        """Tells the global server the time."""
+        self.post(self.top.tick(now))
+        self.pump()
 
     def restart(self, state: dict[str, Any] | None = None) -> None:
         """Ends the global server and starts it again from the disk. All connections are lost."""

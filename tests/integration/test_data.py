@@ -10,11 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
+from lightning_halos.training import sketches
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
+    FEATURES,
     SAMPLES,
     Toy,
     assert_no_step_lost,
@@ -257,11 +260,37 @@ class Divided(pl.LightningDataModule):
         return DataLoader(Subset(samples(60), own), batch_size=4)
 
 
-def divided(distributed: bool) -> Result:
+class Reader(Dataset[Any]):
+    """Reads the sample at an index, plus random numbers, as from a file; nothing in it says where it begins."""
+
+    def __init__(self, first: int, noise: float) -> None:
+        self.first = first
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        values, target, number = samples(64)[self.first + index]
+        return values + self.noise * torch.randn(FEATURES), target, number
+
+
+class Readers(pl.LightningDataModule):
+    def __init__(self, own: int, noise: float) -> None:
+        super().__init__()
+        self.own = own
+        self.noise = noise
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        return DataLoader(Reader(self.own * self.trainer.global_rank, self.noise), batch_size=4)
+
+
+def divided(distributed: bool, data: pl.LightningDataModule | None = None) -> Result:
     module, trainer = Toy(), make_trainer(devices=2, max_epochs=1, use_distributed_sampler=distributed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, datamodule=Divided())
+        trainer.fit(module, datamodule=data or Divided())
     texts = [str(warning.message) for warning in caught]
     return outcome(trainer, module, warnings=[text for text in texts if "datasets of the workers" in text])
 
@@ -277,6 +306,21 @@ def test_data_that_the_user_divided_by_rank_is_noticed_and_trains_as_under_ddp(r
     assert set(first) <= set(range(24))
     assert set(second) <= set(range(24, 60))
     assert_same_model(results)
+
+
+def with_readers() -> Result:
+    sketches.SECONDS = 60.0  # however busy this machine is
+    return {
+        "divided": divided(True, Readers(32, noise=0.0))["warnings"],
+        "divided and random": divided(True, Readers(32, noise=1.0))["warnings"],
+        "random": divided(True, Readers(0, noise=1.0))["warnings"],
+    }
+
+
+def test_samples_are_compared_if_the_datasets_have_equal_lengths(run: Run) -> None:
+    said = run(with_readers, workers=2)[0]
+    assert {name: len(texts) for name, texts in said.items()} == {"divided": 1, "divided and random": 1, "random": 0}
+    assert "have different samples at the same index" in said["divided"][0]
 
 
 def test_data_that_the_user_divided_by_rank_is_used_completely_with_the_remedy(run: Run) -> None:

@@ -158,6 +158,48 @@ def test_a_callback_of_rank_0_can_look_at_the_global_model(run: Run) -> None:
         assert torch.equal(result["final"]["net.0.weight"], result["state"]["net.0.weight"])
 
 
+class OftenWithoutData(Toy):
+    """Records for each epoch: the batches of this worker, and the validations until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[list[int]] = []
+        self.batches = 0
+
+    def on_train_epoch_start(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+    def on_train_epoch_end(self) -> None:
+        validations = len(self.validated_on)
+        if self.global_rank == 0 and validations:
+            assert self.trainer.callback_metrics["val_loss"] > 0
+        self.epochs.append([self.batches, validations])
+
+    def more(self) -> Result:
+        return {"epochs": self.epochs}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_rank_0_validates_also_if_others_took_all_data_of_an_epoch(tmp_path: Path, every: int) -> None:
+    results = simulate(
+        tmp_path, OftenWithoutData(), loader(16), loader(8), slow=0, max_epochs=6, check_val_every_n_epoch=every
+    )
+    assert_same_model(results)
+    assert [sum(result["epochs"][epoch][0] for result in results) for epoch in range(6)] == [4] * 6
+    # There are as many validations as epochs, except where the global model is still that of the last one.
+    batches, validations = zip(*results[0]["epochs"], strict=True)
+    assert batches == (1, 0, 0, 1, 0, 0)
+    assert validations == ((1, 1, 1, 2, 2, 3) if every == 1 else (0, 1, 1, 2, 2, 3))
+    module = Toy()
+    module.load_state_dict(results[0]["state"])
+    with torch.no_grad():
+        final = [module.loss(batch) for batch in loader(8)]
+    assert results[0]["metrics"]["val_loss"] == pytest.approx(float(sum(final)) / 2)
+
+
 class Stagnating(Toy):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated_on[-1] += batch[2].tolist()

@@ -1,5 +1,6 @@
 """A plan has the events of the nodes on the same cluster, one by one."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -296,11 +297,12 @@ class TestLockstep:
         assert (result.pushes.maximum, result.updates) == (0, None)
         assert result.updates_per_second == pytest.approx(1e3 / duration, rel=1e-9)
 
-    def test_a_ring_crosses_as_many_links_as_there_are_regions(self):
-        result = plan(SyncSGD(), make_timing(UNEQUAL), hours=0.1)
+    @pytest.mark.parametrize("kind", ["ring", "star"])
+    def test_a_ring_crosses_as_many_links_as_there_are_regions_and_a_star_one_for_each_other_region(self, kind):
+        result = plan(SyncSGD(), make_timing(dataclasses.replace(UNEQUAL, all_reduce=kind)), hours=0.1)
         rounds, workers = int(result.rounds[0]), 10
         total = rounds * 2 * (workers - 1) * 40_000_000
-        assert result.bytes_between == total * 3 // workers
+        assert result.bytes_between == (total * 3 // workers if kind == "ring" else rounds * 2 * 2 * 40_000_000)
         assert result.bytes_inside + result.bytes_between == total
 
     def test_a_single_region_sends_nothing_outside(self):

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_halos.core import member_checks
 from lightning_halos.core.messages import Enrol, Join, Progress, Refusal, StatusRequest
-from lightning_halos.transport import wire
+from lightning_halos.transport import frames, wire
 from tests.serving.conftest import Server, until
 from tests.serving.region import DESCRIPTION, STEPS, Region
 
@@ -131,9 +131,9 @@ def test_requests_for_the_status_whose_answers_nobody_reads(serve: Serve, region
     good.enter()
     evil.dial()
     control = evil.session.control
-    control._send_frame(control._HELLO, wire.PROTOCOL)
+    control._send_frame(frames.HELLO, frames.PROTOCOL)
     request = wire.encode(StatusRequest())
-    frame = control._HEADER.pack(len(request), 0, 0) + request
+    frame = frames.HEADER.pack(len(request), 0, 0) + request
     for _ in range(100):
         if "does not take what it asks for" in server.events:
             break

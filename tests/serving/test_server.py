@@ -300,7 +300,7 @@ def test_a_run_that_too_few_regions_work_on_ends_and_can_go_on(serve: Serve, reg
     us.work()
     us.answer()
     eu.cut()
-    reason = "Fewer than 2 regions were present for longer than 0.5 s, so the server ends."
+    reason = "Fewer than 2 regions took part for longer than 0.5 s, so the server ends."
     assert reason in us.expect(Failure).reason
     us.goodbye()
     assert server.wait() == 1

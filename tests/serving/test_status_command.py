@@ -21,6 +21,7 @@ from lightning_halos.transport.session import Session
 from tests.serving.conftest import until
 from tests.serving.region import Region
 from tests.serving.test_report import EXPECTED, status
+from tests.test_commands import SLOW, imported
 
 Ask = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +91,20 @@ def test_prints_a_table_or_all_values(ask: Ask, server: Server, folder: Path, mo
     assert (code, out.count("\n")) == (0, 1)
     assert json.loads(out) == status()
     assert server.asked == ["us", "us"]
+
+
+def test_imports_no_torch(server: Server, folder: Path) -> None:
+    program = ["-m", "lightning_halos.cli"]
+    packages = imported(program, "status", "--server", server.address, "--keys", folder / "us.pem")
+    assert server.asked == ["us"]
+    assert "lightning_halos" in packages
+    assert not packages & SLOW
+
+
+def test_the_state_of_a_run_of_very_many_workers_is_long(ask: Ask, server: Server, folder: Path) -> None:
+    server.answer = json.dumps({**status(), "counters": "x" * 2**22})
+    code, out, _ = ask("--server", server.address, "--keys", folder / "us.pem", "--json")
+    assert (code, json.loads(out)) == (0, json.loads(server.answer))
 
 
 def test_watches_also_while_the_server_is_away(ask: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ class TestDescription:
             ({"global_region": 2}, ValueError, r"global_region=2 must be the index of a region, from 0 to 1"),
             ({"global_region": -1}, ValueError, r"global_region=-1 must be the index"),
             ({"global_region": True}, ValueError, r"global_region=True must be the index"),
+            ({"all_reduce": "tree"}, ValueError, r"all_reduce='tree' must be one of \('star', 'ring'\)"),
             ({"names": ["eu"]}, ValueError, r"names=\['eu'\] must have one name for each of the 2 region"),
             ({"names": ["eu", ""]}, ValueError, r"names=.* must have one name for each"),
             ({"names": ["eu", 3]}, ValueError, r"names=.* must have one name for each"),
@@ -85,6 +86,7 @@ class TestFile:
         assert PAPER.step_ms == config["local_step_time_ms"]
         assert PAPER.message_bytes == config["message_bytes"]
         assert PAPER.global_region == 0
+        assert PAPER.all_reduce == "ring"
         assert SimulatedCluster.from_yaml(str(PAPER_FILE)) == PAPER
 
     def test_may_name_the_global_region(self, write):

@@ -76,6 +76,7 @@ def strategy_of(config: dict[str, Any]) -> HalosStrategy:
         config["worker_speeds"],
         config["local_step_time_ms"],
         config["message_bytes"],
+        all_reduce="ring",
         record_parameters=True,
     )
     common = {name: config[name] for name in ("local_steps", "dynamic_local_steps")} | {"simulate": cluster}

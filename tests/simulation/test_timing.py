@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -11,6 +12,7 @@ from .paper import PAPER
 # 1 MB is 8 Mbit: 8 ms at 1 Gbit/s.
 CLUSTER = SimulatedCluster([[8, 4], [2, 1]], [[1, 0.5], [0.3]], step_ms=100)
 TIMING = Timing(CLUSTER, 1_000_000)
+PART_BYTES = 2**22
 
 
 class TestDurations:
@@ -30,11 +32,25 @@ class TestDurations:
         rounds = [timing.round(worker, 0, 8) for worker in range(3)]
         assert rounds[0] < rounds[1] < rounds[2] < rounds[0] + 1e-5
 
-    def test_of_an_all_reduce_are_those_of_a_ring(self):
-        assert TIMING.all_reduce() == pytest.approx(2 * 2 / 3 * 8 / 2)  # 3 workers; the ring's slowest link is 2 Gbit/s
+    def test_of_an_all_reduce_in_a_ring_are_those_of_its_slowest_link(self):
+        ring = Timing(replace(CLUSTER, all_reduce="ring"), 1_000_000)
+        assert ring.all_reduce() == pytest.approx(2 * 2 / 3 * 8 / 2)  # 3 workers; the ring's slowest link is 2 Gbit/s
 
-    def test_of_an_all_reduce_of_one_worker_are_none(self):
-        assert Timing(SimulatedCluster([[1]], [[1]], 100), 1000).all_reduce() == 0
+    @pytest.mark.parametrize("kind", ["ring", "star"])
+    def test_of_an_all_reduce_of_one_worker_are_none(self, kind):
+        assert Timing(SimulatedCluster([[1]], [[1]], 100, all_reduce=kind), 1000).all_reduce() == 0
+
+    def test_of_an_all_reduce_in_a_star_of_a_small_model_are_all_ways_up_and_down(self):
+        # The leader in region 0 has a worker and another leader; region 1 has no other worker.
+        assert TIMING.all_reduce() == pytest.approx(2 * 2 * 1 + 4 + 2)
+
+    def test_of_an_all_reduce_in_a_star_of_a_large_model_are_those_of_the_slowest_link(self):
+        large = Timing(CLUSTER, 1000 * PART_BYTES)
+        assert large.all_reduce() == pytest.approx(large.transfer(1, 0), rel=0.01)  # the ways overlap
+        wide = SimulatedCluster([[8, 4], [2, 1]], [[1] * 9, [1] * 3], step_ms=100)  # each leader has many workers
+        assert Timing(wide, 1000 * PART_BYTES).all_reduce() == pytest.approx(2 * large.transfer(1, 1), rel=0.01)
+        home = replace(wide, global_region=1)
+        assert Timing(home, 1000 * PART_BYTES).all_reduce() == pytest.approx(3 * large.transfer(1, 1), rel=0.01)
 
     def test_of_an_all_reduce_in_the_papers_environment(self):
         assert Timing(PAPER, 281_706_496).all_reduce() == pytest.approx(2 * 15 / 16 * 281_706_496 * 8 / 0.127e9 * 1e3)

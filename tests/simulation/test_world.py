@@ -96,7 +96,7 @@ def fit(
     strategy = STRATEGIES[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
-    trainer.fit(module, data or loader(), loader(32), ckpt_path=ckpt_path)
+    trainer.fit(module, None if data is module else data or loader(), loader(32), ckpt_path=ckpt_path)
     return trainer, module
 
 
@@ -146,6 +146,39 @@ def samples_in(folder: Path) -> list[tuple[int, int]]:
     """Epoch and index of every sample that a worker trained on."""
     lines = [line.split() for path in folder.glob("samples*") for line in path.read_text().splitlines()]
     return [(int(epoch), int(index)) for epoch, index in lines]
+
+
+class Growing(Toy):
+    """Has more data in every epoch."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(40 + 50 * self.trainer.current_epoch, shuffle=True)
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "sync_sgd"])
+def test_a_dataset_that_grows_is_used_as_in_a_real_run(name: str, tmp_path: Path) -> None:
+    """Workers share its first epoch; then each has the part that it would have under DDP."""
+    modules = [Growing(), Growing()]
+    for number, module in enumerate(modules):
+        module.folder = tmp_path / str(number)
+        module.folder.mkdir()
+        trainer, _ = fit(name, module, module, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    used = [sorted(index for at, index in samples_in(tmp_path / "0") if at == epoch) for epoch in range(3)]
+    assert used[0] == list(range(40))
+    for epoch, length in ((1, 90), (2, 140)):
+        assert set(used[epoch]) == set(range(length))
+        assert len(used[epoch]) == -(-length // WORKERS) * WORKERS  # DDP's sampler repeats samples for equal parts
+        parts = [path.read_text().splitlines() for path in (tmp_path / "0").glob("samples*")]
+        assert {sum(line.startswith(f"{epoch} ") for line in part) for part in parts} == {-(-length // WORKERS)}
+    assert trainer.strategy.history[-1].steps == 10 + WORKERS * (6 + 9)
+    for parameter, same in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(parameter, same)
+
+
+def test_a_dataset_that_grows_leaves_the_ordered_steps_as_they_are(tmp_path: Path) -> None:
+    module = Growing()
+    trainer, _ = fit("halos", module, module, max_steps=25, reload_dataloaders_every_n_epochs=1)
+    assert trainer.strategy.history[-1].steps == 25 * WORKERS
 
 
 class Skipping(Toy):

@@ -23,7 +23,7 @@ import torch
 
 from lightning_halos.core.messages import Failure, LeaseRequest, Message, Push, Refusal, StatusReply
 from lightning_halos.core.vector import PART
-from lightning_halos.transport import dialer, listener, wire
+from lightning_halos.transport import dialer, frames, listener
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import Certificate, make_authority, make_region, read_keys
 from lightning_halos.transport.dialer import dial
@@ -36,8 +36,9 @@ from lightning_halos.transport.errors import (
     ServerUnreachableError,
 )
 from lightning_halos.transport.link import wait_all
+from lightning_halos.transport.opening import HEADER_BYTES, Answer, Opening, decode, encode, length_of
 from lightning_halos.transport.server_connection import ServerConnection
-from lightning_halos.transport.session import HEADER_BYTES, Answer, Opening, Session, decode, encode, length_of
+from lightning_halos.transport.session import Session
 from lightning_halos.transport.tls import client_context
 from lightning_halos.transport.tls_link import TLSLink
 from tests.tls.star import LIMIT, Server, keys, server
@@ -169,10 +170,10 @@ class TestSessions:
         own, its = running.meet(streams=0)
         ear = Ear(its.control)
         connection = own.control._connections[0]
-        connection.send(struct.pack("<qqq", -3, wire.PROTOCOL, 0))
+        connection.send(struct.pack("<qqq", -3, frames.PROTOCOL, 0))
         tracemalloc.start()
         try:
-            connection.send(struct.pack("<qqq", wire.MOST_BYTES, 0, 0) + bytes(100_000))
+            connection.send(struct.pack("<qqq", frames.MOST_BYTES, 0, 0) + bytes(100_000))
             wait_until(lambda: its.control.bytes_received > 100_000)
             assert tracemalloc.get_traced_memory()[1] < 2**20
         finally:
@@ -372,12 +373,12 @@ class TestWhoIsRefused:
 
     def test_another_version(self, running: Server) -> None:
         with authenticated(running) as tls:
-            tls.sendall(struct.pack("!4sHH", b"HALO", wire.PROTOCOL + 1, 10))
+            tls.sendall(struct.pack("!4sHH", b"HALO", frames.PROTOCOL + 1, 10))
             answer = read_answer(tls)
             assert "us at 127.0.0.1:" in answer.refusal
-            assert f"uses version {wire.PROTOCOL + 1} of the protocol" in answer.refusal
-        with pytest.raises(ProtocolVersionError, match=f"it uses version {wire.PROTOCOL + 1}"):
-            length_of(struct.pack("!4sHH", b"HALO", wire.PROTOCOL + 1, 10), "it")
+            assert f"uses version {frames.PROTOCOL + 1} of the protocol" in answer.refusal
+        with pytest.raises(ProtocolVersionError, match=f"it uses version {frames.PROTOCOL + 1}"):
+            length_of(struct.pack("!4sHH", b"HALO", frames.PROTOCOL + 1, 10), "it")
 
     @pytest.mark.parametrize(
         "opening",
@@ -394,7 +395,7 @@ class TestWhoIsRefused:
     @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x81\xa7streams\xa1x"], ids=["nothing", "no message", "type"])
     def test_what_is_no_opening(self, running: Server, data: bytes) -> None:
         with authenticated(running) as tls:
-            tls.sendall(struct.pack("!4sHH", b"HALO", wire.PROTOCOL, len(data)) + data)
+            tls.sendall(struct.pack("!4sHH", b"HALO", frames.PROTOCOL, len(data)) + data)
             assert "Not an opening" in read_answer(tls).refusal
         assert still_works(running)
 

@@ -42,6 +42,7 @@ from lightning_halos.transport import wire
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import make_region, read_keys
 from lightning_halos.transport.dialer import dial
+from lightning_halos.transport.frames import PROTOCOL
 from lightning_halos.transport.tls import client_context
 from tests.serving.region import DESCRIPTION, ELEMENTS, Region
 from tests.tls.star import LIMIT, keys
@@ -145,7 +146,7 @@ def openings() -> SearchStrategy[bytes]:
     """Bytes with a correct header, and no message or a wrong one after it."""
     return st.builds(
         lambda version, length, data: struct.pack("!4sHH", b"HALO", version, length) + data,
-        st.sampled_from([wire.PROTOCOL, 0, 65535]),
+        st.sampled_from([PROTOCOL, 0, 65535]),
         st.integers(0, 65535),
         st.binary(max_size=200),
     )
@@ -232,7 +233,7 @@ def send_frames(address: Address, sent: list[bytes]) -> None:
     connection = session.control._connections[0]
     try:
         with contextlib.suppress(OSError):
-            for data in (struct.pack("<qqq", HELLO, wire.PROTOCOL, 0), *sent):
+            for data in (struct.pack("<qqq", HELLO, PROTOCOL, 0), *sent):
                 connection.send(data)
     finally:
         session.abort()

@@ -19,10 +19,10 @@ from lightning_halos.transport import alarm as alarm_module
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError
+from lightning_halos.transport.frames import PROTOCOL
 from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, wait_all
 from lightning_halos.transport.tls_link import TLSLink
-from lightning_halos.transport.wire import PROTOCOL
 from tests.tls import star
 
 TIMEOUT = 4.0  # seconds of silence

@@ -30,7 +30,8 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import gather_through, interruptible, make_group
+from lightning_halos.transport.groups import gather_through, make_group
+from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.link import Link, LoopbackLink
 from lightning_halos.transport.store import open_store
 

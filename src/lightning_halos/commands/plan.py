@@ -6,19 +6,14 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
-
-from lightning_halos.core.algorithms import ALGORITHMS, Algorithm, Halos
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
-from lightning_halos.planning.planner import make_timing, plan
-from lightning_halos.planning.random_cluster import random_cluster
-from lightning_halos.planning.report import as_json, save_picture, table
-from lightning_halos.planning.sweep import sweep, sweep_table
-from lightning_halos.planning.trace import write_trace
-from lightning_halos.simulation.cluster import SimulatedCluster
+
+if TYPE_CHECKING:
+    from lightning_halos.core.algorithms import Algorithm
+    from lightning_halos.simulation.cluster import SimulatedCluster
 
 SUMMARY = "Say where the time would go on a cluster, under each algorithm, without training."
 EXAMPLES = """\
@@ -39,6 +34,9 @@ _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in prop
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
+    from lightning_halos.core.algorithms import ALGORITHMS
+    from lightning_halos.simulation.cluster import AllReduce
+
     parser.set_defaults(run=_plan)
     where = parser.add_argument_group("the cluster")
     where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")
@@ -60,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--baseline-local-steps", type=int, default=32, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
     )
+    how.add_argument(
+        "--all-reduce",
+        choices=get_args(AllReduce),
+        help="of DiLoCo and synchronous SGD: through rank 0, as in real runs, or in a ring of all workers (default: as"
+        " the cluster's description says, else star)",
+    )
     how.add_argument("--sweep", action="store_true", help="vary H, K and the number of servers of HALoS instead")
     what = parser.add_argument_group("what to simulate and write")
     what.add_argument("--hours", type=float, default=1.0, help="virtual hours (default: 1)")
@@ -76,7 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from lightning_halos.planning.planner import make_timing, plan
+    from lightning_halos.planning.report import as_json, save_picture, table
+    from lightning_halos.planning.sweep import sweep, sweep_table
+    from lightning_halos.planning.trace import write_trace
+
     name, cluster = _cluster(arguments)
+    if arguments.all_reduce is not None:
+        cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
     timing, folder = make_timing(cluster, arguments.message_bytes), arguments.output
     if arguments.sweep:
         _report(arguments, "sweep", sweep_table(sweep(timing, arguments.hours), timing))
@@ -105,6 +116,8 @@ def _report(arguments: argparse.Namespace, name: str, text: str) -> None:
 
 def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
+    from lightning_halos.core.algorithms import ALGORITHMS, Halos
+
     check_count("baseline_local_steps", arguments.baseline_local_steps)
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
@@ -124,6 +137,11 @@ def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
 
 def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     """The name for files about the cluster, and the cluster."""
+    import yaml
+
+    from lightning_halos.planning.random_cluster import random_cluster
+    from lightning_halos.simulation.cluster import SimulatedCluster
+
     path, size = arguments.cluster, arguments.random_cluster
     if (path is None) == (size is None):
         raise ValueError("give either the file that describes the cluster, or --random-cluster RxW such as 4x4.")

@@ -66,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a region is lost when nothing came from it for so long (default: 30)",
     )
     run.add_argument(
+        "--patience",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="the others wait so long, or longer if their rounds are long, for a region that is connected and does not"
+        " do its part (default: 1800)",
+    )
+    run.add_argument(
         "--snapshot-every",
         type=int,
         default=1,
@@ -96,6 +104,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.snapshot_every,
         arguments.timeout,
         arguments.liveness,
+        arguments.patience,
         arguments.decider,
     )
     address = parse_address(arguments.listen)

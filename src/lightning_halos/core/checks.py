@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch.optim import Optimizer
-
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises a ``ValueError`` unless a value is a whole number of at least ``least``."""
@@ -36,6 +34,8 @@ def check_seconds(name: str, value: Any) -> None:
 
 def check_optimizer(name: str, factory: Any) -> None:
     """Raises a ``TypeError`` unless a value is ``None`` or a function that makes an optimizer."""
+    from torch.optim import Optimizer  # here, because some commands check their arguments and do not need torch
+
     if factory is not None and (isinstance(factory, Optimizer) or not callable(factory)):
         raise TypeError(
             f"{name}=<{type(factory).__name__}> must be a function from parameters to an optimizer, such as"

@@ -15,12 +15,29 @@ from typing import Any
 import torch
 
 from lightning_halos.core.algorithms.halos import default_global_optimizer, default_single_optimizer
+from lightning_halos.core.checks import is_number
 from lightning_halos.core.cursor import DataCursor, Spans
 from lightning_halos.core.messages import RunDescription
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LARGEST = {  # what a run may have at most; far above what makes sense, and far below what a computation cannot take
+    "local_steps": 10**6,
+    "steps_per_epoch": 2**53,
+    "max_epochs": 2**31,
+    "max_steps": 2**40,
+    "lr": 1000.0,
+    "momentum": 1.0,
+    "delay": 100_000,
+    "activation": 1.0,
+}
+_MOST_ELEMENTS = 2**40
+_MOST_TENSORS = 2**20  # parameters, and averaged buffers
+_MOST_DIMENSIONS = 64  # of a tensor, as in torch
+_MOST_STEPS = 2**53  # local steps of all epochs together
+_MOST_SETTINGS = 1000
+_LARGEST_SETTING = 10**18
 _MOST_STEPS_PER_BATCH = 64  # several optimizers may step in a batch
 _SHOWN = 5  # differences in a refusal
 _MOST_CHARACTERS = 500  # of each of them
@@ -36,17 +53,72 @@ MOST_WORKERS = 100_000
 
 
 def check(description: RunDescription) -> None:
-    """Raises a ``ValueError`` if a run cannot have this description."""
-    steps = description.settings.get("local_steps")
-    momentum = description.settings.get("has_momentum")
+    """Raises a ``ValueError`` that names the value if a run cannot have this description.
+
+    The first member that joins says what the run is, so that nothing else has compared its numbers with anything.
+    """
     if description.dtype not in _DTYPES:
         raise ValueError(f"dtype {description.dtype!r}: must be one of {', '.join(_DTYPES)}")
-    if len(description.names) != len(description.shapes) or not description.shapes:
-        raise ValueError(f"{len(description.shapes)} parameters with {len(description.names)} names")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1 or not isinstance(momentum, bool):
-        raise ValueError(f"local_steps {steps!r}, has_momentum {momentum!r}: must be a positive number, and a bool")
+    _check_tensors(description)
+    _check_settings(description)
     if (description.data is None) != (description.steps_per_epoch == 0):
         raise ValueError(f"training data {description.data!r} with {description.steps_per_epoch} local steps")
+    _check_number("steps_per_epoch", description.steps_per_epoch)
+    _check_number("max_epochs", description.epochs)
+    _check_number("max_steps", description.max_steps)
+    if (steps := description.steps_per_epoch * (description.epochs or 1)) > _MOST_STEPS:
+        raise ValueError(f"{steps} local steps in {description.epochs} epochs: must be at most {_MOST_STEPS}")
+    _check_optimizer(description)
+
+
+def _check_number(name: str, value: Any, least: int = 0) -> None:
+    """Raises an error unless a value is ``None`` or within its limits."""
+    if value is not None and not (is_number(value) and least <= value <= _LARGEST[name]):
+        raise ValueError(f"{name} {value!r}: must be a number from {least} to {_LARGEST[name]}")
+
+
+def _check_tensors(description: RunDescription) -> None:
+    if len(description.names) != len(description.shapes) or not description.shapes:
+        raise ValueError(f"{len(description.shapes)} parameters with {len(description.names)} names")
+    shapes = [*description.shapes, *(shape for _, shape in description.buffers)]
+    if len(shapes) > _MOST_TENSORS:
+        raise ValueError(f"{len(shapes)} parameters and buffers: must be at most {_MOST_TENSORS}")
+    elements: float = 0
+    for shape in shapes:
+        # Checked one after the other, because the product of many large numbers takes long.
+        size = math.prod(shape) if len(shape) <= _MOST_DIMENSIONS else math.inf
+        elements += size if min(shape, default=0) >= 0 else math.inf
+        if elements > _MOST_ELEMENTS:
+            raise ValueError(
+                f"a tensor of shape {shape[:_MOST_DIMENSIONS]}: a model has at most {_MOST_ELEMENTS} elements"
+            )
+
+
+def _check_settings(description: RunDescription) -> None:
+    settings = description.settings
+    if len(settings) > _MOST_SETTINGS:
+        raise ValueError(f"{len(settings)} settings: must be at most {_MOST_SETTINGS}")
+    steps, momentum = settings.get("local_steps"), settings.get("has_momentum")
+    if not isinstance(steps, int):
+        raise ValueError(f"local_steps {steps!r}: must be an integer")
+    _check_number("local_steps", steps, 1)
+    if not isinstance(momentum, bool):
+        raise ValueError(f"has_momentum {momentum!r}: must be True or False")
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST_SETTING:
+            raise ValueError(f"{name} {value!r}: must be a number from -{_LARGEST_SETTING} to {_LARGEST_SETTING}")
+
+
+def _check_optimizer(description: RunDescription) -> None:
+    for name, value in (description.global_optimizer or {}).items():
+        if name not in ("lr", "momentum", "delay", "activation"):
+            raise ValueError(f"global_optimizer: {name!r} is no argument of DelayedNesterov")
+        if name == "delay" and not float(value).is_integer():
+            raise ValueError(f"global_optimizer: delay {value!r}: must be an integer")
+        try:
+            _check_number(name, value)
+        except ValueError as error:
+            raise ValueError(f"global_optimizer: {error}") from None
     try:
         global_optimizer(description, 1)([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, OverflowError) as error:

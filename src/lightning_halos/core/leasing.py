@@ -5,6 +5,7 @@ The arithmetic of ranges is in ``cursor``. The global node decides who is a memb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from lightning_halos.core import description as descriptions
@@ -18,6 +19,7 @@ from lightning_halos.core.roster import Roster
 
 _LARGEST_ORDER = 65  # rounds of all workers of a member that it may order data for at once; see `LeaseStock`
 _MOST_UNKNOWN = 4  # largest orders of all members that may have been granted after the snapshot of a restart
+_MUCH = 8  # rounds of all workers of a member: more than it needs to end the rounds that they are in
 _MOST_OPEN = 64  # largest orders that a member may hold and not report; a region may order about 33 ahead
 
 
@@ -25,6 +27,7 @@ class Leasing:
     """Leases the data of a run to its members.
 
     - "No data is left" is said to a member only if nobody else who is not waiting, too, has data that is not reported.
+      If somebody waits and holds much, it is the first to be told, and the others wait for its reports.
     - Data is leased only to members that a snapshot on disk has, and, after a restart, only when all members have
       returned or are lost. Otherwise data could be leased twice.
 
@@ -92,8 +95,7 @@ class Leasing:
             request = member.request
             if request is None or not (member.is_saved or cursor.is_over):
                 continue
-            others = any(other.open.steps and other.request is None for other in present if other is not member)
-            if cursor.is_over and others and not is_over:
+            if cursor.is_over and not is_over and self._others_hold(member, present):
                 continue  # another one may be lost, and its data come back
             steps = max(1, min(request.steps, self._largest_order * member.workers))
             lease = None if is_over else cursor.take(steps, sharers=len(present))
@@ -104,6 +106,32 @@ class Leasing:
                 member.leased.add([(first, first + lease.steps)])
             sends.append(Send(member.index, member.grant))
         return sends
+
+    def _others_hold(self, member: Member, present: Iterable[Member]) -> bool:
+        """Whether others work on data that a member can get if they are lost."""
+        may_pass = self._holds_much(member)
+        return any(
+            other.open.steps and (other.request is None or (self._holds_much(other) and not may_pass))
+            for other in present
+            if other is not member
+        )
+
+    def _holds_much(self, member: Member) -> bool:
+        return member.open.steps > _MUCH * int(self._description.settings["local_steps"] or 1) * member.workers
+
+    def is_awaited(self, member: Member) -> bool:
+        """Whether others wait for data that a member holds."""
+        if self.cursor is None or self.awaited or member.request is not None or not list(member.open):
+            return False
+        others = any(other.request is not None for other in self._members.present if other is not member)
+        return others and self.cursor.is_over
+
+    def holds_old_data(self, member: Member) -> bool:
+        """Whether a member holds data of an epoch such that the next one is over, too."""
+        if self.cursor is None or self.cursor.is_over:
+            return False
+        first, _ = next(iter(member.open), (math.inf, 0))
+        return first < (self.cursor.epoch - 1) * self._description.steps_per_epoch
 
     def report(self, member: Member, data: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Records data that a member has trained on. Returns what no other report had."""

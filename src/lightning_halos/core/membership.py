@@ -80,7 +80,7 @@ class Member:
     Attributes:
         name: Its name, by its certificate.
         index: Its index.
-        first: Workers of the members with smaller indices, when it enrolled.
+        first: Workers of the members that have enrolled before it.
         state: Its state.
         counters: Counters for monitoring, of all its sessions.
         begins: The epoch with which its process begins.
@@ -90,6 +90,8 @@ class Member:
         is_stale: Whether this record is from a snapshot, and the member may have gone on since.
         is_saved: Whether a snapshot on disk has the member, with that session, as present.
         has_decided: Whether it decides, or has decided.
+        was_given_up: Whether it was lost because it had let the others wait for too long.
+        owes_model: Whether it has been asked for the initial model on its present connection, and has not sent it.
         update: Number of its last update.
         report: Number of its last report.
         publication: Number of its last publication.
@@ -120,6 +122,8 @@ class Member:
     is_stale: bool = False
     is_saved: bool = False
     has_decided: bool = False
+    was_given_up: bool = False
+    owes_model: bool = False
     update: int = 0
     report: int = 0
     publication: int = 0
@@ -172,6 +176,7 @@ class Member:
     def disconnect(self) -> None:
         """Forgets what belongs to the connection. The member repeats it on the next one."""
         self.request = self.grant = None
+        self.owes_model = False
         self.waiting.clear()
 
     def cover(self, update: int) -> None:

@@ -1,8 +1,8 @@
 """The decisions about a run whose members come and go: who takes part, what of their work counts, and when it ends.
 
 The run goes on whatever happens to a member. A message is checked before anything changes, so that a wrong one costs
-its sender the membership and not the run. The caller measures time: it says when a member is lost. The state is in
-``open_run``, the division of the data in ``leasing``.
+its sender the membership and not the run. The caller tells the time, and when a member was silent for too long. The
+state is in ``open_run``, the division of the data in ``leasing``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
     GlobalModel,
+    InitialModel,
     Join,
     LeaseRequest,
     Marker,
@@ -87,6 +88,9 @@ class OpenGlobalNode(OpenRun):
                 return self._on_join(member, message)
         if member.state is MemberState.JOINING:
             raise ProtocolError(f"{member} has not joined: {brief(message)}.")
+        if isinstance(message, InitialModel) and member.owes_model:
+            member.owes_model = False
+            return []  # that of another member was faster
         if not member.is_active:
             return []  # it repeats what is needed when it is back
         if self.state is GlobalState.FINISHED and isinstance(message, RegionUpdate | Progress | Publish):
@@ -117,6 +121,25 @@ class OpenGlobalNode(OpenRun):
         self._members.refuse(self._members[index], reason)
         return [Send(index, Refusal(reason)), *self.lose(index)]
 
+    def tick(self, now: float) -> list[Send]:
+        """Gives members up that have let the others wait for too long; see :class:`Patience`.
+
+        Such a member may return once, and has what nobody else has taken meanwhile. The second time it is expelled.
+
+        Args:
+            now: The time in seconds, by a clock that never goes back.
+        """
+        if self.state is GlobalState.FINISHED:
+            return []
+        is_stopping, sends = self.state is GlobalState.STOPPING, list[Send]()
+        for member, reason in self._patience.exhausted(now, self._members, self._leasing, is_stopping):
+            if member.was_given_up:
+                sends += self.expel(member.index, f"{reason} It was the second time.")
+            else:
+                sends += [Send(member.index, Refusal(reason, for_good=False)), *self.lose(member.index)]
+                member.was_given_up = True
+        return sends
+
     def end(self) -> list[Send]:
         """Asks all members to stop, as a worker can."""
         if self.state is GlobalState.FINISHED:
@@ -140,7 +163,7 @@ class OpenGlobalNode(OpenRun):
     def _on_enrol(self, member: Member, enrol: Enrol) -> list[Send]:
         check(is_possible(enrol), member, enrol)
         self._move(OpenEvent.ENROL)
-        member.workers = member.workers or enrol.workers
+        self._members.enrol(member, enrol.workers)
         return [Send(member.index, Enrolled(self.budget.workers, member.first))]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
@@ -153,6 +176,7 @@ class OpenGlobalNode(OpenRun):
             if member.is_present:
                 self._lose(member)
             self._members.refuse(member, "Another process of this region has joined since. Start this one anew.")
+            self._members.enrol(member, join.workers)
             member.begin(join.session, join.workers, self._leasing.epoch_of(member))
             member.move(MemberEvent.JOIN)
             member.move(MemberEvent.WELCOME)

@@ -21,6 +21,7 @@ from lightning_halos.core.member_status import status_of
 from lightning_halos.core.membership import Member
 from lightning_halos.core.messages import GlobalModel, RunDescription, Status, Welcome
 from lightning_halos.core.node import Node
+from lightning_halos.core.patience import Patience
 from lightning_halos.core.protocol import OPEN_GLOBAL_TRANSITIONS, GlobalState, OpenEvent, Send
 from lightning_halos.core.roster import Roster
 from lightning_halos.core.schedule import StepBudget
@@ -38,6 +39,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         workers: Number of workers that a global step is divided by.
         members: The members; those that are joining are welcomed by :meth:`start`.
         preferred: Name of the member that decides if it is active.
+        patience: Seconds that the others wait, at least, for a member that is connected; see :class:`Patience`.
 
     Attributes:
         server: The global server.
@@ -53,6 +55,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         workers: int,
         members: Roster | None = None,
         preferred: str | None = None,
+        patience: float = 1800.0,
     ) -> None:
         budget = StepBudget(workers, description.max_steps)
         super().__init__("The global server", GlobalState.RUNNING, OPEN_GLOBAL_TRANSITIONS, budget)
@@ -61,6 +64,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         self.server = GlobalServer(model, descriptions.global_optimizer(description, 1), shapes)
         self._is_restored = False
         self._deciding = Deciding(preferred)
+        self._patience = Patience(patience)
         self._set_members(Roster() if members is None else members)
 
     def _set_members(self, members: Roster, done: Spans | None = None, awaited: Iterable[int] = ()) -> None:
@@ -69,14 +73,15 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         self._confirmations = Confirmations(members)
 
     @classmethod
-    def restored(cls: type[R], state: Mapping[str, Any], preferred: str | None = None) -> R:
+    def restored(cls: type[R], state: Mapping[str, Any], preferred: str | None = None, patience: float = 1800.0) -> R:
         """Returns the node of a snapshot on disk. None of its members is connected."""
         fields = state["description"]
         description = RunDescription(
             **{**fields, "buffers": [(name, list(shape)) for name, shape in fields["buffers"]]}
         )
         elements, dtype = descriptions.form(description)
-        node = cls(torch.zeros(elements, dtype=dtype), description, state["workers"], preferred=preferred)
+        model = torch.zeros(elements, dtype=dtype)
+        node = cls(model, description, state["workers"], preferred=preferred, patience=patience)
         node.load_state_dict(state)
         return node
 
@@ -87,8 +92,10 @@ class OpenRun(Node[GlobalState, OpenEvent]):
 
     @property
     def present(self) -> int:
-        """Number of members that are connected."""
-        return len(self._members.active)
+        """Number of members that are connected; 0 if work is left, and all of them have sent their last updates."""
+        active = self._members.active
+        can_work = self.state is not GlobalState.RUNNING or not all(member.is_flushed for member in active)
+        return len(active) if can_work else 0
 
     @property
     def wants_snapshot(self) -> bool:
@@ -99,7 +106,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         """Returns the index of the member with a name, which is the same for ever."""
         member = self._members.named(name)
         if member is None:
-            member = self._members.add(name, self._members.workers, is_stale=self._is_restored)
+            member = self._members.add(name, is_stale=self._is_restored)
         return member.index
 
     def name_of(self, index: int) -> str:

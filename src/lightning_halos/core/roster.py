@@ -41,11 +41,17 @@ class Roster:
         """Returns the member with a name, if there is one."""
         return next((member for member in self if member.name == name), None)
 
-    def add(self, name: str, first: int = 0, is_stale: bool = False) -> Member:
+    def add(self, name: str, is_stale: bool = False) -> Member:
         """Adds a member. Its index is the same for ever."""
-        member = Member(name, len(self._members), first, is_stale=is_stale)
+        member = Member(name, len(self._members), is_stale=is_stale)
         self._members[member.index] = member
         return member
+
+    def enrol(self, member: Member, workers: int) -> None:
+        """Records the number of a member's workers, unless it is known. They come after those of all others."""
+        if not member.workers:
+            member.first = max((other.first + other.workers for other in self), default=0)
+            member.workers = workers
 
     @property
     def workers(self) -> int:

@@ -183,7 +183,10 @@ def _in_lockstep(algorithm: Algorithm, timing: Timing, horizon: float, local_ste
     if not len(ends):
         raise ValueError(_too_short(algorithm.name, horizon, slowest + all_reduce))
     total = len(ends) * 2 * (workers - 1) * timing.message_bytes
-    between = total * regions // workers if regions > 1 else 0
+    if timing.cluster.all_reduce == "ring":
+        between = total * regions // workers if regions > 1 else 0
+    else:
+        between = len(ends) * 2 * (regions - 1) * timing.message_bytes
     return Plan(
         algorithm.name,
         algorithm.title,

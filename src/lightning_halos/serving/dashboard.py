@@ -19,7 +19,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lightning_halos.serving.report import COLUMNS, NOBODY, cells, clock, facts, span, warnings
+from lightning_halos.serving.report import COLUMNS, NOBODY, cells, clock, facts, left_out, span, warnings
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ def page(status: dict[str, Any]) -> str:
     values = "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts(status))
     done = f'<progress max="{ordered}" value="{run["global_step"]}"></progress>' if ordered and ordered > 0 else ""
     rows = "".join(_row(name, member) for name, member in status["members"].items())
+    rest = "".join(f"<p class=dim>{html.escape(sentence)}</p>" for sentence in left_out(status))
     notices = "".join(f"<p class=notice>{html.escape(sentence)}</p>" for sentence in warnings(status))
     events = "".join(
         f"<li><span class=dim>{clock(at)}</span> {html.escape(text)}</li>"
@@ -184,7 +185,7 @@ def page(status: dict[str, Any]) -> str:
 <h2>Regions</h2>
 <div class="scroll"><table><thead><tr>{_cells("th", ["region", "state", *COLUMNS])}</tr></thead><tbody>{rows}</tbody>
 </table></div>
-{"" if rows else f"<p class=dim>{NOBODY}</p>"}
+{"" if rows else f"<p class=dim>{NOBODY}</p>"}{rest}
 <h2>Latest events</h2>
 <ul>{events or "<li class=dim>none yet</li>"}</ul>
 </body></html>

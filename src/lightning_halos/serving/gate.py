@@ -1,15 +1,15 @@
 """Which messages to members wait for a snapshot.
 
 A member that has got its last message is gone and repeats nothing, so what it has given must be on disk before. A
-member that has been welcomed must not be forgotten, nor must the run. When snapshots are written is decided in
-``snapshots``; what is sent, by the run's node.
+member that has been welcomed must not be forgotten, nor must the run, nor what a region was told when it enrolled. When
+snapshots are written is decided in ``snapshots``; what is sent, by the run's node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lightning_halos.core.messages import GlobalModel, Message, Welcome
+from lightning_halos.core.messages import Enrolled, GlobalModel, Message, Welcome
 from lightning_halos.core.protocol import Send
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.serving.client import Client
@@ -38,9 +38,9 @@ class SnapshotGate:
         self.must_save = False
         return self._begun
 
-    def written(self, number: int) -> None:
-        """Records that a snapshot is on disk."""
-        self._written, self._is_on_disk = number, True
+    def written(self, number: int, has_run: bool = True) -> None:
+        """Records that a snapshot is on disk: of the run, or of what was decided before it has begun."""
+        self._written, self._is_on_disk = number, self._is_on_disk or has_run
 
     def failed(self, number: int) -> None:
         """Lets messages pass that wait for a snapshot which could not be written, as nobody would gain by waiting.
@@ -68,4 +68,4 @@ class SnapshotGate:
 def _must_wait(message: Message | Shard) -> bool:
     if isinstance(message, Welcome):
         return message.is_new and not message.needs_model
-    return isinstance(message, GlobalModel) and message.final
+    return isinstance(message, Enrolled) or (isinstance(message, GlobalModel) and message.final)

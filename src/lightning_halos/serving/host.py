@@ -33,6 +33,7 @@ from lightning_halos.core.messages import (
     RegionUpdate,
     StatusReply,
     StatusRequest,
+    Welcome,
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
@@ -147,6 +148,21 @@ class RunHost:
         """Whether a message, or a new member's data, waits for a snapshot."""
         with self._lock:
             return self._gate.must_save or (isinstance(self.node, OpenGlobalNode) and self.node.wants_snapshot)
+
+    def begin_founding(self) -> tuple[int, dict[str, Any]] | None:
+        """Begins to save what was decided before the run has begun; ``None`` if it has.
+
+        Returns:
+            The number of the snapshot, and the state.
+        """
+        with self._lock:
+            return (self._gate.begin(), self.node.state_dict()) if isinstance(self.node, Founding) else None
+
+    def founding_written(self, number: int) -> None:
+        """Records that the state of :meth:`begin_founding` is on disk, and sends what has waited for it."""
+        with self._lock:
+            self._gate.written(number, has_run=False)
+            self._send_held()
 
     def begin_snapshot(self) -> tuple[int, Shard]:
         """Begins a snapshot. Returns its number, and its state as far as it has been copied."""
@@ -449,6 +465,8 @@ class RunHost:
                 self._note(client, f"{client} is refused: {message.reason}", logging.WARNING)
             case Decide():
                 self._note(client, f"{client.session.name} decides from now on.")
+            case Welcome(needs_model=True):
+                self._note(client, f"{client.session.name} is asked for the initial model.")
             case GlobalModel(final=True) if self._state is not GlobalState.FINISHED:
                 self._note(client, f"{client.session.name} leaves the run.")
         client.begins_to_send(vector_of(message))

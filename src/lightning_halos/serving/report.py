@@ -42,6 +42,7 @@ def table(status: Status) -> str:
         rows = [["region", "state", *COLUMNS]]
         rows += [[name, str(member["state"]), *cells(member)] for name, member in status["members"].items()]
         lines += ["", *_aligned([[printable(cell) for cell in row] for row in rows], left=2)]
+        lines += left_out(status)
     else:
         lines += ["", NOBODY]
     notices = warnings(status)
@@ -85,6 +86,13 @@ def cells(member: Mapping[str, Any]) -> list[str]:
         "-" if silence is None else f"{span(silence)} ago",
         member.get("address") or "-",
     ]
+
+
+def left_out(status: Status) -> list[str]:
+    """Returns a sentence about the regions that are not described, if there are any."""
+    count = status.get("left_out", 0)
+    states = ", ".join(f"{number:,} {state}" for state, number in status.get("states", {}).items())
+    return [f"{count:,} more regions are not shown; of all regions, {printable(states)}."] if count else []
 
 
 def warnings(status: Status) -> list[str]:

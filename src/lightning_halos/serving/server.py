@@ -32,6 +32,7 @@ FINISHED, ABANDONED = 0, 1
 """Exit codes of a run that is done, and of one that the server has given up. After a signal: 128 + signal."""
 
 _TICK = 0.25  # seconds between two looks at the clock
+_LONGEST_TICK = 5.0  # seconds of them that count
 _RETRY = 10.0  # seconds after a final model that could not be written
 _HEAR = 10.0  # seconds in which members must hear that the server gives up
 _LEAST_LIVENESS = 5.0  # seconds; a connection shows a sign of life each second, and may be slow for a few
@@ -48,6 +49,7 @@ class Rules:
         timeout: Seconds that fewer than ``min_regions`` members may be present, once the run has begun; that the disk
             may be full; and that the server waits for goodbyes when the run is finished.
         liveness: Seconds of silence after which a member is lost.
+        patience: Seconds that the others wait, at least, for a member that is connected and does not do its part.
         decider: Name of the region that decides about validation and checkpoints while it is present. Default: the one
             that has been a member for longest.
 
@@ -60,6 +62,7 @@ class Rules:
     snapshot_every: int = 1
     timeout: float = 3600.0
     liveness: float = 30.0
+    patience: float = 1800.0
     decider: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,8 +80,9 @@ class Rules:
                 f"--liveness {self.liveness:g} must be at least {_LEAST_LIVENESS:g} seconds, because a slow connection"
                 " may be silent for a few."
             )
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout {self.timeout:g} must be a positive number of seconds.")
+        for name in ("timeout", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name):g} must be a positive number of seconds.")
 
 
 MOST_UPDATES = 8
@@ -109,9 +113,11 @@ class RunServer:
         self._stays_until = 0.0  # if the run was finished before this process started
         self._is_written = False  # the final model
         self._retry_at = 0.0  # when to write it again
+        self._ticked = time.monotonic()
+        self._seconds = 0.0  # that count for the members
         self._unwritten_since: float | None = None  # when it could not be written for the first time
         state = directory.load()
-        node = self._founding() if state is None else self._resumed(state)
+        node = self._founding(directory.load_founding()) if state is None else self._resumed(state)
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
         self._snapshots = SnapshotWriter(self.host, directory, rules.snapshot_every, self._summary)
         self.reporter = Reporter(self.host, self._snapshots, directory.path, rules.min_regions)
@@ -161,18 +167,22 @@ class RunServer:
         if self._signal is not None:
             return self._end_for_signal(self._signal)
         self.host.watch(now)
+        # A member may wait for the disk, and nobody did anything while this process was stopped.
+        passed = min(now - self._ticked, _LONGEST_TICK) if self._snapshots.failing_since is None else 0.0
+        self._ticked, self._seconds = now, self._seconds + passed
+        self.host.act(lambda node: node.tick(self._seconds))
         self.host.expel_if(objection)
         self.reporter.sample(now)
         if self._is_finished:
             return self._end_finished(now) if self._has_written_final_model(now) else self._give_up_finished(now)
         return self._give_up_unfinished(now)
 
-    def _founding(self) -> Founding:
+    def _founding(self, state: Mapping[str, Any] | None) -> Founding:
         rules = self._rules
-        return Founding(rules.min_regions, rules.workers, rules.decider)
+        return Founding(rules.min_regions, rules.workers, rules.decider, rules.patience, state)
 
     def _resumed(self, state: Mapping[str, Any]) -> OpenGlobalNode:
-        return OpenGlobalNode.restored(state, self._rules.decider)
+        return OpenGlobalNode.restored(state, self._rules.decider, self._rules.patience)
 
     @property
     def _is_finished(self) -> bool:
@@ -237,7 +247,7 @@ class RunServer:
         few, limit, failing = self._rules.min_regions, self._rules.timeout, self._snapshots.failing_since
         if self._too_few(now):
             regions = "regions" if few > 1 else "region"
-            return self._give_up(f"Fewer than {few} {regions} were present for longer than {limit:g} s")
+            return self._give_up(f"Fewer than {few} {regions} took part for longer than {limit:g} s")
         if failing is not None and now - failing > limit:
             return self._give_up(f"No snapshot could be written for {limit:g} s ({self._snapshots.failure})")
         return None

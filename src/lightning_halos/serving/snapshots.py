@@ -69,6 +69,9 @@ class SnapshotWriter:
 
     def write(self) -> bool:
         """Writes a snapshot now. Returns whether it is on disk; if it is not, the reason is logged."""
+        founding = self._host.begin_founding()
+        if founding is not None:
+            return self._write_founding(*founding)
         start, updates = time.monotonic(), self._host.updates
         number, shard = self._host.begin_snapshot()
         self._has_failed = True
@@ -77,12 +80,7 @@ class SnapshotWriter:
                 time.sleep(_YIELD)
             written = self._directory.save(shard.state, self._summary())
         except Exception as error:  # the run goes on; its members keep what no snapshot has
-            self._next_at = time.monotonic() + _RETRY
-            self.failure = str(error)
-            self.failing_since = start if self.failing_since is None else self.failing_since
-            self._host.note(f"A snapshot could not be written, and is tried again: {error}", logging.ERROR)
-            if not isinstance(error, OSError):
-                log.error("The error was not expected.", exc_info=error)
+            self._note_failure("A snapshot", error, start)
             self._host.snapshot_failed(number)
             return False
         seconds = time.monotonic() - start
@@ -91,6 +89,26 @@ class SnapshotWriter:
         self.last = {"time": time.time(), "seconds": seconds, "bytes": written.size}
         self._host.snapshot_written(number, shard)
         return True
+
+    def _write_founding(self, number: int, state: dict[str, Any]) -> bool:
+        start = time.monotonic()
+        self._has_failed = True
+        try:
+            self._directory.save_founding(state)
+        except Exception as error:  # regions wait
+            self._note_failure("What regions are told", error, start)
+            return False
+        self._has_failed, self.failing_since = False, None
+        self._host.founding_written(number)
+        return True
+
+    def _note_failure(self, what: str, error: Exception, start: float) -> None:
+        self._next_at = time.monotonic() + _RETRY
+        self.failure = str(error)
+        self.failing_since = start if self.failing_since is None else self.failing_since
+        self._host.note(f"{what} could not be written, and is tried again: {error}", logging.ERROR)
+        if not isinstance(error, OSError):
+            log.error("The error was not expected.", exc_info=error)
 
     def _run(self) -> None:
         while not self._is_ended:

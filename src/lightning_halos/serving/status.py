@@ -5,19 +5,27 @@ It describes; it decides nothing. ``report`` makes it readable for people.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_halos.core.membership import MemberState
 from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
+from lightning_halos.transport.wire import MOST_CHARACTERS
 from lightning_halos.version import __version__
 
+_MOST_MEMBERS = 300  # that are described one by one
+_MOST_METRICS = 200
+_MOST_CHARACTERS = 200  # of the name of a metric
 _WINDOW = 60.0  # seconds over which rates are averaged
 _LEAST = 1.0  # seconds between two samples
+
+_GONE = (MemberState.LEFT.value, MemberState.LOST.value)
 
 
 class _Sample(NamedTuple):
@@ -59,8 +67,8 @@ class Reporter:
             while now - self._samples[0].at > _WINDOW:
                 self._samples.popleft()
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the state of the run.
+    def describe(self, most_members: int = _MOST_MEMBERS) -> dict[str, Any]:
+        """Returns the state of the run. Its size has a limit, whatever the numbers of members and workers.
 
         - ``version`` of the package, ``time`` and ``started`` (by ``time.time``), ``directory``
         - ``run``: ``state``, ``global_step``, ``max_steps``, ``epoch``, ``epochs``, ``total`` (local steps),
@@ -69,31 +77,48 @@ class Reporter:
         - ``rates`` per second, over the last minute: ``global_steps``, ``local_steps``, ``updates``, ``bytes_sent`` and
           ``bytes_received``
         - ``members`` by name: ``state``, ``workers``, ``steps`` and ``steps_per_second`` (local), ``updates``,
-          ``staleness`` (mean of its pushes), ``rejected`` (pushes), what :meth:`RunHost.connections` tells, and more
+          ``staleness`` (mean of its pushes), ``rejected`` (pushes), ``counters``, ``outliers`` (a few of its workers),
+          what :meth:`RunHost.connections` tells, and more
+        - ``states``: number of members in each state
+        - ``left_out``: number of members that are not in ``members``; those that take part are the last to be left out
         - ``snapshot``: the last one, see :class:`SnapshotWriter`; ``None`` before the first of this process
         - ``events``: the latest ones, as pairs of a time and a sentence; the newest is the last
+
+        Args:
+            most_members: Largest number of members that are described one by one.
         """
         status = self._host.ask(lambda node: node.status())
         connections, (rates, speeds) = self._host.connections(), self._rates()
-        workers = status["run"]["workers"]
+        run, workers = status["run"], status["run"]["workers"]
+        metrics = itertools.islice(run.get("metrics", {}).items(), _MOST_METRICS)
+        order = sorted(status["members"].items(), key=lambda item: item[1]["state"] in _GONE)
         return {
             "version": __version__,
             "time": time.time(),
             "started": self._started,
             "directory": str(self._directory),
-            "run": {**status["run"], "min_regions": self._min_regions},
+            "run": {
+                **run,
+                "metrics": {name[:_MOST_CHARACTERS]: value for name, value in metrics},
+                "min_regions": self._min_regions,
+            },
             "rates": {**rates, "global_steps": rates["local_steps"] / workers if workers else 0.0},
             "members": {
                 name: {**member, "steps_per_second": speeds.get(name), **connections.get(name, {})}
-                for name, member in status["members"].items()
+                for name, member in order[:most_members]
             },
+            "states": Counter(member["state"] for _, member in order),
+            "left_out": max(0, len(order) - most_members),
             "snapshot": self._snapshots.last,
             "events": [list(event) for event in list(self._host.events)],
         }
 
     def text(self) -> str:
-        """Returns the state of the run as JSON."""
-        return json.dumps(self.describe())
+        """Returns the state of the run as JSON, which a message can carry."""
+        members = _MOST_MEMBERS
+        while len(text := json.dumps(self.describe(members), ensure_ascii=False)) > MOST_CHARACTERS and members:
+            members //= 2
+        return text
 
     def _rates(self) -> tuple[dict[str, float], dict[str, float]]:
         """Returns the rates of the run, and the local steps per second of each member."""

@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its snapshots, and its final model.
+"""The directory of a run: its lock, what was decided before its start, its snapshots, and its final model.
 
 A snapshot is a file of tensors and plain values, and a small file beside it with its size and checksum, which is
 written last: without it there is no snapshot. The newest two are kept. The server decides what a snapshot contains.
@@ -109,6 +109,33 @@ class RunDirectory:
             self._remove_others()
         return written
 
+    def load_founding(self) -> dict[str, Any] | None:
+        """Returns what was decided before the run has begun; ``None`` if there is nothing.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        try:
+            state: dict[str, Any] = json.loads(self._founding_file.read_bytes())
+            if not isinstance(state, dict) or state.keys() != {"workers", "regions"}:
+                raise ValueError("it has another format")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._founding_file} cannot be read: {error}. Remove it if no job waits for the run to begin."
+            ) from None
+        return state
+
+    def save_founding(self, state: Mapping[str, Any]) -> None:
+        """Writes what was decided before the run has begun.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        text = json.dumps(state, indent=1) + "\n"
+        files.write(self._founding_file, lambda file: file.write(text.encode()))
+
     def write_final_model(self, checkpoint: Mapping[str, Any]) -> None:
         """Writes the final model.
 
@@ -151,6 +178,10 @@ class RunDirectory:
             for path in set(self.path.glob(pattern)) - kept:
                 with contextlib.suppress(OSError):
                     path.unlink()
+
+    @property
+    def _founding_file(self) -> Path:
+        return self.path / "founding.json"
 
     def _state_file(self, number: int) -> Path:
         return self.path / f"{_PREFIX}{number:08d}.pt"

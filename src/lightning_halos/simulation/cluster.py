@@ -10,11 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 
 from lightning_halos.core.checks import check_count, is_number
+
+AllReduce = Literal["star", "ring"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,13 @@ class SimulatedCluster:
             lets a small model stand for a large one.
         global_region: Index of the global server's region.
         names: Names of the regions. Default: ``"0"``, ``"1"``, ...
+        all_reduce: How DiLoCo and synchronous SGD average over all workers. ``"star"``: each region's first worker
+            collects the models of its region, and the first worker of the global region those of the other regions, as
+            real runs do. ``"ring"``: in a ring of all workers, as in the simulator of the HALoS paper and under DDP.
+        record_parameters: Whether the history keeps the server's model after every event; for small models only.
         devices_per_worker: Devices of each worker, whose speed is that of all of them together, and which share its
             links: each sends its slice of a model at the same time. Default: as many as the strategy has processes per
             worker.
-        record_parameters: Whether the history keeps the server's model after every event; for small models only.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -45,6 +50,7 @@ class SimulatedCluster:
     message_bytes: int | None = None
     global_region: int = 0
     names: Sequence[str] = ()
+    all_reduce: AllReduce = "star"
     record_parameters: bool = False
     devices_per_worker: int | None = None
 
@@ -69,6 +75,8 @@ class SimulatedCluster:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
         if (devices := self.devices_per_worker) is not None:
             check_count("devices_per_worker", devices)
+        if self.all_reduce not in get_args(AllReduce):
+            raise ValueError(f"all_reduce={self.all_reduce!r} must be one of {get_args(AllReduce)}.")
         if isinstance(self.names, str):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))

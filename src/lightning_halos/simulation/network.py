@@ -78,12 +78,15 @@ class Work:
         steps_per_epoch: Data of an epoch, in local steps. Default: no epochs.
         offset: Position in the data minus local steps: the data that earlier runs trained on, in local steps, minus
             ``budget.total``.
+        ends_with_data: Whether there is no more data after ``end``. Then workers end their epochs by themselves, and
+            are not told to stop.
     """
 
     budget: StepBudget
     end: float = math.inf
     steps_per_epoch: int = 1 << 62
     offset: int = 0
+    ends_with_data: bool = False
 
 
 class Network(ABC):
@@ -222,7 +225,7 @@ class Network(ABC):
             self._next += leased
         steps = self._next - first
         position = first // self._workers if position is None else position
-        pull.stop = not steps
+        pull.stop = not steps and (pull.stop or not self.work.ends_with_data)
         if steps:
             pull.local_steps, pull.position = steps, position
         begun = self.rounds[worker] = Round(worker, self.now, self.now, first, steps, position)

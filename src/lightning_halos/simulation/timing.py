@@ -5,10 +5,12 @@ This file has formulas only, no events and no state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import permutations
 
 from lightning_halos.core.schedule import dynamic_local_steps
+from lightning_halos.core.vector import PART
 from lightning_halos.simulation.cluster import SimulatedCluster
 
 # Tie-break as in the published simulator: rank * 1e-6 ms, so that the order of simultaneous events is defined.
@@ -43,10 +45,33 @@ class Timing:
         return there_and_back + self.compute(worker, steps) + worker * _TIE
 
     def all_reduce(self) -> float:
-        """Returns the milliseconds of a ring all-reduce over n workers: ``2 (n - 1) / n * bits / ring_bandwidth``."""
+        """Returns the milliseconds of an all-reduce over all workers, of the cluster's kind."""
+        return self._ring() if self.cluster.all_reduce == "ring" else self._star()
+
+    def _ring(self) -> float:
+        """A ring over n workers: ``2 (n - 1) / n * bits / ring_bandwidth``."""
         workers = self.cluster.num_workers
         bits = self.message_bytes * 8
         return (2 * (workers - 1) * (bits / workers)) / (self.ring_bandwidth() * 1e9) * 1e3
+
+    def _star(self) -> float:
+        """A star: from workers to the leader of their region, from leaders to that of the global region, and back.
+
+        Models move in parts, in all links at once. So the slowest link decides for models of many parts, and the sum of
+        all links on the way for a model of a single part. A leader's connection with its region carries the models of
+        all its workers; that of the global region carries those of the other regions, too.
+        """
+        cluster, home = self.cluster, self.cluster.global_region
+        others = [region for region in range(len(cluster.regions)) if region != home]
+        inside = [
+            (len(ranks) - 1 + (len(others) if region == home else 0)) * self.transfer(region, region)
+            for region, ranks in enumerate(cluster.regions)
+        ]
+        up = max((self.transfer(region, home) for region in others), default=0.0)
+        down = max((self.transfer(home, region) for region in others), default=0.0)
+        parts = math.ceil(self.message_bytes / (4 * PART))
+        slowest = max(up, down, *inside)
+        return slowest + (2 * max(inside) + up + down - slowest) / parts
 
     def ring_bandwidth(self) -> float:
         """Returns the Gbit/s of the slowest link of the best ring over the regions; of the network of a single region.

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import swa_averages
 from lightning_halos.training.first_metrics import FirstMetrics
 from lightning_halos.training.site import Site
@@ -28,6 +29,7 @@ class FirstHooks(Callback):
         lightning: The Trainer's adapter.
         metrics: Rank 0's first metrics.
         site: This process's place and connections.
+        version: Returns the number of updates in the global model. On the first worker.
         end: Called when all workers have the final model, before any hook sees the end of training.
     """
 
@@ -37,25 +39,33 @@ class FirstHooks(Callback):
         lightning: TrainerAdapter,
         metrics: FirstMetrics,
         site: Site,
+        version: Callable[[], int],
         end: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._lightning = lightning
         self._metrics = metrics
         self._site = site
+        self._version = version
         self._end = end
+        self._validated: int | None = None
         self._before_validation: dict[str, tuple[Any, int]] | None = None
         self._has_warned = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._loop.finished:  # the additional epoch of StochasticWeightAveraging, for the statistics of BatchNorm
+        # StochasticWeightAveraging adds an epoch for the statistics of BatchNorm.
+        if self._loop.finished and self._lightning.is_after_last_epoch:
             averages = swa_averages(trainer)
             self._site.collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._lightning.is_after_last_epoch and not self._loop.finished:
             self._loop.finish(stop=False)
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+        if self._lightning.is_empty_epoch:
+            self._lightning.end_empty_epoch()
+            # It may be one of many in a row. The processes of the first worker may know different versions.
+            if self._site.rank == 0 and Agreement(self._site).ask([self._version() != self._validated])[0][0]:
+                self._lightning.validate_empty_epoch()
             for user in (pl_module, *callbacks_of(trainer)):
                 if user is not self and user is not self._loop:
                     _warn_instead_of_raising(user)
@@ -64,6 +74,7 @@ class FirstHooks(Callback):
         self._before_validation = _attributes(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = self._version()
         self._metrics.tell(trainer.callback_metrics)
         before, self._before_validation = self._before_validation, None
         if before is None or self._has_warned or self._site.size == 1:

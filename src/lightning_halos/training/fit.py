@@ -95,7 +95,9 @@ class Fit:
         Args:
             end: Called when all workers have the final model, before any hook sees the end of training.
         """
-        first_hooks = FirstHooks(self.loop, self.lightning, self._first_metrics, self.start.site, end)
+        first_hooks = FirstHooks(
+            self.loop, self.lightning, self._first_metrics, self.start.site, lambda: self.world.version, end
+        )
         self.lightning.install(first_hooks, self.loop)
         if not self._decides:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
@@ -126,7 +128,7 @@ class Fit:
             set_random_state(state["random"])
         if data is not None:
             leases = self.loop.stopwatch.excluding(self.world.leases)
-            data.start(leases, may_leave=not self.world.is_simulated)
+            data.start(leases)
         if "random" in state and not state.get("ends_epoch"):
             set_random_state(state["random"])
         self.loop.stopwatch.restart()

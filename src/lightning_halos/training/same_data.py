@@ -1,11 +1,12 @@
 """Notices workers with different training datasets, such as a dataset that the user has divided by rank.
 
-Workers can only share data if an index means the same sample for all of them. No sample is read for this, because that
-may take long, draw random numbers or have other effects: only the data that a dataset holds is compared.
+Workers can only share data if an index means the same sample for all of them. First the lengths and the data that the
+datasets hold are compared, and if these are the same, a few samples; ``sketches`` reads them without effects here.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_halos.training.sketches import all_differ, sketches
 from lightning_halos.transport.collectives import Collectives
 
 _SAMPLES = 4  # elements that are looked at, at the start and at the end of each sequence
@@ -44,6 +46,10 @@ def can_share(collectives: Collectives, dataset: Dataset[Any] | None) -> bool:
         what = f"have different lengths ({', '.join(lengths)}, by rank), so they do not share them"
     elif len(set(digests)) > 1:
         what = "have different contents"
+    elif len(lengths) > 1 and "-" not in lengths:
+        first, *others = map(json.loads, collectives.gather_texts(json.dumps(sketches(dataset))))
+        if any(all_differ(first, other) for other in others):
+            what = "have different samples at the same index"
     if what and "-" not in lengths:
         rank_zero_warn(
             f"The training datasets of the workers {what}. If the dataset is already divided by rank, Lightning's"

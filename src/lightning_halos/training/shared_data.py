@@ -172,6 +172,7 @@ class SharedData:
         epochs: The ordered number of epochs, ``None`` without one.
         batches: Batches per epoch of a worker's fixed shard.
         dataset: The dataset at the start of the fit.
+        may_change: Whether the dataset may have another length in a later epoch.
         is_left: Whether the workers no longer share it, but have shards of their own, because it has another length.
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
@@ -208,6 +209,7 @@ class SharedData:
             "samples": samples,
             "seed": sampler.seed if sampler.shuffle else None,
         }
+        self.may_change = trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
         self.is_left = False
         self._accumulate = accumulate
         self._step_samples = size * accumulate
@@ -216,7 +218,6 @@ class SharedData:
         self._batches_of_step = 0
         self._used = Spans()
         self._leases = Leases(iter(()))  # none before the start, for a job that comes when the run is over
-        self._may_leave = True
         self._limits = combined.limits
         self._replaced: list[tuple[Any, DistributedSampler[Any]]] = []
 
@@ -242,15 +243,9 @@ class SharedData:
             return None
         return cls(trainer, combined, loaders[0], workers, lane, processes)
 
-    def start(self, leases: Iterator[Lease], may_leave: bool) -> None:
-        """Makes the Trainer train on these leases. Call it before the first epoch starts.
-
-        Args:
-            leases: The worker's leases.
-            may_leave: Whether a worker may train on other data instead.
-        """
+    def start(self, leases: Iterator[Lease]) -> None:
+        """Makes the Trainer train on a worker's leases. Call it before the first epoch starts."""
         self._leases = Leases(leases)
-        self._may_leave = may_leave
         self.attach()
         fit_loop = self._trainer.fit_loop
         if fit_loop.epoch_loop.restarting and fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -292,9 +287,6 @@ class SharedData:
 
         If its dataset has another length than the first one, the leases mean nothing in it. Then each worker trains on
         a shard of its own from here on, as under DDP.
-
-        Raises:
-            RuntimeError: If it must not leave the leases.
         """
         if self.is_left:
             return
@@ -303,15 +295,10 @@ class SharedData:
         (loader,) = combined.flattened
         if isinstance(loader.batch_sampler.sampler, SharedSampler):
             return
-        if len(loader.dataset) != self._length and self._may_leave:
+        if len(loader.dataset) != self._length:
             self.detach()
             self.is_left = True
             return
-        if len(loader.dataset) != self._length:
-            raise RuntimeError(
-                f"The training dataset has {len(loader.dataset)} samples now, and had {self._length} when training"
-                " started, but workers have planned how to share it. Keep its length, or pass a sampler of your own."
-            )
         sampler = loader.batch_sampler.sampler
         shared = SharedSampler(sampler, self._leases, self._step_samples, self._epoch_samples, self._share)
         shared.set_epoch(self._trainer.current_epoch)

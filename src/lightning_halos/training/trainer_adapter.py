@@ -81,6 +81,7 @@ class TrainerAdapter:
         self._is_manual = not trainer.lightning_module.automatic_optimization
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
+        self._validates_at_end = False
         self._no_validation = NoValidation()
         self._others_validate = NoValidation()
 
@@ -193,20 +194,39 @@ class TrainerAdapter:
 
     def finish(self, position: int, stopped: bool) -> None:
         """Makes the Trainer end the run at the final global step, also if it was asked to stop."""
-        self.set_global_step(position, is_final=True)
+        self._validates_at_end = self.set_global_step(position, is_final=True)
         # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
         self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
 
-    def end_epoch(self) -> None:
-        """Ends an epoch, for the schedulers as well, even if other workers took all of its data."""
+    @property
+    def is_empty_epoch(self) -> bool:
+        """Whether this worker had no batch in an epoch that ends, because other workers took all of its data."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0
+
+    def end_empty_epoch(self) -> None:
+        """Ends an epoch without a batch, for the schedulers as well."""
         loop = self.trainer.fit_loop.epoch_loop
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
-        if loop.batch_progress.current.ready == 0:
-            loop.batch_progress.is_last_batch = True
-            epoch.processed -= 1  # Lightning steps schedulers before it counts the epoch as processed
-            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-            epoch.processed += 1
+        loop.batch_progress.is_last_batch = True
+        epoch.processed -= 1  # Lightning steps schedulers before it counts the epoch as processed
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        epoch.processed += 1
+
+    def validate_empty_epoch(self) -> None:
+        """Validates at the end of an epoch without a batch, if Lightning would after a last batch."""
+        self.release_validation()
+        trainer, interval, every = self.trainer, self._val_check_batch, self.trainer.check_val_every_n_epoch
+        if not (self._decides and self._shares_data and trainer.enable_validation and isinstance(interval, int)):
+            return
+        is_due = self._validates_at_end
+        if every and trainer.max_steps == -1:
+            is_due = (trainer.current_epoch + 1) % every == 0 and self._epoch_batches % interval == 0
+        if is_due:
+            trainer.validating = True
+            trainer.lightning_module.on_validation_model_zero_grad()
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def set_global_step(self, position: int, is_final: bool = False) -> bool:
         """Sets the Trainer's global step to the run's, and schedules what happens at this step.

@@ -193,7 +193,6 @@ class WorkerLoop(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_time()
-        self._lightning.end_epoch()
         self._hand_stepped.end_epoch()
         if self._data is not None and self.finished:
             self._data.detach()  # there is no more of it to share, if a callback adds an epoch

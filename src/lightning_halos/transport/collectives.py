@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
-from lightning_halos.transport.groups import interruptible
+from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.link import since
 from lightning_halos.transport.packing import (
     LENGTH_BYTES,

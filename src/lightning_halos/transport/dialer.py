@@ -13,26 +13,28 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_halos.transport.address import Address, is_loopback, means_loopback, route_to
 from lightning_halos.transport.certificates import Certificate, Keys, read_keys
 from lightning_halos.transport.connection import Check, Connection
 from lightning_halos.transport.errors import ProtocolVersionError, ServerRefusedError, ServerUnreachableError
-from lightning_halos.transport.groups import interruptible
-from lightning_halos.transport.session import (
+from lightning_halos.transport.interruption import interruptible
+from lightning_halos.transport.opening import (
     HEADER_BYTES,
     MOST_STREAMS,
     Answer,
     Opening,
-    Session,
     decode,
     encode,
     length_of,
 )
 from lightning_halos.transport.tls import client_context, explain, peer_certificate
+
+if TYPE_CHECKING:
+    from lightning_halos.transport.session import Session
 
 STREAMS = 4
 """Default number of connections for models."""
@@ -43,6 +45,16 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # seconds between attempts
 _SLICE = 0.1  # seconds between two checks for interruptions
 
 
+class Connected(NamedTuple):
+    """The connections with the global server, which are those of a :class:`Session`."""
+
+    certificate: Certificate
+    peer: str  # its name, for error messages
+    address: str  # as text
+    control: Connection
+    streams: Sequence[Connection]
+
+
 def dial(
     address: Address,
     keys: str | Path,
@@ -51,6 +63,20 @@ def dial(
     interrupted: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = lambda reason: None,
 ) -> Session:
+    """Connects to the global server, and returns the peer with its links; see :func:`connect`."""
+    from lightning_halos.transport.session import Session  # here, because it needs torch
+
+    return Session(*connect(address, keys, streams, timeout, interrupted, tell))
+
+
+def connect(
+    address: Address,
+    keys: str | Path,
+    streams: int = STREAMS,
+    timeout: float = 300.0,
+    interrupted: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda reason: None,
+) -> Connected:
     """Connects to the global server.
 
     What may pass by itself is tried again, with growing pauses: a server that does not listen yet, a name that is not
@@ -80,9 +106,9 @@ def dial(
         attempts += 1
         remaining = start + timeout - time.monotonic()
         attempt = _Attempt(address, own, streams, max(1.0, remaining), interrupted)
-        session = attempt.run()
-        if session is not None:
-            return session
+        connected = attempt.run()
+        if connected is not None:
+            return connected
         if attempt.is_for_good:
             text = f"The global server {address} cannot be used. {attempt.report()}"
             raise ServerRefusedError(text, attempt.is_answer)
@@ -139,8 +165,8 @@ class _Attempt:
         self._failures: list[str] = []
         self.is_for_good = self.is_answer = False
 
-    def run(self) -> Session | None:
-        """Returns the session, or ``None`` if no address can be used."""
+    def run(self) -> Connected | None:
+        """Returns the connections, or ``None`` if no address can be used."""
         for_good = []
         for target in self._resolve():
             try:
@@ -185,7 +211,7 @@ class _Attempt:
             f" and Ubuntu write it, says so. Give the server's address in the network, or correct the entry."
         )
 
-    def _open(self, target: _Target) -> Session:
+    def _open(self, target: _Target) -> Connected:
         opened: list[Connection] = []
         try:
             certificate, token = self._open_one(target, Opening(self._streams), opened)
@@ -196,7 +222,7 @@ class _Attempt:
                 connection.close()
             raise
         peer = f"the global server ({self._address})"
-        return Session(certificate, peer, str(target), opened[0], opened[1:])
+        return Connected(certificate, peer, str(target), opened[0], opened[1:])
 
     def _open_one(self, target: _Target, opening: Opening, opened: list[Connection]) -> tuple[Certificate, str]:
         plain = self._connect(target)

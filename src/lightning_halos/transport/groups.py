@@ -7,18 +7,14 @@ the sockets of groups and store, because otherwise the death of their parent wou
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
 
 from torch.distributed import DistError, PrefixStore, ProcessGroup, Store, TCPStore
 from torch.distributed.elastic.utils.store import synchronize
@@ -33,8 +29,7 @@ from lightning_halos.transport.address import (
     with_interface,
 )
 from lightning_halos.transport.errors import PeerLostError
-
-T = TypeVar("T")
+from lightning_halos.transport.interruption import interruptible
 
 _sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
 _store_ports: set[int] = set()  # ports on which a store of this process accepts connections
@@ -324,31 +319,3 @@ def gather_through(
             f"Rank {rank} got no answer from the store that all processes share within {2 * timeout:g} s. Rank 0, whose"
             " process has the store, is stopped or out of reach."
         ) from None
-
-
-def interruptible(run: Callable[[], T], interrupted: Callable[[], None], timeout: float = math.inf) -> T:
-    """Runs a blocking function in another thread, so that the main thread can still handle Ctrl-C and SIGTERM.
-
-    Args:
-        run: The function.
-        interrupted: Called several times a second while waiting; may raise.
-        timeout: Limit in seconds. Default: none, for functions that have a limit of their own.
-
-    Raises:
-        TimeoutError: If it takes longer.
-    """
-    outcome: Future[T] = Future()
-
-    def target() -> None:
-        try:
-            outcome.set_result(run())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=target, name="halos collective", daemon=True).start()
-    deadline = time.monotonic() + timeout
-    while not wait([outcome], 0.2).done:
-        interrupted()
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    return outcome.result()

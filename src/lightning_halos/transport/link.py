@@ -10,7 +10,6 @@ message is checked before memory is allocated for it.
 from __future__ import annotations
 
 import queue
-import struct
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from lightning_halos.core.messages import Message
 from lightning_halos.core.vector import PART, Advance
-from lightning_halos.transport import wire
-from lightning_halos.transport.errors import PeerLostError, ProtocolVersionError, is_lost_connection
+from lightning_halos.transport import frames, wire
+from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 
 MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
@@ -225,9 +224,6 @@ class FramedLink(Link):
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
-    _HEADER = struct.Struct("<qqq")
-    _GOODBYE, _ALIVE, _HELLO = -1, -2, -3  # instead of a length of the fields
-
     def __init__(self, peer: str, interval: float, form: tuple[int, torch.dtype] | None, memory: Memory | None) -> None:
         super().__init__(peer)
         self._interval = interval
@@ -257,15 +253,15 @@ class FramedLink(Link):
         """Receives a vector. Yields the number of elements that are complete."""
 
     def _send_all(self) -> None:
-        self._send_frame(self._HELLO, wire.PROTOCOL)
+        self._send_frame(frames.HELLO, frames.PROTOCOL)
         while True:
             try:
                 outgoing = self._outbox.get(timeout=self._interval)
             except queue.Empty:
-                self._send_frame(self._ALIVE)
+                self._send_frame(frames.ALIVE)
                 continue
             if outgoing is None:
-                self._send_frame(self._GOODBYE)
+                self._send_frame(frames.GOODBYE)
                 return
             self._send_message(outgoing)
             del outgoing  # release the vector's memory before waiting for the next message
@@ -279,18 +275,12 @@ class FramedLink(Link):
             outgoing.sent()
 
     def _receive_all(self, on_message: OnMessage) -> None:
-        hello, version, _ = self._receive_header()
-        if (hello, version) != (self._HELLO, wire.PROTOCOL):
-            theirs = f"version {version}" if hello == self._HELLO else "an unknown version"
-            raise ProtocolVersionError(
-                f"{self.peer} uses {theirs} of the protocol between processes, and this process uses version"
-                f" {wire.PROTOCOL}. Install the same version of lightning-halos everywhere."
-            )
+        frames.check_hello(self.peer, self._receive_header())
         while True:
             length, elements, dtype = self._receive_header()
-            if length == self._GOODBYE:
+            if length == frames.GOODBYE:
                 return
-            if length != self._ALIVE:
+            if length != frames.ALIVE:
                 self._check_header(length, elements, dtype)
                 with suppress(VectorCutOffError):
                     self._receive_message(self._receive_fields(length), elements, on_message)
@@ -298,10 +288,10 @@ class FramedLink(Link):
     def _check_header(self, length: int, elements: int, dtype: int) -> None:
         """Refuses sizes that are not possible on this link, before memory is allocated for them."""
         expected = (0, 0) if self._form is None else (self._form[0], wire.code_of(self._form[1]))
-        if not 0 <= length <= wire.MOST_BYTES or (elements, dtype) not in ((0, 0), expected):
+        if not 0 <= length <= frames.MOST_BYTES or (elements, dtype) not in ((0, 0), expected):
             raise ValueError(
                 f"{self.peer} announces a message of {length} bytes with a vector of {elements} elements (dtype"
-                f" {dtype}). At most {wire.MOST_BYTES} bytes are accepted, and {expected[0]} elements (dtype"
+                f" {dtype}). At most {frames.MOST_BYTES} bytes are accepted, and {expected[0]} elements (dtype"
                 f" {expected[1]})."
             )
 
@@ -337,7 +327,7 @@ class GlooLink(FramedLink):
 
     _TEXT, _VECTOR = 0, 1  # tags
     _FRAME = 1024  # bytes
-    _ROOM = _FRAME - FramedLink._HEADER.size
+    _ROOM = _FRAME - frames.HEADER.size
 
     def __init__(
         self,
@@ -356,7 +346,7 @@ class GlooLink(FramedLink):
         self._start_of_fields = b""
 
     def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
-        frame = self._HEADER.pack(length, elements, dtype) + data[: self._ROOM]
+        frame = frames.HEADER.pack(length, elements, dtype) + data[: self._ROOM]
         texts = [frame.ljust(self._FRAME, b"\0"), data[self._ROOM :]]
         self._send_each([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts if text], self._TEXT)
 
@@ -365,8 +355,8 @@ class GlooLink(FramedLink):
 
     def _receive_header(self) -> tuple[int, int, int]:
         frame = self._receive(self._FRAME)
-        self._start_of_fields = frame[self._HEADER.size :]
-        length, elements, dtype = self._HEADER.unpack_from(frame)
+        self._start_of_fields = frame[frames.HEADER.size :]
+        length, elements, dtype = frames.HEADER.unpack_from(frame)
         return length, elements, dtype
 
     def _receive_fields(self, length: int) -> bytes:

@@ -25,16 +25,16 @@ from lightning_halos.transport.address import Address, is_loopback, means_loopba
 from lightning_halos.transport.certificates import Certificate, Keys
 from lightning_halos.transport.connection import Connection, note_socket
 from lightning_halos.transport.errors import CertificateRefusedError, ProtocolVersionError
-from lightning_halos.transport.session import (
+from lightning_halos.transport.opening import (
     HEADER_BYTES,
     MOST_STREAMS,
     Answer,
     Opening,
-    Session,
     decode,
     encode,
     length_of,
 )
+from lightning_halos.transport.session import Session
 from lightning_halos.transport.tls import explain, peer_certificate, server_context
 
 T = TypeVar("T")

@@ -29,7 +29,8 @@ from lightning_halos.transport.address import (
     route_to,
 )
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import interruptible, note_store_port, noting_sockets
+from lightning_halos.transport.groups import note_store_port, noting_sockets
+from lightning_halos.transport.interruption import interruptible
 
 _stores: dict[tuple[str, int], Store] = {}  # a store lives as long as its process, for a second Trainer
 _count = itertools.count()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_halos.core.messages import Message
 from lightning_halos.core.vector import PART, Advance, ignore_progress
+from lightning_halos.transport import frames
 from lightning_halos.transport.connection import Connection
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import FramedLink, Memory, OnFailure, OnMessage, VectorCutOffError
@@ -155,10 +156,10 @@ class TLSLink(FramedLink):
 
     def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
         with self._naming_peer():
-            self._connections[0].send(self._HEADER.pack(length, elements, dtype) + data)
+            self._connections[0].send(frames.HEADER.pack(length, elements, dtype) + data)
 
     def _receive_header(self) -> tuple[int, int, int]:
-        length, elements, dtype = self._HEADER.unpack(self._receive_fields(self._HEADER.size))
+        length, elements, dtype = frames.HEADER.unpack(self._receive_fields(frames.HEADER.size))
         return length, elements, dtype
 
     def _receive_fields(self, length: int) -> bytes:

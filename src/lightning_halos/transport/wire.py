@@ -20,14 +20,12 @@ from torch import Tensor
 
 from lightning_halos.core.messages import NOT_NEGATIVE, Message
 
-PROTOCOL = 3
-"""Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
-MOST_BYTES = 2**24
-"""Largest number of bytes of a message's fields."""
+MOST_CHARACTERS = 2**20
+"""Largest number of characters of a text in a message."""
 
 _DTYPES = [torch.float32, torch.float64]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # as torch has them
-_Text = Annotated[str, msgspec.Meta(max_length=2**20)]
+_Text = Annotated[str, msgspec.Meta(max_length=MOST_CHARACTERS)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # not NaN either
 
 

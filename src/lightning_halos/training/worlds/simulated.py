@@ -50,9 +50,12 @@ class SimulatedWorld(SimulatedServers):
             if "model" in resume.worker:
                 vector.write(resume.worker["model"])
         ordered = math.inf if budget.max_steps is None else budget.max_steps * budget.workers
-        available = math.inf if data is None else data.end - offset
+        # If the length of the dataset may change, nobody knows how much there is: epochs end where workers end them.
+        available = math.inf if data is None or data.may_change else data.end - offset
         end = min(ordered, available)
-        work = Work(budget, end) if data is None else Work(budget, end, data.steps_per_epoch, offset)
+        work = Work(budget, end)
+        if data is not None:
+            work = Work(budget, end, data.steps_per_epoch, offset, ends_with_data=available < ordered)
         timing = Timing(cluster, cluster.message_bytes or vector.layout.elements * vector.dtype.itemsize)
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
