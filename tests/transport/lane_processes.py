@@ -151,6 +151,7 @@ def work(plan: Plan, states: list[dict[str, Any]] | None = None) -> dict[str, An
         keep,
         lambda message: written.append(message.name),
         lane=lane,
+        describe=lambda worker, lane: f"lane {lane} of worker {worker}",
     )
     alarm, client, delays = runtime.alarm, runtime.client, random.Random(process)
     round_, pulls, leases, reads = WorkerRound(worker, 4), [], [], []

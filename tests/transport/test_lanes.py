@@ -161,3 +161,4 @@ def test_all_processes_fail_as_one_when_one_dies_in_the_middle_of_a_push(tmp_pat
         if number != process:
             assert end.code == 1, end.log
             assert "PeerLostError" in end.log or "PeerFailedError" in end.log
+            assert f"lane {process % 2} of worker {process // 2} disappeared" in end.log

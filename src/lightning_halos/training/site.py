@@ -96,6 +96,10 @@ class Site:
         worker = self.topology.describe(self.placement.worker_of(process))
         return worker if self.placement.is_single else f"rank {process} of {worker}"
 
+    def describe_lane(self, worker: int, lane: int) -> str:
+        """Name of the process that carries a lane of a worker, for messages."""
+        return self.describe(self.placement.workers[worker][lane])
+
     @property
     def carries(self) -> bool:
         """Whether this process carries a slice of the model."""

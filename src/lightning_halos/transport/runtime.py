@@ -50,6 +50,7 @@ class NodeRuntime:
             lane 0 has, and the answer to its request to join.
         lane: Lane of this process in its worker.
         layout: The slices of the lanes. Default: there is one lane.
+        describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
 
     Attributes:
         alarm: The alarm to report failures to.
@@ -73,8 +74,10 @@ class NodeRuntime:
         membership: tuple[ServerConnection | None, Welcome] | None = None,
         lane: int = 0,
         layout: Layout | None = None,
+        describe: Callable[[int, int], str] | None = None,
     ) -> None:
-        self._name = topology.describe if not groups.order else partial(_lane_of, topology, lane)
+        self._describe = describe or (lambda worker, lane: topology.describe(worker))
+        self._lane = lane
         self.alarm = Alarm(self._name(rank))
         self.global_host: Host[GlobalNode] | None = None
         self.region_host: RegionHost | None = None
@@ -126,8 +129,7 @@ class NodeRuntime:
     def _connect_lanes(self, rank: int, lane: int, written: Callable[[ShardWritten], None]) -> Lanes:
         """Connects this process with the other processes of its worker."""
         links = {
-            other: self._link(pair, _lane_of(self._topology, other, rank), None)
-            for other, pair in self._groups.order.items()
+            other: self._link(pair, self._describe(rank, other), None) for other, pair in self._groups.order.items()
         }
         return Lanes(lane, links, self.alarm, written)
 
@@ -146,7 +148,7 @@ class NodeRuntime:
             dtype = self._form[1]
             for lane, pair in self._groups.slices.items():
                 form = layout.elements_of(lane or self._lanes.lane), dtype
-                slices[lane] = self._link(pair, _lane_of(self._topology, lane, 0), form)
+                slices[lane] = self._link(pair, self._describe(0, lane), form)
         if connection is None:
             host = MemberHost(node, self.alarm, near, None, welcome, self._lanes)
             host.attach(GLOBAL, slices[0], NoLink(slices[0].peer))
@@ -177,6 +179,10 @@ class NodeRuntime:
             models_link = self._gloo_link(groups.models[other.leader], peer)
             self.global_host.attach(other.index, models_link, self._gloo_link(groups.control[other.leader], peer))
 
+    def _name(self, worker: int) -> str:
+        """Returns the name of a worker's process in this lane."""
+        return self._describe(worker, self._lane)
+
     def _server_of(self, leader: int) -> str:
         return f"the server of {self._name(leader)}"
 
@@ -194,8 +200,3 @@ class NodeRuntime:
         pair = LoopbackLink.pair(first, second)
         self.alarm.add(*pair)
         return pair
-
-
-def _lane_of(topology: Topology, lane: int, rank: int) -> str:
-    """Returns the name of one process of a worker."""
-    return f"{topology.describe(rank)}, lane {lane}"

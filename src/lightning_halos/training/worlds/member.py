@@ -61,6 +61,7 @@ class MemberWorld:
             membership=link,
             lane=site.lane,
             layout=start.vector.layout,
+            describe=site.describe_lane,
         )
         self.alarm = runtime.alarm
         self.client: Client = runtime.client

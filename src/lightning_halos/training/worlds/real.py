@@ -60,6 +60,7 @@ class RealWorld:
             self._write,
             start.saves.written,
             lane=site.lane,
+            describe=site.describe_lane,
         )
         self._lane = site.lane
         self.alarm = runtime.alarm

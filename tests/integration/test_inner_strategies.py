@@ -1,0 +1,173 @@
+"""A worker of several processes computes what one process with all of its samples would, whatever is inside."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, fully_sharded_data_parallel
+
+from lightning_halos.training.optimizer_shards import join_pieces
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import FEATURES, LOCAL_STEPS, Toy, halos, loader, make_trainer
+
+ROUNDS = 50
+BATCH = 8  # samples of a worker
+
+
+class Plain(Toy):
+    """A model whose layers have fewer rows than there are processes, or a number that they do not divide."""
+
+    pause = 0.0
+    lr = 1e-2
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 1)))
+        self.moments: list[Tensor] = []
+
+    def on_train_start(self) -> None:
+        """Notes what the optimizers begin with."""
+        (optimizer,) = self.trainer.optimizers
+        values = [own["exp_avg"] for own in optimizer.state_dict()["state"].values()]
+        self.moments = [_complete(value).clone() for value in values]
+
+
+class Divided(Plain):
+    """The same with FSDP2."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        if not hasattr(self.net[0].weight, "placements"):
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+def _complete(tensor: Any) -> Tensor:
+    complete: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return complete
+
+
+def strategy(kind: str, worker: int, **kwargs: Any) -> Any:
+    inner = {"FSDP2": ModelParallelStrategy, "FSDP": FSDPStrategy}.get(kind, DDPStrategy)
+    return halos(worker=worker, inner=inner(), **{"regions": 1, **kwargs})
+
+
+def module_for(kind: str) -> Plain:
+    return Divided() if kind == "FSDP2" else Plain()
+
+
+def complete_state(trainer: pl.Trainer, module: Plain) -> dict[str, Tensor]:
+    model = trainer.strategy.model
+    with FullyShardedDataParallel.summon_full_params(model) if model is not module else nullcontext():
+        return {name: _complete(tensor).detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def trained(kind: str, processes: int, worker: int, clips: bool = True) -> dict[str, Tensor]:
+    module = module_for(kind)
+    made = strategy(kind, worker) if worker > 1 else halos(regions=1)
+    clip = 0.5 if clips else None
+    trainer = make_trainer(made, devices=processes, max_steps=ROUNDS * LOCAL_STEPS, gradient_clip_val=clip)
+    trainer.fit(module, loader(batch_size=BATCH // worker), loader(32))
+    return complete_state(trainer, module)
+
+
+def allow_fsdp_on_cpus() -> None:
+    """Lets ``FullyShardedDataParallel`` train without a GPU, for which Lightning gives it no device.
+
+    It cannot collect its state there: the tensors share memory that it frees.
+    """
+    make = fully_sharded_data_parallel._init_device_handle
+
+    def on_cpus(state: Any, module: nn.Module, ignored: Any, device_id: Any) -> Any:
+        return make(state, module, ignored, torch.device("cpu") if device_id is None else device_id)
+
+    fully_sharded_data_parallel._init_device_handle = on_cpus
+
+
+def in_two_processes() -> Result:
+    allow_fsdp_on_cpus()
+    clipped = {kind: trained(kind, 2, 2) for kind in ("DDP", "FSDP2")}
+    return {"clipped": clipped, "unclipped": {"FSDP": trained("FSDP", 2, 2, clips=False)}}
+
+
+def in_one_process() -> Result:
+    return {"clipped": trained("one", 1, 1), "unclipped": trained("one", 1, 1, clips=False)}
+
+
+def test_a_worker_of_two_processes_computes_what_one_process_does(run: Run) -> None:
+    (single,) = run(in_one_process, workers=1)
+    for result in run(in_two_processes, workers=2):
+        for gradients, kinds in result.items():
+            for kind, found in kinds.items():
+                for name, expected in single[gradients].items():
+                    assert torch.allclose(found[name], expected, rtol=0, atol=1e-6), (kind, name)
+
+
+def goes_on(kind: str, worker: int, max_steps: int, path: Path | None, folder: str) -> Result:
+    module = module_for(kind)
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    trainer = make_trainer(strategy(kind, worker), max_steps=max_steps, enable_checkpointing=True, callbacks=[saving])
+    trainer.fit(module, loader(batch_size=BATCH // worker), loader(32), ckpt_path=None if path is None else str(path))
+    return {"state": complete_state(trainer, module), "moments": module.moments, "global_step": trainer.global_step}
+
+
+def saves_and_resumes() -> Result:
+    result: Result = {"FSDP2": goes_on("FSDP2", 2, 20, None, "first")}
+    path = Path("first") / "step=20.ckpt"
+    result["FSDP2, other lanes"] = goes_on("FSDP2", 4, 40, path, "second")
+    result["DDP"] = goes_on("DDP", 2, 40, path, "third")
+    result["FSDP2 from DDP"] = goes_on("FSDP2", 2, 60, Path("third") / "step=40.ckpt", "fourth")
+    module = module_for("FSDP2")
+    (found,) = make_trainer(strategy("FSDP2", 2)).validate(module, loader(32), ckpt_path=str(path), verbose=False)
+    return {**result, "val_loss": found["val_loss"]}
+
+
+def shards_of(folder: Path) -> Path:
+    (manifest,) = folder.glob("*/*/manifest.json")
+    return manifest.parent
+
+
+def moments_in(states: list[Any]) -> list[Tensor]:
+    joined = join_pieces([state["optimizer_states"][0] for state in states])
+    return [own["exp_avg"] for own in joined["state"].values()]
+
+
+def test_a_divided_model_is_saved_and_resumed_with_other_lanes_and_strategies(run: Run, tmp_path: Path) -> None:
+    results = run(saves_and_resumes, timeout=240)
+    for kind in ("FSDP2", "FSDP2, other lanes", "DDP", "FSDP2 from DDP"):
+        for result in results:
+            for name, tensor in result[kind]["state"].items():
+                assert torch.isfinite(tensor).all()
+                assert torch.equal(tensor, results[0][kind]["state"][name]), (kind, name)
+
+    contents = torch.load(tmp_path / "first" / "step=20.ckpt", weights_only=True)
+    plain = Plain()
+    plain.load_state_dict(contents["state_dict"])  # an ordinary file with the global model
+    losses = [plain.loss(batch).item() for batch in loader(32)]
+    for result in results:
+        assert result["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+    first, third = shards_of(tmp_path / "first"), shards_of(tmp_path / "third")
+    names = {path.name for path in first.iterdir()}
+    assert {"worker-0.pt", "worker-0.lane-1.pt", "worker-1.pt", "worker-1.lane-1.pt"} < names
+    of_rank_0 = moments_in([contents])
+    of_worker_1 = moments_in([torch.load(first / f"worker-1{lane}.pt", weights_only=True) for lane in ("", ".lane-1")])
+    from_ddp = moments_in([torch.load(third / "worker-1.pt", weights_only=True)])
+    expected = {
+        "FSDP2, other lanes": [of_rank_0] * 4,
+        "DDP": [of_rank_0, of_rank_0, of_worker_1, of_worker_1],
+        "FSDP2 from DDP": [None, None, from_ddp, from_ddp],
+    }
+    for kind, by_rank in expected.items():
+        for result, moments in zip(results, by_rank, strict=True):
+            for found, wanted in zip(result[kind]["moments"], moments or result[kind]["moments"], strict=True):
+                assert torch.equal(found, wanted), kind

@@ -1,0 +1,112 @@
+"""Checkpoints of workers of several processes: the servers of a run with other lanes start where the old ones ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_halos.checkpoint.manifest import Manifest, global_shard, server_shard
+from lightning_halos.core.lanes import Layout
+from lightning_halos.core.reslicing import Reslicing
+from lightning_halos.training.worlds.real import RealWorld
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import BATCH, Toy, assert_same_model, halos, loader, make_trainer, outcome
+
+SIZES = [32, 4, 4, 1]  # of the parameters of a Toy
+
+
+class Servers(pl.Callback):
+    """Keeps the states of this process's servers before the first batch."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.states:
+            return
+        world = trainer.strategy._fit.world  # type: ignore[attr-defined]
+        assert isinstance(world, RealWorld)
+        self.states = dict(zip(("region", "global"), world.state(), strict=True))
+
+
+def trains(worker: int, max_steps: int, before: str | None, after: str) -> Result:
+    module, servers = Toy(), Servers()
+    # In a resumed run the global server gets nothing before the end.
+    strategy = halos(worker=worker, accumulate_updates=4 if before is None else 1000)
+    trainer = make_trainer(strategy, devices=2 * worker, max_steps=max_steps, callbacks=[servers])
+    trainer.fit(module, loader(batch_size=BATCH // worker), ckpt_path=before)
+    trainer.save_checkpoint(after)
+    return outcome(trainer, module, **servers.states)
+
+
+def one_lane(layout: Layout, states: list[Any]) -> Any:
+    """The state of a server, of those of all lanes."""
+    one = layout.undivided()
+    reslicing = Reslicing(layout, one, 0, one.shapes(0))
+    for lane, state in enumerate(states):
+        reslicing.add(lane, state)
+    return reslicing.state["server"]
+
+
+def saved_servers(path: Path) -> tuple[dict[str, Any], int]:
+    """The servers of a checkpoint, and its lanes."""
+    (manifest_file,) = path.with_suffix("").glob("*/manifest.json")
+    manifest = Manifest.read(manifest_file.read_bytes(), manifest_file)
+    layout = Layout.build(SIZES, 4, 1) if manifest.layout is None else Layout.from_plain(manifest.layout)
+    names = {"global": global_shard, **{f"server-{index}": _shard_of(index) for index in range(2)}}
+    servers = {}
+    for name, shard in names.items():
+        files = [manifest_file.with_name(shard(lane)) for lane in range(layout.lanes)]
+        servers[name] = one_lane(layout, [torch.load(file, weights_only=True) for file in files])
+    return servers, layout.lanes
+
+
+def _shard_of(index: int) -> Any:
+    return lambda lane: server_shard(index, lane)
+
+
+def started_servers(results: list[Result], lanes: int) -> dict[str, Any]:
+    """The servers of two workers, each the only one of its region, before the first batch."""
+    layout = Layout.build(SIZES, 4, lanes)
+    first, second = results[:lanes], results[lanes:]
+    return {
+        "global": one_lane(layout, [result["global"] for result in first]),
+        "server-0": one_lane(layout, [result["region"] for result in first]),
+        "server-1": one_lane(layout, [result["region"] for result in second]),
+    }
+
+
+def assert_equal(one: Any, other: Any, name: str) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_equal(one[key], other[key], f"{name}/{key}")
+    else:
+        assert one == other, name
+
+
+def test_servers_go_on_in_runs_with_other_lanes(run: Run, tmp_path: Path) -> None:
+    """From two lanes to two, to one, and back to two. The models and the momentum are the same, bit for bit."""
+    paths = [tmp_path / f"{name}.ckpt" for name in "abcd"]
+    for worker, before, after in ((2, None, 0), (2, 0, 1), (1, 0, 2), (2, 2, 3)):
+        resumed = None if before is None else str(paths[before])
+        results = run(trains, worker, 16 + 4 * after, resumed, str(paths[after]), workers=2 * worker)
+        assert_same_model(results)
+        saved, lanes = saved_servers(paths[after])
+        assert lanes == worker
+        model = torch.cat([value.flatten() for value in results[0]["state"].values()])
+        assert torch.equal(saved["global"]["model"], model)
+        if before is not None:
+            old, _ = saved_servers(paths[before])
+            started = started_servers(results, worker)
+            for name in old:
+                old[name].pop("steps")  # of a run
+                started[name].pop("steps")
+                assert_equal(old[name], started[name], name)
+            assert old["global"]["optimizer"]["state"][0]["momentum"].any()
