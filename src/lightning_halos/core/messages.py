@@ -344,7 +344,7 @@ class Turn:
 
 @dataclass
 class Inspected:
-    """A lane of a worker tells lane 0 what it has found in its slice of a push or an update."""
+    """A lane of a worker tells lane 0 that its slice of a vector has arrived, and what it has found in it."""
 
     host: int  # see `Turn`
     channel: int  # number of the link on which the message arrived, counted from 1 in the same order in all lanes

@@ -59,8 +59,7 @@ class Host(Generic[N]):
         number: Number of the host among those of the process, for the other lanes.
 
     Attributes:
-        node: The node. Other threads use it, except for its counts, through :meth:`ask`, :meth:`act`, :meth:`do` and
-            :meth:`read`.
+        node: The node. Other threads use it, except for its counts, through :meth:`ask`, :meth:`do` and :meth:`read`.
         free_memory: The memory for pushes of other processes that is free now.
     """
 
@@ -102,13 +101,6 @@ class Host(Generic[N]):
         """Returns what a function returns for the node, which handles no message meanwhile."""
         with self._lock:
             return question(self.node)
-
-    def act(self, action: Callable[[N], Sequence[Send]]) -> bool:
-        """Posts the messages that a function of the node returns. Returns whether there are any."""
-        with self._lock:
-            sends = action(self.node)
-            self._post(sends)
-        return bool(sends)
 
     def do(self, act: str, message: Message | None = None) -> bool:
         """Lets the node do what this process asks for, at the same moment in all lanes.

@@ -112,7 +112,7 @@ class Lanes:
             except queue.Empty:
                 has_ended = any(link.has_ended for link in self.links.values())
                 if (self.alarm.has_failed or has_ended) and inbox.empty():
-                    raise LanesEndedError from None
+                    raise LanesEndedError("Another process of this worker has ended.") from None
 
     def _on_message(self, lane: int, message: Message, progress: Iterable[int]) -> None:
         match message:
@@ -170,16 +170,18 @@ class LeadingLane(HostLane):
         self._carried = dict.fromkeys(lanes.links, (0, 0))
 
     def arrived(self, channel: int, message: Message, finding: Finding | None) -> None:
-        if finding is not None:
+        has_vector = wire.vector_of(message) is not None
+        if has_vector:  # so that no lane waits for its slice of it, while it could handle something else
             others = [self.lanes.wait_for(self._inspected[lane, channel]) for lane in self.lanes.links]
-            finding = combine([finding, *(Finding(other.fault, other.norm, other.touched) for other in others)])
+            if finding is not None:
+                finding = combine([finding, *(Finding(other.fault, other.norm, other.touched) for other in others)])
         with self.host.locked():
             within, between = self.host.carried()
             order = Ordered(
                 self.number,
                 channel,
                 message=wire.encode(message),
-                has_vector=wire.vector_of(message) is not None,
+                has_vector=has_vector,
                 finding=plain_finding(finding),
                 within=within + sum(own for own, _ in self._carried.values()),
                 between=between + sum(own for _, own in self._carried.values()),
@@ -225,8 +227,8 @@ class FollowingLane(HostLane):
         self._is_serving = False
 
     def arrived(self, channel: int, message: Message, finding: Finding | None) -> None:
-        if finding is not None:
-            fault, norm, touched = finding
+        if wire.vector_of(message) is not None:
+            fault, norm, touched = (None, 0.0, None) if finding is None else finding
             within, between = self.host.carried()
             self.lanes.post(
                 Inspected(self.number, channel, fault, norm, [] if touched is None else list(touched), within, between)

@@ -72,7 +72,8 @@ class MemberHost(RegionHost):
         lanes: Lanes | None = None,
         joining: JoiningLink | None = None,
     ) -> None:
-        super().__init__(node, alarm, near, lambda shard, complete: None, lanes)
+        # The connection counts the bytes to the global server; slices stay inside this machine.
+        super().__init__(node, alarm, set(near) - {GLOBAL}, lambda shard, complete: None, lanes)
         self.callbacks = welcome.callbacks
         self._has_callbacks = welcome.status.decides
         self.counters = ServerCounters()
