@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from lightning_halos.core.topology import Topology
 from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.store import open_store
 from tests.star.network import Network, Place, internet, needs_namespaces
@@ -189,6 +190,12 @@ def test_a_port_that_another_program_uses() -> None:
         port = other.getsockname()[1]
         with pytest.raises(Exception, match=f"Port {port} of this machine is in use by another program"):
             open_store("127.0.0.1", port, 0, 1, SHORT, ignore)
+
+
+def test_a_store_to_which_rank_0_does_not_come() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with pytest.raises(PeerLostError, match="Rank 0 did not come"):
+        open_store("127.0.0.1", store.port, 1, 2, SHORT, ignore)
 
 
 def _beside_a_store_of_the_script(port: int, connection: Any) -> None:

@@ -194,7 +194,11 @@ class _Meeting:
     def _meet(self, store: Store) -> None:
         """Says that this process has come. Rank 0 waits until all have."""
         if self._rank > 0:
-            if (size := int(store.get(_SIZE))) != self._size:
+            try:
+                size = int(store.get(_SIZE))
+            except DistError:
+                raise self._error("Rank 0 did not come. Does it run?") from None
+            if size != self._size:
                 store.set(_OTHER_SIZE, str(self._size))
                 raise self._other_size(size)
             store.set(f"{_HERE}/{self._rank}", "")
