@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_halos import cli
 from lightning_halos.data import IndexedTokensWriter
 from tests.examples.conftest import EXAMPLES
 from tests.integration.harness import Result, lightning_environments, run_workers
@@ -115,8 +116,12 @@ def test_a_worker_of_two_processes_trains_with_the_papers_settings(
     rows = logged(prepared)
     assert len(values(rows, "train_loss")) == 2
     assert all(values(rows, name) for name in ("val_loss", "val_perplexity", "tokens_per_second"))
-    module = script.Pythia.load_from_checkpoint(prepared / "runs/checkpoints/last.ckpt")  # an ordinary one
-    assert module.model.get_input_embeddings().weight.shape == (50304, SMALL["hidden_size"])
+    checkpoint, exported = prepared / "runs/checkpoints/last.ckpt", prepared / "model"
+    module = script.Pythia.load_from_checkpoint(checkpoint)  # an ordinary one
+    assert cli.main(["export", str(checkpoint), str(exported)]) == 0
+    state = script.Pythia(pretrained=str(exported)).state_dict()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(state[name], tensor), name
 
 
 def test_a_run_that_is_started_again_goes_on(fit: Fit, tmp_path: Path) -> None:
