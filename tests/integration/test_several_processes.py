@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
@@ -161,6 +162,27 @@ def test_a_process_that_dies_ends_its_worker_and_the_run_of_one_job(tmp_path: Pa
     assert ends[3].code == -signal.SIGKILL
     assert [end.code for end in ends[:3]] == [1, 1, 1], [end.log[-2000:] for end in ends]
     assert not any(end.left for end in ends)
+
+
+def saves(make: Callable[[], Toy], folder: Path, ckpt_path: str | None) -> Result:
+    module = make()
+    saving = ModelCheckpoint(folder, every_n_train_steps=8, save_last=True)
+    trainer = make_trainer(halos(worker=2), max_epochs=4, callbacks=[saving], enable_checkpointing=True)
+    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    return outcome(trainer, module)
+
+
+def test_sigterm_of_one_process_saves_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path, run: Run) -> None:
+    environments, folder = lightning_environments(4), tmp_path / "saved"
+    ends = end_workers(
+        saves, Terminated, folder, None, folder=tmp_path, environments=environments, timeout=90, patience=40
+    )
+    assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]
+    assert (folder / "last-preempted.ckpt").exists()
+    results = run(saves, Toy, folder, "last")
+    assert_workers_in_step(results)
+    assert_same_model(results)
+    assert results[0]["epoch"] == 4
 
 
 def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
