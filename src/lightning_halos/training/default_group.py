@@ -81,7 +81,7 @@ class DefaultGroup:
             self._users, dist.GroupMember.WORLD = dist.group.WORLD, None
         make_default_group(self._workers, self._site.store, self._site.patience)
         self._make_inner_group()
-        advise_sync_dist_only_if(_values_are_combined)
+        advise_sync_dist_only_if(_all_values_are_combined)
         Metric.sync = _sync  # type: ignore[assignment, method-assign]
 
     def _make_inner_group(self) -> None:
@@ -122,13 +122,10 @@ class DefaultGroup:
 # ---------------------------------------------------------------------- what would combine values on its own
 
 
-def _values_are_combined() -> bool:
-    """Whether metrics combine the values of several processes now."""
+def _all_values_are_combined() -> bool:
+    """Whether metrics combine the values of all processes now."""
     group = default_group()
-    if group is None:
-        return True
-    workers = group.workers
-    return workers.are_running and (workers.mode() is Mode.TOGETHER or len(workers.here) > 1)
+    return group is None or (group.workers.are_running and group.workers.mode() is Mode.TOGETHER)
 
 
 _sync_metric = Metric.sync
@@ -139,13 +136,13 @@ def _sync(metric: Metric, *args: Any, **kwargs: Any) -> None:
 
     Gathering would repeat the worker's states, which is wrong for sums, and for metrics that compare samples.
     """
-    if not _values_are_combined():
+    group = default_group()
+    if not _all_values_are_combined() and (group is None or len(group.workers.here) == 1):
         return
     call = inspect.signature(_sync_metric).bind(metric, *args, **kwargs)
-    if (group := default_group()) is not None and group.workers.mode() is Mode.APART:
-        call.arguments["process_group"] = (
-            call.arguments.get("process_group") or metric.process_group or group.workers.inner
-        )
+    if group is not None and group.workers.mode() is Mode.APART:
+        own = call.arguments.get("process_group") or metric.process_group
+        call.arguments["process_group"] = own or group.workers.inner
     _sync_metric(*call.args, **call.kwargs)
 
 
