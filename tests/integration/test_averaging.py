@@ -67,9 +67,9 @@ class Recomputing(Checkpoint):
 
 
 @pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="since Lightning 2.6")
-@pytest.mark.parametrize("slow", [0, 3])
-def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: Path, slow: int) -> None:
-    """Rank 0 is slow in one of them, so that the global step advances by several in its batches."""
+@pytest.mark.parametrize(("slow", "worker"), [(0, 1), (3, 1), (0, 2)])
+def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: Path, slow: int, worker: int) -> None:
+    """Rank 0 is slow in two of them, so that the global step advances by several in its batches."""
     average = callbacks.EMAWeightAveraging(decay=DECAY, update_starting_at_step=START)
     results = simulate(
         tmp_path,
@@ -77,6 +77,8 @@ def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: 
         loader(),
         loader(16),
         slow=slow,
+        regions=(2 // worker,) * 2,
+        strategy={"worker": worker},
         callbacks=[average, Recomputing(), ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1)],
         max_steps=STEPS,
         val_check_interval=8,
@@ -84,12 +86,13 @@ def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: 
         enable_checkpointing=True,
     )
     assert_same_model(results)
-    differences = results[0]["differences"]
-    assert len(differences["validated"]) == len(differences["saved"]) == 3
-    assert len(differences["final"]) == 1
-    assert max(*differences["validated"], *differences["saved"], *differences["final"]) < 1e-6
-    assert set(results[0]["keys"]) == {"current_model_state", "averaging_state"}
-    assert all(not result["keys"] and not result["differences"]["final"] for result in results[1:])
+    for result in results[:worker]:
+        differences = result["differences"]
+        assert len(differences["validated"]) == len(differences["saved"]) == 3
+        assert len(differences["final"]) == 1
+        assert max(*differences["validated"], *differences["saved"], *differences["final"]) < 1e-6
+        assert set(result["keys"]) == {"current_model_state", "averaging_state"}
+    assert all(not result["keys"] and not result["differences"]["final"] for result in results[worker:])
     assert not torch.equal(results[0]["state"]["net.0.weight"], torch.zeros(4, FEATURES))
     for result in results:  # trainer.validate() puts the callback's average into the module
         (average,) = result["averages"]

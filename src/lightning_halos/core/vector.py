@@ -62,6 +62,7 @@ class ModelVector:
         num_elements: Elements of this process's vector.
         shards: How those parameters are divided of which this process has only a part, by their ``id``.
         layout: Which part of the canonical vector each lane's vector is.
+        is_alone: Whether the worker has no other processes.
 
     Raises:
         ValueError: If the module has no trainable parameter, its ``halos_buffers`` is invalid, or its parameters are
@@ -97,7 +98,7 @@ class ModelVector:
         sizes = [shape.numel() for shape in complete]
         pieces = {index: shard.sizes for index, shard in enumerate(held) if shard is not None}
         lane, lanes, number = self._processes.lane, self._processes.lanes, len(self._parameters)
-        self._is_alone = lanes == 1 and self._processes.model is None
+        self.is_alone = lanes == 1 and self._processes.model is None
         self.layout = Layout.build(sizes, number, lanes, pieces)
         self.complete_shapes = complete[:number]
         self._are_shards = [shard is not None for shard in held]
@@ -105,7 +106,7 @@ class ModelVector:
             (bounds[lane], bounds[lane + 1]) if lane < lanes else (bounds[-1], bounds[-1])
             for bounds in self.layout.bounds
         ]
-        self._shapes = complete if self._is_alone else [torch.Size([stop - start]) for start, stop in self._ranges]
+        self._shapes = complete if self.is_alone else [torch.Size([stop - start]) for start, stop in self._ranges]
         self.shapes = self.complete_shapes if (lane, lanes) == (0, 1) else self._shapes[:number]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
         self.num_elements = sum(shape.numel() for shape in self._shapes)
@@ -195,8 +196,9 @@ class ModelVector:
         """Returns the parts of ``vector`` by their names in ``module.state_dict()``, including tied names.
 
         They have the dtypes of the module's tensors but are in host memory, from which a checkpoint is written. Only
-        for a worker of one lane, whose vector has complete parts.
+        for a worker of one process, whose vector has complete parts.
         """
+        assert self.is_alone, "the vector has parts of tensors"
         tensors = self._tensors()
         parts = {id(tensor): part for tensor, part in zip(tensors, self._split(vector), strict=True)}
         parts.update({key: _real(value).cpu() for key, value in self._frozen.tensors.items()})
@@ -222,13 +224,13 @@ class ModelVector:
     def _agree(self) -> None:
         """Gives all processes of the worker lane 0's averaged tensors, which may differ, as Lightning does."""
         self._reshard()
-        if not self._is_alone:
+        if not self.is_alone:
             averaged = [*zip(self._tensors(), self._are_shards, strict=True)][len(self._parameters) :]
             self._processes.share_([_real(tensor) for tensor, is_shard in averaged if not is_shard], 0)
 
     def _staged(self) -> dict[int, Tensor]:
         """Returns memory for the tensors of which a part cannot be written, as they are not contiguous."""
-        if self._is_alone:
+        if self.is_alone:
             return {}
         tensors = enumerate(map(_real, self._tensors()))
         return {
@@ -239,7 +241,7 @@ class ModelVector:
 
     def _share(self, staged: dict[int, Tensor]) -> None:
         """Gives all processes of the worker what the others have written, of tensors that all have completely."""
-        if self._is_alone:
+        if self.is_alone:
             return
         tensors = [_real(tensor) for tensor in self._tensors()]
         for lane in range(self._processes.lanes):
@@ -268,7 +270,7 @@ class ModelVector:
     def _pairs(self, vector: Tensor, staged: dict[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of the module's tensors, of ``PART`` elements if possible, and their parts of the vector."""
         for index, (tensor, part) in enumerate(zip(map(_real, self._tensors()), self._split(vector), strict=True)):
-            if self._is_alone:
+            if self.is_alone:
                 if tensor.numel() > PART and tensor.is_contiguous():
                     yield from zip(torch.split(tensor.view(-1), PART), torch.split(part.view(-1), PART), strict=True)
                 else:
@@ -288,7 +290,7 @@ class ModelVector:
 
     def _sent_part(self, index: int, values: Tensor) -> Tensor:
         real = _real(values)
-        return real if self._is_alone else self._in_range(index, real.reshape(-1))
+        return real if self.is_alone else self._in_range(index, real.reshape(-1))
 
 
 def _flat(tensor: Tensor, staged: Tensor | None) -> Tensor:

@@ -254,13 +254,22 @@ class Fit:
         if not self.has_two_models or self.start.algorithm.averages_gradients:
             return module
         with self.loop.stopwatch.paused():
-            moment = self.world.version, self.loop.round.number  # a simulation has one model for all of a round
+            version = self.world.version
+            if not self.start.vector.is_alone:  # another lane may know of another one at this moment
+                version = self.start.site.worker_collectives.broadcast_object(version)
+            moment = version, self.loop.round.number  # a simulation has one model for all of a round
             if self._global_tensors_of is None or self._global_tensors_of[0] != moment:
-                parts = self.global_parts(module)
-                parameters = [parts.get(name, parameter) for name, parameter in module.named_parameters()]
-                buffers = [parts.get(name, buffer) for name, buffer in module.named_buffers()]
-                self._global_tensors_of = moment, GlobalTensors(parameters, buffers)
+                self._global_tensors_of = moment, self._read_global_tensors(module)
             return self._global_tensors_of[1]
+
+    def _read_global_tensors(self, module: nn.Module) -> GlobalTensors:
+        if not self.start.vector.is_alone:  # the others have parts of it, and complete the module together
+            with self.global_model():
+                parameters = [parameter.detach().clone() for parameter in module.parameters()]
+                return GlobalTensors(parameters, [buffer.clone() for buffer in module.buffers()])
+        parts = self.global_parts(module)
+        parameters = [parts.get(name, parameter) for name, parameter in module.named_parameters()]
+        return GlobalTensors(parameters, [parts.get(name, buffer) for name, buffer in module.named_buffers()])
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
