@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, end_workers, lightning_environments, torchrun_environments
-from tests.integration.toys import SAMPLES, Toy, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import SAMPLES, Toy, assert_same_model, halos, loader, make_trainer, outcome, state
 from tests.integration.virtual import simulate
 
 VALIDATED = 64
@@ -52,6 +52,38 @@ class Asking(Toy):
 
     def more(self) -> Result:
         return self.found
+
+
+class Unfreezing(BaseFinetuning):
+    """Unfreezes the first layer in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=1e-2)
+
+
+class Unfrozen(Toy):
+    """Keeps the gradients and the parameters of each optimizer step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = {f"gradient of {n}": p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
+        self.steps.append({**gradients, **state(self)})
+
+    def configure_callbacks(self) -> Any:
+        return [Unfreezing()]
+
+    def configure_optimizers(self) -> Any:
+        return self.counted(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2))
+
+    def more(self) -> Result:
+        return {"steps": self.steps}
 
 
 class Stopping(Toy):
@@ -124,6 +156,19 @@ def test_rounds_in_step_with_all_workers(run: Run) -> None:
     assert_workers_in_step(results)
     used = sorted(index for result in results for index in result["trained_on"])
     assert used == sorted([*range(SAMPLES)] * 2)
+
+
+def test_the_processes_of_a_worker_train_one_model_when_parameters_are_unfrozen(run: Run) -> None:
+    results = run(trains, Unfrozen)
+    assert_workers_in_step(results)
+    assert_same_model(results)
+    for worker in (results[:2], results[2:]):
+        steps = [result["steps"] for result in worker]
+        assert "gradient of net.0.weight" not in steps[0][0]
+        assert "gradient of net.0.weight" in steps[0][-1]
+        for first, second in zip(*steps, strict=True):
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def nodes_are_workers() -> Result:

@@ -90,6 +90,7 @@ class ComposedStrategy(ConnectedStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._inference_modes: list[tuple[Any, bool]] = []
+        self._reduced: set[int] = set()  # id of the parameters whose gradients DDP averages
 
     # ------------------------------------------------------------------ setup
 
@@ -175,10 +176,27 @@ class ComposedStrategy(ConnectedStrategy):
         """Lets the inner strategy wrap the module and make the optimizers."""
         assert self.inner is not None
         self.inner.setup(trainer)
+        self._reduced = self._trainable()
         self.optimizers, self.lr_scheduler_configs = self.inner.optimizers, self.inner.lr_scheduler_configs
         for loop in evaluation_loops(trainer):  # gloo and modules that are divided do not support inference mode
             self._inference_modes.append((loop, loop.inference_mode))
             loop.inference_mode = False
+
+    def wrap_unfrozen(self) -> None:
+        """Lets DDP also average the gradients of parameters that have become trainable since it wrapped the module.
+
+        It ignores them otherwise, and the processes of a worker would train different models. All processes of the
+        worker must call it.
+        """
+        if not isinstance(self.inner, DDPStrategy) or self._trainable() <= self._reduced:
+            return
+        self._reduced = self._trainable()
+        self.inner.model = self.lightning_module
+        self.inner.configure_ddp()
+
+    def _trainable(self) -> set[int]:
+        assert self.lightning_module is not None
+        return {id(parameter) for parameter in self.lightning_module.parameters() if parameter.requires_grad}
 
     @property
     def divides_model(self) -> bool:

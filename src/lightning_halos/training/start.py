@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_halos.checkpoint.errors import CheckpointError
@@ -181,6 +182,8 @@ def _processes(site: Site, trainer: pl.Trainer) -> WorkerProcesses | None:
     if len(site.worker_processes) == 1:
         return None
     model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):  # it divides nothing, and another one may replace it
+        model = model.module
     assert site.inner_group is not None
     assert model is not None
     return GroupedProcesses(site.inner_group, site.lanes, model)

@@ -219,6 +219,11 @@ class AlgorithmStrategy(ComposedStrategy):
         assert self._shards is not None
         shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
+        if self.cluster is not None and self.inner is not None and trainer.checkpoint_callbacks:
+            rank_zero_warn(
+                "Checkpoints of a simulation with workers of several processes have only the global model and rank 0's"
+                " optimizer, without the servers and the other workers."
+            )
         start = Start(self.site, self.algorithm, trainer, resume, shards.saves, self.membership)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time)
@@ -228,9 +233,10 @@ class AlgorithmStrategy(ComposedStrategy):
         self._fit.begin(self._end_training)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.wrap_unfrozen()  # here, because the module's hook of this name has run
         if self._fit is None:
             return
-        self._fit.start.vector.begin_batch()  # here, because the module's hook of this name has run
+        self._fit.start.vector.begin_batch()
         self._fit.follow_decisions()
         assert self._shards is not None
         self._shards.tell_loggers()
@@ -334,7 +340,7 @@ class AlgorithmStrategy(ComposedStrategy):
         if self.membership is not None:
             return False  # the run is in the global server's directory
         if self.cluster is not None:
-            return not self.algorithm.averages_gradients
+            return not self.algorithm.averages_gradients and self.inner is None  # lanes have no snapshots there
         return isinstance(self.algorithm, ServerAlgorithm)
 
     @property

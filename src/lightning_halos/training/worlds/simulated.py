@@ -69,7 +69,7 @@ class SimulatedWorld(SimulatedServers):
             if servers is not None:
                 servers.load_schedule(schedule)
         super().__init__(servers, Alarm(site.here), site.timeout, start.saves)
-        self._averages_gradients = start.algorithm.averages_gradients
+        self._has_snapshots = site.placement.is_single and not start.algorithm.averages_gradients
         self._client = WorkerClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
         self.client: Client = self._client
         self.alarm.watch(site.timeout)
@@ -104,7 +104,7 @@ class SimulatedWorld(SimulatedServers):
 
     @property
     def checkpointed(self) -> CheckpointedWorld | None:
-        return None if self._averages_gradients else self
+        return self if self._has_snapshots else None
 
     @property
     def clock(self) -> Callable[[], float] | None:
