@@ -12,8 +12,7 @@ TWO_NODES = [0, 0, 0, 0, 1, 1]
 
 
 def test_every_process_is_a_worker_by_default() -> None:
-    placement = Placement.single(3)
-    assert placement == Placement.build([0, 0, 1], 1)
+    placement = Placement.build([0, 0, 1], 1)
     assert placement.is_single
     assert placement.is_even
     assert [placement.worker_of(process) for process in range(3)] == [0, 1, 2]

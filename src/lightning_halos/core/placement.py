@@ -54,11 +54,6 @@ class Placement:
         smallest = min(map(len, workers))
         return cls(workers, smallest if lanes is None else lanes)
 
-    @classmethod
-    def single(cls, processes: int) -> Placement:
-        """Returns the placement in which each process is a worker."""
-        return cls(tuple((rank,) for rank in range(processes)), 1)
-
     @property
     def processes(self) -> int:
         """Number of processes of all workers."""
@@ -94,10 +89,6 @@ class Placement:
     def expand(self, workers: Sequence[int]) -> list[int]:
         """Returns the processes of some workers."""
         return [process for worker in workers for process in self.workers[worker]]
-
-    def together_with(self, process: int) -> tuple[int, ...]:
-        """Returns the processes of a process's worker."""
-        return self.workers[self.worker_of(process)]
 
     def in_place_of(self, process: int, worker: int) -> int:
         """Returns the process of a worker that stands for any process: itself, or the one with its lane."""
