@@ -37,7 +37,8 @@ REGIONS = [[0, 1], [2]]
 WORKERS = 3
 SHAPES = [torch.Size([2, 3]), torch.Size([3])]
 SIZES = [6, 3, 4]  # two parameters and an averaged tensor
-STEPS = 40  # local steps of data
+STEPS = 40  # local steps of an epoch
+ROUNDS = 7  # of each worker, however fast it is
 OPTIMIZER = partial(DelayedNesterov, lr=0.2, momentum=0.9, delay=2)
 
 
@@ -95,7 +96,7 @@ def make_global_node(model: Tensor, shapes: Sequence[torch.Size], state: Mapping
     """Makes the global node, in the state of a snapshot."""
     total, done = (0, []) if state is None else (state["total"], state["done"])
     server = GlobalServer(model, OPTIMIZER, shapes, len(REGIONS))
-    cursor = DataCursor(STEPS, 2, Spans(done))
+    cursor = DataCursor(STEPS, None, Spans(done))
     node = GlobalNode(server, len(REGIONS), StepBudget(WORKERS, total=total), cursor, Spans(done))
     if state is not None:
         node.load_state_dict(state["global"])
@@ -179,6 +180,8 @@ def work(plan: Plan, states: list[dict[str, Any]] | None = None) -> dict[str, An
             reads.append(out)
             if plan.snapshot == round_.number:
                 runtime.global_host.do("snapshot", Marker("save", "folder"))
+        if round_.number == ROUNDS:
+            break
     final, progress = client.finish(round_.push(None, final=True), fill)
     wait_all(progress)
     while plan.snapshot and process == 0 and len(written) < (1 + len(REGIONS)) * plan.lanes:
