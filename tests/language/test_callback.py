@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -99,6 +99,31 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
     card = (tmp_path / "out" / "README.md").read_text()
     for row in ("| Regions | 0: 2 worker(s), 1: 2 worker(s) |", "| local_steps | 4 |", "| accumulate_updates | 4 |"):
         assert row in card
+
+
+def evaluating_in_two_processes(tokenizer: str) -> Result:
+    callback = LMEvalCallback("local_lambada", every_n_steps=4, at_end=False, tokenizer=tokenizer, **FEW)
+    found: list[float] = []
+    trainer = make_trainer(
+        halos(regions=1, worker=2),
+        devices=2,
+        max_steps=6,
+        callbacks=[callback, LambdaCallback(on_train_epoch_end=lambda trainer, _: found.append(metric_of(trainer)))],
+    )
+    trainer.fit(module := LanguageModule(), loader())
+    return {"state": state(module), "found": found, "has_results": callback.results is not None}
+
+
+def metric_of(trainer: pl.Trainer) -> float:
+    return float(trainer.callback_metrics["lm_eval/local_lambada/perplexity"])
+
+
+def test_in_a_worker_of_several_processes_one_evaluates_and_all_know_the_results(run: Run, tokenizer: str) -> None:
+    results = run(evaluating_in_two_processes, tokenizer, workers=2, timeout=120)
+    assert_same_model(results)
+    assert [result["has_results"] for result in results] == [True, False]
+    assert len(results[0]["found"]) == 1
+    assert results[0]["found"] == results[1]["found"]
 
 
 class Terminated(LMEvalCallback):
@@ -192,6 +217,13 @@ def test_arguments_that_evaluate_nothing_are_refused() -> None:
         LMEvalCallback("hellaswag", every_n_steps=0)
     with pytest.raises(ValueError, match="nothing is ever evaluated"):
         LMEvalCallback("hellaswag", at_end=False)
+
+
+def test_a_model_that_is_divided_inside_a_worker_is_refused(tokenizer: str) -> None:
+    callback = LMEvalCallback("local_lambada", tokenizer=tokenizer, **FEW)
+    trainer = make_trainer(halos(regions=1, worker=2, inner="fsdp2"), callbacks=[callback])
+    with pytest.raises(MisconfigurationException, match="ModelParallelStrategy shards it"):
+        callback.setup(trainer, LanguageModule(), "fit")
 
 
 def test_a_task_that_does_not_exist_is_missed_before_the_training(tokenizer: str) -> None:

@@ -26,7 +26,7 @@ from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.strategy import AlgorithmStrategy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LMEvalCallback(Callback):
@@ -90,9 +90,12 @@ class LMEvalCallback(Callback):
         """Finds the model, the tokenizer and the tasks, so that missing pieces are reported before training starts."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        strategy: Any = trainer.strategy
+        if isinstance(strategy, AlgorithmStrategy) and strategy.inner is not None:
+            strategy = strategy.inner
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"LMEvalCallback needs the complete model on rank 0, but {type(trainer.strategy).__name__} shards it."
+                f"LMEvalCallback needs the complete model on rank 0, but {type(strategy).__name__} shards it."
                 " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ..."
             )
         find_language_model(pl_module, self._submodule)
@@ -119,18 +122,25 @@ class LMEvalCallback(Callback):
         if not (strategy.decides if isinstance(strategy, AlgorithmStrategy) else trainer.is_global_zero):
             return
         _, model = find_language_model(pl_module, self._submodule)
+        metrics: dict[str, float] = {}
+        with _global_model(trainer, model):
+            if trainer.is_global_zero:
+                metrics = self._run(trainer, model)
+            if isinstance(strategy, AlgorithmStrategy) and strategy.round is not None:
+                metrics = strategy.broadcast(metrics)  # the other processes of its worker decide with it what follows
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        show_metrics(trainer, metrics)
+
+    def _run(self, trainer: pl.Trainer, model: PreTrainedModel) -> dict[str, float]:
         with (
             isolate_rng(),
-            _global_model(trainer, model),
             _on_device(model, trainer.strategy.root_device),
             loaded_model(model, self._find_tokenizer(trainer), self._batch_size) as lm,
             trainer.precision_plugin.forward_context(),
         ):
             self.results = self._benchmark.run(lm)
-        metrics = flatten(self.results)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        show_metrics(trainer, metrics)
+        return flatten(self.results)
 
     def _find_tokenizer(self, trainer: pl.Trainer) -> PreTrainedTokenizerBase:
         tokenizer = find_tokenizer(self._tokenizer, trainer)
