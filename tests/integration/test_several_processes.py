@@ -172,11 +172,18 @@ def test_the_processes_of_a_worker_train_one_model_when_parameters_are_unfrozen(
 
 
 def nodes_are_workers() -> Result:
-    module, strategy = Toy(), HalosStrategy(worker="node", local_steps=4, accumulate_updates=4, timeout=60)
-    trainer = make_trainer(strategy, max_epochs=2, devices="auto")
-    trainer.fit(module, loader(), loader(VALIDATED))
-    site = strategy.site
-    return outcome(trainer, module, place=[site.rank, site.lane, site.lanes], regions=list(strategy.topology.names))
+    module, path = Toy(), None
+    for epochs in (1, 2):  # the second fit resumes the first
+        strategy = HalosStrategy(worker="node", local_steps=4, accumulate_updates=4, timeout=60)
+        saving = ModelCheckpoint("saved", save_top_k=-1)
+        flags = {"enable_checkpointing": True, "callbacks": [saving], "devices": "auto"}
+        trainer = make_trainer(strategy, max_epochs=epochs, **flags)
+        trainer.fit(module, loader(), loader(VALIDATED), ckpt_path=path)
+        path = trainer.strategy.broadcast(saving.best_model_path)
+    site, (optimizer,) = strategy.site, trainer.optimizers
+    moments = [state["exp_avg"] for state in optimizer.state_dict()["state"].values()]
+    place = [site.rank, site.lane, site.lanes]
+    return outcome(trainer, module, place=place, regions=list(strategy.topology.names), moments=moments)
 
 
 def test_nodes_of_different_sizes_are_workers_that_divide_the_data_by_process(run: Run) -> None:
@@ -186,6 +193,7 @@ def test_nodes_of_different_sizes_are_workers_that_divide_the_data_by_process(ru
     assert_same_model(results)
     first, *second = results
     assert second[0]["optimizer_steps"] == second[1]["optimizer_steps"] > 0
+    assert all(torch.equal(mine, its) for mine, its in zip(second[0]["moments"], second[1]["moments"], strict=True))
     share = -(-SAMPLES // 3)  # as under DDP, which repeats samples so that all processes have as many
     assert [len(result["trained_on"]) for result in results] == [2 * share] * 3
     assert {index for result in results for index in result["trained_on"][:share]} == set(range(SAMPLES))

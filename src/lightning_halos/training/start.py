@@ -90,6 +90,12 @@ class Start:
             max_steps = None if trainer.max_steps == -1 else trainer.max_steps
             enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)
 
+    def put_in(self, memory: Tensor) -> None:
+        """Puts a vector's model into the module, as all processes of this worker must do together."""
+        self.vector.write(memory)
+        if not self.vector.lossless:
+            self.vector.read(memory)
+
     @property
     def worker_state(self) -> Mapping[str, Any]:
         """This worker's state to resume from; empty for a new worker."""

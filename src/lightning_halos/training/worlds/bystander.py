@@ -45,6 +45,8 @@ class BystanderWorld:
         self.alarm = Alarm(start.site.here)
         self.has_global_model = self.decides = start.site.rank == 0
         self._nothing = start.memory
+        if start.resume is not None and start.memory is not None and not is_simulated:
+            start.put_in(start.memory)  # the lanes have the model to resume from
         self._collectives = start.site.worker_collectives
         self.first_round = WorkerRound(start.site.rank, 1)
         self.first_round.load_state_dict(self._collectives.broadcast_object(None))

@@ -199,9 +199,7 @@ def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
         start.site.broadcast_from_leader_(memory)
     else:
         start.site.lane_collectives.broadcast_([memory])
-    start.vector.write(memory)
-    if not start.vector.lossless:
-        start.vector.read(memory)
+    start.put_in(memory)
 
 
 def rebuild(
