@@ -7,6 +7,8 @@
     monitor      steps per second of two workers with HalosMonitor, a logger and the progress bar, against the same
                  without HalosMonitor
     memory       peak memory of a leader beyond that of a worker, in multiples of a 40M-parameter model
+    divided      peak memory of a process of a worker of 4 processes with FSDP2, against one process, for a model of
+                 100M parameters with AdamW
     lanes        bytes per round that a process of a worker of 4 processes sends and receives for HALoS, with 4 lanes
                  against one lane, for a 4M-parameter model
 
@@ -35,7 +37,9 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_halos import HalosMonitor, HalosStrategy
@@ -56,6 +60,7 @@ ROUND_TRIP_LIMIT = 2.0  # times the bare send and receive
 THROUGHPUT_LIMIT = 0.95  # of the independent Trainers' steps per second
 MONITOR_LIMIT = 0.98  # of the steps per second without it
 MEMORY_LIMIT = 6.0  # models, for a leader of 4 workers
+DIVIDED_LIMIT = 0.35  # of the peak memory of one process
 LANES, LANES_LIMIT = 4, 0.27  # of the bytes per process of one lane
 
 ROUND_TRIPS = 31
@@ -281,6 +286,68 @@ def memory() -> bool:
     return good
 
 
+# ---------------------------------------------------------------------- divided
+
+
+class Divisible(L.LightningModule):
+    """About 100M parameters, divided among a worker's processes if there are several."""
+
+    width, depth = 2048, 24
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        with torch.device("cpu" if mesh is None else "meta"):
+            self.layers = nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.depth)))
+        if mesh is not None:
+            for layer in self.layers:
+                fully_shard(layer, mesh=mesh["data_parallel"])
+            fully_shard(self.layers, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.layers(batch[0]).square().mean()
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.layers(batch[0]).square().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def divided_process(folder: Path, processes: int) -> None:
+    """Trains one worker, and notes the peak memory of this process, and what it had before the fit."""
+    torch.set_num_threads(1)
+    inner = ModelParallelStrategy() if processes > 1 else None
+    halos = HalosStrategy(local_steps=2, worker=processes, inner=inner)
+    quiet = {**QUIET, "limit_val_batches": 2, "val_check_interval": 4, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(strategy=halos, devices=processes, **quiet, max_steps=8)
+    before = Path("/proc/self/status").read_text()
+    samples = DataLoader(TensorDataset(torch.randn(64, Divisible.width)))
+    trainer.fit(Divisible(), samples, samples)
+    after = Path("/proc/self/status").read_text()
+    fields = [dict(line.split(":", 1) for line in text.splitlines()) for text in (before, after)]
+    (folder / str(trainer.global_rank)).write_text(f"{fields[0]['VmRSS'].split()[0]} {fields[1]['VmHWM'].split()[0]}")
+    halos.barrier()
+
+
+def divided() -> bool:
+    """Prints the peak memory per process of one process and of 4. Returns whether they are within the limit.
+
+    Freed memory goes back to the system at once: in malloc's heaps, one for each thread, it would hide what is used.
+    """
+    most, libraries = {}, 0.0
+    for processes in (1, LANES):
+        with tempfile.TemporaryDirectory() as name:
+            run(f"divided-{processes}", Path(name), MALLOC_MMAP_THRESHOLD_="1000000")
+            found = [(Path(name) / str(rank)).read_text().split() for rank in range(processes)]
+        most[processes] = max(int(peak) for _, peak in found) / 1e6
+        libraries = max(libraries, max(int(before) for before, _ in found) / 1e6)
+    share = most[LANES] / most[1]
+    print(f"divided       {LANES} processes {most[LANES]:5.2f} GB each   one {most[1]:5.2f} GB", end="")
+    print(f"   (libraries {libraries:4.2f} GB)   {share:6.3f}", end="")
+    return verdict(share <= DIVIDED_LIMIT, f"at most {DIVIDED_LIMIT:g}")
+
+
 # ---------------------------------------------------------------------- lanes
 
 
@@ -347,6 +414,7 @@ MEASUREMENTS: dict[str, Callable[[], bool]] = {
     "throughput": throughput,
     "monitor": monitor,
     "memory": memory,
+    "divided": divided,
     "lanes": lanes,
 }
 PROCESSES: dict[str, Callable[[Path], None]] = {
@@ -356,16 +424,18 @@ PROCESSES: dict[str, Callable[[Path], None]] = {
     "memory-alone": partial(memory_process, regions=None),
     "memory-apart": partial(memory_process, regions=APART),
     "memory-together": partial(memory_process, regions=TOGETHER),
+    "divided-1": partial(divided_process, processes=1),
+    f"divided-{LANES}": partial(divided_process, processes=LANES),
     "lanes-1": partial(lanes_process, lanes=1),
     f"lanes-{LANES}": partial(lanes_process, lanes=LANES),
 }
 
 
-def run(process: str, folder: Path, processes: int = 1) -> None:
+def run(process: str, folder: Path, processes: int = 1, **variables: str) -> None:
     """Runs this script as one of ``PROCESSES``. Lightning starts those of its workers itself."""
     command = [sys.executable, __file__, "--process", process, "--folder", str(folder)]
     started = [
-        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)} if processes > 1 else None)
+        subprocess.Popen(command, env={**os.environ, **variables, **({"RANK": str(rank)} if processes > 1 else {})})
         for rank in range(processes)
     ]
     codes = [one.wait() for one in started]
