@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, fully_sharded_data_parallel
 
+from lightning_halos.training.compat import average_of
 from lightning_halos.training.optimizer_shards import join_pieces
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import FEATURES, LOCAL_STEPS, Toy, halos, loader, make_trainer
+from tests.integration.toys import FEATURES, LOCAL_STEPS, WORKERS, Toy, halos, loader, make_trainer
 
 ROUNDS = 50
 BATCH = 8  # samples of a worker
@@ -171,3 +175,54 @@ def test_a_divided_model_is_saved_and_resumed_with_other_lanes_and_strategies(ru
         for result, moments in zip(results, by_rank, strict=True):
             for found, wanted in zip(result[kind]["moments"], moments or result[kind]["moments"], strict=True):
                 assert torch.equal(found, wanted), kind
+
+
+def averaged() -> Result:
+    average = callbacks.EMAWeightAveraging(decay=0.8, update_starting_at_step=3)
+    module, trainer = Plain(), make_trainer(strategy("DDP", 2), max_steps=24, callbacks=[average])
+    trainer.fit(module, loader(batch_size=BATCH // 2), loader(32))
+    return {"average": average_of(average).state_dict(), "state": complete_state(trainer, module)}
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="since Lightning 2.6")
+def test_weights_are_averaged_from_the_global_model_of_all_lanes(run: Run) -> None:
+    first, *others = run(averaged)
+    assert first["average"]["n_averaged"] == 24 - 3
+    for name, tensor in first["state"].items():
+        average = first["average"][f"module.{name}"]
+        assert torch.equal(average, tensor), "the average is the final model"
+        assert torch.isfinite(average).all()
+        assert all(torch.equal(result["state"][name], tensor) for result in others)
+
+
+def refused(kind: str) -> Result:
+    inner = {"size": ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)}.get(kind)
+    module = Everywhere() if kind == "everywhere" else Plain()
+    made = halos(worker=2, inner=inner or ModelParallelStrategy())
+    trainer = make_trainer(made, max_steps=4, devices=WORKERS)
+    with pytest.raises(ValueError, match=r"divided|data_parallel_size") as error:
+        trainer.fit(module, loader())
+    return {"error": str(error.value)}
+
+
+class Everywhere(Plain):
+    """Divided among the processes of all workers."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (WORKERS,))
+        fully_shard(self.net, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("size", r"data_parallel_size=1, tensor_parallel_size=2\) must have data_parallel_size=2, the number"),
+        (
+            "everywhere",
+            r"net.0.weight is divided among workers that wait.* mesh=self.device_mesh",
+        ),
+    ],
+)
+def test_other_divisions_are_refused(run: Run, kind: str, message: str) -> None:
+    for result in run(refused, kind):
+        assert re.search(message, result["error"]), result["error"]

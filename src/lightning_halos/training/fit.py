@@ -253,6 +253,10 @@ class Fit:
         """Returns the global model in the form of a module's tensors. It is read once per version and round."""
         if not self.has_two_models or self.start.algorithm.averages_gradients:
             return module
+        if len(self.start.site.worker_processes) > 1:  # none of them has all parts, and they must agree on the moment
+            with self.global_model():
+                own = module.parameters(), module.buffers()
+                return GlobalTensors(*([tensor.detach().to("cpu", copy=True) for tensor in kind] for kind in own))
         with self.loop.stopwatch.paused():
             version = self.world.version
             if not self.start.vector.is_alone:  # another lane may know of another one at this moment
