@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lightning_halos.core.placement import Placement
 from lightning_halos.core.topology import Topology
+from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.site import Site
 from lightning_halos.transport.process_group import Mode
@@ -67,12 +68,21 @@ def two_workers_of_two(port: int) -> Result:
     inner = torch.tensor([float(rank)])
     dist.all_reduce(inner, group=site.inner_group)
     own = dist.new_group(list(site.worker_processes), use_local_synchronization=True)
+    agreement = Agreement(site)
+    agreed = [agreement.of_lane_0(rank), agreement.ask([rank == 3]), agreement.is_same(str(rank // 2))]
     grouped = torch.tensor([float(rank)])
     dist.all_reduce(grouped, group=own)
     mode = Mode.TOGETHER
     lane = site.lane_collectives.gather_texts(str(rank))
     site.collectives.barrier()  # the process with rank 0 has the store
-    return {**result, "inner": inner.item(), "own group": grouped.item(), "lane": lane, "here": site.here}
+    return {
+        **result,
+        "inner": inner.item(),
+        "own group": grouped.item(),
+        "lane": lane,
+        "here": site.here,
+        "agreed": agreed,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +144,8 @@ def test_alone_a_worker_is_the_world(results: list[Result]) -> None:
 def test_a_group_of_a_workers_processes_combines_their_values_during_training(results: list[Result]) -> None:
     assert [result["inner"] for result in results] == [1, 1, 5, 5]
     assert [result["own group"] for result in results] == [1, 1, 5, 5]
+
+
+def test_the_processes_of_a_worker_agree(results: list[Result]) -> None:
+    first, second = [0, [[False], [False]], True], [2, [[False], [True]], True]
+    assert [result["agreed"] for result in results] == [first, first, second, second]

@@ -7,8 +7,11 @@ batch out would make the others wait for ever. A worker of one process asks nobo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from lightning_halos.training.site import Site
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -35,6 +38,10 @@ class Agreement:
             return [list(flags)]
         texts = self._site.worker_collectives.gather_texts("".join(str(int(flag)) for flag in flags))
         return [[digit == "1" for digit in text] for text in texts]
+
+    def of_lane_0(self, value: T) -> T:
+        """Returns the value of the worker's lane 0, of which others hear later. All must call it at the same moment."""
+        return self._site.worker_collectives.broadcast_object(value) if self.is_needed else value
 
     def is_same(self, text: str) -> bool:
         """Returns whether all processes of this worker have the same text. All of them must call it together."""

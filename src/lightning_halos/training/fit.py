@@ -66,21 +66,22 @@ class Fit:
         self._first_metrics = FirstMetrics(
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
-        self._decides = world.decides
         self._told_callbacks = ""
         self._looked_in = 0  # number of the round in which the callbacks' states were compared last
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
         site, agreement = start.site, Agreement(start.site)
+        self._of_lane_0 = agreement.of_lane_0
+        self._decides = agreement.of_lane_0(world.decides)
         saves = start.saves if site.process == 0 else None
         self.preemption = Preemption(trainer, world.alarm, grace_time, saves, site.rank == 0, agreement.is_needed)
         if start.membership is not None:
             self.preemption = Departure(trainer, world.alarm, grace_time, agreement.is_needed)
         batches = None if data is None else data.batches
         has_entered = start.entry is not None
-        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, world.decides, has_entered)
+        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, self._decides, has_entered)
         if start.membership is not None:
-            self.lightning.schedulers.set_deciding(world.decides)  # it may change
+            self.lightning.schedulers.set_deciding(self._decides)  # it may change
         self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics, agreement)
         self.loop.end_evaluation = self._end_evaluation
         show_metrics(trainer, start.metrics)
@@ -110,7 +111,7 @@ class Fit:
             stochastic = [c for c in callbacks_of(self.trainer) if isinstance(c, StochasticWeightAveraging)]
             self._averages += [GlobalStochasticAverage(callback, self._global_tensors) for callback in stochastic]
         if self._decides:
-            put_states(callbacks_of(self.trainer), self.world.callbacks)
+            put_states(callbacks_of(self.trainer), self._of_lane_0(self.world.callbacks))
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         if self.start.memory is not None:
@@ -258,9 +259,7 @@ class Fit:
                 own = module.parameters(), module.buffers()
                 return GlobalTensors(*([tensor.detach().to("cpu", copy=True) for tensor in kind] for kind in own))
         with self.loop.stopwatch.paused():
-            version = self.world.version
-            if not self.start.vector.is_alone:  # another lane may know of another one at this moment
-                version = self.start.site.worker_collectives.broadcast_object(version)
+            version = self._of_lane_0(self.world.version)
             moment = version, self.loop.round.number  # a simulation has one model for all of a round
             if self._global_tensors_of is None or self._global_tensors_of[0] != moment:
                 self._global_tensors_of = moment, self._read_global_tensors(module)
@@ -296,7 +295,7 @@ class Fit:
         self.lightning.set_deciding(self._decides)
         if self._decides:
             replace_metrics(self.trainer, dict)
-            put_states(callbacks_of(self.trainer), self.world.callbacks)
+            put_states(callbacks_of(self.trainer), self._of_lane_0(self.world.callbacks))
             rank_zero_info("This job validates and saves checkpoints for the run from now on.")
         else:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))

@@ -83,7 +83,7 @@ class WorkerLoop(Callback):
         self._preemption = preemption
         self._first_metrics = first_metrics
         self._agreement = agreement
-        self._decides = world.decides  # if the worker's processes have to agree
+        self._decides = agreement.of_lane_0(world.decides)  # if the worker's processes have to agree
         self._validates_in_step = True
         self._writer = start.saves.writer
         self._rank, self._lane = start.site.rank, start.site.lane
