@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
@@ -200,6 +201,15 @@ def test_nodes_of_different_sizes_are_workers_that_divide_the_data_by_process(ru
     assert sorted(first["validated_on"][-1] + second["validated_on"][-1]) == list(range(VALIDATED))
 
 
+class TerminatedInValidation(Toy):
+    """One process that validates gets SIGTERM in a validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == 1 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().validation_step(batch, batch_idx)
+
+
 class Killed(Toy):
     """One process is killed at its tenth optimizer step."""
 
@@ -221,14 +231,17 @@ def saves(make: Callable[[], Toy], folder: Path, ckpt_path: str | None) -> Resul
     module = make()
     saving = ModelCheckpoint(folder, every_n_train_steps=8, save_last=True)
     trainer = make_trainer(halos(worker=2), max_epochs=4, callbacks=[saving], enable_checkpointing=True)
-    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, loader(), loader(VALIDATED), ckpt_path=ckpt_path)
     return outcome(trainer, module)
 
 
-def test_sigterm_of_one_process_saves_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("terminated", [Terminated, TerminatedInValidation])
+def test_sigterm_of_one_process_saves_a_checkpoint_from_which_the_run_goes_on(
+    tmp_path: Path, run: Run, terminated: Callable[[], Toy]
+) -> None:
     environments, folder = lightning_environments(4), tmp_path / "saved"
     ends = end_workers(
-        saves, Terminated, folder, None, folder=tmp_path, environments=environments, timeout=90, patience=40
+        saves, terminated, folder, None, folder=tmp_path, environments=environments, timeout=90, patience=40
     )
     assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]
     assert (folder / "last-preempted.ckpt").exists()
