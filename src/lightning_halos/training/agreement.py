@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
+import torch.distributed as dist
+
 from lightning_halos.training.site import Site
+from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 
 T = TypeVar("T")
 
@@ -34,10 +38,20 @@ class Agreement:
         Raises:
             PeerLostError: If one of them has ended.
         """
-        if not self.is_needed:
+        group = self._site.inner_group
+        if not self.is_needed or group is None:
             return [list(flags)]
-        texts = self._site.worker_collectives.gather_texts("".join(str(int(flag)) for flag in flags))
-        return [[digit == "1" for digit in text] for text in texts]
+        rows = torch.empty(group.size(), len(flags), dtype=torch.uint8)
+        try:  # not with the site's collectives, whose errors say more, but which take longer than a small step
+            dist.all_gather(list(rows), torch.tensor(flags, dtype=torch.uint8), group)
+        except RuntimeError as error:
+            if not is_lost_connection(error):
+                raise
+            raise PeerLostError(
+                f"{self._site.here} waited for the other processes of its worker at the end of a batch, but one of them"
+                f" has ended, or is stopped. {error}"
+            ) from None
+        return [[bool(flag) for flag in row] for row in rows.tolist()]
 
     def of_lane_0(self, value: T) -> T:
         """Returns the value of the worker's lane 0, of which others hear later. All must call it at the same moment."""
