@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -28,6 +29,7 @@ from lightning_halos import (
     SimulatedCluster,
 )
 from lightning_halos.core.algorithms.halos import Halos
+from lightning_halos.training.composed_strategy import refuse_averages_of_parts
 from lightning_halos.training.other_packages import refuse_elsewhere
 
 
@@ -100,6 +102,14 @@ def test_workers_of_several_processes_on_the_command_line(
     cli = LightningCLI(BoringModel, args=[*common, *strategy, *arguments], run=False, save_config_callback=None)
     assert isinstance(cli.trainer.strategy, HalosStrategy)
     assert type(cli.trainer.strategy.inner) is kind
+
+
+def test_averages_of_a_module_that_is_divided_are_refused() -> None:
+    average = StochasticWeightAveraging(1e-2)
+    trainer = L.Trainer(accelerator="cpu", devices=2, logger=False, callbacks=[average])
+    refuse_averages_of_parts(trainer, DDPStrategy())
+    with pytest.raises(ValueError, match="StochasticWeightAveraging keeps a copy of the complete module, but inner="):
+        refuse_averages_of_parts(trainer, ModelParallelStrategy())
 
 
 def test_another_kind_of_strategy_inside_a_worker_is_refused() -> None:

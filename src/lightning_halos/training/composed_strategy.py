@@ -13,15 +13,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_halos.core.sharding import find_shards, local
 from lightning_halos.training.compat import (
+    WEIGHT_AVERAGING,
     evaluation_loops,
+    find_trainer,
     limit_to_group,
     parallel_sizes,
     save_in_one_file,
@@ -33,6 +37,7 @@ from lightning_halos.training.inner import InnerStrategy, backend_for
 from lightning_halos.training.optimizer_shards import join_pieces, load_pieces, wanted_pieces
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.site import Site
+from lightning_halos.training.trainer_adapter import callbacks_of
 from lightning_halos.transport.process_group import worker_group
 
 
@@ -84,6 +89,21 @@ class WorkerEnvironment(ClusterEnvironment):
         return 0
 
 
+def refuse_averages_of_parts(trainer: pl.Trainer, inner: InnerStrategy) -> None:
+    """Refuses callbacks that average a copy of the module, if a strategy divides the module.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    kinds: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, kinds)]
+    if names and not isinstance(inner, DDPStrategy):
+        raise ValueError(
+            f"{names[0]} keeps a copy of the complete module, but inner=<{type(inner).__name__}> divides the module"
+            " among the processes of a worker. Average the checkpoints afterwards, or use inner=DDPStrategy()."
+        )
+
+
 class ComposedStrategy(ConnectedStrategy):
     """Launches and connects processes, and composes the strategy inside a worker; see ``AlgorithmStrategy``."""
 
@@ -114,6 +134,9 @@ class ComposedStrategy(ConnectedStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         if self.inner is not None:
+            trainer = find_trainer(self.lightning_module)
+            if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+                refuse_averages_of_parts(trainer, self.inner)
             self._compose(self.inner)
 
     def _compose(self, inner: InnerStrategy) -> None:
