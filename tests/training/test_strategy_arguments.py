@@ -54,6 +54,10 @@ from lightning_halos.training.other_packages import refuse_elsewhere
         ({"regions": [[0, 1], [1, 2]]}, "rank 1 is in region 0 and in region 1"),
         ({"worker": 0}, "worker=0 must be at least 1"),
         ({"inner": "ddp"}, r"inner='ddp' needs workers of several processes: pass worker=2"),
+        (
+            {"worker": 4, "inner": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)},
+            r"data_parallel_size=2, tensor_parallel_size=2\) must have data_parallel_size=4, the number of processes",
+        ),
         ({"worker": 2, "inner": "deepspeed"}, r"inner='deepspeed' must be a strategy of Lightning, or one of \['ddp'"),
     ],
 )

@@ -104,11 +104,28 @@ def refuse_averages_of_parts(trainer: pl.Trainer, inner: InnerStrategy) -> None:
         )
 
 
+def check_sizes(inner: ModelParallelStrategy, size: int) -> None:
+    """Checks how a strategy divides a model among the processes of a worker.
+
+    Raises:
+        ValueError: If it is not by rows among all of them.
+    """
+    data, tensor = parallel_sizes(inner)
+    if data not in ("auto", size) or tensor not in ("auto", 1):
+        raise ValueError(
+            f"ModelParallelStrategy(data_parallel_size={data!r}, tensor_parallel_size={tensor!r}) must have"
+            f" data_parallel_size={size}, the number of processes of a worker, and tensor_parallel_size=1, or neither:"
+            " workers can only exchange models that are divided by rows."
+        )
+
+
 class ComposedStrategy(ConnectedStrategy):
     """Launches and connects processes, and composes the strategy inside a worker; see ``AlgorithmStrategy``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self._worker != "node" and isinstance(self.inner, ModelParallelStrategy):
+            check_sizes(self.inner, self._worker)
         self._inference_modes: list[tuple[Any, bool]] = []
         self._reduced: set[int] = set()  # id of the parameters whose gradients DDP averages
 
@@ -176,14 +193,7 @@ class ComposedStrategy(ConnectedStrategy):
     def _make_mesh(self, inner: ModelParallelStrategy, size: int) -> None:
         """Makes the device mesh of the worker's processes, which a module uses in ``configure_model``."""
         site, device = self.site, self.root_device
-        data, tensor = parallel_sizes(inner)
-        data, tensor = size if data == "auto" else data, 1 if tensor == "auto" else tensor
-        if (data, tensor) != (size, 1):
-            raise ValueError(
-                f"ModelParallelStrategy(data_parallel_size={data!r}, tensor_parallel_size={tensor!r}) must have"
-                f" data_parallel_size={size}, the number of processes of a worker, and tensor_parallel_size=1: workers"
-                " can only exchange models that are divided by rows."
-            )
+        check_sizes(inner, size)
         assert site.inner_group is not None
         alone = worker_group((site.process,), backend_for(device), site.patience)
         mesh = DeviceMesh.from_group(
