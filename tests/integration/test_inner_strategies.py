@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, fully_sharded_data_parallel
 
+from lightning_halos.core.sharding import complete
 from lightning_halos.training.compat import average_of
 from lightning_halos.training.optimizer_shards import join_pieces
 from tests.integration.conftest import Run
@@ -43,7 +44,7 @@ class Plain(Toy):
         """Notes what the optimizers begin with."""
         (optimizer,) = self.trainer.optimizers
         values = [own["exp_avg"] for own in optimizer.state_dict()["state"].values()]
-        self.moments = [_complete(value).clone() for value in values]
+        self.moments = [complete(value).clone() for value in values]
 
 
 class Divided(Plain):
@@ -54,11 +55,6 @@ class Divided(Plain):
         if not hasattr(self.net[0].weight, "placements"):
             fully_shard(self.net[0], mesh=mesh)
             fully_shard(self.net, mesh=mesh)
-
-
-def _complete(tensor: Any) -> Tensor:
-    complete: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return complete
 
 
 def strategy(kind: str, worker: int, **kwargs: Any) -> Any:
@@ -73,7 +69,7 @@ def module_for(kind: str) -> Plain:
 def complete_state(trainer: pl.Trainer, module: Plain) -> dict[str, Tensor]:
     model = trainer.strategy.model
     with FullyShardedDataParallel.summon_full_params(model) if model is not module else nullcontext():
-        return {name: _complete(tensor).detach().clone() for name, tensor in module.state_dict().items()}
+        return {name: complete(tensor).detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def trained(kind: str, processes: int, worker: int, **flags: Any) -> dict[str, Tensor]:

@@ -87,6 +87,12 @@ def local(tensor: Tensor) -> Tensor:
     return detached.to_local() if hasattr(detached, "to_local") else detached
 
 
+def complete(tensor: Tensor) -> Tensor:
+    """Returns all values of a distributed tensor, for which all processes of the worker must ask together."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
 def _by_rows(name: str, parameter: Tensor) -> Sharded:
     """Returns how a distributed tensor is divided."""
     placements, mesh = parameter.placements, parameter.device_mesh  # type: ignore[attr-defined]

@@ -329,6 +329,12 @@ class ComposedStrategy(ConnectedStrategy):
         strategy: Any = self.inner or super()
         strategy.load_optimizer_state_dict(checkpoint)
 
+    def clear_optimizers(self) -> None:
+        """Clears the history of optimizers that :meth:`load_checkpoint` has given rank 0's state."""
+        if not self.lightning_restore_optimizer:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+
     def load_optimizers(self, states: Sequence[Sequence[Mapping[str, Any]]], is_new: bool) -> None:
         """Gives the optimizers of a divided model this worker's own state in place of rank 0's.
 
@@ -339,8 +345,7 @@ class ComposedStrategy(ConnectedStrategy):
         if self.site.rank == 0:
             return
         if is_new:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
+            self.clear_optimizers()
         for optimizer, pieces in zip(self.optimizers, zip(*states, strict=True), strict=False):
             wanted = wanted_pieces(optimizer, self.model, self.site.lane)
             load_pieces(optimizer, join_pieces(pieces, wanted), wanted)

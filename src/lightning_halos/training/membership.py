@@ -36,6 +36,7 @@ from lightning_halos.core.messages import (
     Status,
     Welcome,
 )
+from lightning_halos.core.sharding import complete
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.compat import WEIGHT_AVERAGING, epochs_of_training
@@ -388,7 +389,8 @@ def _checksum(tensors: Mapping[str, Any]) -> int:
     checksum = 0
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(name.encode(), checksum)
-        for part in dense_parts(tensor):
+        # Other jobs may divide their modules in other ways, or not at all.
+        for part in dense_parts(complete(tensor)):
             checksum = zlib.crc32(bytes_of(part).numpy().data, checksum)
     return checksum
 

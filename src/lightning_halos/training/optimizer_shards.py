@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_halos.core.sharding import Sharded, find_shards, local
+from lightning_halos.core.sharding import Sharded, complete, find_shards, local
 
 PIECES = "pieces"
 """Key in an optimizer's state: by number of the parameter, its complete shape, its piece's start, and values' names."""
@@ -38,7 +38,7 @@ def optimizer_pieces(optimizer: Optimizer, model: nn.Module | None, lane: int) -
         own, parameter, shard = values[number], parameters[number], places[number]
         names = [name for name, value in own.items() if _is_like(value, parameter)]
         values[number] = {
-            name: local(value).reshape(-1) if name in names else _complete(value) for name, value in own.items()
+            name: local(value).reshape(-1) if name in names else complete(value) for name, value in own.items()
         }
         pieces[number] = [list(shard.shape), _start(shard, lane), names]
     return {**state, "state": values, PIECES: pieces}
@@ -109,11 +109,6 @@ def _is_flat(value: Any, size: int) -> bool:
 
 def _start(shard: Sharded, lane: int) -> int:
     return [*accumulate(shard.sizes, initial=0)][lane]
-
-
-def _complete(value: Any) -> Any:
-    """Returns a value that is not divided like its parameter, completely."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _joined(

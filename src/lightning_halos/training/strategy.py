@@ -394,6 +394,7 @@ class AlgorithmStrategy(ComposedStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         if is_fit and self.membership is not None:
+            self.clear_optimizers()
             return without_progress(checkpoint)
         if not is_fit or not self._saves_servers or self._shards is None:
             return checkpoint
