@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,23 @@ class Stopping(Toy):
         return super().training_step(batch, batch_idx)
 
 
+class StoppingElsewhere(Stopping):
+    """One process stops the run in another hook than ``training_step``."""
+
+    def __init__(self, rank: int, hook: str) -> None:
+        super().__init__()
+        self.pause = 0.0
+        setattr(self, hook, partial(self.stop, rank, getattr(self, hook)))
+
+    def stop(self, rank: int, hook: Callable[..., Any], *args: Any) -> Any:
+        if self.global_rank == rank and self.current_epoch == 1:
+            self.trainer.should_stop = True
+        return hook(*args)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return Toy.training_step(self, batch, batch_idx)
+
+
 class Terminated(Toy):
     """One process gets SIGTERM at its tenth optimizer step."""
 
@@ -150,6 +168,20 @@ def test_a_process_stops_its_worker_and_the_run(run: Run) -> None:
     results = run(trains, Stopping, "halos", 50)
     assert_workers_in_step(results)
     assert all(result["epoch"] < 50 for result in results)
+
+
+def stops_elsewhere() -> Result:
+    """Fits of which each is stopped in another hook, by a process of either worker."""
+    places = {"on_train_epoch_start": 1, "on_train_epoch_end": 3, "on_validation_end": 1, "on_train_batch_end": 1}
+    return {hook: trains(partial(StoppingElsewhere, rank, hook), "halos", 50) for hook, rank in places.items()}
+
+
+def test_a_process_may_stop_the_run_in_any_hook(run: Run) -> None:
+    ended = run(stops_elsewhere)
+    for hook in ended[0]:
+        results = [result[hook] for result in ended]
+        assert_workers_in_step(results)
+        assert all(1 <= result["epoch"] < 50 for result in results), hook
 
 
 def test_rounds_in_step_with_all_workers(run: Run) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
+from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
     average_of,
@@ -72,6 +73,7 @@ class Fit:
         self.is_training = self.is_over = self._is_restored = False
         site, agreement = start.site, Agreement(start.site)
         self._of_lane_0 = agreement.of_lane_0
+        self._common_stop = CommonStop(trainer, agreement)
         self._decides = agreement.of_lane_0(world.decides)
         saves = start.saves if site.process == 0 else None
         self.preemption = Preemption(trainer, world.alarm, grace_time, saves, site.rank == 0, agreement.is_needed)
@@ -117,6 +119,7 @@ class Fit:
         if self.start.memory is not None:
             log_rules(self.start.vector.entries)
         self.start.site.collectives.barrier()
+        self._common_stop.install(self.lightning.later)
         self.is_training = True
         if self.start.entry is not None and self.start.entry.is_over:
             self.loop.finish(stop=False)
@@ -163,6 +166,7 @@ class Fit:
             return
         self._is_restored = True
         self.loop.release()
+        self._common_stop.restore()
         self.lightning.restore()
         restore_dump_checkpoint(self.trainer)
         replace_metrics(self.trainer, dict)

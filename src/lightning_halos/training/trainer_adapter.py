@@ -91,12 +91,16 @@ class TrainerAdapter:
         On processes that do not decide, callbacks with which others decide stay in the list, but none of their hooks
         does anything.
         """
-        averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
-        last = [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
-        others = [callback for callback in self._callbacks if callback not in last]
-        self.trainer.callbacks = [first_hooks, *others, loop, *last]  # type: ignore[attr-defined]
+        others = [callback for callback in self._callbacks if callback not in self.later]
+        self.trainer.callbacks = [first_hooks, *others, loop, *self.later]  # type: ignore[attr-defined]
         if not self._decides:
             self._leave_to_others()
+
+    @property
+    def later(self) -> list[Callback]:
+        """The user's callbacks that come after the worker's loop."""
+        averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
+        return [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
 
     def set_deciding(self, decides: bool) -> None:
         """Lets this process decide from now on, or no longer, in the middle of a fit."""

@@ -1,0 +1,79 @@
+"""Lets all processes of a worker stop if one of them sets ``trainer.should_stop``, in whatever hook.
+
+Lightning reads it after each batch, validation and epoch. A process that stopped alone would make the others wait for
+ever. The usual case, a stop at the end of a batch, is in ``worker_loop``, which also tells the other workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_halos.training.agreement import Agreement
+
+
+class CommonStop:
+    """Changes the Trainer's loops for one fit, if workers have several processes.
+
+    Args:
+        trainer: The Trainer.
+        agreement: Asks the other processes of the worker.
+    """
+
+    def __init__(self, trainer: pl.Trainer, agreement: Agreement) -> None:
+        self._trainer = trainer
+        self._agreement = agreement
+        self._replaced: list[tuple[Any, str, Any]] = []
+
+    def install(self, later: list[Callback]) -> None:
+        """Begins to ask. All processes of the worker must call this.
+
+        Args:
+            later: The callbacks whose hooks run after those of the worker's loop.
+        """
+        if not self._agreement.is_needed:
+            return
+        self._agree()
+        fit_loop: Any = self._trainer.fit_loop
+        self._follow(fit_loop, "on_advance_start")
+        self._follow(fit_loop, "on_advance_end")
+        self._follow(fit_loop.epoch_loop.val_loop, "run")
+        users: list[Any] = [self._trainer.lightning_module, *later]
+        if not all(user.on_train_batch_end.__module__.startswith("lightning.") for user in users):  # else none stops
+            self._precede(fit_loop.epoch_loop, "on_advance_end")
+
+    def restore(self) -> None:
+        """Restores the loops."""
+        while self._replaced:
+            owner, name, before = self._replaced.pop()
+            if before is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = before
+
+    def _agree(self) -> None:
+        asked = self._agreement.ask([self._trainer.should_stop])
+        self._trainer.should_stop = any(flag for (flag,) in asked)
+
+    def _follow(self, owner: Any, name: str) -> None:
+        def run_and_agree(method: Callable[..., Any], *args: Any) -> Any:
+            result = method(*args)
+            self._agree()
+            return result
+
+        self._replace(owner, name, run_and_agree)
+
+    def _precede(self, owner: Any, name: str) -> None:
+        def agree_and_run(method: Callable[..., Any], *args: Any) -> Any:
+            self._agree()
+            return method(*args)
+
+        self._replace(owner, name, agree_and_run)
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self._replaced.append((owner, name, vars(owner).get(name)))
+        method = getattr(owner, name)
+        vars(owner)[name] = lambda *args: wrapper(method, *args)
