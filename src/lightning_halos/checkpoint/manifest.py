@@ -48,6 +48,7 @@ class Manifest:
     metrics: dict[str, float]  # of rank 0
     world: dict[str, Any] | None  # of a simulation: its clock and rounds
     shards: dict[str, WrittenFile] = field(default_factory=dict)
+    teachers: list[str] = field(default_factory=list)  # what is averaged because of its values at the start of the run
 
     @property
     def workers(self) -> int:

@@ -293,6 +293,7 @@ class Shards:
             plateau_steps=list(fit.lightning.schedulers.history),
             metrics=metrics,
             world=None,
+            teachers=list(fit.start.vector.teachers),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -24,6 +25,9 @@ from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import callbacks_of, enter_run, optimizers_of, unfreezes
+
+_teachers: WeakKeyDictionary[nn.Module, Sequence[str]] = WeakKeyDictionary()
+"""The teachers of modules that were trained in this process."""
 
 
 class Start:
@@ -65,7 +69,9 @@ class Start:
         self.membership = membership
         module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
         idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
-        self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle)
+        self.vector = ModelVector(module, all_parameters=unfrozen_later, idle=idle, teachers=self._known_teachers())
+        if membership is None:
+            _teachers[module] = self.vector.teachers
         _check(site, self.vector, resume)
         self.entry: Entry | None = None
         self.memory: Tensor | None = None
@@ -81,6 +87,15 @@ class Start:
             self.entry = membership.join(description, self.vector, self.memory)
             max_steps = None if trainer.max_steps == -1 else trainer.max_steps
             enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)
+
+    def _known_teachers(self) -> Sequence[str] | None:
+        """Returns the teachers that an earlier fit has found by their values, which have changed; ``None`` if none has.
+
+        A job that joins a run finds none by their values, because it may come with a checkpoint's.
+        """
+        if self.membership is not None:
+            return []
+        return _teachers.get(self.trainer.lightning_module) if self.resume is None else self.resume.manifest.teachers
 
     @property
     def worker_state(self) -> Mapping[str, Any]:
