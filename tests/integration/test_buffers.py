@@ -8,14 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos, loader, state
+from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos, loader, make_trainer, state
 
 WORKERS, DECAY = 2, 0.9
+
+
+class Odd(nn.Module):
+    """An average of every second parameter of a network, in a form and under names of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        for number, parameter in list(enumerate(net.parameters()))[::2]:
+            self.register_parameter(f"x{7 - number}", nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+    @torch.no_grad()
+    def follow(self, net: nn.Module) -> None:
+        for average, parameter in zip(self.parameters(), list(net.parameters())[::2], strict=True):
+            average.lerp_(parameter, 1 - DECAY)
 
 
 class SelfSupervised(Toy):
@@ -27,6 +42,7 @@ class SelfSupervised(Toy):
         super().__init__(nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
         self.teacher = copy.deepcopy(self.net).requires_grad_(False)
         self.average = copy.deepcopy(self.net)  # not frozen, but no optimizer has it
+        self.odd = Odd(self.net)
         self.scripted = torch.jit.script(nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
         self.traced = torch.jit.trace(nn.Linear(1, 1), torch.zeros(2, 1))
         self.prototype = nn.Parameter(torch.zeros(3), requires_grad=False)  # no copy of anything
@@ -50,6 +66,7 @@ class SelfSupervised(Toy):
         for teacher, average, student in zip(*copies, self.net.parameters(), strict=True):
             teacher.lerp_(student, 1 - DECAY)
             average.lerp_(student, 1 - DECAY)
+        self.odd.follow(self.net)
         start = int(self.pointer)
         keys = normalize(batch[0] + self.global_rank)
         self.queue[start : start + len(keys)] = keys
@@ -101,6 +118,8 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
             assert torch.equal(second[name].to_dense(), tensor.to_dense()), name
     assert not torch.equal(first["teacher.0.weight"], results[0]["start"]["teacher.0.weight"])
     assert torch.allclose(first["teacher.0.weight"], first["average.0.weight"])
+    for odd, name in (("x7", "0.weight"), ("x5", "1.weight"), ("x3", "2.weight")):
+        assert torch.allclose(first[f"odd.{odd}"], first[f"teacher.{name}"]), "a teacher of another form"
     assert torch.allclose(first["queue"].norm(dim=1), torch.ones(16)), "a queue is not averaged"
     assert len(first["bank"]) == len(results[0]["trained_on"]), "rank 0's bank, which grew"
     assert first["pointer"].item() == len(first["bank"]) % 16
@@ -113,7 +132,9 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
     averaged = "net.1.running_mean, net.1.running_var, teacher.0.weight"
     assert f"Buffers and frozen parameters, averaged with the model: {averaged}" in log
     assert "Buffers and frozen parameters, each worker's own: own, own_bank." in log
-    assert "The module changed frozen parameters itself: prototype." in log
+    assert [text.split(".")[0] for text in results[0]["warnings"] if "changes frozen" in text] == [
+        "The module changes frozen parameters itself: prototype"
+    ]
     changed, extra = (
         [warning for warning in results[0]["warnings"] if text in warning]
         for text in ("differed between the workers after the final model was loaded", "state_dict differ")
@@ -124,3 +145,41 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
     assert len(extra) == 1
     assert "_extra_state" in extra[0]
     assert not results[1]["warnings"] or not any("differ" in warning for warning in results[1]["warnings"])
+
+
+class Following(Toy):
+    """With a teacher that only its values at the start tell."""
+
+    slow = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Odd(self.net)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.odd.follow(self.net)
+
+
+def followed(folder: Path) -> Result:
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=8, save_top_k=-1)
+    first, second, states = Following(), Following(), []
+    flags = {"devices": WORKERS, "enable_checkpointing": True}
+    make_trainer(halos(regions=1), max_steps=12, callbacks=[saving], **flags).fit(first, loader())
+    states.append(state(first))
+    make_trainer(halos(regions=1), max_steps=20, **flags).fit(second, loader(), ckpt_path=folder / "step=8.ckpt")
+    states.append(state(second))
+    make_trainer(halos(regions=1), max_steps=8, **flags).fit(first, loader())
+    states.append(state(first))
+    return {"states": states}
+
+
+def test_a_teacher_of_any_form_is_averaged_in_resumed_and_later_fits(run: Run, tmp_path: Path) -> None:
+    results = run(followed, tmp_path, workers=WORKERS)
+    before = results[0]["states"]
+    for first, second in zip(*(result["states"] for result in results), strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    for earlier, later in ((0, 2), (0, 1)):
+        assert not torch.equal(before[earlier]["odd.x7"], before[later]["odd.x7"])
+    log = (tmp_path / "log0").read_text()
+    assert log.count("averaged with the model: odd.x7, odd.x5.") == 3
+    assert "changes frozen parameters itself" not in log

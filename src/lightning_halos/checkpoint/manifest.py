@@ -56,6 +56,7 @@ class Manifest:
     metrics: dict[str, float]  # of rank 0
     world: dict[str, Any] | None  # of a simulation: its clock and rounds
     shards: dict[str, WrittenFile] = field(default_factory=dict)
+    teachers: list[str] = field(default_factory=list)  # what is averaged because of its values at the start of the run
     # The slices of the lanes, as in core.lanes.Layout.to_plain; None if there is one lane.
     layout: dict[str, Any] | None = None
 

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     name: str  # its name in `owner`
     rule: Rule
     is_parameter: bool
+    is_asked: bool  # whether the module names the rule
 
     @property
     def tensor(self) -> Tensor:
@@ -42,24 +43,36 @@ class Entry(NamedTuple):
         return tensor
 
 
-def find_entries(module: nn.Module, trainable: Collection[int], idle: Collection[int] = ()) -> list[Entry]:
+def find_entries(
+    module: nn.Module, trainable: Collection[int], idle: Collection[int] = (), teachers: Collection[str] = ()
+) -> list[Entry]:
     """Returns all buffers and frozen parameters of a module, with their rules.
 
     A buffer is a mean if its name starts with ``running_``, as the statistics of all of torch's normalization layers. A
     frozen parameter is a mean if it is part of a copy of a trainable part: a teacher or target network, which the
-    module itself updates. A tensor with infinite or NaN values at the start is taken for a constant.
+    module itself updates. So is everything that was found by its values. A tensor with infinite or NaN values at the
+    start is taken for a constant.
 
     Args:
         module: The module.
         trainable: ``id`` of the trainable parameters.
         idle: ``id`` of those that no optimizer has. They count as frozen if they are part of a copy.
+        teachers: Names of copies that were found by their values.
 
     Raises:
         ValueError: If a module's ``halos_buffers`` is invalid.
     """
     asked, copies, used = list(_asked(module)), _copies_of_trainable_parts(module, idle), set[str]()
     parameters = module.named_parameters(remove_duplicate=False)
-    seen = set(trainable) - {id(p) for path, p in parameters if id(p) in idle and any(_is_in(path, c) for c in copies)}
+    known = {path.replace(_COMPILED, "") for path in teachers}
+
+    def is_known(path: str) -> bool:
+        return path.replace(_COMPILED, "") in known
+
+    def is_copy(path: str) -> bool:
+        return is_known(path) or any(_is_in(path, copy) for copy in copies)
+
+    seen = set(trainable) - {id(p) for path, p in parameters if id(p) in idle and is_copy(path)}
     entries = []
     for path, owner, name, tensor in _tensors(module):
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -75,9 +88,9 @@ def find_entries(module: nn.Module, trainable: Collection[int], idle: Collection
                 " cannot be averaged. Use 'first' (rank 0's after training) or 'local' (each worker's own)."
             )
         if rule is None:
-            is_mean = any(_is_in(path, copy) for copy in copies) if is_parameter else name.startswith("running_")
+            is_mean = is_copy(path) if is_parameter else name.startswith("running_") or is_known(path)
             rule = "mean" if is_mean and can_be_mean and bool(torch.isfinite(tensor).all()) else "first"
-        entries.append(Entry(path, owner, name, rule, is_parameter))
+        entries.append(Entry(path, owner, name, rule, is_parameter, is_asked=key != ""))
     if unknown := [key for key, _ in asked if key not in used]:
         raise ValueError(
             f"{ATTRIBUTE} has {unknown}, but {type(module).__name__} has no such buffers or frozen parameters. It has"

@@ -19,6 +19,7 @@ from lightning_halos.core.copies import Copies, Run, copies_of
 from lightning_halos.core.frozen import FrozenParameters
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.sharding import OneProcess, WorkerProcesses, find_shards, local
+from lightning_halos.core.teachers import find_teachers
 
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
@@ -50,8 +51,10 @@ class ModelVector:
         copies: Copies between the module and host memory. Default: chosen by the module's devices.
         idle: ``id`` of trainable parameters that no optimizer has.
         processes: The processes of the worker. Default: only this one.
+        teachers: Names of copies of trainable parameters. Default: found by their present values.
 
     Attributes:
+        teachers: Names of parameters and buffers that are averaged because of their values at the start.
         entries: The module's buffers and frozen parameters, and what happens with them.
         dtype: ``torch.float32`` or ``torch.float64``.
         shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2, and parts of
@@ -76,11 +79,14 @@ class ModelVector:
         copies: Copies | None = None,
         idle: Collection[int] = (),
         processes: WorkerProcesses | None = None,
+        teachers: Collection[str] | None = None,
     ) -> None:
         self._processes = OneProcess() if processes is None else processes
         self.shards = shards = find_shards(self._processes.model)
         trainable = [p for p in module.parameters() if p.requires_grad or all_parameters]
-        self.entries = find_entries(module, {id(p) for p in trainable}, idle)
+        trained = {id(p) for p in trainable} - set(idle)
+        self.teachers = find_teachers(module, trained) if teachers is None else list(teachers)
+        self.entries = find_entries(module, {id(p) for p in trainable}, idle, self.teachers)
         others = {id(entry.tensor) for entry in self.entries if entry.is_parameter}
         self._parameters = [p for p in trainable if id(p) not in others]
         self._idle = idle

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_halos.checkpoint.files import is_plain
-from lightning_halos.core.buffers import ATTRIBUTE, Entry, local_tensors, summary
+from lightning_halos.core.buffers import Entry, local_tensors, summary
 from lightning_halos.core.compat import bytes_of, dense_parts, map_tensors
 from lightning_halos.transport.collectives import Collectives
 
@@ -92,12 +92,6 @@ def adopt_final_model(
     differing = _adopt(collectives, {path: place for path, place in places.items() if path not in parts})
     if of_lane is not None:
         differing += _adopt(of_lane, parts)
-    frozen = {entry.path for entry in entries if entry.is_parameter and entry.rule == "first"}
-    if changed := [path for path in differing if path in frozen]:
-        rank_zero_info(
-            f"The module changed frozen parameters itself: {summary(changed)}. Each worker had its own during training,"
-            f" and all have rank 0's now. To average them, set {ATTRIBUTE} = {{name: 'mean'}} in the module."
-        )
     if changed := [path for path in differing if path not in expected and not may_differ]:
         rank_zero_warn(
             f"These parameters differed between the workers after the final model was loaded: {summary(changed)}. All"

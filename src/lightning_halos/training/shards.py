@@ -300,6 +300,7 @@ class Shards:
             metrics=metrics,
             world=None,
             layout=None if self._site.lanes == 1 else fit.start.vector.layout.to_plain(),
+            teachers=list(fit.start.vector.teachers),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -28,6 +29,9 @@ from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import callbacks_of, enter_run, optimizers_of, unfreezes
 from lightning_halos.transport.worker_processes import GroupedProcesses
+
+_teachers: WeakKeyDictionary[nn.Module, Sequence[str]] = WeakKeyDictionary()
+"""The teachers of modules that were trained in this process."""
 
 
 class Start:
@@ -69,7 +73,15 @@ class Start:
         self.membership = membership
         module, unfrozen_later = trainer.lightning_module, unfreezes(callbacks_of(trainer))
         idle = set() if unfrozen_later else idle_parameters(module, optimizers_of(trainer))
-        self.vector = ModelVector(module, unfrozen_later, idle=idle, processes=_processes(site, trainer))
+        self.vector = ModelVector(
+            module,
+            all_parameters=unfrozen_later,
+            idle=idle,
+            processes=_processes(site, trainer),
+            teachers=self._known_teachers(),
+        )
+        if membership is None:
+            _teachers[module] = self.vector.teachers
         _check(site, self.vector, resume)
         if resume is not None:
             read_slices(site, resume, self.vector.layout, self.vector.shapes)
@@ -95,6 +107,15 @@ class Start:
         self.vector.write(memory)
         if not self.vector.lossless:
             self.vector.read(memory)
+
+    def _known_teachers(self) -> Sequence[str] | None:
+        """Returns the teachers that an earlier fit has found by their values, which have changed; ``None`` if none has.
+
+        A job that joins a run finds none by their values, because it may come with a checkpoint's.
+        """
+        if self.membership is not None:
+            return []
+        return _teachers.get(self.trainer.lightning_module) if self.resume is None else self.resume.manifest.teachers
 
     @property
     def worker_state(self) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from lightning_halos.core.vector import Advance
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.first_metrics import FirstMetrics
+from lightning_halos.training.frozen_watch import FrozenWatch
 from lightning_halos.training.growth import GrowthWatch
 from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.own_data import OwnData
@@ -94,6 +95,7 @@ class WorkerLoop(Callback):
         self._snapshots: dict[str, dict[str, Any]] = {}  # of rank 0: its states when it started them, by save
         self._counter = StepCounter(self._trainer, self._has_changed)
         self._growth = GrowthWatch(start.site.topology)
+        self._frozen_watch = FrozenWatch(start.vector.entries)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
         # Of rank 0 in a simulation: at the end of the last batch, which a validation must not change.
         self._random: dict[str, Any] | None = state.get("random") if world.is_simulated and self._is_rank_0 else None
@@ -209,7 +211,7 @@ class WorkerLoop(Callback):
             SIGTERMException: If the job leaves the run.
         """
         self.round.count(self._counter.look(), 0.0)
-        self._end_round()
+        self._end_round(is_last=True)
         memory = self._memory if self.round.has_steps else None
         push = self.round.push(memory, stop, final=True, data=self._take_used())
         push.leave = self._preemption.leaves
@@ -292,13 +294,14 @@ class WorkerLoop(Callback):
             self._trainer.lightning_module.log("virtual_seconds", self._world.clock(), rank_zero_only=True)
 
     def _next_round(self) -> None:
-        self._end_round()
+        self._end_round(is_last=False)
         push = self.round.push(self._memory, data=self._take_used())
         push.epoch = self._trainer.current_epoch
         self._exchange(push, self._fill)
 
-    def _end_round(self) -> None:
+    def _end_round(self, is_last: bool) -> None:
         self._refuse_newly_trainable()
+        self._frozen_watch.end_round(is_last)
         # Only once per round, because the device is idle afterwards until the host queues new work.
         self.round.count(0, self.stopwatch.drain())
 
