@@ -39,6 +39,14 @@ class Plain(Toy):
         torch.manual_seed(1)
         super().__init__(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 1)))
         self.moments: list[Tensor] = []
+        self.random: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.rand(1)
+        return super().training_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        self.random.append(torch.get_rng_state())
 
     def on_train_start(self) -> None:
         """Notes what the optimizers begin with."""
@@ -120,12 +128,13 @@ def test_a_worker_of_two_processes_computes_what_one_process_does(run: Run) -> N
                     assert torch.allclose(found[name], expected, rtol=0, atol=1e-6), (kind, name)
 
 
-def goes_on(kind: str, worker: int, max_steps: int, path: Path | None, folder: str) -> Result:
+def goes_on(kind: str, worker: int, max_steps: int, path: Path | None, folder: str, every: int = 20) -> Result:
     module = module_for(kind)
-    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
     trainer = make_trainer(strategy(kind, worker), max_steps=max_steps, enable_checkpointing=True, callbacks=[saving])
     trainer.fit(module, loader(batch_size=BATCH // worker), loader(32), ckpt_path=None if path is None else str(path))
-    return {"state": complete_state(trainer, module), "moments": module.moments, "global_step": trainer.global_step}
+    state = complete_state(trainer, module)
+    return {"state": state, "moments": module.moments, "random": module.random, "global_step": trainer.global_step}
 
 
 def saves_and_resumes() -> Result:
@@ -133,7 +142,7 @@ def saves_and_resumes() -> Result:
     path = Path("first") / "step=20.ckpt"
     result["FSDP2, other lanes"] = goes_on("FSDP2", 4, 40, path, "second")
     result["DDP"] = goes_on("DDP", 2, 40, path, "third")
-    result["FSDP2 from DDP"] = goes_on("FSDP2", 2, 60, Path("third") / "step=40.ckpt", "fourth")
+    result["FSDP2 from DDP"] = goes_on("FSDP2", 2, 60, Path("third") / "step=40.ckpt", "fourth", every=7)
     module = module_for("FSDP2")
     (found,) = make_trainer(strategy("FSDP2", 2)).validate(module, loader(32), ckpt_path=str(path), verbose=False)
     return {**result, "val_loss": found["val_loss"]}
@@ -163,6 +172,17 @@ def test_a_divided_model_is_saved_and_resumed_with_other_lanes_and_strategies(ru
     losses = [plain.loss(batch).item() for batch in loader(32)]
     for result in results:
         assert result["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+    saved = [manifest.parent for manifest in (tmp_path / "fourth").glob("*/*/manifest.json")]
+    assert saved
+    for shards in saved:  # in all processes of the worker that saves, the state is that of the same batch
+        numbers = []
+        for result, lane in zip(results[:2], ("", ".lane-1"), strict=True):
+            state = torch.load(shards / f"worker-0{lane}.pt", weights_only=True)["random"]["torch"]
+            seen = result["FSDP2 from DDP"]["random"]
+            numbers.append([number for number, random in enumerate(seen) if torch.equal(state, random)])
+        assert len(numbers[0]) == 1
+        assert numbers[0] == numbers[1]
 
     first, third = shards_of(tmp_path / "first"), shards_of(tmp_path / "third")
     names = {path.name for path in first.iterdir()}

@@ -278,6 +278,12 @@ class Fit:
         parameters = [parts.get(name, parameter) for name, parameter in module.named_parameters()]
         return GlobalTensors(parameters, [parts.get(name, buffer) for name, buffer in module.named_buffers()])
 
+    def follow_snapshot(self, save: str) -> None:
+        """Keeps the state of each process of rank 0's worker for a snapshot that rank 0 has started, if it has."""
+        site, save = self.start.site, self._of_lane_0(save)
+        if save and site.lane > 0 and site.carries:
+            self.loop.save_after_round(save, self.loop.own_state())
+
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
         metrics = self.trainer.callback_metrics

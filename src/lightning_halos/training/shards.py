@@ -124,8 +124,8 @@ class Shards:
             del vars(logger)["after_save_checkpoint"]
         self._loggers, self._untold = [], []
 
-    def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
-        """Saves on rank 0 during training. An error becomes a warning.
+    def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> str:
+        """Saves on rank 0 during training. An error becomes a warning. Returns the save of the snapshot that starts.
 
         While an earlier save is in flight, the checkpoint is left out, unless it was requested because the run is about
         to end. If its name is free, its ``.ckpt`` file with the model is still written, without shards.
@@ -149,6 +149,8 @@ class Shards:
             if save is not pending:
                 self._start_snapshot(fit, save.marker)
             self._write(save, checkpoint, path, write)
+            return "" if save is pending else save.marker.save
+        return ""
 
     def save_at_end(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0 after its training. The shards follow when all workers are in step."""
@@ -206,7 +208,7 @@ class Shards:
         assert world is not None
         state = fit.loop.own_state()
         if not fit.world.is_simulated:
-            fit.loop.save_after_round(marker, state)
+            fit.loop.save_after_round(marker.save, state)
             world.start_snapshot(marker)
             return
         own = fit.worker_model

@@ -375,9 +375,12 @@ class AlgorithmStrategy(ComposedStrategy):
                 super().save_checkpoint(checkpoint, filepath, storage_options)
             elif fit is None or not fit.is_training:
                 shards.save_together(self.trainer, checkpoint, Path(filepath), write)
+            elif fit.has_two_models:
+                to = Path(filepath)
+                begun = shards.save_while_training(fit, checkpoint, to, write) if self.is_global_zero else ""
+                fit.follow_snapshot(begun)
             elif self.is_global_zero:
-                save = shards.save_while_training if fit.has_two_models else shards.save_at_end
-                save(fit, checkpoint, Path(filepath), write)
+                shards.save_at_end(fit, checkpoint, Path(filepath), write)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero and self._shards is not None:

@@ -92,7 +92,7 @@ class WorkerLoop(Callback):
         self._is_member = start.membership is not None
         has_rounds_in_flight = world.checkpointed is not None and not world.is_simulated
         self._own_data = OwnData(self._trainer) if self._data is None and has_rounds_in_flight else None
-        self._snapshots: dict[str, dict[str, Any]] = {}  # of rank 0: its states when it started them, by save
+        self._snapshots: dict[str, dict[str, Any]] = {}  # of rank 0's worker: its states when they started, by save
         self._counter = StepCounter(self._trainer, self._has_changed)
         self._growth = GrowthWatch(start.site.topology)
         self._frozen_watch = FrozenWatch(start.vector.entries)
@@ -343,16 +343,13 @@ class WorkerLoop(Callback):
         self._schedulers.pull(position, [*missed, *plateaus])
         self._hand_stepped.pull(position)
 
-    def save_after_round(self, marker: Marker, state: dict[str, Any]) -> None:
-        """Writes a state of rank 0 for a snapshot that it starts, when it knows its last push in the snapshot."""
-        self._snapshots[marker.save] = state
+    def save_after_round(self, save: str, state: dict[str, Any]) -> None:
+        """Writes a state of rank 0's worker for a snapshot that starts, when it knows its last push in the snapshot."""
+        self._snapshots[save] = state
 
     def _save_state(self, marker: Marker, push: Push) -> None:
         """Writes this worker's state for a snapshot whose marker arrived before the answer to the worker's push."""
-        if not self._is_rank_0:
-            state = self.state()
-        else:  # its lane 0 has started the snapshot
-            state = self._snapshots.pop(marker.save) if self._lane == 0 else self.own_state()
+        state = self._snapshots.pop(marker.save) if self._is_rank_0 else self.state()
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
         elif self._own_data is not None:
