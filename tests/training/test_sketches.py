@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,3 +139,17 @@ def test_reading_changes_nothing_here(capfd: pytest.CaptureFixture[str]) -> None
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
     assert dataset.reads == 0
     assert capfd.readouterr().out == ""
+
+
+def test_a_dataset_with_an_open_file_reads_the_same_as_without(tmp_path: Path) -> None:
+    size = 5000  # bytes of a sample; the buffer of a Python file holds more than one
+    (tmp_path / "data").write_bytes(b"".join(bytes([index]) * size for index in range(24)))
+    with open(tmp_path / "data", "rb") as file:
+
+        def read(index: int) -> np.ndarray[Any, Any]:
+            file.seek(index * size)
+            return np.frombuffer(file.read(size), np.uint8)
+
+        read(0)
+        assert sketches(Opaque(read))
+        assert read(1).tolist() == [1] * size

@@ -1,8 +1,8 @@
 """Reads a few samples of a dataset, so that workers can compare them. What a difference means is in ``same_data``.
 
-The samples are read in a forked process that soon ends: reading may take long, fail, draw random numbers, open files or
-have other effects, none of which reach this process. Samples are not compared bit for bit, because the machines of a
-run may round and decode differently.
+The samples are read in a forked process that soon ends: reading may take long, fail, draw random numbers or move
+through open files, and ``forked`` keeps these effects from this process. Samples are not compared bit for bit, because
+the machines of a run may round and decode differently.
 """
 
 from __future__ import annotations
@@ -11,21 +11,17 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import random
-import select
-import signal
-import sys
-import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_halos.training.forked import in_forked_process
 
 Leaf = str | list[float] | None
 """A part of a sample: a text that must be equal, numbers that must be close, or ``None`` for what is random."""
@@ -43,10 +39,8 @@ _CLOSE = 0.02  # of the largest number
 
 def sketches(dataset: Any) -> list[Sketch]:
     """Returns sketches of the first, the middle and the last sample; none if they cannot be read in time."""
-    if not hasattr(os, "fork") or sys.platform == "darwin":  # where a forked process cannot use all libraries
-        return []
     with contextlib.suppress(ValueError):
-        return json.loads(_in_forked_process(lambda: json.dumps(_read(dataset))))  # type: ignore[no-any-return]
+        return json.loads(in_forked_process(lambda: json.dumps(_read(dataset)), SECONDS))  # type: ignore[no-any-return]
     return []
 
 
@@ -70,38 +64,6 @@ def _is_same(first: Leaf, second: Leaf) -> bool:
     return len(first) == len(second) and all(
         math.isclose(a, b, rel_tol=0.0, abs_tol=tolerance) for a, b in zip(first, second, strict=True)
     )
-
-
-def _in_forked_process(function: Callable[[], str]) -> bytes:
-    """Returns what a function returns in a forked process, or less if it fails or takes too long."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python, that other threads do not exist there
-        process = os.fork()
-    if process == 0:
-        try:
-            sys.stdout = sys.stderr = null = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            torch.set_num_threads(1)
-            with os.fdopen(writer, "w") as file:
-                file.write(function())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    deadline, received = time.monotonic() + SECONDS, b""
-    try:
-        while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            if not (part := os.read(reader, 2**16)):
-                break
-            received += part
-    finally:
-        os.close(reader)
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-    return received
 
 
 def _read(dataset: Any) -> list[Sketch]:
