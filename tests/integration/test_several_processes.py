@@ -233,6 +233,15 @@ def test_nodes_of_different_sizes_are_workers_that_divide_the_data_by_process(ru
     assert sorted(first["validated_on"][-1] + second["validated_on"][-1]) == list(range(VALIDATED))
 
 
+class Deserted(Terminated):
+    """One process gets SIGTERM, and the other one of its worker ends before it, because it hears of it first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 2 and self.trainer.strategy._fit.world.alarm.preempted_since is not None:
+            os._exit(143)
+        return super().training_step(batch, batch_idx)
+
+
 class TerminatedInValidation(Toy):
     """One process that validates gets SIGTERM in a validation."""
 
@@ -286,7 +295,7 @@ def test_sigterm_of_one_process_saves_a_checkpoint_from_which_the_run_goes_on(
 def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
     ends = end_workers(
         trains,
-        Terminated,
+        Deserted,
         "halos",
         50,
         folder=tmp_path,

@@ -1,7 +1,8 @@
 """Lets all processes of a worker stop if one of them sets ``trainer.should_stop``, in whatever hook.
 
 Lightning reads it after each batch, validation and epoch. A process that stopped alone would make the others wait for
-ever. The usual case, a stop at the end of a batch, is in ``worker_loop``, which also tells the other workers.
+ever. The usual case, a stop at the end of a batch, is in ``worker_loop``, which also tells the other workers. Signals
+are in ``preemption``; here is only what a process does that another one has left behind after a signal.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_halos.training.agreement import Agreement
+from lightning_halos.training.preemption import Preemption
+from lightning_halos.transport.alarm import EXIT_CODE
+from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 
 
 class CommonStop:
@@ -21,11 +26,13 @@ class CommonStop:
     Args:
         trainer: The Trainer.
         agreement: Asks the other processes of the worker.
+        preemption: Knows whether the run has to end.
     """
 
-    def __init__(self, trainer: pl.Trainer, agreement: Agreement) -> None:
+    def __init__(self, trainer: pl.Trainer, agreement: Agreement, preemption: Preemption) -> None:
         self._trainer = trainer
         self._agreement = agreement
+        self._preemption = preemption
         self._replaced: list[tuple[Any, str, Any]] = []
 
     def install(self, later: list[Callback]) -> None:
@@ -39,6 +46,7 @@ class CommonStop:
         self._agree()
         fit_loop: Any = self._trainer.fit_loop
         self._follow(fit_loop, "on_advance_start")
+        self._replace(fit_loop, "advance", self._end_as_preempted)
         self._follow(fit_loop, "on_advance_end")
         self._follow(fit_loop.epoch_loop.val_loop, "run")
         users: list[Any] = [self._trainer.lightning_module, *later]
@@ -57,6 +65,15 @@ class CommonStop:
     def _agree(self) -> None:
         asked = self._agreement.ask([self._trainer.should_stop])
         self._trainer.should_stop = any(flag for (flag,) in asked)
+
+    def _end_as_preempted(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Ends this process like the others if one of them has ended before it, as each is told by its own links."""
+        try:
+            return method(*args)
+        except RuntimeError as error:
+            if self._preemption.is_known and (isinstance(error, PeerLostError) or is_lost_connection(error)):
+                raise SIGTERMException(EXIT_CODE) from error
+            raise
 
     def _follow(self, owner: Any, name: str) -> None:
         def run_and_agree(method: Callable[..., Any], *args: Any) -> Any:

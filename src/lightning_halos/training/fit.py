@@ -73,12 +73,12 @@ class Fit:
         self.is_training = self.is_over = self._is_restored = False
         site, agreement = start.site, Agreement(start.site)
         self._of_lane_0 = agreement.of_lane_0
-        self._common_stop = CommonStop(trainer, agreement)
         self._decides = agreement.of_lane_0(world.decides)
         saves = start.saves if site.process == 0 else None
         self.preemption = Preemption(trainer, world.alarm, grace_time, saves, site.rank == 0, agreement.is_needed)
         if start.membership is not None:
             self.preemption = Departure(trainer, world.alarm, grace_time, agreement.is_needed)
+        self._common_stop = CommonStop(trainer, agreement, self.preemption)
         batches = None if data is None else data.batches
         has_entered = start.entry is not None
         self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, self._decides, has_entered)
