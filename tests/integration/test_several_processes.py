@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
@@ -266,6 +266,36 @@ def test_a_process_that_dies_ends_its_worker_and_the_run_of_one_job(tmp_path: Pa
     assert ends[3].code == -signal.SIGKILL
     assert [end.code for end in ends[:3]] == [1, 1, 1], [end.log[-2000:] for end in ends]
     assert not any(end.left for end in ends)
+
+
+class Failing(Toy):
+    """One process of the first worker raises an exception at its tenth optimizer step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and self.optimizer_steps == 10:
+            raise ZeroDivisionError("mine")
+        return super().training_step(batch, batch_idx)
+
+
+def saves_on_exception(folder: Path) -> Result:
+    module = Failing()
+    saving = [ModelCheckpoint(folder, save_on_exception=True), OnExceptionCheckpoint(folder)]
+    trainer = make_trainer(halos(worker=2), max_epochs=50, callbacks=saving, enable_checkpointing=True)
+    try:
+        trainer.fit(module, loader(), loader(VALIDATED))
+    finally:
+        assert "save_checkpoint" not in vars(trainer)
+        assert not any("on_exception" in vars(callback) for callback in saving)
+    return {}
+
+
+def test_an_exception_in_one_process_saves_nothing_for_which_the_others_would_have_to_go_on(tmp_path: Path) -> None:
+    environments, folder = lightning_environments(4), tmp_path / "saved"
+    ends = end_workers(saves_on_exception, folder, folder=tmp_path, environments=environments, timeout=90, patience=40)
+    assert [end.code for end in ends] == [1] * 4, [end.log[-2000:] for end in ends]
+    assert "ZeroDivisionError: mine" in ends[1].log
+    assert "No checkpoint is saved because of the exception" in ends[0].log
+    assert not (folder / "on_exception.ckpt").exists()
 
 
 def saves(make: Callable[[], Toy], folder: Path, ckpt_path: str | None) -> Result:

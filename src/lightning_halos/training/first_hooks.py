@@ -87,6 +87,12 @@ class FirstHooks(Callback):
                 " self.trainer.callback_metrics['name'] on all ranks."
             )
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if Agreement(self._site).is_needed:
+            self._lightning.leave_out_saves(
+                "the exception: all processes of the worker would have to make it, but they may be at another place."
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._loop.finished:
             self._loop.finish(stop=self._lightning.wants_to_stop)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_halos.core.schedule import next_count
@@ -123,6 +125,15 @@ class TrainerAdapter:
             for name in [name for name in _HOOKS if vars(callback).get(name) is _do_nothing]:
                 del vars(callback)[name]
 
+    def leave_out_saves(self, reason: str) -> None:
+        """Saves no checkpoint from now on, but warns. For a process that can no longer make one with others."""
+        saving = [callback for callback in self._callbacks if isinstance(callback, Checkpoint)]
+        for callback in saving:
+            vars(callback)["on_exception"] = _do_nothing
+        vars(self.trainer)["save_checkpoint"] = partial(_warn_instead_of_saving, reason)
+        if any(getattr(c, "save_on_exception", not isinstance(c, ModelCheckpoint)) for c in saving):
+            _warn_instead_of_saving(reason)
+
     def leave_shared_data(self) -> None:
         """Follows a shard of the worker's own, in an epoch that starts, instead of the data that all workers share."""
         self._shares_data, self._end = (
@@ -142,6 +153,7 @@ class TrainerAdapter:
         self.schedulers.release()
         restore_link_checkpoint(self._callbacks)
         self._restore_hooks()
+        vars(trainer).pop("save_checkpoint", None)
         trainer.callbacks = self._callbacks  # type: ignore[attr-defined]
 
     def hold_validation(self) -> None:
@@ -332,6 +344,10 @@ class TrainerAdapter:
 
 def _do_nothing(*_: Any, **__: Any) -> None:
     """Takes the place of a hook."""
+
+
+def _warn_instead_of_saving(reason: str, *_: Any, **__: Any) -> None:
+    rank_zero_warn(f"No checkpoint is saved because of {reason}")
 
 
 class NoValidation:
