@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_halos.core.sharding import OneProcess
+from lightning_halos.core import vector as module
+from lightning_halos.core.sharding import OneProcess, Sharded
 from lightning_halos.core.vector import ModelVector
 
 
@@ -125,3 +126,11 @@ def test_a_parameter_that_is_frozen_during_training_keeps_its_value_in_every_sli
         assert torch.equal(module.weight, frozen)
     expected = torch.cat([frozen.flatten(), torch.full((2,), 7.0)])
     assert torch.equal(vectors[0].layout.join(starts), expected)
+
+
+def test_a_parameter_that_every_process_has_as_its_only_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 3)
+    shards = {id(model.weight): Sharded(model.weight.shape, [6])}  # as with fully_shard over a mesh of one process
+    monkeypatch.setattr(module, "find_shards", lambda _: shards)
+    with pytest.raises(ValueError, match=r"weight is divided among 1 process\(es\), but must be divided among all 2"):
+        ModelVector(model, processes=Lane(0, 2))

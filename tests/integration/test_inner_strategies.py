@@ -143,8 +143,9 @@ def saves_and_resumes() -> Result:
     result["FSDP2, other lanes"] = goes_on("FSDP2", 4, 40, path, "second")
     result["DDP"] = goes_on("DDP", 2, 40, path, "third")
     result["FSDP2 from DDP"] = goes_on("FSDP2", 2, 60, Path("third") / "step=40.ckpt", "fourth", every=7)
-    module = module_for("FSDP2")
-    (found,) = make_trainer(strategy("FSDP2", 2)).validate(module, loader(32), ckpt_path=str(path), verbose=False)
+    trainer = make_trainer(strategy("FSDP2", 2), max_steps=LOCAL_STEPS)
+    trainer.fit(module_for("FSDP2"), loader())
+    (found,) = trainer.validate(module_for("FSDP2"), loader(32), ckpt_path=str(path), verbose=False)
     return {**result, "val_loss": found["val_loss"]}
 
 

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,7 +30,7 @@ from lightning_halos import (
     SimulatedCluster,
 )
 from lightning_halos.core.algorithms.halos import Halos
-from lightning_halos.training.composed_strategy import refuse_averages_of_parts
+from lightning_halos.training.composed_strategy import refuse_averages_of_parts, refuse_precision_plugin
 from lightning_halos.training.other_packages import refuse_elsewhere
 
 
@@ -57,6 +58,14 @@ from lightning_halos.training.other_packages import refuse_elsewhere
         (
             {"worker": 4, "inner": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)},
             r"data_parallel_size=2, tensor_parallel_size=2\) must have data_parallel_size=4, the number of processes",
+        ),
+        (
+            {"worker": 2, "inner": DDPStrategy(checkpoint_io=TorchCheckpointIO())},
+            r"inner=<DDPStrategy> has a <TorchCheckpointIO>.* Pass it to Trainer\(plugins=...\)",
+        ),
+        (
+            {"worker": 2, "inner": FSDPStrategy(precision_plugin=FSDPPrecision("bf16-mixed"))},
+            r"inner=<FSDPStrategy> has a <FSDPPrecision>",
         ),
         ({"worker": 2, "inner": "deepspeed"}, r"inner='deepspeed' must be a strategy of Lightning, or one of \['ddp'"),
     ],
@@ -114,6 +123,19 @@ def test_averages_of_a_module_that_is_divided_are_refused() -> None:
     refuse_averages_of_parts(trainer, DDPStrategy())
     with pytest.raises(ValueError, match="StochasticWeightAveraging keeps a copy of the complete module, but inner="):
         refuse_averages_of_parts(trainer, ModelParallelStrategy())
+
+
+class OwnPrecision(MixedPrecision):
+    """A precision plugin of the user."""
+
+
+def test_a_precision_plugin_that_fsdp_would_not_use_is_refused() -> None:
+    for plugin in (MixedPrecision("bf16-mixed", "cpu"), OwnPrecision("bf16-mixed", "cpu")):
+        trainer = L.Trainer(accelerator="cpu", logger=False, plugins=plugin)
+        with pytest.raises(TypeError, match=r"<(Own|Mixed)Precision>. Pass Trainer\(precision='bf16-mixed'\), or"):
+            refuse_precision_plugin(trainer, plugin)
+    trainer = L.Trainer(accelerator="cpu", logger=False, precision="bf16-mixed")
+    refuse_precision_plugin(trainer, trainer.precision_plugin)
 
 
 def test_another_kind_of_strategy_inside_a_worker_is_refused() -> None:

@@ -104,6 +104,14 @@ class ModelVector:
         sizes = [shape.numel() for shape in complete]
         pieces = {index: shard.sizes for index, shard in enumerate(held) if shard is not None}
         lane, lanes, number = self._processes.lane, self._processes.lanes, len(self._parameters)
+        names = {id(tensor): name for name, tensor in module.named_parameters()}
+        for tensor, shard in zip(self._tensors(), held, strict=True):
+            if shard is not None and len(shard.sizes) != lanes:
+                raise ValueError(
+                    f"The parameter {names.get(id(tensor), 'of a submodule')} is divided among {len(shard.sizes)}"
+                    f" process(es), but must be divided among all {lanes} processes of a worker, as"
+                    " fully_shard(module, mesh=self.device_mesh['data_parallel']) does it, or be an ordinary tensor."
+                )
         self.is_alone = lanes == 1 and self._processes.model is None
         self.layout = Layout.build(sizes, number, lanes, pieces)
         self.complete_shapes = complete[:number]

@@ -64,6 +64,17 @@ def average_of(callback: pl.Callback) -> AveragedModel:
     return average
 
 
+def has_precision_plugin(trainer: pl.Trainer | None) -> bool:
+    """Whether the user has passed a precision plugin, to the Trainer or to its strategy."""
+    return trainer is not None and trainer._accelerator_connector._precision_plugin_flag is not None
+
+
+def plugins_of(strategy: ParallelStrategy) -> list[Any]:
+    """Returns the plugins that a strategy was made with."""
+    names = ("_precision_plugin", "_checkpoint_io", "cluster_environment")
+    return [plugin for name in names if (plugin := vars(strategy).get(name)) is not None]
+
+
 def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:
     """Returns the Trainer of a module; ``None`` if it has none, where ``module.trainer`` raises."""
     return None if module is None else module._trainer

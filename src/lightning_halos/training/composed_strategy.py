@@ -14,7 +14,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.plugins.precision import (
+    DoublePrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -26,6 +32,7 @@ from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
     evaluation_loops,
     find_trainer,
+    has_precision_plugin,
     limit_to_group,
     parallel_sizes,
     save_in_one_file,
@@ -104,6 +111,19 @@ def refuse_averages_of_parts(trainer: pl.Trainer, inner: InnerStrategy) -> None:
         )
 
 
+def refuse_precision_plugin(trainer: pl.Trainer | None, plugin: Precision) -> None:
+    """Refuses a user's precision plugin with ``FSDPStrategy``, which needs one of its own kind.
+
+    Raises:
+        TypeError: If it was passed to the Trainer, or is of a kind that Lightning's Trainer does not make.
+    """
+    if has_precision_plugin(trainer) or type(plugin) not in (Precision, MixedPrecision, HalfPrecision, DoublePrecision):
+        raise TypeError(
+            f"inner=<FSDPStrategy> needs an FSDPPrecision plugin, but the Trainer has <{type(plugin).__name__}>. Pass"
+            f" Trainer(precision={plugin.precision!r}), or Trainer(plugins=FSDPPrecision({plugin.precision!r}))."
+        )
+
+
 def check_sizes(inner: ModelParallelStrategy, size: int) -> None:
     """Checks how a strategy divides a model among the processes of a worker.
 
@@ -168,6 +188,7 @@ class ComposedStrategy(ConnectedStrategy):
         inner.cluster_environment = WorkerEnvironment(environment, site)
         set_layer_sync(inner, self)
         if isinstance(inner, FSDPStrategy) and not isinstance(self.precision_plugin, FSDPPrecision):
+            refuse_precision_plugin(find_trainer(self.lightning_module), self.precision_plugin)
             self.precision_plugin = FSDPPrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
         inner.precision_plugin = self.precision_plugin
         size = len(site.worker_processes)
@@ -355,6 +376,7 @@ class ComposedStrategy(ConnectedStrategy):
         strategy: Any = super()
         if self.inner is not None and self.inner.restore_checkpoint_after_setup:
             strategy = self.inner
-            self.inner.optimizers = self.optimizers
+            is_fit = self.trainer.state.fn == TrainerFn.FITTING
+            self.inner.optimizers = self.optimizers if is_fit else []  # else there may be those of an earlier fit
         contents: dict[str, Any] = strategy.load_checkpoint(checkpoint_path, **options)
         return contents

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from lightning_halos.core.placement import WorkerSize
+from lightning_halos.training.compat import plugins_of
 
 InnerStrategy = DDPStrategy | FSDPStrategy | ModelParallelStrategy
 
@@ -24,7 +25,7 @@ def make_inner(worker: WorkerSize, inner: InnerStrategy | str | None) -> InnerSt
 
     Raises:
         TypeError: If it is another kind of strategy.
-        ValueError: If its name is unknown, or workers have one process.
+        ValueError: If its name is unknown, it has plugins of its own, or workers have one process.
     """
     if worker == 1:
         if inner is not None:
@@ -43,6 +44,12 @@ def make_inner(worker: WorkerSize, inner: InnerStrategy | str | None) -> InnerSt
         raise TypeError(
             f"inner={_shown(inner)} must be Lightning's DDPStrategy, FSDPStrategy or ModelParallelStrategy, or a name"
             " such as 'ddp', 'fsdp' or 'fsdp2'."
+        )
+    if plugins := plugins_of(inner):
+        raise ValueError(
+            f"inner={_shown(inner)} has a <{type(plugins[0]).__name__}>, which the strategy around it would replace: it"
+            " gives the Trainer's plugins to the one inside. Pass it to Trainer(plugins=...), and make a new inner="
+            " strategy for each strategy around it."
         )
     return inner
 

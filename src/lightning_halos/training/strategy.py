@@ -251,7 +251,8 @@ class AlgorithmStrategy(ComposedStrategy):
         assert self.lightning_module is not None
         gradients = [local(p.grad) for p in self.lightning_module.parameters() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        # The processes of a worker have the same gradients already, or each of them has its part.
+        # The processes of a worker have the same gradients already, or each of them has its part. Each sends all that
+        # it has, on one machine: the algorithm is only simulated, and the described links take the time of a slice.
         site = self.site
         if site.placement.is_even:
             mean = site.lane_collectives.sum_(flat) / site.size
