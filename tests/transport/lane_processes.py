@@ -154,6 +154,7 @@ def work(plan: Plan, states: list[dict[str, Any]] | None = None) -> dict[str, An
         lane=lane,
         describe=lambda worker, lane: f"lane {lane} of worker {worker}",
     )
+    _wait_for_all(store, plan, process, "ready")  # as a fit does
     alarm, client, delays = runtime.alarm, runtime.client, random.Random(process)
     round_, pulls, leases, reads = WorkerRound(worker, 4), [], [], []
 

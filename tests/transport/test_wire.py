@@ -52,6 +52,9 @@ MESSAGES = [
     messages.Marker("0a1b", "/checkpoints/last/0a1b"),
     messages.MarkerReply("0a1b", 1, 7),
     messages.ShardWritten("0a1b", "worker-3.pt", 17, 255, "no space left"),
+    messages.Turn(1, 3),
+    messages.Inspected(0, 2, "it has NaN", math.inf, [0, 3], 5, 7),
+    messages.Ordered(1, 2, "publish", b"\x81", True, (None, 2.5, [1]), 5, 7),
     messages.Preempted(),
     messages.Failure("rank 3 (region eu)", 'Traceback:\n  "naïve" ✗'),
 ]
