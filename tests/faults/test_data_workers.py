@@ -22,7 +22,7 @@ class SleepingData(Dataset[Any]):
     """Samples of which each DataLoader process of one rank can give a few, and then sleeps."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.data = samples()
+        self.data = samples(4096)  # so many that others never take all before the sleepers have had theirs
         self.folder = folder
         self.rank = rank
         self.given = 0
