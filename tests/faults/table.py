@@ -2,9 +2,9 @@
 
 Usage::
 
-    python -m tests.faults.table                         # prints them, in Markdown: about 25 minutes
+    python -m tests.faults.table                         # prints them, in Markdown
     python -m tests.faults.table docs/faults.md          # puts them there, too, if every case was as documented
-    python -m tests.faults.table docs/faults.md star     # only the faults in a star of jobs: about 12 minutes
+    python -m tests.faults.table docs/faults.md star     # only the faults in a star of jobs
     python -m tests.faults.table docs/faults.md star --results star.json
 
 With ``--results``, each outcome is written to that file at once, and a case whose outcome is there is not run again. So
