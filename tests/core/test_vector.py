@@ -212,3 +212,101 @@ def test_an_averaged_buffer_of_another_shape_is_named_with_the_remedy(module):
     module.norm.running_mean = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"norm.running_mean changed its shape from \[2\] to \[3\].*: 'first'}"):
         vector.read(vector.new())
+
+
+class TestProgress:
+    """A module that was trained while its push was answered gets the answer plus what it has learned meanwhile."""
+
+    def pushed(self, vector, module, **kwargs):
+        """Pushes a module. Returns its push and its values at that moment."""
+        base, end = vector.read(vector.new()), vector.new()
+        train(module)
+        return vector.pseudo_gradient_(base, end=end), end
+
+    def test_the_push_is_the_same_and_the_end_of_the_round_is_kept(self, module):
+        vector = ModelVector(module)
+        base = vector.read(vector.new())
+        push, end = self.pushed(vector, module)
+        assert torch.equal(end, vector.read(vector.new()))
+        parameters = slice(vector.num_parameters)
+        assert torch.equal(push[parameters], (base - end)[parameters])
+        assert torch.equal(push[vector.num_parameters :], end[vector.num_parameters :])
+
+    def test_no_progress_is_lost_and_none_is_pushed_twice(self, module):
+        vector = ModelVector(module)
+        _, end = self.pushed(vector, module)
+        train(module)
+        progress = vector.read(vector.new()) - end
+        model = torch.arange(vector.num_elements, dtype=torch.float32)
+        base = model.clone()
+        vector.add_progress_(base, end)
+        parameters = slice(vector.num_parameters)
+        assert torch.equal(base[parameters], model[parameters])
+        assert torch.allclose(vector.read(vector.new())[parameters], (model + progress)[parameters])
+        push = vector.pseudo_gradient_(base)
+        assert torch.allclose(push[parameters], -progress[parameters], atol=1e-5)
+
+    def test_without_a_batch_meanwhile_the_module_has_the_answer(self, module):
+        vector = ModelVector(module)
+        _, end = self.pushed(vector, module)
+        model = torch.arange(vector.num_elements, dtype=torch.float32)
+        vector.add_progress_(model.clone(), end)
+        assert torch.equal(vector.read(vector.new()), model)
+
+    def test_statistics_stay_between_its_own_and_those_of_the_answer(self, module):
+        vector = ModelVector(module)
+        module.norm.running_var.fill_(10.0)
+        _, end = self.pushed(vector, module)
+        module.norm.running_var.fill_(3.0)
+        module.norm.running_mean.add_(0.5)
+        model = vector.read(vector.new())
+        model[-2:] = 2.0  # 2 + (3 - 10) would be negative
+        model[-4:-2] += 7.0
+        mean = model[-4:-2].clone()
+        vector.add_progress_(model, end)
+        assert torch.equal(module.norm.running_var, torch.full((2,), 2.0))
+        assert torch.equal(module.norm.running_mean, mean)
+
+    def test_values_that_are_no_numbers_are_replaced_by_the_answer(self, module):
+        vector = ModelVector(module)
+        _, end = self.pushed(vector, module)
+        module.first.weight.data[0, 0] = torch.nan
+        model = torch.arange(vector.num_elements, dtype=torch.float32)
+        vector.add_progress_(model, end)
+        assert torch.equal(vector.read(vector.new()), model)
+
+    def test_rounding_is_no_progress(self, module):
+        module.bfloat16()
+        vector = ModelVector(module)
+        _, end = self.pushed(vector, module)
+        before = vector.read(vector.new())
+        train(module)
+        progress = vector.read(vector.new()) - end
+        model = before + 1e-3
+        vector.add_progress_(model, end)
+        push = vector.pseudo_gradient_(model)
+        parameters = slice(vector.num_parameters)
+        assert torch.allclose(push[parameters], -progress[parameters], atol=1e-6)
+
+    def test_a_frozen_parameter_keeps_its_value_and_is_not_pushed(self, module):
+        vector = ModelVector(module)
+        vector.begin_batch()
+        vector.end_batch()
+        module.first.requires_grad_(False)
+        value = module.first.weight.detach().clone()
+        for _ in range(2):
+            vector.begin_batch()
+            vector.end_batch()
+        _, end = self.pushed(vector, module)
+        model = torch.full_like(end, 5.0)
+        vector.add_progress_(model, end)
+        assert torch.equal(module.first.weight, value)
+        assert torch.equal(model[:6].view(2, 3), value)
+
+
+@torch.no_grad()
+def train(module):
+    """Changes the parameters that are trained, each of them differently."""
+    for number, parameter in enumerate(module.parameters(), 1):
+        if parameter.requires_grad:
+            parameter.add_(0.125 * number)

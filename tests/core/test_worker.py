@@ -95,3 +95,86 @@ def test_the_servers_stop_the_worker():
     assert not round_.stopped
     round_.receive(pull(stop=True), waited=0.0)
     assert round_.stopped
+
+
+class TestTrainingOn:
+    """A worker that starts its next round before its push is answered."""
+
+    def test_the_next_round_counts_from_nothing_and_the_answer_keeps_what_it_has(self):
+        round_ = WorkerRound(0, local_steps=2)
+        round_.count(2, 1.0)
+        round_.count(1, 1.0)
+        first = round_.push(None)
+        round_.train_on()
+        assert not round_.is_answered
+        round_.count(1, 0.5)
+        round_.receive(pull(version=3, local_steps=2, position=6), waited=0.25)
+        assert round_.is_answered
+        assert not round_.over
+        round_.count(1, 0.5)
+        assert round_.over
+        second = round_.push(None)
+        assert [(p.steps, p.batches, p.seconds, p.waited, p.version) for p in (first, second)] == [
+            (3, 2, 2.0, 0.0, None),
+            (2, 2, 1.0, 0.25, 3),
+        ]
+        assert round_.total_steps == 5
+
+    def test_an_answer_says_how_long_the_round_is_that_has_begun(self):
+        round_ = WorkerRound(0, local_steps=4)
+        round_.count(1, 1.0)
+        round_.push(None)
+        round_.train_on()
+        round_.count(1, 1.0)
+        round_.count(1, 1.0)
+        assert not round_.over
+        round_.receive(pull(local_steps=1), waited=0.0)
+        assert round_.over
+
+    def test_the_global_step_goes_on_from_the_push_and_not_from_the_answer(self):
+        round_ = WorkerRound(0, local_steps=2, position=10)
+        for _ in range(2):
+            round_.count(1, 1.0)
+        round_.push(None)
+        round_.train_on()
+        round_.count(1, 1.0)
+        assert round_.global_step == 13  # nothing new is known
+        round_.receive(pull(position=14), waited=0.0)  # 4 global steps in the 2 batches of the push
+        assert (round_.rate, round_.position, round_.since) == (2.0, 16, 0)
+        round_.count(1, 1.0)
+        assert round_.global_step == 18
+
+    def test_the_rate_is_that_between_two_answers(self):
+        round_ = WorkerRound(0, local_steps=2)
+        for position in (4, 8, 12):
+            for _ in range(2):
+                round_.count(1, 1.0)
+            round_.push(None)
+            round_.train_on()
+            round_.count(1, 1.0)
+            round_.receive(pull(position=position, local_steps=2), waited=0.0)
+            round_.count(1, 1.0)
+            round_.push(None)
+            round_.train_on()
+            round_.receive(pull(position=position + 2, local_steps=2), waited=0.0)
+        assert round_.rate == 1.0
+
+    def test_no_worker_takes_more_than_its_share_of_what_is_left_without_an_answer(self):
+        round_ = WorkerRound(0, local_steps=4, share=4)
+        for _ in range(4):
+            assert not round_.over
+            round_.count(1, 1.0)
+        assert round_.over
+        round_.push(None)
+        round_.train_on()
+        assert round_.over  # not a step before it knows how many are left
+        round_.receive(Pull(1, 4, 4, False, share=6), waited=0.0)
+        for _ in range(4):
+            assert not round_.over
+            round_.count(1, 1.0)
+        round_.push(None)
+        round_.train_on()
+        for _ in range(2):
+            assert not round_.over
+            round_.count(1, 1.0)
+        assert round_.over

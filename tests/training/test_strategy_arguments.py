@@ -29,6 +29,7 @@ from lightning_halos import (
     HalosStrategy,
     SimulatedCluster,
 )
+from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.algorithms.halos import Halos
 from lightning_halos.training.composed_strategy import refuse_averages_of_parts, refuse_precision_plugin
 from lightning_halos.training.other_packages import refuse_elsewhere
@@ -73,6 +74,16 @@ from lightning_halos.training.other_packages import refuse_elsewhere
 def test_a_wrong_value_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HalosStrategy(**arguments)
+
+
+def test_overlap_is_for_workers_that_push_when_they_are_ready() -> None:
+    with pytest.raises(TypeError, match="overlap='yes' must be True or False"):
+        HalosStrategy(overlap="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"overlap=True: DilocoStrategy has no such argument.* rounds are synchronous"):
+        DilocoStrategy(overlap=True)
+    for strategy in (HalosStrategy(overlap=True), AsyncLocalSGDStrategy(overlap=True)):
+        assert isinstance(strategy.algorithm, ServerAlgorithm)
+        assert strategy.algorithm.overlap
 
 
 @pytest.mark.parametrize(

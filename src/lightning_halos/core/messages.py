@@ -54,7 +54,7 @@ class Pull:
     """A local server gives a worker its model and the next round."""
 
     version: int  # version of the local server's model
-    local_steps: int  # local steps that the next round should have
+    local_steps: int  # local steps that the round after the push should have
     position: int  # global steps so far: local steps of all workers, divided by the number of workers
     stop: bool  # whether the run is over; the worker then sends a final `Push`
     # Steps of rank 0's plateau schedulers since the worker's last pull: pairs of the scheduler's index and the value
@@ -63,6 +63,11 @@ class Pull:
     metrics: dict[str, float] = field(default_factory=dict)  # the metrics that rank 0 published last, by name
     vector: Tensor | None = None  # the local server's model
     number: int = 0
+    # Local steps that the worker may take after the push before it needs another answer: its share of those that are
+    # left. `None`: no limit. It matters if the worker trains on while its pushes are answered; see `core.worker`.
+    share: int | None = None
+    # In a simulation of such a worker: number of batches after the push at which it loads this model.
+    batches: int = 0
 
 
 @dataclass

@@ -195,6 +195,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             metrics=self._metrics,
             vector=vector,
             number=push.number,
+            share=self._planner.share(self.budget.total),
         )
 
     def _report(self, push: Push, staleness: int | None) -> Progress:

@@ -123,10 +123,15 @@ class RoundPlanner:
         steps = self._local_steps
         if self._dynamic and worker in self._speeds:
             steps = self.known_steps(worker)
-        if self._max_steps is not None:
-            remaining = self._max_steps * self._workers - total
-            steps = min(steps, max(1, math.ceil(remaining / self._workers)))
-        return steps
+        share = self.share(total)
+        return steps if share is None else min(steps, share)
+
+    def share(self, total: int) -> int | None:
+        """Returns a worker's share of the local steps that are left, at least 1; ``None`` without ``max_steps``."""
+        if self._max_steps is None:
+            return None
+        remaining = self._max_steps * self._workers - total
+        return max(1, math.ceil(remaining / self._workers))
 
 
 def next_count(shown: int, target: int, periods: Iterable[int]) -> int:

@@ -7,14 +7,15 @@ among processes in :mod:`.sharding`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_halos.core.buffers import ATTRIBUTE, find_entries
-from lightning_halos.core.compat import copy_each_, reshard, subtract_each_
+from lightning_halos.core.compat import add_each_, copy_each_, multiply_each_, reshard, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
 from lightning_halos.core.frozen import FrozenParameters
 from lightning_halos.core.lanes import Layout
@@ -168,20 +169,60 @@ class ModelVector:
         self._frozen.end_batch()
 
     @torch.no_grad()
-    def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress) -> Tensor:
+    def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress, end: Tensor | None = None) -> Tensor:
         """Turns the vector at the start of a round into the vector of its push, in place, and returns it.
 
         It then has start minus end for the parameters, and the present values of the averaged tensors.
+
+        Args:
+            start: The vector at the start of the round.
+            advance: Called with the number of complete elements.
+            end: Is overwritten with the module's present values. Default: these are not kept.
         """
         self._agree()
         self._frozen.end_round(self._split(start)[: len(self._parameters)])
+        kept = iter(self._runs(end) if end is not None else ())
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
+            for _, present, _ in itertools.islice(kept, 1):
+                copy_each_(present, tensors)
             if stop <= self.num_parameters:
-                subtract_each_(parts, [t.to(p.device, p.dtype) for t, p in zip(tensors, parts, strict=True)])
+                subtract_each_(parts, _as_in(parts, tensors))
             else:
                 copy_each_(parts, tensors)
             advance(stop)
         return start
+
+    @torch.no_grad()
+    def add_progress_(self, model: Tensor, pushed: Tensor) -> None:
+        """Loads a model into a module that has been trained since the push that the model answers.
+
+        The parameters become ``model + (present - pushed)``. Averaged tensors do, too, but stay between the present
+        values and the model's, so that a variance cannot become negative. If the sum has NaN or infinite values, it is
+        replaced by the model.
+
+        Args:
+            model: The model. It becomes the vector that the next push is relative to: the module minus the progress
+                since the push, which differs if parameters are frozen or rounded.
+            pushed: The module's values at the push. It is overwritten.
+        """
+        self._agree()
+        models = self._runs(model)
+        for (tensors, parts, stop), (_, new, _) in zip(self._copies.to_host(self._runs(pushed)), models, strict=True):
+            present = _as_in(parts, tensors)
+            subtract_each_(parts, present)
+            multiply_each_(parts, -1)
+            add_each_(parts, new)
+            if stop > self.num_parameters:
+                for part, own, others in zip(parts, present, new, strict=True):
+                    torch.clamp(part, torch.minimum(own, others), torch.maximum(own, others), out=part)
+        is_finite = bool(torch.isfinite(pushed.sum())) or bool(torch.isfinite(pushed).all())  # a sum may overflow
+        (is_broken,) = self._processes.any_of([not is_finite])
+        if is_broken:
+            pushed.copy_(model)
+        self.write(pushed)
+        self._frozen.put_back(self._split(model))
+        if not self.lossless:
+            model.add_(self.read(self.new())).sub_(pushed)
 
     def names(self, module: nn.Module) -> tuple[list[str], list[tuple[str, list[int]]]]:
         """Returns the names of the vector's parameters in ``module.state_dict()``, and names and shapes of the rest."""
@@ -305,6 +346,11 @@ class ModelVector:
     def _sent_part(self, index: int, values: Tensor) -> Tensor:
         real = _real(values)
         return real if self.is_alone else self._in_range(index, real.reshape(-1))
+
+
+def _as_in(parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns a module's tensors on the device and in the dtype of their parts of a vector."""
+    return [tensor.to(part.device, part.dtype) for tensor, part in zip(tensors, parts, strict=True)]
 
 
 def _flat(tensor: Tensor, staged: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ _POSITION = ("state_dict", "epoch_progress", "epoch_loop.batch_progress")
 
 
 class OwnData:
-    """Remembers a worker's position in its data at the start of its round, with the states of its loaders.
+    """Remembers a worker's position in its data after its last two pushes, with the states of its loaders.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -24,7 +24,7 @@ class OwnData:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._loaders = self.position["state_dict"]
-        self._round: dict[str, Any] | None = None
+        self._after: dict[int, dict[str, Any]] = {}  # by number of the push; after 0 the first round begins
 
     @property
     def position(self) -> dict[str, Any]:
@@ -34,17 +34,19 @@ class OwnData:
 
     def begin_batch(self) -> None:
         """Completes the position at the start of the first round, when the loop has begun the first batch."""
-        if self._round is None:
-            self._round = {**self.position, "state_dict": self._loaders}
-            progress = self._round["epoch_loop.batch_progress"]
+        if not self._after:
+            position = {**self.position, "state_dict": self._loaders}
+            progress = position["epoch_loop.batch_progress"]
             progress["is_last_batch"] = False
             for counts in (progress["total"], progress["current"]):
                 counts["ready"] = counts["completed"]
+            self._after[0] = position
 
-    def begin_round(self) -> None:
-        """Records the position at the start of a later round."""
-        self._round = self.position
+    def end_round(self, push: int) -> None:
+        """Records the position at the end of a round, given the number of its push."""
+        before = {number: position for number, position in self._after.items() if number == push - 1}
+        self._after = {**before, push: self.position}
 
-    def position_in(self, has_push: bool) -> dict[str, Any]:
-        """Returns the position that belongs to a snapshot, which may have this round's push already."""
-        return self.position if has_push or self._round is None else self._round
+    def position_in(self, pushed: int) -> dict[str, Any]:
+        """Returns the position that belongs to a snapshot, given the number of the last push in it."""
+        return self._after.get(pushed) or self.position

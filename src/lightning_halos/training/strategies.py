@@ -49,6 +49,8 @@ class HalosStrategy(AlgorithmStrategy):
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
             NaN or infinite values are always rejected.
+        overlap: Whether a worker trains on while its push is answered, instead of waiting. What it has learned
+            meanwhile is added to the answer, so that no step is lost; see ``docs/overlap.md``.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
         timeout: Seconds of silence after which a peer counts as lost during training. A peer that is busy gets 10 times
             this limit, and at least 1800 seconds. Before and after training, workers wait at least 1800 seconds for
@@ -90,6 +92,7 @@ class HalosStrategy(AlgorithmStrategy):
         local_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         max_norm_ratio: float | None = None,
+        overlap: bool = False,
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,
@@ -110,6 +113,7 @@ class HalosStrategy(AlgorithmStrategy):
             local_optimizer=local_optimizer,
             global_optimizer=global_optimizer,
             max_norm_ratio=max_norm_ratio,
+            overlap=overlap,
         )
         super().__init__(
             algorithm,
@@ -152,6 +156,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
             0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
         max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
+        overlap: As there.
         **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on.
 
     Raises:
@@ -165,6 +170,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         dynamic_local_steps: bool = True,
         optimizer: OptimizerFactory | None = None,
         max_norm_ratio: float | None = None,
+        overlap: bool = False,
         **kwargs: Any,
     ) -> None:
         algorithm = AsyncLocalSGD(
@@ -172,6 +178,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
             dynamic_local_steps=dynamic_local_steps,
             optimizer=optimizer,
             max_norm_ratio=max_norm_ratio,
+            overlap=overlap,
         )
         super().__init__(algorithm, **kwargs)
 
@@ -206,6 +213,7 @@ class DilocoStrategy(AlgorithmStrategy):
         outer_optimizer: OptimizerFactory | None = None,
         **kwargs: Any,
     ) -> None:
+        _refuse_overlap("Diloco", kwargs)
         algorithm = Diloco(
             local_steps=local_steps,
             dynamic_local_steps=dynamic_local_steps,
@@ -239,9 +247,20 @@ class SyncSGDStrategy(AlgorithmStrategy):
                 "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or use"
                 " Lightning's strategy='ddp' for real processes."
             )
+        _refuse_overlap("SyncSGD", kwargs)
         super().__init__(SyncSGD(), simulate=simulate, **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
         """Registers ``"sync_sgd"``."""
         strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
+
+
+def _refuse_overlap(name: str, arguments: dict[str, Any]) -> None:
+    """Refuses ``overlap`` for synchronous rounds, also as ``False``, because nobody could set it to ``True``."""
+    if "overlap" in arguments:
+        raise TypeError(
+            f"overlap={arguments['overlap']!r}: {name}Strategy has no such argument, because its rounds are"
+            " synchronous: each begins with the result of the one before. Leave it out, or use HalosStrategy or"
+            " AsyncLocalSGDStrategy, whose workers push when they are ready."
+        )

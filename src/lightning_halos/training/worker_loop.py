@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import worker_shard
-from lightning_halos.core.messages import Marker, Push
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.messages import Marker, Pull, Push
 from lightning_halos.core.vector import Advance
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import show_metrics
@@ -75,7 +76,11 @@ class WorkerLoop(Callback):
         self.finished = False
         self.final_model: Tensor | None = None
         self._vector = start.vector
+        # The vector that the next push is relative to; `None` while a push is unanswered.
         self._memory = start.memory if state.get("memory") is None else state["memory"]
+        self._trains_on = isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap
+        self._has_answer = False
+        self._pushed: Tensor | None = None  # the module's values at the unanswered push
         self._data = start.data
         self._world = world
         self._lightning = lightning
@@ -134,9 +139,11 @@ class WorkerLoop(Callback):
 
     def _agree(self, stop: bool = False) -> bool:
         """Lets the worker's processes agree on what to do next. Returns whether any of them wants to stop."""
-        flags = self._agreement.ask([stop, self._world.decides, *self._preemption.flags()])
+        has_answer = not self.round.is_answered and self._world.client.has_answer(self.round.batches)
+        flags = self._agreement.ask([stop, self._world.decides, has_answer, *self._preemption.flags()])
         self._decides = flags[0][1]
-        self._preemption.follow([row[2:] for row in flags])
+        self._has_answer = all(row[2] for row in flags)
+        self._preemption.follow([row[3:] for row in flags])
         return any(row[0] for row in flags)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -146,7 +153,7 @@ class WorkerLoop(Callback):
         self._counter.begin_batch()
         if self._own_data is not None:
             self._own_data.begin_batch()
-        self._schedulers.before_batch(self.round.batches)
+        self._schedulers.before_batch(self.round.since)
         self._hand_stepped.begin_batch(self._next_global_step())
         self._log_time()
 
@@ -179,10 +186,12 @@ class WorkerLoop(Callback):
             self.finish(stop=True)
         elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
-        elif self.round.over or (stepped and self._ends_rounds_early):
-            self._next_round()
         else:
-            self._set_global_step(self.round.global_step)
+            if stepped and self._has_answer:
+                self._take_answer()
+            if not self.round.stopped and (self.round.over or (stepped and self._ends_rounds_early)):
+                self._next_round()
+            self._follow_run()
         self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -211,6 +220,8 @@ class WorkerLoop(Callback):
             SIGTERMException: If the job leaves the run.
         """
         self.round.count(self._counter.look(), 0.0)
+        if not self.round.is_answered:
+            self._take_answer()
         self._end_round(is_last=True)
         memory = self._memory if self.round.has_steps else None
         push = self.round.push(memory, stop, final=True, data=self._take_used())
@@ -229,6 +240,7 @@ class WorkerLoop(Callback):
             self._finish(push, lambda advance: None)
         else:
             self._exchange(push, lambda advance: None)
+            self._follow_run()
 
     def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
         if self._is_rank_0:  # all processes of its worker do, which changes nothing
@@ -294,10 +306,19 @@ class WorkerLoop(Callback):
             self._trainer.lightning_module.log("virtual_seconds", self._world.clock(), rank_zero_only=True)
 
     def _next_round(self) -> None:
+        if not self.round.is_answered:
+            self._take_answer()
+            if self.round.stopped or not self.round.over:
+                return
         self._end_round(is_last=False)
         push = self.round.push(self._memory, data=self._take_used())
         push.epoch = self._trainer.current_epoch
-        self._exchange(push, self._fill)
+        if self._own_data is not None:
+            self._own_data.end_round(push.number)
+        if self._trains_on:
+            self._send(push, self._fill_and_keep)
+        else:
+            self._exchange(push, self._fill)
 
     def _end_round(self, is_last: bool) -> None:
         self._refuse_newly_trainable()
@@ -306,33 +327,58 @@ class WorkerLoop(Callback):
         self.round.count(0, self.stopwatch.drain())
 
     def _exchange(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        """Pushes a round, and loads the answer."""
         posted = self.stopwatch.now()
         pull, progress = self._world.client.exchange(push, fill)
         if pull.vector is not None:
             self._load(pull.vector, progress)
+        self._receive(pull, posted)
+
+    def _send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        """Pushes a round, and starts the next one."""
+        self._world.client.send(push, fill)
+        self._memory = None
+        self.round.train_on()
+        if self.round.over:  # its next step may be one too many
+            self._take_answer()
+
+    def _take_answer(self) -> None:
+        """Waits for the answer to the unanswered push, and adds the progress since the push to it."""
+        begin = self.stopwatch.now()
+        pull = self._world.client.take()
+        assert pull.vector is not None
+        assert self._pushed is not None
+        self._memory = pull.vector
+        self._vector.add_progress_(self._memory, self._pushed)
+        self._receive(pull, begin)
+
+    def _receive(self, pull: Pull, begin: float) -> None:
+        if pull.vector is not None:
             self._growth.look(pull.vector[: self._vector.num_parameters])
-        self.round.receive(pull, waited=self.stopwatch.now() - posted)
-        if self._own_data is not None:
-            self._own_data.begin_round()
-        self._move_schedulers(pull.position, pull.plateau_steps)
+        self.round.receive(pull, waited=self.stopwatch.now() - begin)
+        self._move_schedulers(self.round.position, pull.plateau_steps)
         if not self.decides:
             show_metrics(self._trainer, pull.metrics)
+
+    def _follow_run(self) -> None:
+        """Finishes if the run is over. Otherwise sets the global step, once per batch."""
         if self.round.stopped:
             self.finish(stop=False)
         else:
-            self._set_global_step(pull.position)
+            self._set_global_step(self.round.global_step)
 
     def _next_global_step(self) -> float:
         """Returns the estimated global step after the next batch."""
         rate = self.round.rate if self.round.number else self._counter.per_batch
-        return min(self.round.position + (self.round.batches + 1) * rate, self._lightning.end)
+        return min(self.round.position + (self.round.since + 1) * rate, self._lightning.end)
 
     def _has_changed(self) -> bool:
         """Whether the module's parameters differ from those at the start of the round."""
-        if self._memory is None:
+        before = self._memory if self.round.is_answered else self._pushed
+        if before is None:
             return False
         now, parameters = self._vector.read(self._vector.new()), slice(self._vector.num_parameters)
-        has_changed = not torch.equal(now[parameters], self._memory[parameters])
+        has_changed = not torch.equal(now[parameters], before[parameters])
         return any(flag for (flag,) in self._agreement.ask([has_changed]))
 
     def _take_used(self) -> list[tuple[int, int]]:
@@ -353,7 +399,7 @@ class WorkerLoop(Callback):
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
         elif self._own_data is not None:
-            state |= own_data_state(self._own_data.position_in(has_push=push.number <= marker.pushed))
+            state |= own_data_state(self._own_data.position_in(marker.pushed))
         assert self._world.checkpointed is not None
         self._writer.shard(marker, worker_shard(self._rank, self._lane), state, self._world.checkpointed.tell)
 
@@ -368,6 +414,11 @@ class WorkerLoop(Callback):
     def _fill(self, advance: Advance) -> None:
         assert self._memory is not None
         self._vector.pseudo_gradient_(self._memory, advance)
+
+    def _fill_and_keep(self, advance: Advance) -> None:
+        assert self._memory is not None
+        self._pushed = self._vector.new() if self._pushed is None else self._pushed
+        self._vector.pseudo_gradient_(self._memory, advance, self._pushed)
 
     def _load(self, model: Tensor, progress: Iterable[int]) -> None:
         self._memory = model

@@ -1,4 +1,4 @@
-"""The worker's end of the link to its local server: it sends pushes and waits for the answers.
+"""The worker's end of the link to its local server: it sends pushes, and waits for the answers or looks for them.
 
 Only the main thread waits here. Every wait has a limit, and lets the main thread handle Ctrl-C and SIGTERM. A server
 that is busy is waited for; the link notices whether it is alive.
@@ -30,7 +30,7 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.vector import Advance
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.link import Link, progress_limit
+from lightning_halos.transport.link import Link, progress_limit, wait_all
 
 T = TypeVar("T")
 A = TypeVar("A", Pull, GlobalModel)
@@ -59,6 +59,8 @@ class WorkerClient:
         self._interrupted = interrupted
         self.on_marker: Callable[[Marker, Push], None] = lambda marker, push: None
         self._inbox: queue.SimpleQueue[Message | int] = queue.SimpleQueue()
+        self._unanswered: Push | None = None
+        self._complete = 0  # number of the last push whose answer has arrived completely
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
 
@@ -69,6 +71,26 @@ class WorkerClient:
             The answer. Its vector arrives while the second value is iterated over.
         """
         return self._answer(Pull, push, fill, "answer a push")
+
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        """Sends a push, whose vector ``fill`` fills. :meth:`take` returns the answer."""
+        self._unanswered = push
+        self._link.post(push, fill)
+
+    def has_answer(self, batches: int) -> bool:
+        """Returns whether the answer to the push of :meth:`send` has arrived completely."""
+        return self._unanswered is not None and self._complete >= self._unanswered.number
+
+    def take(self) -> Pull:
+        """Waits until the answer to the push of :meth:`send` has arrived completely, and returns it.
+
+        A marker that arrived before it is handled now, so that the lanes of a worker handle it at the same moment.
+        """
+        push, self._unanswered = self._unanswered, None
+        assert push is not None
+        pull, progress = self._await(Pull, push, "answer a push")
+        wait_all(progress)
+        return pull
 
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Does the same with the last push and the final model, as long as the other workers make progress."""
@@ -90,6 +112,9 @@ class WorkerClient:
         self, kind: type[A], push: Push, fill: Callable[[Advance], object], what: str
     ) -> tuple[A, Iterable[int]]:
         self._link.post(push, fill)
+        return self._await(kind, push, what)
+
+    def _await(self, kind: type[A], push: Push, what: str) -> tuple[A, Iterable[int]]:
         while not isinstance(message := self._wait(what, self._inbox), kind):
             if isinstance(message, Marker):
                 self.on_marker(message, push)
@@ -125,3 +150,5 @@ class WorkerClient:
         self._inbox.put(message)
         for arrived in progress:
             self._inbox.put(arrived)
+        if isinstance(message, Pull):
+            self._complete = message.number

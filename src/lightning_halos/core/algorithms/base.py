@@ -96,13 +96,18 @@ class ServerAlgorithm(Algorithm):
         merge_weight: Weight of the global model when a local server merges it (``alpha``).
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
+        overlap: Whether a worker trains on while its push is answered, and adds what it has learned meanwhile to the
+            answer. It has at most one unanswered push.
     """
 
     merge_weight: float = 0.25
     max_norm_ratio: float | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.overlap, bool):
+            raise TypeError(f"overlap={self.overlap!r} must be True or False.")
         if not is_number(self.merge_weight) or not 0 <= self.merge_weight <= 1:
             raise ValueError(
                 f"merge_weight={self.merge_weight!r} must be a number from 0 (ignore the global model) to 1 (take it)."

@@ -63,6 +63,16 @@ class BystanderWorld:
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         return self._answer(Pull, push, fill)
 
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        if push.vector is not None:
+            fill(ignore_progress)  # it has collectives, in which all processes of the worker take part
+
+    def has_answer(self, batches: int) -> bool:
+        return True  # the others of the worker know it
+
+    def take(self) -> Pull:
+        return self._told(Pull)
+
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         return self._answer(GlobalModel, push, fill)
 
@@ -99,10 +109,11 @@ class BystanderWorld:
         self.alarm.close(timeout)
 
     def _answer(self, kind: type[A], push: Push, fill: Callable[[Advance], object]) -> tuple[A, Iterable[int]]:
-        if push.vector is not None:
-            fill(ignore_progress)  # it has collectives, in which all processes of the worker take part
-        fields = self._collectives.broadcast_object(None)
-        return kind(**fields, vector=self._nothing), ()
+        self.send(push, fill)
+        return self._told(kind), ()
+
+    def _told(self, kind: type[A]) -> A:
+        return kind(**self._collectives.broadcast_object(None), vector=self._nothing)
 
     def _told_leases(self) -> Iterator[Lease]:
         while told := self._collectives.broadcast_object(None):
@@ -134,13 +145,24 @@ class _TellingClient:
         self._collectives = collectives
 
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
-        return self._told(*self._client.exchange(push, fill))
+        pull, progress = self._client.exchange(push, fill)
+        return self._tell(pull), progress
+
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        self._client.send(push, fill)
+
+    def has_answer(self, batches: int) -> bool:
+        return self._client.has_answer(batches)
+
+    def take(self) -> Pull:
+        return self._tell(self._client.take())
 
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
-        return self._told(*self._client.finish(push, fill))
+        final, progress = self._client.finish(push, fill)
+        return self._tell(final), progress
 
-    def _told(self, message: A, progress: Iterable[int]) -> tuple[A, Iterable[int]]:
+    def _tell(self, message: A) -> A:
         fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
         del fields["vector"]
         self._collectives.broadcast_object(fields)
-        return message, progress
+        return message

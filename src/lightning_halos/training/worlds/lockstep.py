@@ -91,6 +91,15 @@ class LockstepWorld:
         pull.vector = push.vector.copy_(self._model)
         return pull, [self._model.numel()]
 
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        raise NotImplementedError("Synchronous rounds end together, so no worker trains on meanwhile.")
+
+    def has_answer(self, batches: int) -> bool:
+        return False
+
+    def take(self) -> Pull:
+        raise NotImplementedError("A synchronous round has no answer that is still missing.")
+
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         if push.vector is not None:
             fill(ignore_progress)

@@ -70,8 +70,9 @@ class MemberWorld:
         if self._host is not None and joining is not None:
             for message in joining.early:
                 self._host.receive(message, ())
-        local_steps = algorithm.planner(start.workers, budget.max_steps).local_steps(site.rank, budget.total)
-        self.first_round = WorkerRound(site.rank, local_steps, budget.position)
+        planner = algorithm.planner(start.workers, budget.max_steps)
+        local_steps, share = planner.local_steps(site.rank, budget.total), planner.share(budget.total)
+        self.first_round = WorkerRound(site.rank, local_steps, budget.position, share)
         self.leases: Iterator[Lease] = runtime.client.leases()
 
     @property

@@ -20,6 +20,15 @@ class Client(Protocol):
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         """Sends the worker's push, and waits for the answer."""
 
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        """Sends the worker's push, and does not wait for the answer."""
+
+    def has_answer(self, batches: int) -> bool:
+        """Returns whether :meth:`take` would not wait, given the batches since the push of :meth:`send`."""
+
+    def take(self) -> Pull:
+        """Waits for the complete answer to the push of :meth:`send`, and returns it."""
+
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the worker's last push, and waits for the final model."""
 

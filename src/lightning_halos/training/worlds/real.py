@@ -68,9 +68,10 @@ class RealWorld:
         self._runtime = runtime
         self._global_host, self._region_host = runtime.global_host, runtime.region_host
         self._has_one_server = len(site.topology.groups) == 1
-        local_steps = algorithm.planner(site.size, budget.max_steps).local_steps(site.rank, budget.total)
+        planner = algorithm.planner(site.size, budget.max_steps)
+        local_steps, share = planner.local_steps(site.rank, budget.total), planner.share(budget.total)
         position = start.trainer.global_step if resume is None else budget.position
-        self.first_round = WorkerRound(site.rank, local_steps, position)
+        self.first_round = WorkerRound(site.rank, local_steps, position, share)
         self.leases: Iterator[Lease] = runtime.client.leases()
 
     @property

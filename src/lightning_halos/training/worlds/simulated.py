@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.worker import WorkerRound
@@ -36,6 +37,8 @@ class SimulatedWorld(SimulatedServers):
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
         budget, used = start.budget, 0
+        if isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap:
+            raise ValueError("overlap=True is for real runs: leave it out to simulate.")
         offset = 0 if data is None else data.first - budget.total
         schedule: Mapping[str, Any] | None = None
         if resume is not None:

@@ -1,0 +1,85 @@
+"""Workers that train on while their pushes are answered lose no step, and take no more than were ordered."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_halos import HalosStrategy
+from lightning_halos.checkpoint.manifest import NAME, Manifest
+from lightning_halos.core.servers import LocalServer
+from tests.integration.conftest import Run
+from tests.integration.harness import Result
+from tests.integration.toys import LOCAL_STEPS, Toy, assert_trained, loader, make_trainer, outcome
+
+WORKERS, RATE = 4, 2.0**-10  # whose sums are exact
+STEPS, SAVED, SECONDS = 30, 10, 0.06
+
+
+class Steady(Toy):
+    """The gradient is always 1, so each local step moves the weights equally far, wherever they are."""
+
+    pause = 0.01
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4, bias=False))
+        nn.init.zeros_(self.net.weight)
+        self.unanswered = 0
+
+    def loss(self, batch: Any) -> Tensor:
+        assert isinstance(self.trainer.strategy, HalosStrategy)
+        round_ = self.trainer.strategy.round
+        self.unanswered += round_ is not None and not round_.is_answered
+        return self.net.weight.sum()
+
+    def configure_optimizers(self) -> Any:
+        return self.counted(torch.optim.SGD(self.parameters(), lr=RATE))
+
+
+def slow_server(serve: Any) -> Any:
+    """A server that needs several batches' time for a push."""
+
+    def wrapped(*args: Any) -> None:
+        time.sleep(SECONDS)
+        serve(*args)
+
+    return wrapped
+
+
+def overlapping(folder: Path) -> list[Result]:
+    """Trains with checkpoints, and goes on from one of them."""
+    LocalServer.apply = slow_server(LocalServer.apply)  # type: ignore[method-assign]
+    results = []
+    for ckpt_path in (None, folder / f"step={SAVED}.ckpt"):
+        module, strategy = Steady(), HalosStrategy(regions=1, local_steps=LOCAL_STEPS, overlap=True, timeout=60)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED, save_top_k=-1)
+        flags = {} if ckpt_path else {"callbacks": saving, "enable_checkpointing": True}
+        trainer = make_trainer(strategy, max_steps=STEPS, **flags)
+        trainer.fit(module, loader(), ckpt_path=ckpt_path)
+        results.append(outcome(trainer, module, unanswered=module.unanswered))
+    return results
+
+
+def test_no_step_is_lost_while_a_push_is_answered(run: Run, tmp_path: Path) -> None:
+    fits = run(overlapping, tmp_path)
+    first, resumed = ([results[fit] for results in fits] for fit in (0, 1))
+    assert_trained(first, max_steps=STEPS)
+    taken = sum(result["optimizer_steps"] for result in first)
+    # A server adds a worker's progress with the rate 1 / workers.
+    assert torch.equal(first[0]["state"]["net.weight"], torch.full((4, 4), -RATE * taken / WORKERS))
+    assert sum(result["unanswered"] for result in first) > taken / 4
+    assert taken <= (STEPS + 2 * LOCAL_STEPS) * WORKERS  # an unanswered push and the round after it
+
+    again = sum(result["optimizer_steps"] for result in resumed)
+    (manifest,) = (tmp_path / f"step={SAVED}").glob(f"*/{NAME}")
+    before = Manifest.read(manifest.read_text(), manifest).total
+    assert before > 0
+    # What was pushed before the snapshot is not repeated, and what was not is.
+    assert torch.equal(resumed[0]["state"]["net.weight"], torch.full((4, 4), -RATE * (before + again) / WORKERS))
+    assert STEPS * WORKERS <= before + again <= (STEPS + 2 * LOCAL_STEPS) * WORKERS
+    assert {result["global_step"] for result in resumed} == {STEPS}
