@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.distributed import run
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "torchmetrics", "lightning_halos"])
@@ -140,6 +141,15 @@ def torchrun_environments(*processes: int) -> list[dict[str, str]]:
         for local in range(here):
             environments.append({**shared, "LOCAL_RANK": str(local), "RANK": str(len(environments))})
     return environments
+
+
+def torchrun(*arguments: str) -> Result:
+    """A scenario: torchrun with these arguments, the last ones a script's path and what it gets.
+
+    Its processes are forked: they have imported everything already.
+    """
+    run.main(["--run-path", "--start-method=fork", *arguments])
+    return {}
 
 
 @contextlib.contextmanager

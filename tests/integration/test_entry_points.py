@@ -203,3 +203,20 @@ def test_one_device(run: Run) -> None:
     assert_trained(results, max_steps=20)
     assert len(set(results[0]["trained_on"])) == len(results[0]["trained_on"]) == 80
     assert results[0]["validated_on"] == [[*range(16)]] * 2
+
+
+def importing_the_other_package_later() -> Result:
+    import sys
+
+    assert "lightning_halos" in sys.modules
+    assert "pytorch_lightning" not in sys.modules
+    import pytorch_lightning
+
+    with pytest.raises(TypeError, match=r"The strategies of lightning_halos are for the Trainer of lightning\.pytorch"):
+        pytorch_lightning.Trainer(strategy="halos", accelerator="cpu")
+    return {}
+
+
+def test_the_order_of_imports_does_not_matter_to_the_refusal_of_pytorch_lightning(run: Run) -> None:
+    """The other order is in ``tests/training/test_strategy_arguments.py``."""
+    run(importing_the_other_package_later, workers=1)

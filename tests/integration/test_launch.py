@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from lightning_halos import HalosStrategy
+from tests.integration import script, unequal
 from tests.integration.conftest import Run
-from tests.integration.harness import Result, ending, free_port, lightning_environments, load_results
+from tests.integration.harness import Result, ending, free_port, lightning_environments, load_results, torchrun
 from tests.integration.script import WORKERS, Script
 from tests.integration.toys import (
     LOCAL_STEPS,
@@ -31,7 +31,7 @@ from tests.integration.toys import (
     outcome,
     state,
 )
-from tests.integration.unequal import PROCESSES, assert_unequal, unequal
+from tests.integration.unequal import PROCESSES, assert_unequal
 
 TIMEOUT = 240
 SCRIPT = ["-m", "tests.integration.script"]
@@ -50,19 +50,28 @@ def start(*arguments: Any, folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "start_method"),
-    [
-        pytest.param([], "popen", marks=pytest.mark.slow),  # which examples/pretrain_tiny.py, for one, starts with
-        ([], "spawn"),
-        pytest.param(TORCHRUN, "popen", marks=pytest.mark.slow),
-    ],
+    [([], "popen"), ([], "spawn"), (TORCHRUN, "popen")],
     ids=["popen", "spawn", "torchrun"],
 )
 def test_script(tmp_path: Path, launcher: list[str], start_method: str) -> None:
     with ending(start(*launcher, *SCRIPT, tmp_path, start_method, 20, folder=tmp_path)) as process:
         assert process.wait(TIMEOUT) == 0, (tmp_path / "log").read_text()[-4000:]
     assert_trained(load_results(tmp_path, WORKERS), max_steps=20)
+
+
+def spawning(folder: str) -> Result:
+    script.main(folder, "spawn", "20")
+    return {}
+
+
+def test_launching_by_spawn(run: Run, tmp_path: Path) -> None:
+    """As :func:`test_script`, but the process that spawns the others need not start first."""
+    (tmp_path / "workers").mkdir()
+    run(spawning, str(tmp_path / "workers"), environments=[{}], timeout=TIMEOUT)
+    assert_trained(load_results(tmp_path / "workers", WORKERS), max_steps=20)
 
 
 @pytest.mark.slow
@@ -113,19 +122,16 @@ def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
     assert main["start_method"] == "fork"
 
 
-def test_torchrun_with_nodes_of_unequal_size(tmp_path: Path) -> None:
-    address, port = "127.0.0.1", free_port()
-    with ExitStack() as stack:
-        nodes = []
-        for rank, processes in enumerate(PROCESSES):
-            (folder := tmp_path / f"node{rank}").mkdir()
-            options = f"--nnodes=2 --node-rank={rank} --nproc-per-node={processes} --master-addr={address}"
-            torchrun = ["-m", "torch.distributed.run", *options.split(), f"--master-port={port}"]
-            script = ["-m", "tests.integration.unequal", tmp_path]
-            nodes.append((stack.enter_context(ending(start(*torchrun, *script, folder=folder))), folder / "log"))
-        for process, log in nodes:
-            assert process.wait(TIMEOUT) == 0, log.read_text()[-4000:]
-    assert_unequal(load_results(tmp_path, sum(PROCESSES)), "TorchElasticEnvironment")
+def a_node(port: int, folder: str) -> Result:
+    options = f"--nnodes=2 --node-rank={os.environ['NODE_RANK']} --nproc-per-node={os.environ['PROCESSES']}"
+    return torchrun(*options.split(), "--master-addr=127.0.0.1", f"--master-port={port}", unequal.__file__, folder)
+
+
+def test_torchrun_with_nodes_of_unequal_size(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "workers").mkdir()
+    nodes = [{"NODE_RANK": str(node), "PROCESSES": str(count)} for node, count in enumerate(PROCESSES)]
+    run(a_node, free_port(), str(tmp_path / "workers"), environments=nodes, timeout=TIMEOUT)
+    assert_unequal(load_results(tmp_path / "workers", sum(PROCESSES)), "TorchElasticEnvironment")
 
 
 def test_slurm_with_nodes_of_unequal_size(run: Run) -> None:
@@ -144,7 +150,7 @@ def test_slurm_with_nodes_of_unequal_size(run: Run) -> None:
         {**shared, "SLURM_PROCID": str(task), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(place)}
         for task, (node, place) in enumerate(places)
     ]
-    assert_unequal(run(unequal, environments=tasks), "SLURMEnvironment")
+    assert_unequal(run(unequal.unequal, environments=tasks), "SLURMEnvironment")
 
 
 def refused(devices: int) -> Result:

@@ -19,12 +19,13 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.transport.errors import PeerLostError
 from tests.integration.conftest import Run
-from tests.integration.harness import Result, load_results
+from tests.integration.harness import Result, load_results, torchrun
 from tests.integration.script import WORKERS, Script
-from tests.integration.test_launch import TORCHRUN, ending, start
+from tests.integration.test_launch import ending, start
 from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
 
 PREEMPTED = "last-preempted.ckpt"
+AGAIN = ["--standalone", f"--nproc_per_node={WORKERS}", "--max-restarts=1"]
 
 
 class Terminated(Toy):
@@ -244,19 +245,30 @@ def test_without_checkpoints_the_run_just_ends(run: Run, tmp_path: Path) -> None
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
-def test_torchrun_starts_again_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
-    arguments = [*TORCHRUN, "--max-restarts=1", "-m", "tests.integration.test_preemption", tmp_path, fault]
+def test_torchrun_starts_again_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "workers").mkdir()
+    run(torchrun, *AGAIN, __file__, str(tmp_path / "workers"), "SIGKILL", environments=[{}], timeout=240)
+    assert_went_on(tmp_path / "workers", tmp_path / "log0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM"])
+def test_so_it_does_for_a_script(tmp_path: Path, fault: str) -> None:
+    arguments = ["-m", "torch.distributed.run", *AGAIN, "-m", "tests.integration.test_preemption", tmp_path, fault]
     with ending(start(*arguments, folder=tmp_path)) as process:
         assert process.wait(240) == 0, (tmp_path / "log").read_text()[-4000:]
-    results = load_results(tmp_path, WORKERS)
+    assert_went_on(tmp_path, tmp_path / "log")
+
+
+def assert_went_on(folder: Path, log: Path) -> None:
+    results = load_results(folder, WORKERS)
     used = sum(len(result["trained_on"]) for result in results)
     assert 0 < used < 4 * 3 * 64  # the second part of the run
     assert [result["global_step"] for result in results] == [96] * WORKERS
-    final = manifest_of(tmp_path / "last.ckpt")
+    final = manifest_of(folder / "last.ckpt")
     assert (final.total, final.done) == (3 * 64, [[0, 3 * 64]])
     assert_same_model(results)
-    assert "Restoring states from the checkpoint path" in (tmp_path / "log").read_text()
+    assert "Restoring states from the checkpoint path" in log.read_text()
 
 
 class Restarted(Script):

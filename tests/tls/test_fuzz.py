@@ -88,7 +88,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     words = ["serve", "--listen", f"127.0.0.1:{port}", "--keys", str(keys() / "server.pem")]
     words += ["--directory", str(tmp_path / "run"), "--workers", "1", "--snapshot-every", "8"]
     log = tmp_path / "log"
-    command = [sys.executable, "-c", f"import sys; from lightning_halos.cli import main; sys.exit(main({words!r}))"]
+    command = [str(Path(sys.executable).with_name("lightning-halos")), *words]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     region = Region(port, keys() / "us.pem", description=replace(DESCRIPTION, max_steps=10**9, steps_per_epoch=10**9))
