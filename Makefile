@@ -8,14 +8,19 @@ OLDEST := .venv-oldest
 # With the oldest versions: everything except what needs transformers, and the examples.
 OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys planning serving simulation star tls training transport)
 
-.PHONY: demo test test-all test-oldest lint package bench clean
+# Compiling all modules of all packages at once takes half a minute, and most of them are never imported.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+# To find the tests marked `alone`, pytest has to import only the files that have some.
+ALONE = $(shell grep --recursive --files-with-matches --include='*.py' 'mark\.alone' tests)
+
+.PHONY: demo test test-all test-oldest lint style types layers pages package bench clean
 
 demo: $(DEMO_READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
 	$(BIN)/python examples/train_char_lm.py
 
 test: $(READY)  ## the test suite
 	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not slow"
-	$(BIN)/pytest -m "alone and not slow"
+	$(BIN)/pytest -m "alone and not slow" $(ALONE)
 
 test-all: test  ## and what takes long
 	$(BIN)/pytest -m slow
@@ -23,18 +28,26 @@ test-all: test  ## and what takes long
 test-oldest: $(OLDEST)/ready  ## the tests with the oldest Lightning and torch that pyproject.toml allows
 	$(OLDEST)/bin/pytest -n 3 --dist worksteal $(OLD) -m "not alone and not slow"
 
-lint: $(READY)  ## style, format, types, which layer may import which, and the documentation's links and navigation
+lint: style types layers pages  ## the checks that run no code
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(READY)
 	$(BIN)/mypy
+
+layers: $(READY)  ## which layer may import which
 	$(BIN)/lint-imports
+
+pages: $(READY)  ## the documentation's links and navigation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 package: $(READY)  ## the sdist and the wheel in dist/, which has to work by itself
 	rm -rf dist build/wheel
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
+	$(PIP_INSTALL) --no-deps --target build/wheel dist/*.whl
 	cd build && PYTHONPATH=wheel ../$(BIN)/python -c "import lightning_halos.data as data; assert 'build/wheel' in data.__file__"
 
 bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and fails beyond its limit
@@ -49,14 +62,14 @@ bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and 
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP_INSTALL) --constraint constraints.txt torch
+	$(PIP_INSTALL) --constraint constraints.txt --editable ".[dev]"
 	touch $@ $(DEMO_READY)
 
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . "matplotlib>=3.7"
+	$(PIP_INSTALL) --constraint constraints.txt torch
+	$(PIP_INSTALL) --constraint constraints.txt --editable . "matplotlib>=3.7"
 	touch $@
 
 oldest = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\),.*/\1/p' pyproject.toml)
