@@ -10,8 +10,9 @@ import copy
 import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,25 @@ from torch.optim import Optimizer
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.outliers import NormLimit
+from lightning_halos.core.pieces import DividedStep, Piece, divide
 from lightning_halos.core.snapshot import Portion, ServerSnapshot
 from lightning_halos.core.vector import PART, Advance, ignore_progress
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+R = TypeVar("R")
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Map(Protocol):
+    """Calls a function for each item, possibly at the same time. Yields the results in the order of the items."""
+
+    def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterator[R]: ...
+
+
+PIECE = PART // 4
+"""Elements per piece that a thread computes at a time: few enough to stay in a core's caches."""
 
 # Optimizers that update every parameter independently and skip those without a gradient, so that a step can be made in
 # portions. Other optimizers may need all parameters at once.
@@ -86,6 +100,7 @@ class ParameterServer:
         staleness: Staleness of the last applied update: versions between the model that it started from and its
             arrival.
         agree: Returns the finding of all lanes, given that of this one, where no host does so; see :meth:`find`.
+        map: Where the server computes. Default: the builtin ``map``, in the thread that calls the server.
         warns: Whether to log rejections. One lane does.
     """
 
@@ -103,6 +118,7 @@ class ParameterServer:
         self.rejections: dict[int, int] = {}
         self.staleness = 0
         self.agree: Callable[[Finding], Finding] = lambda finding: finding
+        self.map: Map = map
         self.warns = True
         self._is_slice = False
         self._touched: Collection[int] | None = None  # by the last update
@@ -114,7 +130,9 @@ class ParameterServer:
         parts = torch.split(model[: self._num_parameters], self._sizes)
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._optimizer = optimizer(self._parameters)
-        self._portions = _portions(self._sizes) if type(self._optimizer) in _BY_PARAMETER else [slice(len(self._sizes))]
+        is_divisible = type(self._optimizer) in _BY_PARAMETER
+        self._portions = _portions(self._sizes) if is_divisible else [slice(len(self._sizes))]
+        self._pieces = divide(self._sizes, PIECE if is_divisible else self._num_parameters + 1)
         self._snapshots: weakref.WeakSet[ServerSnapshot] = weakref.WeakSet()  # an abandoned one costs nothing
 
     def become_slice(self, warns: bool) -> None:
@@ -147,13 +165,20 @@ class ParameterServer:
             vector: The update.
             progress: Yields the number of elements that have arrived so far. Default: all have arrived.
         """
-        there, finite, norm, end = 0, True, 0.0, self._num_parameters
-        for stop in [vector.numel()] if progress is None else progress:
-            parameters, buffers = vector[there : min(stop, end)], vector[max(there, end) : stop]
-            part = norm_of(parameters)
+        end = self._num_parameters
+
+        def look_at(span: tuple[int, int]) -> tuple[bool, float]:
+            start, stop = span
+            parameters, buffers = vector[start : min(stop, end)], vector[max(start, end) : stop]
+            norm = norm_of(parameters)
             # The norm of finite values may be infinite, because squares overflow first.
-            finite = (math.isfinite(part) or all_finite(parameters)) and all_finite(buffers) and finite
-            norm, there = math.hypot(norm, part), stop
+            return (math.isfinite(norm) or all_finite(parameters)) and all_finite(buffers), norm
+
+        there, finite, norm = 0, True, 0.0
+        for stop in [vector.numel()] if progress is None else progress:
+            for is_finite, part in self.map(look_at, _spans(there, stop)):
+                finite, norm = finite and is_finite, math.hypot(norm, part)
+            there = stop
         fault = None if finite else "it has NaN or infinite values"
         if vector.shape != self.model.shape:
             fault = f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
@@ -187,11 +212,10 @@ class ParameterServer:
         self._snapshots.add(snapshot)
         return snapshot
 
-    def _preserve(self, *portions: int) -> None:
-        """Copies portions of the tensors for the snapshots in progress, before they are overwritten; default: all."""
+    def _preserve(self) -> None:
+        """Completes the copies of the tensors for the snapshots in progress, before they are overwritten."""
         for snapshot in self._snapshots:
-            for portion in portions or range(len(self._portions) + 1):
-                snapshot.take(portion)
+            deque(self.map(snapshot.take, range(len(self._portions) + 1)), maxlen=0)
 
     def _state(self) -> dict[str, Any]:
         """The server's state: its own tensors, and copies of plain values."""
@@ -306,33 +330,38 @@ class ParameterServer:
             answer: The memory for the answer, which is filled with the model afterwards.
             advance: Called with the number of complete elements of the answer.
         """
-        stop = 0
-        for index, portion in enumerate(self._portions if is_accepted else []):
-            self._preserve(index)
-            parameters = self._parameters[portion]
-            start, stop = stop, stop + sum(self._sizes[portion])
-            flat = vector[start:stop]
-            parts = torch.split(flat, self._sizes[portion])
-            for number, (parameter, part) in enumerate(zip(parameters, parts, strict=True), portion.start or 0):
-                parameter.grad = part.view_as(parameter) if self._is_touched(number, part) else None
-            self._optimizer.step()
-            for parameter in parameters:
-                parameter.grad = None
-            self._answer(answer, start, stop, advance)
+        start = 0
         if is_accepted:
-            self._preserve(len(self._portions))
-            self.model[stop:].lerp_(vector[stop:], 1 / self.senders)
-        self._answer(answer, stop, self.model.numel(), advance)
+            self._preserve()
+            start = self._num_parameters
+            step = DividedStep(self._optimizer, self._parameters)
+            touched = self._touched_parameters(vector)
 
-    def _is_touched(self, number: int, part: Tensor) -> bool:
-        """Returns whether an update changes a parameter, so that its momentum may move it, too."""
-        return not _is_zero(part) if self._touched is None else number in self._touched
+            def change(piece: Piece) -> int:
+                step.step(piece, vector[piece.start : piece.stop], touched)
+                answer[piece.start : piece.stop] = self.model[piece.start : piece.stop]
+                return piece.stop
 
-    def _answer(self, answer: Tensor, start: int, stop: int, advance: Advance) -> None:
-        for begin in range(start, stop, PART):
-            end = min(begin + PART, stop)
-            answer[begin:end].copy_(self.model[begin:end])
-            advance(end)
+            for stop in self.map(change, self._pieces):
+                advance(stop)
+            step.end()
+
+        def fill(span: tuple[int, int]) -> int:
+            part = slice(*span)
+            if is_accepted:
+                self.model[part].lerp_(vector[part], 1 / self.senders)
+            answer[part] = self.model[part]
+            return span[1]
+
+        for stop in self.map(fill, _spans(start, self.model.numel())):
+            advance(stop)
+
+    def _touched_parameters(self, vector: Tensor) -> Collection[int]:
+        """Returns the numbers of the parameters that an update changes, so that their momentum may move them, too."""
+        if self._touched is not None:
+            return self._touched
+        parts = torch.split(vector[: self._num_parameters], self._sizes)
+        return {number for number, part in enumerate(parts) if not _is_zero(part)}
 
 
 class LocalServer(ParameterServer):
@@ -435,23 +464,34 @@ class LocalServer(ParameterServer):
         self._preserve()
         if not update.final:
             self._base = torch.empty_like(vector)
-        for start in range(0, vector.numel(), PART):
-            stop = min(start + PART, vector.numel())
-            if self._base is not None:
-                self._base[start:stop] = self.model[start:stop]
+        base, model = self._base, self.model
+
+        def fill(span: tuple[int, int]) -> int:
+            start, stop = span
+            if base is not None:
+                base[start:stop] = model[start:stop]
             parameters = min(stop, max(start, self._num_parameters))
-            vector[start:parameters].sub_(self.model[start:parameters])
-            vector[parameters:stop] = self.model[parameters:stop]
+            vector[start:parameters].sub_(model[start:parameters])
+            vector[parameters:stop] = model[parameters:stop]
+            return stop
+
+        for stop in self.map(fill, _spans(0, vector.numel())):
             advance(stop)
 
     def merge(self, reply: GlobalModel) -> None:
         """Merges the global server's answer to the unanswered update. Its vector is not kept."""
-        assert self._base is not None
-        assert reply.vector is not None
+        base, vector = self._base, reply.vector
+        assert base is not None
+        assert vector is not None
         self.exchanging = False
         self._preserve()
-        self.model.lerp_(reply.vector, self._merge_weight)
-        self._base.copy_(self.model)
+
+        def merge(span: tuple[int, int]) -> None:
+            part = slice(*span)
+            self.model[part].lerp_(vector[part], self._merge_weight)
+            base[part] = self.model[part]
+
+        deque(self.map(merge, _spans(0, vector.numel())), maxlen=0)
         self.merged_at = self.version
         self.global_version = reply.version
         self.merges += 1
@@ -577,6 +617,11 @@ class SynchronousServer(ParameterServer):
 def _is_zero(part: Tensor) -> bool:
     """Returns whether a parameter was not trained, so that momentum must not move it. Usually one element tells."""
     return not (part[:1].any() or part.any())
+
+
+def _spans(start: int, stop: int) -> list[tuple[int, int]]:
+    """Divides a range of elements into ranges of at most ``PIECE``."""
+    return [(begin, min(begin + PIECE, stop)) for begin in range(start, stop, PIECE)]
 
 
 def norm_of(vector: Tensor) -> float:

@@ -1,0 +1,142 @@
+"""An optimizer's step, divided into steps for consecutive pieces of a model, which threads can make at the same time.
+
+It is for optimizers that compute each element of a parameter from that element alone. There are no threads here: who
+makes the steps decides where they run. What a server does besides them is in ``servers``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Part(NamedTuple):
+    """Elements of a parameter, in its flattened values."""
+
+    parameter: int  # its number
+    start: int
+    stop: int
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a model: several complete parameters, or a part of a large one."""
+
+    start: int
+    stop: int
+    parts: Sequence[Part]
+
+
+def divide(sizes: Sequence[int], elements: int) -> list[Piece]:
+    """Divides consecutive parameters of these sizes into pieces of about as many elements."""
+    pieces: list[Piece] = []
+    parts: list[Part] = []
+    start = stop = 0
+
+    def end_piece() -> None:
+        nonlocal start, parts
+        if parts:
+            pieces.append(Piece(start, stop, parts))
+        start, parts = stop, []
+
+    for number, size in enumerate(sizes):
+        if size > elements:
+            end_piece()
+        for begin in range(0, max(size, 1), elements):
+            end = min(begin + elements, size)
+            parts.append(Part(number, begin, end))
+            stop += end - begin
+            if stop - start >= elements:
+                end_piece()
+    end_piece()
+    return pieces
+
+
+class DividedStep:
+    """One step of an optimizer for all pieces of a model.
+
+    Pieces are independent of each other: :meth:`step` may be called for several at the same time, each once. A large
+    parameter that is divided has parts of the optimizer's state meanwhile, which :meth:`end` joins. A piece that is the
+    complete model may be stepped by any optimizer.
+
+    Args:
+        optimizer: The optimizer. Its groups and its state must not change otherwise until :meth:`end`.
+        parameters: Its parameters, which are contiguous.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        # The states of the parts of each divided parameter, by their first element.
+        self._divided: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+
+    def step(self, piece: Piece, gradient: Tensor, touched: Collection[int] | None = None) -> None:
+        """Makes the step for a piece.
+
+        Args:
+            piece: The piece.
+            gradient: The gradient of its elements, flat.
+            touched: Numbers of the parameters that have a gradient; the others are skipped. Default: all have one.
+        """
+        parts = torch.split(gradient, [part.stop - part.start for part in piece.parts])
+        if [part.parameter for part in piece.parts] == list(range(len(self._parameters))):
+            self._step_all(parts, touched)
+            return
+        groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        states: dict[Tensor, dict[str, Any]] = {}
+        complete_ones = []
+        for part, values in zip(piece.parts, parts, strict=True):
+            if touched is not None and part.parameter not in touched:
+                continue
+            own = complete = self._parameters[part.parameter]
+            if part.stop - part.start < complete.numel():
+                own = nn.Parameter(complete.detach().view(-1)[part.start : part.stop])
+                states[own] = self._divided[part.parameter][part.start] = self._state_of(part)
+            else:
+                states[own] = self._optimizer.state.get(own, {})
+                complete_ones.append(own)
+            own.grad = values.view_as(own)
+            groups[self._group_of[id(complete)]].append(own)
+        optimizer = copy.copy(self._optimizer)
+        optimizer.state = defaultdict(dict, states)
+        optimizer.param_groups = [
+            {**group, "params": own} for group, own in zip(self._optimizer.param_groups, groups, strict=True)
+        ]
+        optimizer.step()
+        for tensor in states:
+            tensor.grad = None
+        for parameter in complete_ones:  # an optimizer without a state keeps none
+            if states[parameter]:
+                self._optimizer.state[parameter] = states[parameter]
+
+    def _step_all(self, gradients: Sequence[Tensor], touched: Collection[int] | None) -> None:
+        for number, (parameter, values) in enumerate(zip(self._parameters, gradients, strict=True)):
+            parameter.grad = values.view_as(parameter) if touched is None or number in touched else None
+        self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def end(self) -> None:
+        """Completes the step, after those of all pieces."""
+        for number, divided in self._divided.items():
+            parameter = self._parameters[number]
+            states = [divided[start] for start in sorted(divided)]
+            state = self._optimizer.state[parameter] if states[0] else {}
+            for name, value in states[0].items():
+                if not isinstance(value, Tensor):
+                    state[name] = value
+                elif state.get(name) is None:  # it is new; otherwise the parts are parts of its memory
+                    state[name] = torch.cat([own[name] for own in states]).view_as(parameter)
+
+    def _state_of(self, part: Part) -> dict[str, Any]:
+        state = self._optimizer.state.get(self._parameters[part.parameter], {})
+        return {
+            name: value.view(-1)[part.start : part.stop] if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
