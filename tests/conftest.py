@@ -2,6 +2,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Tests run beside each other, and start processes that do. Threads of one computation would wait for each other by
+# spinning while those of another have the cores: a small model's step then takes ten times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import FEATURES, LOCAL_STEPS, WORKERS, Toy, halos, loader, make_trainer
 
-ROUNDS = 50
+ROUNDS = 20
 BATCH = 8  # samples of a worker
 
 

@@ -112,9 +112,9 @@ def test_few_shot_examples_come_before_the_question(folder: str) -> None:
 def test_a_model_that_was_trained_is_told_from_one_that_was_not(tokenizer: str) -> None:
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(config(width=32))
-    few: dict[str, Any] = {"tokenizer": tokenizer, "include_path": TASKS, "limit": 100, "batch_size": 16}
+    few: dict[str, Any] = {"tokenizer": tokenizer, "include_path": TASKS, "limit": 40, "batch_size": 16}
     before = lightning_halos.evaluate(model, "local_lambada", **few)
-    train(model, AutoTokenizer.from_pretrained(tokenizer), steps=60)
+    train(model, AutoTokenizer.from_pretrained(tokenizer), steps=40)
     after = lightning_halos.evaluate(model, "local_lambada", **few)
     difference = {row.metric: row.differences[0] for row in compare([before, after])}["perplexity"]
     assert difference.paired
