@@ -52,22 +52,25 @@ def test_pieces_are_consecutive_and_complete(sizes: list[int], elements: int, pi
     assert all(sum(p.stop - p.start for p in piece.parts) == piece.stop - piece.start for piece in found)
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, None], ids=["parameters and buffers", "one parameter"])
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
-def test_threads_compute_what_one_call_does(monkeypatch: pytest.MonkeyPatch, factory: Factory) -> None:
+def test_threads_compute_what_one_call_does(
+    monkeypatch: pytest.MonkeyPatch, factory: Factory, shapes: list[torch.Size] | None
+) -> None:
     """In windows, with a parameter that gets no gradient at first, after a resume, and for every kind of message."""
     with ThreadPoolExecutor(4) as pool:
-        complete = history(factory, None)
+        complete = history(factory, shapes, None)
         monkeypatch.setattr(servers, "PIECE", 8)
-        assert_same(history(factory, None), complete)
-        assert_same(history(factory, pool), complete)
+        assert_same(history(factory, shapes, None), complete)
+        assert_same(history(factory, shapes, pool), complete)
 
 
-def history(factory: Factory, pool: ThreadPoolExecutor | None) -> list[Any]:
+def history(factory: Factory, shapes: list[torch.Size] | None, pool: ThreadPoolExecutor | None) -> list[Any]:
     """Returns the answers, the update and the states of a server."""
     generator = torch.Generator().manual_seed(1)
 
     def make() -> LocalServer:
-        server = LocalServer(0, torch.linspace(-1, 1, ELEMENTS), factory, 4, 0.25, SHAPES, workers=2)
+        server = LocalServer(0, torch.linspace(-1, 1, ELEMENTS), factory, 4, 0.25, shapes, workers=2)
         if pool is not None:
             server.map = pool.map
         return server

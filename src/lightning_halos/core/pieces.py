@@ -72,6 +72,7 @@ class DividedStep:
     def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
+        self._elements = sum(parameter.numel() for parameter in parameters)
         self._group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         # The states of the parts of each divided parameter, by their first element.
         self._divided: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
@@ -85,7 +86,7 @@ class DividedStep:
             touched: Numbers of the parameters that have a gradient; the others are skipped. Default: all have one.
         """
         parts = torch.split(gradient, [part.stop - part.start for part in piece.parts])
-        if [part.parameter for part in piece.parts] == list(range(len(self._parameters))):
+        if piece.stop - piece.start == self._elements and len(parts) == len(self._parameters):
             self._step_all(parts, touched)
             return
         groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
