@@ -16,7 +16,8 @@ from lightning_halos.planning.planner import MS_PER_HOUR, make_timing, plan
 from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.planning.sweep import Trial, recommend, sweep, sweep_table
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.network import Work, make_network
+from lightning_halos.simulation.network import Work
+from lightning_halos.simulation.networks import make_network
 from tests.simulation.paper import PAPER
 
 UNEQUAL = SimulatedCluster(  # asymmetric links, regions of 2, 5 and 3, the global server in none of the ends
@@ -148,6 +149,11 @@ CASES = {
     "one server": (PAPER, AsyncLocalSGD()),
     "one server, unequal": (UNEQUAL, AsyncLocalSGD(local_steps=5)),
     **{f"random {seed}": draw(seed) for seed in range(50)},
+}
+CASES |= {
+    f"{name}, overlap": (cluster, dataclasses.replace(algorithm, overlap=True))
+    for number, (name, (cluster, algorithm)) in enumerate(CASES.items())
+    if number % 2
 }
 
 

@@ -21,6 +21,7 @@ from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousS
 from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Network, RegionNetwork, Round, SynchronousNetwork, Work
+from lightning_halos.simulation.overlap import OverlappingNetwork
 from lightning_halos.simulation.timing import Timing
 
 CLUSTER = SimulatedCluster(
@@ -44,6 +45,13 @@ def regions(work: Work, timing: Timing = TIMING) -> Network:
     )
 
 
+def overlapping(work: Work, timing: Timing = TIMING) -> Network:
+    groups = Topology.build(timing.cluster.regions, 1).groups
+    locals_ = [LocalServer(g.index, torch.ones(3), sgd, 3, 0.25, workers=len(g.ranks)) for g in groups]
+    above, algorithm = GlobalServer(torch.ones(3), sgd, servers=len(groups)), Halos(local_steps=8, overlap=True)
+    return OverlappingNetwork(timing, work, algorithm, groups, locals_, above)
+
+
 def one_server(work: Work, timing: Timing = TIMING) -> Network:
     groups = Topology.build([range(timing.cluster.num_workers)], 1).groups
     server = LocalServer(0, torch.ones(3), sgd, None, 0.25, workers=timing.cluster.num_workers)
@@ -55,7 +63,7 @@ def synchronous(work: Work, timing: Timing = TIMING) -> Network:
 
 
 Make = Callable[..., Network]
-every_network = pytest.mark.parametrize("make", [regions, one_server, synchronous])
+every_network = pytest.mark.parametrize("make", [regions, overlapping, one_server, synchronous])
 
 
 def work(steps: int, done: int = 0, **fields: int) -> Work:

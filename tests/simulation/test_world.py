@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -42,6 +43,12 @@ STRATEGIES = {
         simulate=CLUSTER, local_steps=4, dynamic_local_steps=True, **kwargs
     ),
     "sync_sgd": lambda **kwargs: SyncSGDStrategy(simulate=CLUSTER, **kwargs),
+}
+FAR = dataclasses.replace(CLUSTER, message_bytes=200_000_000)  # a push is answered after 3 batches
+OVERLAPPING = {
+    "overlap": lambda **kwargs: HalosStrategy(
+        simulate=FAR, local_steps=4, accumulate_updates=3, overlap=True, **kwargs
+    ),
 }
 NAMED = ["rank 0 (region 0)", "rank 1 (region 0)", "rank 2 (region 1)", "rank 3 (region 1)"]
 WORLD = "the simulated world of rank 0 (region 0)"
@@ -93,14 +100,14 @@ def fit(
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
     options = {key: kwargs.pop(key) for key in ["max_norm_ratio"] if key in kwargs}
-    strategy = STRATEGIES[name](timeout=60, **options)
+    strategy = {**STRATEGIES, **OVERLAPPING}[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
     trainer.fit(module, None if data is module else data or loader(), loader(32), ckpt_path=ckpt_path)
     return trainer, module
 
 
-@every_strategy
+@pytest.mark.parametrize("name", [*STRATEGIES, *OVERLAPPING])
 def test_the_result_does_not_depend_on_the_machines_own_timing(name: str, tmp_path: Path) -> None:
     steady, napping = Toy(), Toy()
     napping.nap = 0.004
@@ -117,14 +124,14 @@ def test_the_result_does_not_depend_on_the_machines_own_timing(name: str, tmp_pa
     assert first.callback_metrics["val_loss"] == second.callback_metrics["val_loss"]
 
 
-@every_strategy
+@pytest.mark.parametrize("name", [*STRATEGIES, *OVERLAPPING])
 def test_all_workers_together_take_the_steps_that_were_ordered(name: str) -> None:
     trainer, _ = fit(name, max_steps=25)
     assert trainer.strategy.history[-1].kind == "end"
     assert trainer.strategy.history[-1].steps == 25 * WORKERS
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "sync_sgd"])
+@pytest.mark.parametrize("name", [*(name for name in STRATEGIES if name != "sync_sgd"), *OVERLAPPING])
 @pytest.mark.parametrize(
     "flags",
     [{}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 10}, {"reload_dataloaders_every_n_epochs": 1}],

@@ -166,6 +166,11 @@ class RegionNode(Node[RegionState, RegionEvent]):
         return sends
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether no worker may start another round, as far as this node knows."""
+        return self._stop or self.budget.exhausted
+
+    @property
     def _may_exchange(self) -> bool:
         """Whether an update that is due may be sent now."""
         return True
@@ -190,7 +195,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             version=self.server.version,
             local_steps=self._planner.local_steps(push.worker, self.budget.total),
             position=self.budget.position,
-            stop=self._stop or self.budget.exhausted,
+            stop=self.is_stopping,
             plateau_steps=self._plateau_steps[slice(*self._workers[push.worker].news)],
             metrics=self._metrics,
             vector=vector,

@@ -3,10 +3,10 @@
 It works on numbers only: no tensors, no printing. It follows the rules of the servers in
 :mod:`lightning_halos.core.servers`, with the durations of :class:`~lightning_halos.simulation.timing.Timing`.
 
-A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, and the pushes to a
-server are the merged progressions of its workers. Arrays therefore replace an event queue, and servers are computed one
-after the other. Simultaneous pushes are in the order of workers, simultaneous updates at the global server in the order
-in which they were sent.
+A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, from the second one
+on if it trains on while they are answered, and the pushes to a server are the merged progressions of its workers.
+Arrays therefore replace an event queue, and servers are computed one after the other. Simultaneous pushes are in the
+order of workers, simultaneous updates at the global server in the order in which they were sent.
 """
 
 from __future__ import annotations
@@ -221,8 +221,13 @@ def _with_servers(
     for group in groups:
         times = []
         for rank in group.ranks:
-            durations[rank] = timing.round(rank, group.region, local_steps[rank])
-            times.append(_multiples(durations[rank], horizon))
+            if algorithm.overlap:
+                busy, way = timing.busy(rank, local_steps[rank]), timing.way(rank, group.region)
+                durations[rank] = max(busy, 2 * way)
+                times.append(_overlapping(busy, durations[rank], way, horizon))
+            else:
+                durations[rank] = timing.round(rank, group.region, local_steps[rank])
+                times.append(_multiples(durations[rank], horizon))
             rounds[rank] = len(times[-1])
             messages[region_of[rank] != group.region] += 2 * len(times[-1])
         steps = [np.full(len(own), local_steps[rank]) for rank, own in zip(group.ranks, times, strict=True)]
@@ -286,6 +291,21 @@ def _until(events: Events, time: float) -> Events:
 def _multiples(duration: float, horizon: float) -> Floats:
     """End times of consecutive rounds up to a horizon, with the rounding of repeated addition."""
     ends: Floats = np.cumsum(np.full(int(horizon / duration) + 2, duration))
+    return ends[: np.searchsorted(ends, horizon, side="right")]
+
+
+def _overlapping(first: float, duration: float, way: float, horizon: float) -> Floats:
+    """Arrival times of the pushes of a worker that trains on meanwhile; see :mod:`~..simulation.overlap`.
+
+    Args:
+        first: Duration of the first round, which waits for no answer.
+        duration: Duration of the others: what takes longer, their local steps or a push and its answer.
+        way: Time of a push on its way.
+        horizon: Time of the last arrival at the latest.
+    """
+    durations = np.full(int(horizon / duration) + 2, duration)
+    durations[0] = first
+    ends: Floats = np.cumsum(durations) + way
     return ends[: np.searchsorted(ends, horizon, side="right")]
 
 

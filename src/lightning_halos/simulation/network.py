@@ -16,15 +16,14 @@ import dataclasses
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
+from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import (
@@ -39,10 +38,10 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer, LocalServer, ParameterServer, SynchronousServer
+from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.synchronous_node import SynchronousNode
-from lightning_halos.core.topology import ServerGroup, Topology
+from lightning_halos.core.topology import ServerGroup
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.timing import Timing
 
@@ -58,6 +57,7 @@ class Round:
         first: Local steps that were leased to all workers before this round.
         steps: Local steps of the round; 0 if no work is left, so that the push is the worker's last.
         position: Global step with which the worker's schedules start the round.
+        leaves: Virtual time at which the push leaves the worker, if it trains on meanwhile; see :mod:`.overlap`.
     """
 
     worker: int
@@ -66,6 +66,7 @@ class Round:
     first: int
     steps: int
     position: int
+    leaves: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Network(ABC):
         self._used = Spans([(0, self.handed_out)] if self.handed_out else [])
         self._cursor = DataCursor(work.steps_per_epoch, done=self._used, end=work.end + work.offset)
         self._left: list[int] = []
+        self._begun: list[Round] | None = None  # those that a replay has not yielded yet
 
     @property
     @abstractmethod
@@ -146,6 +148,10 @@ class Network(ABC):
         if not self.rounds:
             steps = {worker: self._planner.local_steps(worker, self.total) for worker in range(self._workers)}
             self._begin_all({worker: Pull(0, planned, 0, stop=False) for worker, planned in steps.items()})
+
+    def running(self) -> list[Round]:
+        """Returns the rounds in progress, a worker's earlier one first."""
+        return list(self.rounds.values())
 
     @abstractmethod
     def due(self) -> list[Round]:
@@ -199,13 +205,14 @@ class Network(ABC):
     def replay(self) -> Iterator[Round]:
         """Runs without vectors. Yields all rounds that have steps, in order; first the rounds in progress."""
         self.start()
-        ended = list(self.rounds.values())
-        while ended:
-            begun = [self.rounds[r.worker] for r in ended if r.worker in self.rounds]
+        self._begun = self.running()
+        while True:
+            begun, self._begun = self._begun, []
             yield from sorted((r for r in begun if r.steps), key=lambda r: r.first)
-            if ended := self.due():
-                self.finish([Push(r.worker, 0, r.steps, r.steps, 0.0, final=not r.steps) for r in ended])
-                self.outbox.clear()
+            if not (ended := self.due()):
+                return
+            self.finish([Push(r.worker, 0, r.steps, r.steps, 0.0, final=not r.steps) for r in ended])
+            self.outbox.clear()
 
     @abstractmethod
     def _begin_all(self, pulls: Mapping[int, Pull]) -> None:
@@ -229,17 +236,23 @@ class Network(ABC):
         if steps:
             pull.local_steps, pull.position = steps, position
         begun = self.rounds[worker] = Round(worker, self.now, self.now, first, steps, position)
+        if self._begun is not None:
+            self._begun.append(begun)
         return begun
 
     def _end(self, push: Push) -> None:
         """Ends the round of a push, and replaces the push's durations by virtual ones."""
-        ended = self.rounds.pop(push.worker)
+        ended = self._take_ended(push)
         self.now = ended.end
         self.steps += push.steps
         push.seconds = self._timing.compute(ended.worker, ended.steps) / 1e3
-        push.waited = (ended.end - ended.begin) / 1e3 - push.seconds
+        push.waited = ((ended.leaves or ended.end) - ended.begin) / 1e3 - push.seconds
         if push.final:
             self._left.append(push.worker)
+
+    def _take_ended(self, push: Push) -> Round:
+        """Removes the round that a push ends, and returns it."""
+        return self.rounds.pop(push.worker)
 
     def _note(
         self, kind: str, version: int, model: Tensor | None, server: int = -1, worker: int = -1, staleness: int = 0
@@ -486,45 +499,3 @@ class SynchronousNetwork(Network):
     def _lease(self, worker: int, steps: int) -> int:
         lease = self._cursor.take(steps)
         return 0 if lease is None else lease.steps
-
-
-def make_network(
-    algorithm: Algorithm,
-    topology: Topology,
-    timing: Timing,
-    work: Work,
-    shapes: Sequence[torch.Size],
-    model: Tensor | None,
-    prepare: Callable[[ParameterServer], object] = lambda server: None,
-) -> Network:
-    """Makes the network of an algorithm.
-
-    Args:
-        algorithm: The algorithm.
-        topology: The local servers and their workers.
-        timing: The durations on the cluster.
-        work: The ordered work.
-        shapes: Shapes of the parameters in the model.
-        model: The initial model, which is copied; ``None`` for a network that only computes the rounds.
-        prepare: Called with each server that has a model.
-    """
-    if isinstance(algorithm, SynchronousAlgorithm):
-        server = None if model is None else algorithm.server(model.clone(), shapes)
-        if server is not None:
-            prepare(server)
-        return SynchronousNetwork(timing, work, algorithm, server)
-    assert isinstance(algorithm, ServerAlgorithm)
-    groups, number = topology.groups, len(topology.groups)
-    if model is None:
-        sgd, period = partial(torch.optim.SGD, lr=1.0), None if number == 1 else 1
-        locals_ = [LocalServer(g.index, torch.zeros(1), sgd, period, 0.0, workers=len(g.ranks)) for g in groups]
-        global_ = None if number == 1 else GlobalServer(torch.zeros(1), sgd, servers=number)
-    else:
-        locals_ = [
-            algorithm.local_server(g.index, number, len(g.ranks), model.clone(), shapes, topology.describe)
-            for g in groups
-        ]
-        global_ = algorithm.global_server(number, model.clone(), shapes)
-        for server_with_model in (*locals_, *filter(None, [global_])):
-            prepare(server_with_model)
-    return RegionNetwork(timing, work, algorithm, groups, locals_, global_)

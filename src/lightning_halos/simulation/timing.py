@@ -39,9 +39,17 @@ class Timing:
         """Returns the milliseconds that ``steps`` local steps of a worker take."""
         return self.cluster.step_ms * steps / self._speeds[worker]
 
+    def way(self, worker: int, server_region: int) -> float:
+        """Returns the milliseconds of a model between a worker and its server, in one direction."""
+        return self.transfer(server_region, self._regions[worker])
+
+    def busy(self, worker: int, steps: int) -> float:
+        """Returns the milliseconds from the start of a round until its push may leave the worker."""
+        return self.compute(worker, steps) + worker * _TIE
+
     def round(self, worker: int, server_region: int, steps: int) -> float:
         """Returns the milliseconds of a round: from sending the server's model until the pseudo-gradient arrives."""
-        there_and_back = 2 * self.transfer(server_region, self._regions[worker])
+        there_and_back = 2 * self.way(worker, server_region)
         return there_and_back + self.compute(worker, steps) + worker * _TIE
 
     def all_reduce(self) -> float:

@@ -40,6 +40,7 @@ from lightning_halos.training.worker_state import (
 )
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
+from lightning_halos.transport.client import VirtualClient
 from lightning_halos.transport.collectives import Collectives
 
 
@@ -80,7 +81,7 @@ class WorkerLoop(Callback):
         self._memory = start.memory if state.get("memory") is None else state["memory"]
         self._trains_on = isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap
         self._has_answer = False
-        self._pushed: Tensor | None = None  # the module's values at the unanswered push
+        self._pushed: Tensor | None = state.get("pushed")  # the module's values at the unanswered push
         self._data = start.data
         self._world = world
         self._lightning = lightning
@@ -115,6 +116,8 @@ class WorkerLoop(Callback):
             world.checkpointed.on_marker(self._save_state)
         if "round" in state:
             self.round.load_state_dict(state["round"])
+            if "answer" in state and isinstance(world.client, VirtualClient):
+                world.client.answer = Pull(**state["answer"])
         else:
             self._move_schedulers(self.round.position, [] if start.entry is None else start.entry.plateau_steps)
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
@@ -238,9 +241,13 @@ class WorkerLoop(Callback):
         push, self._push = Push(**self._push), None
         if push.final:
             self._finish(push, lambda advance: None)
+            return
+        if self._trains_on:
+            self._pushed = self._vector.read(self._vector.new())
+            self._send(push, lambda advance: None)
         else:
             self._exchange(push, lambda advance: None)
-            self._follow_run()
+        self._follow_run()
 
     def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
         if self._is_rank_0:  # all processes of its worker do, which changes nothing
@@ -282,6 +289,9 @@ class WorkerLoop(Callback):
         if self._world.is_simulated:
             used = 0 if self._data is None else self._data.used_steps
             state |= {"round": self.round.state_dict(), "used": used, "memory": to_host(self._memory)}
+            client = self._world.client
+            if isinstance(client, VirtualClient) and client.answer is not None:
+                state |= {"pushed": to_host(self._pushed), "answer": to_host(vars(client.answer))}
         return state
 
     def state(self) -> dict[str, Any]:
@@ -339,7 +349,8 @@ class WorkerLoop(Callback):
         self._world.client.send(push, fill)
         self._memory = None
         self.round.train_on()
-        if self.round.over:  # its next step may be one too many
+        is_here = all(flag for (flag,) in self._agreement.ask([self._world.client.has_answer(0)]))
+        if is_here or self.round.over:  # no other step, as it may be one too many
             self._take_answer()
 
     def _take_answer(self) -> None:
@@ -398,6 +409,8 @@ class WorkerLoop(Callback):
         state = self._snapshots.pop(marker.save) if self._is_rank_0 else self.state()
         if self._world.is_simulated:
             state |= {"round": self.round.state_dict(), "push": to_host(vars(push))}
+            if self._trains_on and not push.final:
+                state["model"] = to_host(self._pushed)
         elif self._own_data is not None:
             state |= own_data_state(self._own_data.position_in(marker.pushed))
         assert self._world.checkpointed is not None

@@ -152,3 +152,26 @@ class WorkerClient:
             self._inbox.put(arrived)
         if isinstance(message, Pull):
             self._complete = message.number
+
+
+class VirtualClient(WorkerClient):
+    """The client of a worker in a simulation, for which an answer arrives at the end of the batch that the answer says.
+
+    Attributes:
+        answer: The answer that the worker has not taken yet.
+    """
+
+    answer: Pull | None = None
+
+    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+        """Sends a push and waits for the answer, which arrives at a virtual time. Markers are handled meanwhile."""
+        self.answer, progress = self.exchange(push, fill)
+        wait_all(progress)
+
+    def has_answer(self, batches: int) -> bool:
+        return self.answer is not None and batches >= self.answer.batches
+
+    def take(self) -> Pull:
+        answer, self.answer = self.answer, None
+        assert answer is not None
+        return answer

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.checkpoint.errors import CheckpointError
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.network import Network, Work, make_network
+from lightning_halos.simulation.network import Network, Round, Work
+from lightning_halos.simulation.networks import make_network
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.training.findings import slice_of
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
 from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.client import WorkerClient
+from lightning_halos.transport.client import VirtualClient
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
 
@@ -37,14 +39,13 @@ class SimulatedWorld(SimulatedServers):
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
         budget, used = start.budget, 0
-        if isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap:
-            raise ValueError("overlap=True is for real runs: leave it out to simulate.")
         offset = 0 if data is None else data.first - budget.total
         schedule: Mapping[str, Any] | None = None
         if resume is not None:
             world = resume.manifest.world
             assert world is not None
             schedule = world["rounds"]
+            _refuse_other_rounds(schedule, start.algorithm)
             if start.goes_on_in_data:
                 offset = world["offset"]
             if schedule is not None:
@@ -73,7 +74,7 @@ class SimulatedWorld(SimulatedServers):
                 servers.load_schedule(schedule)
         super().__init__(servers, Alarm(site.here), site.timeout, start.saves)
         self._has_snapshots = site.placement.is_single and not start.algorithm.averages_gradients
-        self._client = WorkerClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
+        self._client = VirtualClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
         self.client: Client = self._client
         self.alarm.watch(site.timeout)
         if servers is not None:
@@ -143,5 +144,16 @@ def _leases(rounds: Network, rank: int, used: int, has_more: bool) -> Iterator[L
 
 
 def _planned(schedule: Mapping[str, Any], rank: int) -> int:
-    """Returns the local steps of a worker's round in a checkpoint, all of which it has computed."""
-    return sum(steps for worker, _, _, _, steps, _ in schedule["running"] if worker == rank)
+    """Returns the local steps of a worker's first round in a checkpoint, all of which it has computed."""
+    rounds = [Round(*fields) for fields in [*schedule.get("pushed", ()), *schedule["running"]]]
+    return next((r.steps for r in rounds if r.worker == rank), 0)
+
+
+def _refuse_other_rounds(schedule: Mapping[str, Any] | None, algorithm: Algorithm) -> None:
+    """Refuses rounds in progress that began otherwise than those of the algorithm."""
+    overlaps = isinstance(algorithm, ServerAlgorithm) and algorithm.overlap
+    if schedule is not None and ("pushed" in schedule) is not overlaps:
+        raise CheckpointError(
+            f"overlap={overlaps} must be {not overlaps} to resume this checkpoint of a simulation, whose rounds in"
+            " progress were saved, too. Pass it to the strategy, or start a new simulation."
+        )
