@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 DEMO_READY := $(VENV)/demo-ready
 OLDEST := .venv-oldest
 # With the oldest versions: everything except what needs transformers, and the examples.
-OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys planning serving simulation star tls training transport)
+OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration keys optim planning serving simulation star tls training transport)
 
 # Compiling all modules of all packages at once takes half a minute, and most of them are never imported.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile

@@ -12,7 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.multiprocessing import ProcessExitedException
+from torch.optim.lr_scheduler import OneCycleLR
 
+from lightning_halos.optim import MuonAdamW
 from tests.simulation.test_world import Toy, fit, loader
 
 
@@ -56,6 +58,25 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(
     assert paths
     for path in paths:
         assert_equal(expected, resume(name, path, **flags))
+
+
+class WithMuon(Toy):
+    """Trains with two optimizers in one, whose rates and momenta a schedule changes."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = MuonAdamW(self)
+        schedule = OneCycleLR(optimizer, 1e-2, total_steps=int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon")
+def test_a_run_with_muon_and_one_cycle_goes_on_where_it_was(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    flags: dict[str, Any] = {"max_steps": 20, "gradient_clip_val": 0.5}
+    _, module = fit("halos", WithMuon(), loader(shuffle=True), **flags, callbacks=saving, enable_checkpointing=True)
+    torch.manual_seed(12345)
+    _, resumed = fit("halos", WithMuon(), loader(shuffle=True), **flags, ckpt_path=tmp_path / "step=8.ckpt")
+    assert_equal(module.state_dict(), resumed.state_dict())
 
 
 class Saving(Callback):

@@ -111,6 +111,11 @@ def flat_shards(model: nn.Module) -> dict[int, tuple[torch.Size, list[int]]]:
     return shards
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Returns whether a parameter is a piece of a module that ``FullyShardedDataParallel`` divides."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
 def broadcast_each_(group: ProcessGroup, tensors: list[Tensor], source: int) -> None:
     """Overwrites tensors with those of one member of a group, by its number there, a few at a time."""
     if tensors:
