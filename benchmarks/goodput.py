@@ -19,14 +19,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
+from torchft_environment import ENVIRONMENT, install_torchft
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,7 +40,6 @@ from tests.star.roles import Task  # noqa: E402
 
 GOAL = 0.9
 TASK = Task(epochs=100, samples=100_000, pause=0.05, local_steps=8, timeout=120.0)
-ENVIRONMENT = ROOT / ".venv-torchft"
 WARM_UP = 10.0  # seconds between the first step of all workers and the first second that counts
 
 Count = Callable[[float, float], int]
@@ -138,20 +136,6 @@ def rate(name: str, faults: list[Fault], seconds: float, folder: Path) -> float:
         for complaint in hand.complaints:
             print(f"    {complaint}")
         return count(begin, begin + seconds) / seconds
-
-
-def install_torchft() -> None:
-    """Makes an environment with torchft 0.2.0 that sees this one's torch."""
-    if (ENVIRONMENT / "ready").exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-    (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
-    (packages / "local.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    install = [str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet"]
-    subprocess.run([*install, "--no-deps", "torchft==0.2.0"], check=True)
-    telemetry = ["opentelemetry-api", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"]
-    subprocess.run([*install, *telemetry], check=True)
-    (ENVIRONMENT / "ready").touch()
 
 
 def main() -> int:

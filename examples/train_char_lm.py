@@ -8,8 +8,11 @@ over wall-clock time::
 All workers share one machine. If they competed for its cores, the comparison would show the machine and its other work:
 DDP's workers leave the cores to others while they wait, and those of HALoS do not. So each worker stands for a device
 of its own. A batch takes ``--pace`` seconds, times the worker's ``--slowdown``; the worker computes for a part of them
-and sleeps for the rest. Only the speeds are unequal: the links are those inside the machine
-(``examples/regions_on_one_machine.sh`` makes a slow one between the regions).
+and sleeps for the rest. Here only the speeds are unequal: the links are those inside the machine.
+
+Then it compares both once more, with workers of equal speed, but a link of ``--link`` Mbit/s between the two regions. A
+real slow link needs root (``examples/regions_on_one_machine.sh`` makes one, ``benchmarks/network.py`` a race on it). So
+this comparison is a simulation: the same training, with the time of a virtual clock.
 
 With ``--strategy`` it trains once, with any strategy of Lightning, and ``--pace 0`` lets the workers run freely::
 
@@ -46,7 +49,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_halos import DelayedNesterov, HalosStrategy
+from lightning_halos import DelayedNesterov, HalosStrategy, SimulatedCluster, SyncSGDStrategy
 
 
 class StandardLibrary(L.LightningDataModule):
@@ -209,7 +212,7 @@ class LossCurve(L.Callback):
             self.path.write_text("")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seconds = time.perf_counter() - self.start
+        seconds = self._seconds(trainer.strategy)
         loss, bits = (trainer.callback_metrics[name].item() for name in ("val_loss", "val_bits_per_byte"))
         pl_module.print(f"step {trainer.global_step:4}  {seconds:6.1f} s  val loss {loss:.3f}  {bits:.3f} bits/byte")
         if trainer.is_global_zero:
@@ -217,15 +220,37 @@ class LossCurve(L.Callback):
             with self.path.open("a") as file:
                 print(json.dumps(point), file=file)
 
+    def _seconds(self, strategy: Any) -> float:
+        if not getattr(strategy, "history", None):
+            return time.perf_counter() - self.start
+        if isinstance(strategy, SyncSGDStrategy):
+            return strategy.history[-1].time / 1e3  # when the step ended that made this model
+        return strategy.virtual_seconds
 
-def train(args: argparse.Namespace) -> None:
-    """Does one run: trains with ``args.strategy``, writes the loss curve and prints a sample of the model's writing."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the complete text is in memory
-    L.seed_everything(args.seed)
+
+def slow_link(args: argparse.Namespace, all_reduce: str) -> SimulatedCluster:
+    """Describes the regions with a slow link between them: workers of equal speed, and 10 Gbit/s inside a region."""
+    inside, between, workers = 10.0, args.link / 1e3, args.devices // args.regions
+    return SimulatedCluster(
+        bandwidths=[[inside if a == b else between for b in range(args.regions)] for a in range(args.regions)],
+        worker_speeds=[[1.0] * workers] * args.regions,
+        step_ms=1e3 * args.pace,
+        all_reduce=all_reduce,
+    )
+
+
+def make_strategy(args: argparse.Namespace) -> Any:
+    """Makes the strategy of a run."""
+    if args.strategy == "ddp" and args.link:
+        return SyncSGDStrategy(simulate=slow_link(args, "ring"))
+    if args.strategy != "halos":
+        return args.strategy
+    is_region = "HALOS_SERVER" in os.environ  # this job is one of several
     # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges, and no
     # momentum on the local servers (docs/time-to-loss.md).
-    halos = HalosStrategy(
-        regions=None if "HALOS_SERVER" in os.environ else args.regions,  # a job is one region there
+    return HalosStrategy(
+        regions=None if is_region or args.link else args.regions,
+        simulate=slow_link(args, "star") if args.link else None,
         worker=args.worker,
         local_steps=args.local_steps,
         accumulate_updates=4,
@@ -233,84 +258,134 @@ def train(args: argparse.Namespace) -> None:
         local_optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.0, delay=1),
         global_optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.2, delay=1),
     )
+
+
+def train(args: argparse.Namespace) -> None:
+    """Does one run: trains with ``args.strategy``, writes the loss curve and prints a sample of the model's writing."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the complete text is in memory
+    L.seed_everything(args.seed)
+    name = f"link-{args.strategy}" if args.link else args.strategy
+    if args.link:
+        torch.set_num_threads(1)  # all simulated workers share this machine
     trainer = L.Trainer(
-        strategy=halos if args.strategy == "halos" else args.strategy,
+        strategy=make_strategy(args),
         accelerator=args.accelerator,
-        devices=args.devices,
+        devices=1 if args.link else args.devices,
         num_nodes=args.num_nodes,
         max_steps=args.max_steps,
         val_check_interval=args.val_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        callbacks=[Pace(args.pace, args.slowdown), LossCurve(args.output / f"{args.strategy}.jsonl")],
+        callbacks=[
+            Pace(0.0 if args.link else args.pace, args.slowdown),
+            LossCurve(args.output / f"{name}.jsonl"),
+        ],
         logger=False,
         enable_checkpointing=False,
     )
     model = ByteGPT()
     trainer.fit(model, StandardLibrary(batch_size=args.batch_size))
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not args.link:
         print(f"\nWhat the model writes after training:\n\n{model.generate('def ')}\n")
 
 
+Curve = dict[str, "np.ndarray[Any, Any]"]
+"""Of a run: the global step, the seconds and the validation loss of each validation."""
+NAMES = {"halos": "HALoS", "ddp": "DDP"}
+
+
+def read_curves(folder: Path, prefix: str) -> dict[str, Curve]:
+    """Reads the curves of HALoS and of DDP."""
+    curves = {}
+    for strategy in NAMES:
+        points = [json.loads(line) for line in (folder / f"{prefix}{strategy}.jsonl").read_text().splitlines()]
+        curves[strategy] = {key: np.array([point[key] for point in points]) for key in ("step", "seconds", "val_loss")}
+    return curves
+
+
 def compare(args: argparse.Namespace) -> None:
-    """Plots both loss curves over time, and prints when each of them reaches DDP's half-way loss."""
+    """Plots all loss curves over time and over steps, and prints when they reach DDP's half-way loss."""
     from matplotlib.figure import Figure
 
-    output, factors = args.output, (args.slowdown + [1.0] * args.devices)[: args.devices]
+    factors = (args.slowdown + [1.0] * args.devices)[: args.devices]
+    paces = ", ".join(f"{args.pace * factor:g}" for factor in factors)
     # Seconds if the workers only had batches to do: with HALoS each as many as it can, with DDP each as the slowest.
     ideal = {
         "halos": args.max_steps * args.devices * args.pace / sum(1 / factor for factor in factors),
         "ddp": args.max_steps * args.pace * max(factors),
     }
-    curves = {}
-    for strategy in ("halos", "ddp"):
-        points = [json.loads(line) for line in (output / f"{strategy}.jsonl").read_text().splitlines()]
-        curves[strategy] = np.array([(point["seconds"], point["val_loss"]) for point in points]).T
-    halfway = curves["ddp"][1, [0, -1]].mean()
+    rows = [(f"{args.devices} workers with {paces} s per batch", "wall-clock time", "", ideal)]
+    if args.link:
+        where = f"{args.devices} equal workers, {args.link:g} Mbit/s between {args.regions} regions"
+        rows.append((where, "virtual time, simulated", "link-", {}))
+    figure = Figure(figsize=(11, 4.5 * len(rows)), layout="constrained")
+    for (over_time, over_steps), (title, clock, prefix, seconds) in zip(
+        figure.subplots(len(rows), 2, squeeze=False, sharey="row"), rows, strict=True
+    ):
+        curves = read_curves(args.output, prefix)
+        print(f"\n{title} ({clock}):")
+        outcome = draw_over_time(over_time, curves, args, seconds)
+        over_time.set_title(f"{title}:\nHALoS {outcome}", fontsize="medium")
+        over_time.set_xlabel(f"{clock} since the start of training (s)")
+        draw_over_steps(over_steps, curves)
+    figure.savefig(args.output / "val_loss.png", dpi=150)
+    print(f"\nSee {args.output / 'val_loss.png'}")
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+
+def draw_over_time(axes: Any, curves: dict[str, Curve], args: argparse.Namespace, ideal: dict[str, float]) -> str:
+    """Draws the losses over time, and prints when they reach DDP's half-way loss. Returns the outcome for HALoS."""
+    halfway = curves["ddp"]["val_loss"][[0, -1]].mean()
     axes.axhline(halfway, color="gray", linestyle="--", label=f"half-way down DDP's curve: {halfway:.2f}")
     reached = {}
-    for (strategy, (seconds, loss)), name in zip(curves.items(), ("HALoS", "DDP"), strict=True):
+    for strategy, curve in curves.items():
+        name, seconds, loss = NAMES[strategy], curve["seconds"], curve["val_loss"]
         reached[strategy] = np.interp(-halfway, -np.minimum.accumulate(loss), seconds, right=np.nan)
         (line,) = axes.plot(seconds, loss, marker=".", label=name)
         axes.plot(reached[strategy], halfway, "o", color=line.get_color())
         side = {"xytext": (-6, -14), "ha": "right"} if strategy == "halos" else {"xytext": (6, 6), "ha": "left"}
         axes.annotate(f"{reached[strategy]:.1f} s", (reached[strategy], halfway), textcoords="offset points", **side)
+        alone = f" (batches alone: {ideal[strategy]:.1f} s)" if ideal else ""
         print(
             f"{name:5}  reaches the half-way loss, {halfway:.3f}, in {reached[strategy]:.1f} s"
-            f" and ends at {loss[-1]:.3f} after {seconds[-1]:.1f} s (batches alone: {ideal[strategy]:.1f} s)"
+            f" and ends at {loss[-1]:.3f} after {seconds[-1]:.1f} s{alone}"
         )
+    axes.set_ylabel("validation loss (nats per byte)")
+    axes.legend()
+    axes.grid(alpha=0.3)
     ratio = reached["ddp"] / reached["halos"]
     outcome = f"is {ratio:.2f} times as fast as DDP to the half-way loss"
-    late = [name for name, seconds in ideal.items() if curves[name][0, -1] > 1.3 * seconds > 0]
+    late = [name for name, seconds in ideal.items() if curves[name]["seconds"][-1] > 1.3 * seconds > 0]
     if late:
         outcome = "cannot be compared with DDP, because this machine was too slow or too busy"
     elif math.isnan(ratio):
         outcome = "did not reach the half-way loss: train for more steps, or with smaller rates on the servers"
-    paces = ", ".join(f"{args.pace * factor:g}" for factor in factors)
-    axes.set_title(f"A byte-level GPT on {args.devices} workers with {paces} s per batch:\nHALoS {outcome}")
-    axes.set_xlabel("wall-clock time since the start of training (s)")
-    axes.set_ylabel("validation loss (nats per byte)")
+    print(f"HALoS {outcome}.")
+    for name in late:
+        print(
+            f"With {name}, batches alone take {ideal[name]:.0f} s at --pace {args.pace:g}. It took over 1.3 times"
+            " as long, so it shows the machine. Repeat the demo when less is running, or with a longer --pace."
+        )
+    return outcome
+
+
+def draw_over_steps(axes: Any, curves: dict[str, Curve]) -> None:
+    """Draws the losses over the number of steps: what a step teaches, however long it takes."""
+    for strategy, curve in curves.items():
+        axes.plot(curve["step"], curve["val_loss"], marker=".", label=NAMES[strategy])
+    last = ", ".join(f"{NAMES[strategy]} {curve['val_loss'][-1]:.2f}" for strategy, curve in curves.items())
+    axes.set_title(f"The same runs, by steps instead of time:\nloss at the end: {last}", fontsize="medium")
+    axes.set_xlabel("global step (a local step of every worker)")
     bits = axes.secondary_yaxis(
         "right", functions=(lambda nats: np.divide(nats, np.log(2)), lambda bits: np.multiply(bits, np.log(2)))
     )
     bits.set_ylabel("bits per byte")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(output / "val_loss.png", dpi=150)
-    print(f"HALoS {outcome}. See {output / 'val_loss.png'}")
-    for name in late:
-        print(
-            f"With {name}, batches alone take {ideal[name]:.0f} s at --pace {args.pace:g}. It took over 1.3 times"
-            " as long, so it shows the machine. Repeat the demo when less is running, or with a longer --pace."
-        )
 
 
 def main() -> None:
-    """Does one run if a strategy is given, else the two runs and the comparison."""
+    """Does one run if a strategy is given, else the four runs and the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", help="do one run only, with this strategy: halos, ddp or another of Lightning's")
     parser.add_argument("--accelerator", default="cpu")
@@ -321,6 +396,13 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.15, help="seconds per batch; 0: as few as possible")
     parser.add_argument("--slowdown", type=float, nargs="+", default=[1, 1, 1, 4], help="a factor for each worker")
     parser.add_argument("--regions", type=int, default=2, help="the regions HALoS spreads the workers of one job over")
+    parser.add_argument(
+        "--link",
+        type=float,
+        metavar="MBIT",
+        help="simulate a link of so many Mbit/s between the regions, without --slowdown; in the comparison: of the"
+        " runs with a slow link (default there: 50; 0: none)",
+    )
     parser.add_argument("--worker", type=int, default=1, help="the devices of a HALoS worker, with DDP between them")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
     parser.add_argument("--max-steps", type=int, default=250)
@@ -333,9 +415,13 @@ def main() -> None:
     if args.strategy:
         train(args)
         return
-    for strategy in ("halos", "ddp"):  # each in a process of its own, which Lightning starts anew for every worker
-        print(f"\n--- Training with {strategy} ---\n", flush=True)
-        subprocess.run([sys.executable, *sys.argv, "--strategy", strategy], check=True)
+    args.link = 50.0 if args.link is None else args.link
+    for link in [0.0, args.link] if args.link else [0.0]:
+        for strategy in NAMES:  # each in a process of its own, which Lightning starts anew for every worker
+            where = f", {link:g} Mbit/s between the regions, simulated" if link else ""
+            print(f"\n--- Training with {strategy}{where} ---\n", flush=True)
+            options = ["--strategy", strategy, "--link", str(link)]
+            subprocess.run([sys.executable, *sys.argv, *options], check=True)
     compare(args)
 
 

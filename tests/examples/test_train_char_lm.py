@@ -16,7 +16,7 @@ from tests.examples.conftest import EXAMPLES, Example
 from tests.integration.toys import assert_same_model
 
 # 4 workers with 0.1, 0.1, 0.1 and 0.4 s per batch: without anything but batches, HALoS takes 49.2 s and DDP 160 s.
-SETTINGS = {"slowdown": [1, 1, 1, 4], "devices": 4, "max_steps": 400, "pace": 0.1}
+SETTINGS = {"slowdown": [1, 1, 1, 4], "devices": 4, "regions": 2, "max_steps": 400, "pace": 0.1, "link": 0.0}
 demo = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "train_char_lm.py")))
 
 
@@ -25,8 +25,8 @@ def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     """Compares two straight loss curves of given durations. Returns what the demo prints."""
 
     def compare(halos: float, ddp: float, **changes: object) -> str:
-        for name, seconds in (("halos", halos), ("ddp", ddp)):
-            points = [{"seconds": seconds * part, "val_loss": 3 - part} for part in (0.1, 0.5, 1.0)]
+        for name, seconds in (("halos", halos), ("ddp", ddp), ("link-halos", 40.0), ("link-ddp", 200.0)):
+            points = [{"step": 400 * p, "seconds": seconds * p, "val_loss": 3 - p} for p in (0.1, 0.5, 1.0)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, points)))
         demo.compare(Namespace(output=tmp_path, **{**SETTINGS, **changes}))
         assert (tmp_path / "val_loss.png").read_bytes().startswith(b"\x89PNG")
@@ -52,6 +52,13 @@ def test_a_machine_that_does_not_gives_none(compare: Callable[..., str]) -> None
 
 def test_without_a_pace_there_is_none_to_keep(compare: Callable[..., str]) -> None:
     assert "HALoS is 2.00 times as fast" in compare(halos=5, ddp=10, pace=0.0)
+
+
+def test_the_race_over_a_slow_link_is_compared_by_the_virtual_clock(compare: Callable[..., str]) -> None:
+    slow_worker, slow_link = compare(halos=150, ddp=165, link=50.0).split("4 equal workers, 50 Mbit/s")
+    assert "too slow or too busy" in slow_worker
+    assert "HALoS is 5.00 times as fast as DDP" in slow_link, "however busy the machine is"
+    assert "batches alone" not in slow_link
 
 
 def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
