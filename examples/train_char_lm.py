@@ -318,7 +318,7 @@ def compare(args: argparse.Namespace) -> None:
     rows = [(f"{args.devices} workers with {paces} s per batch", "wall-clock time", "", ideal)]
     if args.link:
         where = f"{args.devices} equal workers, {args.link:g} Mbit/s between {args.regions} regions"
-        rows.append((where, "virtual time, simulated", "link-", {}))
+        rows.append((where, "virtual time of a simulation", "link-", {}))
     figure = Figure(figsize=(11, 4.5 * len(rows)), layout="constrained")
     for (over_time, over_steps), (title, clock, prefix, seconds) in zip(
         figure.subplots(len(rows), 2, squeeze=False, sharey="row"), rows, strict=True

@@ -4,8 +4,6 @@ Run as ``python -m race.lightning_worker FOLDER SETTINGS``, with the variables o
 itself in the environment. SETTINGS are JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -67,6 +65,7 @@ class RaceInStep(Race):
         self.elements = sum(parameter.numel() for parameter in pl_module.parameters())
         self.ready = 0
 
+    # DDP reads the types of a hook and refuses strings, so this file does not postpone the evaluation of annotations.
     def _average(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         self.ready += bucket.buffer().numel()
         self.device.sleep_until(_FORWARD + (1 - _FORWARD) * self.ready / self.elements)

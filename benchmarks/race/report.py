@@ -14,6 +14,7 @@ from race.rows import Result
 GOAL_DDP, GOAL_TORCHFT = 5.0, 2.0  # times as fast as these to the loss that all reach, at 100 Mbit/s
 PREDICTED_WITHIN = 0.25
 BUSY = 1.1  # times the pace: a machine whose batches take longer is too busy
+PICTURE = "![Validation loss over time, a panel for each network](network/loss.png)"
 BEGIN, END = "<!-- python benchmarks/network.py -->\n", "<!-- end -->\n"
 
 Rows = Sequence[Result]
@@ -137,9 +138,9 @@ def _goals(results: Rows) -> list[str]:
 
 
 def put(page: Path, text: str) -> None:
-    """Puts the tables on a page, in the place of the old ones."""
+    """Puts the picture and the tables on a page, in the place of the old ones."""
     before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}{text}{END}{rest.split(END, 1)[1]}")
+    page.write_text(f"{before}{BEGIN}\n{PICTURE}\n\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
 def plot(results: Rows, path: Path) -> None:

@@ -48,7 +48,7 @@ def run(case: Case, contestant: Contestant, steps: int, pace: float, limit: floa
         settings, predicted = choose(case, contestant, durations, steps, pace)
         with _processes(regions, contestant, settings, folder) as processes:
             start = _wait_for_start(processes, folder)
-            is_ended = not _wait(processes, start + limit, folder)
+            _wait(processes, start + limit, folder)
     loads = os.getloadavg()
     result = {
         "case": case.name,
@@ -56,13 +56,13 @@ def run(case: Case, contestant: Contestant, steps: int, pace: float, limit: floa
         "settings": settings,
         "link_gigabits": round(between, 4),
         "inside_gigabits": round(within, 1),
-        "is_ended": is_ended,
         "limit": limit,
         "load_average": round(loads[0], 1),
         "predicted_samples_per_second": samples_per_second(predicted),
         **_steps(start, folder),
     }
     result["curve"] = _curve(start, folder)
+    result["is_ended"] = result["curve"][-1][0] < steps
     if contestant.software != "halos":  # all steps before a new model are finished at once, so that none is in between
         last_step, last_time, _ = result["curve"][-1]
         result["samples_per_second"] = last_step * WORKERS * BATCH / last_time if last_step else 0.0
