@@ -120,7 +120,8 @@ def choose(case: Case, contestant: Contestant, timing: Timing, steps: int, pace:
         trial = recommend(trials, sent=SENT) or recommend(trials)
         assert trial is not None
         period = trial.updates_per_worker * WORKERS // REGIONS
-        algorithm = Halos(local_steps=trial.local_steps, accumulate_updates=period)
+        overlap = bool(contestant.options.get("overlap", False))
+        algorithm = Halos(local_steps=trial.local_steps, accumulate_updates=period, overlap=overlap)
         settings |= {"local_steps": trial.local_steps, "accumulate_updates": period, **SERVERS}
         settings |= {"validate_every": 8, "options": contestant.options}
     elif contestant.software == "ddp":
