@@ -1,5 +1,8 @@
 """Copies through pinned memory, on a device whose queues do nothing until somebody waits for them."""
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -40,7 +43,8 @@ class LazyStream:
 
     def copy(self, targets, sources):
         self.log.append("queue")
-        self._copies += [lambda t=t, s=s: t.copy_(s) for t, s in zip(targets, sources, strict=True)]
+        held = map(self._held, sources)
+        self._copies += [lambda t=t, source=source: t.copy_(source()) for t, source in zip(targets, held, strict=True)]
         queued = self._copies[:]
 
         def wait():
@@ -52,6 +56,12 @@ class LazyStream:
     def end(self):
         self.log.append("end")
         self._run(self._copies[:])
+
+    def _held(self, source):
+        """A device's memory that nobody holds any more is used again, before the queued copy from there."""
+        memory = source.untyped_storage().data_ptr()
+        is_pinned = memory in [buffer.untyped_storage().data_ptr() for buffer in self.buffers]
+        return (lambda: source) if is_pinned else weakref.ref(source)
 
     def _run(self, work):
         for do in work:
@@ -142,6 +152,19 @@ def test_values_are_those_after_the_computations_that_were_queued_before(stream)
     vector = ModelVector(module, copies=StagedCopies(stream))
     stream.computations.append(lambda: module.weight.fill_(7.0))
     assert vector.read(vector.new()).tolist() == [7.0] * 4
+
+
+def test_a_run_that_is_computed_when_it_is_requested_is_copied_afterwards(stream):
+    """As of a tensor that is not contiguous, whose values in a row a worker of several processes computes there."""
+
+    def runs():
+        for value in range(4):
+            tensor = torch.zeros(2)
+            stream.computations.append(partial(tensor.fill_, value))
+            yield [tensor], [torch.empty(2)], 2 * value
+
+    copied = [tensors[0].tolist() for tensors, _, _ in StagedCopies(stream).to_host(runs())]
+    assert copied == [[value] * 2 for value in range(4)]
 
 
 def test_computations_afterwards_wait_for_what_was_written_also_when_the_rest_does_not_come(stream):

@@ -94,13 +94,14 @@ class StagedCopies(Copies):
         self._slots = _Slot(stream), _Slot(stream)
 
     def to_host(self, runs: Iterable[Run]) -> Iterator[Run]:
-        self._stream.begin()
-        queued: deque[tuple[_Slot, Run]] = deque()
+        queued: deque[tuple[_Slot, list[Tensor], Run]] = deque()
         for number, (tensors, parts, stop) in enumerate(runs):
             slot = self._slots[number % 2]
             staged = slot.like(tensors)
+            self._stream.begin()  # for each run, because the next one may be computed only when it is requested
             slot.wait = self._stream.copy(staged, tensors)
-            queued.append((slot, (staged, parts, stop)))
+            # A run's tensors are kept until they are copied: torch would use their memory again at once.
+            queued.append((slot, tensors, (staged, parts, stop)))
             if len(queued) == 2:
                 yield self._next(queued)
         while queued:
@@ -117,8 +118,8 @@ class StagedCopies(Copies):
         finally:
             self._stream.end()
 
-    def _next(self, queued: deque[tuple[_Slot, Run]]) -> Run:
-        slot, run = queued.popleft()
+    def _next(self, queued: deque[tuple[_Slot, list[Tensor], Run]]) -> Run:
+        slot, _tensors, run = queued.popleft()
         slot.wait()
         return run
 

@@ -355,6 +355,7 @@ class WorkerLoop(Callback):
 
     def _take_answer(self) -> None:
         """Waits for the answer to the unanswered push, and adds the progress since the push to it."""
+        self.round.count(0, self.stopwatch.drain())  # else the copies would wait for the device instead of the answer
         begin = self.stopwatch.now()
         pull = self._world.client.take()
         assert pull.vector is not None
