@@ -42,6 +42,7 @@ from lightning_halos.serving.client import Client, Clients, Session
 from lightning_halos.serving.gate import SnapshotGate
 from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
+from lightning_halos.transport.compute import ComputeThreads, threads_beside
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link
 from lightning_halos.transport.wire import vector_of
@@ -79,7 +80,8 @@ class RunHost:
     """
 
     def __init__(self, node: Node, liveness: float, status: Callable[[], str] = lambda: "{}") -> None:
-        self.node = node
+        self._compute = ComputeThreads(threads_beside(1))
+        self._use(node)
         self.changed = threading.Event()
         self.updates = 0
         self._journal = Journal()
@@ -309,11 +311,16 @@ class RunHost:
             client.models = client.session.models(client.form, client.memory)
             self._start(client, client.models)
         if isinstance(self.node, Founding) and (node := self.node.node) is not None:
-            self.node = node
+            self._use(node)
             self.note("The run begins.")
             sends = [*sends, *node.start()]
         self.changed.set()
         return sends
+
+    def _use(self, node: Node) -> None:
+        self.node = node
+        if isinstance(node, OpenGlobalNode):
+            node.server.map = self._compute.map
 
     def _identify(self, client: Client, message: Enrol | Join) -> bool:
         """Makes a client the connection of its member, unless another process with its name is present."""

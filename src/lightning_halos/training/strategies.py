@@ -148,7 +148,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
     """Asynchronous local SGD with one server for all workers (arXiv 2401.09135).
 
     This is HALoS without its hierarchy: every worker pushes to the server on rank 0, also over slow links. In a real
-    run the server receives one push at a time, so a worker with a slow link delays the others.
+    run the server receives four pushes at a time, so workers with slow links wait for each other.
 
     Args:
         local_steps: Local steps per round (``H``).

@@ -29,13 +29,15 @@ from lightning_halos.core.messages import (
     RegionUpdate,
     ShardWritten,
 )
-from lightning_halos.core.protocol import GLOBAL, GlobalState, Send, uses_models_link
+from lightning_halos.core.protocol import GLOBAL, GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.servers import Finding
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.lanes import GLOBAL_HOST, LOCAL_HOST, Lanes
 from lightning_halos.transport.link import Link
+from lightning_halos.transport.push_memory import PUSHES, PushMemory
 from lightning_halos.transport.wire import vector_of
 
 N = TypeVar("N", bound=GlobalNode | RegionNode)
@@ -57,10 +59,10 @@ class Host(Generic[N]):
         forward: Called with the message that a part of a snapshot has been written.
         lanes: The links to the other processes of the worker; ``None`` if it has one lane.
         number: Number of the host among those of the process, for the other lanes.
+        compute: The threads in which the node's server computes. Default: those that call it.
 
     Attributes:
         node: The node. Other threads use it, except for its counts, through :meth:`ask`, :meth:`do` and :meth:`read`.
-        free_memory: The memory for pushes of other processes that is free now.
     """
 
     def __init__(
@@ -71,8 +73,11 @@ class Host(Generic[N]):
         forward: Callable[[ShardWritten], None],
         lanes: Lanes | None = None,
         number: int = GLOBAL_HOST,
+        compute: ComputeThreads | None = None,
     ) -> None:
         self.node = node
+        if compute is not None and node.server is not None:
+            node.server.map = compute.map
         self._alarm = alarm
         self._store = store
         self._forward = forward
@@ -81,7 +86,6 @@ class Host(Generic[N]):
         self._lock = threading.RLock()
         self._links: dict[int, tuple[Link, ...]] = {}
         self._channels: list[int] = []  # the peer at the other end of each link
-        self.free_memory: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._lane = None
         if lanes is not None:
             self._lane = lanes.of_host(number, self)
@@ -155,6 +159,14 @@ class Host(Generic[N]):
                 return [] if self.node.state is GlobalState.FINISHED else self.node.start_snapshot(message)
         raise ValueError(f"{type(self.node).__name__} cannot be asked for {act!r} with {message!r}.")
 
+    def own_memory_for(self, worker: int, timeout: float | None = None) -> Tensor:
+        """Waits for this lane's memory for a push of a worker in another process, and returns it.
+
+        Raises:
+            queue.Empty: If there is none within ``timeout`` seconds.
+        """
+        raise ProtocolError(f"{type(self.node).__name__} gets no pushes.")
+
     def carried(self) -> tuple[int, int]:
         """Returns the bytes on this lane's links inside its region, and to other regions."""
         return 0, 0
@@ -198,31 +210,42 @@ class Host(Generic[N]):
 class RegionHost(Host[RegionNode]):
     """Hosts a local server.
 
-    There is memory for one push at a time. While it is in use, further pushes wait at their senders, so that a server's
-    memory does not grow with its number of workers.
+    There is memory for a few pushes at a time. While it is in use, further pushes wait at their senders, so that a
+    server's memory does not grow with its number of workers.
 
     Args:
         node: The node.
         alarm: The alarm to report failures to.
         near: Addresses of the peers in the server's region, for counting bytes.
         store: Writes the node's part of a snapshot.
+        lanes: See :class:`Host`, like ``compute``.
+        pushes: Number of pushes of other processes that there is memory for.
     """
 
     def __init__(
-        self, node: RegionNode, alarm: Alarm, near: Collection[int], store: Store, lanes: Lanes | None = None
+        self,
+        node: RegionNode,
+        alarm: Alarm,
+        near: Collection[int],
+        store: Store,
+        lanes: Lanes | None = None,
+        compute: ComputeThreads | None = None,
+        pushes: int = PUSHES,
     ) -> None:
-        super().__init__(node, alarm, store, self.tell, lanes, LOCAL_HOST)
+        super().__init__(node, alarm, store, self.tell, lanes, LOCAL_HOST, compute)
         self._near = frozenset(near)
         self._traffic_before = node.traffic  # of the runs that this one resumes
-        self._push = torch.empty_like(node.model)
-        self.free_memory.put(self._push)
+        self._memory = PushMemory(node.model, pushes)
         self._for_answer: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         if node.server.exchanging:
             self._for_answer.put(torch.empty_like(node.model))  # for the answer that is still missing
 
     def memory_for_push(self, worker: int) -> Tensor:
         """Waits for the memory for a push of a worker in another process, and returns it."""
-        return self.free_memory.get() if self._lane is None else self._lane.memory_for(worker)
+        return self.own_memory_for(worker) if self._lane is None else self._lane.memory_for(worker)
+
+    def own_memory_for(self, worker: int, timeout: float | None = None) -> Tensor:
+        return self._memory.get(worker, timeout)
 
     def memory_for_answer(self) -> Tensor:
         """Returns the memory for an answer of the global server: the memory of the update that it answers."""
@@ -238,7 +261,7 @@ class RegionHost(Host[RegionNode]):
             self.node.traffic = before[0] + within, before[1] + between
         super().handle(channel, message, finding, traffic)
         if isinstance(message, Push) and message.final and message.vector is not None:
-            self._give_back(message.vector)
+            self._memory.put(message.vector)
 
     def _after_sending(self, message: Message) -> Callable[[], None] | None:
         vector = vector_of(message)
@@ -246,11 +269,7 @@ class RegionHost(Host[RegionNode]):
             return None
         if isinstance(message, RegionUpdate):
             return partial(self._for_answer.put, vector)
-        return partial(self._give_back, vector)
-
-    def _give_back(self, vector: Tensor) -> None:
-        if vector is self._push:  # not the vector of this process's own worker
-            self.free_memory.put(vector)
+        return partial(self._memory.put, vector)
 
     def carried(self) -> tuple[int, int]:
         within = between = 0

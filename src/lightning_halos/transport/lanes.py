@@ -50,13 +50,12 @@ _PAUSE = 0.5  # seconds after which a thread that waits looks whether the run ha
 class Served(Protocol):
     """What a lane needs of a host; see :class:`~lightning_halos.transport.hosts.Host`."""
 
-    free_memory: queue.SimpleQueue[Tensor]
-
     @property
     def node(self) -> GlobalNode | RegionNode: ...
     def locked(self) -> AbstractContextManager[object]: ...
     def handle(self, channel: int, message: Message, finding: Finding | None, traffic: tuple[int, int]) -> None: ...
     def perform(self, act: str, message: Message | None) -> bool: ...
+    def own_memory_for(self, worker: int, timeout: float | None = None) -> Tensor: ...
     def carried(self) -> tuple[int, int]: ...
     def arrives_in_all_lanes(self, channel: int) -> bool: ...
 
@@ -106,12 +105,21 @@ class Lanes:
         Raises:
             LanesEndedError: If it will not come.
         """
+        return self.wait_until(lambda timeout: inbox.get(timeout=timeout))
+
+    def wait_until(self, get: Callable[[float], T]) -> T:
+        """Returns what a function returns, which raises ``queue.Empty`` if that is not there within a timeout.
+
+        Raises:
+            LanesEndedError: If it will not come.
+        """
         while True:
+            # Before, because what is there when a link ends still counts.
+            is_over = self.alarm.has_failed or any(link.has_ended for link in self.links.values())
             try:
-                return inbox.get(timeout=_PAUSE)
+                return get(_PAUSE)
             except queue.Empty:
-                has_ended = any(link.has_ended for link in self.links.values())
-                if (self.alarm.has_failed or has_ended) and inbox.empty():
+                if is_over:
                     raise LanesEndedError("Another process of this worker has ended.") from None
 
     def _on_message(self, lane: int, message: Message, progress: Iterable[int]) -> None:
@@ -196,7 +204,7 @@ class LeadingLane(HostLane):
             return self.host.perform(act, message)
 
     def memory_for(self, worker: int) -> Tensor:
-        memory = self.host.free_memory.get()
+        memory = self.host.own_memory_for(worker)
         self.lanes.post(Turn(self.number, worker))
         return memory
 
@@ -276,7 +284,7 @@ class FollowingLane(HostLane):
         """Gives the memory for pushes to the workers in lane 0's order."""
         while True:
             worker = self.lanes.wait_for(self._turns)
-            self._granted[worker].put(self.lanes.wait_for(self.host.free_memory))
+            self._granted[worker].put(self.lanes.wait_until(partial(self.host.own_memory_for, worker)))
 
     def _handle_all(self) -> None:
         while True:

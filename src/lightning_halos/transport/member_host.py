@@ -31,9 +31,11 @@ from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.servers import Finding
 from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.hosts import RegionHost
 from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import wait_all
+from lightning_halos.transport.push_memory import PUSHES
 from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.slices import JoiningLink
 
@@ -54,6 +56,8 @@ class MemberHost(RegionHost):
         welcome: The answer to the job's request to join.
         lanes: As in :class:`Host`.
         joining: On lane 0 of several, the link that joins their slices.
+        compute: As in :class:`Host`.
+        pushes: As in :class:`RegionHost`.
 
     Attributes:
         callbacks: The text of the callbacks of the job that decided before this one.
@@ -71,9 +75,11 @@ class MemberHost(RegionHost):
         welcome: Welcome,
         lanes: Lanes | None = None,
         joining: JoiningLink | None = None,
+        compute: ComputeThreads | None = None,
+        pushes: int = PUSHES,
     ) -> None:
         # The connection counts the bytes to the global server; slices stay inside this machine.
-        super().__init__(node, alarm, set(near) - {GLOBAL}, lambda shard, complete: None, lanes)
+        super().__init__(node, alarm, set(near) - {GLOBAL}, lambda shard, complete: None, lanes, compute, pushes)
         self.callbacks = welcome.callbacks
         self._has_callbacks = welcome.status.decides
         self.counters = ServerCounters()

@@ -22,11 +22,13 @@ from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.topology import Topology
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
+from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.hosts import Host, RegionHost, Store
 from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, Memory
 from lightning_halos.transport.member_host import MemberHost
+from lightning_halos.transport.push_memory import PUSHES
 from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.slices import JoiningLink, NoLink
 
@@ -51,6 +53,8 @@ class NodeRuntime:
         lane: Lane of this process in its worker.
         layout: The slices of the lanes. Default: there is one lane.
         describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
+        threads: Number of threads in which the servers of this process compute.
+        pushes: Number of pushes that a local server has memory for.
 
     Attributes:
         alarm: The alarm to report failures to.
@@ -75,6 +79,8 @@ class NodeRuntime:
         lane: int = 0,
         layout: Layout | None = None,
         describe: Callable[[int, int], str] | None = None,
+        threads: int = 1,
+        pushes: int = PUSHES,
     ) -> None:
         self._describe = describe or (lambda worker, lane: topology.describe(worker))
         self._lane = lane
@@ -86,10 +92,12 @@ class NodeRuntime:
         self._timeout = timeout
         self._form = memory.numel(), memory.dtype
         self._lanes = self._connect_lanes(rank, lane, written) if groups.order else None
+        self._pushes = pushes
+        self._compute = None if global_node is None and region_node is None else ComputeThreads(threads)
         group = topology.group_of(rank)
         if global_node is not None:
             forward = written if self._lanes is None or lane == 0 else self._lanes.post
-            self.global_host = Host(global_node, self.alarm, store, forward, self._lanes)
+            self.global_host = Host(global_node, self.alarm, store, forward, self._lanes, compute=self._compute)
         link: Link
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
             link = self._gloo_link(groups.region[group.leader], self._server_of(group.leader), lambda: memory)
@@ -101,7 +109,7 @@ class NodeRuntime:
                 assert membership is not None
                 self.region_host = self._member_host(region_node, near, *membership, layout)
             else:
-                self.region_host = RegionHost(region_node, self.alarm, near, store, self._lanes)
+                self.region_host = RegionHost(region_node, self.alarm, near, store, self._lanes, self._compute, pushes)
                 self._connect_servers(self.region_host, rank)
             link, own = self._loopback(self._server_of(rank), self._name(rank))
             self.region_host.attach(rank, own)
@@ -150,14 +158,16 @@ class NodeRuntime:
                 form = layout.elements_of(lane or self._lanes.lane), dtype
                 slices[lane] = self._link(pair, self._describe(0, lane), form)
         if connection is None:
-            host = MemberHost(node, self.alarm, near, None, welcome, self._lanes)
+            host = MemberHost(node, self.alarm, near, None, welcome, self._lanes, None, self._compute, self._pushes)
             host.attach(GLOBAL, slices[0], NoLink(slices[0].peer))
             return host
         joining = None
         if self._lanes is not None:
             assert layout is not None
             joining = JoiningLink(connection.models, layout, slices, self._lanes)
-        host = MemberHost(node, self.alarm, near, connection, welcome, self._lanes, joining)
+        host = MemberHost(
+            node, self.alarm, near, connection, welcome, self._lanes, joining, self._compute, self._pushes
+        )
         host.attach(GLOBAL, connection.models if joining is None else joining, connection.control)
         self.alarm.add(connection.control)  # which tells the server if the job fails
         connection.on_failure(self.alarm.fail)

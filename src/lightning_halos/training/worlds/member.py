@@ -20,6 +20,7 @@ from lightning_halos.training.membership import Membership
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import Client
+from lightning_halos.transport.compute import threads_beside
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.runtime import NodeRuntime
 
@@ -62,6 +63,7 @@ class MemberWorld:
             lane=site.lane,
             layout=start.vector.layout,
             describe=site.describe_lane,
+            threads=threads_beside(start.trainer.num_devices),
         )
         self.alarm = runtime.alarm
         self.client: Client = runtime.client

@@ -21,6 +21,7 @@ from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.findings import add_findings, slice_of
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
+from lightning_halos.transport.compute import threads_beside
 from lightning_halos.transport.hosts import Host, RegionHost
 from lightning_halos.transport.runtime import NodeRuntime
 
@@ -61,6 +62,7 @@ class RealWorld:
             start.saves.written,
             lane=site.lane,
             describe=site.describe_lane,
+            threads=threads_beside(start.trainer.num_devices),
         )
         self._lane = site.lane
         self.alarm = runtime.alarm
