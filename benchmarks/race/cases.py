@@ -13,6 +13,7 @@ from lightning_halos.simulation.timing import Timing
 from race.task import BATCH, REGIONS, WORKERS, message_bytes
 
 SLOW = 4.0  # times as long for a batch, of the last worker in the cases with a slow one
+INSIDE = 10.0  # Gbit/s of messages inside a region: less than a plain copy, because both ends work on them, too
 DILOCO_LOCAL_STEPS = (8, 16, 32)
 DILOCO_COMPUTES = 0.6  # share of a round in which DiLoCo computes, at least
 
@@ -63,12 +64,12 @@ class Case:
         """Returns the seconds of a batch of each worker, by rank."""
         return [pace] * (WORKERS - 1) + [pace * (SLOW if self.has_slow_worker else 1.0)]
 
-    def cluster(self, pace: float, between: float, inside: float, all_reduce: AllReduce) -> SimulatedCluster:
-        """Describes the cluster, with measured Gbit/s between the regions and inside them."""
+    def cluster(self, pace: float, between: float, all_reduce: AllReduce) -> SimulatedCluster:
+        """Describes the cluster, with measured Gbit/s between the regions."""
         per_region = WORKERS // REGIONS
         speeds = [pace / seconds for seconds in self.seconds(pace)]
         return SimulatedCluster(
-            bandwidths=[[inside if a == b else between for b in range(REGIONS)] for a in range(REGIONS)],
+            bandwidths=[[INSIDE if a == b else between for b in range(REGIONS)] for a in range(REGIONS)],
             worker_speeds=[speeds[i : i + per_region] for i in range(0, WORKERS, per_region)],
             step_ms=pace * 1e3,
             message_bytes=message_bytes(),
@@ -137,9 +138,9 @@ def choose(case: Case, contestant: Contestant, timing: Timing, steps: int, pace:
     return settings, plan(algorithm, timing).seconds_per_global_step
 
 
-def timing(case: Case, contestant: Contestant, pace: float, between: float, inside: float) -> Timing:
-    """Returns the durations of a case for a contestant."""
-    return make_timing(case.cluster(pace, between, inside, contestant.all_reduce))
+def timing(case: Case, contestant: Contestant, pace: float, between: float) -> Timing:
+    """Returns the durations of a case for a contestant, with Gbit/s between the regions."""
+    return make_timing(case.cluster(pace, between, contestant.all_reduce))
 
 
 def samples_per_second(seconds_per_global_step: float) -> float:

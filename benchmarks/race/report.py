@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from race.cases import Case
+from race.cases import CONTESTANTS, Case
 from race.rows import Result
 
 GOAL_DDP, GOAL_TORCHFT = 5.0, 2.0  # times as fast as these to the loss that all reach, at 100 Mbit/s
@@ -34,9 +34,11 @@ def common_loss(rows: Rows) -> float:
 
 
 def by_case(results: Rows) -> dict[str, list[Result]]:
-    """The rows of each case."""
-    names = dict.fromkeys(result["case"] for result in results)
-    return {name: [result for result in results if result["case"] == name] for name in names}
+    """The rows of each case, the fastest link first."""
+    order = [contestant.software for contestant in CONTESTANTS.values()]
+    cases = sorted({Case.parse(row["case"]) for row in results}, key=lambda case: (-case.mbit, case.has_slow_worker))
+    ordered = sorted(results, key=lambda row: order.index(row["settings"]["software"]))
+    return {case.name: [row for row in ordered if row["case"] == case.name] for case in cases}
 
 
 def tables(results: Rows) -> str:

@@ -43,8 +43,8 @@ def run(case: Case, contestant: Contestant, steps: int, pace: float, limit: floa
         RuntimeError: If a process fails, or none begins to train in time.
     """
     with two_regions(case.mbit) as regions:
-        between, within = gigabits(*regions, case.mbit / 1e3), gigabits(regions[0], regions[0], 5.0)
-        durations = timing(case, contestant, pace, between, within)
+        between = gigabits(*regions, case.mbit / 1e3)
+        durations = timing(case, contestant, pace, between)
         settings, predicted = choose(case, contestant, durations, steps, pace)
         with _processes(regions, contestant, settings, folder) as processes:
             start = _wait_for_start(processes, folder)
@@ -55,7 +55,6 @@ def run(case: Case, contestant: Contestant, steps: int, pace: float, limit: floa
         "contestant": contestant.name,
         "settings": settings,
         "link_gigabits": round(between, 4),
-        "inside_gigabits": round(within, 1),
         "limit": limit,
         "load_average": round(loads[0], 1),
         "predicted_samples_per_second": samples_per_second(predicted),

@@ -69,14 +69,14 @@ def test_settings_follow_from_the_link() -> None:
 
     def settings(case: str, contestant: str) -> dict[str, Any]:
         where, who = Case.parse(case), CONTESTANTS[contestant]
-        durations = timing(where, who, 0.6, where.mbit / 1e3, 10.0)
+        durations = timing(where, who, 0.6, where.mbit / 1e3)
         return choose(where, who, durations, steps=96, pace=0.6)[0]
 
     assert settings("500", "torchft")["local_steps"] == 8
     assert settings("100", "torchft")["local_steps"] == 16, "with 8, less than 60 % of a round is computing"
     assert settings("20", "torchft")["local_steps"] == 32, "none computes for 60 %"
     assert settings("100-slow", "ddp")["seconds"] == [0.6, 0.6, 0.6, 2.4]
-    assert settings("100", "halos")["accumulate_updates"] % 2 == 0, "it is for the two workers of a region"
+    assert settings("100", "halos").items() >= {"local_steps": 4, "accumulate_updates": 4}.items()
 
 
 def test_a_case_has_a_name_that_is_understood() -> None:
