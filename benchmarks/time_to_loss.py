@@ -188,7 +188,7 @@ class LossCurve(L.Callback):
             print(json.dumps([trainer.global_step, seconds, trainer.callback_metrics["val_loss"].item()]), file=file)
 
 
-def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int) -> Result:
+def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int, model: Settings = MODEL) -> Result:
     """Trains once. Returns the loss over virtual time, and how it came about."""
     from train_char_lm import ByteGPT, StandardLibrary
 
@@ -212,12 +212,12 @@ def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int) 
             enable_model_summary=False,
         )
         start = time.perf_counter()
-        trainer.fit(ByteGPT(**MODEL), StandardLibrary(MODEL["context"], BATCH_SIZE))
+        trainer.fit(ByteGPT(**model), StandardLibrary(model["context"], BATCH_SIZE))
         wall = time.perf_counter() - start
         step, seconds, loss = zip(*map(json.loads, path.read_text().splitlines()), strict=True)
     return {
         "settings": settings,
-        "model": MODEL,
+        "model": model,
         "global_steps": steps,
         "samples": strategy.history[-1].steps * BATCH_SIZE,
         "seed": seed,

@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--accumulate-updates", type=int, metavar="K", help="of HALoS (default: 8 per worker of a server)")
     how.add_argument("--servers-per-region", type=int, default=1, metavar="S", help="of HALoS (default: 1)")
     how.add_argument(
+        "--overlap", action="store_true", help="under HALoS and Async-Local-SGD, train on while pushes are answered"
+    )
+    how.add_argument(
         "--baseline-local-steps", type=int, default=32, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
     )
     how.add_argument(
@@ -80,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from lightning_halos.planning.advice import advice_on_overlap
     from lightning_halos.planning.planner import make_timing, plan
     from lightning_halos.planning.report import as_json, save_picture, table
     from lightning_halos.planning.sweep import sweep, sweep_table
@@ -90,13 +94,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
     timing, folder = make_timing(cluster, arguments.message_bytes), arguments.output
     if arguments.sweep:
-        _report(arguments, "sweep", sweep_table(sweep(timing, arguments.hours), timing))
+        trials = sweep(timing, arguments.hours, overlap=arguments.overlap)
+        _report(arguments, "sweep", sweep_table(trials, timing))
         return
     if folder:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
     record_ms = _timeline_ms(arguments, cluster.num_workers) if folder else 0.0
-    plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in _algorithms(arguments)]
-    _report(arguments, name, table(plans, timing))
+    algorithms = _algorithms(arguments)
+    plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in algorithms]
+    advice = advice_on_overlap(algorithms, plans, timing, arguments.hours)
+    _report(arguments, name, table(plans, timing) + (f"\n{advice}" if advice else ""))
     if folder:
         values = {"command": arguments.command, **as_json(plans, timing)}
         (folder / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -116,7 +123,7 @@ def _report(arguments: argparse.Namespace, name: str, text: str) -> None:
 
 def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
-    from lightning_halos.core.algorithms import ALGORITHMS, Halos
+    from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
 
     check_count("baseline_local_steps", arguments.baseline_local_steps)
     algorithms = []
@@ -131,6 +138,8 @@ def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
             }
         elif not algorithm.averages_gradients:
             changes = {"local_steps": arguments.baseline_local_steps}
+        if isinstance(algorithm, ServerAlgorithm):
+            changes["overlap"] = arguments.overlap
         algorithms.append(dataclasses.replace(algorithm, **changes))
     return algorithms
 

@@ -97,6 +97,7 @@ class Plan:
     """
     accumulate_updates: tuple[int, ...]  # pushes per exchange (K), by local server
     recording: Recording  # the events of the time that was asked for
+    overlap: bool = False  # whether workers train on while their pushes are answered
 
     @property
     def global_steps(self) -> float:
@@ -275,6 +276,7 @@ def _with_servers(
             tuple(_until(own, record_ms) for own in exchanges),
             None if updates is None else _until(updates, record_ms),
         ),
+        overlap=algorithm.overlap,
     )
 
 

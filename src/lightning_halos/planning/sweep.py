@@ -68,6 +68,7 @@ def sweep(
     local_steps: Sequence[int] = LOCAL_STEPS,
     updates_per_worker: Sequence[int] = UPDATES_PER_WORKER,
     servers_per_region: Sequence[int] = SERVERS_PER_REGION,
+    overlap: bool = False,
 ) -> list[Trial]:
     """Plans HALoS under every combination of settings, each for a number of virtual hours.
 
@@ -82,7 +83,7 @@ def sweep(
     possible = [number for number in servers_per_region if number <= smallest]
     trials = []
     for steps, servers, updates in itertools.product(local_steps, possible, updates_per_worker):
-        halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers)
+        halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers, overlap=overlap)
         result = plan(halos, timing, hours)
         if result.sent_share is None:
             raise ValueError(

@@ -31,7 +31,7 @@ def write_trace(plan: Plan, timing: Timing, path: Path) -> None:
 def _events(plan: Plan, timing: Timing) -> Iterator[Event]:
     yield from _names(plan, timing)
     regions, limit = timing.cluster.region_of, plan.recording.until_ms
-    for worker, starts in _starts(plan):
+    for worker, starts in _starts(plan, timing):
         parts = _parts(plan, worker)
         for start, following in zip(starts, [*starts[1:], limit], strict=True):
             begin = start
@@ -55,7 +55,7 @@ def _names(plan: Plan, timing: Timing) -> Iterator[Event]:
         yield from _name("thread", region, _WORKER_LANES + worker, f"worker {worker}")
 
 
-def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
+def _starts(plan: Plan, timing: Timing) -> Iterator[tuple[int, list[float]]]:
     """Each worker, with the start times of its rounds."""
     recording = plan.recording
     if not recording.groups:
@@ -64,13 +64,16 @@ def _starts(plan: Plan) -> Iterator[tuple[int, list[float]]]:
     for group, pushes in zip(recording.groups, recording.pushes, strict=True):
         starts: dict[int, list[float]] = {rank: [0.0] for rank in group.ranks}
         for time, worker in zip(pushes.times.tolist(), pushes.senders.tolist(), strict=True):
-            starts[worker].append(time)
+            # With overlap a round begins when the push of the one before leaves, not when it arrives.
+            starts[worker].append(time - (timing.way(worker, group.region) if plan.overlap else 0.0))
         yield from starts.items()
 
 
 def _parts(plan: Plan, worker: int) -> list[tuple[str, float]]:
     """The parts of a worker's round in order, with their durations in milliseconds."""
     compute, communication, wait = plan.round_ms[worker].tolist()
+    if plan.overlap:
+        return [("compute", compute), ("wait", communication)]
     if plan.recording.groups:
         return [("pull", communication / 2), ("compute", compute), ("push", communication / 2)]
     return [("compute", compute), ("wait", wait), ("all-reduce", communication)]
