@@ -15,7 +15,7 @@ from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.core.servers import LocalServer
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import LOCAL_STEPS, Toy, assert_trained, loader, make_trainer, outcome
+from tests.integration.toys import LOCAL_STEPS, Toy, assert_same_model, assert_trained, loader, make_trainer, outcome
 
 WORKERS, RATE = 4, 2.0**-10  # whose sums are exact
 STEPS, SAVED, SECONDS = 30, 10, 0.06
@@ -83,3 +83,29 @@ def test_no_step_is_lost_while_a_push_is_answered(run: Run, tmp_path: Path) -> N
     assert torch.equal(resumed[0]["state"]["net.weight"], torch.full((4, 4), -RATE * (before + again) / WORKERS))
     assert STEPS * WORKERS <= before + again <= (STEPS + 2 * LOCAL_STEPS) * WORKERS
     assert {result["global_step"] for result in resumed} == {STEPS}
+
+
+def overlapping_together() -> list[Result]:
+    """Two workers of two processes, of which each has a lane, and then only the first."""
+    LocalServer.apply = slow_server(LocalServer.apply)  # type: ignore[method-assign]
+    results = []
+    for lanes in (2, 1):
+        strategy = HalosStrategy(regions=1, local_steps=LOCAL_STEPS, overlap=True, timeout=60, worker=2)
+        strategy._lanes = lanes
+        module, trainer = Steady(), make_trainer(strategy, max_steps=STEPS)
+        trainer.fit(module, loader())
+        results.append(outcome(trainer, module, unanswered=module.unanswered))
+    return results
+
+
+def test_the_processes_of_a_worker_load_an_answer_at_the_same_batch(run: Run) -> None:
+    fits = run(overlapping_together)
+    for fit in (0, 1):
+        results = [result[fit] for result in fits]
+        assert_same_model(results)
+        for one, other in (results[:2], results[2:]):
+            assert (one["optimizer_steps"], one["unanswered"]) == (other["optimizer_steps"], other["unanswered"])
+        taken = sum(result["optimizer_steps"] for result in results) // 2
+        assert torch.equal(results[0]["state"]["net.weight"], torch.full((4, 4), -RATE * taken / 2))
+        assert STEPS * 2 <= taken <= (STEPS + 2 * LOCAL_STEPS) * 2
+        assert sum(result["unanswered"] for result in results) // 2 > taken / 4
