@@ -9,9 +9,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -206,57 +207,59 @@ def test_a_signal_ends_the_wait_for_the_store(monkeypatch: pytest.MonkeyPatch) -
         open_store("127.0.0.1", port, 1, 2, 20.0, raise_signal_error)
 
 
-@pytest.mark.parametrize("regions", [[range(6)], [[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2, 3], [5]]], ids=str)
-def test_a_collective_that_one_leaves_names_nobody_else(regions: list[list[int]]) -> None:
+def errors_of(
+    regions: Sequence[Sequence[int]], missing: int, timeout: float, wait: Callable[[Collectives], object]
+) -> Callable[[], dict[int, str]]:
+    """Starts workers that wait for each other, of which one does not come. Returns what waits for their errors."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = sorted(rank for region in regions for rank in region)
+    texts: dict[int, str] = {}
+
+    def work(rank: int) -> None:
+        store = TCPStore("127.0.0.1", master.port)
+        collectives = Collectives(regions, rank, store, ignore, "worker {}".format, timeout)
+        collectives.barrier()
+        try:
+            if rank != missing:
+                wait(collectives)
+        except PeerLostError as error:
+            texts[rank] = str(error)
+        if wait is reduce:
+            ends.wait(60)
+
+    def end() -> dict[int, str]:
+        for thread in threads:
+            thread.join(60)
+        return texts
+
+    ends = threading.Barrier(len(ranks))
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    return end
+
+
+def reduce(collectives: Collectives) -> None:
+    collectives.reduce(torch.ones(1), "sum")
+
+
+def test_a_collective_that_one_leaves_names_nobody_else() -> None:
     """Most workers do not wait for the process that has ended, and must learn of it from those that do."""
-    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    texts: dict[int, str] = {}
-
-    def work(rank: int) -> None:
-        store = TCPStore("127.0.0.1", master.port)
-        collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
-        collectives.barrier()
-        try:
-            if rank != 3:
-                collectives.barrier()
-        except PeerLostError as error:
-            texts[rank] = str(error)
-
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert texts.keys() == set(range(6)) - {3}
-    assert all("Did not come, or has ended: worker 3." in text for text in texts.values()), texts
+    arrangements: list[list[Any]] = [[range(6)], [[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2, 3], [5]]]
+    for ended in [errors_of(regions, 3, 60.0, Collectives.barrier) for regions in arrangements]:  # at the same time
+        texts = ended()
+        assert texts.keys() == set(range(6)) - {3}
+        assert all("Did not come, or has ended: worker 3." in text for text in texts.values()), texts
 
 
-@pytest.mark.parametrize("regions", [[range(3)], [[0], [1, 2]], [[0, 1], [2]]], ids=str)
-def test_a_collective_that_one_does_not_come_to(regions: list[list[int]]) -> None:
-    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    texts: dict[int, str] = {}
-
-    def work(rank: int) -> None:
-        store = TCPStore("127.0.0.1", master.port)
-        collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 2.0)
-        collectives.barrier()
-        try:
-            if rank != 1:
-                collectives.reduce(torch.ones(1), "sum")
-        except PeerLostError as error:
-            texts[rank] = str(error)
-        ends.wait(60)
-
-    ends = threading.Barrier(3)
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert texts.keys() == {0, 2}
-    for rank, text in texts.items():
-        assert text.startswith(
-            f"worker {rank} waited for all workers to give a tensor to a reduction."
-            " Did not come, or has ended: worker 1."
-        )
-        assert re.search(r"All were last heard of \d\.\d s ago", text)
+def test_a_collective_that_one_does_not_come_to() -> None:
+    arrangements: list[list[Any]] = [[range(3)], [[0], [1, 2]], [[0, 1], [2]]]
+    for ended in [errors_of(regions, 1, 2.0, reduce) for regions in arrangements]:  # at the same time
+        texts = ended()
+        assert texts.keys() == {0, 2}
+        for rank, text in texts.items():
+            assert text.startswith(
+                f"worker {rank} waited for all workers to give a tensor to a reduction."
+                " Did not come, or has ended: worker 1."
+            )
+            assert re.search(r"All were last heard of \d\.\d s ago", text)
