@@ -46,6 +46,7 @@ _DERIVED = ("elements", "parameters")  # of the model's identity; they follow fr
 _NAMES = {  # for users
     "epochs": "max_epochs",
     "samples": "the number of samples",
+    "wire": "the wire format between regions",
     "step_samples": "the samples of a step",
 }
 MOST_WORKERS = 100_000

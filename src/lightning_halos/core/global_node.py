@@ -27,7 +27,7 @@ from lightning_halos.core.messages import (
     RegionUpdate,
     Status,
 )
-from lightning_halos.core.node import Node, grant_of
+from lightning_halos.core.node import Node, grant_of, send_model
 from lightning_halos.core.protocol import (
     GLOBAL_TRANSITIONS,
     STORAGE,
@@ -36,8 +36,10 @@ from lightning_halos.core.protocol import (
     ProtocolError,
     Send,
 )
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.servers import Finding, GlobalServer, plain_finding, update_of_snapshot
+from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import RunSnapshot
 
 
@@ -63,10 +65,12 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         budget: The step budget, which the node updates.
         cursor: Leases the training data; ``None`` if the workers do not share data.
         done: The data that earlier runs trained on.
+        formats: The format of models to each local server, by its index. Default: they travel as they are.
 
     Attributes:
         server: The global server.
         counters: Counters of each local server, by its index.
+        shadows: What each local server has of the global model, if it is sent differences. It is no part of the state.
     """
 
     server: GlobalServer | None
@@ -78,6 +82,7 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         budget: StepBudget,
         cursor: DataCursor | None = None,
         done: Spans | None = None,
+        formats: Mapping[int, Format] | None = None,
     ) -> None:
         super().__init__("The global server", GlobalState.RUNNING, GLOBAL_TRANSITIONS, budget)
         self.server = server
@@ -90,6 +95,10 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         self._total_at_end = 0
         self._under_way: list[dict[str, Any]] = []  # updates in flight when the snapshot of a resumed run was taken
         self._snapshots: dict[str, RunSnapshot] = {}  # in progress, by save
+        self.shadows: dict[int, Shadow] = {}
+        if server is not None:
+            narrow = {index: form for index, form in (formats or {}).items() if form != "float32"}
+            self.shadows = {index: Shadow(server.num_parameters, form) for index, form in narrow.items()}
 
     @property
     def model(self) -> Tensor:
@@ -125,7 +134,7 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
             answer = self.server.receive(update, finding)
             self._regions[update.server].update = update.number
             if update.server not in flushed:
-                sends.append(Send(update.server, answer))
+                sends.append(self._send_model(update.server, answer))
         self._under_way = []
         return sends
 
@@ -196,6 +205,8 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         index, region = update.server, self._regions[update.server]
         if 0 < update.number <= region.update:
             if not update.final:
+                if index in self.shadows:
+                    self.shadows[index].forget()  # nobody knows which one of the answers it will use
                 return [Send(index, server.answer(update))]
             return [] if self._final is None else [Send(index, self._final)]
         if region.is_flushed:
@@ -207,10 +218,14 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         region.update = update.number
         answer = server.receive(update, finding)
         if not update.final:
-            sends = [Send(index, answer)]
+            sends = [self._send_model(index, answer)]
         else:
             sends = self._flush(index, update.stop, GlobalModel(server.version, vector=server.model), self.applied)
         return [*sends, *self._complete_snapshots()]
+
+    def _send_model(self, index: int, answer: GlobalModel) -> Send:
+        shadow = self.shadows.get(index)
+        return Send(index, answer) if shadow is None else send_model(index, answer, shadow)
 
     def _on_model(self, message: RegionModel) -> list[Send]:
         if self._final is not None:

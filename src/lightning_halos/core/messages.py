@@ -15,7 +15,7 @@ then the averaged buffers. The receiver owns it: servers overwrite it, to answer
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -68,6 +68,7 @@ class Pull:
     share: int | None = None
     # In a simulation of such a worker: number of batches after the push at which it loads this model.
     batches: int = 0
+    is_difference: bool = False  # whether the parameters in the vector are those minus the worker's `Shadow`
 
 
 @dataclass
@@ -107,6 +108,7 @@ class GlobalModel:
     position: int = 0  # in a final model: global steps of the complete run
     vector: Tensor | None = None
     number: int = 0
+    is_difference: bool = False  # see `Pull`, for the local server
 
 
 @dataclass
@@ -207,6 +209,7 @@ class RunDescription:
     steps_per_epoch: int = 0  # data of an epoch, in local steps; 0 if the workers do not share data
     epochs: int | None = None  # ordered epochs, `None` for no limit
     max_steps: int | None = None  # ordered global steps, `None` for no limit
+    wire: Literal["float32", "bfloat16", "int8", "int4"] = "float32"  # format of vectors between regions
 
 
 @dataclass

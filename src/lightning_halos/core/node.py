@@ -19,6 +19,7 @@ from lightning_halos.core.messages import GlobalModel, LeaseGrant, Message, Push
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import Finding, ParameterServer
+from lightning_halos.core.shadow import Shadow
 
 S = TypeVar("S", bound=Enum)
 E = TypeVar("E", bound=Enum)
@@ -108,3 +109,10 @@ class Node(ABC, Generic[S, E]):
 def grant_of(lease: Lease | None, number: int) -> LeaseGrant:
     """Returns the answer to the lease request ``number``; ``None`` means that no data is left."""
     return LeaseGrant(0, 0, 0, number) if lease is None else LeaseGrant(lease.epoch, lease.first, lease.steps, number)
+
+
+def send_model(index: int, answer: GlobalModel, shadow: Shadow) -> Send:
+    """Returns the sending of the global model to a local server that has a shadow of it."""
+    assert answer.vector is not None
+    answer.is_difference, fill = shadow.sending(lambda advance: None, answer.vector)
+    return Send(index, answer, fill)

@@ -34,6 +34,7 @@ from lightning_halos.core.messages import (
     Refusal,
     RegionUpdate,
 )
+from lightning_halos.core.node import send_model
 from lightning_halos.core.open_run import OpenRun
 from lightning_halos.core.protocol import (
     STORAGE,
@@ -43,6 +44,7 @@ from lightning_halos.core.protocol import (
     Send,
 )
 from lightning_halos.core.servers import Finding
+from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import Shard
 
 log = logging.getLogger(__name__)
@@ -184,6 +186,7 @@ class OpenGlobalNode(OpenRun):
             member.disconnect()
             member.move(MemberEvent.RETURN)
         self._leasing.awaited.discard(member.index)
+        self._shadows.pop(member.index, None)
         self._forget(member, join)
         lost = self._leasing.claim(member, Spans(sorted(join.held)))
         member.is_stale = False
@@ -226,6 +229,7 @@ class OpenGlobalNode(OpenRun):
     def _go(self, index: int, event: MemberEvent) -> list[Send]:
         member = self._members[index]
         self._move(OpenEvent.GO)
+        self._shadows.pop(index, None)
         if event is MemberEvent.DISCONNECT:
             member.disconnect()
             member.move(event)
@@ -324,6 +328,7 @@ class OpenGlobalNode(OpenRun):
             return [] if self._final is None else [Send(member.index, self._final)]
         if update.vector is None:
             update.vector = torch.empty_like(self.model)
+        self._shadows.pop(member.index, None)  # nobody knows which one of the answers it will use
         return [Send(member.index, self.server.answer(update))]
 
     def _apply(self, member: Member) -> list[Send]:
@@ -339,7 +344,7 @@ class OpenGlobalNode(OpenRun):
             update.version = min(update.version, self.version)  # after a restart it may be of a later model
             answer = self.server.receive(update, finding, f"region {member.name!r}")
             if not update.final:
-                sends.append(Send(member.index, answer))
+                sends.append(self._send_model(member.index, answer))
                 continue
             member.is_flushed = True
             self._asked_to_stop = self._asked_to_stop or (update.stop and member.has_decided)
@@ -350,6 +355,12 @@ class OpenGlobalNode(OpenRun):
                 sends.append(Send(member.index, self._farewell(member, answer.vector)))
             sends += self._settle()
         return sends
+
+    def _send_model(self, index: int, answer: GlobalModel) -> Send:
+        if self.description.wire == "float32":
+            return Send(index, answer)
+        shadow = self._shadows.setdefault(index, Shadow(self.server.num_parameters, self.description.wire))
+        return send_model(index, answer, shadow)
 
     def _farewell(self, member: Member, model: Tensor) -> GlobalModel:
         """The last message to a member that leaves, while the run goes on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_halos.core.cursor import LeaseStock, Spans
@@ -34,6 +34,7 @@ from lightning_halos.core.protocol import (
     RegionState,
     Send,
 )
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.region_node import RegionNode, _Worker
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import Finding, LocalServer
@@ -57,6 +58,7 @@ class OpenRegionNode(RegionNode):
         budget: The step budget. Its ``workers`` are those that a global step is divided by.
         stock: Training data for the workers.
         joining: How the member joined; it is ready.
+        formats: See :class:`RegionNode`.
 
     Attributes:
         session: The session.
@@ -72,8 +74,9 @@ class OpenRegionNode(RegionNode):
         budget: StepBudget,
         stock: LeaseStock | None,
         joining: Joining,
+        formats: Mapping[int, Format] | None = None,
     ) -> None:
-        super().__init__(server, planner, workers, budget, stock)
+        super().__init__(server, planner, workers, budget, stock, formats)
         welcome, copy, status = joining.welcome, joining.copy, joining.status
         assert welcome is not None
         assert copy is not None

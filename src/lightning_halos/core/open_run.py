@@ -26,6 +26,7 @@ from lightning_halos.core.protocol import OPEN_GLOBAL_TRANSITIONS, GlobalState, 
 from lightning_halos.core.roster import Roster
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer
+from lightning_halos.core.shadow import Shadow
 
 R = TypeVar("R", bound="OpenRun")
 
@@ -65,6 +66,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         self._is_restored = False
         self._deciding = Deciding(preferred)
         self._patience = Patience(patience)
+        self._shadows: dict[int, Shadow] = {}  # of the members' present connections
         self._set_members(Roster() if members is None else members)
 
     def _set_members(self, members: Roster, done: Spans | None = None, awaited: Iterable[int] = ()) -> None:

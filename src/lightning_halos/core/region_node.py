@@ -36,9 +36,12 @@ from lightning_halos.core.protocol import (
     RegionState,
     Send,
 )
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import Finding, LocalServer
+from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import Shard
+from lightning_halos.core.vector import ignore_progress
 
 
 @dataclass
@@ -62,6 +65,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         budget: The step budget, which the node updates: with the steps of its own workers at once, and with those of
             other workers when the global node reports them.
         stock: Training data for the workers; ``None`` if the workers do not share data.
+        formats: The format of vectors on the link to each peer, by its address. Default: they travel as they are.
 
     Attributes:
         server: The local server.
@@ -79,6 +83,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         workers: Sequence[int],
         budget: StepBudget,
         stock: LeaseStock | None = None,
+        formats: Mapping[int, Format] | None = None,
     ) -> None:
         super().__init__(f"Local server {server.index}", RegionState.SERVING, REGION_TRANSITIONS, budget)
         self.server = server
@@ -94,6 +99,12 @@ class RegionNode(Node[RegionState, RegionEvent]):
         self._filled_orders = 0
         self._answered = 0  # number of the last update that was answered
         self._marked: set[str] = set()  # saves that this server has taken part in
+        # What the workers have of the server's model, and the server of the global model.
+        formats = {peer: form for peer, form in (formats or {}).items() if form != "float32"}
+        self._shadows = {peer: Shadow(server.num_parameters, form) for peer, form in formats.items() if peer != GLOBAL}
+        self._global_shadow = Shadow(server.num_parameters) if GLOBAL in formats else None
+        if GLOBAL in formats:
+            server.round_updates(formats[GLOBAL])
 
     def start(self) -> list[Send]:
         return self._lease()
@@ -124,6 +135,11 @@ class RegionNode(Node[RegionState, RegionEvent]):
     def state_dict(self) -> dict[str, Any]:
         return self._state(self.server.state_dict())
 
+    @property
+    def shadows(self) -> Mapping[int, Shadow]:
+        """The shadows of models on the node's links, by the address of the peer; they are no part of the state."""
+        return self._shadows if self._global_shadow is None else {**self._shadows, GLOBAL: self._global_shadow}
+
     def _state(self, server: dict[str, Any]) -> dict[str, Any]:
         return {"server": server, "speeds": self._planner.state_dict(), "traffic": list(self.traffic)}
 
@@ -142,8 +158,8 @@ class RegionNode(Node[RegionState, RegionEvent]):
         is_new = not 0 < push.number <= worker.push
         if is_new:
             self._count(push, worker)
-        is_accepted, answer = False, None
-        fill: Callable[..., None] | None = None
+        is_accepted, answer, is_difference = False, None, False
+        fill: Callable[..., object] | None = None
         if vector is not None:
             if is_new:
                 version = self.first_version if push.version is None else push.version
@@ -151,11 +167,16 @@ class RegionNode(Node[RegionState, RegionEvent]):
                 is_accepted = self.server.judge(push, finding, version)
             answer = self.server.memory_for(vector)
             fill = partial(self.server.apply, vector, is_accepted, answer)
+            shadow = self._shadows.get(push.worker)
+            if shadow is not None and is_new and not push.final:
+                is_difference, fill = shadow.sending(fill, answer)
+            elif shadow is not None:
+                shadow.forget()  # nobody knows which one of the answers the worker will use
         sends = []
         if not push.final:
-            sends.append(Send(push.worker, self._pull(push, answer), fill))
+            sends.append(Send(push.worker, self._pull(push, answer, is_difference), fill))
         elif fill is not None:
-            fill()
+            fill(ignore_progress)
         if not is_new:
             return [Send(push.worker, self._final)] if push.final and self._final is not None else sends
         sends.append(Send(GLOBAL, self._report(push, self.server.staleness if is_accepted else None)))
@@ -190,7 +211,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         # Repeated answers to a push contain the same plateau steps, because the worker uses only one of the answers.
         worker.news = worker.news[1], len(self._plateau_steps)
 
-    def _pull(self, push: Push, vector: Tensor | None) -> Pull:
+    def _pull(self, push: Push, vector: Tensor | None, is_difference: bool) -> Pull:
         return Pull(
             version=self.server.version,
             local_steps=self._planner.local_steps(push.worker, self.budget.total),
@@ -201,6 +222,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
             vector=vector,
             number=push.number,
             share=self._planner.share(self.budget.total),
+            is_difference=is_difference,
         )
 
     def _report(self, push: Push, staleness: int | None) -> Progress:
@@ -245,6 +267,8 @@ class RegionNode(Node[RegionState, RegionEvent]):
             raise ProtocolError(f"{self._name} got an answer to an update that it did not send.")
         self._move(RegionEvent.ANSWER)
         self._answered = message.number
+        if self._global_shadow is not None and message.vector is not None:
+            self._global_shadow.receive(message.vector, message.is_difference)
         if self.state is RegionState.SERVING:
             self.server.merge(message)
         return []

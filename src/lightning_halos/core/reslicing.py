@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_halos.core.lanes import Layout
 
-_SLICES = ("model", "base", "vector", "memory")
-"""Names of slices of the vector in the states of servers, updates, pushes and workers."""
+_RESIDUAL = "residual"
+_SLICES = ("model", "base", "vector", "memory", _RESIDUAL)
+"""Names of slices of the vector in the states of servers, updates, pushes and workers; residuals have no buffers."""
 
 
 class Reslicing:
@@ -56,7 +57,7 @@ class Reslicing:
             new = {key: self._begun(value) for key, value in state.items()}
             for key in _SLICES:
                 if isinstance(value := state.get(key), Tensor):
-                    new[key] = value.new_empty(self._new.elements_of(self._lane))
+                    new[key] = value.new_empty(sum(_sizes(self._new, self._lane, key)))
             if "optimizer" in state:
                 for number, own in state["optimizer"]["state"].items():
                     for name, value in own.items():
@@ -74,7 +75,7 @@ class Reslicing:
         if isinstance(state, Mapping):
             for key, value in state.items():
                 if key in _SLICES and isinstance(value, Tensor):
-                    self._move(new[key], value, lane)
+                    self._move(key, new[key], value, lane)
                 else:
                     self._fill(new[key], value, lane)
             if "optimizer" in state:
@@ -86,9 +87,9 @@ class Reslicing:
             for ours, theirs in zip(new, state, strict=True):
                 self._fill(ours, theirs, lane)
 
-    def _move(self, target: Tensor, source: Tensor, lane: int) -> None:
-        targets = torch.split(target, self._new.sizes(self._lane))
-        sources = torch.split(source, self._old.sizes(lane))
+    def _move(self, key: str, target: Tensor, source: Tensor, lane: int) -> None:
+        targets = torch.split(target, _sizes(self._new, self._lane, key))
+        sources = torch.split(source, _sizes(self._old, lane, key))
         for tensor, (ours, theirs) in enumerate(zip(targets, sources, strict=True)):
             self._move_piece(tensor, ours, theirs, lane)
 
@@ -96,6 +97,11 @@ class Reslicing:
         for move in self._new.moves(tensor, self._old, self._lane):
             if move.lane == lane:
                 target.view(-1)[move.target] = source.reshape(-1)[move.source]
+
+
+def _sizes(layout: Layout, lane: int, key: str) -> list[int]:
+    """Returns the elements of the tensors that a slice of this name consists of."""
+    return layout.sizes(lane)[: layout.num_tensors if key == _RESIDUAL else None]
 
 
 def _is_of_elements(name: str, value: Any) -> bool:

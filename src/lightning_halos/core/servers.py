@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.outliers import NormLimit
 from lightning_halos.core.pieces import DividedStep, Piece, divide
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.snapshot import Portion, ServerSnapshot
 from lightning_halos.core.vector import PART, Advance, ignore_progress
 
@@ -152,6 +154,11 @@ class ParameterServer:
                 f" {known}, or HalosStrategy(worker=1)."
             )
         self._is_slice, self.warns = True, warns
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of the model that are parameters. They come first."""
+        return self._num_parameters
 
     @property
     def rejected(self) -> int:
@@ -387,6 +394,7 @@ class LocalServer(ParameterServer):
         exchanging: Whether an update is unanswered.
         number: Number of the last update that was sent.
         steps: Local steps of the pushes since then.
+        feedback: Rounds the updates; ``None`` if they travel as they are.
     """
 
     _PLAIN = ("merges", "merged_at", "global_version", "exchanging", "number", "steps")  # values in the state
@@ -417,6 +425,11 @@ class LocalServer(ParameterServer):
         self._base: Tensor | None = self._begin()
         self.merged_at = 0
         self.global_version = 0
+        self.feedback: ErrorFeedback | None = None
+
+    def round_updates(self, form: Format) -> None:
+        """Rounds the updates to the global server from now on to what a format can have."""
+        self.feedback = ErrorFeedback(form, self._num_parameters)
 
     @property
     def exchanges(self) -> bool:
@@ -473,6 +486,8 @@ class LocalServer(ParameterServer):
             parameters = min(stop, max(start, self._num_parameters))
             vector[start:parameters].sub_(model[start:parameters])
             vector[parameters:stop] = model[parameters:stop]
+            if self.feedback is not None:
+                self.feedback.round_(vector, start, stop, update.final)
             return stop
 
         for stop in self.map(fill, _spans(0, vector.numel())):
@@ -504,6 +519,7 @@ class LocalServer(ParameterServer):
         self.merged_at = self.version
         self.exchanging = False
         self.steps = 0
+        self._take_residual(None)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -512,14 +528,23 @@ class LocalServer(ParameterServer):
             "parameters": self._num_parameters,
             # After the flush everything has been sent.
             "base": self.model if self._base is None and self.exchanges else self._base,
+            **({} if self.feedback is None else {"residual": self.feedback.residual}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         base = state["base"]
         self._base = base.clone() if self.exchanges and base is not None else self._begin()
+        self._take_residual(state.get("residual"))
         for name in self._PLAIN:
             setattr(self, name, state[name])
+
+    def _take_residual(self, residual: Tensor | None) -> None:
+        """Goes on with what the updates before lacked, as a residual or, if no update is rounded now, in the next."""
+        if self.feedback is not None:
+            self.feedback.residual = None if residual is None else residual.clone()
+        elif residual is not None and self._base is not None:
+            self._base[: self._num_parameters].add_(residual)
 
     def _begin(self) -> Tensor | None:
         return None if self._accumulate_updates is None else self.model.clone()
@@ -586,6 +611,8 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
+    if (residual := state.get("residual")) is not None:
+        vector[:parameters] += residual
     vector[parameters:] = model[parameters:]
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 

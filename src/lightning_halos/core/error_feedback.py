@@ -1,0 +1,106 @@
+"""Error feedback of a sender of updates: what one update loses by rounding is added to the next.
+
+Seide et al., "1-bit stochastic gradient descent" (2014); Karimireddy et al., "Error feedback fixes SignSGD" (2019). How
+numbers are rounded is in ``quantization``; models, which are no updates, have ``shadow`` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_halos.core.quantization import BLOCK, Format, round_
+from lightning_halos.core.vector import PART, Advance
+
+Fill = Callable[[Advance], object]
+"""Fills a vector from front to back, and reports the number of its complete elements."""
+
+CHUNK = 2**16  # elements that are handled at once, so that they stay in the cache
+assert PART % CHUNK == CHUNK % BLOCK == 0
+
+
+class ErrorFeedback:
+    """A sender's residual: what its updates lacked so far.
+
+    An element that is 0, because it was not trained, stays 0. What its earlier updates lacked is kept until it is
+    trained again, so that rounding never moves a parameter that nobody trains.
+
+    Args:
+        form: The format of the updates.
+        parameters: Elements of an update that are parameters. They come first; what follows is left as it is.
+
+    Attributes:
+        residual: The residual, of shape (parameters,); ``None`` before the first update.
+    """
+
+    def __init__(self, form: Format, parameters: int) -> None:
+        self.residual: Tensor | None = None
+        self._format = form
+        self._parameters = parameters
+
+    def rounding(self, fill: Fill, vector: Tensor, is_last: bool = False) -> Fill:
+        """Returns a function that fills the vector of an update, and rounds it part by part before it is sent.
+
+        Args:
+            fill: Fills it.
+            vector: The vector.
+            is_last: Whether it is the last update, which is not rounded, and takes the residual with it.
+        """
+        return in_parts(fill, vector.numel(), lambda start, stop: self.round_(vector, start, stop, is_last))
+
+    def round_(self, vector: Tensor, start: int, stop: int, is_last: bool = False) -> None:
+        """Adds the residual to a part of an update, and rounds it in place.
+
+        Args:
+            vector: The update.
+            start: First element of the part, a multiple of ``BLOCK``.
+            stop: The element behind it; a multiple of ``BLOCK``, or the end of the vector.
+            is_last: See :meth:`rounding`.
+        """
+        if self.residual is None:
+            self.residual = vector.new_zeros(self._parameters)
+        stop = min(stop, self._parameters)
+        for begin in range(start, stop, CHUNK):
+            part = slice(begin, min(begin + CHUNK, stop))
+            self._round(vector[part], self.residual[part], is_last)
+
+    def _round(self, update: Tensor, residual: Tensor, is_last: bool) -> None:
+        added = update.sign().abs_().mul_(residual)  # the residual, or 0 for an element that is 0
+        residual.sub_(added)
+        update.add_(added)
+        if is_last:
+            return
+        added.copy_(update)
+        round_(update, self._format)
+        residual.add_(added.sub_(update))
+        if not bool(torch.isfinite(residual.sum())):  # the receiver rejects the update, or it is beyond all reason
+            residual.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def in_parts(fill: Fill, size: int, use: Callable[[int, int], object]) -> Fill:
+    """Returns a function that fills a vector, and uses each part of it before it reports the part.
+
+    Args:
+        fill: Fills the vector.
+        size: Elements of the vector.
+        use: Called with the first element of each part and the one behind it. All parts but the last have a multiple of
+            ``PART`` elements.
+    """
+
+    def filled(advance: Advance) -> None:
+        done = 0
+
+        def progress(complete: int) -> None:
+            nonlocal done
+            complete = size if complete == size else complete // PART * PART
+            if complete > done:
+                use(done, complete)
+                done = complete
+                advance(done)
+
+        fill(progress)
+        progress(size)
+
+    return filled
