@@ -149,14 +149,3 @@ def test_durations_are_numbers_and_not_negative(seconds):
 def test_a_vector_of_a_message_that_has_none_is_refused():
     with pytest.raises(ValueError, match="Not a message"):
         wire.decode(wire.encode(messages.Preempted()), VECTOR)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_frame_announces_elements_and_dtype(dtype):
-    elements, code = wire.describe(torch.zeros(5, dtype=dtype))
-    assert elements == 5
-    assert wire.code_of(dtype) == code
-
-
-def test_a_frame_without_vector_announces_no_elements():
-    assert wire.describe(None)[0] == 0

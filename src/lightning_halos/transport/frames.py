@@ -10,14 +10,14 @@ import struct
 
 from lightning_halos.transport.errors import ProtocolVersionError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
 
 MOST_BYTES = 2**24
 """Largest number of bytes of a message's fields."""
 
 HEADER = struct.Struct("<qqq")
-"""Length of the fields, and number of elements and dtype of the vector that follows them."""
+"""Length of the fields, and number of elements and format of the vector that follows them; see ``vectors``."""
 
 GOODBYE, ALIVE, HELLO = -1, -2, -3
 """Instead of a length: the last frame, a sign of life, and the first frame, which has the version in the next field."""

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,15 +24,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_halos.core.messages import Message
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.vector import PART, Advance
+from lightning_halos.core.wire_formats import is_rounded
 from lightning_halos.transport import frames, wire
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
+from lightning_halos.transport.vectors import Part, VectorForm, code_of, parts_of
 
 MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
 
 OnMessage = Callable[[Message, Iterable[int]], None]
 OnFailure = Callable[[Exception], None]
+Form = VectorForm | tuple[int, torch.dtype]
+"""The vectors on a link; a pair of their size and dtype stands for the format ``float32``."""
+
 Memory = Callable[[], Tensor]
 """Returns memory to receive a vector into."""
 
@@ -215,19 +221,21 @@ class FramedLink(Link):
     """What all links to other processes have in common: the frames, and what is checked in them.
 
     The first frame in each direction has the sender's version of the protocol. A message consists of a header (length
-    of the fields, elements and dtype of the vector), the fields, and the vector. An idle sender sends signs of life.
+    of the fields, elements and format of the vector), the fields, and the vector. An idle sender sends signs of life.
+
+    A link has no state: what it sends in a narrow format was rounded to it before, so that nothing is lost.
 
     Args:
         peer: Name of the peer.
         interval: Seconds between signs of life.
-        form: Number of elements and dtype of the vectors on this link. Default: there are none.
+        form: The vectors on this link. Default: there are none.
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
-    def __init__(self, peer: str, interval: float, form: tuple[int, torch.dtype] | None, memory: Memory | None) -> None:
+    def __init__(self, peer: str, interval: float, form: Form | None, memory: Memory | None) -> None:
         super().__init__(peer)
         self._interval = interval
-        self._form = form
+        self._form = None if form is None else VectorForm(*form)
         self._memory = memory
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
@@ -235,11 +243,11 @@ class FramedLink(Link):
         super().start(on_message, on_failure)
 
     @abstractmethod
-    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
+    def _send_frame(self, length: int, elements: int = 0, code: int = 0, data: bytes = b"") -> None:
         """Sends a header and the fields."""
 
     @abstractmethod
-    def _send_vector(self, vector: Tensor, progress: Iterable[int]) -> None:
+    def _send_vector(self, vector: Tensor, form: Format, parts: Sequence[Part], progress: Iterable[int]) -> None:
         """Sends a vector from front to back, while it is filled."""
 
     @abstractmethod
@@ -249,7 +257,7 @@ class FramedLink(Link):
     def _receive_fields(self, length: int) -> bytes: ...
 
     @abstractmethod
-    def _receive_vector(self, vector: Tensor) -> Iterator[int]:
+    def _receive_vector(self, vector: Tensor, form: Format, parts: Sequence[Part]) -> Iterator[int]:
         """Receives a vector. Yields the number of elements that are complete."""
 
     def _send_all(self) -> None:
@@ -268,42 +276,52 @@ class FramedLink(Link):
 
     def _send_message(self, outgoing: _Outgoing) -> None:
         data, vector = wire.encode(outgoing.message), wire.vector_of(outgoing.message)
-        self._send_frame(len(data), *wire.describe(vector), data)
-        if vector is not None:
-            self._send_vector(vector, outgoing.progress)
+        if vector is None:
+            self._send_frame(len(data), data=data)
+        else:
+            form: Format = "float32"
+            if self._form is not None and is_rounded(outgoing.message):
+                form = self._form.format
+            self._send_frame(len(data), vector.numel(), code_of(vector.dtype, form), data)
+            self._send_vector(vector, form, self._parts(vector, form), outgoing.progress)
         if outgoing.sent is not None:
             outgoing.sent()
 
     def _receive_all(self, on_message: OnMessage) -> None:
         frames.check_hello(self.peer, self._receive_header())
         while True:
-            length, elements, dtype = self._receive_header()
+            length, elements, code = self._receive_header()
             if length == frames.GOODBYE:
                 return
             if length != frames.ALIVE:
-                self._check_header(length, elements, dtype)
+                self._check_header(length, elements, code)
                 with suppress(VectorCutOffError):
-                    self._receive_message(self._receive_fields(length), elements, on_message)
+                    self._receive_message(self._receive_fields(length), elements, code, on_message)
 
-    def _check_header(self, length: int, elements: int, dtype: int) -> None:
+    def _check_header(self, length: int, elements: int, code: int) -> None:
         """Refuses sizes that are not possible on this link, before memory is allocated for them."""
-        expected = (0, 0) if self._form is None else (self._form[0], wire.code_of(self._form[1]))
-        if not 0 <= length <= frames.MOST_BYTES or (elements, dtype) not in ((0, 0), expected):
+        expected, codes = (0, [0]) if self._form is None else (self._form.elements, self._form.codes)
+        is_possible = (elements, code) == (0, 0) or (elements == expected and code in codes)
+        if not 0 <= length <= frames.MOST_BYTES or not is_possible:
             raise ValueError(
-                f"{self.peer} announces a message of {length} bytes with a vector of {elements} elements (dtype"
-                f" {dtype}). At most {frames.MOST_BYTES} bytes are accepted, and {expected[0]} elements (dtype"
-                f" {expected[1]})."
+                f"{self.peer} announces a message of {length} bytes with a vector of {elements} elements (format"
+                f" {code}). At most {frames.MOST_BYTES} bytes are accepted, and {expected} elements (format"
+                f" {' or '.join(map(str, codes))})."
             )
 
-    def _receive_message(self, data: bytes, elements: int, on_message: OnMessage) -> None:
+    def _receive_message(self, data: bytes, elements: int, code: int, on_message: OnMessage) -> None:
         vector = None
         progress: Iterator[int] = iter(())
         if elements:
             assert self._form is not None
-            vector = torch.empty(self._form[0], dtype=self._form[1]) if self._memory is None else self._memory()
-            progress = self._receive_vector(vector)
+            form, dtype = self._form.format_of(code), self._form.dtype
+            vector = torch.empty(elements, dtype=dtype) if self._memory is None else self._memory()
+            progress = self._receive_vector(vector, form, self._parts(vector, form))
         on_message(wire.decode(data, vector), progress)
         wait_all(progress)
+
+    def _parts(self, vector: Tensor, form: Format) -> list[Part]:
+        return list(parts_of(vector, form, 0 if self._form is None else self._form.parameters))
 
     def _lost(self, what: str = "its connection is closed") -> PeerLostError:
         return PeerLostError(f"{self.peer} disappeared: {what}. Last heard of {since(self.heard)}.")
@@ -321,7 +339,7 @@ class GlooLink(FramedLink):
         rank: The peer's rank in the group.
         peer: Name of the peer.
         timeout: Seconds of silence after which the peer counts as lost; see :meth:`Alarm.watch`.
-        form: Number of elements and dtype of the vectors on this link. Default: there are none.
+        form: The vectors on this link. Default: there are none.
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
@@ -335,7 +353,7 @@ class GlooLink(FramedLink):
         rank: int,
         peer: str,
         timeout: float,
-        form: tuple[int, torch.dtype] | None = None,
+        form: Form | None = None,
         memory: Memory | None = None,
     ) -> None:
         super().__init__(peer, min(10.0, timeout / 4), form, memory)
@@ -345,19 +363,19 @@ class GlooLink(FramedLink):
         self._limit = timedelta(seconds=2 * progress_limit(timeout))
         self._start_of_fields = b""
 
-    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
-        frame = frames.HEADER.pack(length, elements, dtype) + data[: self._ROOM]
+    def _send_frame(self, length: int, elements: int = 0, code: int = 0, data: bytes = b"") -> None:
+        frame = frames.HEADER.pack(length, elements, code) + data[: self._ROOM]
         texts = [frame.ljust(self._FRAME, b"\0"), data[self._ROOM :]]
         self._send_each([torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts if text], self._TEXT)
 
-    def _send_vector(self, vector: Tensor, progress: Iterable[int]) -> None:
-        self._send_each(_parts_of(vector, progress), self._VECTOR)
+    def _send_vector(self, vector: Tensor, form: Format, parts: Sequence[Part], progress: Iterable[int]) -> None:
+        self._send_each(_bytes_of(vector, form, parts, progress), self._VECTOR)
 
     def _receive_header(self) -> tuple[int, int, int]:
         frame = self._receive(self._FRAME)
         self._start_of_fields = frame[frames.HEADER.size :]
-        length, elements, dtype = frames.HEADER.unpack_from(frame)
-        return length, elements, dtype
+        length, elements, code = frames.HEADER.unpack_from(frame)
+        return length, elements, code
 
     def _receive_fields(self, length: int) -> bytes:
         data = self._start_of_fields[:length]
@@ -368,10 +386,24 @@ class GlooLink(FramedLink):
         wait_all(self._receive_each([text], self._TEXT))
         return text.numpy().tobytes()
 
-    def _receive_vector(self, vector: Tensor) -> Iterator[int]:
+    def _receive_vector(self, vector: Tensor, form: Format, parts: Sequence[Part]) -> Iterator[int]:
         complete = torch.zeros(1, dtype=torch.uint8)
-        received = self._receive_each([*torch.split(vector, PART), complete], self._VECTOR)
-        yield from (elements for elements in received if elements < vector.numel())
+        own = vector.view(torch.uint8)
+        size = vector.itemsize
+        data = [
+            own[part.start * size : part.stop * size]
+            if part.narrow == part.start
+            else torch.empty(part.nbytes(form, size), dtype=torch.uint8)
+            for part in parts
+        ]
+        received = self._receive_each([*data, complete], self._VECTOR)
+        for part, _ in zip(parts, received, strict=False):
+            if part.narrow > part.start:
+                part.decode(data[0], vector, form)
+            del data[0]
+            if part is not parts[-1]:
+                yield part.stop
+        wait_all(received)
         if not complete:
             raise VectorCutOffError
         yield vector.numel()
@@ -386,16 +418,18 @@ class GlooLink(FramedLink):
                 work.wait(self._limit)
 
     def _receive_each(self, tensors: Iterable[Tensor], tag: int) -> Iterator[int]:
-        """Receives tensors. Yields the number of elements that have arrived."""
+        """Receives tensors. Yields the number of bytes that have arrived."""
         received = 0
         with self._naming_peer():
-            for tensor, work in [(tensor, self._group.recv([tensor], self._rank, tag)) for tensor in tensors]:
+            works = deque((tensor.nbytes, self._group.recv([tensor], self._rank, tag)) for tensor in tensors)
+            while works:
+                size, work = works.popleft()
                 self._listening_since = time.monotonic()
                 work.wait(self._limit)
                 self._listening_since = None
                 self._heard = time.monotonic()
-                self._received += tensor.nbytes
-                received += tensor.numel()
+                self._received += size
+                received += size
                 yield received
 
     @contextmanager
@@ -426,18 +460,17 @@ def wait_all(progress: Iterable[int]) -> None:
     deque(progress, maxlen=0)
 
 
-def _parts_of(vector: Tensor, progress: Iterable[int]) -> Iterator[Tensor]:
+def _bytes_of(vector: Tensor, form: Format, parts: Iterable[Part], progress: Iterable[int]) -> Iterator[Tensor]:
     """Yields the parts of a vector as soon as they are complete, and a byte: 1 if the vector is complete, else 0.
 
     All parts of a vector that is cut off are sent, because the receiver waits for them.
     """
-    steps, complete, stop = iter(progress), 0, 0
-    for part in torch.split(vector, PART):
-        stop += part.numel()
-        while 0 <= complete < stop:
+    steps, complete = iter(progress), 0
+    for part in parts:
+        while 0 <= complete < part.stop:
             try:
                 complete = next(steps)
             except VectorCutOffError:
                 complete = -1
-        yield part
+        yield part.encode(vector, form)
     yield torch.tensor([complete >= 0], dtype=torch.uint8)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
-
 from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.connection import Connection
-from lightning_halos.transport.link import Memory
+from lightning_halos.transport.link import Form, Memory
 from lightning_halos.transport.tls_link import TLSLink
 
 
@@ -51,11 +49,11 @@ class Session:
         """Whether there are connections for models."""
         return bool(self._streams)
 
-    def models(self, form: tuple[int, torch.dtype], memory: Memory | None = None) -> TLSLink:
+    def models(self, form: Form, memory: Memory | None = None) -> TLSLink:
         """Returns a new link for models. It can be made once.
 
         Args:
-            form: Number of elements and dtype of the vectors.
+            form: The vectors.
             memory: Returns the memory to receive a vector into. Default: new memory for each vector.
         """
         streams, self._streams = self._streams, []

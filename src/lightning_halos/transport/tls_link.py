@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.messages import Message
-from lightning_halos.core.vector import PART, Advance, ignore_progress
+from lightning_halos.core.quantization import Format
+from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.transport import frames
 from lightning_halos.transport.connection import Connection
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.link import FramedLink, Memory, OnFailure, OnMessage, VectorCutOffError
+from lightning_halos.transport.link import Form, FramedLink, Memory, OnFailure, OnMessage, VectorCutOffError
+from lightning_halos.transport.vectors import Part
 
 INTERVAL = 1.0
 """Seconds between an idle sender's signs of life."""
@@ -40,7 +42,7 @@ class TLSLink(FramedLink):
     Args:
         connections: The connections. Only this link may use them.
         peer: Name of the peer.
-        form: Number of elements and dtype of the vectors on this link. Default: there are none.
+        form: The vectors on this link. Default: there are none.
         memory: Returns the memory to receive a vector into. Default: new memory for each vector.
     """
 
@@ -48,7 +50,7 @@ class TLSLink(FramedLink):
         self,
         connections: Sequence[Connection],
         peer: str,
-        form: tuple[int, torch.dtype] | None = None,
+        form: Form | None = None,
         memory: Memory | None = None,
     ) -> None:
         super().__init__(peer, INTERVAL, form, memory)
@@ -154,22 +156,22 @@ class TLSLink(FramedLink):
                 while True:
                     self._connections[0].receive_into(memory)
 
-    def _send_frame(self, length: int, elements: int = 0, dtype: int = 0, data: bytes = b"") -> None:
+    def _send_frame(self, length: int, elements: int = 0, code: int = 0, data: bytes = b"") -> None:
         with self._naming_peer():
-            self._connections[0].send(frames.HEADER.pack(length, elements, dtype) + data)
+            self._connections[0].send(frames.HEADER.pack(length, elements, code) + data)
 
     def _receive_header(self) -> tuple[int, int, int]:
-        length, elements, dtype = frames.HEADER.unpack(self._receive_fields(frames.HEADER.size))
-        return length, elements, dtype
+        length, elements, code = frames.HEADER.unpack(self._receive_fields(frames.HEADER.size))
+        return length, elements, code
 
     def _receive_fields(self, length: int) -> bytes:
         with self._naming_peer():
             return self._connections[0].receive(length)
 
-    def _send_vector(self, vector: Tensor, progress: Iterable[int]) -> None:
+    def _send_vector(self, vector: Tensor, form: Format, parts: Sequence[Part], progress: Iterable[int]) -> None:
         filling = _Filling()
-        parts = list(_parts_of(vector))
-        streams = self._start_streams("send", len(parts), partial(self._send_parts, parts, filling))
+        send = partial(self._send_parts, vector, form, parts, filling)
+        streams = self._start_streams("send", len(parts), send)
         try:
             for complete in progress:
                 filling.advance(complete)
@@ -177,38 +179,40 @@ class TLSLink(FramedLink):
             filling.cut_off()
         streams.join()
 
-    def _send_parts(self, parts: Sequence[tuple[memoryview, int]], filling: _Filling, mine: range) -> None:
+    def _send_parts(self, vector: Tensor, form: Format, parts: Sequence[Part], filling: _Filling, mine: range) -> None:
         connection = self._connections[mine.start]
         with self._naming_peer():
             for index in mine:
-                part, stop = parts[index]
-                while not filling.wait_for(stop, self._interval):
+                part = parts[index]
+                while not filling.wait_for(part.stop, self._interval):
                     connection.send(_WAIT)
-                if filling.is_cut_off(stop):
+                if filling.is_cut_off(part.stop):
                     connection.send(_CUT_OFF)
                     return
                 connection.send(_PART)
-                connection.send(part)
+                connection.send(_memory_of(part.encode(vector, form)))
 
-    def _receive_vector(self, vector: Tensor) -> Iterator[int]:
+    def _receive_vector(self, vector: Tensor, form: Format, parts: Sequence[Part]) -> Iterator[int]:
         arrival = _Arrival()
-        parts = list(_parts_of(vector))
         # They start before the receiver asks for the first part, and do not wait while it uses a part.
-        streams = self._start_streams("receive", len(parts), partial(self._receive_parts, parts, arrival))
+        receive = partial(self._receive_parts, vector, form, parts, arrival)
+        streams = self._start_streams("receive", len(parts), receive)
         self._streams = streams
 
         def progress() -> Iterator[int]:
-            for index, (_, stop) in enumerate(parts):
+            for index, part in enumerate(parts):
                 is_there = arrival.wait_for(index)
                 if not is_there or index + 1 == len(parts):
                     streams.join()  # before anybody else reads from their connections
                 if not is_there:
                     raise VectorCutOffError
-                yield stop
+                yield part.stop
 
         return progress()
 
-    def _receive_parts(self, parts: Sequence[tuple[memoryview, int]], arrival: _Arrival, mine: range) -> None:
+    def _receive_parts(
+        self, vector: Tensor, form: Format, parts: Sequence[Part], arrival: _Arrival, mine: range
+    ) -> None:
         connection = self._connections[mine.start]
         try:
             with self._naming_peer():
@@ -220,11 +224,20 @@ class TLSLink(FramedLink):
                         return
                     if sign != _PART:
                         raise ValueError(f"{self.peer} sent {sign!r} instead of a part of a vector.")
-                    connection.receive_into(parts[index][0])
+                    self._receive_part(connection, vector, form, parts[index])
                     arrival.add(index)
         except BaseException as error:
             arrival.fail(error)
             raise
+
+    @staticmethod
+    def _receive_part(connection: Connection, vector: Tensor, form: Format, part: Part) -> None:
+        if part.narrow == part.start:
+            connection.receive_into(_memory_of(vector[part.start : part.stop]))
+            return
+        data = torch.empty(part.nbytes(form, vector.itemsize), dtype=torch.uint8)
+        connection.receive_into(_memory_of(data))
+        part.decode(data, vector, form)
 
     def _start_streams(self, name: str, parts: int, run: Callable[[range], None]) -> _Jobs:
         count = min(parts, len(self._connections))
@@ -329,9 +342,5 @@ class _Arrival:
             return index in self._arrived
 
 
-def _parts_of(vector: Tensor) -> Iterator[tuple[memoryview, int]]:
-    """Yields the memory of each part of a vector, and the number of elements up to its end."""
-    memory, size = vector.numpy().data.cast("B"), vector.element_size()
-    for start in range(0, vector.numel(), PART):
-        stop = min(start + PART, vector.numel())
-        yield memory[start * size : stop * size], stop
+def _memory_of(values: Tensor) -> memoryview:
+    return values.numpy().data.cast("B")

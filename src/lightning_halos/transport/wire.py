@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-import torch
 from torch import Tensor
 
 from lightning_halos.core.messages import NOT_NEGATIVE, Message
@@ -23,7 +22,6 @@ from lightning_halos.core.messages import NOT_NEGATIVE, Message
 MOST_CHARACTERS = 2**20
 """Largest number of characters of a text in a message."""
 
-_DTYPES = [torch.float32, torch.float64]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # as torch has them
 _Text = Annotated[str, msgspec.Meta(max_length=MOST_CHARACTERS)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # not NaN either
@@ -96,13 +94,3 @@ def _filled(form: msgspec.Struct, **more: Tensor) -> Any:
 def vector_of(message: Message) -> Tensor | None:
     """The vector of a message, ``None`` if it has none."""
     return getattr(message, "vector", None)
-
-
-def describe(vector: Tensor | None) -> tuple[int, int]:
-    """Returns the number of elements and the code of the dtype, as a frame announces them."""
-    return (0, 0) if vector is None else (vector.numel(), code_of(vector.dtype))
-
-
-def code_of(dtype: torch.dtype) -> int:
-    """The code of a vector's dtype in a frame."""
-    return _DTYPES.index(dtype)

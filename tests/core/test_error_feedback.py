@@ -1,0 +1,159 @@
+"""What rounding takes from a sender's updates comes with the later ones; models are rounded once and not again."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_halos.core.error_feedback import ErrorFeedback, in_parts
+from lightning_halos.core.messages import Pull, Push
+from lightning_halos.core.quantization import Format, decode, encode
+from lightning_halos.core.shadow import Shadow
+from lightning_halos.core.vector import PART, Advance
+from lightning_halos.core.worker_wire import WorkerWire
+
+FORMATS: list[Format] = ["bfloat16", "int8", "int4"]
+PARAMETERS, BUFFERS = 2000, 10
+SIZE = PARAMETERS + BUFFERS
+generator = torch.Generator().manual_seed(0)
+
+
+def update() -> torch.Tensor:
+    return torch.randn(SIZE, generator=generator)
+
+
+def filling(vector: torch.Tensor, values: torch.Tensor) -> object:
+    """Fills a vector in steps that are no parts."""
+
+    def fill(advance: Advance) -> None:
+        for start in range(0, SIZE, 999):
+            stop = min(start + 999, SIZE)
+            vector[start:stop] = values[start:stop]
+            advance(stop)
+
+    return fill
+
+
+def sent(feedback: ErrorFeedback, values: torch.Tensor, is_last: bool = False) -> torch.Tensor:
+    vector = torch.full((SIZE,), 9.0)
+    feedback.rounding(filling(vector, values), vector, is_last)(lambda complete: None)
+    return vector
+
+
+def is_in_format(values: torch.Tensor, form: Format) -> bool:
+    out = torch.empty_like(values)
+    decode(encode(values, form), out, form)
+    return torch.equal(out, values)
+
+
+def test_parts_are_reported_when_they_are_rounded() -> None:
+    size, told, used = 2 * PART + 5, list[int](), list[tuple[int, int]]()
+
+    def fill(advance: Advance) -> None:
+        for complete in (3, PART - 1, PART + 1, PART + 2, 2 * PART + 4):
+            advance(complete)
+
+    in_parts(fill, size, lambda start, stop: used.append((start, stop)))(told.append)
+    assert used == [(0, PART), (PART, 2 * PART), (2 * PART, size)]
+    assert told == [PART, 2 * PART, size]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_updates_together_lack_nothing(form: Format) -> None:
+    feedback = ErrorFeedback(form, PARAMETERS)
+    values = [update() for _ in range(4)]
+    vectors = [sent(feedback, own, is_last=own is values[-1]) for own in values]
+    for vector, own in zip(vectors, values, strict=True):
+        assert torch.equal(vector[PARAMETERS:], own[PARAMETERS:]), "buffers travel as they are"
+    for vector in vectors[:-1]:
+        assert is_in_format(vector[:PARAMETERS], form)
+    total, ordered = sum(vectors)[:PARAMETERS], sum(values)[:PARAMETERS]  # type: ignore[index]
+    torch.testing.assert_close(total, ordered, rtol=0, atol=1e-5)
+    assert feedback.residual is not None
+    assert not feedback.residual.any()
+
+
+def test_what_is_not_trained_is_not_sent() -> None:
+    feedback = ErrorFeedback("int4", PARAMETERS)
+    sent(feedback, update())
+    assert feedback.residual is not None
+    before = feedback.residual[70:400].clone()
+    values = update()
+    values[70:400] = 0.0  # not at the borders of blocks
+    assert not sent(feedback, values)[70:400].any()
+    assert torch.equal(feedback.residual[70:400], before)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_update_that_will_be_rejected_spoils_no_later_one(form: Format, wrong: float) -> None:
+    feedback = ErrorFeedback(form, PARAMETERS)
+    values = update()
+    values[5] = wrong
+    assert not bool(sent(feedback, values).isfinite().all())
+    assert bool(sent(feedback, update()).isfinite().all())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_both_ends_of_a_model_hold_the_same_bits(form: Format) -> None:
+    here, there = Shadow(PARAMETERS, form), Shadow(PARAMETERS)
+    model = update()
+    for number in range(4):
+        vector = torch.empty(SIZE)
+        is_difference, fill = here.sending(filling(vector, model), vector)
+        assert is_difference == (number > 0)
+        fill(lambda complete: None)
+        if is_difference:
+            received = torch.empty(PARAMETERS)
+            decode(encode(vector[:PARAMETERS], form), received, form)
+            vector[:PARAMETERS] = received
+        arrived = list(there.receiving(vector, is_difference, [1, 70, 1024, SIZE]))
+        assert arrived == [1, 70, 1024, SIZE]
+        assert here.values is not None
+        assert there.values is not None
+        assert torch.equal(here.values.view(torch.int32), there.values.view(torch.int32))
+        assert torch.equal(vector[:PARAMETERS], there.values)
+        assert torch.equal(vector[PARAMETERS:], model[PARAMETERS:])
+        if is_difference:
+            assert (vector - model).abs().max() < 0.05, "the error does not grow"
+        else:
+            assert torch.equal(vector, model)
+        model += 0.1 * update()
+
+
+def test_a_difference_to_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="came as a difference"):
+        Shadow(PARAMETERS).receive(torch.zeros(SIZE), True)
+
+
+def test_a_worker_goes_on_with_its_residual_and_shadow() -> None:
+    one, values, model = WorkerWire("int4", PARAMETERS), update(), update()
+    push = Push(0, 0, 1, 1, 1.0, vector=torch.empty(SIZE))
+    assert push.vector is not None
+    one.filling(push, filling(push.vector, values))(lambda complete: None)  # type: ignore[arg-type]
+    list(one.arriving(Pull(1, 1, 1, False, vector=model.clone()), [SIZE]))
+    other = WorkerWire("int4", PARAMETERS)
+    other.load_state_dict(one.state_dict(has_shadow=True))
+    results = []
+    for wire in (one, other):
+        push = Push(0, 0, 1, 1, 1.0, vector=torch.empty(SIZE))
+        assert push.vector is not None
+        wire.filling(push, filling(push.vector, values))(lambda complete: None)  # type: ignore[arg-type]
+        difference = torch.ones(SIZE)
+        list(wire.arriving(Pull(2, 1, 1, False, vector=difference, is_difference=True), [SIZE]))
+        results.append((push.vector, difference))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][1][:PARAMETERS], model[:PARAMETERS] + 1)
+    assert not one.state_dict(has_shadow=False).keys() & {"shadow"}
+
+
+def test_a_worker_on_an_ordinary_link_changes_nothing() -> None:
+    wire = WorkerWire("float32", PARAMETERS)
+    push = Push(0, 0, 1, 1, 1.0, vector=torch.empty(1))
+    assert wire.filling(push, len) is len  # type: ignore[arg-type]
+    progress = [1]
+    assert wire.arriving(Pull(1, 1, 1, False, vector=torch.empty(1)), progress) is progress
+    assert wire.state_dict(has_shadow=True) == {}

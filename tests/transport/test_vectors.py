@@ -1,0 +1,72 @@
+"""Vectors in a narrow format on every kind of link: exact, of few bytes, and only as this link announces them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_halos.core.messages import GlobalModel, Pull, Push
+from lightning_halos.core.quantization import Format, nbytes, round_
+from lightning_halos.core.vector import PART, Advance
+from lightning_halos.transport.vectors import VectorForm, code_of
+from tests.transport.test_link import End, GlooWire, TLSWire, Wire, groups
+
+PARAMETERS = PART + 70
+ELEMENTS = PARAMETERS + 5
+
+
+@pytest.fixture(params=["gloo", "tls"])
+def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
+    if request.param == "gloo":
+        with groups() as processes:
+            made: Wire = GlooWire(processes)
+    else:
+        made = TLSWire(streams=3)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("bfloat16", "float32"), ("int8", "float64"), ("int4", "float32")])
+def test_rounded_vectors_arrive_exactly_in_few_bytes_and_others_complete(wire: Wire, form: Format, dtype: str) -> None:
+    kind = VectorForm(ELEMENTS, getattr(torch, dtype), form, PARAMETERS)
+    a = End(wire.link(0, "b", form=kind)).start()
+    b = End(wire.link(1, "a", form=kind)).start()
+    torch.manual_seed(0)
+    values = torch.randn(ELEMENTS, dtype=kind.dtype)
+    rounded = values.clone()
+    for start in range(0, PARAMETERS, PART):
+        round_(rounded[start : min(start + PART, PARAMETERS)], form)
+    vector = torch.empty_like(values)
+
+    def fill(advance: Advance) -> None:
+        for stop in (PART, ELEMENTS):
+            vector[:stop] = rounded[:stop]
+            advance(stop)
+
+    before = b.link.bytes_received
+    a.link.post(Push(0, 0, 1, 1, 1.0, vector=vector), fill)
+    a.link.post(Pull(0, 1, 1, False, vector=rounded, is_difference=True))
+    b.wait_for(2)
+    carried = b.link.bytes_received - before
+    payload = 2 * (nbytes(PART, form) + nbytes(PARAMETERS - PART, form) + 5 * kind.dtype.itemsize)
+    assert payload <= carried < payload + 6000
+    a.link.post(Push(0, 0, 1, 1, 1.0, final=True, vector=values))
+    a.link.post(GlobalModel(1, vector=values))
+    messages = b.wait_for(4)
+    for message, expected in zip(messages, [rounded, rounded, values, values], strict=True):
+        assert torch.equal(message.vector.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_a_format_that_the_link_does_not_have_is_refused(wire: Wire) -> None:
+    b = End(wire.link(1, "a", form=VectorForm(ELEMENTS, torch.float32, "int8", PARAMETERS))).start()
+    wire.send_header(0, -3, 4, 0)
+    wire.send_header(0, 10, ELEMENTS, code_of(torch.float32, "int4"))
+    deadline = time.monotonic() + 60
+    while b.failure is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert f"{ELEMENTS} elements (format {code_of(torch.float32, 'int4')})" in str(b.failure)
+    assert f"{ELEMENTS} elements (format 0 or {code_of(torch.float32, 'int8')})" in str(b.failure)
