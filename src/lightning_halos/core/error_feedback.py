@@ -30,15 +30,15 @@ class ErrorFeedback:
     Args:
         form: The format of the updates.
         parameters: Elements of an update that are parameters. They come first; what follows is left as it is.
+        dtype: The dtype of updates.
 
     Attributes:
-        residual: The residual, of shape (parameters,); ``None`` before the first update.
+        residual: The residual, of shape (parameters,).
     """
 
-    def __init__(self, form: Format, parameters: int) -> None:
-        self.residual: Tensor | None = None
+    def __init__(self, form: Format, parameters: int, dtype: torch.dtype) -> None:
+        self.residual = torch.zeros(parameters, dtype=dtype)
         self._format = form
-        self._parameters = parameters
 
     def rounding(self, fill: Fill, vector: Tensor, is_last: bool = False) -> Fill:
         """Returns a function that fills the vector of an update, and rounds it part by part before it is sent.
@@ -51,7 +51,7 @@ class ErrorFeedback:
         return in_parts(fill, vector.numel(), lambda start, stop: self.round_(vector, start, stop, is_last))
 
     def round_(self, vector: Tensor, start: int, stop: int, is_last: bool = False) -> None:
-        """Adds the residual to a part of an update, and rounds it in place.
+        """Adds the residual to a part of an update, and rounds it in place. Threads may do so with different parts.
 
         Args:
             vector: The update.
@@ -59,9 +59,7 @@ class ErrorFeedback:
             stop: The element behind it; a multiple of ``BLOCK``, or the end of the vector.
             is_last: See :meth:`rounding`.
         """
-        if self.residual is None:
-            self.residual = vector.new_zeros(self._parameters)
-        stop = min(stop, self._parameters)
+        stop = min(stop, self.residual.numel())
         for begin in range(start, stop, CHUNK):
             part = slice(begin, min(begin + CHUNK, stop))
             self._round(vector[part], self.residual[part], is_last)

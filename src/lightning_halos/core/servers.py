@@ -429,7 +429,7 @@ class LocalServer(ParameterServer):
 
     def round_updates(self, form: Format) -> None:
         """Rounds the updates to the global server from now on to what a format can have."""
-        self.feedback = ErrorFeedback(form, self._num_parameters)
+        self.feedback = ErrorFeedback(form, self._num_parameters, self.model.dtype)
 
     @property
     def exchanges(self) -> bool:
@@ -541,8 +541,10 @@ class LocalServer(ParameterServer):
 
     def _take_residual(self, residual: Tensor | None) -> None:
         """Goes on with what the updates before lacked, as a residual or, if no update is rounded now, in the next."""
-        if self.feedback is not None:
-            self.feedback.residual = None if residual is None else residual.clone()
+        if self.feedback is not None and residual is None:
+            self.feedback.residual.zero_()
+        elif self.feedback is not None:
+            self.feedback.residual.copy_(residual)
         elif residual is not None and self._base is not None:
             self._base[: self._num_parameters].add_(residual)
 

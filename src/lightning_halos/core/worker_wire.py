@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_halos.core.error_feedback import ErrorFeedback, Fill
@@ -22,10 +23,11 @@ class WorkerWire:
     Args:
         form: The format of the worker's link.
         parameters: Elements of the vector that are parameters.
+        dtype: The dtype of the vector.
     """
 
-    def __init__(self, form: Format, parameters: int) -> None:
-        self._feedback = None if form == "float32" else ErrorFeedback(form, parameters)
+    def __init__(self, form: Format, parameters: int, dtype: torch.dtype) -> None:
+        self._feedback = None if form == "float32" else ErrorFeedback(form, parameters, dtype)
         self._shadow = None if form == "float32" else Shadow(parameters)
 
     def know(self, model: Tensor) -> None:
@@ -60,7 +62,7 @@ class WorkerWire:
             has_shadow: Whether the server's state has the shadow, too, so that both can go on with it.
         """
         state = {}
-        if self._feedback is not None and self._feedback.residual is not None:
+        if self._feedback is not None:
             state["residual"] = self._feedback.residual.clone()
         if has_shadow and self._shadow is not None and self._shadow.values is not None:
             state["shadow"] = self._shadow.values.clone()
@@ -69,6 +71,6 @@ class WorkerWire:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what a worker's state has of :meth:`state_dict`. What this link has no use for is dropped."""
         if self._feedback is not None and (residual := state.get("residual")) is not None:
-            self._feedback.residual = residual.clone()
+            self._feedback.residual.copy_(residual)
         if self._shadow is not None and (shadow := state.get("shadow")) is not None:
             self._shadow.values = shadow.clone()
