@@ -86,6 +86,11 @@ class Layout:
         """Elements of the complete vector."""
         return sum(bounds[-1] for bounds in self.bounds)
 
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of the complete vector that belong to parameters. They come first."""
+        return sum(bounds[-1] for bounds in self.bounds[: self.num_tensors])
+
     def undivided(self) -> Layout:
         """Returns the layout of the same vector in one lane."""
         return Layout(self.num_tensors, tuple((0, bounds[-1]) for bounds in self.bounds))

@@ -541,10 +541,8 @@ class LocalServer(ParameterServer):
 
     def _take_residual(self, residual: Tensor | None) -> None:
         """Goes on with what the updates before lacked, as a residual or, if no update is rounded now, in the next."""
-        if self.feedback is not None and residual is None:
-            self.feedback.residual.zero_()
-        elif self.feedback is not None:
-            self.feedback.residual.copy_(residual)
+        if self.feedback is not None:
+            self.feedback.residual.copy_(torch.zeros(()) if residual is None else residual)
         elif residual is not None and self._base is not None:
             self._base[: self._num_parameters].add_(residual)
 

@@ -33,13 +33,6 @@ class Shadow:
         self._parameters = parameters
         self._format = form
 
-    def know(self, model: Tensor) -> None:
-        """Records that the receiver has a model."""
-        if self.values is None:
-            self.values = model[: self._parameters].clone()
-        else:
-            self.values.copy_(model[: self._parameters])
-
     def forget(self) -> None:
         """Makes the next model complete, because nobody knows what the receiver has."""
         self.values = None

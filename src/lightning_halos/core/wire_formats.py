@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lightning_halos.core.messages import GlobalModel, Message, Pull, Push, RegionUpdate
+from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.quantization import FORMATS, Format, check_format
+from lightning_halos.core.topology import ServerGroup
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,24 @@ class WireFormats:
         """Whether vectors travel on all links as they are."""
         return self.within == self.between == "float32"
 
+    def of_server(self, group: ServerGroup, region_of: Callable[[int], int], home: int) -> dict[int, Format]:
+        """Returns the formats on the links of a local server, by the addresses of its peers.
+
+        Args:
+            group: The server, and its workers.
+            region_of: Returns the region of a worker.
+            home: The region of the global server.
+        """
+        formats = {rank: self.on(region_of(rank), group.region) for rank in group.ranks}
+        return {**formats, GLOBAL: self.on(group.region, home)}
+
     def on(self, one: int, other: int) -> Format:
         """Returns the format on a link, given the regions of its ends."""
         return self.within if one == other else self.between
+
+
+PLAIN = WireFormats()
+"""Vectors travel as they are."""
 
 
 def is_rounded(message: Message) -> bool:

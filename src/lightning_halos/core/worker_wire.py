@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_halos.core.error_feedback import ErrorFeedback, Fill
 from lightning_halos.core.messages import Pull, Push
@@ -29,11 +28,6 @@ class WorkerWire:
     def __init__(self, form: Format, parameters: int, dtype: torch.dtype) -> None:
         self._feedback = None if form == "float32" else ErrorFeedback(form, parameters, dtype)
         self._shadow = None if form == "float32" else Shadow(parameters)
-
-    def know(self, model: Tensor) -> None:
-        """Records that the server knows that this worker has a model."""
-        if self._shadow is not None:
-            self._shadow.know(model)
 
     def filling(self, push: Push, fill: Fill) -> Fill:
         """Returns a function that fills a push with its rounded vector, given one that fills it with the vector."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from lightning_halos.core.messages import Message
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.transport.certificates import Certificate
-from lightning_halos.transport.link import Link, Memory
+from lightning_halos.transport.link import Form, Link, Memory
+from lightning_halos.transport.vectors import VectorForm
 
 _PAUSE = 0.01  # seconds between two looks
 _MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
@@ -38,7 +39,7 @@ class Session(Protocol):
     @property
     def has_models(self) -> bool: ...
 
-    def models(self, form: tuple[int, torch.dtype], memory: Memory | None = None) -> Link: ...
+    def models(self, form: Form, memory: Memory | None = None) -> Link: ...
 
     def close(self, timeout: float) -> None: ...
 
@@ -67,7 +68,7 @@ class Client:
     copies: int = 0  # models among them that are not in the memory for its vectors
     # Messages that wait for a snapshot, and those after them, with the number of the snapshot; 0 for no matter which.
     held: deque[tuple[int, Send]] = field(default_factory=deque)
-    form: tuple[int, torch.dtype] | None = None
+    form: VectorForm | None = None
     _vector: Tensor | None = None
     _free: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
 
@@ -96,7 +97,7 @@ class Client:
         self._free.get()
         assert self.form is not None
         if self._vector is None:
-            self._vector = torch.empty(self.form[0], dtype=self.form[1])
+            self._vector = torch.empty(self.form.elements, dtype=self.form.dtype)
         return self._vector
 
     def release(self) -> None:

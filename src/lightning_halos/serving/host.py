@@ -45,6 +45,7 @@ from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.compute import ComputeThreads, threads_beside
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link
+from lightning_halos.transport.vectors import VectorForm
 from lightning_halos.transport.wire import vector_of
 
 log = logging.getLogger(__name__)
@@ -305,8 +306,9 @@ class RunHost:
         if before is not self._state is GlobalState.STOPPING:
             self.note("The run stops: its steps are done, or its deciding member asks for it.")
         self.updates += isinstance(message, RegionUpdate)
-        if isinstance(message, Join) and client.models is None and self.node.form is not None:
-            client.form = self.node.form
+        description = self.node.description
+        if isinstance(message, Join) and client.models is None and description is not None:
+            client.form = VectorForm.of_run(description)
             client.release()
             client.models = client.session.models(client.form, client.memory)
             self._start(client, client.models)

@@ -47,6 +47,7 @@ from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerFailedError
 from lightning_halos.transport.link import progress_limit, wait_all
 from lightning_halos.transport.server_connection import ServerConnection
+from lightning_halos.transport.vectors import VectorForm
 
 if TYPE_CHECKING:
     from lightning_halos.training.site import Site
@@ -137,7 +138,7 @@ class Membership:
         def join() -> dict[str, Any]:
             assert self.connection is not None
             if self.joining is None:
-                self.connection.expect_models((complete.numel(), complete.dtype))
+                self.connection.expect_models(VectorForm.of_run(description))
                 node = Joining(self.session, site.size, description, complete.clone)
                 self.joining = JoiningParty(node, self.connection)
                 self.connection.serve(self.joining)
@@ -381,6 +382,7 @@ def describe(
         steps_per_epoch=0 if data is None else data.steps_per_epoch,
         epochs=epochs_of_training(trainer),
         max_steps=None if trainer.max_steps == -1 else trainer.max_steps,
+        wire=algorithm.wire.between,
     )
 
 

@@ -5,7 +5,7 @@ The common part of all strategies is in ``strategy``; their differences are in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import StrategyRegistry
 from lightning_halos.training.connected_strategy import StartMethod
@@ -49,6 +51,9 @@ class HalosStrategy(AlgorithmStrategy):
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
             NaN or infinite values are always rejected.
+        wire: The format in which vectors travel: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"`` for all links,
+            or a dict with formats for the links ``"within"`` and ``"between"`` regions, such as
+            ``{"between": "int4"}``. What one message loses by rounding comes with the next; see ``docs/wire.md``.
         overlap: Whether a worker trains on while its push is answered, instead of waiting. What it has learned
             meanwhile is added to the answer, so that no step is lost; see ``docs/overlap.md``.
         start_method: ``"popen"``, ``"spawn"`` or ``"fork"``, as in Lightning's ``DDPStrategy``.
@@ -93,6 +98,7 @@ class HalosStrategy(AlgorithmStrategy):
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         max_norm_ratio: float | None = None,
         overlap: bool = False,
+        wire: Format | Mapping[str, Format] = "float32",
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,
@@ -114,6 +120,7 @@ class HalosStrategy(AlgorithmStrategy):
             global_optimizer=global_optimizer,
             max_norm_ratio=max_norm_ratio,
             overlap=overlap,
+            wire=WireFormats.of(wire),
         )
         super().__init__(
             algorithm,
@@ -157,6 +164,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
             0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
         max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
         overlap: As there.
+        wire: As there.
         **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on.
 
     Raises:
@@ -171,6 +179,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         optimizer: OptimizerFactory | None = None,
         max_norm_ratio: float | None = None,
         overlap: bool = False,
+        wire: Format | Mapping[str, Format] = "float32",
         **kwargs: Any,
     ) -> None:
         algorithm = AsyncLocalSGD(
@@ -179,6 +188,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
             optimizer=optimizer,
             max_norm_ratio=max_norm_ratio,
             overlap=overlap,
+            wire=WireFormats.of(wire),
         )
         super().__init__(algorithm, **kwargs)
 
@@ -213,7 +223,7 @@ class DilocoStrategy(AlgorithmStrategy):
         outer_optimizer: OptimizerFactory | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse_overlap("Diloco", kwargs)
+        _refuse_asynchronous("Diloco", kwargs)
         algorithm = Diloco(
             local_steps=local_steps,
             dynamic_local_steps=dynamic_local_steps,
@@ -247,7 +257,7 @@ class SyncSGDStrategy(AlgorithmStrategy):
                 "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or use"
                 " Lightning's strategy='ddp' for real processes."
             )
-        _refuse_overlap("SyncSGD", kwargs)
+        _refuse_asynchronous("SyncSGD", kwargs)
         super().__init__(SyncSGD(), simulate=simulate, **kwargs)
 
     @classmethod
@@ -256,11 +266,14 @@ class SyncSGDStrategy(AlgorithmStrategy):
         strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
 
 
-def _refuse_overlap(name: str, arguments: dict[str, Any]) -> None:
-    """Refuses ``overlap`` for synchronous rounds, also as ``False``, because nobody could set it to ``True``."""
-    if "overlap" in arguments:
-        raise TypeError(
-            f"overlap={arguments['overlap']!r}: {name}Strategy has no such argument, because its rounds are"
-            " synchronous: each begins with the result of the one before. Leave it out, or use HalosStrategy or"
-            " AsyncLocalSGDStrategy, whose workers push when they are ready."
-        )
+def _refuse_asynchronous(name: str, arguments: dict[str, Any]) -> None:
+    """Refuses what only servers have, also with its default, because nobody could set it to anything else."""
+    for argument, reason in (
+        ("overlap", "its rounds are synchronous: each begins with the result of the one before"),
+        ("wire", "its workers average their models, and a mean of rounded models has no residual"),
+    ):
+        if argument in arguments:
+            raise TypeError(
+                f"{argument}={arguments[argument]!r}: {name}Strategy has no such argument, because {reason}. Leave it"
+                " out, or use HalosStrategy or AsyncLocalSGDStrategy, whose workers push when they are ready."
+            )

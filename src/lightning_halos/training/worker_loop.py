@@ -19,6 +19,7 @@ from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker, Pull, Push
 from lightning_halos.core.vector import Advance
+from lightning_halos.core.worker_wire import WorkerWire
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import show_metrics
 from lightning_halos.training.first_metrics import FirstMetrics
@@ -42,6 +43,7 @@ from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
 from lightning_halos.transport.client import VirtualClient
 from lightning_halos.transport.collectives import Collectives
+from lightning_halos.transport.link import wait_all
 
 
 class WorkerLoop(Callback):
@@ -81,6 +83,8 @@ class WorkerLoop(Callback):
         self._memory = start.memory if state.get("memory") is None else state["memory"]
         self._trains_on = isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap
         self._has_answer = False
+        self._wire = WorkerWire(world.wire, start.vector.num_parameters, start.vector.dtype)
+        self._wire.load_state_dict(state)
         self._pushed: Tensor | None = state.get("pushed")  # the module's values at the unanswered push
         self._data = start.data
         self._world = world
@@ -230,7 +234,7 @@ class WorkerLoop(Callback):
         push = self.round.push(memory, stop, final=True, data=self._take_used())
         push.leave = self._preemption.leaves
         push.epoch = self._trainer.current_epoch
-        self._finish(push, self._fill)
+        self._finish(push, self._wire.filling(push, self._fill))
         if self._preemption.leaves:
             self._preemption.end()
 
@@ -304,6 +308,7 @@ class WorkerLoop(Callback):
             "hand_stepped": self._hand_stepped.state_dict(),
             "random": self._random if self._random is not None and self._trainer.validating else random_state(),
             "ends_epoch": self._lightning.ends_epoch,
+            **self._wire.state_dict(has_shadow=self._world.is_simulated),
         }
 
     def _set_global_step(self, position: int) -> None:
@@ -326,9 +331,9 @@ class WorkerLoop(Callback):
         if self._own_data is not None:
             self._own_data.end_round(push.number)
         if self._trains_on:
-            self._send(push, self._fill_and_keep)
+            self._send(push, self._wire.filling(push, self._fill_and_keep))
         else:
-            self._exchange(push, self._fill)
+            self._exchange(push, self._wire.filling(push, self._fill))
 
     def _end_round(self, is_last: bool) -> None:
         self._refuse_newly_trainable()
@@ -341,7 +346,7 @@ class WorkerLoop(Callback):
         posted = self.stopwatch.now()
         pull, progress = self._world.client.exchange(push, fill)
         if pull.vector is not None:
-            self._load(pull.vector, progress)
+            self._load(pull.vector, self._wire.arriving(pull, progress))
         self._receive(pull, posted)
 
     def _send(self, push: Push, fill: Callable[[Advance], object]) -> None:
@@ -361,6 +366,7 @@ class WorkerLoop(Callback):
         assert pull.vector is not None
         assert self._pushed is not None
         self._memory = pull.vector
+        wait_all(self._wire.arriving(pull, [self._memory.numel()]))
         self._vector.add_progress_(self._memory, self._pushed)
         self._receive(pull, begin)
 

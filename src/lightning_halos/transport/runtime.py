@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import ShardWritten, Welcome
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.topology import Topology
+from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.compute import ComputeThreads
@@ -31,6 +33,7 @@ from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.push_memory import PUSHES
 from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.slices import JoiningLink, NoLink
+from lightning_halos.transport.vectors import VectorForm
 
 
 class NodeRuntime:
@@ -55,8 +58,11 @@ class NodeRuntime:
         describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
         threads: Number of threads in which the servers of this process compute.
         pushes: Number of pushes that a local server has memory for.
+        wire: The formats of vectors on the links. The nodes and the worker round them before they are sent.
+        parameters: Elements of the vector that are parameters, which have these formats.
 
     Attributes:
+        format: The format on the worker's link to its local server.
         alarm: The alarm to report failures to.
         client: The worker's end of the link to its local server.
         global_host: The host of ``global_node``.
@@ -81,6 +87,8 @@ class NodeRuntime:
         describe: Callable[[int, int], str] | None = None,
         threads: int = 1,
         pushes: int = PUSHES,
+        wire: WireFormats = PLAIN,
+        parameters: int = 0,
     ) -> None:
         self._describe = describe or (lambda worker, lane: topology.describe(worker))
         self._lane = lane
@@ -90,7 +98,9 @@ class NodeRuntime:
         self._topology = topology
         self._groups = groups
         self._timeout = timeout
-        self._form = memory.numel(), memory.dtype
+        self._form = VectorForm(memory.numel(), memory.dtype, parameters=parameters)
+        self._wire = wire
+        self.format: Format = "float32"
         self._lanes = self._connect_lanes(rank, lane, written) if groups.order else None
         self._pushes = pushes
         self._compute = None if global_node is None and region_node is None else ComputeThreads(threads)
@@ -100,7 +110,9 @@ class NodeRuntime:
             self.global_host = Host(global_node, self.alarm, store, forward, self._lanes, compute=self._compute)
         link: Link
         if region_node is None:  # the vector's values were sent with the push when the answer overwrites them
-            link = self._gloo_link(groups.region[group.leader], self._server_of(group.leader), lambda: memory)
+            self.format = self._wire.on(topology.region_of(rank), group.region)
+            server = self._server_of(group.leader)
+            link = self._gloo_link(groups.region[group.leader], server, self.format, lambda: memory)
         else:
             near = {worker for worker in group.ranks if topology.region_of(worker) == group.region}
             if group.region == topology.group_of(0).region:
@@ -115,7 +127,8 @@ class NodeRuntime:
             self.region_host.attach(rank, own)
             for worker in group.ranks[1:]:
                 memory_for_push = partial(self.region_host.memory_for_push, worker)
-                its = self._gloo_link(groups.region[worker], self._name(worker), memory_for_push)
+                form = self._wire.on(topology.region_of(worker), group.region)
+                its = self._gloo_link(groups.region[worker], self._name(worker), form, memory_for_push)
                 self.region_host.attach(worker, its)
             if self.global_host is not None:
                 self.global_host.do("start")
@@ -153,9 +166,8 @@ class NodeRuntime:
         slices: dict[int, Link] = {}
         if self._lanes is not None:
             assert layout is not None
-            dtype = self._form[1]
             for lane, pair in self._groups.slices.items():
-                form = layout.elements_of(lane or self._lanes.lane), dtype
+                form = VectorForm(layout.elements_of(lane or self._lanes.lane), self._form.dtype)
                 slices[lane] = self._link(pair, self._describe(0, lane), form)
         if connection is None:
             host = MemberHost(node, self.alarm, near, None, welcome, self._lanes, None, self._compute, self._pushes)
@@ -164,7 +176,10 @@ class NodeRuntime:
         joining = None
         if self._lanes is not None:
             assert layout is not None
-            joining = JoiningLink(connection.models, layout, slices, self._lanes)
+            feedback = None
+            if self._wire.between != "float32":
+                feedback = ErrorFeedback(self._wire.between, layout.parameters, self._form.dtype)
+            joining = JoiningLink(connection.models, layout, slices, self._lanes, feedback)
         host = MemberHost(
             node, self.alarm, near, connection, welcome, self._lanes, joining, self._compute, self._pushes
         )
@@ -178,7 +193,8 @@ class NodeRuntime:
         topology, groups = self._topology, self._groups
         here, there = self._server_of(rank), f"the global server of {self._name(0)}"
         if self.global_host is None:
-            models_link = self._gloo_link(groups.models[0], there, host.memory_for_answer)
+            form = self._wire.on(topology.group_of(rank).region, topology.group_of(0).region)
+            models_link = self._gloo_link(groups.models[0], there, form, host.memory_for_answer)
             host.attach(GLOBAL, models_link, self._gloo_link(groups.control[0], there))
             return
         models, control = self._loopback(there, here), self._loopback(there, here)
@@ -186,7 +202,8 @@ class NodeRuntime:
         host.attach(GLOBAL, models[0], control[0])
         for other in topology.groups[1:]:
             peer = self._server_of(other.leader)
-            models_link = self._gloo_link(groups.models[other.leader], peer)
+            form = self._wire.on(other.region, topology.group_of(0).region)
+            models_link = self._gloo_link(groups.models[other.leader], peer, form)
             self.global_host.attach(other.index, models_link, self._gloo_link(groups.control[other.leader], peer))
 
     def _name(self, worker: int) -> str:
@@ -196,12 +213,12 @@ class NodeRuntime:
     def _server_of(self, leader: int) -> str:
         return f"the server of {self._name(leader)}"
 
-    def _gloo_link(self, pair: ProcessGroup, peer: str, memory: Memory | None = None) -> GlooLink:
-        return self._link(pair, peer, self._form, memory)
-
-    def _link(
-        self, pair: ProcessGroup, peer: str, form: tuple[int, torch.dtype] | None, memory: Memory | None = None
+    def _gloo_link(
+        self, pair: ProcessGroup, peer: str, form: Format = "float32", memory: Memory | None = None
     ) -> GlooLink:
+        return self._link(pair, peer, self._form._replace(format=form), memory)
+
+    def _link(self, pair: ProcessGroup, peer: str, form: VectorForm | None, memory: Memory | None = None) -> GlooLink:
         link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, form, memory)
         self.alarm.add(link)
         return link

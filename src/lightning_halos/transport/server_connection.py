@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from lightning_halos.core.messages import Failure, Message, Preempted, Refusal
 from lightning_halos.core.protocol import uses_models_link
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError, ServerRefusedError
-from lightning_halos.transport.link import Link, OnFailure, OnMessage, since, wait_all
+from lightning_halos.transport.link import Form, Link, OnFailure, OnMessage, since, wait_all
 
 if TYPE_CHECKING:
     from lightning_halos.transport.session import Session  # which needs cryptography
@@ -69,7 +67,7 @@ class ServerConnection:
         self.control = RedialedLink(self)
         self._dial = dial
         self._limit = limit
-        self._form: tuple[int, torch.dtype] | None = None
+        self._form: Form | None = None
         self._changed = threading.Condition()
         self._session: Session | None = None
         self._greeted: Session | None = None
@@ -112,8 +110,8 @@ class ServerConnection:
             party.disconnected()
         self._greet()
 
-    def expect_models(self, form: tuple[int, torch.dtype]) -> None:
-        """Allows vectors with a number of elements and a dtype."""
+    def expect_models(self, form: Form) -> None:
+        """Allows vectors of a form."""
         with self._changed:
             self._form = form
             self._start_models()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import Failure, GlobalModel, Message, ModelCopy, Preempted, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
@@ -32,14 +33,24 @@ class JoiningLink(Link):
         layout: The slices.
         slices: The link to each other lane for its slices.
         lanes: The links for the order of what is handled.
+        feedback: Rounds the updates, if the link to the global server has a narrow format: its blocks of elements are
+            those of the complete vector, so that the lanes cannot round their slices.
     """
 
-    def __init__(self, models: Link, layout: Layout, slices: Mapping[int, Link], lanes: Lanes) -> None:
+    def __init__(
+        self,
+        models: Link,
+        layout: Layout,
+        slices: Mapping[int, Link],
+        lanes: Lanes,
+        feedback: ErrorFeedback | None = None,
+    ) -> None:
         super().__init__(models.peer)
         self._models = models
         self._layout = layout
         self._slices = slices
         self._lanes = lanes
+        self._feedback = feedback
         self._posted: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         self._arrived: dict[int, queue.SimpleQueue[RegionUpdate]] = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
@@ -95,6 +106,8 @@ class JoiningLink(Link):
             if other.number != update.number or other.vector is None:
                 raise ProtocolError(f"Lane {lane} sent a slice of update {other.number} instead of {update.number}.")
             self._layout.put(vector, lane, other.vector)
+        if self._feedback is not None:
+            self._feedback.round_(vector, 0, vector.numel(), update.final)
         return replace(update, vector=vector)
 
     def _on_message(self, lane: int, message: Message, progress: Iterable[int]) -> None:

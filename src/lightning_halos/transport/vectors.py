@@ -5,12 +5,15 @@ It knows no links. Which messages have which format is in ``core/wire_formats``,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_halos.core import description as descriptions
+from lightning_halos.core.messages import RunDescription
 from lightning_halos.core.quantization import FORMATS, Format, decode, encode, nbytes
 from lightning_halos.core.vector import PART
 
@@ -41,6 +44,12 @@ class VectorForm(NamedTuple):
     def format_of(self, code: int) -> Format:
         """Returns the format of a vector that a frame announces with one of these codes."""
         return "float32" if code == code_of(self.dtype) else self.format
+
+    @classmethod
+    def of_run(cls, description: RunDescription) -> VectorForm:
+        """Returns the form of a run's models on the links between its jobs."""
+        elements, dtype = descriptions.form(description)
+        return cls(elements, dtype, description.wire, sum(map(math.prod, description.shapes)))
 
 
 class Part(NamedTuple):

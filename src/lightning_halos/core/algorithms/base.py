@@ -20,6 +20,7 @@ from lightning_halos.core.checks import check_count, check_optimizer, is_number
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
 from lightning_halos.core.topology import Topology
+from lightning_halos.core.wire_formats import PLAIN, WireFormats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +99,19 @@ class ServerAlgorithm(Algorithm):
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
         overlap: Whether a worker trains on while its push is answered, and adds what it has learned meanwhile to the
             answer. It has at most one unanswered push.
+        wire: The formats in which vectors travel; also a name or a mapping, as :meth:`WireFormats.of` takes them.
     """
 
     merge_weight: float = 0.25
     max_norm_ratio: float | None = None
     overlap: bool = False
+    wire: WireFormats = PLAIN
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.overlap, bool):
             raise TypeError(f"overlap={self.overlap!r} must be True or False.")
+        object.__setattr__(self, "wire", WireFormats.of(self.wire))
         if not is_number(self.merge_weight) or not 0 <= self.merge_weight <= 1:
             raise ValueError(
                 f"merge_weight={self.merge_weight!r} must be a number from 0 (ignore the global model) to 1 (take it)."

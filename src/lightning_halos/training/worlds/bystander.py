@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
@@ -38,6 +39,7 @@ class BystanderWorld:
 
     clock = None
     callbacks = ""
+    wire: Format = "float32"
     version = steps = 0
 
     def __init__(self, start: Start, is_simulated: bool) -> None:

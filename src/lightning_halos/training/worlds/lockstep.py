@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_halos.core.algorithms import SynchronousAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.core.worker import WorkerRound
@@ -38,6 +39,7 @@ class LockstepWorld:
     is_simulated = False
     clock = None
     callbacks = ""
+    wire: Format = "float32"
 
     def __init__(self, start: Start) -> None:
         site, algorithm, budget = start.site, start.algorithm, start.budget

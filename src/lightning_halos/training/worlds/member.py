@@ -15,6 +15,7 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import Lease, LeaseStock
 from lightning_halos.core.joining import Joining
 from lightning_halos.core.open_region_node import OpenRegionNode
+from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.membership import Membership
 from lightning_halos.training.shared_data import SharedData
@@ -64,7 +65,10 @@ class MemberWorld:
             layout=start.vector.layout,
             describe=site.describe_lane,
             threads=threads_beside(start.trainer.num_devices),
+            wire=algorithm.wire,
+            parameters=start.vector.num_parameters,
         )
+        self.wire = runtime.format
         self.alarm = runtime.alarm
         self.client: Client = runtime.client
         host = runtime.region_host
@@ -130,7 +134,11 @@ def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor, joini
     server = algorithm.local_server(welcome.member, 2, workers, memory.clone(), start.vector.shapes, topology.describe)
     planner = algorithm.planner(budget.workers, budget.max_steps)
     stock = None if start.data is None else LeaseStock(_ahead(algorithm.local_steps * workers, start.data))
-    return OpenRegionNode(server, planner, range(workers), budget, stock, joining)
+    formats = {**dict.fromkeys(range(1, workers), algorithm.wire.within), GLOBAL: algorithm.wire.between}
+    node = OpenRegionNode(server, planner, range(workers), budget, stock, joining, formats)
+    if start.site.lanes > 1:
+        server.feedback = None  # updates are rounded where the slices are joined
+    return node
 
 
 def _ahead(round_steps: int, data: SharedData) -> int:

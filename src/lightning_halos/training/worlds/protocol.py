@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.vector import Advance
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.alarm import Alarm
@@ -72,6 +73,7 @@ class World(Protocol):
         callbacks: The state of the callbacks of the process that decided before this one, as text; empty if there was
             none.
         checkpointed: The interface for checkpoints; ``None`` without servers.
+        wire: The format of vectors on this worker's link.
         is_simulated: Whether the world is simulated. Then rounds are planned, and a resumed run repeats them exactly.
         clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
     """
@@ -92,6 +94,8 @@ class World(Protocol):
     def callbacks(self) -> str: ...
     @property
     def checkpointed(self) -> CheckpointedWorld | None: ...
+    @property
+    def wire(self) -> Format: ...
     @property
     def is_simulated(self) -> bool: ...
     @property

@@ -14,6 +14,7 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import Marker, Publish, Push, ShardWritten
+from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.servers import ParameterServer, unsent_update, update_of_snapshot
 from lightning_halos.core.snapshot import Shard
@@ -63,7 +64,10 @@ class RealWorld:
             lane=site.lane,
             describe=site.describe_lane,
             threads=threads_beside(start.trainer.num_devices),
+            wire=algorithm.wire,
+            parameters=start.vector.num_parameters,
         )
+        self.wire = runtime.format
         self._lane = site.lane
         self.alarm = runtime.alarm
         self.client: Client = runtime.client
@@ -169,7 +173,9 @@ def _global_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> Gl
     server = algorithm.global_server(servers, memory.clone(), start.vector.shapes)
     done = start.done()
     cursor = None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done))
-    node = GlobalNode(server, servers, start.budget, cursor, done)
+    topology, home = start.site.topology, start.site.topology.group_of(0).region
+    formats = {group.index: algorithm.wire.on(group.region, home) for group in topology.groups[1:]}  # the first is here
+    node = GlobalNode(server, servers, start.budget, cursor, done, formats)
     if resume is not None and resume.globals is not None:
         if server is not None and start.site.lanes > 1:
             slice_of(start.site)(server)
@@ -188,7 +194,10 @@ def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> Re
     server = algorithm.local_server(group.index, servers, workers, memory.clone(), shapes, topology.describe)
     planner = algorithm.planner(budget.workers, budget.max_steps)
     stock = None if start.data is None else LeaseStock(algorithm.local_steps * workers)
-    node = RegionNode(server, planner, group.ranks, budget, stock)
+    formats = algorithm.wire.of_server(group, topology.region_of, topology.group_of(0).region)
+    for peer in (group.leader, *([GLOBAL] if group.leader == 0 else [])):  # they are in this process
+        del formats[peer]
+    node = RegionNode(server, planner, group.ranks, budget, stock, formats)
     if resume is not None and resume.server is not None:
         node.load_state_dict(resume.server)
     return node

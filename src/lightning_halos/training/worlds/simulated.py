@@ -11,6 +11,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
+from lightning_halos.core.quantization import Format
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Network, Round, Work
@@ -74,6 +75,9 @@ class SimulatedWorld(SimulatedServers):
                 servers.load_schedule(schedule)
         super().__init__(servers, Alarm(site.here), site.timeout, start.saves)
         self._has_snapshots = site.placement.is_single and not start.algorithm.averages_gradients
+        self.wire: Format = "float32"
+        if isinstance(start.algorithm, ServerAlgorithm):
+            self.wire = start.algorithm.wire.on(cluster.region_of[site.rank], site.topology.group_of(site.rank).region)
         self._client = VirtualClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
         self.client: Client = self._client
         self.alarm.watch(site.timeout)
