@@ -92,6 +92,13 @@ class TestPlan:
     def test_takes_the_size_of_the_model(self, run):
         assert run(*SMALL, "--message-bytes", "1000000")[1].startswith("6 workers in 2 region(s), 1.0 MB per model")
 
+    def test_takes_the_formats_on_links(self, run):
+        _, out, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "bfloat16", "int4")
+        assert "64.0 MB per model on a link (with servers, 32.0 MB inside regions and 8.5 MB between regions)" in out
+        _, same, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "int8", "int8")
+        _, one, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "int8")
+        assert same == one
+
     def test_draws_another_cluster_for_another_seed(self, run):
         tables = {run(*SMALL, "--algorithm", "halos", "--seed", seed)[1] for seed in ("0", "1", "0")}
         assert len(tables) == 2
@@ -233,6 +240,8 @@ class TestErrors:
             ([PAPER, "--baseline-local-steps", "0"], "baseline_local_steps=0 must be"),
             ([PAPER, "--servers-per-region", "9"], "servers_per_region=9 is more than the 4 worker(s)"),
             ([PAPER, "--message-bytes", "-3"], "message_bytes=-3 must be"),
+            ([PAPER, "--wire", "int3"], "--wire='int3' must be one of 'float32', 'bfloat16', 'int8', 'int4'"),
+            ([PAPER, "--wire", "int8", "int8", "int4"], "--wire int8 int8 int4 must be one format, or two"),
             ([PAPER, "--output", "x", "--timeline-minutes", "0"], "--timeline-minutes 0 must be positive"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

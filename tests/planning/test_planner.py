@@ -146,7 +146,10 @@ CASES = {
         SimulatedCluster([[1, 0.1], [0.1, 1]], [[1, 1], [1, 1]], 50, 10**7),
         Halos(local_steps=4, accumulate_updates=2),
     ),
+    "paper, int4 between regions": (PAPER, Halos(wire={"between": "int4"})),
+    "unequal, bfloat16 and int8": (UNEQUAL, Halos(wire={"within": "bfloat16", "between": "int8"})),
     "one server": (PAPER, AsyncLocalSGD()),
+    "one server, int8": (PAPER, AsyncLocalSGD(wire="int8")),
     "one server, unequal": (UNEQUAL, AsyncLocalSGD(local_steps=5)),
     **{f"random {seed}": draw(seed) for seed in range(50)},
 }

@@ -3,6 +3,7 @@ from itertools import permutations
 
 import pytest
 
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing, _bound_of_rings
@@ -18,6 +19,13 @@ PART_BYTES = 2**22
 class TestDurations:
     def test_of_a_transfer_are_bits_by_the_bandwidth_of_that_direction(self):
         assert [TIMING.transfer(a, b) for a in (0, 1) for b in (0, 1)] == pytest.approx([1, 2, 4, 8])
+
+    def test_of_a_transfer_are_shorter_in_a_narrow_format_except_for_buffers_and_all_reduces(self):
+        timing = Timing(CLUSTER, 1_000_000, plain_bytes=360_000).on(WireFormats.of({"between": "int4"}))
+        assert (timing.bytes_within, timing.bytes_between) == (1_000_000, 160_000 * 34 // 64 + 360_000)
+        assert timing.transfer(0, 0) == pytest.approx(1)
+        assert timing.transfer(0, 1) == pytest.approx(2 * 0.445)
+        assert timing.all_reduce() == Timing(CLUSTER, 1_000_000).all_reduce()
 
     def test_of_computing_are_steps_by_relative_speed(self):
         assert [TIMING.compute(worker, 3) for worker in range(3)] == pytest.approx([300, 600, 1000])

@@ -99,7 +99,7 @@ def fit(
     module = module or Toy()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {key: kwargs.pop(key) for key in ["max_norm_ratio"] if key in kwargs}
+    options = {key: kwargs.pop(key) for key in ["max_norm_ratio", "wire"] if key in kwargs}
     strategy = {**STRATEGIES, **OVERLAPPING}[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)

@@ -13,6 +13,7 @@ from lightning_halos.extras import picture_package
 
 if TYPE_CHECKING:
     from lightning_halos.core.algorithms import Algorithm
+    from lightning_halos.core.wire_formats import WireFormats
     from lightning_halos.simulation.cluster import SimulatedCluster
 
 SUMMARY = "Say where the time would go on a cluster, under each algorithm, without training."
@@ -24,6 +25,8 @@ examples:
       the same for a model of a billion parameters, with a picture, a JSON and timelines for https://ui.perfetto.dev
   lightning-halos plan cluster.yaml --sweep
       which local_steps, accumulate_updates and servers_per_region to choose
+  lightning-halos plan cluster.yaml --wire float32 int4
+      the same if models travel in 4 bits between regions
   lightning-halos plan --random-cluster 100x100 --algorithm halos
       10,000 workers
 """
@@ -67,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of DiLoCo and synchronous SGD: through rank 0, as in real runs, or in a ring of all workers (default: as"
         " the cluster's description says, else star)",
     )
+    how.add_argument(
+        "--wire",
+        nargs="+",
+        default=["float32"],
+        metavar="FORMAT",
+        help="format of models and updates between workers and servers: float32, bfloat16, int8 or int4; two formats"
+        " are for links inside and links between regions (default: float32)",
+    )
     how.add_argument("--sweep", action="store_true", help="vary H, K and the number of servers of HALoS instead")
     what = parser.add_argument_group("what to simulate and write")
     what.add_argument("--hours", type=float, default=1.0, help="virtual hours (default: 1)")
@@ -92,15 +103,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     name, cluster = _cluster(arguments)
     if arguments.all_reduce is not None:
         cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
-    timing, folder = make_timing(cluster, arguments.message_bytes), arguments.output
+    wire, folder = _wire(arguments.wire), arguments.output
+    timing = make_timing(cluster, arguments.message_bytes).on(wire)
     if arguments.sweep:
-        trials = sweep(timing, arguments.hours, overlap=arguments.overlap)
+        trials = sweep(timing, arguments.hours, overlap=arguments.overlap, wire=wire)
         _report(arguments, "sweep", sweep_table(trials, timing))
         return
     if folder:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
     record_ms = _timeline_ms(arguments, cluster.num_workers) if folder else 0.0
-    algorithms = _algorithms(arguments)
+    algorithms = _algorithms(arguments, wire)
     plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in algorithms]
     advice = advice_on_overlap(algorithms, plans, timing, arguments.hours)
     _report(arguments, name, table(plans, timing) + (f"\n{advice}" if advice else ""))
@@ -121,7 +133,18 @@ def _report(arguments: argparse.Namespace, name: str, text: str) -> None:
         (arguments.output / f"{name}.txt").write_text(f"$ {arguments.command}\n\n{text}", encoding="utf-8")
 
 
-def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
+def _wire(formats: list[str]) -> WireFormats:
+    from lightning_halos.core.quantization import check_format
+    from lightning_halos.core.wire_formats import WireFormats
+
+    for form in formats:
+        check_format("--wire", form)
+    if len(formats) > 2:
+        raise ValueError(f"--wire {' '.join(formats)} must be one format, or two: inside regions, and between them.")
+    return WireFormats.of({"within": formats[0], "between": formats[-1]})
+
+
+def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
     from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
 
@@ -140,6 +163,7 @@ def _algorithms(arguments: argparse.Namespace) -> list[Algorithm]:
             changes = {"local_steps": arguments.baseline_local_steps}
         if isinstance(algorithm, ServerAlgorithm):
             changes["overlap"] = arguments.overlap
+            changes["wire"] = wire
         algorithms.append(dataclasses.replace(algorithm, **changes))
     return algorithms
 

@@ -210,7 +210,7 @@ def _with_servers(
     algorithm: ServerAlgorithm, timing: Timing, horizon: float, local_steps: Ints, record_ms: float
 ) -> Plan:
     """Plans an algorithm whose local servers apply pushes on arrival; several of them use a global server."""
-    cluster, workers = timing.cluster, len(local_steps)
+    timing, cluster, workers = timing.on(algorithm.wire), timing.cluster, len(local_steps)
     home, region_of = cluster.global_region, cluster.region_of
     groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
     periods = [] if len(groups) == 1 else [algorithm.period(len(group.ranks)) for group in groups]
@@ -262,8 +262,8 @@ def _with_servers(
         local_steps=local_steps,
         rounds=rounds,
         round_ms=np.stack([compute, durations - compute, np.zeros(workers)], axis=1),
-        bytes_inside=messages[False] * timing.message_bytes,
-        bytes_between=messages[True] * timing.message_bytes,
+        bytes_inside=messages[False] * timing.bytes_within,
+        bytes_between=messages[True] * timing.bytes_between,
         pushes=push_tally.result(),
         updates=None if updates is None else update_tally.result(),
         global_updates=int(rounds.sum()) if updates is None else len(updates.times),

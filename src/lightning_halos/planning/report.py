@@ -31,9 +31,12 @@ def describe(timing: Timing) -> str:
     devices = cluster.devices_per_worker or 1
     kind = "workers" if devices == 1 else f"workers of {devices} devices"
     each = "" if devices == 1 else f" ({timing.message_bytes / 1e6 / devices:,.1f} MB per device)"
+    sizes = {"inside": timing.bytes_within, "between": timing.bytes_between}
+    narrow = [f"{size / 1e6:,.1f} MB {where} regions" for where, size in sizes.items() if size != timing.message_bytes]
+    rounded = f" (with servers, {' and '.join(narrow)})" if narrow else ""
     return (
         f"{cluster.num_workers} {kind} in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
-        f" model on a link{each}, {cluster.step_ms:g} ms per local step of the fastest worker"
+        f" model on a link{each}{rounded}, {cluster.step_ms:g} ms per local step of the fastest worker"
     )
 
 

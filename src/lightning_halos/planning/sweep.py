@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.planner import Plan, plan
 from lightning_halos.planning.report import align, describe
 from lightning_halos.simulation.timing import Timing
@@ -69,8 +70,9 @@ def sweep(
     updates_per_worker: Sequence[int] = UPDATES_PER_WORKER,
     servers_per_region: Sequence[int] = SERVERS_PER_REGION,
     overlap: bool = False,
+    wire: WireFormats = PLAIN,
 ) -> list[Trial]:
-    """Plans HALoS under every combination of settings, each for a number of virtual hours.
+    """Plans HALoS under every combination of settings, each for a number of virtual hours, in the same formats.
 
     Numbers of servers that exceed the workers of a region are left out.
 
@@ -83,7 +85,13 @@ def sweep(
     possible = [number for number in servers_per_region if number <= smallest]
     trials = []
     for steps, servers, updates in itertools.product(local_steps, possible, updates_per_worker):
-        halos = Halos(local_steps=steps, updates_per_worker=updates, servers_per_region=servers, overlap=overlap)
+        halos = Halos(
+            local_steps=steps,
+            updates_per_worker=updates,
+            servers_per_region=servers,
+            overlap=overlap,
+            wire=wire,
+        )
         result = plan(halos, timing, hours)
         if result.sent_share is None:
             raise ValueError(

@@ -39,6 +39,7 @@ from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
+from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import ServerGroup
@@ -273,15 +274,26 @@ class RegionNetwork(Network):
         locals_: Sequence[LocalServer],
         global_: GlobalServer | None,
     ) -> None:
-        super().__init__(timing, work, algorithm)
+        assert isinstance(algorithm, ServerAlgorithm)
+        super().__init__(timing.on(algorithm.wire), work, algorithm)
         self._home = timing.cluster.global_region
         self._places = [group.region for group in groups]
+        wire, region_of = algorithm.wire, timing.cluster.region_of
         self._group_of = {rank: group.index for group in groups for rank in group.ranks}
         self._locals = [
-            RegionNode(server, self._planner, group.ranks, dataclasses.replace(work.budget), LeaseStock(0))
+            RegionNode(
+                server,
+                self._planner,
+                group.ranks,
+                dataclasses.replace(work.budget),
+                LeaseStock(0),
+                wire.of_server(group, region_of.__getitem__, self._home),
+            )
             for group, server in zip(groups, locals_, strict=True)
         ]
-        self._global = GlobalNode(global_, len(groups), dataclasses.replace(work.budget), self._cursor)
+        formats = {group.index: wire.on(group.region, self._home) for group in groups}
+        budget = dataclasses.replace(work.budget)
+        self._global = GlobalNode(global_, len(groups), budget, self._cursor, formats=formats)
         self._top = locals_[0] if global_ is None else global_
         self._under_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
         self._sent = 0
@@ -336,6 +348,7 @@ class RegionNetwork(Network):
         return {
             "locals": [node.state_dict() for node in self._locals],
             "global": self._global.state_dict(),
+            "shadows": [_values(shadows) for shadows in self._shadows],
             "sent": self._sent,
             "under_way": [
                 (arrival, number, index, type(message).__name__, copy.deepcopy(vars(message)))
@@ -347,9 +360,18 @@ class RegionNetwork(Network):
         for node, saved in zip(self._locals, state["locals"], strict=True):
             node.load_state_dict(saved)
         self._global.load_state_dict(state["global"])
+        for shadows, saved in zip(self._shadows, state.get("shadows", ()), strict=False):
+            for peer, values in saved.items():
+                if peer in shadows:
+                    shadows[peer].values = values.clone()
         self._sent = state["sent"]
         kinds = {kind.__name__: kind for kind in (RegionUpdate, GlobalModel)}
         self._under_way = [(*key, kinds[kind](**copy.deepcopy(fields))) for *key, kind, fields in state["under_way"]]
+
+    @property
+    def _shadows(self) -> list[Mapping[int, Shadow]]:
+        """What the peers of each node have of its model, and the local servers of the global model."""
+        return [*(node.shadows for node in self._locals), self._global.shadows]
 
     def schedule(self) -> dict[str, Any]:
         known = [(node.budget.total, node.first_version) for node in self._locals]
@@ -396,6 +418,8 @@ class RegionNetwork(Network):
     def _route(self, origin: int, sends: Sequence[Send]) -> None:
         """Delivers the messages of a node: models after their transfer time, other messages at once."""
         for send in sends:
+            if origin == GLOBAL:  # those of a local server are complete
+                send.complete()
             to, message = send.to, send.message
             assert not isinstance(message, Shard)
             if isinstance(message, RegionUpdate):
@@ -423,7 +447,7 @@ class RegionNetwork(Network):
     def _count_bytes(self, index: int, within_region: bool) -> None:
         """Counts the bytes of a message with a model to or from a local server, and of its answer."""
         within, between = self._locals[index].traffic
-        size = 2 * self._timing.message_bytes
+        size = 2 * (self._timing.bytes_within if within_region else self._timing.bytes_between)
         self._locals[index].traffic = (within + size, between) if within_region else (within, between + size)
 
 
@@ -499,3 +523,7 @@ class SynchronousNetwork(Network):
     def _lease(self, worker: int, steps: int) -> int:
         lease = self._cursor.take(steps)
         return 0 if lease is None else lease.steps
+
+
+def _values(shadows: Mapping[int, Shadow]) -> dict[int, Tensor]:
+    return {peer: shadow.values.clone() for peer, shadow in shadows.items() if shadow.values is not None}

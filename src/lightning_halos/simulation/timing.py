@@ -9,8 +9,10 @@ import math
 from collections.abc import Sequence
 from itertools import permutations
 
+from lightning_halos.core.quantization import Format, nbytes
 from lightning_halos.core.schedule import dynamic_local_steps
 from lightning_halos.core.vector import PART
+from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.simulation.cluster import SimulatedCluster
 
 # Tie-break as in the published simulator: rank * 1e-6 ms, so that the order of simultaneous events is defined.
@@ -19,13 +21,44 @@ _FEW_REGIONS = 8  # up to this number of regions, all rings are tried
 
 
 class Timing:
-    """The durations on a cluster, if a message that contains a model has ``message_bytes`` bytes."""
+    """The durations on a cluster.
 
-    def __init__(self, cluster: SimulatedCluster, message_bytes: int) -> None:
+    Args:
+        cluster: The cluster.
+        message_bytes: Bytes of a message that contains a model as it is.
+        plain_bytes: Bytes among them that are not parameters, and have no other format.
+        itemsize: Bytes of an element of the model.
+        wire: The formats in which messages between workers and servers travel.
+
+    Attributes:
+        bytes_within: Bytes of a message with a model on a link inside a region.
+        bytes_between: The same on a link between regions.
+    """
+
+    def __init__(
+        self,
+        cluster: SimulatedCluster,
+        message_bytes: int,
+        plain_bytes: int = 0,
+        itemsize: int = 4,
+        wire: WireFormats = PLAIN,
+    ) -> None:
         self.cluster = cluster
         self.message_bytes = message_bytes
+        self._plain_bytes, self._itemsize = plain_bytes, itemsize
+        self.bytes_within, self.bytes_between = self._in_format(wire.within), self._in_format(wire.between)
         self._speeds = cluster.relative_speeds
         self._regions = cluster.region_of
+
+    def on(self, wire: WireFormats) -> Timing:
+        """Returns the durations if messages travel in other formats."""
+        return Timing(self.cluster, self.message_bytes, self._plain_bytes, self._itemsize, wire)
+
+    def _in_format(self, form: Format) -> int:
+        if form == "float32":
+            return self.message_bytes
+        parameters = -(-(self.message_bytes - self._plain_bytes) // self._itemsize)
+        return nbytes(parameters, form, self._itemsize) + self._plain_bytes
 
     def local_steps(self, local_steps: int, dynamic: bool) -> list[int]:
         """Returns the local steps per round of each worker, by rank. The fastest has ``local_steps``."""
@@ -33,7 +66,14 @@ class Timing:
 
     def transfer(self, source: int, target: int) -> float:
         """Returns the milliseconds that a message takes from one region to another: ``bits / bandwidth``."""
-        return self.message_bytes * 8 / (self.cluster.bandwidths[source][target] * 1e9) * 1e3
+        return self._seconds(self.bytes_within if source == target else self.bytes_between, source, target) * 1e3
+
+    def _seconds(self, size: int, source: int, target: int) -> float:
+        return size * 8 / (self.cluster.bandwidths[source][target] * 1e9)
+
+    def _complete(self, source: int, target: int) -> float:
+        """Returns the milliseconds of a model as it is, in which all-reduces have it."""
+        return self._seconds(self.message_bytes, source, target) * 1e3
 
     def compute(self, worker: int, steps: int) -> float:
         """Returns the milliseconds that ``steps`` local steps of a worker take."""
@@ -72,11 +112,11 @@ class Timing:
         cluster, home = self.cluster, self.cluster.global_region
         others = [region for region in range(len(cluster.regions)) if region != home]
         inside = [
-            (len(ranks) - 1 + (len(others) if region == home else 0)) * self.transfer(region, region)
+            (len(ranks) - 1 + (len(others) if region == home else 0)) * self._complete(region, region)
             for region, ranks in enumerate(cluster.regions)
         ]
-        up = max((self.transfer(region, home) for region in others), default=0.0)
-        down = max((self.transfer(home, region) for region in others), default=0.0)
+        up = max((self._complete(region, home) for region in others), default=0.0)
+        down = max((self._complete(home, region) for region in others), default=0.0)
         parts = math.ceil(self.message_bytes / (4 * PART))
         slowest = max(up, down, *inside)
         return slowest + (2 * max(inside) + up + down - slowest) / parts

@@ -61,7 +61,10 @@ class SimulatedWorld(SimulatedServers):
         work = Work(budget, end)
         if data is not None:
             work = Work(budget, end, data.steps_per_epoch, offset, ends_with_data=available < ordered)
-        timing = Timing(cluster, cluster.message_bytes or vector.layout.elements * vector.dtype.itemsize)
+        layout, itemsize = vector.layout, vector.dtype.itemsize
+        size = cluster.message_bytes or layout.elements * itemsize
+        plain = size * (layout.elements - layout.parameters) // layout.elements
+        timing = Timing(cluster, size, plain, itemsize)
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
         servers, rounds = None, make(None)
