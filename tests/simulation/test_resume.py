@@ -139,3 +139,10 @@ def test_a_preempted_simulation_goes_on_where_it_was(tmp_path: Path, victim: int
         fit("halos", Preempted(victim), loader(shuffle=True), **flags)
     assert ended.value.exit_code == 128 + signal.SIGTERM
     assert_equal(expected, resume("halos", tmp_path / "last-preempted.ckpt", max_steps=20))
+
+
+def test_another_format_on_the_links_is_refused(tmp_path: Path) -> None:
+    run("halos", tmp_path, 4, max_steps=4, wire={"between": "int8"})
+    (path,) = tmp_path.glob("*.ckpt")
+    with pytest.raises(ProcessRaisedException, match="wire=.* must be .*'between': 'int8'.* to resume this checkpoint"):
+        resume("halos", path, max_steps=8)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_halos.core.algorithms import Algorithm
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import (
@@ -278,7 +278,8 @@ class RegionNetwork(Network):
         super().__init__(timing.on(algorithm.wire), work, algorithm)
         self._home = timing.cluster.global_region
         self._places = [group.region for group in groups]
-        wire, region_of = algorithm.wire, timing.cluster.region_of
+        self._wire = wire = algorithm.wire
+        region_of = timing.cluster.region_of
         self._group_of = {rank: group.index for group in groups for rank in group.ranks}
         self._locals = [
             RegionNode(
@@ -375,7 +376,7 @@ class RegionNetwork(Network):
 
     def schedule(self) -> dict[str, Any]:
         known = [(node.budget.total, node.first_version) for node in self._locals]
-        return {**super().schedule(), "known": known}
+        return {**super().schedule(), "known": known, "wire": [self._wire.within, self._wire.between]}
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
         super().load_schedule(schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,6 +13,7 @@ from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.quantization import Format
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Network, Round, Work
@@ -163,4 +165,13 @@ def _refuse_other_rounds(schedule: Mapping[str, Any] | None, algorithm: Algorith
         raise CheckpointError(
             f"overlap={overlaps} must be {not overlaps} to resume this checkpoint of a simulation, whose rounds in"
             " progress were saved, too. Pass it to the strategy, or start a new simulation."
+        )
+    if schedule is None or not isinstance(algorithm, ServerAlgorithm):
+        return
+    within, between = schedule.get("wire", ("float32", "float32"))
+    if WireFormats(within, between) != algorithm.wire:
+        raise CheckpointError(
+            f"wire={dataclasses.asdict(algorithm.wire)} must be {{'within': {within!r}, 'between': {between!r}}} to"
+            " resume this checkpoint of a simulation, whose messages in flight were saved, too. Pass it to the"
+            " strategy, or start a new simulation."
         )
