@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim.lr_scheduler import OneCycleLR
 
+from lightning_halos import CheckpointError
 from lightning_halos.optim import MuonAdamW
 from tests.simulation.test_world import Toy, fit, loader
 
@@ -142,7 +143,17 @@ def test_a_preempted_simulation_goes_on_where_it_was(tmp_path: Path, victim: int
 
 
 def test_another_format_on_the_links_is_refused(tmp_path: Path) -> None:
-    run("halos", tmp_path, 4, max_steps=4, wire={"between": "int8"})
-    (path,) = tmp_path.glob("*.ckpt")
-    with pytest.raises(ProcessRaisedException, match="wire=.* must be .*'between': 'int8'.* to resume this checkpoint"):
-        resume("halos", path, max_steps=8)
+    run("halos", tmp_path, 4, max_steps=12, wire={"between": "int8"})
+    path = tmp_path / "step=4.ckpt"
+    message = "wire=.* must be .*'between': 'int8'.* to resume this checkpoint"
+    with pytest.raises((CheckpointError, ProcessRaisedException), match=message):
+        resume("halos", path, max_steps=12)
+
+
+def test_a_run_may_go_on_after_its_end_in_another_format(tmp_path: Path) -> None:
+    trainer, module = fit("halos", Toy(), loader(), max_steps=12, wire="int8")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    later = resume("halos", tmp_path / "end.ckpt", max_steps=20, wire="int4")
+    weight = module.state_dict()["net.0.weight"]
+    assert bool(later["net.0.weight"].isfinite().all())
+    assert not torch.equal(later["net.0.weight"], weight)

@@ -344,6 +344,9 @@ class RegionNetwork(Network):
     def adopt_final_model(self) -> None:
         for node in self._locals:
             node.adopt_final_model(self.model.clone())
+        for shadows in self._shadows:
+            for shadow in shadows.values():
+                shadow.forget()  # the workers have the final model, too, and forget theirs
 
     def state_dict(self) -> dict[str, Any]:
         return {
