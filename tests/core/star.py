@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import deque
 from functools import partial
@@ -89,7 +90,7 @@ class Job:
             if send.to != GLOBAL:
                 self.got[send.to].append(message)
             elif self.is_connected:
-                self.sent.append(message)
+                self.sent.append(copy.deepcopy(message))  # the server overwrites the vector
                 self.up.append(message)
 
     def receive(self, message: Message) -> None:
@@ -112,7 +113,8 @@ class Job:
         planner = RoundPlanner(4, False, welcome.workers, description.max_steps)
         budget = StepBudget(welcome.workers, description.max_steps, welcome.status.total)
         stock = None if description.data is None else LeaseStock(4)
-        self.node = OpenRegionNode(server, planner, range(self.workers), budget, stock, joining)
+        formats = {GLOBAL: description.wire}
+        self.node = OpenRegionNode(server, planner, range(self.workers), budget, stock, joining, formats)
         self.post(self.node.start())
 
     def push(

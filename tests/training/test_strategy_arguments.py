@@ -30,6 +30,7 @@ from lightning_halos import (
 )
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.algorithms.halos import Halos
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.training.composed_strategy import refuse_averages_of_parts, refuse_precision_plugin
 from lightning_halos.training.other_packages import refuse_elsewhere
 
@@ -83,6 +84,16 @@ def test_overlap_is_for_workers_that_push_when_they_are_ready() -> None:
     for strategy in (HalosStrategy(overlap=True), AsyncLocalSGDStrategy(overlap=True)):
         assert isinstance(strategy.algorithm, ServerAlgorithm)
         assert strategy.algorithm.overlap
+
+
+def test_wire_is_for_messages_between_workers_and_servers() -> None:
+    with pytest.raises(ValueError, match="wire='int3' must be one of 'float32', 'bfloat16', 'int8', 'int4'"):
+        HalosStrategy(wire="int3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"wire='int8': DilocoStrategy has no such argument.* has no residual"):
+        DilocoStrategy(wire="int8")
+    for strategy in (HalosStrategy(wire={"between": "int4"}), AsyncLocalSGDStrategy(wire={"between": "int4"})):
+        assert isinstance(strategy.algorithm, ServerAlgorithm)
+        assert strategy.algorithm.wire == WireFormats("float32", "int4")
 
 
 @pytest.mark.parametrize(
