@@ -85,7 +85,7 @@ class Contestant:
         name: Its name, for people.
         software: ``"halos"``, ``"diloco"``, ``"ddp"`` or ``"torchft"``.
         all_reduce: How it averages over all workers.
-        options: Further arguments of HALoS.
+        options: Further arguments of HALoS: ``overlap`` and ``wire``, which the planner knows, too.
     """
 
     name: str
@@ -106,8 +106,9 @@ def choose(case: Case, contestant: Contestant, timing: Timing, steps: int, pace:
     """Returns a contestant's settings, and the seconds per global step that the planner predicts for them.
 
     HALoS gets the H and K that ``lightning-halos plan --sweep`` recommends: those with the freshest models that keep
-    workers busy and send half of the pushes to the global server, if there are such. DiLoCo gets the smallest H of 8,
-    16 and 32 with which it computes for at least 60 % of a round, else the largest.
+    workers busy and send half of the pushes to the global server, if there are such. It keeps them with further options,
+    so that its rows differ by these alone. DiLoCo gets the smallest H of 8, 16 and 32 with which it computes for at
+    least 60 % of a round, else the largest.
     """
     settings: dict[str, Any] = {
         "software": contestant.software,
@@ -121,8 +122,7 @@ def choose(case: Case, contestant: Contestant, timing: Timing, steps: int, pace:
         trial = recommend(trials, sent=SENT) or recommend(trials)
         assert trial is not None
         period = trial.updates_per_worker * WORKERS // REGIONS
-        overlap = bool(contestant.options.get("overlap", False))
-        algorithm = Halos(local_steps=trial.local_steps, accumulate_updates=period, overlap=overlap)
+        algorithm = Halos(local_steps=trial.local_steps, accumulate_updates=period, **contestant.options)
         settings |= {"local_steps": trial.local_steps, "accumulate_updates": period, **SERVERS}
         settings |= {"validate_every": 8, "options": contestant.options}
     elif contestant.software == "ddp":
