@@ -188,8 +188,19 @@ class LossCurve(L.Callback):
             print(json.dumps([trainer.global_step, seconds, trainer.callback_metrics["val_loss"].item()]), file=file)
 
 
-def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int, model: Settings = MODEL) -> Result:
-    """Trains once. Returns the loss over virtual time, and how it came about."""
+def train(
+    settings: Settings, cluster: SimulatedCluster, steps: int, seed: int, model: Settings = MODEL, module: Any = None
+) -> Result:
+    """Trains once. Returns the loss over virtual time, and how it came about.
+
+    Args:
+        settings: The algorithm, and the arguments of its strategy.
+        cluster: The cluster.
+        steps: Global steps.
+        seed: Of the model and the data.
+        model: Arguments of the module.
+        module: Makes the module from ``model``. Default: ``ByteGPT``.
+    """
     from train_char_lm import ByteGPT, StandardLibrary
 
     L.seed_everything(seed, verbose=False)
@@ -212,7 +223,7 @@ def train(settings: Settings, cluster: SimulatedCluster, steps: int, seed: int, 
             enable_model_summary=False,
         )
         start = time.perf_counter()
-        trainer.fit(ByteGPT(**model), StandardLibrary(model["context"], BATCH_SIZE))
+        trainer.fit((module or ByteGPT)(**model), StandardLibrary(model["context"], BATCH_SIZE))
         wall = time.perf_counter() - start
         step, seconds, loss = zip(*map(json.loads, path.read_text().splitlines()), strict=True)
     return {
