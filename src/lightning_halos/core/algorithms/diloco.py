@@ -35,8 +35,12 @@ class Diloco(SynchronousAlgorithm):
         return "DiLoCo + dynamic steps" if self.dynamic_local_steps else "DiLoCo"
 
     def server(self, model: Tensor, shapes: Sequence[torch.Size]) -> SynchronousServer:
+        return SynchronousServer(model, self.make_outer_optimizer(), shapes)
+
+    def make_outer_optimizer(self) -> OptimizerFactory:
+        """Returns the function that makes the server's optimizer."""
         default = default_outer_optimizer if self.has_momentum else partial(torch.optim.SGD, lr=1.0)
-        return SynchronousServer(model, self.outer_optimizer or default, shapes)
+        return self.outer_optimizer or default
 
 
 def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:

@@ -1,0 +1,120 @@
+"""``lightning-halos check``: says whether the servers' settings let a run converge on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_halos.planning.settings import Settings
+    from lightning_halos.planning.stability import Verdict
+
+SUMMARY = "Say up to which inner learning rate the servers' settings are stable on a cluster, without training."
+EXAMPLES = """\
+examples:
+  lightning-halos check settings.yaml examples/clusters/paper.yaml
+      up to which inner rate the recursion of all servers converges, or which setting to lower
+  lightning-halos check settings.yaml cluster.yaml --inner-rate 0.01 --curvature 30
+      the same, for an inner optimizer SGD with this rate and a loss with this largest curvature
+"""
+UNSTABLE = 1
+"""Exit status if the settings are unstable."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments, and ``run``."""
+    parser.set_defaults(run=_check)
+    parser.add_argument(
+        "settings",
+        type=Path,
+        help="a YAML file: a configuration of LightningCLI with trainer.strategy, or the arguments of HalosStrategy",
+    )
+    parser.add_argument("cluster", type=Path, help="the cluster's description, a YAML file")
+    parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    parser.add_argument("--inner-rate", type=float, metavar="R", help="learning rate of the workers' SGD")
+    parser.add_argument(
+        "--curvature", type=float, metavar="L", help="largest eigenvalue of the loss's Hessian; with --inner-rate"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from lightning_halos.planning.planner import make_timing
+    from lightning_halos.planning.settings import read_settings
+    from lightning_halos.planning.stability import MINIMUM, check
+    from lightning_halos.simulation.cluster import SimulatedCluster
+
+    if (arguments.inner_rate is None) != (arguments.curvature is None):
+        raise ValueError("give --inner-rate and --curvature together, or none of them.")
+    rate = MINIMUM if arguments.curvature is None else arguments.inner_rate * arguments.curvature
+    settings = read_settings(arguments.settings)
+    _refuse_unknown(settings, arguments.settings)
+    try:
+        cluster = SimulatedCluster.from_yaml(arguments.cluster)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    verdict = check(settings.algorithm, make_timing(cluster, arguments.message_bytes), rate)
+    print("\n".join(_lines(settings, verdict, rate, arguments.curvature)))
+    return 0 if verdict.is_stable else UNSTABLE
+
+
+def _refuse_unknown(settings: Settings, path: Path) -> None:
+    """Refuses names that the strategy has no argument for, so that a misspelt setting is noticed."""
+    if not settings.others:
+        return
+    from lightning_halos import interface  # imports Lightning, so only if need be
+
+    strategy = getattr(interface, settings.strategy)
+    known = set(inspect.signature(strategy).parameters) | set(inspect.signature(interface.HalosStrategy).parameters)
+    known |= {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
+    if unknown := [name for name in settings.others if name not in known]:
+        raise ValueError(f"{path}: {settings.strategy} has no argument {', '.join(unknown)}.")
+
+
+def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float | None) -> list[str]:
+    """Returns the report."""
+    from lightning_halos.planning.stability import ALONE
+
+    plan = verdict.events.plan
+    lines = [
+        f"{settings.algorithm.title} with {len(verdict.events.steps)} workers:"
+        f" {_range(verdict.events.steps)} local steps per round",
+        f"staleness: {plan.pushes.mean:.2f} versions for a push on average, {plan.pushes.maximum} at most"
+        + (
+            ""
+            if plan.updates is None
+            else f"; {plan.updates.mean:.2f} and {plan.updates.maximum} for a region's update"
+        ),
+        "",
+    ]
+
+    def inner(value: float) -> str:
+        return f"{value:.3g} / L" if curvature is None else f"{value / curvature:.3g}"
+
+    if verdict.limit >= ALONE:
+        lines.append(f"Stable up to an inner rate of {inner(ALONE)}, from which on a worker alone diverges.")
+    else:
+        lines.append(
+            f"Stable up to an inner rate of {inner(verdict.limit)} (a worker alone: {inner(ALONE)}). With it, a round"
+            f" goes {verdict.way:.0%} of the way to the minimum."
+        )
+    if curvature is None:
+        lines.append("L is the largest curvature of the loss: the largest eigenvalue of its Hessian.")
+    if verdict.is_stable:
+        lines.append(f"The inner rate {inner(rate)} is stable.")
+        return lines
+    lines += [
+        "",
+        f"Up to the inner rate {inner(rate)} errors grow, by a factor of {verdict.growth:.3g} per round there.",
+    ]
+    if verdict.lower:
+        lines.append("Lower the inner rate, or one of these:")
+        lines += [f"  {name} to {value:.3g}" for name, value in verdict.lower.items()]
+    else:
+        lines.append("No single setting of the servers is enough: lower the momentum of all of them, and their rates.")
+    return lines
+
+
+def _range(steps: tuple[int, ...]) -> str:
+    return str(max(steps)) if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"

@@ -1,0 +1,101 @@
+"""Reads the settings of a run from YAML, as LightningCLI has them, without Lightning and without starting anything.
+
+What the settings mean is decided by the algorithms in ``core``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.optim import DelayedNesterov
+
+_ALGORITHMS: dict[str, type[Algorithm]] = {
+    "HalosStrategy": Halos,
+    "AsyncLocalSGDStrategy": AsyncLocalSGD,
+    "DilocoStrategy": Diloco,
+    "SyncSGDStrategy": SyncSGD,
+}
+_NAMES = {
+    "halos": "HalosStrategy",
+    "halos_spawn": "HalosStrategy",
+    "halos_fork": "HalosStrategy",
+    "halos_notebook": "HalosStrategy",
+    "async_local_sgd": "AsyncLocalSGDStrategy",
+    "diloco": "DilocoStrategy",
+    "sync_sgd": "SyncSGDStrategy",
+}
+_OPTIMIZERS = {"DelayedNesterov": DelayedNesterov}
+
+
+class Settings(NamedTuple):
+    """What a file of settings says."""
+
+    algorithm: Algorithm
+    strategy: str  # name of the strategy's class
+    others: tuple[str, ...]  # names of its arguments that are not the algorithm's, such as `timeout`
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads a file of settings.
+
+    Args:
+        path: A YAML file: a configuration of ``LightningCLI``, of which it reads ``trainer.strategy``; or a strategy,
+            as its name or with ``class_path`` and ``init_args``; or the arguments of ``HalosStrategy`` alone.
+
+    Raises:
+        ValueError: If the file is not such a file, or a setting of the algorithm is invalid.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    try:
+        return _parse(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _parse(settings: Any) -> Settings:
+    if isinstance(settings, Mapping) and "trainer" in settings:
+        settings = settings["trainer"]
+    if isinstance(settings, Mapping) and "strategy" in settings:
+        settings = settings["strategy"]
+    if isinstance(settings, str):
+        settings = {"class_path": _NAMES.get(settings, settings)}
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, Mapping):
+        raise ValueError("it must contain a mapping: trainer.strategy of LightningCLI, or the arguments of a strategy.")
+    name, arguments = "HalosStrategy", settings
+    if "class_path" in settings:
+        name, arguments = str(settings["class_path"]).rpartition(".")[2], settings.get("init_args") or {}
+    if name not in _ALGORITHMS:
+        raise ValueError(f"the strategy is {name}, and must be one of {', '.join(_ALGORITHMS)}.")
+    kind = _ALGORITHMS[name]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    chosen = {key: value for key, value in arguments.items() if key in fields}
+    for key, value in chosen.items():
+        if key.endswith("optimizer") and value is not None:
+            chosen[key] = _optimizer(key, value)
+    return Settings(kind(**chosen), name, tuple(sorted(map(str, arguments.keys() - fields))))
+
+
+def _optimizer(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        raise ValueError(f"{key}={value!r} must have a class_path, such as lightning_halos.DelayedNesterov.")
+    module, _, name = str(value["class_path"]).rpartition(".")
+    kind = _OPTIMIZERS.get(name) or (getattr(torch.optim, name, None) if module.startswith("torch.optim") else None)
+    if kind is None:
+        raise ValueError(
+            f"{key} has the class_path {value['class_path']}, and must be lightning_halos.DelayedNesterov or an"
+            " optimizer of torch.optim."
+        )
+    return partial(kind, **(value.get("init_args") or {}))

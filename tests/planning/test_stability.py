@@ -1,0 +1,150 @@
+"""What the check calls stable converges in a simulation, and what it calls unstable diverges."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_halos.cli import main
+from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.planning.planner import make_timing
+from lightning_halos.planning.settings import read_settings
+from lightning_halos.planning.stability import ALONE, check
+from lightning_halos.simulation.cluster import SimulatedCluster
+from tests.planning.quadratics import compare, nesterov, summary
+from tests.simulation.paper import PAPER, PAPER_FILE
+
+
+def alike(workers: int) -> SimulatedCluster:
+    return SimulatedCluster([[100.0]], [[1.0] * workers], step_ms=100, message_bytes=1000)
+
+
+class TestAgainstFormulas:
+    @pytest.mark.parametrize("workers", [1, 2, 4, 7])
+    @pytest.mark.parametrize("lr", [1.0, 0.5])
+    def test_stale_updates_without_momentum(self, workers: int, lr: float) -> None:
+        """Of n equal workers each push is n - 1 versions old: z^n - z^(n-1) + lr x = 0."""
+        algorithm = Halos(local_steps=1, local_optimizer=nesterov(lr))
+        limit = check(algorithm, make_timing(alike(workers))).limit
+        assert limit == pytest.approx(min(ALONE, 2 * math.sin(math.pi / (2 * (2 * workers - 1))) / lr), rel=0.01)
+
+    @pytest.mark.parametrize("beta", [0.3, 0.9])
+    def test_nesterov_momentum_of_one_worker(self, beta: float) -> None:
+        """z^2 - (1 + beta) (1 - x) z + beta (1 - x) = 0, for x = lr * rate."""
+        algorithm = Halos(local_steps=1, local_optimizer=nesterov(1.0, beta))
+        limit = check(algorithm, make_timing(alike(1))).limit
+        assert limit == pytest.approx(2 * (1 + beta) / (1 + 2 * beta), rel=0.01)
+
+    def test_heavy_ball_momentum_of_synchronous_rounds(self) -> None:
+        """A round of H steps leaves (1 - x)^H of an error: z^2 - (1 + beta - lr c) z + beta = 0."""
+        outer = partial(torch.optim.SGD, lr=2.5, momentum=0.2)
+        limit = check(Diloco(local_steps=3, outer_optimizer=outer), make_timing(alike(3))).limit
+        contraction = 2 * (1 + 0.2) / 2.5
+        assert 1 - (1 - limit) ** 3 == pytest.approx(contraction, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_what_is_called_unstable_diverges_and_what_is_called_stable_does_not(settings: int) -> None:
+    counts = summary([compare(seed) for seed in range(settings)])
+    wrong = counts["called stable, but diverging"] + counts["called unstable, but not diverging"]
+    assert 0.1 < counts["called unstable"] / counts["in all"] < 0.9
+    assert wrong <= 0.03 * counts["in all"]
+    assert counts["wrong although the growth per round is more than 0.02 from 1"] == 0
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> str:
+    """Two regions of two workers."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(
+        "{bandwidths: [[10, 1], [1, 10]], worker_speeds: [[1, 0.5], [0.8, 0.9]], step_ms: 100, message_bytes: 1000000}"
+    )
+    return str(path)
+
+
+def write(folder: Path, settings: object) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def optimizer(**arguments: float) -> dict[str, object]:
+    return {"class_path": "lightning_halos.DelayedNesterov", "init_args": arguments}
+
+
+STEEP = {
+    "local_steps": 8,
+    "accumulate_updates": 8,
+    "timeout": 60,
+    "local_optimizer": optimizer(lr=2.0, momentum=0.9, delay=4),
+    "global_optimizer": optimizer(lr=0.25, momentum=0.0, delay=1),
+}
+
+
+class TestCommand:
+    def test_the_settings_of_the_paper_are_stable(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", write(tmp_path, {}), str(PAPER_FILE)]) == 0
+        out = capsys.readouterr().out
+        assert "HALoS with 16 workers: 1 to 8 local steps per round" in out
+        assert "staleness: 3.00 versions for a push" in out
+        assert "The inner rate 1 / L is stable." in out
+
+    def test_it_says_which_setting_to_lower_and_that_helps(
+        self, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["check", write(tmp_path, STEEP), cluster]) == 1
+        out = capsys.readouterr().out
+        assert "errors grow" in out
+        (line,) = [line for line in out.splitlines() if line.startswith("  local_optimizer: lr to ")]
+        lower = float(line.rpartition(" ")[2])
+        assert 0.02 < lower < 1
+        settings = {**STEEP, "local_optimizer": optimizer(lr=lower, momentum=0.9, delay=4)}
+        assert main(["check", write(tmp_path, settings), cluster]) == 0
+
+    def test_an_inner_rate_and_a_curvature_may_be_given(
+        self, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write(tmp_path, STEEP)
+        assert main(["check", path, cluster, "--inner-rate", "0.0001", "--curvature", "10"]) == 0
+        assert "The inner rate 0.0001 is stable." in capsys.readouterr().out
+        assert main(["check", path, cluster, "--inner-rate", "0.1"]) == 2
+        assert main(["check", path, cluster, "--inner-rate", "1", "--curvature", "3"]) == 2
+        assert "must be between 0 and 2" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("settings", "error"),
+        [
+            ({"acumulate_updates": 3}, "HalosStrategy has no argument acumulate_updates"),
+            ({"local_steps": 0}, "local_steps=0 must be"),
+            ({"local_optimizer": 0.3}, "local_optimizer=0.3 must have a class_path"),
+            ({"local_optimizer": {"class_path": "x.Y"}}, "x.Y, and must be"),
+            ({"local_optimizer": {"class_path": "torch.optim.Adam"}}, "makes a Adam, whose updates are not linear"),
+            ("ddp", "the strategy is ddp, and must be one of HalosStrategy"),
+            ([1], "must contain a mapping"),
+            ("sync_sgd", "has no servers"),
+        ],
+        ids=str,
+    )
+    def test_bad_settings_are_refused(
+        self, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str], settings: object, error: str
+    ) -> None:
+        assert main(["check", write(tmp_path, settings), cluster]) == 2
+        assert error in capsys.readouterr().err
+
+    def test_settings_may_be_a_configuration_of_lightning_cli(self, tmp_path: Path) -> None:
+        strategy = {"class_path": "lightning_halos.AsyncLocalSGDStrategy", "init_args": {"local_steps": 5}}
+        path = Path(write(tmp_path, {"trainer": {"strategy": strategy, "max_steps": 3}, "model": {}}))
+        assert read_settings(path).algorithm == AsyncLocalSGD(local_steps=5)
+        path = Path(write(tmp_path, {"trainer": {"strategy": "diloco"}}))
+        assert read_settings(path).algorithm == Diloco()
+        assert isinstance(read_settings(Path(write(tmp_path, "sync_sgd"))).algorithm, SyncSGD)
+
+
+def test_the_defaults_are_stable_with_and_without_overlap() -> None:
+    for algorithm in (Halos(), Halos(overlap=True), AsyncLocalSGD(), Diloco()):
+        assert check(algorithm, make_timing(PAPER)).is_stable, algorithm
