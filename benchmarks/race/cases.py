@@ -106,9 +106,9 @@ def choose(case: Case, contestant: Contestant, timing: Timing, steps: int, pace:
     """Returns a contestant's settings, and the seconds per global step that the planner predicts for them.
 
     HALoS gets the H and K that ``lightning-halos plan --sweep`` recommends: those with the freshest models that keep
-    workers busy and send half of the pushes to the global server, if there are such. It keeps them with further options,
-    so that its rows differ by these alone. DiLoCo gets the smallest H of 8, 16 and 32 with which it computes for at
-    least 60 % of a round, else the largest.
+    workers busy and send half of the pushes to the global server, if there are such. It keeps them with further
+    options, so that its rows differ by these alone. DiLoCo gets the smallest H of 8, 16 and 32 with which it computes
+    for at least 60 % of a round, else the largest.
     """
     settings: dict[str, Any] = {
         "software": contestant.software,
