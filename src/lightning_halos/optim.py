@@ -65,7 +65,7 @@ class MuonAdamW(Optimizer):
         nesterov: Whether Muon uses Nesterov momentum.
         ns_steps: Iterations by which Muon finds the orthogonal matrix, from 1 to 99.
         adjust_lr_fn: How Muon scales its updates by the shape of a matrix: ``"match_rms_adamw"``, or ``"original"``,
-            with which good rates are about ten times AdamW's.
+            whose updates are smaller for most matrices, so that they need a higher rate.
         adamw_lr: Learning rate of AdamW. Default: ``lr``.
         adamw: Further parts of names, between dots, whose parameters get AdamW, such as ``["out_layer"]``.
         foreach: As in ``torch.optim.AdamW``.
