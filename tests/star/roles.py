@@ -39,6 +39,7 @@ class Task:
         local_steps: Steps of a round.
         accumulate: Pushes between two exchanges with the global server.
         timeout: ``HalosStrategy(timeout=...)``.
+        overlap: 1 for ``HalosStrategy(overlap=True)``.
     """
 
     epochs: int = 2
@@ -48,6 +49,7 @@ class Task:
     local_steps: int = 4
     accumulate: int = 4
     timeout: float = 30.0
+    overlap: int = 0
 
     @property
     def steps(self) -> int:
@@ -122,6 +124,7 @@ def region(folder: str, name: str) -> None:
         local_steps=task.local_steps,
         accumulate_updates=task.accumulate,
         timeout=task.timeout,
+        overlap=bool(task.overlap),
         grace_time=5,
         worker=worker,
     )

@@ -22,9 +22,12 @@ def batches(star: Star, name: str) -> int:
 
 
 def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter: Starter, tmp_path: Path) -> None:
-    """The server is killed and comes back meanwhile, and then a process of a worker dies: its job is lost as one."""
+    """The server is killed and comes back meanwhile, and then a process of a worker dies: its job is lost as one.
+
+    The workers train on while their pushes are answered.
+    """
     port = free_port()
-    star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1536), ["localhost"], ["us", "eu"])
+    star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1536, overlap=1), ["localhost"], ["us", "eu"])
     server = star.server("--min-regions", "1", "--liveness", "5", listen=f"127.0.0.1:{port}")
     us, _ = jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
     for party in (server, *jobs):
