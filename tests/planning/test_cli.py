@@ -73,7 +73,10 @@ class TestPlan:
         only = ["--algorithm", "halos"]
         said = "overlap=True, HALoS: 0.385 s per global step instead of 0.394 (2% less): it gains little here.\n"
         assert run(PAPER, *only)[1].endswith(f"\n\n{said}")
-        assert "it pays here" in run(PAPER, *only, "--message-bytes", "5600000000")[1]
+        assert run(PAPER, *only, "--message-bytes", "5600000000")[1].endswith("it pays here.\n")
+        longer = run(PAPER, *only, "--message-bytes", "56000000000")[1].splitlines()[-1]
+        assert "it pays here. Workers still wait" in longer
+        assert longer.endswith("of their time: raise local_steps, too.")
         assert "overlap" not in run(PAPER, "--algorithm", "diloco")[1]
 
     def test_plans_workers_that_train_on(self, run):

@@ -12,6 +12,9 @@ from lightning_halos.simulation.timing import Timing
 PAYS = 0.05
 """Share of the time per global step that overlap must save to be worth it; see ``docs/overlap.md``."""
 
+WAITS = 0.2
+"""Share of their time that workers wait with overlap from which on more local steps per round are worth a try."""
+
 
 def advice_on_overlap(algorithms: Sequence[Algorithm], plans: Sequence[Plan], timing: Timing, hours: float) -> str:
     """Returns a line for each algorithm whose workers may train on while their pushes are answered.
@@ -30,8 +33,10 @@ def advice_on_overlap(algorithms: Sequence[Algorithm], plans: Sequence[Plan], ti
             before, after = waiting.seconds_per_global_step, overlapping.seconds_per_global_step
             saved = 1 - after / before
             verdict = "it pays here" if saved >= PAYS else "it gains little here"
+            waits = float(overlapping.shares[1])
+            more = f" Workers still wait {waits:.0%} of their time: raise local_steps, too." if waits >= WAITS else ""
             lines.append(
                 f"overlap=True, {result.title}: {after:.3f} s per global step instead of {before:.3f}"
-                f" ({saved:.0%} less): {verdict}.\n"
+                f" ({saved:.0%} less): {verdict}.{more}\n"
             )
     return "".join(lines)
