@@ -163,7 +163,7 @@ class Tokens(Dataset[Tensor]):
 
 
 class Stamps(L.Callback):
-    """Notes the time after the first round, and after the last."""
+    """Notes the time after each ``LOCAL_STEPS`` batches, which is once per round."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -172,15 +172,14 @@ class Stamps(L.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.batches += 1
-        if self.batches in (LOCAL_STEPS, (1 + ROUNDS) * LOCAL_STEPS):
+        if self.batches % LOCAL_STEPS == 0:
             synchronize(self.device)
             self.times.append(time.perf_counter())
 
     @property
     def rate(self) -> float:
-        """Steps per second between the two."""
-        first, last = self.times
-        return ROUNDS * LOCAL_STEPS / (last - first)
+        """Steps per second after the first round."""
+        return (len(self.times) - 1) * LOCAL_STEPS / (self.times[-1] - self.times[0])
 
 
 def make_model(size: Size, device: torch.device) -> L.LightningModule:
@@ -196,7 +195,7 @@ def fit(size: Size, accelerator: str, strategy: Any, workers: int = 1, callbacks
     """Trains a model. Returns the Trainer, the model and the times."""
     device = device_of(accelerator)
     stamps = Stamps(device)
-    steps = (1 + ROUNDS) * LOCAL_STEPS + 1
+    steps = (1 + ROUNDS) * LOCAL_STEPS * workers + 1  # workers share them by their speeds
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -338,8 +337,10 @@ def round_process(folder: Path, size: Size, accelerator: str) -> dict[str, float
     nodes: tuple[Any, Any] = None, None
     groups = Groups(store, topology, rank, TIMEOUT, lambda: None)
     if rank == 0:
-        del module
-        server = Halos().local_server(0, 1, 2, memory.clone(), vector.shapes, topology.describe)
+        shapes = vector.shapes
+        del module, vector  # of which the server needs nothing on the device
+        torch.cuda.empty_cache()
+        server = Halos().local_server(0, 1, 2, memory.clone(), shapes, topology.describe)
         nodes = GlobalNode(None, 1, StepBudget(2)), RegionNode(server, Halos().planner(2), [0, 1], StepBudget(2))
     runtime = NodeRuntime(rank, topology, groups, *nodes, memory, TIMEOUT, lambda: None)
     worker = WorkerRound(rank, local_steps=LOCAL_STEPS)
@@ -594,6 +595,7 @@ def main() -> int:
         found = PROCESSES[args.process](args.folder, SIZES[args.sizes[0]], args.accelerator)
         (args.folder / f"{os.environ['NUMBER']}.json").write_text(json.dumps(found))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what ends the processes
     sizes = {name: size for name, size in SIZES.items() if name in args.sizes}
     bench = Bench(sizes, args.accelerator, 60 * args.minutes)
     print(machine(args.accelerator))

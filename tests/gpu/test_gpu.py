@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_halos.core.copies import StagedCopies, copies_of
+from lightning_halos.core.copies import Run, StagedCopies, copies_of
 from lightning_halos.core.messages import Push
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
@@ -31,8 +32,10 @@ def one_worker_per_node(workers: int) -> list[dict[str, str]]:
     return [{**shared, "NODE_RANK": str(rank)} for rank in range(workers)]
 
 
-def trainer_of(workers: int, **kwargs: Any) -> pl.Trainer:
-    return make_trainer(halos(regions=1), accelerator=ACCELERATOR, devices=1, num_nodes=workers, **kwargs)
+def trainer_of(workers: int, overlap: bool = False, **kwargs: Any) -> pl.Trainer:
+    return make_trainer(
+        halos(regions=1, overlap=overlap), accelerator=ACCELERATOR, devices=1, num_nodes=workers, **kwargs
+    )
 
 
 def busy(seconds: float = 0.1) -> None:
@@ -84,19 +87,32 @@ def test_copies_wait_for_computations_and_computations_for_copies() -> None:
             assert total.item() == (value + 0.5) * WIDTH**2
 
 
+def test_what_is_computed_when_it_is_requested_is_copied_afterwards_from_memory_that_nobody_uses_meanwhile() -> None:
+    def runs() -> Iterator[Run]:
+        for value in range(8):
+            busy(0.02)
+            yield [torch.full((WIDTH**2,), float(value), device=DEVICE)], [torch.empty(WIDTH**2)], value
+
+    for value, (tensors, _, _) in enumerate(copies_of({torch.device("cuda", 0)}).to_host(runs())):
+        assert torch.equal(tensors[0], torch.full((WIDTH**2,), float(value)))
+
+
 # ---------------------------------------------------------------------- training
 
 
-def fitting(precision: Any) -> Result:
+def fitting(precision: Any, overlap: bool) -> Result:
     module = Toy()
-    trainer = trainer_of(2, max_steps=20, precision=precision, val_check_interval=10, check_val_every_n_epoch=None)
+    flags: dict[str, Any] = {"precision": precision, "val_check_interval": 10, "check_val_every_n_epoch": None}
+    trainer = trainer_of(2, overlap, max_steps=20, **flags)
     trainer.fit(module, loader(), loader())
     return outcome(trainer, module.cpu())
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["waiting", "overlap"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_two_workers_train_on_one_device(tmp_path: Path, precision: str) -> None:
-    results = run_workers(fitting, precision, folder=tmp_path, environments=one_worker_per_node(2), timeout=120)
+def test_two_workers_train_on_one_device(tmp_path: Path, precision: str, overlap: bool) -> None:
+    environments = one_worker_per_node(2)
+    results = run_workers(fitting, precision, overlap, folder=tmp_path, environments=environments, timeout=120)
     assert_trained(results, max_steps=20)
 
 
