@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from lightning_halos.core.error_feedback import ErrorFeedback, in_parts
-from lightning_halos.core.messages import Pull, Push
+from lightning_halos.core.messages import Pull, Push, RegionUpdate
+from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.quantization import Format, decode, encode
+from lightning_halos.core.region_node import RegionNode
+from lightning_halos.core.schedule import RoundPlanner, StepBudget
+from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.vector import PART, Advance
 from lightning_halos.core.worker_wire import WorkerWire
@@ -124,6 +129,35 @@ def test_both_ends_of_a_model_hold_the_same_bits(form: Format) -> None:
 def test_a_difference_to_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="came as a difference"):
         Shadow(PARAMETERS).receive(torch.zeros(SIZE), True)
+
+
+def test_scalars_empty_parameters_and_buffers_are_parts_of_a_vector_like_others() -> None:
+    shapes = [torch.Size([]), torch.Size([0, 3]), torch.Size([5, 13])]
+    parameters, size = 66, 69
+    server = LocalServer(0, torch.zeros(size), partial(torch.optim.SGD, lr=1.0), 2, 0.5, shapes)
+    planner, budget = RoundPlanner(8, False, 1), StepBudget(1)
+    node = RegionNode(server, planner, [0], budget, formats={0: "int4", GLOBAL: "int8"})
+    worker, model, updates = WorkerWire("int4", parameters, torch.float32), torch.zeros(parameters), []
+    for number in range(1, 5):
+        progress = torch.randn(size, generator=generator)
+        push = Push(0, None, 8, 8, 1.0, vector=torch.empty(size), number=number)
+        assert push.vector is not None
+        vector = push.vector
+        worker.filling(push, lambda advance, vector=vector, progress=progress: vector.copy_(progress))(lambda _: None)
+        assert is_in_format(vector[:parameters], "int4")
+        model -= vector[:parameters]
+        for send in node.handle(0, push):
+            message = send.complete()
+            if isinstance(message, Pull):
+                assert message.vector is not None
+                list(worker.arriving(message, [size]))
+                torch.testing.assert_close(message.vector[:parameters], model, rtol=0, atol=0.3)
+                torch.testing.assert_close(message.vector[parameters:], progress[parameters:])
+            elif isinstance(message, RegionUpdate):
+                assert message.vector is not None
+                updates.append(message.vector)
+                assert is_in_format(message.vector[:parameters], "int8")
+    assert len(updates) == 1
 
 
 def test_a_worker_goes_on_with_its_residual_and_shadow() -> None:

@@ -90,6 +90,25 @@ def test_a_run_with_other_lanes_goes_on_bit_for_bit(name: str, after: str, optim
     assert {server.version for server in new.all} == {12}
 
 
+@pytest.mark.parametrize("after", LAYOUTS)
+@every_layout
+def test_what_updates_lack_goes_on_in_other_lanes(name: str, after: str) -> None:
+    old, new = Servers(LAYOUTS[name], "DelayedNesterov"), Servers(LAYOUTS[after], "DelayedNesterov")
+    parameters = sum(SIZES[:3])
+    residual = torch.arange(1.0, parameters + 1)
+    complete = torch.cat([residual, torch.zeros(SIZES[3])])
+    for servers in (old, new):
+        for lane, server in enumerate(servers.all):
+            server.round_updates("int4")
+            if servers is old:
+                own = old.layout.cut(complete, lane)[: old.layout.parameters_of(lane)]
+                server.feedback.residual.copy_(own)  # type: ignore[union-attr]
+    new.load(old.layout, [server.state_dict() for server in old.all])
+    for lane, server in enumerate(new.all):
+        expected = new.layout.cut(complete, lane)[: new.layout.parameters_of(lane)]
+        assert torch.equal(server.feedback.residual, expected)  # type: ignore[union-attr]
+
+
 def test_a_fault_in_one_slice_rejects_the_update_in_all_lanes() -> None:
     servers = Servers(LAYOUTS["rows"], "DelayedNesterov")
     before = servers.model

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_halos.core.lanes import Layout
 
-_RESIDUAL = "residual"
-_SLICES = ("model", "base", "vector", "memory", _RESIDUAL)
-"""Names of slices of the vector in the states of servers, updates, pushes and workers; residuals have no buffers."""
+_OF_PARAMETERS = ("residual", "shadow")  # which have no averaged tensors
+_SLICES = ("model", "base", "vector", "memory", *_OF_PARAMETERS)
+"""Names of slices of the vector in the states of servers, updates, pushes and workers."""
 
 
 class Reslicing:
@@ -101,7 +101,7 @@ class Reslicing:
 
 def _sizes(layout: Layout, lane: int, key: str) -> list[int]:
     """Returns the elements of the tensors that a slice of this name consists of."""
-    return layout.sizes(lane)[: layout.num_tensors if key == _RESIDUAL else None]
+    return layout.sizes(lane)[: layout.num_tensors if key in _OF_PARAMETERS else None]
 
 
 def _is_of_elements(name: str, value: Any) -> bool:

@@ -367,7 +367,7 @@ class RegionNetwork(Network):
         for shadows, saved in zip(self._shadows, state.get("shadows", ()), strict=False):
             for peer, values in saved.items():
                 if peer in shadows:
-                    shadows[peer].values = values.clone()
+                    shadows[peer].values = values["shadow"].clone()
         self._sent = state["sent"]
         kinds = {kind.__name__: kind for kind in (RegionUpdate, GlobalModel)}
         self._under_way = [(*key, kinds[kind](**copy.deepcopy(fields))) for *key, kind, fields in state["under_way"]]
@@ -529,5 +529,6 @@ class SynchronousNetwork(Network):
         return 0 if lease is None else lease.steps
 
 
-def _values(shadows: Mapping[int, Shadow]) -> dict[int, Tensor]:
-    return {peer: shadow.values.clone() for peer, shadow in shadows.items() if shadow.values is not None}
+def _values(shadows: Mapping[int, Shadow]) -> dict[int, dict[str, Tensor]]:
+    known = {peer: shadow.values for peer, shadow in shadows.items() if shadow.values is not None}
+    return {peer: {"shadow": values.clone()} for peer, values in known.items()}  # a name that is resliced
