@@ -9,6 +9,7 @@ from lightning_halos.core.algorithms import ALGORITHMS
 from tests.simulation.paper import PAPER_FILE
 
 PAPER = str(PAPER_FILE)
+BUSY_SERVER = ["--server-gigabytes-per-second", "0.1"]
 SMALL = ["--random-cluster", "2x3", "--hours", "0.1"]
 
 
@@ -101,6 +102,10 @@ class TestPlan:
         _, same, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "int8", "int8")
         _, one, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "int8")
         assert same == one
+
+    def test_takes_the_speed_of_servers(self, run):
+        slow, fast = (run(*SMALL, "--algorithm", "halos", *server)[1] for server in (BUSY_SERVER, []))
+        assert slow != fast
 
     def test_draws_another_cluster_for_another_seed(self, run):
         tables = {run(*SMALL, "--algorithm", "halos", "--seed", seed)[1] for seed in ("0", "1", "0")}

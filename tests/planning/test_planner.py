@@ -158,6 +158,13 @@ CASES |= {
     for number, (name, (cluster, algorithm)) in enumerate(CASES.items())
     if number % 2
 }
+# Servers that are busy for a little or for most of the time, so that pushes wait.
+CASES |= {
+    f"{name}, {speed:g} GB/s": (dataclasses.replace(cluster, server_gigabytes_per_second=speed), algorithm)
+    for number, (name, (cluster, algorithm)) in enumerate(CASES.items())
+    if number % 5 == 0
+    for speed in ([5.0, 0.2][number // 5 % 2],)
+}
 
 
 class TestEvents:
@@ -172,7 +179,16 @@ class TestEvents:
         result = plan(algorithm, timing, horizon / MS_PER_HOUR, record_ms=horizon)
 
         assert planned(result, steps) == expected
-        check_numbers(result, expected, cluster, timing)
+        check_numbers(result, expected, cluster, timing.on(algorithm.wire))
+
+    @pytest.mark.parametrize(
+        ("overlap", "times"), [(False, [102, 102, 214, 224, 326, 336]), (True, [101, 101, 201, 201, 301, 301])]
+    )
+    def test_pushes_wait_for_a_server_that_is_busy(self, overlap, times):
+        """Models take 1 ms, rounds 100 ms, and the server 10 ms for each push."""
+        cluster = SimulatedCluster([[8.0]], [[1, 1]], 50, 10**6, server_gigabytes_per_second=0.1)
+        result = plan(Halos(local_steps=2, overlap=overlap), make_timing(cluster), record_ms=340.0)
+        assert result.recording.pushes[0].times[:6].tolist() == pytest.approx(times, abs=1e-3)
 
     def test_are_recorded_up_to_the_time_asked_for_and_change_nothing_else(self):
         timing = make_timing(PAPER)
@@ -210,9 +226,9 @@ def check_numbers(result, events, cluster, timing):
         is_push = event.kind == "push"
         messages = 2 if is_push else 1
         if server == (cluster.region_of[event.worker] if is_push else cluster.global_region):
-            inside += messages * timing.message_bytes
+            inside += messages * timing.bytes_within
         else:
-            between += messages * timing.message_bytes
+            between += messages * timing.bytes_between
     assert (result.bytes_inside, result.bytes_between) == (inside, between)
     assert merges or result.updates is None
 

@@ -52,6 +52,11 @@ class TestDescription:
             ({"step_ms": "1"}, ValueError, r"step_ms='1' must be a positive number"),
             ({"message_bytes": 0}, ValueError, r"message_bytes=0 must be a positive whole number, or None"),
             ({"devices_per_worker": 0}, ValueError, r"devices_per_worker=0 must be a whole number of at least 1"),
+            (
+                {"server_gigabytes_per_second": 0},
+                ValueError,
+                r"server_gigabytes_per_second=0 must be a positive number",
+            ),
             ({"message_bytes": 1.5}, ValueError, r"message_bytes=1.5 must be a positive whole number"),
             ({"global_region": 2}, ValueError, r"global_region=2 must be the index of a region, from 0 to 1"),
             ({"global_region": -1}, ValueError, r"global_region=-1 must be the index"),

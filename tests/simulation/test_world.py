@@ -50,6 +50,15 @@ OVERLAPPING = {
         simulate=FAR, local_steps=4, accumulate_updates=3, overlap=True, **kwargs
     ),
 }
+BUSY = {
+    "overlap, busy servers": lambda **kwargs: HalosStrategy(
+        simulate=dataclasses.replace(FAR, server_gigabytes_per_second=1.0),
+        local_steps=4,
+        accumulate_updates=3,
+        overlap=True,
+        **kwargs,
+    ),
+}
 NAMED = ["rank 0 (region 0)", "rank 1 (region 0)", "rank 2 (region 1)", "rank 3 (region 1)"]
 WORLD = "the simulated world of rank 0 (region 0)"
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
@@ -100,7 +109,7 @@ def fit(
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "num_sanity_val_steps": 0}
     options = {key: kwargs.pop(key) for key in ["max_norm_ratio", "wire"] if key in kwargs}
-    strategy = {**STRATEGIES, **OVERLAPPING}[name](timeout=60, **options)
+    strategy = {**STRATEGIES, **OVERLAPPING, **BUSY}[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
     trainer.fit(module, None if data is module else data or loader(), loader(32), ckpt_path=ckpt_path)

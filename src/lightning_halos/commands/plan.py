@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--random-cluster", metavar="RxW", help="draw one: R regions of W workers, like the paper's")
     where.add_argument("--seed", type=int, default=0, help="of --random-cluster (default: 0)")
     where.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    where.add_argument(
+        "--server-gigabytes-per-second",
+        type=float,
+        metavar="X",
+        help="bytes of a model, divided by the time that a server needs for a push (default: as the cluster's"
+        " description says, else servers take no time)",
+    )
     how = parser.add_argument_group("the algorithms")
     how.add_argument(
         "--algorithm",
@@ -103,6 +110,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     name, cluster = _cluster(arguments)
     if arguments.all_reduce is not None:
         cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
+    if arguments.server_gigabytes_per_second is not None:
+        cluster = dataclasses.replace(cluster, server_gigabytes_per_second=arguments.server_gigabytes_per_second)
     wire, folder = _wire(arguments.wire), arguments.output
     timing = make_timing(cluster, arguments.message_bytes).on(wire)
     if arguments.sweep:

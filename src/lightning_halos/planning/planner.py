@@ -6,11 +6,13 @@ It works on numbers only: no tensors, no printing. It follows the rules of the s
 A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, from the second one
 on if it trains on while they are answered, and the pushes to a server are the merged progressions of its workers.
 Arrays therefore replace an event queue, and servers are computed one after the other. Simultaneous pushes are in the
-order of workers, simultaneous updates at the global server in the order in which they were sent.
+order of workers, simultaneous updates at the global server in the order in which they were sent. Only for servers that
+take time, which a push has to wait for, there is an event queue for each server.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +182,8 @@ def _in_lockstep(algorithm: Algorithm, timing: Timing, horizon: float, local_ste
     workers, regions = timing.cluster.num_workers, len(timing.cluster.regions)
     compute = np.array([timing.compute(worker, steps) for worker, steps in enumerate(local_steps)])
     all_reduce, slowest = timing.all_reduce(), float(compute.max())
+    if not algorithm.averages_gradients:
+        all_reduce += timing.serve
     ends = _multiples(slowest + all_reduce, horizon)
     if not len(ends):
         raise ValueError(_too_short(algorithm.name, horizon, slowest + all_reduce))
@@ -220,33 +224,34 @@ def _with_servers(
     push_tally, update_tally = _Tally(), _Tally()
     recorded, exchanges, sent_steps = [], [], []
     for group in groups:
-        times = []
-        for rank in group.ranks:
-            if algorithm.overlap:
-                busy, way = timing.busy(rank, local_steps[rank]), timing.way(rank, group.region)
-                durations[rank] = max(busy, 2 * way)
-                times.append(_overlapping(busy, durations[rank], way, horizon))
-            else:
-                durations[rank] = timing.round(rank, group.region, local_steps[rank])
-                times.append(_multiples(durations[rank], horizon))
-            rounds[rank] = len(times[-1])
-            messages[region_of[rank] != group.region] += 2 * len(times[-1])
+        own_rounds = [
+            _Rounds.of(timing, rank, group.region, local_steps[rank], algorithm.overlap) for rank in group.ranks
+        ]
+        applied: Floats | None = None
+        if timing.serve:
+            times, applied = _serve(own_rounds, timing.serve, horizon)
+        else:
+            times = [own.arrivals(horizon) for own in own_rounds]
+        for rank, own, arrivals in zip(group.ranks, own_rounds, times, strict=True):
+            waits = timing.serve and len(arrivals)
+            durations[rank] = float(arrivals[-1]) / len(arrivals) if waits else own.duration
+            rounds[rank] = len(arrivals)
+            messages[region_of[rank] != group.region] += 2 * len(arrivals)
         steps = [np.full(len(own), local_steps[rank]) for rank, own in zip(group.ranks, times, strict=True)]
         pushes = _arrive(times, steps, group.ranks)
         push_tally.add(pushes)
         recorded.append(_until(pushes, record_ms))
         if periods:
             period = periods[group.index]
-            own = _exchange(
-                pushes.times, period, timing.transfer(group.region, home), timing.transfer(home, group.region)
-            )
-            exchanges.append(own)
+            there, back = timing.transfer(group.region, home), timing.serve + timing.transfer(home, group.region)
+            exchange = _exchange(pushes.times, pushes.times if applied is None else applied, period, there, back)
+            exchanges.append(exchange)
             done = np.concatenate([[0], np.cumsum(local_steps[pushes.senders])])
-            sent_steps.append(np.diff(done[own.sent_versions], prepend=0))
-            merges = int((own.merged <= horizon).sum())
-            messages[group.region != home] += int((own.arrived <= horizon).sum()) + merges
+            sent_steps.append(np.diff(done[exchange.sent_versions], prepend=0))
+            merges = int((exchange.merged <= horizon).sum())
+            messages[group.region != home] += int((exchange.arrived <= horizon).sum()) + merges
             sent += period * merges
-            merged += int(own.merged_versions[merges - 1]) if merges else 0
+            merged += int(exchange.merged_versions[merges - 1]) if merges else 0
     if not rounds.any():
         raise ValueError(_too_short(algorithm.name, horizon, float(durations.min())))
     updates = None
@@ -296,19 +301,54 @@ def _multiples(duration: float, horizon: float) -> Floats:
     return ends[: np.searchsorted(ends, horizon, side="right")]
 
 
-def _overlapping(first: float, duration: float, way: float, horizon: float) -> Floats:
-    """Arrival times of the pushes of a worker that trains on meanwhile; see :mod:`~..simulation.overlap`.
+class _Rounds(NamedTuple):
+    """The rounds of a worker. If it trains on while a push is answered, see :mod:`~..simulation.overlap`."""
 
-    Args:
-        first: Duration of the first round, which waits for no answer.
-        duration: Duration of the others: what takes longer, their local steps or a push and its answer.
-        way: Time of a push on its way.
-        horizon: Time of the last arrival at the latest.
+    first: float  # milliseconds from the start until the first push leaves
+    duration: float  # of the others, if its server takes no time
+    way: float  # of a push, and of its answer
+    overlap: bool
+
+    @classmethod
+    def of(cls, timing: Timing, rank: int, server_region: int, steps: int, overlap: bool) -> _Rounds:
+        busy, way = timing.busy(rank, steps), timing.way(rank, server_region)
+        duration = max(busy, 2 * way) if overlap else timing.round(rank, server_region, steps)
+        return cls(busy, duration, way, overlap)
+
+    def arrivals(self, horizon: float) -> Floats:
+        """Arrival times of the pushes, if the server takes no time."""
+        if not self.overlap:
+            return _multiples(self.duration, horizon)
+        durations = np.full(int(horizon / self.duration) + 2, self.duration)
+        durations[0] = self.first
+        ends: Floats = np.cumsum(durations) + self.way
+        return ends[: np.searchsorted(ends, horizon, side="right")]
+
+
+def _serve(rounds: Sequence[_Rounds], serve: float, horizon: float) -> tuple[list[Floats], Floats]:
+    """The pushes to a server that applies one after the other, in the order of their arrival.
+
+    Returns:
+        The arrival times of each worker's pushes, and the times at which all pushes have been applied, in order.
     """
-    durations = np.full(int(horizon / duration) + 2, duration)
-    durations[0] = first
-    ends: Floats = np.cumsum(durations) + way
-    return ends[: np.searchsorted(ends, horizon, side="right")]
+    arrivals: list[list[float]] = [[] for _ in rounds]
+    applied: list[float] = []
+    leaves = [own.first for own in rounds]
+    coming = [(own.first + own.way if own.overlap else own.duration, number) for number, own in enumerate(rounds)]
+    heapq.heapify(coming)
+    free = 0.0
+    while coming[0][0] <= horizon:
+        arrival, number = coming[0]
+        own = rounds[number]
+        free = max(arrival, free) + serve
+        arrivals[number].append(arrival)
+        applied.append(free)
+        if own.overlap:
+            leaves[number] = max(leaves[number] + own.duration, free + own.way)
+            heapq.heapreplace(coming, (leaves[number] + own.way, number))
+        else:
+            heapq.heapreplace(coming, (free + own.duration, number))
+    return [np.array(times, dtype=np.float64) for times in arrivals], np.array(applied, dtype=np.float64)
 
 
 def _arrive(
@@ -336,12 +376,20 @@ def _arrive(
     return Arrivals(when[order], senders[order], (position - started)[order], missed[order])
 
 
-def _exchange(times: Floats, accumulate: int, there: float, back: float) -> Exchanges:
-    """The exchanges of a server with pushes at ``times``: one whenever ``accumulate`` pushes follow the last merge."""
+def _exchange(times: Floats, applied: Floats, accumulate: int, there: float, back: float) -> Exchanges:
+    """The exchanges of a server: one whenever ``accumulate`` pushes follow the last merge.
+
+    Args:
+        times: Arrival times of the pushes.
+        applied: Times at which they have been applied.
+        accumulate: The number of pushes.
+        there: Milliseconds of an update on its way.
+        back: Milliseconds from its arrival until its answer arrives.
+    """
     sent, versions = [], []
     merged_versions = [0]
     while (version := merged_versions[-1] + accumulate) <= len(times):
-        sent.append(times[version - 1])
+        sent.append(applied[version - 1])
         versions.append(version)
         merged_versions.append(int(np.searchsorted(times, sent[-1] + there + back, side="right")))
     start = np.array(sent, dtype=np.float64)

@@ -38,6 +38,8 @@ class SimulatedCluster:
         devices_per_worker: Devices of each worker, whose speed is that of all of them together, and which share its
             links: each sends its slice of a model at the same time. Default: as many as the strategy has processes per
             worker.
+        server_gigabytes_per_second: Speed of a server: bytes of a model, divided by the time in which it takes a push,
+            applies it and fills the answer; ``benchmarks/server.py`` measures it. Default: servers take no time.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -53,6 +55,7 @@ class SimulatedCluster:
     all_reduce: AllReduce = "star"
     record_parameters: bool = False
     devices_per_worker: int | None = None
+    server_gigabytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         rows = _table("worker_speeds", self.worker_speeds)
@@ -75,6 +78,12 @@ class SimulatedCluster:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
         if (devices := self.devices_per_worker) is not None:
             check_count("devices_per_worker", devices)
+        speed = self.server_gigabytes_per_second
+        if speed is not None and not _is_positive(speed):
+            raise ValueError(
+                f"server_gigabytes_per_second={speed!r} must be a positive number of GB/s, or None for servers that"
+                " take no time."
+            )
         if self.all_reduce not in get_args(AllReduce):
             raise ValueError(f"all_reduce={self.all_reduce!r} must be one of {get_args(AllReduce)}.")
         if isinstance(self.names, str):

@@ -5,8 +5,10 @@ the rounds that end next, and passes the workers' pushes. The end of a round is 
 depend on its result. So a network whose pushes have no vectors has the same rounds; each worker process uses one to
 know its data in advance.
 
-Updates and global models take the cluster's time from one region to another. As in the published simulator, all other
-messages take no time and are delivered at once. So is the final model, when the run is over.
+A local server applies one push after the other: it handles each when it arrives, and its answer leaves when all pushes
+so far have had their time. Updates and global models take the cluster's time from one region to another. As in the
+published simulator, all other messages take no time and are delivered at once. So is the final model, when the run is
+over.
 """
 
 from __future__ import annotations
@@ -297,6 +299,7 @@ class RegionNetwork(Network):
         self._global = GlobalNode(global_, len(groups), budget, self._cursor, formats=formats)
         self._top = locals_[0] if global_ is None else global_
         self._under_way: list[tuple[float, int, int, RegionUpdate | GlobalModel]] = []
+        self._free = [0.0] * len(groups)  # when each local server has applied the pushes so far
         self._sent = 0
         self._granted = 0
 
@@ -324,6 +327,7 @@ class RegionNetwork(Network):
             worker, index, has_vector = push.worker, self._group_of[push.worker], push.vector is not None
             node = self._locals[index]
             rejected = node.server.rejected
+            self._free[index] = max(self.now, self._free[index]) + (self._timing.serve if push.steps else 0.0)
             if has_vector:
                 self._count_bytes(index, self._timing.cluster.region_of[worker] == self._places[index])
             sends = node.handle(worker, push)
@@ -379,11 +383,13 @@ class RegionNetwork(Network):
 
     def schedule(self) -> dict[str, Any]:
         known = [(node.budget.total, node.first_version) for node in self._locals]
-        return {**super().schedule(), "known": known, "wire": [self._wire.within, self._wire.between]}
+        wire = [self._wire.within, self._wire.between]
+        return {**super().schedule(), "known": known, "wire": wire, "free": list(self._free)}
 
     def load_schedule(self, schedule: Mapping[str, Any]) -> None:
         super().load_schedule(schedule)
         self._global.budget.total = self.total
+        self._free = list(schedule["free"])
         for node, (total, first_version) in zip(self._locals, schedule["known"], strict=True):
             node.budget.total, node.first_version = total, first_version
         flushes = {i for *_, i, message in self._under_way if isinstance(message, RegionUpdate) and message.final}
@@ -399,7 +405,9 @@ class RegionNetwork(Network):
         for worker, pull in pulls.items():
             begun = self._begin(worker, pull)
             if begun.steps:
-                begun.end += self._timing.round(worker, self._places[self._group_of[worker]], begun.steps)
+                index = self._group_of[worker]
+                answered = max(self.now, self._free[index])
+                begun.end = answered + self._timing.round(worker, self._places[index], begun.steps)
 
     def _lease(self, worker: int, steps: int) -> int:
         index = self._group_of[worker]
@@ -428,7 +436,8 @@ class RegionNetwork(Network):
             assert not isinstance(message, Shard)
             if isinstance(message, RegionUpdate):
                 self._count_bytes(origin, self._places[origin] == self._home)
-                self._post(self._timing.transfer(self._places[origin], self._home), origin, message)
+                sent = max(self.now, self._free[origin])
+                self._post(sent + self._timing.transfer(self._places[origin], self._home), origin, message)
             elif to == GLOBAL:
                 self._route(GLOBAL, self._global.handle(origin, message))
             elif origin != GLOBAL and isinstance(message, LeaseGrant):
@@ -436,7 +445,10 @@ class RegionNetwork(Network):
             elif origin != GLOBAL:
                 self.outbox.append((to, message))
             elif isinstance(message, GlobalModel) and not message.final:
-                self._post(self._timing.transfer(self._home, self._places[to]), to, message)
+                # A global server is rarely busy, so an update does not wait for others.
+                self._post(
+                    self.now + (self._timing.serve + self._timing.transfer(self._home, self._places[to])), to, message
+                )
             else:
                 if isinstance(message, GlobalModel) and not self.finished:
                     self.finished = True
@@ -444,9 +456,9 @@ class RegionNetwork(Network):
                     self._note("end", self.version, None)
                 self._route(to, self._locals[to].handle(GLOBAL, message))
 
-    def _post(self, duration: float, index: int, message: RegionUpdate | GlobalModel) -> None:
+    def _post(self, arrival: float, index: int, message: RegionUpdate | GlobalModel) -> None:
         self._sent += 1
-        heapq.heappush(self._under_way, (self.now + duration, self._sent, index, message))
+        heapq.heappush(self._under_way, (arrival, self._sent, index, message))
 
     def _count_bytes(self, index: int, within_region: bool) -> None:
         """Counts the bytes of a message with a model to or from a local server, and of its answer."""
@@ -462,6 +474,8 @@ class SynchronousNetwork(Network):
         super().__init__(timing, work, algorithm)
         self._node = SynchronousNode(server, self._planner, dataclasses.replace(work.budget))
         self._all_reduce = timing.all_reduce() if self._workers > 1 else 0.0
+        if not algorithm.averages_gradients:
+            self._all_reduce += timing.serve
 
     @property
     def model(self) -> Tensor | None:

@@ -19,8 +19,9 @@ class OverlappingNetwork(RegionNetwork):
     """Local servers whose workers have at most one unanswered push.
 
     Push k of a worker leaves at e(k) and arrives at e(k) + w, where w is the time of a model on the way; the answer
-    arrives at a(k) = e(k) + 2 w. The worker loads it at the end of the first batch that does not end before a(k). With
-    the time c of its local steps, e(k + 1) = max(e(k) + c, a(k)).
+    arrives at a(k) = e(k) + 2 w, or later by the time in which the server applies the pushes before it and this one.
+    The worker loads it at the end of the first batch that does not end before a(k). With the time c of its local steps,
+    e(k + 1) = max(e(k) + c, a(k)).
 
     The local steps of a round are decided when it begins, so that exactly the ordered work is done. An answer that
     stops the run therefore takes effect after the round that has begun.
@@ -77,7 +78,7 @@ class OverlappingNetwork(RegionNetwork):
             pull.stop = not begun.steps and (pull.stop or not self.work.ends_with_data)
             pull.share = None
             if begun.steps:
-                pull.local_steps, pull.batches = begun.steps, self._batches(begun)
+                pull.local_steps, pull.batches = begun.steps, self._batches(begun, self._delay(begun))
 
     def _leave(self, leaving: Round) -> None:
         """Sends the push of a round on its way, and begins the worker's next round."""
@@ -101,7 +102,17 @@ class OverlappingNetwork(RegionNetwork):
         begun.leaves = begun.begin + busy
         begun.end = begun.leaves + self._timing.way(begun.worker, place)
 
-    def _batches(self, begun: Round) -> int:
+    def _delay(self, begun: Round) -> float:
+        """Lets a round wait for the answer that leaves the server now. Returns when it arrives, after its begin."""
+        index = self._group_of[begun.worker]
+        way = self._timing.way(begun.worker, self._places[index])
+        if not self._timing.serve:  # `_follow` knew it
+            return 2 * way
+        answered = self._free[index] + way
+        begun.leaves = max(begun.leaves, answered)
+        begun.end = begun.leaves + way
+        return answered - begun.begin
+
+    def _batches(self, begun: Round, missing: float) -> int:
         """Returns the number of batches of a round at which the worker loads the answer to the push before it."""
-        missing = 2 * self._timing.way(begun.worker, self._places[self._group_of[begun.worker]])
         return max(1, min(begun.steps, math.ceil(missing / self._timing.compute(begun.worker, 1))))

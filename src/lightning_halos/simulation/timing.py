@@ -33,6 +33,7 @@ class Timing:
     Attributes:
         bytes_within: Bytes of a message with a model on a link inside a region.
         bytes_between: The same on a link between regions.
+        serve: Milliseconds for which a server is busy with an update. It takes one after the other.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Timing:
         self.bytes_within, self.bytes_between = self._in_format(wire.within), self._in_format(wire.between)
         self._speeds = cluster.relative_speeds
         self._regions = cluster.region_of
+        speed = cluster.server_gigabytes_per_second
+        self.serve = 0.0 if speed is None else message_bytes / (speed * 1e9) * 1e3
 
     def on(self, wire: WireFormats) -> Timing:
         """Returns the durations if messages travel in other formats."""
