@@ -231,7 +231,8 @@ class FollowingLane(HostLane):
         self._turns: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._arrived: dict[int, queue.SimpleQueue[Message]] = defaultdict(queue.SimpleQueue)
         self._granted: dict[int, queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
-        self._models: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._to_read: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_serving = False
 
     def arrived(self, channel: int, message: Message, finding: Finding | None) -> None:
@@ -250,11 +251,11 @@ class FollowingLane(HostLane):
         return self.lanes.wait_for(self._granted[worker])
 
     def read(self, out: Tensor, check: Callable[[], None]) -> None:
+        self._to_read.put(out)  # the thread that handles lane 0's orders fills it, so that no other copy is needed
         while True:
             check()
             try:
-                out.copy_(self._models.get(timeout=_PAUSE / 2))
-                return
+                return self._read.get(timeout=_PAUSE / 2)
             except queue.Empty:
                 pass
 
@@ -295,12 +296,15 @@ class FollowingLane(HostLane):
                 self._handle(order)
 
     def _perform(self, order: Ordered) -> None:
+        if order.act == READ:
+            out = self.lanes.wait_for(self._to_read)  # without the lock, because this process may still compute
+            with self.host.locked():
+                out.copy_(self.host.node.model)
+            self._read.put(None)
+            return
         message = wire.decode(order.message, None) if order.message else None
         with self.host.locked():
-            if order.act == READ:
-                self._models.put(self.host.node.model.clone())
-            else:
-                self.host.perform(order.act, message)
+            self.host.perform(order.act, message)
 
     def _handle(self, order: Ordered) -> None:
         own = None
