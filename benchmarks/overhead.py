@@ -8,7 +8,7 @@
                  without HalosMonitor
     memory       peak memory of a leader beyond that of a worker, in multiples of a 40M-parameter model
     divided      peak memory of a process of a worker of 4 processes with FSDP2, against one process, for a model of
-                 100M parameters with AdamW
+                 100M parameters with AdamW, libraries included, with the packages that lightning-halos requires
     lanes        bytes per round that a process of a worker of 4 processes sends and receives for HALoS, with 4 lanes
                  against one lane, for a 4M-parameter model
 
@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from required import make_environment
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -335,16 +336,18 @@ def divided() -> bool:
 
     Freed memory goes back to the system at once: in malloc's heaps, one for each thread, it would hide what is used.
     """
-    most, libraries = {}, 0.0
-    for processes in (1, LANES):
-        with tempfile.TemporaryDirectory() as name:
-            run(f"divided-{processes}", Path(name), MALLOC_MMAP_THRESHOLD_="1000000")
-            found = [[*map(int, (Path(name) / str(rank)).read_text().split())] for rank in range(processes)]
-        before, peak = max(found, key=lambda sizes: sizes[1] - sizes[0])
-        most[processes], libraries = (peak - before) / 1e6, before / 1e6
-    share = most[LANES] / most[1]
-    print(f"divided       {LANES} processes {most[LANES]:5.2f} GB each   one {most[1]:5.2f} GB", end="")
-    print(f"   (libraries {libraries:4.2f} GB more)   {share:6.3f}", end="")
+    most: dict[int, tuple[int, int]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        python = make_environment(Path(name) / "environment")
+        for processes in (1, LANES):
+            (folder := Path(name) / str(processes)).mkdir()
+            run(f"divided-{processes}", folder, python=python, MALLOC_MMAP_THRESHOLD_="1000000")
+            sizes = [tuple(map(int, (folder / str(rank)).read_text().split())) for rank in range(processes)]
+            most[processes] = max((peak * 1024, before * 1024) for before, peak in sizes)
+    (peak, libraries), (alone, _) = most[LANES], most[1]
+    share, beyond = peak / alone, (peak - libraries) / (alone - libraries)
+    print(f"divided       {LANES} processes {peak / 1e9:5.2f} GB each   one {alone / 1e9:5.2f} GB", end="")
+    print(f"   {share:6.3f} (beyond the libraries' {libraries / 1e9:4.2f} GB {beyond:5.3f})", end="")
     return verdict(share <= DIVIDED_LIMIT, f"at most {DIVIDED_LIMIT:g}")
 
 
@@ -431,9 +434,9 @@ PROCESSES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def run(process: str, folder: Path, processes: int = 1, **variables: str) -> None:
+def run(process: str, folder: Path, processes: int = 1, python: Path | str = sys.executable, **variables: str) -> None:
     """Runs this script as one of ``PROCESSES``. Lightning starts those of its workers itself."""
-    command = [sys.executable, __file__, "--process", process, "--folder", str(folder)]
+    command = [str(python), __file__, "--process", process, "--folder", str(folder)]
     started = [
         subprocess.Popen(command, env={**os.environ, **variables, **({"RANK": str(rank)} if processes > 1 else {})})
         for rank in range(processes)
