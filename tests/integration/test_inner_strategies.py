@@ -23,6 +23,7 @@ from lightning_halos.training.compat import average_of
 from lightning_halos.training.optimizer_shards import join_pieces
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
+from tests.integration.test_several_processes import Unfreezing
 from tests.integration.toys import FEATURES, LOCAL_STEPS, WORKERS, Toy, halos, loader, make_trainer
 
 ROUNDS = 20
@@ -105,23 +106,30 @@ CLIPPED = {"gradient_clip_val": 0.5}
 ACCUMULATED = {"accumulate_grad_batches": 2, "max_steps": 10 * LOCAL_STEPS}
 
 
+def unfrozen() -> dict[str, Any]:
+    """Flags of a fit in which the first layer is trained from the second epoch on."""
+    return {"callbacks": [Unfreezing()], "max_steps": 10 * LOCAL_STEPS}
+
+
 def in_two_processes() -> Result:
     allow_fsdp_on_cpus()
     return {
         "plain": {"FSDP": trained("FSDP", 2, 2)},
         "clipped": {kind: trained(kind, 2, 2, **CLIPPED) for kind in ("DDP", "FSDP2")},
         "accumulated": {kind: trained(kind, 2, 2, **ACCUMULATED) for kind in ("DDP", "FSDP2")},
+        "unfrozen": {kind: trained(kind, 2, 2, **unfrozen()) for kind in ("DDP", "FSDP2")},
     }
 
 
 def in_one_process() -> Result:
     flags: dict[str, dict[str, Any]] = {"plain": {}, "clipped": CLIPPED, "accumulated": ACCUMULATED}
+    flags["unfrozen"] = unfrozen()
     return {gradients: trained("one", 1, 1, **own) for gradients, own in flags.items()}
 
 
 def test_a_worker_of_two_processes_computes_what_one_process_does(run: Run) -> None:
     (single,) = run(in_one_process, workers=1)
-    for result in run(in_two_processes, workers=2):
+    for result in run(in_two_processes, workers=2, timeout=240):
         for gradients, kinds in result.items():
             for kind, found in kinds.items():
                 for name, expected in single[gradients].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExcep
 from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
+from lightning_halos.transport import alarm
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, end_workers, lightning_environments, torchrun_environments
 from tests.integration.toys import SAMPLES, Toy, assert_same_model, halos, loader, make_trainer, outcome, state
@@ -266,6 +268,33 @@ def test_a_process_that_dies_ends_its_worker_and_the_run_of_one_job(tmp_path: Pa
     assert ends[3].code == -signal.SIGKILL
     assert [end.code for end in ends[:3]] == [1, 1, 1], [end.log[-2000:] for end in ends]
     assert not any(end.left for end in ends)
+
+
+class Silent(Toy):
+    """One process is stopped at its tenth optimizer step: it says nothing more, but keeps its connections."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 3 and self.optimizer_steps == 10:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().training_step(batch, batch_idx)
+
+
+def waits_for_a_silent_process() -> Result:
+    alarm._LIMIT = 2.0  # seconds for a process whose main thread waits inside its worker
+    trainer = make_trainer(halos(worker=2, timeout=5), max_epochs=50)
+    trainer.fit(Silent(), loader(), loader(VALIDATED))
+    return {}
+
+
+def test_a_process_that_is_stopped_ends_its_worker_and_the_run_within_the_timeout(tmp_path: Path) -> None:
+    environments = lightning_environments(4)
+    ends = end_workers(
+        waits_for_a_silent_process, folder=tmp_path, environments=environments, timeout=90, patience=40, stopped=[3]
+    )
+    assert [end.code for end in ends] == [1, 1, 1, None], [end.log[-2000:] for end in ends]
+    assert re.search(r"rank 3 of worker 1 \(region 1\).* did not say anything for 5 s", ends[2].log)
+    assert all("rank 3 of worker 1 (region 1)" in end.log for end in ends[:2]), "they are told why"
+    assert not any(end.left for end in ends[:3])
 
 
 class Failing(Toy):

@@ -11,10 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_halos import CheckpointError
+from lightning_halos import CheckpointError, HalosStrategy, SimulatedCluster
+from lightning_halos.core.sharding import local
 from lightning_halos.optim import MuonAdamW
 from tests.simulation.test_world import Toy, fit, loader
 
@@ -157,3 +159,51 @@ def test_a_run_may_go_on_after_its_end_in_another_format(tmp_path: Path) -> None
     weight = module.state_dict()["net.0.weight"]
     assert bool(later["net.0.weight"].isfinite().all())
     assert not torch.equal(later["net.0.weight"], weight)
+
+
+class Divided(Toy):
+    """Divided among the processes of a worker, if they train with FSDP2."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not hasattr(self.net[0].weight, "placements"):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Noting(Callback):
+    """Keeps what each process has of the model and of its optimizer after the fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        moments = [own["exp_avg"] for own in trainer.optimizers[0].state.values()]
+        tensors = [local(tensor).clone() for tensor in (*pl_module.parameters(), *moments)]
+        torch.save(tensors, self.folder / str(trainer.global_rank))
+
+
+@pytest.mark.parametrize("inner", ["ddp", "fsdp2"])
+def test_workers_of_several_processes_go_on_where_they_were(tmp_path: Path, inner: str) -> None:
+    """Both processes of a worker save their own slices, in the middle of a round of the slow worker."""
+    cluster = SimulatedCluster([[10.0, 0.1], [0.2, 10.0]], [[1.0], [0.4]], step_ms=100.0, message_bytes=1_000_000)
+
+    def run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> list[list[torch.Tensor]]:
+        folder.mkdir()
+        strategy = HalosStrategy(simulate=cluster, worker=2, inner=inner, local_steps=4, accumulate_updates=2)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        flags = {"max_steps": 14, "num_sanity_val_steps": 0, "enable_checkpointing": bool(callbacks)}
+        trainer = pl.Trainer(
+            strategy=strategy, accelerator="cpu", devices=1, callbacks=[Noting(folder), *callbacks], **quiet, **flags
+        )
+        pl.seed_everything(1, verbose=False)
+        trainer.fit(module := Divided(), loader(shuffle=True), loader(32), ckpt_path=ckpt_path)
+        parts = [torch.load(folder / str(rank)) for rank in range(4)]
+        weights = [part[0] for part in parts[:2]] if inner == "fsdp2" else [parts[0][0]]
+        assert torch.equal(module.net[0].weight, torch.cat(weights)), "the process that launches has the final model"
+        return parts
+
+    saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=5, save_top_k=-1)
+    expected = run(tmp_path / "complete", saving)
+    (path, *_) = sorted((tmp_path / "saved").glob("*.ckpt"))
+    for mine, its in zip(expected, run(tmp_path / "resumed", ckpt_path=path), strict=True):
+        assert len(mine) == len(its) > 0
+        assert all(map(torch.equal, mine, its))

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_halos.core.lanes import Layout
 
 _OF_PARAMETERS = ("residual", "shadow")  # which have no averaged tensors
-_SLICES = ("model", "base", "vector", "memory", *_OF_PARAMETERS)
+_SLICES = ("model", "base", "vector", "memory", "pushed", *_OF_PARAMETERS)
 """Names of slices of the vector in the states of servers, updates, pushes and workers."""
 
 

@@ -125,7 +125,7 @@ class ModelVector:
         self.shapes = self.complete_shapes if (lane, lanes) == (0, 1) else self._shapes[:number]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
         self.num_elements = sum(shape.numel() for shape in self._shapes)
-        self._copies = copies or copies_of({tensor.device for tensor in self._tensors()})
+        self._copies = copies or copies_of({local(tensor).device for tensor in self._tensors()})
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.connectors.logger_connector import result as results
@@ -42,7 +42,6 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler
 
 __all__ = [  # names of Lightning; the functions below need no mention
-    "MultiProcessingLauncher",
     "StrategyRegistry",
     "SubprocessScriptLauncher",
     "all_gather",
@@ -56,6 +55,24 @@ WEIGHT_AVERAGING: tuple[type[pl.Callback], ...] = (
     (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()  # since Lightning 2.6
 )
 """The base of the callbacks that average weights, for ``isinstance``."""
+
+
+class MultiProcessingLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher, which also returns the complete state of a module that is divided among processes.
+
+    Attributes:
+        complete_state: The complete state of the module after a fit; ``None`` if each process has all of it.
+    """
+
+    complete_state: dict[str, Any] | None = None
+
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
+        if (state := self.complete_state) is not None:
+            vars(trainer.lightning_module)["state_dict"] = lambda: state
+        try:
+            return super()._collect_rank_zero_results(trainer, results)
+        finally:
+            vars(trainer.lightning_module).pop("state_dict", None)
 
 
 def average_of(callback: pl.Callback) -> AveragedModel:

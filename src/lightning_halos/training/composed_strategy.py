@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.precision import (
     Precision,
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from lightning_halos.core.sharding import find_shards, local
 from lightning_halos.training.compat import (
     WEIGHT_AVERAGING,
+    MultiProcessingLauncher,
     evaluation_loops,
     find_trainer,
     has_precision_plugin,
@@ -270,6 +271,7 @@ class ComposedStrategy(ConnectedStrategy):
         if self.inner is None:
             super().teardown()
             return
+        self._keep_complete_state()
         while self._inference_modes:
             loop, mode = self._inference_modes.pop()
             loop.inference_mode = mode
@@ -279,6 +281,14 @@ class ComposedStrategy(ConnectedStrategy):
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()
         self.checkpoint_io.teardown()
+
+    def _keep_complete_state(self) -> None:
+        """Collects the complete state of a divided module for the process that has launched this one, after a fit."""
+        trainer, launcher = find_trainer(self.lightning_module), self._launcher
+        if trainer is None or not isinstance(launcher, MultiProcessingLauncher) or self._site is None:
+            return
+        if trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
+            launcher.complete_state = self.lightning_module_state_dict() if self.divides_model else None
 
     def tensor_init_context(self, empty_init: bool | None = None) -> Any:
         strategy: Any = self.inner or super()

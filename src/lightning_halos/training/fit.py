@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.messages import Marker
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.common_stop import CommonStop
@@ -278,11 +279,10 @@ class Fit:
         parameters = [parts.get(name, parameter) for name, parameter in module.named_parameters()]
         return GlobalTensors(parameters, [parts.get(name, buffer) for name, buffer in module.named_buffers()])
 
-    def follow_snapshot(self, save: str) -> None:
-        """Keeps the state of each process of rank 0's worker for a snapshot that rank 0 has started, if it has."""
-        site, save = self.start.site, self._of_lane_0(save)
-        if save and site.lane > 0 and site.carries:
-            self.loop.save_after_round(save, self.loop.own_state())
+    def told_snapshot(self, marker: Marker | None) -> Marker | None:
+        """Returns lane 0's marker of a snapshot, in all processes of rank 0's worker."""
+        save, folder = self._of_lane_0(("", "") if marker is None else (marker.save, marker.folder))
+        return Marker(save, folder) if save else None
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""

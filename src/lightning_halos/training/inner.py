@@ -6,6 +6,7 @@ It is Lightning's own. How it is composed with the worker's rounds is elsewhere.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from lightning_halos.core.placement import WorkerSize
@@ -56,7 +57,8 @@ def make_inner(worker: WorkerSize, inner: InnerStrategy | str | None) -> InnerSt
 
 def backend_for(device: torch.device) -> str:
     """Returns the backends of the process group inside a worker: that of its device, and one for host memory."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = dist.Backend.default_device_backend_map.get(device.type, "gloo")
+    return backend if backend == "gloo" else f"cpu:gloo,{device.type}:{backend}"
 
 
 def _shown(inner: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,11 @@ def _read(site: Site, run: str, has_server_shards: bool, found: CompleteCheckpoi
         return None
     resume = Resume(manifest, fits=manifest.groups == groups)
     resume.sliced = found if manifest.lanes > 1 or site.lanes > 1 else None
-    if not has_server_shards and not resume.fits:
+    if not has_server_shards and not (resume.fits and manifest.lanes == site.lanes):
         rank_zero_warn(
-            f"{found.folder} was saved in a cluster with the workers {manifest.groups}, by local server, but now they"
-            f" are {groups}: only the global model and rank 0's optimizer are used."
+            f"{found.folder} was saved in a cluster with the workers {manifest.groups}, by local server, of"
+            f" {manifest.lanes} process(es) each, but now they are {groups} of {site.lanes}: only the global model and"
+            " rank 0's optimizer are used."
         )
         return None
     if resume.fits:
@@ -168,16 +169,21 @@ def read_slices(site: Site, resume: Resume, layout: Layout, shapes: Sequence[tor
     manifest = found.manifest
     old = layout.undivided() if manifest.layout is None else Layout.from_plain(manifest.layout)
 
-    def read(name: Callable[[int], str]) -> Any:
+    def read(name: Callable[[int], str], part: Callable[[Any], Any] = lambda state: state) -> Any:
         reslicing = Reslicing(old, layout, site.lane, shapes)
         for lane in reslicing.lanes:
-            reslicing.add(lane, found.read(name(lane), mapped=True))
+            reslicing.add(lane, part(found.read(name(lane), mapped=True)))
         return reslicing.state
+
+    def in_round(state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: state[name] for name in ("memory", "model", "push", "pushed", "answer") if name in state}
 
     try:
         group = site.topology.group_of(site.rank)
         if site.carries and resume.fits and site.rank == group.leader and server_shard(group.index) in manifest.shards:
             resume.server = read(partial(server_shard, group.index))
+        if site.carries and manifest.world is not None and old != layout:  # a simulation goes on within rounds
+            resume.worker |= read(partial(worker_shard, site.rank), in_round)
         if site.carries and site.rank == 0:
             resume.globals = read(global_shard)
             if not resume.fits:

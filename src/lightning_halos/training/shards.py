@@ -124,8 +124,8 @@ class Shards:
             del vars(logger)["after_save_checkpoint"]
         self._loggers, self._untold = [], []
 
-    def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> str:
-        """Saves on rank 0 during training. An error becomes a warning. Returns the save of the snapshot that starts.
+    def save_while_training(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
+        """Saves on rank 0 during training; the other processes of its worker follow. An error becomes a warning.
 
         While an earlier save is in flight, the checkpoint is left out, unless it was requested because the run is about
         to end. If its name is free, its ``.ckpt`` file with the model is still written, without shards.
@@ -136,7 +136,7 @@ class Shards:
         manifest = self._manifest(fit)
         progress = [checkpoint["loops"]["fit_loop"][name] for name in ("epoch_progress", "epoch_loop.batch_progress")]
         moment = repr((progress, manifest))
-        pending = self.saves.pending(moment)
+        save, pending = None, self.saves.pending(moment)
         if pending is None and fit.world.is_simulated:
             self.saves.flush(self._site.timeout, fit.world.alarm.check)
         if pending is None and self.saves.in_flight and not is_urgent:
@@ -145,12 +145,17 @@ class Shards:
                 checkpoint[KEY] = {"save": "without shards", "version": __version__}
                 with _warning(path):
                     write(checkpoint, path)
-        elif save := self._begin(checkpoint, path, manifest, moment):
-            if save is not pending:
-                self._start_snapshot(fit, save.marker)
+        else:
+            save = self._begin(checkpoint, path, manifest, moment)
+        self.follow_snapshot(fit, None if save is None or save is pending else save.marker)
+        if save is not None:
             self._write(save, checkpoint, path, write)
-            return "" if save is pending else save.marker.save
-        return ""
+
+    def follow_snapshot(self, fit: Fit, marker: Marker | None = None) -> None:
+        """Starts a snapshot in all processes of rank 0's worker in step, if its lane 0 has the marker of a new one."""
+        marker = fit.told_snapshot(marker)
+        if marker is not None and self._site.carries:
+            self._start_snapshot(fit, marker)
 
     def save_at_end(self, fit: Fit, checkpoint: dict[str, Any], path: Path, write: Write) -> None:
         """Saves on rank 0 after its training. The shards follow when all workers are in step."""
@@ -203,7 +208,7 @@ class Shards:
                 rank_zero_warn(f"A checkpoint is not complete: {reason}. Older checkpoints are kept.")
 
     def _start_snapshot(self, fit: Fit, marker: Marker) -> None:
-        """Starts the snapshot of all servers and workers. In a simulation it also writes rank 0's shard."""
+        """Starts the snapshot of all servers and workers. In a simulation it also writes this process's shard."""
         world, vector = fit.world.checkpointed, fit.start.vector
         assert world is not None
         state = fit.loop.own_state()
@@ -214,7 +219,7 @@ class Shards:
         own = fit.worker_model
         state["model"] = vector.read(vector.new()) if own is None else own.clone()
         world.start_snapshot(marker)
-        self.saves.writer.shard(marker, worker_shard(0), state, self.saves.written)
+        self.saves.writer.shard(marker, worker_shard(0, self._site.lane), state, world.tell)
 
     def _begin(self, checkpoint: dict[str, Any], path: Path, manifest: Manifest, moment: str) -> Save | None:
         with _warning(path):

@@ -219,11 +219,6 @@ class AlgorithmStrategy(ComposedStrategy):
         assert self._shards is not None
         shards, trainer = self._shards, self.trainer
         resume = shards.start_fit()
-        if self.cluster is not None and self.inner is not None and trainer.checkpoint_callbacks:
-            rank_zero_warn(
-                "Checkpoints of a simulation with workers of several processes have only the global model and rank 0's"
-                " optimizer, without the servers and the other workers."
-            )
         start = Start(self.site, self.algorithm, trainer, resume, shards.saves, self.membership)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time)
@@ -341,7 +336,7 @@ class AlgorithmStrategy(ComposedStrategy):
         if self.membership is not None:
             return False  # the run is in the global server's directory
         if self.cluster is not None:
-            return not self.algorithm.averages_gradients and self.inner is None  # lanes have no snapshots there
+            return not self.algorithm.averages_gradients
         return isinstance(self.algorithm, ServerAlgorithm)
 
     @property
@@ -377,9 +372,10 @@ class AlgorithmStrategy(ComposedStrategy):
             elif fit is None or not fit.is_training:
                 shards.save_together(self.trainer, checkpoint, Path(filepath), write)
             elif fit.has_two_models:
-                to = Path(filepath)
-                begun = shards.save_while_training(fit, checkpoint, to, write) if self.is_global_zero else ""
-                fit.follow_snapshot(begun)
+                if self.is_global_zero:
+                    shards.save_while_training(fit, checkpoint, Path(filepath), write)
+                else:
+                    shards.follow_snapshot(fit)
             elif self.is_global_zero:
                 shards.save_at_end(fit, checkpoint, Path(filepath), write)
 

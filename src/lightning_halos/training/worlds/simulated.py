@@ -78,8 +78,8 @@ class SimulatedWorld(SimulatedServers):
             rounds.load_schedule(schedule)
             if servers is not None:
                 servers.load_schedule(schedule)
-        super().__init__(servers, Alarm(site.here), site.timeout, start.saves)
-        self._has_snapshots = site.placement.is_single and not start.algorithm.averages_gradients
+        super().__init__(servers, Alarm(site.here), site.timeout, start.saves, site.lane)
+        self._has_snapshots = not start.algorithm.averages_gradients
         self.wire: Format = "float32"
         if isinstance(start.algorithm, ServerAlgorithm):
             self.wire = start.algorithm.wire.on(cluster.region_of[site.rank], site.topology.group_of(site.rank).region)
@@ -112,6 +112,12 @@ class SimulatedWorld(SimulatedServers):
             self.attach(0, its)
             for rank in range(1, site.size):
                 self.attach(rank, GlooLink(region[rank], 1, describe(rank), site.timeout, form))
+            if site.lanes > 1:
+                pairs = site.groups.order.items()
+                name = site.describe_lane
+                self.attach_lanes(
+                    {lane: GlooLink(pair, 1 - pair.rank(), name(0, lane), site.timeout) for lane, pair in pairs}
+                )
         self.alarm.add(link)
         return link
 
@@ -127,7 +133,10 @@ class SimulatedWorld(SimulatedServers):
         self._client.on_marker = save
 
     def tell(self, message: ShardWritten) -> None:
-        self._client.tell(message)
+        if self.has_global_model:
+            self._written(message)
+        else:
+            self._client.tell(message)
 
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)

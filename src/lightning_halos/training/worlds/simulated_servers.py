@@ -1,5 +1,8 @@
 """The servers of a simulation: a thread on rank 0, which runs them under a virtual clock with all workers' pushes.
 
+With workers of several processes, each process of rank 0's worker has such a thread for its slice of the model. All of
+them see the same events at the same virtual times.
+
 When a round ends, the thread waits for the push of that round and for no other, so the order of events does not depend
 on this machine's timing. Rank 0 reads or changes the network only while the thread waits for rank 0, which is a defined
 moment of virtual time.
@@ -10,18 +13,19 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from lightning_halos.checkpoint.manifest import GLOBAL_SHARD
+from lightning_halos.checkpoint.manifest import global_shard
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.messages import Failure, Marker, Message, Preempted, Push, ShardWritten
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Network
 from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import Link, wait_all
 
 
@@ -33,6 +37,7 @@ class SimulatedServers:
         alarm: The alarm to report failures to.
         timeout: Limit for the wait for a worker's round, in seconds.
         saves: The record of saves.
+        lane: Lane of this process in its worker.
 
     Attributes:
         virtual_seconds: Virtual time: the end of rank 0's present round; after training, the end of the run.
@@ -41,13 +46,15 @@ class SimulatedServers:
         steps: Local steps of this run that all workers together had finished then.
     """
 
-    def __init__(self, network: Network | None, alarm: Alarm, timeout: float, saves: Saves) -> None:
+    def __init__(self, network: Network | None, alarm: Alarm, timeout: float, saves: Saves, lane: int = 0) -> None:
         self.alarm = alarm
         self.virtual_seconds = 0.0
         self.version = self.steps = 0
         self._network = network
         self._timeout = timeout
         self._saves = saves
+        self._lane = lane
+        self._lanes: Lanes | None = None
         self._links: dict[int, Link] = {}
         self._inboxes: dict[int, queue.SimpleQueue[Push]] = {}
         self._moment = threading.Condition()
@@ -96,8 +103,9 @@ class SimulatedServers:
             for rank, link in self._links.items():
                 if rank > 0:
                     link.post(marker)
-        self._saves.complete_manifest(marker.save, **progress)
-        self._saves.writer.shard(marker, GLOBAL_SHARD, state, self._saves.written)
+        if self._lane == 0:
+            self._saves.complete_manifest(marker.save, **progress)
+        self._saves.writer.shard(marker, global_shard(self._lane), state, self._written)
 
     def adopt_final_model(self, model: Tensor) -> None:
         if self._network is not None:
@@ -116,6 +124,12 @@ class SimulatedServers:
             "world": {"base": work.budget.total, "offset": work.offset, "rounds": None},
         }
 
+    def attach_lanes(self, links: Mapping[int, Link]) -> None:
+        """Connects the processes of rank 0's worker: by lane, the others on lane 0, and lane 0 on the others."""
+        self._lanes = Lanes(self._lane, links, self.alarm, self._saves.written)
+        self.alarm.add(*links.values())
+        self._lanes.start()
+
     def attach(self, rank: int, link: Link) -> None:
         """Connects a worker."""
         self._links[rank], self._inboxes[rank] = link, queue.SimpleQueue()
@@ -128,6 +142,14 @@ class SimulatedServers:
         self._network.start()
         self._update_view(self._network)
         threading.Thread(target=self._run, args=(self._network,), name="halos world", daemon=True).start()
+
+    def _written(self, message: ShardWritten) -> None:
+        """Records that a shard has been written, or tells the process that keeps the record."""
+        if self._lane == 0:
+            self._saves.written(message)
+        else:
+            assert self._lanes is not None
+            self._lanes.post(message)
 
     @contextmanager
     def _rank_0_is_due(self) -> Iterator[Network]:
@@ -142,7 +164,7 @@ class SimulatedServers:
         if isinstance(message, Failure | Preempted):
             self.alarm.receive(message)
         elif isinstance(message, ShardWritten):
-            self._saves.written(message)
+            self._written(message)
         else:
             assert isinstance(message, Push)
             wait_all(progress)
