@@ -152,14 +152,14 @@ def plot(results: Rows, path: Path) -> None:
     cases = by_case(results)
     figure = Figure(figsize=(5.5 * min(2, len(cases)), 4.2 * -(-len(cases) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(cases) // 2), min(2, len(cases)), squeeze=False, sharey=True).flatten()
-    colors: dict[str, Any] = {}
+    colors: dict[str, str] = {}
     for axes, (name, rows) in zip(panels, cases.items(), strict=False):
         for row in rows:
             _, seconds, losses = zip(*row["curve"], strict=True)
             label = row["contestant"]
-            (line,) = axes.plot(seconds, losses, marker=".", label=label, color=colors.get(label))
-            colors[label] = line.get_color()
-        axes.set_title(Case.parse(name).title + " between two regions")
+            color = colors.setdefault(label, f"C{len(colors)}")
+            axes.plot(seconds, losses, marker=".", label=label, color=color)
+        axes.set_title("Two regions, " + Case.parse(name).title)
         axes.set_xlabel("seconds since the first batch")
         axes.set_ylabel("validation loss (nats per byte)")
         axes.set_ylim(top=4.5)
