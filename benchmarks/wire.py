@@ -112,7 +112,8 @@ def main() -> int:
                 command = [sys.executable, *sys.argv, "--run", row, str(seed)]
                 failed |= bool(subprocess.run(command, stderr=subprocess.STDOUT).returncode)
     text, kept = table(read(args.output))
-    (args.output / "table.txt").write_text(f"$ python benchmarks/wire.py\n\n{text}\n")
+    rows = [repr(row) if " " in row else row for row in dict.fromkeys(entry["row"] for entry in read(args.output))]
+    (args.output / "table.txt").write_text(f"$ python benchmarks/wire.py --rows {' '.join(rows)}\n\n{text}\n")
     print(text)
     return int(failed or not kept)
 
