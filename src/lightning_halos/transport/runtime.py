@@ -216,7 +216,7 @@ class NodeRuntime:
     def _gloo_link(
         self, pair: ProcessGroup, peer: str, form: Format = "float32", memory: Memory | None = None
     ) -> GlooLink:
-        return self._link(pair, peer, self._form._replace(format=form), memory)
+        return self._link(pair, peer, VectorForm(*self._form[:2], form, self._form.parameters), memory)
 
     def _link(self, pair: ProcessGroup, peer: str, form: VectorForm | None, memory: Memory | None = None) -> GlooLink:
         link = GlooLink(pair, 1 - pair.rank(), peer, self._timeout, form, memory)
