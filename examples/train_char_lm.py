@@ -405,7 +405,7 @@ def main() -> None:
     )
     parser.add_argument("--worker", type=int, default=1, help="the devices of a HALoS worker, with DDP between them")
     parser.add_argument("--local-steps", type=int, default=4, help="the steps a HALoS worker takes between exchanges")
-    parser.add_argument("--max-steps", type=int, default=250)
+    parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--val-every", type=int, default=25, help="the steps between validations")
     parser.add_argument("--batch-size", type=int, default=8, help="the windows of text in the batch of a worker")
     parser.add_argument("--seed", type=int, default=0)
