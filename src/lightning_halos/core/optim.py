@@ -6,8 +6,8 @@ It turns gradients into new parameters, in place. Computing, averaging and sendi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Elements of a large CPU tensor that are processed at a time: few enough to stay in the cores' caches between the
 # elementwise operations of an update, and enough to be worth a call and to be shared among threads.
-_BLOCK = 131072
+_BLOCK = 262144
 
 
 class DelayedNesterov(Optimizer):
@@ -114,12 +114,8 @@ class DelayedNesterov(Optimizer):
                     f"layout {p.grad.layout}; use grad.to_dense(), or sparse=False in the embedding"
                 )
         for group in self.param_groups:
-            alike: dict[tuple[int, bool, bool], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(self._count(p, group), []).append(p)
-            for (phase, with_momentum, with_delta), parameters in alike.items():
-                self._update(parameters, group, phase, with_momentum, with_delta)
+            trained = [p for p in group["params"] if p.grad is not None]
+            update(trained, [p.grad for p in trained], [self.state[p] for p in trained], group)
         return loss
 
     def restart_windows(self) -> None:
@@ -129,54 +125,83 @@ class DelayedNesterov(Optimizer):
             if "delta" in state:
                 state["delta"].zero_()
 
-    def _count(self, p: Tensor, group: dict[str, Any]) -> tuple[int, bool, bool]:
-        """Count an update. Return its number in the window, and whether it needs a momentum and a delta."""
-        state = self.state[p]
-        count = state.get("step", 0)
-        state["step"] = count + 1
-        with_momentum = group["momentum"] != 0 or "momentum" in state
-        with_delta = group["delay"] > 1 and (group["activation"] != 0 or "delta" in state)
-        return count % group["delay"], with_momentum, with_delta
 
-    def _update(
-        self, parameters: list[Tensor], group: dict[str, Any], phase: int, with_momentum: bool, with_delta: bool
-    ) -> None:
-        lr, beta, d, c = group["lr"], group["momentum"], group["delay"], group["activation"]
-        completes = phase == d - 1
-        lists = [parameters, [p.grad for p in parameters if p.grad is not None]]
-        if not with_momentum:
-            for ps, gs in _blocks(*lists):
-                add_each_(ps, gs, alpha=-lr)
-            return
+def update(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
+) -> None:
+    """Apply one update of :class:`DelayedNesterov` to tensors that need no gradient now.
 
-        lists.append([self._buffer(p, "momentum") for p in parameters])
-        if not with_delta:
-            for ps, gs, ms in _blocks(*lists):
-                if phase == 0:
-                    multiply_each_(ms, beta)
-                add_each_(ms, gs, alpha=1 / d)
-                add_each_(ps, gs, alpha=-lr)
-                if completes:
-                    add_each_(ps, ms, alpha=-lr * d * beta)
-            return
+    Threads may do so at the same time for other tensors.
 
-        lists.append([self._buffer(p, "delta") for p in parameters])
-        share = beta * (1 - c * d + c if completes else c)
-        for ps, gs, ms, deltas in _blocks(*lists):
-            add_each_(deltas, gs)
-            if completes:
-                multiply_each_(ms, beta)
-                add_each_(ms, deltas, alpha=1 / d)
-                zero_each_(deltas)
-            add_each_(ps, ms, alpha=-lr * d * share)
+    Args:
+        parameters: The tensors.
+        gradients: Their gradients.
+        states: Their states, which are changed.
+        group: The values of their group.
+    """
+    alike: dict[tuple[int, bool, bool], list[int]] = {}
+    for index, state in enumerate(states):
+        alike.setdefault(_count(state, group), []).append(index)
+    for kind, indices in alike.items():
+        ps, gs, own = [parameters[i] for i in indices], [gradients[i] for i in indices], [states[i] for i in indices]
+        _update(ps, gs, own, group, *kind)
+
+
+def _count(state: dict[str, Any], group: dict[str, Any]) -> tuple[int, bool, bool]:
+    """Count an update. Return its number in the window, and whether it needs a momentum and a delta."""
+    count = state.get("step", 0)
+    state["step"] = count + 1
+    with_momentum = group["momentum"] != 0 or "momentum" in state
+    with_delta = group["delay"] > 1 and (group["activation"] != 0 or "delta" in state)
+    return count % group["delay"], with_momentum, with_delta
+
+
+def _update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    phase: int,
+    with_momentum: bool,
+    with_delta: bool,
+) -> None:
+    lr, beta, d, c = group["lr"], group["momentum"], group["delay"], group["activation"]
+    completes = phase == d - 1
+    lists = [parameters, gradients]
+    if not with_momentum:
+        for ps, gs in _blocks(*lists):
             add_each_(ps, gs, alpha=-lr)
+        return
 
-    def _buffer(self, p: Tensor, name: str) -> Tensor:
-        """The named buffer of a parameter, created on first use."""
-        state = self.state[p]
+    lists.append(_buffers(parameters, states, "momentum"))
+    if not with_delta:
+        for ps, gs, ms in _blocks(*lists):
+            if phase == 0:
+                multiply_each_(ms, beta)
+            add_each_(ms, gs, alpha=1 / d)
+            add_each_(ps, gs, alpha=-lr)
+            if completes:
+                add_each_(ps, ms, alpha=-lr * d * beta)
+        return
+
+    lists.append(_buffers(parameters, states, "delta"))
+    share = beta * (1 - c * d + c if completes else c)
+    for ps, gs, ms, deltas in _blocks(*lists):
+        add_each_(deltas, gs)
+        if completes:
+            multiply_each_(ms, beta)
+            add_each_(ms, deltas, alpha=1 / d)
+            zero_each_(deltas)
+        add_each_(ps, ms, alpha=-lr * d * share)
+        add_each_(ps, gs, alpha=-lr)
+
+
+def _buffers(parameters: list[Tensor], states: list[dict[str, Any]], name: str) -> list[Tensor]:
+    """Return the named buffers of parameters, which are created on first use."""
+    for p, state in zip(parameters, states, strict=True):
         if name not in state:
             state[name] = torch.zeros_like(p)
-        return cast(Tensor, state[name])
+    return [state[name] for state in states]
 
 
 def _blocks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_halos.core.optim import DelayedNesterov, update
+
 
 class Part(NamedTuple):
     """Elements of a parameter, in its flattened values."""
@@ -89,6 +91,9 @@ class DividedStep:
         if piece.stop - piece.start == self._elements and len(parts) == len(self._parameters):
             self._step_all(parts, touched)
             return
+        if type(self._optimizer) is DelayedNesterov:
+            self._update(piece, parts, touched)
+            return
         groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         states: dict[Tensor, dict[str, Any]] = {}
         complete_ones = []
@@ -115,6 +120,26 @@ class DividedStep:
         for parameter in complete_ones:  # an optimizer without a state keeps none
             if states[parameter]:
                 self._optimizer.state[parameter] = states[parameter]
+
+    def _update(self, piece: Piece, gradients: Sequence[Tensor], touched: Collection[int] | None) -> None:
+        """Does the same without an optimizer, whose call costs a quarter of the time for a piece."""
+        for number, group in enumerate(self._optimizer.param_groups):
+            parameters: list[Tensor] = []
+            own_gradients: list[Tensor] = []
+            states: list[dict[str, Any]] = []
+            for part, values in zip(piece.parts, gradients, strict=True):
+                complete = self._parameters[part.parameter]
+                if self._group_of[id(complete)] != number or (touched is not None and part.parameter not in touched):
+                    continue
+                if part.stop - part.start < complete.numel():
+                    own = complete.detach().view(-1)[part.start : part.stop]
+                    state = self._divided[part.parameter][part.start] = self._state_of(part)
+                else:
+                    own, state = complete.detach(), self._optimizer.state[complete]
+                parameters.append(own)
+                own_gradients.append(values.view_as(own))
+                states.append(state)
+            update(parameters, own_gradients, states, group)
 
     def _step_all(self, gradients: Sequence[Tensor], touched: Collection[int] | None) -> None:
         for number, (parameter, values) in enumerate(zip(self._parameters, gradients, strict=True)):
