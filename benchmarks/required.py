@@ -40,9 +40,9 @@ def make_environment(folder: Path) -> Path:
 
 def _required(requirements: Iterable[str]) -> Iterator[Distribution]:
     """Yields the installed packages that meet requirements, and all that those require."""
-    todo, seen = [*map(Requirement, requirements)], set[str]()
-    while todo:
-        requirement = todo.pop()
+    pending, seen = [*map(Requirement, requirements)], set[str]()
+    while pending:
+        requirement = pending.pop()
         if (key := f"{requirement.name} {sorted(requirement.extras)}") in seen:
             continue
         seen.add(key)
@@ -54,4 +54,4 @@ def _required(requirements: Iterable[str]) -> Iterator[Distribution]:
         for needed in map(Requirement, package.requires or []):
             extras = requirement.extras or {""}
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
-                todo.append(needed)
+                pending.append(needed)

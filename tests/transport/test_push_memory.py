@@ -23,7 +23,7 @@ from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.hosts import RegionHost
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, wait_all
 from lightning_halos.transport.push_memory import PushMemory
-from tests.transport.test_link import groups
+from tests.transport.ends import groups
 
 LIMIT = 60.0
 ELEMENTS = 3 * PART + 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,21 +11,10 @@ from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.quantization import Format, nbytes, round_
 from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport.vectors import VectorForm, code_of
-from tests.transport.test_link import End, GlooWire, TLSWire, Wire, groups
+from tests.transport.ends import End, Wire
 
 PARAMETERS = PART + 70
 ELEMENTS = PARAMETERS + 5
-
-
-@pytest.fixture(params=["gloo", "tls"])
-def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
-    if request.param == "gloo":
-        with groups() as processes:
-            made: Wire = GlooWire(processes)
-    else:
-        made = TLSWire(streams=3)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize(("form", "dtype"), [("bfloat16", "float32"), ("int8", "float64"), ("int4", "float32")])
