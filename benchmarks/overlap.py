@@ -123,7 +123,7 @@ def main() -> int:
             if subprocess.run(command, stderr=subprocess.STDOUT).returncode:
                 failed.append(name_of(*described))
     text = table(args.output)
-    (args.output / "table.txt").write_text(f"$ python benchmarks/overlap.py\n\n{text}\n")
+    (args.output / "table.txt").write_text(f"$ python benchmarks/overlap.py --table-only\n\n{text}\n")
     print(text)
     if failed:
         print(f"\nThese runs failed: {', '.join(failed)}.")

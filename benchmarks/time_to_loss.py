@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,10 +282,15 @@ def search(args: argparse.Namespace, cluster: SimulatedCluster) -> None:
 
 
 def time_to(result: Result, target: float) -> float:
-    """Virtual hours until the loss is down at a target: interpolated on the running minimum; nan if it never is."""
-    loss = np.minimum.accumulate(result["val_loss"])
-    is_new = np.diff(loss, prepend=np.inf) < 0
-    return float(np.interp(-target, -loss[is_new], np.array(result["virtual_hours"])[is_new], right=np.nan))
+    """Virtual hours until the loss is down at a target; see :func:`time_to_reach`."""
+    return time_to_reach(target, result["virtual_hours"], result["val_loss"])
+
+
+def time_to_reach(target: float, times: Sequence[float], losses: Sequence[float]) -> float:
+    """The time at which a loss is down at a target: interpolated on the running minimum; nan if it never is."""
+    lowest = np.minimum.accumulate(losses)
+    is_new = np.diff(lowest, prepend=np.inf) < 0
+    return float(np.interp(-target, -lowest[is_new], np.array(times)[is_new], right=np.nan))
 
 
 def table(results: dict[str, Result], reference: str) -> tuple[str, float]:

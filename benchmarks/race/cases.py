@@ -23,7 +23,7 @@ SERVERS: dict[str, Any] = {
     "local": {"lr": 0.4, "momentum": 0.0, "delay": 1},
     "global": {"lr": 0.4, "momentum": 0.2, "delay": 1},
 }
-OUTER: dict[str, Any] = {"lr": 1.0}  # the mean of the workers' models, better here than any momentum
+OUTER: dict[str, Any] = {"lr": 1.0}  # the mean of the workers' models: a momentum is made for more rounds
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from time_to_loss import time_to_reach
 
 from race.cases import CONTESTANTS, Case
 from race.rows import Result
@@ -22,10 +23,16 @@ Rows = Sequence[Result]
 
 def time_to(result: Result, target: float) -> float:
     """Seconds until the loss is down at a target: interpolated on the running minimum; nan if it never is."""
-    _, seconds, losses = np.array(result["curve"]).T
-    lowest = np.minimum.accumulate(losses)
-    is_new = np.diff(lowest, prepend=np.inf) < 0
-    return float(np.interp(-target, -lowest[is_new], seconds[is_new], right=np.nan))
+    _, seconds, losses = zip(*result["curve"], strict=True)
+    return time_to_reach(target, seconds, losses)
+
+
+def over_the_run(result: Result) -> float:
+    """Samples per second until the last model, which HALoS writes after its last exchange."""
+    if result["settings"]["software"] != "halos":
+        return float(result["samples_per_second"])
+    _, seconds, _ = result["curve"][-1]
+    return float(result["samples"] / seconds) if seconds else 0.0
 
 
 def common_loss(rows: Rows) -> float:
@@ -58,8 +65,9 @@ def _table(rows: Rows) -> str:
     heads = [
         "",
         "settings",
-        "samples/s",
+        "samples/s in training",
         "predicted",
+        "over the run",
         *(f"seconds to {target:.2f}" for target in targets),
         "last loss",
         "after",
@@ -79,6 +87,7 @@ def _table(rows: Rows) -> str:
                 _settings(row["settings"]),
                 f"{row['samples_per_second']:.2f}",
                 predicted,
+                f"{over_the_run(row):.2f}",
                 *times,
                 f"{loss:.2f}",
                 f"{step} steps, {seconds:.0f} s" + (", ended" if row["is_ended"] else ""),
@@ -98,7 +107,13 @@ def _settings(settings: dict[str, Any]) -> str:
 
 def _machine(results: Rows) -> list[str]:
     """What says whether the machine kept the pace."""
-    lines = [f"Machine: {', '.join(sorted({result['machine'] for result in results}))}."]
+    loads = [result["load_average"] for result in results]
+    computed = [result["computed_seconds"] for result in results]
+    lines = [
+        f"Machine: {', '.join(sorted({result['machine'] for result in results}))}. Its load average was"
+        f" {min(loads):.0f} to {max(loads):.0f}, and a batch was computed in {min(computed):.2f} to"
+        f" {max(computed):.2f} s (medians of the rows)."
+    ]
     late = [
         f"{Case.parse(row['case']).title}, {row['contestant']}"
         for row in results
@@ -135,7 +150,7 @@ def _goals(results: Rows) -> list[str]:
     if wrong:
         lines.append(f"The planner is more than {PREDICTED_WITHIN:.0%} off in: {'; '.join(wrong)}.")
     else:
-        lines.append(f"The planner is within {PREDICTED_WITHIN:.0%} in every row.")
+        lines.append(f"The planner is within {PREDICTED_WITHIN:.0%} of the samples/s in training in every row.")
     return lines
 
 

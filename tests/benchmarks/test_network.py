@@ -26,6 +26,8 @@ def row(contestant: str, software: str, curve: list[tuple[int, float, float]], *
         "machine": "a machine",
         "is_ended": False,
         "computed_seconds": 0.3,
+        "load_average": 2.0,
+        "samples": 160,
         "samples_per_second": 10.0,
         "predicted_samples_per_second": 11.0,
         "curve": curve,
@@ -52,7 +54,8 @@ def test_the_report_says_what_is_reached_and_what_is_not() -> None:
     assert "5 times as fast as DDP, to the lowest loss that both reach (4.00): 10.0 times, reached" in text
     assert "2 times as fast as torchft, to the lowest loss that both reach (2.00): 1.5 times, not reached" in text
     assert "8 steps, 100 s, ended" in text
-    assert "within 25% in every row" in text
+    assert "within 25% of the samples/s in training in every row" in text
+    assert "| 10.00 | 11.00 (+10%) | 8.00 |" in text, "160 samples until the last model, after 20 s"
     assert "too busy" not in text
 
 
