@@ -124,6 +124,30 @@ class TestCommand:
             ({"local_optimizer": 0.3}, "local_optimizer=0.3 must have a class_path"),
             ({"local_optimizer": {"class_path": "x.Y"}}, "x.Y, and must be"),
             ({"local_optimizer": {"class_path": "torch.optim.Adam"}}, "makes a Adam, whose updates are not linear"),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": [1]}},
+                "local_optimizer has init_args=[1], and they must be a mapping, such as {lr: 0.7}",
+            ),
+            (
+                {"class_path": "HalosStrategy", "init_args": [1]},
+                "HalosStrategy has init_args=[1], and they must be a mapping, such as {local_steps: 8}",
+            ),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.lr_scheduler"}},
+                "local_optimizer has the class_path torch.optim.lr_scheduler, and must be lightning_halos.Delayed",
+            ),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.Optimizer"}},
+                "local_optimizer has the class_path torch.optim.Optimizer, and must be lightning_halos.DelayedNesterov",
+            ),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"rate": 1}}},
+                "local_optimizer: torch.optim.SGD does not take init_args={'rate': 1}: ",
+            ),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": "fast"}}},
+                "local_optimizer: torch.optim.SGD does not take init_args={'lr': 'fast'}: ",
+            ),
             ("ddp", "the strategy is ddp, and must be one of HalosStrategy"),
             ([1], "must contain a mapping"),
             ("sync_sgd", "has no servers"),

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings",
         type=Path,
-        help="a YAML file: a configuration of LightningCLI with trainer.strategy, or the arguments of HalosStrategy",
+        help="a YAML file: a configuration of LightningCLI with trainer.strategy; a strategy, as its name or with"
+        " class_path and init_args; or the arguments of HalosStrategy alone",
     )
     parser.add_argument("cluster", type=Path, help="the cluster's description, a YAML file")
     parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")

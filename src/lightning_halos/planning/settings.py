@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.optim import DelayedNesterov
@@ -32,7 +34,7 @@ _NAMES = {
     "diloco": "DilocoStrategy",
     "sync_sgd": "SyncSGDStrategy",
 }
-_OPTIMIZERS = {"DelayedNesterov": DelayedNesterov}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"DelayedNesterov": DelayedNesterov}
 
 
 class Settings(NamedTuple):
@@ -76,7 +78,8 @@ def _parse(settings: Any) -> Settings:
         raise ValueError("it must contain a mapping: trainer.strategy of LightningCLI, or the arguments of a strategy.")
     name, arguments = "HalosStrategy", settings
     if "class_path" in settings:
-        name, arguments = str(settings["class_path"]).rpartition(".")[2], settings.get("init_args") or {}
+        name = str(settings["class_path"]).rpartition(".")[2]
+        arguments = _init_args(name, settings, "local_steps: 8")
     if name not in _ALGORITHMS:
         raise ValueError(f"the strategy is {name}, and must be one of {', '.join(_ALGORITHMS)}.")
     kind = _ALGORITHMS[name]
@@ -91,11 +94,26 @@ def _parse(settings: Any) -> Settings:
 def _optimizer(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping) or "class_path" not in value:
         raise ValueError(f"{key}={value!r} must have a class_path, such as lightning_halos.DelayedNesterov.")
-    module, _, name = str(value["class_path"]).rpartition(".")
+    path = str(value["class_path"])
+    module, _, name = path.rpartition(".")
     kind = _OPTIMIZERS.get(name) or (getattr(torch.optim, name, None) if module.startswith("torch.optim") else None)
-    if kind is None:
+    if not isinstance(kind, type) or not issubclass(kind, Optimizer) or kind is Optimizer:
         raise ValueError(
-            f"{key} has the class_path {value['class_path']}, and must be lightning_halos.DelayedNesterov or an"
-            " optimizer of torch.optim."
+            f"{key} has the class_path {path}, and must be lightning_halos.DelayedNesterov or an optimizer of"
+            " torch.optim."
         )
-    return partial(kind, **(value.get("init_args") or {}))
+    arguments = _init_args(key, value, "lr: 0.7")
+    try:
+        kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {path} does not take init_args={dict(arguments)}: {error}") from None
+    return partial(kind, **arguments)
+
+
+def _init_args(owner: str, value: Mapping[str, Any], example: str) -> Mapping[str, Any]:
+    arguments = value.get("init_args")
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{owner} has init_args={arguments!r}, and they must be a mapping, such as {{{example}}}.")
+    return arguments
