@@ -148,6 +148,13 @@ class TestCommand:
                 {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": "fast"}}},
                 "local_optimizer: torch.optim.SGD does not take init_args={'lr': 'fast'}: ",
             ),
+            (
+                {
+                    "class_path": "AsyncLocalSGDStrategy",
+                    "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}},
+                },
+                "error: optimizer makes a Adam",
+            ),
             ("ddp", "the strategy is ddp, and must be one of HalosStrategy"),
             ([1], "must contain a mapping"),
             ("sync_sgd", "has no servers"),
@@ -172,3 +179,15 @@ class TestCommand:
 def test_the_defaults_are_stable_with_and_without_overlap() -> None:
     for algorithm in (Halos(), Halos(overlap=True), AsyncLocalSGD(), Diloco()):
         assert check(algorithm, make_timing(PAPER)).is_stable, algorithm
+
+
+def test_a_setting_to_lower_has_the_name_of_its_argument() -> None:
+    steep, timing = nesterov(3.0, 0.9), make_timing(alike(4))
+    names = {
+        "local_optimizer": Halos(local_optimizer=steep),
+        "optimizer": AsyncLocalSGD(optimizer=steep),
+        "outer_optimizer": Diloco(outer_optimizer=partial(torch.optim.SGD, lr=3.0, momentum=0.9, nesterov=True)),
+    }
+    for name, algorithm in names.items():
+        lower = check(algorithm, timing).lower
+        assert {setting.partition(":")[0] for setting in lower} == {name}

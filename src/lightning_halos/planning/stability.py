@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lightning_halos.core.algorithms import Algorithm, Diloco, ServerAlgorithm, SynchronousAlgorithm
+from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.planning.planner import MS_PER_HOUR, Plan, plan
@@ -87,11 +87,13 @@ class Servers:
         local: The local servers' optimizer.
         outer: The global server's optimizer; ``None`` without one.
         merge_weight: Weight of the global model in a merge.
+        local_name: The algorithm's argument that makes the local servers' optimizer.
     """
 
     local: tuple[Rule, ...]
     outer: Rule | None
     merge_weight: float
+    local_name: str
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,13 @@ def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
         cluster = timing.cluster
         groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
         number = len(groups)
-        local = [
-            Rule.of("local_optimizer", algorithm.make_local_optimizer(len(group.ranks), number)) for group in groups
-        ]
+        name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
+        local = [Rule.of(name, algorithm.make_local_optimizer(len(group.ranks), number)) for group in groups]
         outer = Rule.of("global_optimizer", algorithm.make_global_optimizer(number)) if number > 1 else None
-        return Servers(tuple(local), outer, algorithm.merge_weight)
+        return Servers(tuple(local), outer, algorithm.merge_weight, name)
     if isinstance(algorithm, Diloco):
-        return Servers((Rule.of("outer_optimizer", algorithm.make_outer_optimizer()),), None, 0.0)
+        name = "outer_optimizer"
+        return Servers((Rule.of(name, algorithm.make_outer_optimizer()),), None, 0.0, name)
     raise ValueError(f"{algorithm.title} has no servers, so there is nothing to check.")
 
 
@@ -401,8 +403,8 @@ def _remedies(events: Events, servers: Servers, rates: Floats) -> dict[str, floa
 
         factor = _largest(is_stable)
         if factor is not None:
-            setting = f"{'local' if place == 'local' else 'global'}_optimizer: {name}"
-            remedies[setting] = factor * max(values)
+            argument = servers.local_name if place == "local" else "global_optimizer"
+            remedies[f"{argument}: {name}"] = factor * max(values)
     return remedies
 
 
