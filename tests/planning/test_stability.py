@@ -12,9 +12,10 @@ import yaml
 
 from lightning_halos.cli import main
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
-from lightning_halos.planning.stability import ALONE, check
+from lightning_halos.planning.stability import ALONE, check, events_of
 from lightning_halos.simulation.cluster import SimulatedCluster
 from tests.planning.quadratics import compare, nesterov, summary
 from tests.simulation.paper import PAPER, PAPER_FILE
@@ -191,3 +192,11 @@ def test_a_setting_to_lower_has_the_name_of_its_argument() -> None:
     for name, algorithm in names.items():
         lower = check(algorithm, timing).lower
         assert {setting.partition(":")[0] for setting in lower} == {name}
+
+
+def test_answers_arrive_when_those_of_the_plan_do() -> None:
+    """Formats decide after which local step a worker has its answer."""
+    formats = WireFormats.of("int4")
+    slow = SimulatedCluster([[0.1]], [[1.0] * 2], step_ms=10, message_bytes=1_000_000)
+    plain, narrow = (events_of(Halos(overlap=True, wire=wire), make_timing(slow)) for wire in ("float32", formats))
+    assert (plain.loaded_after, narrow.loaded_after) == ((8, 8), (3, 3))

@@ -199,6 +199,7 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
         made = plan(algorithm, timing, 2 * hours / MS_PER_HOUR)
         return Events(steps, (), (("round", 0),) * _ROUNDS, frozenset(), None, _ROUNDS, made)
     assert isinstance(algorithm, ServerAlgorithm)
+    timing = timing.on(algorithm.wire)
     groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
     home = {rank: group.index for group in groups for rank in group.ranks}
     regions = {rank: group.region for group in groups for rank in group.ranks}
