@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from lightning_halos.cli import main
-from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
@@ -195,8 +196,34 @@ def test_a_setting_to_lower_has_the_name_of_its_argument() -> None:
 
 
 def test_answers_arrive_when_those_of_the_plan_do() -> None:
-    """Formats decide after which local step a worker has its answer."""
+    """Formats and the time of servers decide after which local step a worker has its answer."""
     formats = WireFormats.of("int4")
     slow = SimulatedCluster([[0.1]], [[1.0] * 2], step_ms=10, message_bytes=1_000_000)
     plain, narrow = (events_of(Halos(overlap=True, wire=wire), make_timing(slow)) for wire in ("float32", formats))
     assert (plain.loaded_after, narrow.loaded_after) == ((8, 8), (3, 3))
+    fast = dataclasses.replace(slow, bandwidths=[[100.0]], server_gigabytes_per_second=0.04)
+    assert events_of(Halos(overlap=True), make_timing(fast)).loaded_after == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "speed"),
+    [(Diloco(), 1.0), (Halos(), 0.05), (Halos(overlap=True), 0.05)],
+    ids=["diloco", "halos", "overlap"],
+)
+def test_a_run_is_long_enough_for_servers_that_take_long(algorithm: Algorithm, speed: float) -> None:
+    """They are slower than all workers together, in each of the two regions."""
+    cluster = SimulatedCluster(
+        [[100.0, 10.0], [10.0, 100.0]],
+        [[1.0] * 4] * 2,
+        step_ms=1,
+        message_bytes=10**9,
+        server_gigabytes_per_second=speed,
+    )
+    one = dataclasses.replace(cluster, bandwidths=[[100.0]], worker_speeds=[[1.0]], names=())
+    for own in (cluster, one):
+        timing = make_timing(own)
+        events = events_of(algorithm, timing)
+        assert check(algorithm, timing).is_stable
+        if isinstance(algorithm, Halos):
+            assert events.rounds >= 150
+            assert sum(kind == "merge" for kind, _ in events.order) >= 40 * (len(own.regions) - 1)

@@ -106,7 +106,8 @@ class Events:
         order: Events: a kind ("push", "update", "merge" or "round") and the index of a worker or a local server. An
             update is sent when the push before it has been applied.
         sends: Numbers of the pushes after which their server sends an update.
-        loaded_after: With ``overlap``, the local steps after which each worker loads an answer; else ``None``.
+        loaded_after: With ``overlap``, the local steps after which each worker loads an answer if its push finds the
+            server free; else ``None``.
         rounds: Rounds of a worker, on average.
         plan: The plan that they are from.
     """
@@ -195,20 +196,21 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
     cluster = timing.cluster
     steps = tuple(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
     if isinstance(algorithm, SynchronousAlgorithm):
-        hours = max(map(timing.compute, range(len(steps)), steps)) + timing.all_reduce()
-        made = plan(algorithm, timing, 2 * hours / MS_PER_HOUR)
+        duration = max(map(timing.compute, range(len(steps)), steps)) + timing.all_reduce() + timing.serve
+        made = plan(algorithm, timing, 2 * duration / MS_PER_HOUR)
         return Events(steps, (), (("round", 0),) * _ROUNDS, frozenset(), None, _ROUNDS, made)
     assert isinstance(algorithm, ServerAlgorithm)
-    timing = timing.on(algorithm.wire)
-    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-    home = {rank: group.index for group in groups for rank in group.ranks}
+    timing, home = timing.on(algorithm.wire), cluster.global_region
+    groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
+    server_of = {rank: group.index for group in groups for rank in group.ranks}
     regions = {rank: group.region for group in groups for rank in group.ranks}
-    rounds = np.array([timing.round(rank, regions[rank], own) for rank, own in enumerate(steps)])
+    # A push waits for those of the server's other workers, at most.
+    queues = {rank: len(group.ranks) * timing.serve for group in groups for rank in group.ranks}
+    rounds = np.array([timing.round(rank, regions[rank], own) + queues[rank] for rank, own in enumerate(steps)])
     horizon = _ROUNDS * float(rounds.mean())
     if len(groups) > 1:
         links = [
-            timing.transfer(group.region, cluster.global_region) + timing.transfer(cluster.global_region, group.region)
-            for group in groups
+            timing.transfer(group.region, home) + timing.serve + timing.transfer(home, group.region) for group in groups
         ]
         waits = [algorithm.period(len(group.ranks)) / float((1 / rounds[list(group.ranks)]).sum()) for group in groups]
         cycle = max(link + wait for link, wait in zip(links, waits, strict=True))
@@ -218,10 +220,11 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
     order, sends = _order(made)
     loaded = None
     if algorithm.overlap:
-        ways = [2 * timing.way(rank, regions[rank]) / timing.compute(rank, 1) for rank in range(len(steps))]
-        loaded = tuple(min(own, max(1, math.ceil(way))) for own, way in zip(steps, ways, strict=True))
+        waits = [2 * timing.way(rank, regions[rank]) + timing.serve for rank in range(len(steps))]
+        after = [math.ceil(wait / timing.compute(rank, 1)) for rank, wait in enumerate(waits)]
+        loaded = tuple(min(own, max(1, number)) for own, number in zip(steps, after, strict=True))
     mean = float(made.rounds.mean())
-    return Events(steps, tuple(home[rank] for rank in range(len(steps))), order, sends, loaded, mean, made)
+    return Events(steps, tuple(server_of[rank] for rank in range(len(steps))), order, sends, loaded, mean, made)
 
 
 def _order(made: Plan) -> tuple[tuple[tuple[str, int], ...], frozenset[int]]:
