@@ -14,7 +14,7 @@ from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.quantization import Format, decode, encode
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import LocalServer
+from lightning_halos.core.servers import LocalServer, unsent_update
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.vector import PART, Advance
 from lightning_halos.core.worker_wire import WorkerWire
@@ -87,6 +87,40 @@ def test_what_is_not_trained_is_not_sent() -> None:
     values[70:400] = 0.0  # not at the borders of blocks
     assert not sent(feedback, values)[70:400].any()
     assert torch.equal(feedback.residual[70:400], before)
+
+
+def resumed(form: Format | None) -> tuple[LocalServer, torch.Tensor]:
+    """A server that goes on from a state with a residual, and the residual. Half of the parameters are not trained."""
+    shapes, sgd = [torch.Size([PARAMETERS])], partial(torch.optim.SGD, lr=1.0)
+    before, after = (LocalServer(0, torch.zeros(SIZE), sgd, 1, 0.5, shapes) for _ in range(2))
+    before.round_updates("int4")
+    assert before.feedback is not None
+    residual = before.feedback.residual.copy_(update()[:PARAMETERS])
+    before.model[: PARAMETERS // 2] -= 1
+    if form is not None:
+        after.round_updates(form)
+    after.load_state_dict(before.state_dict())
+    return after, residual
+
+
+@pytest.mark.parametrize("form", [None, "float32", "int8"])
+def test_a_residual_of_another_run_moves_nothing_that_is_not_trained(form: Format | None) -> None:
+    server, residual = resumed(form)
+    trained, idle = slice(PARAMETERS // 2), slice(PARAMETERS // 2, PARAMETERS)
+    state = server.state_dict()
+    last = unsent_update(0, state).vector
+    assert last is not None
+    assert torch.equal(last[trained], 1 + residual[trained])
+    assert not last[idle].any()
+    first = server.begin_exchange()
+    server.fill(first)
+    assert first.vector is not None
+    torch.testing.assert_close(first.vector[trained], 1 + residual[trained], rtol=0, atol=0.05)
+    assert not first.vector[idle].any()
+    server.model[idle] -= 1  # they are trained now, and get what they lacked
+    second = server.flush().vector
+    assert second is not None
+    torch.testing.assert_close(second[idle], 1 + residual[idle], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

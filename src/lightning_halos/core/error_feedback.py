@@ -65,9 +65,8 @@ class ErrorFeedback:
             self._round(vector[part], self.residual[part], is_last)
 
     def _round(self, update: Tensor, residual: Tensor, is_last: bool) -> None:
-        added = update.sign().abs_().mul_(residual)  # the residual, or 0 for an element that is 0
+        added = add_residual_(update, residual)
         residual.sub_(added)
-        update.add_(added)
         if is_last:
             return
         added.copy_(update)
@@ -75,6 +74,21 @@ class ErrorFeedback:
         residual.add_(added.sub_(update))
         if not bool(torch.isfinite(residual.sum())):  # the receiver rejects the update, or it is beyond all reason
             residual.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def add_residual_(update: Tensor, residual: Tensor) -> Tensor:
+    """Adds a residual to an update, in place, but nothing to an element that is 0, because it was not trained.
+
+    Args:
+        update: The parameters of the update.
+        residual: What the updates before lacked, of the same shape.
+
+    Returns:
+        What was added, which the residual has to lose.
+    """
+    added = update.sign().abs_().mul_(residual)
+    update.add_(added)
+    return added
 
 
 def in_parts(fill: Fill, size: int, use: Callable[[int, int], object]) -> Fill:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_halos.core.error_feedback import ErrorFeedback
+from lightning_halos.core.error_feedback import ErrorFeedback, add_residual_
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.outliers import NormLimit
@@ -394,7 +394,8 @@ class LocalServer(ParameterServer):
         exchanging: Whether an update is unanswered.
         number: Number of the last update that was sent.
         steps: Local steps of the pushes since then.
-        feedback: Rounds the updates; ``None`` if they travel as they are.
+        feedback: Rounds the updates, and has what the ones before lacked; ``None`` if they travel as they are and none
+            before was rounded.
     """
 
     _PLAIN = ("merges", "merged_at", "global_version", "exchanging", "number", "steps")  # values in the state
@@ -540,11 +541,11 @@ class LocalServer(ParameterServer):
             setattr(self, name, state[name])
 
     def _take_residual(self, residual: Tensor | None) -> None:
-        """Goes on with what the updates before lacked, as a residual or, if no update is rounded now, in the next."""
+        """Goes on with what the updates before lacked. If none is rounded now, the next ones contain all of it."""
+        if residual is not None and self.feedback is None and self.exchanges:
+            self.round_updates("float32")
         if self.feedback is not None:
             self.feedback.residual.copy_(torch.zeros(()) if residual is None else residual)
-        elif residual is not None and self._base is not None:
-            self._base[: self._num_parameters].add_(residual)
 
     def _begin(self) -> Tensor | None:
         return None if self._accumulate_updates is None else self.model.clone()
@@ -612,7 +613,7 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
     if (residual := state.get("residual")) is not None:
-        vector[:parameters] += residual
+        add_residual_(vector[:parameters], residual)
     vector[parameters:] = model[parameters:]
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 
