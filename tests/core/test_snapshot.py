@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from random import Random
 from typing import Any
@@ -131,6 +131,29 @@ def test_two_snapshots_in_progress(optimizer: OptimizerFactory) -> None:
         snapshots[0].advance()
     peers.go_on()
     assert all(map(same, [snapshot.complete() for snapshot in snapshots], expected))
+
+
+def test_a_complete_snapshot_costs_an_update_nothing() -> None:
+    """It may exist for as long as it is being written to disk."""
+    peers = Peers(0, OPTIMIZERS["sgd"], is_global=True)
+    calls = 0
+
+    def counting(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        nonlocal calls
+        for item in items:
+            calls += 1
+            yield function(item)
+
+    peers.server.map = counting
+    peers.go_on()
+    without, calls = calls, 0
+    snapshot = peers.server.snapshot()
+    peers.go_on()
+    copied, calls = calls - without, 0
+    peers.go_on()
+    assert calls == without
+    assert not snapshot.pending
+    assert copied == len(peers.server._portions) + 1
 
 
 @pytest.mark.parametrize("is_global", [False, True], ids=["local", "global"])

@@ -220,9 +220,10 @@ class ParameterServer:
         return snapshot
 
     def _preserve(self) -> None:
-        """Completes the copies of the tensors for the snapshots in progress, before they are overwritten."""
+        """Completes the snapshots in progress, before a tensor is overwritten."""
         for snapshot in self._snapshots:
-            deque(self.map(snapshot.take, range(len(self._portions) + 1)), maxlen=0)
+            if pending := snapshot.pending:
+                deque(self.map(snapshot.take, pending), maxlen=0)
 
     def _state(self) -> dict[str, Any]:
         """The server's state: its own tensors, and copies of plain values."""

@@ -1,8 +1,8 @@
 """Snapshots: copies of a server's state that are made little by little, while the server goes on.
 
 There are no threads and no locks here. The holder of the server's lock copies one portion at a time, and the server
-copies a portion before it overwrites it (copy on write), so that the copy is the state at the moment when the snapshot
-began. The nodes decide when a snapshot begins and what a shard consists of.
+copies all portions that are left before it overwrites anything (copy on write), so that the copy is the state at the
+moment when the snapshot began. The nodes decide when a snapshot begins and what a shard consists of.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lightning_halos.core.messages import Marker, MarkerReply, Progress, RegionU
 
 
 class Portion(NamedTuple):
-    """A part of a server's tensors that the server overwrites at once."""
+    """A part of a server's tensors, which is copied at once."""
 
-    elements: slice  # of the model and of every other vector of that size
+    elements: slice  # of the model, and of the other vectors as far as they have them
     parameters: Sequence[int]  # their numbers in the optimizer's state
 
 
@@ -32,8 +32,9 @@ class ServerSnapshot:
     Plain values are copied at once, tensors portion by portion.
 
     Args:
-        state: The state itself, not a copy: vectors of the model's size, an optimizer's ``state_dict`` under
-            ``"optimizer"``, and plain values that nobody changes.
+        state: The state itself, not a copy: vectors, an optimizer's ``state_dict`` under ``"optimizer"``, and plain
+            values that nobody changes. Element i of each vector belongs to element i of the model. A vector may be
+            shorter, such as a residual, which has no buffers: slices beyond its end are empty.
         portions: The portions of its tensors. Together they are all of them.
 
     Attributes:
@@ -58,8 +59,13 @@ class ServerSnapshot:
                         pairs.append((buffers[number][name], value))
             self._pending[index] = pairs
 
+    @property
+    def pending(self) -> Sequence[int]:
+        """The indices of the portions that have not been copied yet."""
+        return tuple(self._pending)
+
     def take(self, index: int) -> None:
-        """Copies a portion, unless this has been done."""
+        """Copies a portion, unless this has been done. Threads may do so with different portions."""
         for target, source in self._pending.pop(index, ()):
             target.copy_(source)
 
