@@ -122,7 +122,7 @@ class DividedStep:
                 self._optimizer.state[parameter] = states[parameter]
 
     def _update(self, piece: Piece, gradients: Sequence[Tensor], touched: Collection[int] | None) -> None:
-        """Does the same without an optimizer, whose call costs a quarter of the time for a piece."""
+        """Does the same without the call of an optimizer, which is dear for a small piece."""
         for number, group in enumerate(self._optimizer.param_groups):
             parameters: list[Tensor] = []
             own_gradients: list[Tensor] = []
