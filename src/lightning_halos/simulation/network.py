@@ -368,7 +368,7 @@ class RegionNetwork(Network):
         for node, saved in zip(self._locals, state["locals"], strict=True):
             node.load_state_dict(saved)
         self._global.load_state_dict(state["global"])
-        for shadows, saved in zip(self._shadows, state.get("shadows", ()), strict=False):
+        for shadows, saved in zip(self._shadows, state["shadows"], strict=True):
             for peer, values in saved.items():
                 if peer in shadows:
                     shadows[peer].values = values["shadow"].clone()
