@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_halos.core.error_feedback import ErrorFeedback, in_parts
+from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.messages import Pull, Push, RegionUpdate
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.quantization import Format, decode, encode
@@ -16,7 +16,7 @@ from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.servers import LocalServer, unsent_update
 from lightning_halos.core.shadow import Shadow
-from lightning_halos.core.vector import PART, Advance
+from lightning_halos.core.vector import PART, Advance, in_parts
 from lightning_halos.core.worker_wire import WorkerWire
 
 FORMATS: list[Format] = ["bfloat16", "int8", "int4"]

@@ -6,19 +6,11 @@ numbers are rounded is in ``quantization``; models, which are no updates, have `
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lightning_halos.core.quantization import BLOCK, Format, round_
-from lightning_halos.core.vector import PART, Advance
-
-Fill = Callable[[Advance], object]
-"""Fills a vector from front to back, and reports the number of its complete elements."""
-
-CHUNK = 2**16  # elements that are handled at once, so that they stay in the cache
-assert PART % CHUNK == CHUNK % BLOCK == 0
+from lightning_halos.core.quantization import Format, round_
+from lightning_halos.core.vector import CHUNK, Fill, in_parts
 
 
 class ErrorFeedback:
@@ -89,30 +81,3 @@ def add_residual_(update: Tensor, residual: Tensor) -> Tensor:
     added = update.sign().abs_().mul_(residual)
     update.add_(added)
     return added
-
-
-def in_parts(fill: Fill, size: int, use: Callable[[int, int], object]) -> Fill:
-    """Returns a function that fills a vector, and uses each part of it before it reports the part.
-
-    Args:
-        fill: Fills the vector.
-        size: Elements of the vector.
-        use: Called with the first element of each part and the one behind it. All parts but the last have a multiple of
-            ``PART`` elements.
-    """
-
-    def filled(advance: Advance) -> None:
-        done = 0
-
-        def progress(complete: int) -> None:
-            nonlocal done
-            complete = size if complete == size else complete // PART * PART
-            if complete > done:
-                use(done, complete)
-                done = complete
-                advance(done)
-
-        fill(progress)
-        progress(size)
-
-    return filled

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_halos.core.vector import CHUNK, PART
+
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 """``float32`` stands for the vector as it is, which is ``float64`` if the model has parameters of this dtype."""
 
@@ -21,11 +23,11 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 BLOCK = 64
 """Elements that share a scale."""
+assert PART % CHUNK == CHUNK % BLOCK == 0
 
 _MOST = {"int8": 127, "int4": 7}  # the largest whole number; the smallest is its negative, so that 0 is exact
 _BLOCK_BYTES = {"int8": BLOCK + 2, "int4": BLOCK // 2 + 2}  # the numbers, and the scale
-_CHUNK = 2**16  # elements that are converted at once, so that what is computed in between stays in the cache
-_CHUNK_OF_DEVICE = 2**24  # the same on a GPU, where starting a computation takes longer
+_CHUNK_OF_DEVICE = 2**24  # elements that are converted at once on a GPU, where starting a computation takes longer
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -165,7 +167,7 @@ def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(vector: Tensor) -> Iterator[slice]:
-    size, elements = _CHUNK if vector.device.type == "cpu" else _CHUNK_OF_DEVICE, vector.numel()
+    size, elements = CHUNK if vector.device.type == "cpu" else _CHUNK_OF_DEVICE, vector.numel()
     for start in range(0, elements, size):
         yield slice(start, min(start + size, elements))
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from lightning_halos.core.error_feedback import CHUNK, Fill, in_parts
 from lightning_halos.core.quantization import Format, round_
+from lightning_halos.core.vector import CHUNK, Fill, in_parts
 
 
 class Shadow:

@@ -25,15 +25,47 @@ from lightning_halos.core.teachers import find_teachers
 PART = 2**20
 """Elements per part. A part can be sent while the next one is computed, received while the previous one is applied."""
 
+CHUNK = 2**16
+"""Elements that a CPU computes at once, so that everything in between stays in its cache. It divides ``PART``."""
+
 Advance = Callable[[int], None]
 """Called repeatedly with the number of complete elements of a vector, while it is filled from front to back."""
 
+Fill = Callable[[Advance], object]
+"""Fills a vector from front to back, and reports the number of its complete elements."""
 
 _WRAPPED = "_fsdp_wrapped_module."  # FullyShardedDataParallel adds this to the names in a module
 
 
 def ignore_progress(elements: int) -> None:
     """Ignores the number of complete elements."""
+
+
+def in_parts(fill: Fill, size: int, use: Callable[[int, int], object]) -> Fill:
+    """Returns a function that fills a vector, and uses each part of it before it reports the part.
+
+    Args:
+        fill: Fills the vector.
+        size: Elements of the vector.
+        use: Called with the first element of each part and the one behind it. All parts but the last have a multiple of
+            ``PART`` elements.
+    """
+
+    def filled(advance: Advance) -> None:
+        done = 0
+
+        def progress(complete: int) -> None:
+            nonlocal done
+            complete = size if complete == size else complete // PART * PART
+            if complete > done:
+                use(done, complete)
+                done = complete
+                advance(done)
+
+        fill(progress)
+        progress(size)
+
+    return filled
 
 
 class ModelVector:

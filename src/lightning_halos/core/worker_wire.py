@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from lightning_halos.core.error_feedback import ErrorFeedback, Fill
+from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.messages import Pull, Push
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.shadow import Shadow
+from lightning_halos.core.vector import Fill
 
 
 class WorkerWire:
