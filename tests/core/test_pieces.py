@@ -48,8 +48,8 @@ FACTORIES: dict[str, Factory] = {
 def test_pieces_are_consecutive_and_complete(sizes: list[int], elements: int, pieces: list[tuple[int, int]]) -> None:
     found = divide(sizes, elements)
     assert [(piece.start, piece.stop) for piece in found] == pieces
-    assert [part.parameter for piece in found for part in piece.parts if part.start == 0] == list(range(len(sizes)))
-    assert all(sum(p.stop - p.start for p in piece.parts) == piece.stop - piece.start for piece in found)
+    assert [span.parameter for piece in found for span in piece.spans if span.start == 0] == list(range(len(sizes)))
+    assert all(sum(p.stop - p.start for p in piece.spans) == piece.stop - piece.start for piece in found)
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, None], ids=["parameters and buffers", "one parameter"])

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_halos.core.optim import DelayedNesterov, update
 
 
-class Part(NamedTuple):
+class ParameterSpan(NamedTuple):
     """Elements of a parameter, in its flattened values."""
 
     parameter: int  # its number
@@ -27,31 +27,31 @@ class Part(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of a model: several complete parameters, or a part of a large one."""
+    """Consecutive elements of a model: several complete parameters, or a span of a large one."""
 
     start: int
     stop: int
-    parts: Sequence[Part]
+    spans: Sequence[ParameterSpan]
 
 
 def divide(sizes: Sequence[int], elements: int) -> list[Piece]:
     """Divides consecutive parameters of these sizes into pieces of about as many elements."""
     pieces: list[Piece] = []
-    parts: list[Part] = []
+    spans: list[ParameterSpan] = []
     start = stop = 0
 
     def end_piece() -> None:
-        nonlocal start, parts
-        if parts:
-            pieces.append(Piece(start, stop, parts))
-        start, parts = stop, []
+        nonlocal start, spans
+        if spans:
+            pieces.append(Piece(start, stop, spans))
+        start, spans = stop, []
 
     for number, size in enumerate(sizes):
         if size > elements:
             end_piece()
         for begin in range(0, max(size, 1), elements):
             end = min(begin + elements, size)
-            parts.append(Part(number, begin, end))
+            spans.append(ParameterSpan(number, begin, end))
             stop += end - begin
             if stop - start >= elements:
                 end_piece()
@@ -63,7 +63,7 @@ class DividedStep:
     """One step of an optimizer for all pieces of a model.
 
     Pieces are independent of each other: :meth:`step` may be called for several at the same time, each once. A large
-    parameter that is divided has parts of the optimizer's state meanwhile, which :meth:`end` joins. A piece that is the
+    parameter that is divided has a state for each span meanwhile, which :meth:`end` joins. A piece that is the
     complete model may be stepped by any optimizer.
 
     Args:
@@ -76,7 +76,7 @@ class DividedStep:
         self._parameters = parameters
         self._elements = sum(parameter.numel() for parameter in parameters)
         self._group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        # The states of the parts of each divided parameter, by their first element.
+        # The states of the spans of each divided parameter, by their first element.
         self._divided: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
 
     def step(self, piece: Piece, gradient: Tensor, touched: Collection[int] | None = None) -> None:
@@ -87,23 +87,23 @@ class DividedStep:
             gradient: The gradient of its elements, flat.
             touched: Numbers of the parameters that have a gradient; the others are skipped. Default: all have one.
         """
-        parts = torch.split(gradient, [part.stop - part.start for part in piece.parts])
-        if piece.stop - piece.start == self._elements and len(parts) == len(self._parameters):
-            self._step_all(parts, touched)
+        gradients = torch.split(gradient, [span.stop - span.start for span in piece.spans])
+        if piece.stop - piece.start == self._elements and len(gradients) == len(self._parameters):
+            self._step_all(gradients, touched)
             return
         if type(self._optimizer) is DelayedNesterov:
-            self._update(piece, parts, touched)
+            self._update(piece, gradients, touched)
             return
         groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         states: dict[Tensor, dict[str, Any]] = {}
         complete_ones = []
-        for part, values in zip(piece.parts, parts, strict=True):
-            if touched is not None and part.parameter not in touched:
+        for span, values in zip(piece.spans, gradients, strict=True):
+            if touched is not None and span.parameter not in touched:
                 continue
-            own = complete = self._parameters[part.parameter]
-            if part.stop - part.start < complete.numel():
-                own = nn.Parameter(complete.detach().view(-1)[part.start : part.stop])
-                states[own] = self._divided[part.parameter][part.start] = self._state_of(part)
+            own = complete = self._parameters[span.parameter]
+            if span.stop - span.start < complete.numel():
+                own = nn.Parameter(complete.detach().view(-1)[span.start : span.stop])
+                states[own] = self._divided[span.parameter][span.start] = self._state_of(span)
             else:
                 states[own] = self._optimizer.state.get(own, {})
                 complete_ones.append(own)
@@ -127,13 +127,13 @@ class DividedStep:
             parameters: list[Tensor] = []
             own_gradients: list[Tensor] = []
             states: list[dict[str, Any]] = []
-            for part, values in zip(piece.parts, gradients, strict=True):
-                complete = self._parameters[part.parameter]
-                if self._group_of[id(complete)] != number or (touched is not None and part.parameter not in touched):
+            for span, values in zip(piece.spans, gradients, strict=True):
+                complete = self._parameters[span.parameter]
+                if self._group_of[id(complete)] != number or (touched is not None and span.parameter not in touched):
                     continue
-                if part.stop - part.start < complete.numel():
-                    own = complete.detach().view(-1)[part.start : part.stop]
-                    state = self._divided[part.parameter][part.start] = self._state_of(part)
+                if span.stop - span.start < complete.numel():
+                    own = complete.detach().view(-1)[span.start : span.stop]
+                    state = self._divided[span.parameter][span.start] = self._state_of(span)
                 else:
                     own, state = complete.detach(), self._optimizer.state[complete]
                 parameters.append(own)
@@ -157,12 +157,12 @@ class DividedStep:
             for name, value in states[0].items():
                 if not isinstance(value, Tensor):
                     state[name] = value
-                elif state.get(name) is None:  # it is new; otherwise the parts are parts of its memory
+                elif state.get(name) is None:  # it is new; otherwise those of the spans are views of its memory
                     state[name] = torch.cat([own[name] for own in states]).view_as(parameter)
 
-    def _state_of(self, part: Part) -> dict[str, Any]:
-        state = self._optimizer.state.get(self._parameters[part.parameter], {})
+    def _state_of(self, span: ParameterSpan) -> dict[str, Any]:
+        state = self._optimizer.state.get(self._parameters[span.parameter], {})
         return {
-            name: value.view(-1)[part.start : part.stop] if isinstance(value, Tensor) else value
+            name: value.view(-1)[span.start : span.stop] if isinstance(value, Tensor) else value
             for name, value in state.items()
         }
