@@ -276,6 +276,12 @@ def hidden_matrices(module: nn.Module | Iterable[tuple[str, Tensor]], adamw: Seq
     Args:
         module: A module, or pairs of names and parameters.
         adamw: Further parts of names, between dots, that are no hidden layers.
+
+    Returns:
+        The matrices, by the names that the module or the pairs have for them.
+
+    Raises:
+        ValueError: If FSDP1 has flattened the parameters, so that no matrices are left.
     """
     by_type: set[int] = set()
     if isinstance(module, nn.Module):

@@ -72,9 +72,20 @@ def sweep(
     overlap: bool = False,
     wire: WireFormats = PLAIN,
 ) -> list[Trial]:
-    """Plans HALoS under every combination of settings, each for a number of virtual hours, in the same formats.
+    """Plans HALoS under every combination of settings.
 
-    Numbers of servers that exceed the workers of a region are left out.
+    Args:
+        timing: The durations on the cluster.
+        hours: Virtual hours of each plan.
+        local_steps: Values of ``local_steps``.
+        updates_per_worker: Values of ``accumulate_updates``, per worker of a server.
+        servers_per_region: Values of ``servers_per_region``. Those that exceed the workers of a region are left out.
+        overlap: Whether workers train on while their pushes are answered, in all plans.
+        wire: The formats in which vectors travel, in all plans.
+
+    Returns:
+        A trial for each combination: by ``local_steps``, then by ``servers_per_region``, then by
+        ``updates_per_worker``.
 
     Raises:
         ValueError: If the time is too short for an exchange with the global server, or there would be none.
