@@ -25,12 +25,13 @@ class ErrorFeedback:
         dtype: The dtype of updates.
 
     Attributes:
+        format: The format.
         residual: The residual, of shape (parameters,).
     """
 
     def __init__(self, form: Format, parameters: int, dtype: torch.dtype) -> None:
         self.residual = torch.zeros(parameters, dtype=dtype)
-        self._format = form
+        self.format = form
 
     def rounding(self, fill: Fill, vector: Tensor, is_last: bool = False) -> Fill:
         """Returns a function that fills the vector of an update, and rounds it part by part before it is sent.
@@ -62,7 +63,7 @@ class ErrorFeedback:
         if is_last:
             return
         added.copy_(update)
-        round_(update, self._format)
+        round_(update, self.format)
         residual.add_(added.sub_(update))
         if not bool(torch.isfinite(residual.sum())):  # the receiver rejects the update, or it is beyond all reason
             residual.nan_to_num_(0.0, 0.0, 0.0)

@@ -128,11 +128,17 @@ class MemberHost(RegionHost):
             case Welcome():
                 self.callbacks, self._has_callbacks = message.callbacks, message.status.decides
                 self._reconnected.set()
+                self._release(message.status)
             case Status():
                 self._has_callbacks = self._has_callbacks and message.decides
+                self._release(message)
             case GlobalModel():
                 self.version = max(self.version, message.version)
         super().handle(channel, message, finding, traffic)
+
+    def _release(self, status: Status) -> None:
+        if self._joining is not None:
+            self._joining.release(status.saved)
 
     def arrives_in_all_lanes(self, channel: int) -> bool:
         return self._channels[channel - 1] != GLOBAL

@@ -14,10 +14,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from torch import Tensor
+
 from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.messages import Failure, GlobalModel, Message, ModelCopy, Preempted, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
+from lightning_halos.core.quantization import Format, decode, encode
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.transport.lanes import Lanes, LanesEndedError
 from lightning_halos.transport.link import Link, OnFailure, OnMessage, wait_all
@@ -34,7 +37,8 @@ class JoiningLink(Link):
         slices: The link to each other lane for its slices.
         lanes: The links for the order of what is handled.
         feedback: Rounds the updates, if the link to the global server has a narrow format: its blocks of elements are
-            those of the complete vector, so that the lanes cannot round their slices.
+            those of the complete vector, so that the lanes cannot round their slices. What is sent is kept in the
+            format until it is safe, so that a repeated update is the same and the residual counts once.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class JoiningLink(Link):
         self._arrived: dict[int, queue.SimpleQueue[RegionUpdate]] = defaultdict(queue.SimpleQueue)
         self._lock = threading.Lock()
         self._connection = 0  # number of the present connection
+        self._repeatable: dict[int, Tensor] = {}  # encoded parameters of updates, by their number
 
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         """Starts to join. What the server sends is received elsewhere."""
@@ -76,6 +81,11 @@ class JoiningLink(Link):
         """Drops what was posted on an earlier connection, because the node repeats what is missing on the next one."""
         with self._lock:
             self._connection += 1
+
+    def release(self, saved: int) -> None:
+        """Forgets the updates up to a number, because they are on the global server's disk and are not repeated."""
+        with self._lock:
+            self._repeatable = {number: data for number, data in self._repeatable.items() if number > saved}
 
     def scatter(self, message: M) -> M:
         """Sends the slices of a complete model to the other lanes. Returns the message with this lane's slice."""
@@ -107,8 +117,21 @@ class JoiningLink(Link):
                 raise ProtocolError(f"Lane {lane} sent a slice of update {other.number} instead of {update.number}.")
             self._layout.put(vector, lane, other.vector)
         if self._feedback is not None:
-            self._feedback.round_(vector, 0, vector.numel(), update.final)
+            self._round(self._feedback, vector, update)
         return replace(update, vector=vector)
+
+    def _round(self, feedback: ErrorFeedback, vector: Tensor, update: RegionUpdate) -> None:
+        """Rounds a joined update or, if it was sent before, gives it the values that it had then."""
+        parameters = vector[: feedback.residual.numel()]
+        form: Format = "float32" if update.final else feedback.format
+        with self._lock:
+            sent = self._repeatable.get(update.number)
+        if sent is not None:
+            decode(sent, parameters, form)
+            return
+        feedback.round_(vector, 0, vector.numel(), update.final)
+        with self._lock:
+            self._repeatable[update.number] = encode(parameters, form)
 
     def _on_message(self, lane: int, message: Message, progress: Iterable[int]) -> None:
         wait_all(progress)
