@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.quantization import Format, nbytes, round_
 from lightning_halos.core.vector import PART, Advance
-from lightning_halos.transport.vectors import VectorForm, code_of
-from tests.transport.ends import End, Wire
+from lightning_halos.transport.vectors import Part, VectorForm, code_of
+from tests.transport.ends import End, GlooWire, Wire, groups
 
 PARAMETERS = PART + 70
 ELEMENTS = PARAMETERS + 5
@@ -46,6 +48,28 @@ def test_rounded_vectors_arrive_exactly_in_few_bytes_and_others_complete(wire: W
     messages = b.wait_for(4)
     for message, expected in zip(messages, [rounded, rounded, values, values], strict=True):
         assert torch.equal(message.vector.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_the_memory_of_each_part_is_freed_when_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, nothing_is_left: None
+) -> None:
+    """Over gloo, where all of it is there from the start, because each part has to be received into its own."""
+    decode, earlier, alive = Part.decode, list[weakref.ref[Tensor]](), list[int]()
+
+    def recorded(part: Part, data: Tensor, vector: Tensor, form: Format) -> None:
+        alive.append(sum(own() is not None for own in earlier))
+        earlier.append(weakref.ref(data))
+        decode(part, data, vector, form)
+
+    monkeypatch.setattr(Part, "decode", recorded)
+    kind = VectorForm(4 * PART, torch.float32, "int4", 4 * PART)
+    with groups() as processes:
+        wire = GlooWire(processes)
+        a, b = (End(wire.link(end, "the other", form=kind)).start() for end in (0, 1))
+        a.link.post(Push(0, 0, 1, 1, 1.0, vector=torch.zeros(4 * PART)))
+        b.wait_for(1)
+        wire.close()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_a_format_that_the_link_does_not_have_is_refused(wire: Wire) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -396,7 +397,7 @@ class GlooLink(FramedLink):
             else torch.empty(part.nbytes(form, size), dtype=torch.uint8)
             for part in parts
         ]
-        received = self._receive_each([*data, complete], self._VECTOR)
+        received = self._receive_each(chain(data, (complete,)), self._VECTOR)
         for part, _ in zip(parts, received, strict=False):
             if part.narrow > part.start:
                 part.decode(data[0], vector, form)
