@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim.lr_scheduler import OneCycleLR
@@ -182,12 +183,22 @@ class Noting(Callback):
 
 
 @pytest.mark.parametrize("inner", ["ddp", "fsdp2"])
-def test_workers_of_several_processes_go_on_where_they_were(tmp_path: Path, inner: str) -> None:
+def test_workers_of_several_processes_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
     """Both processes of a worker save their own slices, in the middle of a round of the slow worker."""
+    gather = ModelParallelStrategy.lightning_module_state_dict
+
+    def noted(strategy: ModelParallelStrategy) -> dict[str, Any]:
+        Path(f"{strategy.lightning_module.trainer.global_rank}.gathered").touch()
+        return gather(strategy)
+
+    monkeypatch.setattr(ModelParallelStrategy, "lightning_module_state_dict", noted)
     cluster = SimulatedCluster([[10.0, 0.1], [0.2, 10.0]], [[1.0], [0.4]], step_ms=100.0, message_bytes=1_000_000)
 
     def run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> list[list[torch.Tensor]]:
         folder.mkdir()
+        monkeypatch.chdir(folder)
         strategy = HalosStrategy(simulate=cluster, worker=2, inner=inner, local_steps=4, accumulate_updates=2)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         flags = {"max_steps": 14, "num_sanity_val_steps": 0, "enable_checkpointing": bool(callbacks)}
@@ -199,6 +210,8 @@ def test_workers_of_several_processes_go_on_where_they_were(tmp_path: Path, inne
         parts = [torch.load(folder / str(rank)) for rank in range(4)]
         weights = [part[0] for part in parts[:2]] if inner == "fsdp2" else [parts[0][0]]
         assert torch.equal(module.net[0].weight, torch.cat(weights)), "the process that launches has the final model"
+        gathered = sorted(path.stem for path in folder.glob("*.gathered"))
+        assert gathered == (["0", "1"] if inner == "fsdp2" else []), "no other worker collects the complete model"
         return parts
 
     saving = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=5, save_top_k=-1)

@@ -61,7 +61,8 @@ class MultiProcessingLauncher(_MultiProcessingLauncher):
     """Lightning's launcher, which also returns the complete state of a module that is divided among processes.
 
     Attributes:
-        complete_state: The complete state of the module after a fit; ``None`` if each process has all of it.
+        complete_state: The complete state of the module after a fit, in processes that return it; ``None`` if each
+            process has all of it.
     """
 
     complete_state: dict[str, Any] | None = None

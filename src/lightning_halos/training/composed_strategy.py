@@ -283,12 +283,18 @@ class ComposedStrategy(ConnectedStrategy):
         self.checkpoint_io.teardown()
 
     def _keep_complete_state(self) -> None:
-        """Collects the complete state of a divided module for the process that has launched this one, after a fit."""
+        """Collects the complete state of a divided module for the process that has launched this one, after a fit.
+
+        Only the first worker of each machine does so, because its first process returns it.
+        """
         trainer, launcher = find_trainer(self.lightning_module), self._launcher
         if trainer is None or not isinstance(launcher, MultiProcessingLauncher) or self._site is None:
             return
         if trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING:
-            launcher.complete_state = self.lightning_module_state_dict() if self.divides_model else None
+            launcher.complete_state = None
+            if self.divides_model:
+                is_first = self.local_rank == self.site.lane
+                launcher.complete_state = self.lightning_module_state_dict() if is_first else {}
 
     def tensor_init_context(self, empty_init: bool | None = None) -> Any:
         strategy: Any = self.inner or super()
