@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_halos.core.messages import Message, Pull, Push
+from lightning_halos.core.messages import Message, Pull, Push, Turn
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
@@ -21,6 +21,7 @@ from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.hosts import RegionHost
+from lightning_halos.transport.lanes import LOCAL_HOST, Lanes
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, wait_all
 from lightning_halos.transport.push_memory import PushMemory
 from tests.transport.ends import groups
@@ -87,6 +88,35 @@ def test_slow_workers_leave_memory_for_the_others(monkeypatch: pytest.MonkeyPatc
     assert waiting.empty()
     memory.put(held[0])
     assert waiting.get(timeout=LIMIT) is not held[1]
+
+
+def test_a_following_lane_gives_memory_to_whom_lane_0_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, links: list[Link]
+) -> None:
+    """Also to workers that are slow by its own clock, because all later turns wait behind this one."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    server = LocalServer(0, torch.zeros(8), partial(torch.optim.SGD, lr=1.0), None, 0.5, workers=3)
+    node = RegionNode(server, RoundPlanner(8, False, 3, None), range(1, 4), StepBudget(3))
+    alarm = Alarm("lane 1")
+    there, here = LoopbackLink.pair("lane 1", "lane 0")
+    links += [there, here]
+    lanes = Lanes(1, {0: here}, alarm, print)
+    host = RegionHost(node, alarm, near=(), store=print, lanes=lanes, pushes=2)
+    lanes.start()
+    granted: SimpleQueue[Tensor] = SimpleQueue()
+
+    def turn(worker: int) -> Tensor:
+        there.post(Turn(LOCAL_HOST, worker))
+        threading.Thread(target=lambda: granted.put(host.memory_for_push(worker)), daemon=True).start()
+        return granted.get(timeout=LIMIT)
+
+    for worker, seconds in ((1, 1.0), (2, 10.0), (3, 10.0)):
+        now[0] += 1
+        vector = turn(worker)
+        now[0] += seconds
+        host._memory.put(vector)
+    assert turn(2) is not turn(3)
 
 
 @pytest.fixture

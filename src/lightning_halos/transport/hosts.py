@@ -159,8 +159,13 @@ class Host(Generic[N]):
                 return [] if self.node.state is GlobalState.FINISHED else self.node.start_snapshot(message)
         raise ValueError(f"{type(self.node).__name__} cannot be asked for {act!r} with {message!r}.")
 
-    def own_memory_for(self, worker: int, timeout: float | None = None) -> Tensor:
+    def own_memory_for(self, worker: int, timeout: float | None = None, is_chosen: bool = False) -> Tensor:
         """Waits for this lane's memory for a push of a worker in another process, and returns it.
+
+        Args:
+            worker: The worker.
+            timeout: Limit in seconds.
+            is_chosen: Whether lane 0 has decided that it is this worker's turn.
 
         Raises:
             queue.Empty: If there is none within ``timeout`` seconds.
@@ -244,8 +249,8 @@ class RegionHost(Host[RegionNode]):
         """Waits for the memory for a push of a worker in another process, and returns it."""
         return self.own_memory_for(worker) if self._lane is None else self._lane.memory_for(worker)
 
-    def own_memory_for(self, worker: int, timeout: float | None = None) -> Tensor:
-        return self._memory.get(worker, timeout)
+    def own_memory_for(self, worker: int, timeout: float | None = None, is_chosen: bool = False) -> Tensor:
+        return self._memory.get(worker, timeout, is_chosen)
 
     def memory_for_answer(self) -> Tensor:
         """Returns the memory for an answer of the global server: the memory of the update that it answers."""

@@ -39,8 +39,14 @@ class PushMemory:
         self._waiting: list[int] = []
         self._changed = threading.Condition()
 
-    def get(self, worker: int, timeout: float | None = None) -> Tensor:
+    def get(self, worker: int, timeout: float | None = None, is_chosen: bool = False) -> Tensor:
         """Waits for the memory for a worker's push, and returns it.
+
+        Args:
+            worker: The worker.
+            timeout: Limit in seconds.
+            is_chosen: Whether lane 0 has decided that it is this worker's turn. Then it gets the memory as soon as any
+                is free, however slow it has been.
 
         Raises:
             queue.Empty: If there is none within ``timeout`` seconds.
@@ -48,7 +54,8 @@ class PushMemory:
         with self._changed:
             self._waiting.append(worker)
             try:
-                if not self._changed.wait_for(lambda: self._next() == worker, timeout):
+                is_next = self._has_any if is_chosen else lambda: self._next() == worker
+                if not self._changed.wait_for(is_next, timeout):
                     raise Empty
                 vector = self._take()
                 self._in_use[id(vector)] = vector, worker, time.monotonic()
@@ -68,10 +75,13 @@ class PushMemory:
 
     def _next(self) -> int | None:
         """Returns the worker that gets the next memory; ``None`` if there is none, or nobody may have it."""
-        if not self._free and not self._left:
+        if not self._has_any():
             return None
         slow = sum(self._is_slow(worker) for _, worker, _ in self._in_use.values())
         return next((w for w in self._waiting if slow < self._most_slow or not self._is_slow(w)), None)
+
+    def _has_any(self) -> bool:
+        return bool(self._free or self._left)
 
     def _is_slow(self, worker: int) -> bool:
         return self._times.get(worker, 0.0) > _SLOW * min(self._times.values(), default=0.0)
