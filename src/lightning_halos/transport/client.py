@@ -93,7 +93,11 @@ class WorkerClient:
         return pull
 
     def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
-        """Does the same with the last push and the final model, as long as the other workers make progress."""
+        """Sends the last push, and waits for the final model as long as the other workers make progress.
+
+        Returns:
+            The final model. Its vector arrives while the second value is iterated over.
+        """
         # A status arrives whenever another worker has made progress.
         return self._answer(GlobalModel, push, fill, "send the final model, or news of others that go on")
 

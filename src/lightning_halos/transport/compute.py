@@ -22,7 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST = 16
-"""Threads after which memory is no faster, on any machine that we know."""
+"""Largest number of threads. They mostly move memory, and a few cores can use all of its speed."""
 
 
 def threads_beside(processes: int) -> int:
