@@ -58,6 +58,7 @@ bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and 
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/link.py
 	$(BIN)/python benchmarks/quantization.py
+	$(BIN)/python benchmarks/server.py --inside
 	$(BIN)/python benchmarks/defaults.py --quick
 
 $(READY): pyproject.toml constraints.txt
