@@ -8,7 +8,7 @@ between the two. Every row is in ``rows.json`` as soon as it is trained, and is 
     python benchmarks/muon.py                     # what is not trained yet, and the table
     python benchmarks/muon.py --report            # the table only
     python benchmarks/muon.py --algorithms halos  # only these
-    python benchmarks/muon.py --steps 50 --seeds 1 --output /tmp/muon   # whether it runs
+    python benchmarks/muon.py --steps 50 --seeds 1 --output build/muon   # whether it runs
 """
 
 from __future__ import annotations
