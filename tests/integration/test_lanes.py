@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from lightning_halos.checkpoint.manifest import Manifest, global_shard, server_shard
+from lightning_halos.checkpoint.manifest import Manifest, global_shard, server_shard, worker_shard
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.reslicing import Reslicing
 from lightning_halos.training.worlds.real import RealWorld
@@ -52,11 +54,17 @@ def one_lane(layout: Layout, states: list[Any]) -> Any:
     return reslicing.state["server"]
 
 
-def saved_servers(path: Path) -> tuple[dict[str, Any], int]:
-    """The servers of a checkpoint, and its lanes."""
+def layout_of(path: Path) -> tuple[Layout, Path]:
+    """The layout of a checkpoint, and its manifest's file."""
     (manifest_file,) = path.with_suffix("").glob("*/manifest.json")
     manifest = Manifest.read(manifest_file.read_bytes(), manifest_file)
     layout = Layout.build(SIZES, 4, 1) if manifest.layout is None else Layout.from_plain(manifest.layout)
+    return layout, manifest_file
+
+
+def saved_servers(path: Path) -> tuple[dict[str, Any], int]:
+    """The servers of a checkpoint, and its lanes."""
+    layout, manifest_file = layout_of(path)
     names = {"global": global_shard, **{f"server-{index}": _shard_of(index) for index in range(2)}}
     servers = {}
     for name, shard in names.items():
@@ -110,3 +118,47 @@ def test_servers_go_on_in_runs_with_other_lanes(run: Run, tmp_path: Path) -> Non
                 started[name].pop("steps")
                 assert_equal(old[name], started[name], name)
             assert old["global"]["optimizer"]["state"][0]["momentum"].any()
+
+
+class Residual(pl.Callback):
+    """Keeps what this process's worker has not sent yet because of its link's format, before the first batch."""
+
+    def __init__(self) -> None:
+        self.start: Tensor | None = None
+        self.seen = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.seen:
+            state = trainer.strategy._fit.loop._wire.state_dict(has_shadow=False)  # type: ignore[attr-defined]
+            self.seen, self.start = True, state.get("residual")
+
+
+def rounded(folder: Path) -> list[Result]:
+    """Two workers of two processes with checkpoints in mid-run: both carry a slice, then only the first, then both."""
+    results, before = [], None
+    for number, lanes in enumerate((2, 1, 2)):
+        module, residual, step = Toy(), Residual(), 12 + 24 * number
+        saving = ModelCheckpoint(folder / str(number), "{step}", every_n_train_steps=step, save_top_k=-1)
+        strategy = halos(worker=2, regions=1, wire="int8")
+        strategy._lanes = lanes
+        callbacks = [residual, saving]
+        trainer = make_trainer(strategy, max_steps=24 * (number + 1), callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(module, loader(batch_size=BATCH // 2), ckpt_path=before)
+        results.append(outcome(trainer, module, residual=residual.start))
+        before = folder / str(number) / f"step={step}.ckpt"
+    return results
+
+
+def test_residuals_go_on_in_runs_with_other_lanes(run: Run, tmp_path: Path) -> None:
+    """A worker keeps, bit for bit, what the rounding of its pushes has left."""
+    fits = run(rounded, tmp_path)
+    for number, step, lanes in ((1, 12, 1), (2, 36, 2)):
+        results = [result[number] for result in fits]
+        assert_same_model(results)
+        old, manifest_file = layout_of(tmp_path / str(number - 1) / f"step={step}.ckpt")
+        files = [manifest_file.with_name(worker_shard(1, lane)) for lane in range(old.lanes)]
+        saved = old.join([torch.load(file, weights_only=True)["residual"] for file in files])
+        started = [result["residual"] for result in results[2 : 2 + lanes]]  # of worker 1: worker 0 has its server
+        assert old.lanes == 3 - lanes
+        assert bool(saved.any())
+        assert torch.equal(Layout.build(SIZES, 4, lanes).join(started), saved)

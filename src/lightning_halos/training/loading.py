@@ -19,6 +19,9 @@ from lightning_halos.training.optimizer_shards import is_divided, join_pieces
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import clear_optimizers, put_own_data, put_worker_state, take_part_again
 
+_OF_SLICES = ("memory", "model", "push", "pushed", "answer", "residual", "shadow")
+"""Names of what has slices of the vector in a worker's shard. Most of it is only in a simulation's."""
+
 
 def load(
     site: Site,
@@ -150,7 +153,7 @@ def _read_worker(found: CompleteCheckpoint, site: Site, resume: Resume) -> None:
 
 
 def read_slices(site: Site, resume: Resume, layout: Layout, shapes: Sequence[torch.Size]) -> None:
-    """Reads this lane's slices of the servers' states, for slices that may be others than those of the checkpoint.
+    """Reads this lane's slices of the servers' and the worker's states, which may be cut otherwise in the checkpoint.
 
     All processes must call it together.
 
@@ -175,15 +178,15 @@ def read_slices(site: Site, resume: Resume, layout: Layout, shapes: Sequence[tor
             reslicing.add(lane, part(found.read(name(lane), mapped=True)))
         return reslicing.state
 
-    def in_round(state: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: state[name] for name in ("memory", "model", "push", "pushed", "answer") if name in state}
+    def of_slices(state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: state[name] for name in _OF_SLICES if name in state}
 
     try:
         group = site.topology.group_of(site.rank)
         if site.carries and resume.fits and site.rank == group.leader and server_shard(group.index) in manifest.shards:
             resume.server = read(partial(server_shard, group.index))
-        if site.carries and manifest.world is not None and old != layout:  # a simulation goes on within rounds
-            resume.worker |= read(partial(worker_shard, site.rank), in_round)
+        if site.carries and resume.worker and old != layout:
+            resume.worker |= read(partial(worker_shard, site.rank), of_slices)
         if site.carries and site.rank == 0:
             resume.globals = read(global_shard)
             if not resume.fits:
