@@ -41,7 +41,6 @@ from lightning_halos.training.worker_state import (
 )
 from lightning_halos.training.worlds import World
 from lightning_halos.transport.alarm import describe
-from lightning_halos.transport.client import VirtualClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.link import wait_all
 
@@ -120,7 +119,7 @@ class WorkerLoop(Callback):
             world.checkpointed.on_marker(self._save_state)
         if "round" in state:
             self.round.load_state_dict(state["round"])
-            if "answer" in state and isinstance(world.client, VirtualClient):
+            if "answer" in state:
                 world.client.answer = Pull(**state["answer"])
         else:
             self._move_schedulers(self.round.position, [] if start.entry is None else start.entry.plateau_steps)
@@ -293,9 +292,8 @@ class WorkerLoop(Callback):
         if self._world.is_simulated:
             used = 0 if self._data is None else self._data.used_steps
             state |= {"round": self.round.state_dict(), "used": used, "memory": to_host(self._memory)}
-            client = self._world.client
-            if isinstance(client, VirtualClient) and client.answer is not None:
-                state |= {"pushed": to_host(self._pushed), "answer": to_host(vars(client.answer))}
+            if (answer := self._world.client.answer) is not None:
+                state |= {"pushed": to_host(self._pushed), "answer": to_host(vars(answer))}
         return state
 
     def state(self) -> dict[str, Any]:

@@ -50,7 +50,10 @@ class WorkerClient:
 
     Attributes:
         on_marker: Called with the marker of a snapshot and the unanswered push, to copy this worker's state.
+        answer: ``None``: an answer arrives when it is there; see :class:`VirtualClient`.
     """
+
+    answer: Pull | None = None
 
     def __init__(self, link: Link, alarm: Alarm, timeout: float, interrupted: Callable[[], None]) -> None:
         self._link = link
@@ -164,8 +167,6 @@ class VirtualClient(WorkerClient):
     Attributes:
         answer: The answer that the worker has not taken yet.
     """
-
-    answer: Pull | None = None
 
     def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
         """Sends a push and waits for the answer, which arrives at a virtual time. Markers are handled meanwhile."""

@@ -41,6 +41,7 @@ class BystanderWorld:
     callbacks = ""
     wire: Format = "float32"
     version = steps = 0
+    answer: Pull | None = None  # lane 0's client has it
 
     def __init__(self, start: Start, is_simulated: bool) -> None:
         self.is_simulated = is_simulated
@@ -145,6 +146,14 @@ class _TellingClient:
     def __init__(self, client: Client, collectives: Collectives) -> None:
         self._client = client
         self._collectives = collectives
+
+    @property
+    def answer(self) -> Pull | None:
+        return self._client.answer
+
+    @answer.setter
+    def answer(self, answer: Pull | None) -> None:
+        self._client.answer = answer
 
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         pull, progress = self._client.exchange(push, fill)

@@ -40,6 +40,7 @@ class LockstepWorld:
     clock = None
     callbacks = ""
     wire: Format = "float32"
+    answer: Pull | None = None
 
     def __init__(self, start: Start) -> None:
         site, algorithm, budget = start.site, start.algorithm, start.budget

@@ -16,7 +16,14 @@ from lightning_halos.transport.alarm import Alarm
 
 
 class Client(Protocol):
-    """The worker's end; see :class:`~lightning_halos.transport.client.WorkerClient`."""
+    """The worker's end; see :class:`~lightning_halos.transport.client.WorkerClient`.
+
+    Attributes:
+        answer: In a simulation, the complete answer to the push of :meth:`send`, until :meth:`take` returns it at its
+            virtual time. A checkpoint saves and restores it. Otherwise ``None``.
+    """
+
+    answer: Pull | None
 
     def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
         """Sends the worker's push, and waits for the answer."""
