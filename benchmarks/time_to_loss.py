@@ -1,11 +1,15 @@
 """How long does it take to reach a loss? Trains a small language model in a simulated cluster, under five algorithms.
 
 Every row trains the same model on the same number of samples; rows differ only in their strategy. A row runs in a
-process of its own and writes a JSON file of its own, so that it can be repeated without the others::
+process of its own and writes a JSON file of its own, for each seed. A row whose file is there is not trained again, so
+that a run that was stopped goes on with the row that it was at::
 
     python benchmarks/time_to_loss.py                        # the rows of the first table
     python benchmarks/time_to_loss.py --best                 # the rows of the second: each algorithm at its best found
+    python benchmarks/time_to_loss.py --best --seeds 0 1 2   # with three seeds
+    python benchmarks/time_to_loss.py --long                 # the rows of the long run
     python benchmarks/time_to_loss.py --rows halos tuned     # only these
+    python benchmarks/time_to_loss.py --again                # train what is there, too
     python benchmarks/time_to_loss.py --plot-only            # the picture and the tables again, without training
     python benchmarks/time_to_loss.py --search               # all settings of SEARCH, at half the steps
 """
@@ -13,8 +17,10 @@ process of its own and writes a JSON file of its own, so that it can be repeated
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,8 +52,10 @@ Settings = dict[str, Any]
 Result = dict[str, Any]
 
 STEPS, SEARCH_STEPS, VALIDATE_EVERY = 600, 300, 25  # global steps: a local step of every worker
+LONG_STEPS, LONG_VALIDATE_EVERY = 2000, 100
 BATCH_SIZE = 8  # sequences in a local step
 MODEL = {"context": 64, "depth": 2, "width": 96, "heads": 4, "lr": 3e-3}  # 57,600 local steps in minutes, on 2 cores
+LONG_MODEL = MODEL | {"lr": 6e-3}  # the best rate of both HALoS and synchronous SGD, see docs/muon/rows.json
 
 ALGORITHMS: dict[str, Any] = {
     "halos": HalosStrategy,
@@ -117,12 +125,18 @@ TUNED: dict[str, Settings] = {
         "outer_optimizer": {"lr": 0.7, "momentum": 0.6},
     },
 }
-ROWS = {**PUBLISHED, **TUNED}
+# For a long run: some momentum in the local servers.
+MOMENTUM: dict[str, Settings] = {
+    "tuned_momentum": TUNED["tuned"] | {"local_optimizer": {"lr": 0.25, "momentum": 0.5, "delay": 16}},
+}
+ROWS = {**PUBLISHED, **TUNED, **MOMENTUM}
 FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
 SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
+LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum")
 NAMES = {
     "halos": "HALoS",
     "tuned": "HALoS, tuned",
+    "tuned_momentum": "HALoS, tuned, momentum 0.5",
     "async_local_sgd": "Async-Local-SGD",
     "async_local_sgd_tuned": "Async-Local-SGD, tuned",
     "diloco_dynamic": "DiLoCo, dynamic steps",
@@ -219,7 +233,13 @@ class LossCurve(L.Callback):
 
 
 def train(
-    settings: Settings, cluster: SimulatedCluster, steps: int, seed: int, model: Settings = MODEL, module: Any = None
+    settings: Settings,
+    cluster: SimulatedCluster,
+    steps: int,
+    seed: int,
+    model: Settings = MODEL,
+    module: Any = None,
+    validate_every: int = VALIDATE_EVERY,
 ) -> Result:
     """Trains once. Returns the loss over virtual time, and how it came about.
 
@@ -230,6 +250,7 @@ def train(
         seed: Of the model and the data.
         model: Arguments of the module.
         module: Makes the module from ``model``. Default: ``ByteGPT``.
+        validate_every: Global steps between two validations.
     """
     from train_char_lm import ByteGPT, StandardLibrary
 
@@ -242,7 +263,7 @@ def train(
             accelerator="cpu",
             devices=1,
             max_steps=steps,
-            val_check_interval=VALIDATE_EVERY,
+            val_check_interval=min(validate_every, steps),
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
@@ -289,6 +310,29 @@ def write(path: Path, result: Any) -> None:
     path.write_text(f"{opening}\n" + ",\n".join(entries) + f"\n{closing}\n")
 
 
+def path_of(output: Path, row: str, seed: int) -> Path:
+    """The file of a row; seeds other than 0 are in its name."""
+    return output / (f"{row}.seed{seed}.json" if seed else f"{row}.json")
+
+
+def is_trained(path: Path, row: Result) -> bool:
+    """Whether a file has the result of a row: its settings, model, cluster, steps and seed."""
+    return path.exists() and row.items() <= json.loads(path.read_text()).items()
+
+
+def read(output: Path, rows: Sequence[str]) -> dict[str, list[Result]]:
+    """Reads the results of some rows, of the seeds that all those rows have of which there is a result."""
+    found = {row: {} for row in rows}  # type: dict[str, dict[int, Result]]
+    for row in rows:
+        for path in (path_of(output, row, 0), *output.glob(f"{row}.seed*.json")):
+            if path.exists():
+                result = json.loads(path.read_text())
+                found[row][result["seed"]] = result
+    there = {row: results for row, results in found.items() if results}
+    common = sorted(set.intersection(*(set(results) for results in there.values()))) if there else []
+    return {row: [results[seed] for seed in common] for row, results in there.items() if common}
+
+
 # ---------------------------------------------------------------------- the search
 
 
@@ -297,10 +341,10 @@ def search(args: argparse.Namespace, cluster: SimulatedCluster) -> None:
     path = args.output / "search.json"
     tried: list[Result] = json.loads(path.read_text()) if path.exists() else []
     done = [(entry["settings"], entry["global_steps"], entry["seed"]) for entry in tried]
-    for settings in SEARCH:
-        if (settings, SEARCH_STEPS, args.seed) in done or (args.search and settings["algorithm"] not in args.search):
+    for settings, seed in itertools.product(SEARCH, args.seeds):
+        if (settings, SEARCH_STEPS, seed) in done or (args.search and settings["algorithm"] not in args.search):
             continue
-        result = train(settings, cluster, SEARCH_STEPS, args.seed)
+        result = train(settings, cluster, SEARCH_STEPS, seed)
         kept = {key: result[key] for key in ("settings", "global_steps", "seed", "val_loss")}
         tried.append({"final_loss": result["val_loss"][-1], "hours": result["virtual_hours"][-1], **kept})
         write(path, tried)
@@ -322,20 +366,55 @@ def time_to_reach(target: float, times: Sequence[float], losses: Sequence[float]
     return float(np.interp(-target, -lowest[is_new], np.array(times)[is_new], right=np.nan))
 
 
-def table(results: dict[str, Result], reference: str) -> tuple[str, float]:
-    """Compares rows by the time to the best loss that all of them reach. Returns the table and this loss."""
-    target = max(min(result["val_loss"]) for result in results.values())
+def table(results: dict[str, list[Result]], reference: str) -> tuple[str, float]:
+    """Compares rows by the time to the best loss that all of them reach, with all seeds.
+
+    Args:
+        results: Of each row, a result per seed; the same seeds for all rows.
+        reference: The row to which the times of the others are compared, seed by seed.
+
+    Returns:
+        The table, with means over the seeds and, if there are several, their ranges; and this loss.
+    """
+    target = max(min(one["val_loss"]) for seeds in results.values() for one in seeds)
     earlier = [round(target + above, 1) for above in (0.4, 0.2)]  # the ratios depend on where one looks
-    over = f"{'':72}times that of {NAMES[reference]}, to a loss of"
+    has_seeds = len(results[reference]) > 1
+    over = f"{'':{90 if has_seeds else 72}}times that of {NAMES[reference]}, to a loss of"
     heads = "".join(f"{value:10.3f}" for value in (*earlier, target))
-    lines = [over, f"{'':30}{'final loss':>12}{'hours in all':>14}{f'hours to {target:.3f}':>16}{heads}"]
-    for name, result in results.items():
-        ratios = [time_to(result, value) / time_to(results[reference], value) for value in (*earlier, target)]
+    spread = f"{'of the seeds':>18}" if has_seeds else ""
+    lines = [
+        over,
+        f"{'':30}{'final loss':>12}{spread}{'hours in all':>14}{f'hours to {target:.3f}':>16}{heads}{spread}",
+    ]
+    for name, seeds in results.items():
+        final = [one["val_loss"][-1] for one in seeds]
+        ratios = [
+            [time_to(one, value) / time_to(base, value) for one, base in zip(seeds, results[reference], strict=True)]
+            for value in (*earlier, target)
+        ]
         lines.append(
-            f"{NAMES[name]:30}{result['val_loss'][-1]:12.3f}{result['virtual_hours'][-1]:14.4f}"
-            f"{time_to(result, target):16.4f}{''.join(f'{ratio:10.2f}' for ratio in ratios)}"
+            f"{NAMES[name]:30}{statistics.mean(final):12.3f}"
+            + (f"{f'{min(final):.3f} to {max(final):.3f}':>18}" if has_seeds else "")
+            + f"{statistics.mean(one['virtual_hours'][-1] for one in seeds):14.4f}"
+            + f"{statistics.mean(time_to(one, target) for one in seeds):16.4f}"
+            + "".join(f"{statistics.mean(each):10.2f}" for each in ratios)
+            + (f"{f'{min(ratios[-1]):.2f} to {max(ratios[-1]):.2f}':>18}" if has_seeds else "")
         )
     return "\n".join(lines), target
+
+
+def closeness(results: dict[str, list[Result]]) -> str:
+    """Says how far each row's final loss is above that of synchronous SGD, and how long that took to come as far."""
+    lines = [f"{'':30}{'final loss':>12}{'above synchronous SGD':>24}{'its time to this loss':>24}"]
+    for name, seeds in results.items():
+        pairs = list(zip(seeds, results["sync_sgd"], strict=True))
+        above = statistics.mean(one["val_loss"][-1] / base["val_loss"][-1] - 1 for one, base in pairs)
+        times = statistics.mean(
+            time_to(base, min(one["val_loss"])) / time_to(one, min(one["val_loss"])) for one, base in pairs
+        )
+        final = statistics.mean(one["val_loss"][-1] for one in seeds)
+        lines.append(f"{NAMES[name]:30}{final:12.3f}{above:23.1%} {f'{times:.2f} times':>24}")
+    return "\n".join(lines)
 
 
 def listing(tried: list[Result]) -> str:
@@ -351,14 +430,14 @@ def listing(tried: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Result], target: float, path: Path) -> None:
+def plot(results: dict[str, Result], reference: str, target: float, title: str, path: Path) -> None:
     """Draws the loss over virtual hours, and where each row reaches the common loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
     axes.axhline(target, color="gray", linestyle="--", linewidth=1)
-    base = time_to(results["halos"], target)
+    base = time_to(results[reference], target)
     for name, result in results.items():
         points = [(h, loss) for h, loss in zip(result["virtual_hours"], result["val_loss"], strict=True) if h > 0]
         (line,) = axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1.4)
@@ -374,27 +453,49 @@ def plot(results: dict[str, Result], target: float, path: Path) -> None:
     axes.set_ylim(lowest - 0.1, target + 1.2)
     axes.set_xlabel("virtual hours")
     axes.set_ylabel("validation loss (nats per byte)")
-    axes.set_title("A byte-level GPT in the paper's cluster, the same samples for each algorithm")
+    axes.set_title(title)
     axes.legend(title="time to the dashed line")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=130)
 
 
+TITLE = "A byte-level GPT in the paper's cluster, the same samples for each algorithm"
+
+
 def report(output: Path) -> None:
     """Writes the tables and the picture of the rows that are there, and prints the tables."""
-    results = {name: json.loads(path.read_text()) for name in NAMES if (path := output / f"{name}.json").exists()}
-    first = {name: results[name] for name in FIRST if name in results}
-    second = {name: results[name] for name in SECOND if name in results}
+    first, second = read(output, FIRST), read(output, SECOND)
+    first = {name: [seeds[0]] for name, seeds in first.items()}
     texts = []
     if "halos" in first:
         text, target = table(first, "halos")
-        minutes = sum(result["wall_seconds"] for result in first.values()) / 60
+        minutes = sum(result["wall_seconds"] for (result,) in first.values()) / 60
         texts.append(f"$ python benchmarks/time_to_loss.py\n\n{text}\n\n{minutes:.1f} minutes of wall-clock time.")
-        plot(first, target, output / "time_to_loss.png")
+        plot({name: one for name, (one,) in first.items()}, "halos", target, TITLE, output / "time_to_loss.png")
     if len(second) == len(SECOND):
-        texts.append(f"$ python benchmarks/time_to_loss.py --best\n\n{table(second, 'tuned')[0]}")
+        chosen = [one["seed"] for one in second["tuned"]]
+        seeds = f" --seeds {' '.join(map(str, chosen))}" if len(chosen) > 1 else ""
+        texts.append(f"$ python benchmarks/time_to_loss.py --best{seeds}\n\n{table(second, 'tuned')[0]}")
     if (path := output / "search.json").exists():
         texts.append(f"$ python benchmarks/time_to_loss.py --search\n\n{listing(json.loads(path.read_text()))}")
+    publish(texts, output)
+
+
+def long_report(output: Path) -> None:
+    """Writes the tables and the picture of the long run, as far as its rows are there, and prints the tables."""
+    results = read(output, LONG)
+    if not {"tuned", "sync_sgd"} <= results.keys():
+        print("The table needs the rows of HALoS and of synchronous SGD.")
+        return
+    text, target = table(results, "tuned")
+    steps = results["tuned"][0]["global_steps"]
+    title = f"The same model for {steps:,} global steps, the same samples for each algorithm"
+    plot({name: seeds[0] for name, seeds in results.items()}, "tuned", target, title, output / "time_to_loss.png")
+    publish([f"$ python benchmarks/time_to_loss.py --long\n\n{text}\n\n{closeness(results)}"], output)
+
+
+def publish(texts: list[str], output: Path) -> None:
+    """Writes the tables to a file, and prints them."""
     (output / "table.txt").write_text("\n\n\n".join(texts) + "\n")
     print("\n\n\n".join(texts))
 
@@ -404,32 +505,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="train only these")
     parser.add_argument("--best", action="store_true", help="train the rows of the second table")
+    parser.add_argument("--long", action="store_true", help=f"the long run, of {LONG_STEPS:,} global steps")
+    parser.add_argument("--again", action="store_true", help="train rows again whose files are there")
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--search", nargs="*", choices=ALGORITHMS, help="try the settings of these algorithms, or all")
     parser.add_argument("--cluster", type=Path, default=ROOT / "examples/clusters/paper.yaml")
-    parser.add_argument("--steps", type=int, default=STEPS, help="global steps of a row")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/time_to_loss", help="the folder of all files")
+    parser.add_argument("--steps", type=int, help=f"global steps of a row (default: {STEPS}; --long: {LONG_STEPS:,})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, help="the folder of all files (default: docs/time_to_loss, or its long)")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    folder = ROOT / "docs/time_to_loss"
+    args.output = args.output or (folder / "long" if args.long else folder)
+    args.steps = args.steps or (LONG_STEPS if args.long else STEPS)
+    model = LONG_MODEL if args.long else MODEL
 
     args.output.mkdir(parents=True, exist_ok=True)
     if args.row or args.search is not None:
         quiet()
         cluster = SimulatedCluster.from_yaml(args.cluster)
         if args.row:
-            write(args.output / f"{args.row}.json", train(ROWS[args.row], cluster, args.steps, args.seed))
+            (seed,) = args.seeds
+            every = LONG_VALIDATE_EVERY if args.long else VALIDATE_EVERY
+            result = train(ROWS[args.row], cluster, args.steps, seed, model, validate_every=every)
+            write(path_of(args.output, args.row, seed), {"cluster": args.cluster.name, **result})
         else:
             search(args, cluster)
         return 0
 
     failed = []
-    rows = () if args.plot_only else args.rows or (SECOND if args.best else FIRST)
-    for row in rows:
-        print(f"training: {NAMES[row]}", flush=True)
-        if subprocess.run([sys.executable, *sys.argv, "--row", row], stderr=subprocess.STDOUT).returncode:
-            failed.append(row)
-    report(args.output)
+    rows = args.rows or (LONG if args.long else SECOND if args.best else FIRST)
+    for seed, row in itertools.product(args.seeds, () if args.plot_only else rows):
+        wanted = {"cluster": args.cluster.name, "settings": ROWS[row], "model": model}
+        wanted |= {"global_steps": args.steps, "seed": seed}
+        if not args.again and is_trained(path_of(args.output, row, seed), wanted):
+            continue
+        print(f"training: {NAMES[row]}, seed {seed}", flush=True)
+        command = [sys.executable, *sys.argv, "--row", row, "--seeds", str(seed)]
+        if subprocess.run(command, stderr=subprocess.STDOUT).returncode:
+            failed.append(f"{row} (seed {seed})")
+    (long_report if args.long else report)(args.output)
     if failed:
         print(f"\nThese rows failed: {', '.join(failed)}.")
     return 1 if failed else 0
