@@ -40,6 +40,8 @@ class Task:
         accumulate: Pushes between two exchanges with the global server.
         timeout: ``HalosStrategy(timeout=...)``.
         overlap: 1 for ``HalosStrategy(overlap=True)``.
+        wire: ``HalosStrategy(wire=...)``.
+        width: Hidden units of the network.
     """
 
     epochs: int = 2
@@ -50,6 +52,8 @@ class Task:
     accumulate: int = 4
     timeout: float = 30.0
     overlap: int = 0
+    wire: str = "float32"
+    width: int = 32
 
     @property
     def steps(self) -> int:
@@ -77,8 +81,8 @@ def samples(number: int, seed: int = 7) -> TensorDataset:
     return TensorDataset(inputs, teacher(inputs) + noise, torch.arange(number))
 
 
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(FEATURES, 32), nn.Tanh(), nn.Linear(32, 1))
+def network(width: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Linear(width, 1))
 
 
 def loss_of(state: dict[str, Tensor]) -> float:
@@ -93,9 +97,9 @@ def loss_of(state: dict[str, Tensor]) -> float:
 class Module(pl.LightningModule):
     """Regression; every process starts from different weights."""
 
-    def __init__(self, pause: float) -> None:
+    def __init__(self, pause: float, width: int = 32) -> None:
         super().__init__()
-        self.net = network()
+        self.net = network(width)
         self.pause = pause
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -125,6 +129,7 @@ def region(folder: str, name: str) -> None:
         accumulate_updates=task.accumulate,
         timeout=task.timeout,
         overlap=bool(task.overlap),
+        wire=task.wire,
         grace_time=5,
         worker=worker,
     )
@@ -141,7 +146,7 @@ def region(folder: str, name: str) -> None:
         log_every_n_steps=10,
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch // worker, shuffle=True)
-    trainer.fit(Module(task.pause), data)
+    trainer.fit(Module(task.pause, task.width), data)
 
 
 def _make_a_mistake(*_: object) -> None:
