@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_halos.commands import check, evaluate, export, keys, plan, prepare_data, serve, status
+from lightning_halos.commands import check, evaluate, export, keys, plan, prepare_data, serve, status, tune
 from lightning_halos.version import __version__
 
 PROGRAM = "lightning-halos"
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Tools around HALoS for PyTorch Lightning.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in (plan, check, prepare_data, export, evaluate, keys, serve, status):
+    for command in (plan, check, tune, prepare_data, export, evaluate, keys, serve, status):
         commands.add_parser(
             command.__name__.rpartition(".")[2].replace("_", "-"),
             help=command.SUMMARY,

@@ -1,4 +1,4 @@
-"""Imports optional packages, which only language models and pictures need.
+"""Imports optional packages, which only language models, pictures and searches for settings need.
 
 They are imported when they are used, so that lightning-halos works without them.
 """
@@ -17,6 +17,11 @@ def language_package(name: str) -> Any:
 def picture_package(name: str) -> Any:
     """Imports a package of the extra ``examples``, or says in a ``ModuleNotFoundError`` how to install it."""
     return _package(name, "Pictures need it", "examples")
+
+
+def tuning_package(name: str) -> Any:
+    """Imports a package of the extra ``tune``, or says in a ``ModuleNotFoundError`` how to install it."""
+    return _package(name, "A search for settings needs it", "tune")
 
 
 def _package(name: str, why: str, extra: str) -> Any:

@@ -45,6 +45,16 @@ class Settings(NamedTuple):
     others: tuple[str, ...]  # names of its arguments that are not the algorithm's, such as `timeout`
 
 
+def read_mapping(path: Path) -> tuple[str, dict[str, Any]]:
+    """Reads the name of a strategy's class and its arguments, as they are, from a file as for :func:`read_settings`."""
+    settings = _load(path)
+    try:
+        name, arguments = _strategy(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return name, dict(arguments)
+
+
 def read_settings(path: Path) -> Settings:
     """Reads a file of settings.
 
@@ -55,17 +65,29 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ValueError: If the file is not such a file, or a setting of the algorithm is invalid.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    settings = _load(path)
     try:
         return _parse(settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _load(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+
+
 def _parse(settings: Any) -> Settings:
+    name, arguments = _strategy(settings)
+    kind = _ALGORITHMS[name]
+    chosen = make_arguments(kind, arguments)
+    return Settings(kind(**chosen), name, tuple(sorted(map(str, arguments.keys() - chosen.keys()))))
+
+
+def _strategy(settings: Any) -> tuple[str, Mapping[str, Any]]:
+    """Returns the name of the strategy's class in settings, and its arguments."""
     if isinstance(settings, Mapping) and "trainer" in settings:
         settings = settings["trainer"]
     if isinstance(settings, Mapping) and "strategy" in settings:
@@ -82,13 +104,25 @@ def _parse(settings: Any) -> Settings:
         arguments = _init_args(name, settings, "local_steps: 8")
     if name not in _ALGORITHMS:
         raise ValueError(f"the strategy is {name}, and must be one of {', '.join(_ALGORITHMS)}.")
-    kind = _ALGORITHMS[name]
+    return name, arguments
+
+
+def make_arguments(kind: type[Algorithm], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an algorithm among settings, with functions for its optimizers.
+
+    Args:
+        kind: The algorithm's class.
+        settings: Arguments of its strategy as in YAML: an optimizer is a mapping with ``class_path`` and ``init_args``.
+
+    Raises:
+        ValueError: If an optimizer is invalid.
+    """
     fields = {field.name for field in dataclasses.fields(kind)}
-    chosen = {key: value for key, value in arguments.items() if key in fields}
+    chosen = {key: value for key, value in settings.items() if key in fields}
     for key, value in chosen.items():
         if key.endswith("optimizer") and value is not None:
             chosen[key] = _optimizer(key, value)
-    return Settings(kind(**chosen), name, tuple(sorted(map(str, arguments.keys() - fields))))
+    return chosen
 
 
 def _optimizer(key: str, value: Any) -> Any:

@@ -171,6 +171,12 @@ def check(algorithm: Algorithm, timing: Timing, rate: float = MINIMUM) -> Verdic
     return Verdict(limit, 1 - (1 - min(limit, MINIMUM)) ** steps, float(grown.max()), lower, events)
 
 
+def is_stable(algorithm: Algorithm, timing: Timing, rate: float = MINIMUM) -> bool:
+    """Returns whether errors do not grow on a cluster with any inner rate up to ``rate``; see :func:`check`."""
+    grown = growth(events_of(algorithm, timing), servers_of(algorithm, timing), _rates_up_to(rate))
+    return bool(grown.max() <= 1 + TOLERANCE)
+
+
 def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
     """Returns the settings of an algorithm's servers.
 

@@ -5,11 +5,11 @@ Objects that exist only during training are in ``fit``, and the work in a batch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.sharding import local
 from lightning_halos.core.worker import WorkerRound
+from lightning_halos.extras import tuning_package
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
@@ -58,6 +59,9 @@ from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
+
+if TYPE_CHECKING:
+    from lightning_halos.tuning.report import Tuned
 
 _GOODBYE = 2.0  # seconds to wait for the peers' goodbyes after an exception
 
@@ -113,6 +117,87 @@ class AlgorithmStrategy(ComposedStrategy):
         self._evaluates = False
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
+
+    @classmethod
+    def tune(
+        cls,
+        cluster: SimulatedCluster | str | Path,
+        make: Callable[[], Any],
+        *,
+        hours: float,
+        steps: int = 600,
+        virtual_hours: float | None = None,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        target: float | None = None,
+        start: dict[str, Any] | None = None,
+        fixed: dict[str, Any] | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        jobs: int | None = None,
+        trials: int | None = None,
+        folder: str | Path = "tuning",
+        seed: int = 0,
+        progress: bool = True,
+        command: str = "",
+    ) -> Tuned:
+        """Searches settings for a cluster by training in simulations of it; see ``docs/tuning.md``.
+
+        It needs the extra ``tune``. The same call goes on with the search in its folder.
+
+        Args:
+            cluster: The cluster, or the path of its YAML file.
+            make: Returns a new module and its data: ``(module, datamodule)``, or ``(module, train_loader,
+                val_loader)``. It is called in each trial.
+            hours: Hours to search, of wall-clock time.
+            steps: Global steps of the settings to start from. Each trial gets the virtual time that they need.
+            virtual_hours: The virtual time of each trial, instead.
+            monitor: The metric to optimize, which the module logs in validation.
+            mode: ``"min"`` or ``"max"``: whether lower or higher values are better.
+            target: A value of the metric: search the shortest virtual time to it. Default: search the best value after
+                the virtual time.
+            start: Settings to start from, as arguments of the strategy in the form of LightningCLI. Default: the
+                strategy's defaults.
+            fixed: Arguments of the strategy that are not varied, in this form.
+            trainer: Further arguments of the trials' Trainers, such as ``{"gradient_clip_val": 1.0}``.
+            jobs: Trials side by side. Default: one per core.
+            trials: The most trials to train now. Default: no limit.
+            folder: Folder for ``best.yaml``, ``table.txt`` and ``study.db``.
+            seed: Of the module and the data in each trial, and of the search.
+            progress: Whether to show a progress bar and a line for each trial.
+            command: A command to write into ``best.yaml``.
+
+        Returns:
+            The best settings: ``HalosStrategy(**tuned.arguments)`` trains with them. After Ctrl-C, those found so far.
+
+        Raises:
+            ModuleNotFoundError: Without optuna.
+            TypeError: If an argument has the wrong type, or ``make`` returns something else.
+            ValueError: If an argument is invalid, the module logs no such metric, all trials fail, or the folder has
+                another search.
+        """
+        tuning_package("optuna")
+        from lightning_halos.tuning.tune import tune
+
+        return tune(
+            cls,
+            cluster,
+            make,
+            hours=hours,
+            steps=steps,
+            virtual_hours=virtual_hours,
+            monitor=monitor,
+            mode=mode,
+            target=target,
+            start=start,
+            fixed=fixed,
+            trainer=trainer,
+            jobs=jobs,
+            trials=trials,
+            folder=folder,
+            seed=seed,
+            progress=progress,
+            command=command,
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {WHAT_TO_DO}>"  # other Trainers show it when they refuse the strategy

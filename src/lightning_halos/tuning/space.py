@@ -1,0 +1,274 @@
+"""The search space of an algorithm on a cluster: its parameters, and the settings that their values mean.
+
+Settings are the arguments of a strategy as LightningCLI has them: an optimizer is a ``class_path`` with ``init_args``.
+Nothing is drawn here; optuna does that.
+
+Parameters are chosen so that each can be changed without the others. A server's rate is given as its *gain*,
+
+    gain = rate * pushes of a round of all its workers / (1 - momentum)
+
+which is the part of the way to their mean that the model goes in the long run when every worker pushes once: with gain
+1, a round of all workers moves the server's model to the mean of theirs, whatever the momentum and the number of
+workers. Momentum is given as the binary logarithm of its *memory* 1 / (1 - momentum), and is 0 where that is negative,
+which is for a third of the range. A delay is given in rounds of all workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, ServerAlgorithm
+from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.planning.pace import pace_of
+from lightning_halos.planning.planner import plan
+from lightning_halos.planning.settings import make_arguments
+from lightning_halos.planning.stability import Rule, is_stable, servers_of
+from lightning_halos.simulation.timing import Timing
+
+Values = dict[str, Any]
+"""A value for each parameter."""
+Settings = dict[str, Any]
+
+FEWEST_STEPS = 12
+"""Global steps that a trial has to have time for."""
+_FEWEST_EXCHANGES = 4  # of each region, on average
+_WORTH = 1.03  # how many times as fast overlap or a narrow wire has to make a step, to be tried
+_MEMORY = (-1.75, 3.5)
+_WINDOW = (0.25, 8.0)
+_GAIN = (0.25, 8.0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A parameter that is a number."""
+
+    low: float
+    high: float
+    is_log: bool = False
+    is_whole: bool = False
+
+    def including(self, value: float) -> Number:
+        """Returns the same with a range that includes a value."""
+        return dataclasses.replace(self, low=min(self.low, value), high=max(self.high, value))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parameter that is one of some values."""
+
+    values: tuple[Any, ...]
+
+    def including(self, value: Any) -> Choice:
+        """Returns the same with a value among its values."""
+        return self if value in self.values else Choice((*self.values, value))
+
+
+Parameter = Number | Choice
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A server optimizer that is varied.
+
+    Attributes:
+        argument: The strategy's argument.
+        prefix: Of its parameters' names.
+        pushes: Updates that it gets in a round of all that push to it; 1 if it gets their mean.
+        has_delay: Whether it is a :class:`DelayedNesterov`, else SGD with Nesterov momentum.
+    """
+
+    argument: str
+    prefix: str
+    pushes: float
+    has_delay: bool
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Its parameters."""
+        parameters: dict[str, Parameter] = {
+            f"{self.prefix}gain": Number(*_GAIN, is_log=True),
+            f"{self.prefix}memory": Number(*_MEMORY),
+        }
+        if self.has_delay:
+            parameters[f"{self.prefix}window"] = Number(*_WINDOW, is_log=True)
+        return parameters
+
+    def settings(self, values: Values) -> Settings:
+        """Returns the optimizer that values mean."""
+        momentum = max(0.0, _rounded(1 - 2 ** -values[f"{self.prefix}memory"]))
+        rate = _rounded(values[f"{self.prefix}gain"] * (1 - momentum) / self.pushes)
+        if not self.has_delay:
+            arguments = {"lr": rate, **({"momentum": momentum, "nesterov": True} if momentum else {})}
+            return {"class_path": "torch.optim.SGD", "init_args": arguments}
+        delay = max(1, round(values[f"{self.prefix}window"] * self.pushes)) if momentum else 1
+        return {
+            "class_path": f"lightning_halos.{DelayedNesterov.__name__}",
+            "init_args": {"lr": rate, "momentum": momentum, "delay": delay},
+        }
+
+    def values(self, rule: Rule) -> Values:
+        """Returns the values that an optimizer comes from, or the nearest ones."""
+        left = 1 - rule.momentum
+        values = {f"{self.prefix}gain": rule.lr * self.pushes / left, f"{self.prefix}memory": -math.log2(left)}
+        if self.has_delay:
+            values[f"{self.prefix}window"] = rule.delay / self.pushes if rule.momentum else 1.0
+        return values
+
+
+class Space:
+    """The parameters of an algorithm that have an effect on a cluster.
+
+    Args:
+        algorithm: The algorithm with the settings to start from. The ranges include them.
+        timing: The durations on the cluster.
+        fixed: Settings that are not varied.
+
+    Attributes:
+        parameters: The parameters, by name.
+        start: The values that the algorithm's settings come from.
+
+    Raises:
+        ValueError: If nothing can be varied.
+    """
+
+    def __init__(self, algorithm: Algorithm, timing: Timing, fixed: Settings) -> None:
+        self._algorithm, self._timing, self._fixed = algorithm, timing, dict(fixed)
+        cluster = timing.cluster
+        self._servers: list[_Server] = []
+        parameters: dict[str, Parameter] = {}
+        start: Values = {"local_steps": algorithm.local_steps}
+        if isinstance(algorithm, ServerAlgorithm):
+            groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+            self._workers = cluster.num_workers / len(groups)
+            parameters["local_steps"] = Number(1, 64, is_log=True, is_whole=True)
+            if len(groups) > 1:
+                parameters["pushes_per_worker"] = Number(0.5, 16, is_log=True)
+                parameters["merge_weight"] = Number(0.05, 1.0)
+                start["pushes_per_worker"] = algorithm.period(round(self._workers)) / self._workers
+                start["merge_weight"] = algorithm.merge_weight
+            self._with_servers(algorithm, len(groups), parameters, start)
+        elif isinstance(algorithm, Diloco):
+            self._workers = float(cluster.num_workers)
+            parameters["local_steps"] = Number(4, 128, is_log=True, is_whole=True)
+            parameters["dynamic_local_steps"] = Choice((False, True))
+            start["dynamic_local_steps"] = algorithm.dynamic_local_steps
+            self._servers = [_Server("outer_optimizer", "", 1.0, has_delay=False)]
+        else:
+            raise ValueError(f"{algorithm.title} has no settings to tune but the module's own optimizer.")
+        rules = servers_of(algorithm, timing)
+        for server, rule in zip(self._servers, (rules.local[0], rules.outer), strict=False):
+            assert rule is not None
+            parameters |= server.parameters
+            start |= server.values(rule)
+        free = {name: parameter for name, parameter in parameters.items() if self._argument(name) not in self._fixed}
+        if not free:
+            raise ValueError(f"Nothing is left to tune: {', '.join(sorted(self._fixed))} are all fixed.")
+        self.start = {name: start[name] for name in free}
+        self.parameters = {name: parameter.including(self.start[name]) for name, parameter in free.items()}
+
+    def _with_servers(
+        self, algorithm: ServerAlgorithm, servers: int, parameters: dict[str, Parameter], start: Values
+    ) -> None:
+        name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
+        prefix = "local_" if servers > 1 else ""
+        self._servers = [_Server(name, prefix, self._workers, has_delay=True)]
+        if servers > 1:
+            self._servers.append(_Server("global_optimizer", "global_", float(servers), has_delay=True))
+        plain = pace_of(algorithm, self._timing).step
+        crosses = servers > 1 or len(self._timing.cluster.regions) > 1
+        for link in ("within", "between"):
+            narrow = make_arguments(type(algorithm), {"wire": {link: "int4"}})
+            faster = plain / pace_of(_changed(algorithm, narrow), self._timing).step
+            # An update between regions is older the longer its message takes, also where no worker waits for it.
+            if faster > _WORTH or (link == "between" and crosses):
+                parameters[f"wire_{link}"] = Choice(("float32", "int8", "int4"))
+                start[f"wire_{link}"] = getattr(algorithm.wire, link)
+        other = _changed(algorithm, {"overlap": not algorithm.overlap})
+        faster = pace_of(other, self._timing).step / plain
+        if max(faster, 1 / faster) > _WORTH:
+            parameters["overlap"] = Choice((False, True))
+            start["overlap"] = algorithm.overlap
+
+    def _argument(self, parameter: str) -> str:
+        """Returns the strategy's argument that a parameter is about."""
+        if parameter.startswith("wire_"):
+            return "wire"
+        if parameter == "pushes_per_worker":
+            return "accumulate_updates"
+        found = [server.argument for server in self._servers if parameter in server.parameters]
+        return found[0] if found else parameter
+
+    @property
+    def averaging(self) -> Values:
+        """Values with which every server moves to the mean of what is pushed to it, without momentum."""
+        changes: Values = {"pushes_per_worker": 2.0}
+        for server in self._servers:
+            changes |= {f"{server.prefix}gain": 1.0, f"{server.prefix}memory": 0.0, f"{server.prefix}window": 1.0}
+        return {name: changes.get(name, value) for name, value in self.start.items()}
+
+    def values_of(self, algorithm: Algorithm) -> Values | None:
+        """Returns the values that other settings come from; ``None`` if they are outside of the ranges."""
+        values = Space(algorithm, self._timing, self._fixed).start
+        for name, parameter in self.parameters.items():
+            if name not in values or parameter.including(values[name]) != parameter:
+                return None
+        return {name: values[name] for name in self.parameters}
+
+    def settings(self, values: Values) -> Settings:
+        """Returns the settings that values mean, with the fixed ones."""
+        settings: Settings = {}
+        for name in ("local_steps", "dynamic_local_steps", "overlap"):
+            if name in values:
+                settings[name] = values[name]
+        if "pushes_per_worker" in values:
+            settings["accumulate_updates"] = max(1, round(values["pushes_per_worker"] * self._workers))
+        if "merge_weight" in values:
+            settings["merge_weight"] = _rounded(values["merge_weight"])
+        for server in self._servers:
+            if f"{server.prefix}gain" in values:
+                settings[server.argument] = server.settings(values)
+        if wire := {name.removeprefix("wire_"): form for name, form in values.items() if name.startswith("wire_")}:
+            settings["wire"] = wire
+        return {**settings, **self._fixed}
+
+    def algorithm(self, settings: Settings) -> Algorithm:
+        """Returns the algorithm with settings."""
+        return _changed(self._algorithm, make_arguments(type(self._algorithm), settings))
+
+    def steps(self, settings: Settings, seconds: float) -> int:
+        """Returns the global steps that settings can do in a virtual time."""
+        return pace_of(self.algorithm(settings), self._timing).steps(seconds)
+
+    def objection(self, settings: Settings, seconds: float) -> str | None:
+        """Says why settings need not be tried, or returns ``None``.
+
+        The reasons can be computed without training: an update of the servers that makes errors grow
+        (:mod:`~lightning_halos.planning.stability`), and too few steps or exchanges in the virtual time.
+        """
+        algorithm = self.algorithm(settings)
+        steps = pace_of(algorithm, self._timing).steps(seconds)
+        if steps < FEWEST_STEPS:
+            return f"only {steps} global steps in the time"
+        if isinstance(algorithm, Halos) and "accumulate_updates" in settings:
+            try:
+                made = plan(algorithm, self._timing, seconds / 3600)
+            except ValueError:
+                return "no round ends in the time"
+            if made.updates is not None and made.updates.count < _FEWEST_EXCHANGES * len(made.accumulate_updates):
+                return "too few exchanges in the time"
+        if not is_stable(algorithm, self._timing):
+            return "unstable"
+        return None
+
+
+def _changed(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Algorithm:
+    return dataclasses.replace(algorithm, **arguments)
+
+
+def _rounded(value: float) -> float:
+    """Rounds to three significant digits, so that people can read and copy what was trained."""
+    return float(f"{value:.3g}")

@@ -1,0 +1,261 @@
+"""The optuna study of a search: which settings come next, which trials end early, and what is kept in its file.
+
+Only the search's own process writes it. Processes of trials know nothing of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.pool import NullPool
+
+from lightning_halos.tuning.goal import RUNGS, Goal, Point
+from lightning_halos.tuning.space import Choice, Parameter, Settings, Space, Values
+
+Outcome = Literal["complete", "pruned", "diverged", "failed", "left out", "interrupted"]
+
+_STATES: dict[Outcome, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "diverged": TrialState.PRUNED,  # without a value, which makes it the worst: nothing near it is worth a trial
+    "failed": TrialState.FAIL,
+    "left out": TrialState.FAIL,
+    "interrupted": TrialState.FAIL,
+}
+_RANDOM = 8  # trials before the first one that learns from others
+_REDUCTION = 3  # one of this number of trials goes on at a rung
+_REFUSED = 40  # settings that are left out, in a row, before the next ones are tried anyway
+_SECONDS = 60.0  # to wait for the file, which another program may be reading
+
+
+class Study:
+    """A search's study, in a folder.
+
+    Trials are drawn by TPE, which models all parameters together and counts trials that are running as bad ones, so
+    that those side by side differ. At a third and at two thirds of the virtual time, one of three goes on (successive
+    halving, asynchronous).
+
+    Args:
+        folder: The folder.
+        space: The search space.
+        goal: What counts.
+        identity: What another search differs in; values that are JSON.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If the folder has another search, or another process uses it.
+    """
+
+    def __init__(self, folder: Path, space: Space, goal: Goal, identity: dict[str, Any], seed: int) -> None:
+        self._space, self._goal = space, goal
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another search is running in {folder}. Give another folder.") from None
+        try:
+            self._open(folder, identity, seed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, folder: Path, identity: dict[str, Any], seed: int) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of optuna, that some arguments may change
+            # No connection is open when a trial's process is forked.
+            arguments = {"poolclass": NullPool, "connect_args": {"timeout": _SECONDS}}
+            storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.db').absolute()}", arguments)
+            self._study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+            before = len(self._study.get_trials(deepcopy=False))
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=seed + before, n_startup_trials=_RANDOM, multivariate=True, constant_liar=True
+            )
+        self._study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_REDUCTION)
+        self._distributions = {name: _distribution(parameter) for name, parameter in self._space.parameters.items()}
+        self._begin(folder, identity)
+
+    def _begin(self, folder: Path, identity: dict[str, Any]) -> None:
+        identity = json.loads(json.dumps(identity))
+        known = self._study.user_attrs.get("search")
+        if known is None:
+            self._study.set_user_attr("search", identity)
+        elif known != identity:
+            other = [
+                f"{name}: {_short(known.get(name))} there, {_short(value)} now"
+                for name, value in identity.items()
+                if known.get(name) != value
+            ]
+            raise ValueError(
+                f"{folder} has another search ({'; '.join(other)}). Give another folder, or the same command to go on."
+            )
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            if "settings" in trial.user_attrs:
+                self._again(trial)
+
+    def _again(self, trial: FrozenTrial) -> None:
+        kept: dict[str, Any] = {
+            name: trial.user_attrs[name] for name in ("name", "settings") if name in trial.user_attrs
+        }
+        self._study.enqueue_trial(dict(trial.params), user_attrs=kept)
+
+    def enqueue(self, name: str, values: Values, settings: Settings) -> None:
+        """Has settings tried before others, unless they were in an earlier part of the search.
+
+        Args:
+            name: Why they are tried.
+            values: The values that they come from.
+            settings: The settings.
+        """
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("name") == name or trial.user_attrs.get("settings") == settings:
+                return
+        self._study.enqueue_trial(values, user_attrs={"name": name, "settings": settings})
+
+    def ask(self) -> tuple[Trial, Settings]:
+        """Returns a trial and its settings. Those that need not be tried are left out, with a note in the study."""
+        for number in range(_REFUSED + 1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trial = self._study.ask(self._distributions)
+            if "settings" in trial.user_attrs:
+                return trial, dict(trial.user_attrs["settings"])
+            settings = self._space.settings(trial.params)
+            objection = self._space.objection(settings, self._goal.seconds)
+            if objection is None or number == _REFUSED:
+                break
+            self.tell(trial, "left out", [], objection)
+        trial.set_user_attr("settings", settings)
+        return trial, settings
+
+    def goes_on(self, trial: Trial, curve: list[Point]) -> bool:
+        """Says whether a trial goes on after its last validation, and notes its losses at the rungs."""
+        told = trial.user_attrs.get("rungs", 0)
+        for number, part in enumerate(RUNGS[told:], told):
+            loss = self._goal.at(curve, part)
+            if loss is None:
+                break
+            # The pruner has rungs at powers of its factor, of whatever unit.
+            trial.report(loss, _REDUCTION**number)
+            trial.set_user_attr("rungs", number + 1)
+            if "name" not in trial.user_attrs and trial.should_prune():
+                return False
+        return True
+
+    def tell(self, trial: Trial, outcome: Outcome, curve: list[Point], reason: str = "") -> None:
+        """Notes how a trial has ended.
+
+        Args:
+            trial: The trial.
+            outcome: How.
+            curve: Its validations.
+            reason: Why.
+        """
+        trial.set_user_attr("outcome", outcome)
+        if reason:
+            trial.set_user_attr("reason", reason)
+        if curve:
+            trial.set_user_attr("curve", [list(point) for point in curve])
+        value = self._goal.value(curve) if outcome == "complete" else None
+        self._study.tell(trial, value, state=_STATES[outcome])
+        if outcome == "interrupted":
+            self._again(self._study.trials[trial.number])
+
+    def results(self) -> list[Tried]:
+        """Returns the trials that have ended, without those that were left out or interrupted."""
+        return list(self._results())
+
+    def _results(self) -> Iterator[Tried]:
+        for trial in self._study.get_trials(deepcopy=False):
+            notes = trial.user_attrs
+            if notes.get("outcome") not in (None, "left out", "interrupted"):
+                yield Tried(
+                    trial.number,
+                    notes["outcome"],
+                    notes["settings"],
+                    trial.params,
+                    trial.value if trial.state is TrialState.COMPLETE else None,
+                    [Point(*point) for point in notes.get("curve", ())],
+                    notes.get("name", ""),
+                    notes.get("reason", ""),
+                )
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many settings were left out, by reason."""
+        counts: dict[str, int] = {}
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+            if trial.user_attrs.get("outcome") == "left out":
+                reason = trial.user_attrs["reason"]
+                counts[reason] = counts.get(reason, 0) + 1
+        return counts
+
+    def importances(self) -> dict[str, float]:
+        """Returns the share of each parameter in what makes good trials good; empty with too few trials."""
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantile = max(0.1, 2 / len(complete))
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
+            return get_param_importances(self._study, evaluator=evaluator)
+
+    def close(self) -> None:
+        """Lets another search use the folder."""
+        self._lock.close()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that has ended.
+
+    Attributes:
+        number: In the study.
+        outcome: How it ended.
+        settings: Its settings.
+        values: The values that they come from.
+        value: What counts, lower is better; ``None`` unless it is complete.
+        curve: Its validations.
+        name: Why it was tried, unless it was drawn.
+        reason: Why it failed.
+    """
+
+    number: int
+    outcome: Outcome
+    settings: Settings
+    values: Values
+    value: float | None
+    curve: list[Point]
+    name: str
+    reason: str
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.values)
+    if parameter.is_whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.is_log)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

@@ -1,0 +1,197 @@
+"""The entrance of a search: it checks what the user gives, prepares all parts, searches, and writes what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_halos.core.algorithms import Algorithm
+from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.planning.pace import pace_of
+from lightning_halos.planning.planner import make_timing
+from lightning_halos.planning.settings import make_arguments
+from lightning_halos.simulation.cluster import SimulatedCluster
+from lightning_halos.simulation.timing import Timing
+from lightning_halos.tuning.goal import Goal, Mode
+from lightning_halos.tuning.make import Make, name_of
+from lightning_halos.tuning.report import Tuned, as_yaml, make_table
+from lightning_halos.tuning.search import Search, TuningError
+from lightning_halos.tuning.space import FEWEST_STEPS, Settings, Space
+from lightning_halos.tuning.study import Study
+from lightning_halos.tuning.trial import Process, measure
+
+_OURS = {"strategy", "max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch"}
+
+Strategy = Callable[..., Any]
+
+
+def tune(
+    strategy: Strategy,
+    cluster: SimulatedCluster | str | Path,
+    make: Make,
+    *,
+    hours: float,
+    steps: int = 600,
+    virtual_hours: float | None = None,
+    monitor: str = "val_loss",
+    mode: Mode = "min",
+    target: float | None = None,
+    start: Settings | None = None,
+    fixed: Settings | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    trials: int | None = None,
+    folder: str | Path = "tuning",
+    seed: int = 0,
+    progress: bool = True,
+    command: str = "",
+) -> Tuned:
+    """Searches settings for a strategy's class; see ``AlgorithmStrategy.tune`` for the arguments.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the user's function returns something else.
+        ValueError: As there.
+    """
+    if not isinstance(cluster, SimulatedCluster):
+        cluster = SimulatedCluster.from_yaml(cluster)
+    start, fixed, trainer = dict(start or {}), dict(fixed or {}), dict(trainer or {})
+    _check(hours, steps, virtual_hours, mode, target, trainer, jobs, trials)
+    if sys.platform == "win32" or not hasattr(os, "fork"):
+        raise ValueError("A search forks its trials' processes, which this system cannot.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    default = _algorithm(strategy, cluster, fixed)
+    first = {**start, **fixed}
+    algorithm = _algorithm(strategy, cluster, first)
+    timing = _timing(cluster, make, folder)
+    seconds = pace_of(algorithm, timing).seconds(steps) if virtual_hours is None else virtual_hours * 3600
+    goal = Goal(seconds, monitor, mode, target)
+    space = Space(algorithm, timing, fixed)
+    if (possible := space.steps(first, seconds)) < FEWEST_STEPS:
+        raise ValueError(
+            f"The settings to start from do {possible} global steps in {seconds / 3600:.3g} virtual hours, and a trial"
+            f" needs {FEWEST_STEPS}, to be validated on its way. Give more steps or virtual hours."
+        )
+    identity = {
+        "cluster": dataclasses.asdict(cluster),
+        "module": name_of(make),
+        "algorithm": algorithm.name,
+        "objective": {**goal.as_dict(), "seconds": round(seconds, 3)},
+        "start": start,
+        "fixed": fixed,
+        "trainer": {key: repr(value) for key, value in trainer.items()},
+        "seed": seed,
+        "parameters": {name: dataclasses.astuple(parameter) for name, parameter in space.parameters.items()},
+    }
+    study = Study(folder, space, goal, identity, seed)
+    try:
+        study.enqueue("the start", space.start, first)
+        if start and (values := space.values_of(default)) is not None:
+            study.enqueue("the defaults", values, dict(fixed))
+        study.enqueue("averaging", space.averaging, space.settings(space.averaging))
+        if progress:
+            print(f"{algorithm.title}: {goal.title}; {len(space.parameters)} parameters", file=sys.stderr)
+        number = jobs or os.cpu_count() or 1
+        search = Search(study, space, goal, make, strategy, cluster, trainer, folder, number, seed)
+        search.run(hours * 3600, trials, progress)
+        return _report(study, space, goal, strategy, type(algorithm), folder, command)
+    finally:
+        study.close()
+
+
+def _check(
+    hours: float,
+    steps: int,
+    virtual_hours: float | None,
+    mode: str,
+    target: float | None,
+    trainer: Mapping[str, Any],
+    jobs: int | None,
+    trials: int | None,
+) -> None:
+    for name, value in (("hours", hours), ("virtual_hours", virtual_hours)):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r} must be a positive number of hours.")
+    for name, count in (("steps", steps), ("jobs", jobs), ("trials", trials)):
+        if count is not None:
+            check_count(name, count)
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r} must be 'min' or 'max'.")
+    if target is not None and not (is_number(target) and math.isfinite(target)):
+        raise ValueError(f"target={target!r} must be a number.")
+    if ours := sorted(_OURS & trainer.keys()):
+        raise ValueError(f"trainer has {', '.join(ours)}, which the search sets itself. Leave it out.")
+
+
+def _algorithm(strategy: Strategy, cluster: SimulatedCluster, settings: Settings) -> Algorithm:
+    """Returns the algorithm that the strategy makes from settings, which this checks."""
+    plain = strategy(simulate=cluster).algorithm
+    algorithm: Algorithm = strategy(simulate=cluster, **{**settings, **make_arguments(type(plain), settings)}).algorithm
+    return algorithm
+
+
+def _timing(cluster: SimulatedCluster, make: Make, folder: Path) -> Timing:
+    """Returns the durations on the cluster, and checks the user's function in a process of its own."""
+    log = folder / "make.log"
+    process = Process.start(measure(make), log)
+    try:
+        report = process.receive()
+        if report is None or report.size is None:
+            reason = process.describe_end() if report is None else report.error
+            raise TuningError(f"{name_of(make)} fails: {reason} See {log}.")
+    finally:
+        process.end(5.0)
+    log.unlink()
+    return make_timing(cluster, cluster.message_bytes or report.size)
+
+
+def _report(
+    study: Study,
+    space: Space,
+    goal: Goal,
+    strategy: Strategy,
+    algorithm: type[Algorithm],
+    folder: Path,
+    command: str,
+) -> Tuned:
+    trials = study.results()
+    importances = study.importances()
+    table = make_table(goal, trials, space.start, importances, study.left_out)
+    (folder / "table.txt").write_text(f"$ {command}\n\n{table}" if command else table, encoding="utf-8")
+    complete = [trial for trial in trials if trial.value is not None]
+    if not complete:
+        raise TuningError(
+            f"No trial was complete in this time. Give more hours: the search in {folder} goes on.\n\n{table}"
+        )
+    best = min(complete, key=lambda trial: trial.value or 0.0)
+    assert best.value is not None
+    first = next((trial.value for trial in complete if trial.name == "the start"), None)
+    found = f"{goal.title}: {goal.describe(best.value)}" + (
+        f", {goal.describe(first)} at the start" if first is not None else ""
+    )
+    text = as_yaml(best.settings, _class_path(strategy), [found, *([f"$ {command}"] if command else [])])
+    (folder / "best.yaml").write_text(text, encoding="utf-8")
+    return Tuned(
+        settings=best.settings,
+        value=goal.shown(best.value),
+        start_value=None if first is None else goal.shown(first),
+        steps=best.curve[-1].step,
+        table=table,
+        yaml=text,
+        importances=importances,
+        trials=tuple(trials),
+        algorithm=algorithm,
+    )
+
+
+def _class_path(strategy: Strategy) -> str:
+    """Returns where users import a strategy from."""
+    kind: Any = strategy.func if isinstance(strategy, partial) else strategy
+    module = "lightning_halos" if kind.__module__.startswith("lightning_halos.") else kind.__module__
+    return f"{module}.{kind.__qualname__}"

@@ -1,0 +1,126 @@
+"""A search as a user starts it: what it finds, how it goes on, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
+from lightning_halos.cli import main
+from lightning_halos.planning.planner import make_timing
+from lightning_halos.planning.settings import read_settings
+from lightning_halos.planning.stability import servers_of
+from tests.tuning.toys import CLUSTER, Counting, Regression, loader, make
+
+pytest.importorskip("optuna")
+from lightning_halos.tuning.make import call, import_make
+
+STEPS = 24
+
+
+def tune(folder: Path, make: Callable[[], Any] = make, strategy: Any = HalosStrategy, **options: Any) -> Any:
+    options = {"hours": 0.05, "steps": STEPS, "jobs": 2, "folder": folder, "progress": False, **options}
+    return strategy.tune(CLUSTER, make, **options)
+
+
+def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 trials one fails; another call goes on, from Ctrl-C as well, and LightningCLI takes what was found."""
+    counting = Counting(tmp_path / "calls", fails_at=4)  # the first call only measures the model
+    found = tune(tmp_path / "out", counting, trials=3)
+    outcomes = [trial.outcome for trial in found.trials]
+    assert len(outcomes) == 3
+    assert outcomes.count("failed") == 1
+    assert "no memory is left" in next(trial.reason for trial in found.trials if trial.outcome == "failed")
+    assert [trial.name for trial in found.trials[:2]] == ["the start", "averaging"]
+    complete = [trial for trial in found.trials if trial.value is not None]
+    assert found.value == min(trial.value for trial in complete)
+    assert found.start_value == next(trial.value for trial in complete if trial.name == "the start")
+    seconds = found.trials[0].curve[-1].seconds
+    for trial in complete:  # slow settings get fewer steps, and all of them the same time
+        assert trial.curve[-1].seconds == pytest.approx(seconds, rel=0.25)
+        assert trial.curve[-1].step <= 2 * STEPS
+    for text in ("the start", "importance", "local momentum", "3 trials", "1 failed"):
+        assert text in found.table
+
+    counting.interrupts_at = len(counting.path.read_text()) + 3  # after the model is measured, the second trial
+    counting.fails_at = 0
+    more = tune(tmp_path / "out", counting, trials=4, jobs=1)
+    assert 3 < len(more.trials) < 7, "the trial in which Ctrl-C came, and those after it, are missing"
+
+    for change, word in (({"make": make}, "module"), ({"monitor": "x"}, "objective"), ({"seed": 1}, "seed")):
+        with pytest.raises(ValueError, match=f"another search .*{word}"):
+            tune(tmp_path / "out", **{"make": counting, "trials": 1, **change})
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    path = tmp_path / "out" / "best.yaml"
+    quiet = ["--trainer.accelerator=cpu", "--trainer.devices=3", "--trainer.logger=false"]
+    cli = LightningCLI(Regression, args=["--config", str(path), *quiet], run=False)
+    assert type(cli.trainer.strategy) is HalosStrategy
+    timing = make_timing(CLUSTER)
+    wanted = HalosStrategy(simulate=CLUSTER, **more.arguments).algorithm
+    for algorithm in (cli.trainer.strategy.algorithm, read_settings(path).algorithm):
+        assert servers_of(algorithm, timing) == servers_of(wanted, timing)
+        for name in ("local_steps", "accumulate_updates", "merge_weight", "wire", "overlap"):
+            assert getattr(algorithm, name) == getattr(wanted, name)
+
+
+@pytest.mark.parametrize("strategy", [DilocoStrategy, AsyncLocalSGDStrategy])
+def test_baselines_are_tuned_too(tmp_path: Path, strategy: Any) -> None:
+    found = tune(tmp_path, strategy=strategy, trials=1, fixed={"local_steps": 2}, target=2.0, start={"local_steps": 3})
+    assert yaml.safe_load(found.yaml)["trainer"]["strategy"]["class_path"] == f"lightning_halos.{strategy.__name__}"
+    assert found.settings["local_steps"] == 2
+    assert found.trials[0].curve[-1].value <= 2.0 or found.value > found.trials[0].curve[-1].seconds * 0.9
+    strategy(simulate=CLUSTER, **found.arguments)
+
+
+def test_mistakes_end_a_search(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"logs no 'val_acc'.*It logs val_loss"):
+        tune(tmp_path / "metric", monitor="val_acc")
+    with pytest.raises(ValueError, match=r"fails: TypeError: .* a int as its first value, and must return a"):
+        tune(tmp_path / "values", lambda: (1, 2))
+    with pytest.raises(ValueError, match="no settings to tune"):
+        tune(tmp_path / "sync", strategy=SyncSGDStrategy)
+    with pytest.raises(ValueError, match="needs 12"):
+        tune(tmp_path / "short", steps=5)
+    for options, word in (
+        ({"hours": 0}, "hours=0"),
+        ({"trainer": {"max_steps": 3}}, "max_steps"),
+        ({"fixed": {"merge_weight": 3}}, "merge_weight=3"),
+        ({"mode": "low"}, "mode='low'"),
+        ({"jobs": 0}, "jobs=0"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            tune(tmp_path / "options", **options)
+
+
+def test_what_the_users_function_may_return() -> None:
+    module = Regression()
+    assert call(lambda: (module, loader(), loader())).data.keys() == {"train_dataloaders", "val_dataloaders"}
+    for made, word in (
+        (module, "returns a Regression"),
+        ((module,), "1 values"),
+        ((loader(), module), "DataLoader as its first"),
+        ((module, loader()), "DataLoader as its second"),
+    ):
+        with pytest.raises(TypeError, match=word):
+            call(lambda made=made: made)
+    assert import_make("tests.tuning.toys:make") is make
+    for path, word in (
+        ("toys", "module:function"),
+        ("no_such:make", "no module no_such"),
+        ("math:make", "has no make"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            import_make(path)
+
+
+def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["tune", str(tmp_path / "none.yaml"), "--module", "a:b", "--hours", "1"]) == 2
+    assert 'pip install "lightning-halos[tune]"' in capsys.readouterr().err

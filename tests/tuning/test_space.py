@@ -1,0 +1,117 @@
+"""What is searched, and what its values mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.planning.pace import pace_of
+from lightning_halos.planning.planner import make_timing
+from lightning_halos.planning.stability import servers_of
+from lightning_halos.simulation.cluster import SimulatedCluster
+from tests.simulation.paper import PAPER
+
+pytest.importorskip("optuna")
+from lightning_halos.tuning.goal import Goal, Point
+from lightning_halos.tuning.space import Choice, Number, Space
+from lightning_halos.tuning.trial import VALIDATIONS, fitting
+
+TIMING = make_timing(PAPER)
+ONE_REGION = make_timing(SimulatedCluster([[100.0]], [[1.0, 0.5, 0.7]], step_ms=100, message_bytes=1000))
+
+
+@pytest.mark.parametrize("algorithm", [Halos(), AsyncLocalSGD(), Diloco(), Halos(overlap=True, wire="int4")])
+@pytest.mark.parametrize("timing", [TIMING, ONE_REGION], ids=["paper", "one region"])
+def test_the_start_means_the_settings_that_it_comes_from(algorithm: Algorithm, timing: object) -> None:
+    space = Space(algorithm, timing, {})
+    again = space.algorithm(space.settings(space.start))
+    before, after = servers_of(algorithm, timing), servers_of(again, timing)
+    assert (again.local_steps, again.dynamic_local_steps) == (algorithm.local_steps, algorithm.dynamic_local_steps)
+    for one, other in zip([*before.local, before.outer], [*after.local, after.outer], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert other.lr == pytest.approx(one.lr, rel=2e-3)
+            assert (other.momentum, other.delay) == (one.momentum, one.delay)
+
+
+def test_only_what_has_an_effect_is_searched() -> None:
+    server = {"gain", "memory", "window"}
+    halos = {"local_steps", "pushes_per_worker", "merge_weight", "wire_between"}
+    assert Space(Halos(), TIMING, {}).parameters.keys() == halos | {
+        f"{where}_{name}" for where in ("local", "global") for name in server
+    }
+    assert Space(Halos(), ONE_REGION, {}).parameters.keys() == {"local_steps"} | server
+    assert {"overlap", "wire_within"} <= Space(Halos(local_steps=1), _slow(), {}).parameters.keys()
+    assert Space(Diloco(), TIMING, {}).parameters.keys() == {"local_steps", "dynamic_local_steps", "gain", "memory"}
+    fixed = Space(Halos(), TIMING, {"local_steps": 4, "global_optimizer": None, "wire": "int4"})
+    assert not {"local_steps", "global_gain", "wire_between"} & fixed.parameters.keys()
+    assert fixed.settings(fixed.start)["local_steps"] == 4
+    with pytest.raises(ValueError, match="no settings to tune"):
+        Space(SyncSGD(local_steps=1, dynamic_local_steps=False), TIMING, {})
+
+
+def _slow() -> object:
+    return make_timing(SimulatedCluster([[1.0, 0.1], [0.1, 1.0]], [[1.0], [1.0]], step_ms=10, message_bytes=10**6))
+
+
+def test_the_gain_is_apart_from_the_momentum() -> None:
+    space = Space(Halos(), TIMING, {})
+    values = {**space.start, "local_gain": 1.0}
+    for memory, momentum, rate in ((-1.0, 0.0, 0.25), (0.0, 0.0, 0.25), (1.0, 0.5, 0.125), (2.0, 0.75, 0.0625)):
+        settings = space.settings({**values, "local_memory": memory})["local_optimizer"]["init_args"]
+        assert (settings["momentum"], settings["lr"]) == (momentum, pytest.approx(rate, rel=5e-3))
+        assert settings["delay"] == (16 if momentum else 1)
+    memory = space.parameters["local_memory"]
+    assert 0.25 < -memory.low / (memory.high - memory.low) < 0.4, "a fair share is without momentum"
+
+
+def test_ranges_include_the_start() -> None:
+    assert Number(1, 64).including(100.0) == Number(1, 100)
+    assert Choice(("float32", "int4")).including("bfloat16").values == ("float32", "int4", "bfloat16")
+    assert Space(Halos(local_steps=200), TIMING, {}).parameters["local_steps"].high == 200
+
+
+def test_what_diverges_or_takes_too_long_is_left_out() -> None:
+    space = Space(Halos(), TIMING, {})
+    assert space.objection(space.settings(space.start), 250) is None
+    assert space.objection(space.settings(space.averaging), 250) is None
+    assert space.objection(space.settings({**space.start, "local_gain": 400.0}), 250) == "unstable"
+    assert "global steps" in space.objection(space.settings(space.start), 2)
+    assert "exchanges" in space.objection(space.settings({**space.start, "pushes_per_worker": 200}), 250)
+
+
+@pytest.mark.parametrize("algorithm", [Halos(), Halos(local_steps=4), AsyncLocalSGD(), Diloco(), SyncSGD()])
+def test_the_pace_agrees_with_the_benchmark(algorithm: Algorithm) -> None:
+    """The virtual hours in ``docs/time_to_loss``, where runs of 600 steps were simulated."""
+    hours = {"halos": 0.068761, "async_local_sgd": 0.1163, "diloco": 0.512397, "sync_sgd": 5.882196}[algorithm.name]
+    if algorithm.local_steps == 4:
+        hours = 0.069984
+    pace = pace_of(algorithm, TIMING)
+    assert pace.seconds(600) / 3600 == pytest.approx(hours, rel=0.01 if algorithm.name != "async_local_sgd" else 0.05)
+    for steps in (20, 31, 32, 33, 600):
+        assert pace.steps(pace.seconds(steps)) in (steps, steps - 1)
+
+
+def test_validations_end_with_the_run() -> None:
+    for steps in range(12, 2000):
+        rounded, every = fitting(steps)
+        assert rounded % every == 0
+        assert rounded > (0.95 if steps < 200 else 0.975) * steps
+        assert rounded / every >= 0.7 * min(VALIDATIONS, steps)
+
+
+def test_goals() -> None:
+    curve = [Point(10, 100.0, 3.0), Point(20, 200.0, 2.0), Point(30, 300.0, 2.5)]
+    loss = Goal(300.0)
+    assert (loss.at(curve, 1 / 2), loss.at(curve[:1], 1 / 2), loss.value(curve)) == (2.5, None, 2.5)
+    time = Goal(300.0, target=2.5)
+    assert time.value(curve) == pytest.approx(150)
+    assert (time.is_reached(curve[:1]), time.is_reached(curve[:2])) == (False, True)
+    missed = Goal(300.0, target=1.0)
+    assert missed.value(curve) == pytest.approx(600)
+    high = Goal(300.0, mode="max")
+    assert (high.value(curve), high.describe(high.value(curve))) == (-2.5, "2.5")
+    assert Goal(300.0, mode="max", target=2.2).value([Point(1, 100, 2.0), Point(2, 200, 2.4)]) == pytest.approx(150)
+    assert not math.isnan(missed.value(curve[:1]))
