@@ -25,9 +25,7 @@ def example(tmp_path: Path) -> Example:
 
     def run(script: str, *options: str, processes: int = 2) -> list[Result]:
         environments = lightning_environments(processes)
-        return run_workers(
-            recorded, script, options, processes, folder=tmp_path, environments=environments, timeout=240
-        )
+        return run_workers(recorded, script, options, processes, folder=tmp_path, environments=environments)
 
     return run
 

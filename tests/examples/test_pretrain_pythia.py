@@ -112,7 +112,7 @@ def test_a_worker_of_two_processes_trains_with_the_papers_settings(
     worker = ("--trainer.devices=2", "--trainer.strategy.worker=2", f"--trainer.strategy.inner={inner}")
     options = command("70m", *small(), *worker)
     environments = lightning_environments(2)
-    run_workers(in_a_worker, options, folder=prepared, environments=environments, timeout=240)
+    run_workers(in_a_worker, options, folder=prepared, environments=environments)
     rows = logged(prepared)
     assert len(values(rows, "train_loss")) == 2
     assert all(values(rows, name) for name in ("val_loss", "val_perplexity", "tokens_per_second"))

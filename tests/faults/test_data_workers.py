@@ -86,7 +86,6 @@ def test_a_killed_process_is_missed_though_its_data_workers_live(tmp_path: Path,
         stage,
         folder=tmp_path,
         environments=lightning_environments(WORKERS),
-        timeout=90,
         patience=30,
     )
     logs = "\n".join(end.log[-3000:] for end in ended)

@@ -112,7 +112,7 @@ def fitting(precision: Any, overlap: bool) -> Result:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_two_workers_train_on_one_device(tmp_path: Path, precision: str, overlap: bool) -> None:
     environments = one_worker_per_node(2)
-    results = run_workers(fitting, precision, overlap, folder=tmp_path, environments=environments, timeout=120)
+    results = run_workers(fitting, precision, overlap, folder=tmp_path, environments=environments)
     assert_trained(results, max_steps=20)
 
 
@@ -156,7 +156,7 @@ def saving(path: Path) -> Result:
 
 def test_a_checkpoint_while_training_needs_no_memory_for_a_model_on_the_device(tmp_path: Path) -> None:
     path = tmp_path / "middle.ckpt"
-    results = run_workers(saving, path, folder=tmp_path, environments=one_worker_per_node(2), timeout=120)
+    results = run_workers(saving, path, folder=tmp_path, environments=one_worker_per_node(2))
     assert 0 <= results[0]["models"] < 0.25
     state: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
@@ -199,7 +199,7 @@ def measuring() -> Result:
 
 
 def test_the_seconds_of_a_push_include_those_of_the_device(tmp_path: Path) -> None:
-    (result,) = run_workers(measuring, folder=tmp_path, environments=one_worker_per_node(1), timeout=120)
+    (result,) = run_workers(measuring, folder=tmp_path, environments=one_worker_per_node(1))
     device = iter(result["device"])
     assert sum(steps for steps, _ in result["pushes"]) == len(result["device"])
     for steps, seconds in result["pushes"]:

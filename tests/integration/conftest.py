@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.integration.harness import Result, Scenario, lightning_environments, run_workers
+from tests.integration.harness import LIMIT, Result, Scenario, lightning_environments, run_workers
 
 pytest.register_assert_rewrite("tests.integration.toys")
 
@@ -19,14 +19,14 @@ class Run(Protocol):
         *args: Any,
         workers: int = 4,
         environments: list[dict[str, str]] | None = None,
-        timeout: float = 90,
+        timeout: float = LIMIT,
     ) -> list[Result]: ...
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs a scenario in worker processes, in ``tmp_path``. Returns what it returned there, by rank."""
-    return lambda scenario, *args, workers=4, environments=None, timeout=90: run_workers(
+    return lambda scenario, *args, workers=4, environments=None, timeout=LIMIT: run_workers(
         scenario,
         *args,
         folder=tmp_path,

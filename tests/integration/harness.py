@@ -30,6 +30,9 @@ _context.set_forkserver_preload(["pytest", "torchmetrics", "lightning_halos"])
 Result = dict[str, Any]
 Scenario = Callable[..., Result]
 
+LIMIT = 240.0
+"""Seconds that a scenario may take, on the busiest machine. Pytest ends a test after 300."""
+
 
 @dataclass(frozen=True)
 class End:
@@ -49,7 +52,7 @@ class End:
 
 
 def run_workers(
-    scenario: Scenario, *args: Any, folder: Path, environments: list[dict[str, str]], timeout: float
+    scenario: Scenario, *args: Any, folder: Path, environments: list[dict[str, str]], timeout: float = LIMIT
 ) -> list[Result]:
     """Runs ``scenario(*args)`` in a process for each environment. Returns what it returned there, in their order."""
     ends = end_workers(scenario, *args, folder=folder, environments=environments, timeout=timeout)
@@ -65,7 +68,7 @@ def end_workers(
     *args: Any,
     folder: Path,
     environments: list[dict[str, str]],
-    timeout: float,
+    timeout: float = LIMIT,
     patience: float = 10,
     stopped: Collection[int] = (),
     meanwhile: Callable[[list[int]], object] = lambda pids: None,

@@ -134,7 +134,7 @@ def failing(name: str) -> Result:
 @every_strategy
 def test_a_worker_that_raises_ends_the_run(run: Run, name: str) -> None:
     with pytest.raises(AssertionError, match="the cat sat on the keyboard"):
-        run(failing, name, timeout=60)
+        run(failing, name)
 
 
 def test_bad_arguments_are_refused() -> None:

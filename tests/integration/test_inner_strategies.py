@@ -129,7 +129,7 @@ def in_one_process() -> Result:
 
 def test_a_worker_of_two_processes_computes_what_one_process_does(run: Run) -> None:
     (single,) = run(in_one_process, workers=1)
-    for result in run(in_two_processes, workers=2, timeout=240):
+    for result in run(in_two_processes, workers=2):
         for gradients, kinds in result.items():
             for kind, found in kinds.items():
                 for name, expected in single[gradients].items():
@@ -168,7 +168,7 @@ def moments_in(states: list[Any]) -> list[Tensor]:
 
 
 def test_a_divided_model_is_saved_and_resumed_with_other_lanes_and_strategies(run: Run, tmp_path: Path) -> None:
-    results = run(saves_and_resumes, timeout=240)
+    results = run(saves_and_resumes)
     for kind in ("FSDP2", "FSDP2, other lanes", "DDP", "FSDP2 from DDP"):
         for result in results:
             for name, tensor in result[kind]["state"].items():

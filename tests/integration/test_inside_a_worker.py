@@ -89,7 +89,7 @@ def two_workers_of_two(port: int) -> Result:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     environments = [{"LOCAL_RANK": str(rank)} for rank in RANKS]
     folder: Path = tmp_path_factory.mktemp("worker")
-    return run_workers(two_workers_of_two, free_port(), folder=folder, environments=environments, timeout=120)
+    return run_workers(two_workers_of_two, free_port(), folder=folder, environments=environments)
 
 
 def test_each_process_knows_its_worker_and_its_lane(results: list[Result]) -> None:

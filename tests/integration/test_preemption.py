@@ -247,7 +247,7 @@ def test_without_checkpoints_the_run_just_ends(run: Run, tmp_path: Path) -> None
 
 def test_torchrun_starts_again_and_the_run_goes_on(run: Run, tmp_path: Path) -> None:
     (tmp_path / "workers").mkdir()
-    run(torchrun, *AGAIN, __file__, str(tmp_path / "workers"), "SIGKILL", environments=[{}], timeout=240)
+    run(torchrun, *AGAIN, __file__, str(tmp_path / "workers"), "SIGKILL", environments=[{}])
     assert_went_on(tmp_path / "workers", tmp_path / "log0")
 
 

@@ -264,7 +264,7 @@ class Killed(Toy):
 
 def test_a_process_that_dies_ends_its_worker_and_the_run_of_one_job(tmp_path: Path) -> None:
     environments = lightning_environments(4)
-    ends = end_workers(trains, Killed, "halos", 50, folder=tmp_path, environments=environments, timeout=90, patience=40)
+    ends = end_workers(trains, Killed, "halos", 50, folder=tmp_path, environments=environments, patience=40)
     assert ends[3].code == -signal.SIGKILL
     assert [end.code for end in ends[:3]] == [1, 1, 1], [end.log[-2000:] for end in ends]
     assert not any(end.left for end in ends)
@@ -288,9 +288,7 @@ def waits_for_a_silent_process() -> Result:
 
 def test_a_process_that_is_stopped_ends_its_worker_and_the_run_within_the_timeout(tmp_path: Path) -> None:
     environments = lightning_environments(4)
-    ends = end_workers(
-        waits_for_a_silent_process, folder=tmp_path, environments=environments, timeout=90, patience=40, stopped=[3]
-    )
+    ends = end_workers(waits_for_a_silent_process, folder=tmp_path, environments=environments, patience=40, stopped=[3])
     assert [end.code for end in ends] == [1, 1, 1, None], [end.log[-2000:] for end in ends]
     assert re.search(r"rank 3 of worker 1 \(region 1\).* did not say anything for 5 s", ends[2].log)
     assert all("rank 3 of worker 1 (region 1)" in end.log for end in ends[:2]), "they are told why"
@@ -320,7 +318,7 @@ def saves_on_exception(folder: Path) -> Result:
 
 def test_an_exception_in_one_process_saves_nothing_for_which_the_others_would_have_to_go_on(tmp_path: Path) -> None:
     environments, folder = lightning_environments(4), tmp_path / "saved"
-    ends = end_workers(saves_on_exception, folder, folder=tmp_path, environments=environments, timeout=90, patience=40)
+    ends = end_workers(saves_on_exception, folder, folder=tmp_path, environments=environments, patience=40)
     assert [end.code for end in ends] == [1] * 4, [end.log[-2000:] for end in ends]
     assert "ZeroDivisionError: mine" in ends[1].log
     assert "No checkpoint is saved because of the exception" in ends[0].log
@@ -340,9 +338,7 @@ def test_sigterm_of_one_process_saves_a_checkpoint_from_which_the_run_goes_on(
     tmp_path: Path, run: Run, terminated: Callable[[], Toy]
 ) -> None:
     environments, folder = lightning_environments(4), tmp_path / "saved"
-    ends = end_workers(
-        saves, terminated, folder, None, folder=tmp_path, environments=environments, timeout=90, patience=40
-    )
+    ends = end_workers(saves, terminated, folder, None, folder=tmp_path, environments=environments, patience=40)
     assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]
     assert (folder / "last-preempted.ckpt").exists()
     results = run(saves, Toy, folder, "last")
@@ -359,7 +355,6 @@ def test_sigterm_of_one_process_ends_all_of_them(tmp_path: Path) -> None:
         50,
         folder=tmp_path,
         environments=lightning_environments(4),
-        timeout=90,
         patience=30,
     )
     assert [end.code for end in ends] == [143] * 4, [end.log[-2000:] for end in ends]

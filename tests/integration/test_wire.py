@@ -79,7 +79,7 @@ def rounded(folder: Path) -> list[Result]:
 
 
 def test_a_run_in_int4_loses_no_step_sends_little_and_goes_on(run: Run, tmp_path: Path) -> None:
-    fits = run(rounded, tmp_path, timeout=180)
+    fits = run(rounded, tmp_path)
     steady, narrow, resumed = ([results[fit] for results in fits] for fit in range(3))
     for results in (steady, narrow):
         assert_trained(results, max_steps=STEPS)

@@ -79,7 +79,7 @@ def evaluating(folder: str, tokenizer: str) -> Result:
 
 
 def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_path: Path, tokenizer: str) -> None:
-    results = run(evaluating, str(tmp_path), tokenizer, timeout=120)
+    results = run(evaluating, str(tmp_path), tokenizer)
     assert_same_model(results)
     spans = results[0]["spans"]
     assert len(spans) == 3  # after 20 and 40 steps, and at the end
@@ -119,7 +119,7 @@ def metric_of(trainer: pl.Trainer) -> float:
 
 
 def test_in_a_worker_of_several_processes_one_evaluates_and_all_know_the_results(run: Run, tokenizer: str) -> None:
-    results = run(evaluating_in_two_processes, tokenizer, workers=2, timeout=120)
+    results = run(evaluating_in_two_processes, tokenizer, workers=2)
     assert_same_model(results)
     assert [result["has_results"] for result in results] == [True, False]
     assert len(results[0]["found"]) == 1
@@ -148,7 +148,7 @@ def terminated(folder: str, tokenizer: str) -> Result:
 
 
 def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(run: Run, tmp_path: Path, tokenizer: str) -> None:
-    results = run(terminated, str(tmp_path), tokenizer, timeout=120)
+    results = run(terminated, str(tmp_path), tokenizer)
     assert results == [{"code": 143, "hooks": 0}] * 4
     assert list((tmp_path / "last-preempted").glob(f"*/{NAME}"))
 

@@ -96,7 +96,7 @@ class OneMatrix(nn.Module):
 
 def test_pieces_are_joined_and_divided_again(tmp_path: Path) -> None:
     environments = [{"RANK": str(rank)} for rank in range(PROCESSES)]
-    results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments, timeout=200)
+    results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments)
     expected = results[0].pop("plain")
     for matrix, complete_matrix, momentum, complete_momentum in results[0].pop("muon", []):
         assert torch.allclose(matrix, complete_matrix, rtol=0, atol=1e-6)

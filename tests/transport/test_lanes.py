@@ -40,7 +40,7 @@ def test_lanes_stay_equal_and_compute_what_one_lane_does(tmp_path: Path) -> None
             states = [resliced(plan, following, lane, shards) for lane in range(lanes)]
             state = resliced(plan, Plan(lanes=1), 0, shards)
         plan = following
-        results = run_workers(work, plan, states, folder=folder, environments=plan.environments(), timeout=100)
+        results = run_workers(work, plan, states, folder=folder, environments=plan.environments())
         workers = [results[lanes * worker : lanes * (worker + 1)] for worker in range(WORKERS)]
         check(plan, workers, state)
         shards = snapshot_of(workers)
@@ -152,7 +152,7 @@ def joined(plan: Plan, states: list[Any]) -> Any:
 @pytest.mark.parametrize("process", [1, 3, 4], ids=lambda p: f"lane {p % 2} of worker {p // 2}")
 def test_all_processes_fail_as_one_when_one_dies_in_the_middle_of_a_push(tmp_path: Path, process: int) -> None:
     plan = Plan(killed=(process, 3))
-    ends = end_workers(work, plan, folder=tmp_path, environments=plan.environments(), timeout=100, patience=60)
+    ends = end_workers(work, plan, folder=tmp_path, environments=plan.environments(), patience=60)
     assert ends[process].code == -9
     for number, end in enumerate(ends):
         if number != process:

@@ -103,7 +103,7 @@ def scenario(folder: str) -> dict[str, Any]:
 
 def test_all_ways_to_divide_a_model_have_the_same_canonical_vector(tmp_path: Path) -> None:
     environments = [{"RANK": str(rank)} for rank in range(PROCESSES)]
-    results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments, timeout=200)
+    results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments)
     push, output, elements = results[0]["plain"]
     for name in DIVIDING:
         for result in results:
