@@ -3,7 +3,8 @@
 First the learning rate of each optimizer is tuned, with one seed and half the steps: from a first rate, it is doubled
 or halved until both neighbours of the best one have been tried. Then three seeds train with the best rate. This is done
 with HALoS, its servers tuned as in ``time_to_loss.py``, and with synchronous SGD, to see whether Muon closes the gap
-between the two. Every row is in ``rows.json`` as soon as it is trained, and is not trained again::
+between the two. The table has the virtual hours to the lowest loss that all of its rows reach, too. Every row is in
+``rows.json`` as soon as it is trained, and is not trained again::
 
     python benchmarks/muon.py                     # what is not trained yet, and the table
     python benchmarks/muon.py --report            # the table only
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from time_to_loss import BATCH_SIZE, MODEL, ROOT, ROWS, STEPS, Result, quiet, train, write
+from time_to_loss import BATCH_SIZE, MODEL, ROOT, ROWS, STEPS, Result, quiet, time_to, train, write
 from torch.optim.lr_scheduler import LambdaLR
 from train_char_lm import ByteGPT
 
@@ -60,8 +62,8 @@ class Rows:
         self._cluster = cluster
         self._rows: list[Result] = json.loads(path.read_text()) if path.exists() else []
 
-    def loss(self, algorithm: str, optimizer: str, rate: float, steps: int, seed: int) -> float | None:
-        """Returns the final loss of a row, and trains it first if need be; ``None`` if no rows are trained."""
+    def row(self, algorithm: str, optimizer: str, rate: float, steps: int, seed: int) -> Result | None:
+        """Returns a row, and trains it first if need be; ``None`` if no rows are trained."""
         key = {"algorithm": algorithm, "optimizer": optimizer, "lr": rate, "global_steps": steps, "seed": seed}
         found = next((row for row in self._rows if key.items() <= row.items()), None)
         if found is None:
@@ -77,7 +79,7 @@ class Rows:
                 f" {found['val_loss'][-1]:.3f} after {found['wall_seconds']:.0f} s",
                 flush=True,
             )
-        return float(found["val_loss"][-1])
+        return found
 
     def tune(self, algorithm: str, optimizer: str, steps: int) -> tuple[float | None, dict[float, float]]:
         """Returns the best learning rate, ``None`` if a row is missing, and the losses of all rates that were tried."""
@@ -86,32 +88,37 @@ class Rows:
         while not {best / 2, best, best * 2} <= losses.keys():
             for rate in (best, best / 2, best * 2):
                 if rate not in losses:
-                    loss = self.loss(algorithm, optimizer, rate, steps, seed=0)
-                    if loss is None:
+                    row = self.row(algorithm, optimizer, rate, steps, seed=0)
+                    if row is None:
                         return None, losses
-                    losses[rate] = loss
+                    losses[rate] = row["val_loss"][-1]
             best = min(losses, key=lambda rate: losses[rate])
         return best, losses
 
 
 def report(rows: Rows, algorithms: list[str], steps: int, seeds: int) -> str:
     """Trains what is missing. Returns the table."""
-    lines = [f"{'':18}{'':12}{'best rate':>10}{'mean loss':>11}{'spread':>9}   of each seed"]
     tried = []
+    final: dict[tuple[str, str, float], list[Result]] = {}
     for algorithm in algorithms:
         for optimizer in MODULES:
             rate, losses = rows.tune(algorithm, optimizer, steps // 2)
             points = ", ".join(f"{one:g}: {loss:.3f}" for one, loss in sorted(losses.items()))
             tried.append(f"{NAMES[algorithm]:18}{optimizer:12}{points}")
-            if rate is None:
-                continue
-            final = [rows.loss(algorithm, optimizer, rate, steps, seed) for seed in range(seeds)]
-            known = [loss for loss in final if loss is not None]
-            if known:
-                lines.append(
-                    f"{NAMES[algorithm]:18}{optimizer:12}{rate:10g}{statistics.mean(known):11.3f}"
-                    f"{max(known) - min(known):9.3f}   {' '.join(f'{loss:.3f}' for loss in known)}"
-                )
+            if rate is not None:
+                of_seeds = [rows.row(algorithm, optimizer, rate, steps, seed) for seed in range(seeds)]
+                if known := [row for row in of_seeds if row is not None]:
+                    final[algorithm, optimizer, rate] = known
+    common = max((min(row["val_loss"]) for known in final.values() for row in known), default=math.nan)
+    hours = f"hours to {common:.3f}"
+    lines = [f"{'':18}{'':12}{'best rate':>10}{'mean loss':>11}{'spread':>9}{hours:>17}   loss of each seed"]
+    for (algorithm, optimizer, rate), known in final.items():
+        ends = [row["val_loss"][-1] for row in known]
+        lines.append(
+            f"{NAMES[algorithm]:18}{optimizer:12}{rate:10g}{statistics.mean(ends):11.3f}"
+            f"{max(ends) - min(ends):9.3f}{statistics.mean(time_to(row, common) for row in known):17.4f}"
+            f"   {' '.join(f'{loss:.3f}' for loss in ends)}"
+        )
     heads = f"Final losses after {steps} global steps of {BATCH_SIZE} samples per worker:"
     return "\n".join([heads, "", *lines, "", f"Rates that were tried, with {steps // 2} global steps:", "", *tried])
 

@@ -52,7 +52,7 @@ Settings = dict[str, Any]
 Result = dict[str, Any]
 
 STEPS, SEARCH_STEPS, VALIDATE_EVERY = 600, 300, 25  # global steps: a local step of every worker
-LONG_STEPS, LONG_VALIDATE_EVERY = 2000, 100
+LONG_STEPS, LONG_VALIDATE_EVERY = 3000, 100
 BATCH_SIZE = 8  # sequences in a local step
 MODEL = {"context": 64, "depth": 2, "width": 96, "heads": 4, "lr": 3e-3}  # 57,600 local steps in minutes, on 2 cores
 LONG_MODEL = MODEL | {"lr": 6e-3}  # the best rate of both HALoS and synchronous SGD, see docs/muon/rows.json
