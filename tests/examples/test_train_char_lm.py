@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,58 @@ def test_the_race_over_a_slow_link_is_compared_by_the_virtual_clock(compare: Cal
     assert "too slow or too busy" in slow_worker
     assert "HALoS is 5.00 times as fast as DDP" in slow_link, "however busy the machine is"
     assert "batches alone" not in slow_link
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Starts the demo, whose runs only write a curve each. The run of the given name fails."""
+
+    def start(failing: str = "none") -> None:
+        script = tmp_path / "run.py"
+        script.write_text(RUN.format(folder=str(tmp_path / "demo"), failing=failing))
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+        monkeypatch.setattr(sys, "argv", ["train_char_lm.py", "--output", str(tmp_path / "demo")])
+        demo.main()
+
+    return start
+
+
+RUN = """
+import json, pathlib, sys, time
+strategy, link = sys.argv[sys.argv.index("--strategy") + 1], float(sys.argv[sys.argv.index("--link") + 1])
+name = f"link-{{strategy}}" if link else strategy
+folder = pathlib.Path({folder!r})
+folder.mkdir(exist_ok=True)
+deadline = time.monotonic() + 60
+while name == "ddp" and not all((folder / f"link-{{one}}.jsonl").exists() for one in ("halos", "ddp")):
+    assert time.monotonic() < deadline, "no simulation runs beside it"
+    time.sleep(0.02)
+if name == {failing!r}:
+    (folder / f"{{name}}.jsonl").touch()
+    sys.exit("what went wrong")
+seconds = 30 if strategy == "halos" else 90
+points = [{{"step": 150 * p, "seconds": seconds * p, "val_loss": 5 - p}} for p in (0.2, 0.6, 1.0)]
+(folder / f"{{name}}.jsonl").write_text("\\n".join(map(json.dumps, points)))
+print(f"the output of {{name}}")
+"""
+
+
+def test_the_simulations_run_while_ddp_does(start: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    start()
+    lines = [line for line in capfd.readouterr().out.splitlines() if line]
+    first, second, third = (lines.index(f"the output of {name}") for name in ("ddp", "link-halos", "link-ddp"))
+    assert lines.index("the output of halos") < first < second < third
+    assert lines[second - 1] == "--- Training with halos, 50 Mbit/s between the regions, simulated ---"
+    assert sum("times as fast as DDP to the half-way loss" in line for line in lines) == 2
+
+
+def test_a_simulation_that_fails_ends_the_demo(start: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        start("link-halos")
+    assert "what went wrong" in capfd.readouterr().out
 
 
 def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
