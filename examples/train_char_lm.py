@@ -223,7 +223,7 @@ class LossCurve(L.Callback):
                 print(json.dumps(point), file=file)
 
     def _seconds(self, strategy: Any) -> float:
-        if not getattr(strategy, "history", None):
+        if getattr(strategy, "cluster", None) is None:
             return time.perf_counter() - self.start
         if isinstance(strategy, SyncSGDStrategy):
             return strategy.history[-1].time / 1e3  # when the step ended that made this model
