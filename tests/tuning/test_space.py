@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
 
@@ -71,6 +72,19 @@ def test_ranges_include_the_start() -> None:
     assert Number(1, 64).including(100.0) == Number(1, 100)
     assert Choice(("float32", "int4")).including("bfloat16").values == ("float32", "int4", "bfloat16")
     assert Space(Halos(local_steps=200), TIMING, {}).parameters["local_steps"].high == 200
+
+
+def test_variations_stay_in_the_ranges() -> None:
+    space, random = Space(Halos(), TIMING, {}), Random(0)
+    values, changes = space.start, []
+    for _ in range(200):
+        varied = space.near(values, random)
+        changes.append(sum(varied[name] != values[name] for name in values))
+        values = varied
+        for name, parameter in space.parameters.items():
+            assert parameter.including(values[name]) == parameter
+        assert isinstance(values["local_steps"], int)
+    assert 2 < sum(changes) / len(changes) < 5
 
 
 def test_what_diverges_or_takes_too_long_is_left_out() -> None:

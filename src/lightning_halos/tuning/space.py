@@ -19,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, ServerAlgorithm
@@ -37,6 +38,8 @@ FEWEST_STEPS = 12
 """Global steps that a trial has to have time for."""
 _FEWEST_EXCHANGES = 4  # of each region, on average
 _WORTH = 1.03  # how many times as fast overlap or a narrow wire has to make a step, to be tried
+_STEP = 0.2  # of the range of a parameter, when it is varied
+_CHANGED = 0.4  # share of the parameters that are varied together
 _MEMORY = (-1.75, 3.5)
 _WINDOW = (0.25, 8.0)
 _GAIN = (0.25, 8.0)
@@ -51,6 +54,13 @@ class Number:
     is_log: bool = False
     is_whole: bool = False
 
+    def near(self, value: float, random: Random) -> float:
+        """Returns a value near another one: a normal step whose standard deviation is a fifth of the range."""
+        low, high = (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
+        place = (math.log(value) if self.is_log else value) + random.gauss(0, _STEP * (high - low))
+        number = math.exp(place) if self.is_log else place
+        return min(max(round(number) if self.is_whole else number, self.low), self.high)
+
     def including(self, value: float) -> Number:
         """Returns the same with a range that includes a value."""
         return dataclasses.replace(self, low=min(self.low, value), high=max(self.high, value))
@@ -61,6 +71,10 @@ class Choice:
     """A parameter that is one of some values."""
 
     values: tuple[Any, ...]
+
+    def near(self, value: Any, random: Random) -> Any:
+        """Returns another value, or the same."""
+        return random.choice(self.values)
 
     def including(self, value: Any) -> Choice:
         """Returns the same with a value among its values."""
@@ -209,6 +223,15 @@ class Space:
         for server in self._servers:
             changes |= {f"{server.prefix}gain": 1.0, f"{server.prefix}memory": 0.0, f"{server.prefix}window": 1.0}
         return {name: changes.get(name, value) for name, value in self.start.items()}
+
+    def near(self, values: Values, random: Random) -> Values:
+        """Returns values of which some differ from those that are given, at least one."""
+        changed = [name for name in self.parameters if random.random() < _CHANGED]
+        changed = changed or [random.choice(list(self.parameters))]
+        return {
+            name: parameter.near(values[name], random) if name in changed else values[name]
+            for name, parameter in self.parameters.items()
+        }
 
     def values_of(self, algorithm: Algorithm) -> Values | None:
         """Returns the values that other settings come from; ``None`` if they are outside of the ranges."""

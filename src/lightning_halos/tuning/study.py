@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import optuna
@@ -37,7 +39,9 @@ _STATES: dict[Outcome, TrialState] = {
     "left out": TrialState.FAIL,
     "interrupted": TrialState.FAIL,
 }
-_RANDOM = 8  # trials before the first one that learns from others
+_RANDOM = 6  # trials before the first one that TPE draws by what it has learned
+_GOOD = 0.2  # share of the trials that TPE counts as good ones
+_VARIATIONS = 3  # one of this number of trials is TPE's, the others vary the best one
 _REDUCTION = 3  # one of this number of trials goes on at a rung
 _REFUSED = 40  # settings that are left out, in a row, before the next ones are tried anyway
 _SECONDS = 60.0  # to wait for the file, which another program may be reading
@@ -46,9 +50,10 @@ _SECONDS = 60.0  # to wait for the file, which another program may be reading
 class Study:
     """A search's study, in a folder.
 
-    Trials are drawn by TPE, which models all parameters together and counts trials that are running as bad ones, so
-    that those side by side differ. At a third and at two thirds of the virtual time, one of three goes on (successive
-    halving, asynchronous).
+    Two of three trials vary some parameters of the best trial so far. Every third one is drawn by TPE, which models all
+    parameters together and counts trials that are running as bad ones, so that those side by side differ. Variations
+    find good settings with few trials, and TPE keeps them from ending at the first good ones. At a third and at two
+    thirds of the virtual time, one of three trials goes on (asynchronous successive halving).
 
     Args:
         folder: The folder.
@@ -63,6 +68,7 @@ class Study:
 
     def __init__(self, folder: Path, space: Space, goal: Goal, identity: dict[str, Any], seed: int) -> None:
         self._space, self._goal = space, goal
+        self._asked = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("w")
         try:
@@ -85,8 +91,13 @@ class Study:
             self._study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
             before = len(self._study.get_trials(deepcopy=False))
             self._study.sampler = optuna.samplers.TPESampler(
-                seed=seed + before, n_startup_trials=_RANDOM, multivariate=True, constant_liar=True
+                seed=seed + before,
+                n_startup_trials=_RANDOM,
+                multivariate=True,
+                constant_liar=True,
+                gamma=lambda number: math.ceil(_GOOD * number),
             )
+        self._random = Random(seed + before)
         self._study.pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_REDUCTION)
         self._distributions = {name: _distribution(parameter) for name, parameter in self._space.parameters.items()}
         self._begin(folder, identity)
@@ -131,9 +142,12 @@ class Study:
 
     def ask(self) -> tuple[Trial, Settings]:
         """Returns a trial and its settings. Those that need not be tried are left out, with a note in the study."""
+        self._asked += 1
         for number in range(_REFUSED + 1):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if self._asked % _VARIATIONS:
+                    self._enqueue_variation()
                 trial = self._study.ask(self._distributions)
             if "settings" in trial.user_attrs:
                 return trial, dict(trial.user_attrs["settings"])
@@ -145,6 +159,13 @@ class Study:
         trial.set_user_attr("settings", settings)
         return trial, settings
 
+    def _enqueue_variation(self) -> None:
+        """Has a variation of the best trial come next, unless others wait, or none is complete."""
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if complete and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            best = min(complete, key=lambda trial: trial.value or 0.0)
+            self._study.enqueue_trial(self._space.near(best.params, self._random))
+
     def goes_on(self, trial: Trial, curve: list[Point]) -> bool:
         """Says whether a trial goes on after its last validation, and notes its losses at the rungs."""
         told = trial.user_attrs.get("rungs", 0)
@@ -155,7 +176,8 @@ class Study:
             # The pruner has rungs at powers of its factor, of whatever unit.
             trial.report(loss, _REDUCTION**number)
             trial.set_user_attr("rungs", number + 1)
-            if "name" not in trial.user_attrs and trial.should_prune():
+            is_bad = trial.should_prune()  # by which the others are compared with it, too
+            if is_bad and "name" not in trial.user_attrs:
                 return False
         return True
 

@@ -92,7 +92,7 @@ def tune(
     study = Study(folder, space, goal, identity, seed)
     try:
         study.enqueue("the start", space.start, first)
-        if start and (values := space.values_of(default)) is not None:
+        if (values := space.values_of(default)) not in (None, space.start):
             study.enqueue("the defaults", values, dict(fixed))
         study.enqueue("averaging", space.averaging, space.settings(space.averaging))
         if progress:
