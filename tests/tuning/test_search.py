@@ -25,7 +25,7 @@ STEPS = 24
 
 
 def tune(folder: Path, make: Callable[[], Any] = make, strategy: Any = HalosStrategy, **options: Any) -> Any:
-    options = {"hours": 0.05, "steps": STEPS, "jobs": 2, "folder": folder, "progress": False, **options}
+    options = {"hours": 1, "steps": STEPS, "jobs": 2, "folder": folder, "progress": False, **options}
     return strategy.tune(CLUSTER, make, **options)
 
 
@@ -59,9 +59,14 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     path = tmp_path / "out" / "best.yaml"
+    real = tmp_path / "real.yaml"
+    mine = {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": [[0, 1], [2]], "timeout": 60}}
+    real.write_text(yaml.safe_dump({"trainer": {"max_steps": 7, "strategy": mine}}))
     quiet = ["--trainer.accelerator=cpu", "--trainer.devices=3", "--trainer.logger=false"]
-    cli = LightningCLI(Regression, args=["--config", str(path), *quiet], run=False)
+    cli = LightningCLI(Regression, args=["--config", str(real), "--config", str(path), *quiet], run=False)
     assert type(cli.trainer.strategy) is HalosStrategy
+    assert (cli.trainer.max_steps, cli.trainer.strategy.timeout) == (7, 60)
+    assert len(cli.trainer.strategy.topology.names) == 2
     timing = make_timing(CLUSTER)
     wanted = HalosStrategy(simulate=CLUSTER, **more.arguments).algorithm
     for algorithm in (cli.trainer.strategy.algorithm, read_settings(path).algorithm):

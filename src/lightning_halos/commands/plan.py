@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(ALGORITHMS)}; may be given again (default: all)",
         metavar="NAME",
     )
+    how.add_argument(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="one algorithm with the settings of a YAML file, as for `lightning-halos check`, instead of those below",
+    )
     how.add_argument("--local-steps", type=int, default=8, metavar="H", help="of HALoS (default: 8)")
     how.add_argument("--same-local-steps", action="store_true", help="under HALoS, H steps for slower workers too")
     how.add_argument("--accumulate-updates", type=int, metavar="K", help="of HALoS (default: 8 per worker of a server)")
@@ -156,7 +162,12 @@ def _wire(formats: list[str]) -> WireFormats:
 def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
     from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
+    from lightning_halos.planning.settings import read_settings
 
+    if arguments.settings is not None:
+        if arguments.algorithm:
+            raise ValueError("--settings names the algorithm: leave --algorithm out.")
+        return [read_settings(arguments.settings).algorithm]
     check_count("baseline_local_steps", arguments.baseline_local_steps)
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:

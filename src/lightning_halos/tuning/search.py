@@ -77,9 +77,10 @@ class Search:
         self._make, self._strategy, self._cluster = make, strategy, cluster
         self._trainer, self._folder, self._jobs, self._seed = trainer, folder, jobs, seed
         self._running: list[_Running] = []
-        self._durations: list[float] = []  # of complete trials, in seconds
+        complete = [trial for trial in study.results() if trial.value is not None]
+        self._durations = [trial.seconds for trial in complete]
+        self._best = min((trial.value for trial in complete if trial.value is not None), default=None)
         self._failed, self._ended = 0, 0
-        self._best: float | None = None
 
     def run(self, seconds: float, trials: int | None, shows_progress: bool) -> bool:
         """Searches for a time, or until a number of trials has been trained.
@@ -153,7 +154,7 @@ class Search:
             self._act(running, report or Report(error=process.describe_end()))
         for running in list(self._running):
             if running.outcome is not None and time.monotonic() > running.stopped + _GRACE:
-                self._finish(running, running.outcome)
+                self._finish(running, running.outcome, grace=0.0)
 
     def _act(self, running: _Running, report: Report) -> None:
         if report.point is not None:
@@ -183,19 +184,20 @@ class Search:
         running.stopped = time.monotonic()
         running.process.answer(running.outcome is None)
 
-    def _finish(self, running: _Running, outcome: Outcome, reason: str = "") -> None:
+    def _finish(self, running: _Running, outcome: Outcome, reason: str = "", grace: float = _GRACE) -> None:
         """Ends a trial's processes and notes the outcome."""
         self._running.remove(running)
-        running.process.end(0.0 if outcome == "interrupted" else _GRACE)
+        running.process.end(grace)
         if outcome == "complete" and not running.curve:
             outcome, reason = "failed", "it ended without a validation"
-        self._study.tell(running.trial, outcome, running.curve, reason)
+        duration = time.monotonic() - running.process.started
+        self._study.tell(running.trial, outcome, running.curve, duration, reason)
         if outcome == "interrupted":
             running.process.log.unlink(missing_ok=True)
             return
         self._ended += 1
         if outcome == "complete":
-            self._durations.append(time.monotonic() - running.process.started)
+            self._durations.append(duration)
         if outcome != "failed":
             running.process.log.unlink(missing_ok=True)
         self._tell(running, outcome, reason)
@@ -222,7 +224,7 @@ class Search:
 
     def _end_all(self) -> None:
         for running in list(self._running):
-            self._finish(running, "interrupted")
+            self._finish(running, "interrupted", grace=0.0)
 
 
 class _Bar(tqdm):  # type: ignore[misc]

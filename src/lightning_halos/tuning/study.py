@@ -155,7 +155,7 @@ class Study:
             objection = self._space.objection(settings, self._goal.seconds)
             if objection is None or number == _REFUSED:
                 break
-            self.tell(trial, "left out", [], objection)
+            self.tell(trial, "left out", [], reason=objection)
         trial.set_user_attr("settings", settings)
         return trial, settings
 
@@ -181,16 +181,18 @@ class Study:
                 return False
         return True
 
-    def tell(self, trial: Trial, outcome: Outcome, curve: list[Point], reason: str = "") -> None:
+    def tell(self, trial: Trial, outcome: Outcome, curve: list[Point], seconds: float = 0.0, reason: str = "") -> None:
         """Notes how a trial has ended.
 
         Args:
             trial: The trial.
             outcome: How.
             curve: Its validations.
+            seconds: Wall-clock seconds that it took.
             reason: Why.
         """
         trial.set_user_attr("outcome", outcome)
+        trial.set_user_attr("seconds", round(seconds, 1))
         if reason:
             trial.set_user_attr("reason", reason)
         if curve:
@@ -215,6 +217,7 @@ class Study:
                     trial.params,
                     trial.value if trial.state is TrialState.COMPLETE else None,
                     [Point(*point) for point in notes.get("curve", ())],
+                    notes.get("seconds", 0.0),
                     notes.get("name", ""),
                     notes.get("reason", ""),
                 )
@@ -256,6 +259,7 @@ class Tried:
         values: The values that they come from.
         value: What counts, lower is better; ``None`` unless it is complete.
         curve: Its validations.
+        seconds: Wall-clock seconds that it took.
         name: Why it was tried, unless it was drawn.
         reason: Why it failed.
     """
@@ -266,6 +270,7 @@ class Tried:
     values: Values
     value: float | None
     curve: list[Point]
+    seconds: float
     name: str
     reason: str
 
