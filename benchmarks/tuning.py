@@ -5,7 +5,7 @@ finds is then trained once more, in full, as a row there is. On random clusters,
 with a smaller model, and what it finds is compared with them under a seed that the search has not seen::
 
     python benchmarks/tuning.py paper                     # 30 minutes of search, and two of training
-    python benchmarks/tuning.py random                    # two clusters, 8 minutes of search for each
+    python benchmarks/tuning.py random                    # two clusters, 4 minutes of search for each
     python benchmarks/tuning.py report                    # the table again, without training
     python benchmarks/tuning.py paper --minutes 2 --steps 48 --output build/tuning    # whether it runs
 
@@ -29,8 +29,8 @@ from lightning_halos import HalosStrategy, SimulatedCluster
 from lightning_halos.planning.random_cluster import random_cluster
 
 SMALL = {**MODEL, "width": 48, "depth": 1}
-RANDOM_STEPS = 200
-CLUSTERS = {"2x3": (2, 3, 1), "3x3": (3, 3, 2)}  # regions, workers per region, seed
+RANDOM_STEPS = 300
+CLUSTERS = {"2x2": (2, 2, 1), "3x2": (3, 2, 2)}  # regions, workers per region, seed
 OTHER_SEED = 1
 _NESTEROV = "lightning_halos.DelayedNesterov"
 
@@ -160,7 +160,7 @@ def main() -> int:
     """Searches, trains and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("paper", "random", "report"))
-    parser.add_argument("--minutes", type=float, help="of each search (default: 30, and 8 for each random cluster)")
+    parser.add_argument("--minutes", type=float, help="of each search (default: 30, and 4 for each random cluster)")
     parser.add_argument("--steps", type=int, help=f"global steps (default: {STEPS}, and {RANDOM_STEPS})")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
@@ -169,7 +169,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs/tuning")
     parser.add_argument("--work", type=Path, default=ROOT / "build/tuning", help="the folder of the searches")
     args = parser.parse_args()
-    args.minutes = args.minutes or (30 if args.what == "paper" else 8)
+    args.minutes = args.minutes or (30 if args.what == "paper" else 4)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.what == "paper":
         paper(args)

@@ -70,6 +70,13 @@ class TestPlan:
         rows = dict(line.rsplit(maxsplit=1) for line in out.splitlines() if line.startswith(("local", "pushes per")))
         assert rows == {"local steps per round": "4", "pushes per exchange (K)": "5"}
 
+    def test_takes_the_settings_of_a_file(self, run, tmp_path):
+        path = tmp_path / "settings.yaml"
+        path.write_text("{local_steps: 4, accumulate_updates: 8, overlap: true}")
+        _, out, _ = run("--algorithm", "halos", "--local-steps", "4", "--accumulate-updates", "8", "--overlap", PAPER)
+        assert run("--settings", str(path), PAPER) == (0, out, "")
+        assert run("--settings", str(path), "--algorithm", "halos", PAPER)[0] == 2
+
     def test_says_by_itself_whether_overlap_pays(self, run):
         only = ["--algorithm", "halos"]
         said = "overlap=True, HALoS: 0.385 s per global step instead of 0.394 (2% less): it gains little here.\n"

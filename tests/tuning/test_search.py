@@ -60,9 +60,9 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train.py"])
     path = tmp_path / "out" / "best.yaml"
     real = tmp_path / "real.yaml"
-    mine = {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": [[0, 1], [2]], "timeout": 60}}
+    mine = {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": [[0], [1]], "timeout": 60}}
     real.write_text(yaml.safe_dump({"trainer": {"max_steps": 7, "strategy": mine}}))
-    quiet = ["--trainer.accelerator=cpu", "--trainer.devices=3", "--trainer.logger=false"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
     cli = LightningCLI(Regression, args=["--config", str(real), "--config", str(path), *quiet], run=False)
     assert type(cli.trainer.strategy) is HalosStrategy
     assert (cli.trainer.max_steps, cli.trainer.strategy.timeout) == (7, 60)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_halos import SimulatedCluster
 
-CLUSTER = SimulatedCluster([[10.0, 0.3], [0.3, 10.0]], [[1.0, 0.7], [0.5]], step_ms=100, message_bytes=10_000_000)
+CLUSTER = SimulatedCluster([[10.0, 0.3], [0.3, 10.0]], [[1.0], [0.5]], step_ms=100, message_bytes=10_000_000)
 
 
 class Regression(L.LightningModule):
