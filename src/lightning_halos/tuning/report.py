@@ -147,7 +147,7 @@ def _parameters(done: list[Tried], start: Values, importances: Mapping[str, floa
         rows.append([_meaning(name), _shown(name, start[name]), _shown(name, done[0].values[name]), spread, share])
     text = _left(rows)
     if not importances:
-        text += "\n(importances need at least 4 complete trials)"
+        text += "\n(importances need at least 10 trials)"
     return text
 
 

@@ -44,6 +44,7 @@ _GOOD = 0.2  # share of the trials that TPE counts as good ones
 _VARIATIONS = 3  # one of this number of trials is TPE's, the others vary the best one
 _REDUCTION = 3  # one of this number of trials goes on at a rung
 _REFUSED = 40  # settings that are left out, in a row, before the next ones are tried anyway
+_FEWEST_FOR_IMPORTANCES = 10
 _SECONDS = 60.0  # to wait for the file, which another program may be reading
 
 
@@ -233,15 +234,21 @@ class Study:
         return counts
 
     def importances(self) -> dict[str, float]:
-        """Returns the share of each parameter in what makes good trials good; empty with too few trials."""
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(complete) < 4 or len({trial.value for trial in complete}) < 2:
+        """Returns the share of each parameter in what makes good trials good; empty with too few trials.
+
+        It is that of the losses at the first rung, which trials that have ended early have, too.
+        """
+        trials = [trial for trial in self._study.get_trials(deepcopy=False) if 1 in trial.intermediate_values]
+        if len(trials) < _FEWEST_FOR_IMPORTANCES:
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            quantile = max(0.1, 2 / len(complete))
-            evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
-            return get_param_importances(self._study, evaluator=evaluator)
+            at_rung = optuna.create_study()
+            for trial in trials:
+                value, params = trial.intermediate_values[1], trial.params
+                at_rung.add_trial(optuna.create_trial(params=params, distributions=trial.distributions, value=value))
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=_GOOD)
+            return get_param_importances(at_rung, evaluator=evaluator)
 
     def close(self) -> None:
         """Lets another search use the folder."""
