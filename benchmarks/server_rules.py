@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from questions import PAPER, ChangedHalos, make_task
-from small_runs import ROOT, TASKS, TUNED_GLOBAL, TUNED_LOCAL, Row, Rows, Run
+from small_runs import ROOT, TASKS, TUNED_LOCAL, Row, Rows, Run
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -164,36 +164,16 @@ def _restarting(lr: float, momentum: float, delay: int, period: int) -> Settings
 
 
 RULES: dict[str, list[Settings]] = {
-    "baseline": [
-        _both(_nesterov(*TUNED_GLOBAL)),
-        _both(_nesterov(0.35, 0.2)),
-        _both(_nesterov(0.7, 0.2)),
-        _both(_nesterov(0.35, 0.5)),
-        _both(_nesterov(0.5, 0.2), period=16),
-        _both(_nesterov(0.7, 0.2), period=16),
-    ],
-    "restarts": [
-        _both(_restarting(0.5, 0.2, 1, 16)),
-        _both(_restarting(0.35, 0.5, 1, 16)),
-        _both(_restarting(0.35, 0.5, 1, 64)),
-        _both(_restarting(0.2, 0.9, 1, 16)),
-        _both(_restarting(0.2, 0.9, 1, 64)),
-        _both(_nesterov(*TUNED_GLOBAL), _restarting(0.15, 0.5, 4, 32)),
-        _both(_nesterov(*TUNED_GLOBAL), _restarting(0.1, 0.9, 4, 32)),
-    ],
-    "corrected": [
-        _both(_server("corrected", lr=lr, momentum=momentum)) for lr, momentum in ((0.5, 0.2), (0.5, 0.5), (0.5, 0.9))
-    ]
-    + [_both(_server("corrected", lr=lr, momentum=0.9)) for lr in (0.35, 0.7)]
-    + [_both(_server("corrected", lr=0.5, momentum=0.9, ahead=True))],
-    "look-ahead": [
-        _both(_server("corrected", lr=lr, momentum=momentum, aligned=-1.0, ahead=True))
-        for lr, momentum in ((0.5, 0.2), (0.35, 0.2), (0.5, 0.5), (0.35, 0.5), (0.5, 0.9))
-    ],
-    "counted": [_both(_nesterov(lr, 0.2), rule="counted") for lr in (0.15, 0.25, 0.35)]
-    + [_both(_nesterov(0.25, 0.2), rule="counted", period=16)],
-    "scaled": [_both(_nesterov(lr, 0.2), rule="scaled") for lr in (0.15, 0.25, 0.35)]
-    + [_both(_nesterov(0.25, 0.2), rule="scaled", period=16)],
+    "baseline": [_both(_nesterov(lr, 0.2)) for lr in (0.5, 0.7, 1.0, 1.4)]
+    + [_both(_nesterov(0.35, 0.5)), _both(_nesterov(0.7, 0.5)), _both(_nesterov(0.5, 0.2), period=16)],
+    "restarts": [_both(_restarting(lr, 0.5, 1, period)) for lr, period in ((0.7, 16), (0.7, 64))]
+    + [_both(_restarting(lr, 0.9, 1, period)) for lr, period in ((0.2, 16), (0.2, 64), (0.35, 16))],
+    "corrected": [_both(_server("corrected", lr=lr, momentum=0.9)) for lr in (0.5, 0.7, 1.0)]
+    + [_both(_server("corrected", lr=lr, momentum=0.5)) for lr in (0.7, 1.0)],
+    "look-ahead": [_both(_server("corrected", lr=lr, momentum=0.9, aligned=-1.0, ahead=True)) for lr in (0.5, 0.7)]
+    + [_both(_server("corrected", lr=lr, momentum=0.5, aligned=-1.0, ahead=True)) for lr in (0.7, 1.0)],
+    "counted": [_both(_nesterov(lr, 0.2), rule="counted") for lr in (0.25, 0.35, 0.5)],
+    "scaled": [_both(_nesterov(lr, 0.2), rule="scaled") for lr in (0.25, 0.35, 0.5)],
 }
 
 
