@@ -12,11 +12,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src/lightning_halos"
 ADDS = {
     "Async-Local-SGD": {
-        "core/algorithms/async_local_sgd.py": ["AsyncLocalSGD", "default_optimizer"],
+        "core/algorithms/async_local_sgd.py": ["AsyncLocalSGD"],
         "training/strategies.py": ["AsyncLocalSGDStrategy"],
     },
     "DiLoCo": {
-        "core/algorithms/diloco.py": ["Diloco", "default_outer_optimizer"],
+        "core/algorithms/diloco.py": ["Diloco"],
         "training/strategies.py": ["DilocoStrategy"],
     },
     "synchronous SGD": {

@@ -234,7 +234,7 @@ def test_synchronous_sgd_by_name_says_what_to_pass() -> None:
 
 def test_the_defaults_for_4_regions_of_4_workers_are_the_papers_values() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
-    algorithm = Halos()
+    algorithm = Halos(global_steps=6144)
     local = algorithm.make_local_optimizer(workers=4, servers=4)([parameter])
     everywhere = algorithm.make_global_optimizer(servers=4)([parameter])
     assert isinstance(local, DelayedNesterov)

@@ -59,6 +59,9 @@ class Manifest:
     teachers: list[str] = field(default_factory=list)  # what is averaged because of its values at the start of the run
     # The slices of the lanes, as in core.lanes.Layout.to_plain; None if there is one lane.
     layout: dict[str, Any] | None = None
+    # The length for which the servers' default settings were chosen when the run began. None: an earlier version wrote
+    # it, when the defaults were the published ones whatever the length.
+    global_steps: int | None = None
 
     @property
     def lanes(self) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_halos.core.checks import check_count
 
 if TYPE_CHECKING:
     from lightning_halos.planning.settings import Settings
@@ -34,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("cluster", type=Path, help="the cluster's description, a YAML file")
     parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="global steps of the run, by which settings that are left out go (default: trainer.max_steps, else as"
+        " many as in the paper)",
+    )
     parser.add_argument("--inner-rate", type=float, metavar="R", help="learning rate of the workers' SGD")
     parser.add_argument(
         "--curvature", type=float, metavar="L", help="largest eigenvalue of the loss's Hessian; with --inner-rate"
@@ -55,6 +65,10 @@ def _check(arguments: argparse.Namespace) -> int:
         cluster = SimulatedCluster.from_yaml(arguments.cluster)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    if arguments.steps is not None:
+        check_count("--steps", arguments.steps)
+    steps = arguments.steps or settings.max_steps
+    settings = settings._replace(algorithm=dataclasses.replace(settings.algorithm, global_steps=steps))
     verdict = check(settings.algorithm, make_timing(cluster, arguments.message_bytes), rate)
     print("\n".join(_lines(settings, verdict, rate, arguments.curvature)))
     return 0 if verdict.is_stable else UNSTABLE

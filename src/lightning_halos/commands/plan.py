@@ -69,7 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--local-steps", type=int, default=8, metavar="H", help="of HALoS (default: 8)")
     how.add_argument("--same-local-steps", action="store_true", help="under HALoS, H steps for slower workers too")
-    how.add_argument("--accumulate-updates", type=int, metavar="K", help="of HALoS (default: 8 per worker of a server)")
+    how.add_argument(
+        "--accumulate-updates",
+        type=int,
+        metavar="K",
+        help="of HALoS (default: by --steps, at most 8 per worker of a server)",
+    )
+    how.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="global steps of the run, by which the default K goes (default: as many as in the paper)",
+    )
     how.add_argument("--servers-per-region", type=int, default=1, metavar="S", help="of HALoS (default: 1)")
     how.add_argument(
         "--overlap", action="store_true", help="under HALoS and Async-Local-SGD, train on while pushes are answered"
@@ -169,18 +180,20 @@ def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algori
             raise ValueError("--settings names the algorithm: leave --algorithm out.")
         return [read_settings(arguments.settings).algorithm]
     check_count("baseline_local_steps", arguments.baseline_local_steps)
+    if arguments.steps is not None:
+        check_count("--steps", arguments.steps)
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"global_steps": arguments.steps}
         if isinstance(algorithm, Halos):
-            changes = {
+            changes |= {
                 "local_steps": arguments.local_steps,
                 "dynamic_local_steps": not arguments.same_local_steps,
                 "accumulate_updates": arguments.accumulate_updates,
                 "servers_per_region": arguments.servers_per_region,
             }
         elif not algorithm.averages_gradients:
-            changes = {"local_steps": arguments.baseline_local_steps}
+            changes["local_steps"] = arguments.baseline_local_steps
         if isinstance(algorithm, ServerAlgorithm):
             changes["overlap"] = arguments.overlap
             changes["wire"] = wire

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import math
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from lightning_halos.core.algorithms.halos import default_global_optimizer, default_single_optimizer
+from lightning_halos.core.algorithms.defaults import Defaults
+from lightning_halos.core.algorithms.halos import Halos
 from lightning_halos.core.checks import is_number
 from lightning_halos.core.cursor import DataCursor, Spans
 from lightning_halos.core.messages import RunDescription
@@ -27,6 +28,7 @@ _LARGEST = {  # what a run may have at most; far above what makes sense, and far
     "steps_per_epoch": 2**53,
     "max_epochs": 2**31,
     "max_steps": 2**40,
+    "global_steps": 2**40,
     "lr": 1000.0,
     "momentum": 1.0,
     "delay": 100_000,
@@ -105,6 +107,12 @@ def _check_settings(description: RunDescription) -> None:
     _check_number("local_steps", steps, 1)
     if not isinstance(momentum, bool):
         raise ValueError(f"has_momentum {momentum!r}: must be True or False")
+    if (defaults := settings.get("defaults", "published")) not in get_args(Defaults):
+        raise ValueError(f"defaults {defaults!r}: must be one of {', '.join(get_args(Defaults))}")
+    length = settings.get("global_steps")
+    if not (length is None or isinstance(length, int)):
+        raise ValueError(f"global_steps {length!r}: must be an integer")
+    _check_number("global_steps", length, 1)
     for name, value in settings.items():
         if isinstance(value, int | float) and not abs(value) <= _LARGEST_SETTING:
             raise ValueError(f"{name} {value!r}: must be a number from -{_LARGEST_SETTING} to {_LARGEST_SETTING}")
@@ -141,13 +149,15 @@ def global_rates(description: RunDescription, members: int) -> dict[str, Any]:
     """Returns the arguments of the global server's :class:`DelayedNesterov` for a number of members.
 
     Those that the description has stay as they are. The default ones follow the number of members: see
-    :func:`~lightning_halos.core.algorithms.halos.default_global_optimizer`, and :func:`default_single_optimizer`
-    without momentum.
+    :meth:`~lightning_halos.core.algorithms.halos.Halos.make_global_optimizer`. A description without ``global_steps``
+    is of a run that began with the published ones.
     """
     if description.global_optimizer is not None:
         return {**description.global_optimizer, "delay": int(description.global_optimizer.get("delay", 1))}
-    default = default_global_optimizer if description.settings["has_momentum"] else default_single_optimizer
-    factory = default(members)
+    settings: dict[str, Any] = dict(description.settings)
+    names = ("local_steps", "has_momentum", "defaults", "global_steps")
+    halos = Halos(**{name: settings[name] for name in names if name in settings})
+    factory = halos.make_global_optimizer(members)
     assert isinstance(factory, partial)
     return dict(factory.keywords)
 

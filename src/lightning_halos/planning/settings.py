@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     algorithm: Algorithm
     strategy: str  # name of the strategy's class
     others: tuple[str, ...]  # names of its arguments that are not the algorithm's, such as `timeout`
+    max_steps: int | None = None  # of the Trainer, in a configuration that has it
 
 
 def read_mapping(path: Path) -> tuple[str, dict[str, Any]]:
@@ -83,7 +84,15 @@ def _parse(settings: Any) -> Settings:
     name, arguments = _strategy(settings)
     kind = _ALGORITHMS[name]
     chosen = make_arguments(kind, arguments)
-    return Settings(kind(**chosen), name, tuple(sorted(map(str, arguments.keys() - chosen.keys()))))
+    others = tuple(sorted(map(str, arguments.keys() - chosen.keys())))
+    return Settings(kind(**chosen), name, others, _max_steps(settings))
+
+
+def _max_steps(settings: Any) -> int | None:
+    """Returns the length of the run that a configuration of ``LightningCLI`` asks for, if it has one."""
+    trainer = settings.get("trainer") if isinstance(settings, Mapping) else None
+    steps = trainer.get("max_steps") if isinstance(trainer, Mapping) else None
+    return steps if isinstance(steps, int) and steps > 0 else None
 
 
 def _strategy(settings: Any) -> tuple[str, Mapping[str, Any]]:
@@ -117,7 +126,7 @@ def make_arguments(kind: type[Algorithm], settings: Mapping[str, Any]) -> dict[s
     Raises:
         ValueError: If an optimizer is invalid.
     """
-    fields = {field.name for field in dataclasses.fields(kind)}
+    fields = {field.name for field in dataclasses.fields(kind)} - {"global_steps", "has_momentum"}  # a run finds them
     chosen = {key: value for key, value in settings.items() if key in fields}
     for key, value in chosen.items():
         if key.endswith("optimizer") and value is not None:

@@ -308,6 +308,7 @@ class Shards:
             world=None,
             layout=None if self._site.lanes == 1 else fit.start.vector.layout.to_plain(),
             teachers=list(fit.start.vector.teachers),
+            global_steps=fit.start.algorithm.global_steps,
         )
 
 

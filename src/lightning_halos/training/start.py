@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,7 +17,9 @@ from torch.optim import Optimizer
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.checkpoint.saves import Saves
+from lightning_halos.core import run_length
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
+from lightning_halos.core.algorithms.defaults import ASSUMED_STEPS
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.sharding import WorkerProcesses
@@ -94,6 +97,7 @@ class Start:
             self.data = SharedData.find(trainer, self.workers, site.lane, len(site.worker_processes))
         if not can_share(site.collectives, None if self.data is None else self.data.dataset):
             self.data = None
+        self.algorithm = self._with_length(self.algorithm)
         if membership is not None:
             assert isinstance(self.algorithm, ServerAlgorithm)
             assert self.memory is not None
@@ -101,6 +105,32 @@ class Start:
             self.entry = membership.join(description, self.vector, self.memory)
             max_steps = None if trainer.max_steps == -1 else trainer.max_steps
             enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)
+
+    def _with_length(self, algorithm: Algorithm) -> Algorithm:
+        """Returns the algorithm with the length of the run, by which its defaults go, and tells the user about both.
+
+        A run that is resumed keeps the length that it began with: otherwise the servers' optimizers would change on the
+        way. All processes have rank 0's, because the numbers of their batches may differ.
+        """
+        length = self.limit
+        if self.membership is not None:  # what all jobs of the run know
+            length = None if self.trainer.max_steps == -1 else self.trainer.max_steps
+            if length is None and self.data is not None and self.data.end != math.inf:
+                length = int(self.data.end) // self.workers
+        length = self.site.collectives.broadcast_object(length)
+        began = length
+        if self.resume is not None:
+            began = self.resume.manifest.global_steps
+        elif began is None:
+            began = ASSUMED_STEPS
+        algorithm = dataclasses.replace(algorithm, global_steps=None if began is None else max(1, began))
+        groups, joins = self.site.topology.groups, self.membership is not None
+        if text := run_length.summary(algorithm, groups, joins):
+            rank_zero_info(text)
+        if not joins:
+            for warning in run_length.shortcomings(algorithm, groups, length) if length else ():
+                rank_zero_warn(warning)
+        return algorithm
 
     def put_in(self, memory: Tensor) -> None:
         """Puts a vector's model into the module, as all processes of this worker must do together."""

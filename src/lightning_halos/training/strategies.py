@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.algorithms.defaults import Defaults
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.wire_formats import WireFormats
@@ -41,13 +42,19 @@ class HalosStrategy(AlgorithmStrategy):
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
             ``max(1, ceil(H * speed / fastest))``.
         accumulate_updates: Pushes that a local server applies between two exchanges with the global server (``K``).
-            Default: 8 per worker of the server.
-        merge_weight: Weight of the global model when a local server merges it (``alpha``).
+            Default: by the length of the run, 1 to 8 per worker of the server.
+        merge_weight: Weight of the global model when a local server merges it (``alpha``). Default: by the length of
+            the run, 0.5 to 0.25.
         local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a
-            rate of 0.8 / workers of the server, momentum 0.9, and a delay of 4 per worker of the server. If the run has
-            one local server, as with one region: a rate of 1 / workers, and no momentum.
-        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate of 0.6 /
-            local servers, momentum 0.5, and a delay of half the local servers.
+            rate and a momentum by the length of the run: from 1 / workers of the server without momentum to 0.8 /
+            workers with momentum 0.9, and a delay of 4 per worker. If the run has one local server, as with one region:
+            a rate of 1 / workers, and no momentum.
+        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate and a
+            momentum by the length of the run: from 1.5 / local servers without momentum to 0.6 / local servers with
+            momentum 0.5, and a delay of half the local servers.
+        defaults: ``"run"``: defaults are as above; the length of a run is what the Trainer is asked for when it begins,
+            and 600 global steps if this is unknown. ``"published"``: those of the HALoS paper, whatever the length; see
+            ``docs/parameters.md``.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
             NaN or infinite values are always rejected.
@@ -78,8 +85,8 @@ class HalosStrategy(AlgorithmStrategy):
         **kwargs: As in Lightning's strategies: ``accelerator``, ``parallel_devices``, ``cluster_environment``,
             ``checkpoint_io``, ``precision_plugin``.
 
-    With 4 regions of 4 workers the defaults are the paper's values (section 5.1): local rate 0.2, momentum 0.9, delay
-    16; global rate 0.15, momentum 0.5, delay 2; K 32.
+    With 4 regions of 4 workers and 6,144 global steps or more, as in the paper, the defaults are the paper's values
+    (section 5.1): local rate 0.2, momentum 0.9, delay 16; global rate 0.15, momentum 0.5, delay 2; K 32; alpha 0.25.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -93,7 +100,7 @@ class HalosStrategy(AlgorithmStrategy):
         local_steps: int = 8,
         dynamic_local_steps: bool = True,
         accumulate_updates: int | None = None,
-        merge_weight: float = 0.25,
+        merge_weight: float | None = None,
         local_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         global_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         max_norm_ratio: float | None = None,
@@ -108,6 +115,7 @@ class HalosStrategy(AlgorithmStrategy):
         streams: int = 4,
         worker: int | Literal["node"] = 1,
         inner: InnerStrategy | str | None = None,
+        defaults: Defaults = "run",
         **kwargs: Any,
     ) -> None:
         algorithm = Halos(
@@ -121,6 +129,7 @@ class HalosStrategy(AlgorithmStrategy):
             max_norm_ratio=max_norm_ratio,
             overlap=overlap,
             wire=WireFormats.of(wire),
+            defaults=defaults,
         )
         super().__init__(
             algorithm,
@@ -160,11 +169,13 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
     Args:
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
-        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate of
-            0.8 / workers, momentum 0.9, and a delay of 2 per worker: the values of the HALoS paper for 16 workers.
+        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate and a
+            momentum by the length of the run: from 1 / workers without momentum to 0.8 / workers with momentum 0.9, and
+            a delay of 2 per worker, which are the values of the HALoS paper for 16 workers and 6,144 global steps.
         max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
         overlap: As there.
         wire: As there.
+        defaults: As there.
         **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on.
 
     Raises:
@@ -180,6 +191,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         max_norm_ratio: float | None = None,
         overlap: bool = False,
         wire: Format | Mapping[str, Format] = "float32",
+        defaults: Defaults = "run",
         **kwargs: Any,
     ) -> None:
         algorithm = AsyncLocalSGD(
@@ -189,6 +201,7 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
             max_norm_ratio=max_norm_ratio,
             overlap=overlap,
             wire=WireFormats.of(wire),
+            defaults=defaults,
         )
         super().__init__(algorithm, **kwargs)
 
@@ -206,8 +219,9 @@ class DilocoStrategy(AlgorithmStrategy):
     Args:
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
-        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and Nesterov
-            momentum of 0.9.
+        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate and a Nesterov momentum
+            by the length of the run, up to 0.7 and 0.9 for 6,144 global steps.
+        defaults: As in :class:`~lightning_halos.HalosStrategy`; ``"published"`` are 0.7 and 0.9.
         **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on. The ``timeout`` limits the
             wait for other workers, which includes the round of the slowest of them and rank 0's validation.
 
@@ -221,6 +235,7 @@ class DilocoStrategy(AlgorithmStrategy):
         local_steps: int = 32,
         dynamic_local_steps: bool = False,
         outer_optimizer: OptimizerFactory | None = None,
+        defaults: Defaults = "run",
         **kwargs: Any,
     ) -> None:
         _refuse_asynchronous("Diloco", kwargs)
@@ -228,6 +243,7 @@ class DilocoStrategy(AlgorithmStrategy):
             local_steps=local_steps,
             dynamic_local_steps=dynamic_local_steps,
             outer_optimizer=outer_optimizer,
+            defaults=defaults,
         )
         super().__init__(algorithm, **kwargs)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
+from lightning_halos.core.algorithms import defaults
 from lightning_halos.core.algorithms.base import ServerAlgorithm
-from lightning_halos.core.algorithms.halos import default_single_optimizer
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.core.topology import ServerGroup, Topology
 
@@ -20,7 +18,8 @@ class AsyncLocalSGD(ServerAlgorithm):
     """One local server for the workers of all regions.
 
     Attributes:
-        optimizer: Makes the server's optimizer. Default: :func:`default_optimizer`.
+        optimizer: Makes the server's optimizer. Default: :func:`.defaults.local_optimizer`, whose values for
+            16 workers in a run of the HALoS paper's length are 0.05, 0.9 and 32 (section 5.1 there).
     """
 
     name: ClassVar[str] = "async_local_sgd"
@@ -35,9 +34,8 @@ class AsyncLocalSGD(ServerAlgorithm):
         return dataclasses.replace(super().arrange(regions, names), groups=(ServerGroup(0, home, everybody),))
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
-        return self.optimizer or (default_optimizer if self.has_momentum else default_single_optimizer)(workers)
-
-
-def default_optimizer(workers: int) -> OptimizerFactory:
-    """Returns the server's optimizer for a number of workers (HALoS, section 5.1: 0.05, 0.9, 32 for 16 workers)."""
-    return partial(DelayedNesterov, lr=0.8 / workers, momentum=0.9, delay=2 * workers)
+        if self.optimizer is not None:
+            return self.optimizer
+        if not self.has_momentum:
+            return defaults.averaging_optimizer(workers)
+        return defaults.local_optimizer(workers, defaults.length_of(self.rounds, published_local_steps=32), windows=2)

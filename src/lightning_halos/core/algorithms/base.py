@@ -11,11 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_halos.core.algorithms.defaults import Defaults, period
 from lightning_halos.core.checks import check_count, check_optimizer, is_number
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
@@ -35,6 +36,9 @@ class Algorithm(ABC):
             ``max(1, ceil(H * speed / fastest))``.
         has_momentum: Whether the servers' default optimizers have momentum. It is not for inner optimizers that come
             close to a minimum in one round, as LBFGS does: it would carry the model beyond it, ever further.
+        defaults: ``"run"``: default settings go by the length of the run. ``"published"``: they are the published ones.
+        global_steps: Length of the run, by which defaults go; ``None``: it is as long as the paper's. A resumed run
+            keeps that with which it began.
 
     Raises:
         TypeError: If ``dynamic_local_steps`` is not a bool, or an optimizer is not a function.
@@ -47,11 +51,17 @@ class Algorithm(ABC):
     local_steps: int
     dynamic_local_steps: bool
     has_momentum: bool = True
+    defaults: Defaults = "run"
+    global_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_count("local_steps", self.local_steps)
         if not isinstance(self.dynamic_local_steps, bool):
             raise TypeError(f"dynamic_local_steps={self.dynamic_local_steps!r} must be True or False.")
+        if self.defaults not in get_args(Defaults):
+            raise ValueError(
+                f"defaults={self.defaults!r} must be 'run' (for the length of the run) or 'published' (the paper's)."
+            )
         for field in dataclasses.fields(self):
             if field.name.endswith("optimizer"):
                 check_optimizer(field.name, getattr(self, field.name))
@@ -65,6 +75,13 @@ class Algorithm(ABC):
     @abstractmethod
     def title(self) -> str:
         """Name in messages, and in checkpoints, which only a run of the same algorithm resumes."""
+
+    @property
+    def rounds(self) -> float:
+        """Rounds of a worker in the run, by which defaults go; infinite for the published ones."""
+        if self.defaults == "published" or self.global_steps is None:
+            return math.inf
+        return self.global_steps / self.local_steps
 
     def arrange(self, regions: Sequence[Sequence[int]], names: Sequence[str] = (), home: int = 0) -> Topology:
         """Arranges the local servers. Default: one in each region.
@@ -94,7 +111,7 @@ class ServerAlgorithm(Algorithm):
     its model is the global model.
 
     Attributes:
-        merge_weight: Weight of the global model when a local server merges it (``alpha``).
+        merge_weight: Weight of the global model when a local server merges it (``alpha``). Default: :meth:`weight`.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
         overlap: Whether a worker trains on while its push is answered, and adds what it has learned meanwhile to the
@@ -102,7 +119,7 @@ class ServerAlgorithm(Algorithm):
         wire: The formats in which vectors travel; also a name or a mapping, as :meth:`WireFormats.of` takes them.
     """
 
-    merge_weight: float = 0.25
+    merge_weight: float | None = None
     max_norm_ratio: float | None = None
     overlap: bool = False
     wire: WireFormats = PLAIN
@@ -112,7 +129,8 @@ class ServerAlgorithm(Algorithm):
         if not isinstance(self.overlap, bool):
             raise TypeError(f"overlap={self.overlap!r} must be True or False.")
         object.__setattr__(self, "wire", WireFormats.of(self.wire))
-        if not is_number(self.merge_weight) or not 0 <= self.merge_weight <= 1:
+        weight = self.merge_weight
+        if weight is not None and not (is_number(weight) and 0 <= weight <= 1):
             raise ValueError(
                 f"merge_weight={self.merge_weight!r} must be a number from 0 (ignore the global model) to 1 (take it)."
             )
@@ -142,7 +160,11 @@ class ServerAlgorithm(Algorithm):
 
     def period(self, workers: int) -> int:
         """Returns the pushes between two exchanges (``K``) of a local server with a number of workers."""
-        return 8 * workers
+        return period(workers, self.rounds)
+
+    def weight(self) -> float:
+        """Returns the weight of the global model in a merge (``alpha``)."""
+        return 0.25 if self.merge_weight is None else self.merge_weight
 
     def local_server(
         self,
@@ -159,7 +181,7 @@ class ServerAlgorithm(Algorithm):
             model,
             self.make_local_optimizer(workers, servers),
             None if servers == 1 else self.period(workers),
-            self.merge_weight,
+            self.weight(),
             shapes,
             workers,
             self.max_norm_ratio,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from lightning_halos.core.algorithms import defaults
 from lightning_halos.core.algorithms.base import SynchronousAlgorithm
 from lightning_halos.core.servers import OptimizerFactory, SynchronousServer
 
@@ -19,7 +19,8 @@ class Diloco(SynchronousAlgorithm):
     """One server that applies the mean of all workers' pushes.
 
     Attributes:
-        outer_optimizer: Makes the server's optimizer. Default: :func:`default_outer_optimizer`.
+        outer_optimizer: Makes the server's optimizer. Default: :func:`.defaults.outer_optimizer`, or SGD with
+            rate 1 without momentum.
     """
 
     local_steps: int = 32
@@ -39,10 +40,8 @@ class Diloco(SynchronousAlgorithm):
 
     def make_outer_optimizer(self) -> OptimizerFactory:
         """Returns the function that makes the server's optimizer."""
-        default = default_outer_optimizer if self.has_momentum else partial(torch.optim.SGD, lr=1.0)
-        return self.outer_optimizer or default
-
-
-def default_outer_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
-    """Returns the outer optimizer: SGD with rate 0.7 and Nesterov momentum 0.9 (arXiv 2311.08105, section 3)."""
-    return torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)
+        if self.outer_optimizer is not None:
+            return self.outer_optimizer
+        if not self.has_momentum:
+            return partial(torch.optim.SGD, lr=1.0)
+        return defaults.outer_optimizer(defaults.length_of(self.rounds, published_local_steps=32))
