@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_a_run_that_was_stopped_ends_where_it_would_have(
     assert paths
     for path in paths:
         assert_equal(expected, resume(name, path, **flags))
+
+
+def lengths(folder: Path) -> set[int]:
+    """The lengths of the run in all manifests of a folder."""
+    return {json.loads(path.read_text())["global_steps"] for path in folder.rglob("manifest.json")}
+
+
+def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(tmp_path: Path) -> None:
+    run("halos", tmp_path / "first", 4, max_steps=8)
+    assert lengths(tmp_path / "first") == {8}
+    saving = ModelCheckpoint(tmp_path / "second", "{step}", every_n_train_steps=4, save_top_k=-1)
+    flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_steps": 16}
+    resume("halos", tmp_path / "first/step=4.ckpt", **flags)
+    assert lengths(tmp_path / "second") == {8}
 
 
 class WithMuon(Toy):

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from lightning_halos.core.run_length import shortcomings
     from lightning_halos.planning.planner import make_timing
     from lightning_halos.planning.settings import read_settings
     from lightning_halos.planning.stability import MINIMUM, check
@@ -71,6 +72,10 @@ def _check(arguments: argparse.Namespace) -> int:
     settings = settings._replace(algorithm=dataclasses.replace(settings.algorithm, global_steps=steps))
     verdict = check(settings.algorithm, make_timing(cluster, arguments.message_bytes), rate)
     print("\n".join(_lines(settings, verdict, rate, arguments.curvature)))
+    if steps is not None:
+        groups = settings.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+        for shortcoming in shortcomings(settings.algorithm, groups, steps):
+            print(f"\n{shortcoming}")
     return 0 if verdict.is_stable else UNSTABLE
 
 
