@@ -1,8 +1,9 @@
 """Are the default settings, which go by the length of a run, as good as tuned ones?
 
 Trains small models on described clusters, on the nodes and the virtual clock of a simulation, but without Lightning: a
-pass trains many copies of the model at once, on the same batches, each with server optimizers of its own. So a pass costs
-little more than one run. A case is a task, a cluster and a length. Its passes differ in K and alpha, and all have H = 8::
+pass trains many copies of the model at once, on the same batches, each with server optimizers of its own. So a pass
+costs little more than one run. A case is a task, a cluster and a length. Its passes differ in K and alpha, and all have
+H = 8::
 
     python benchmarks/rule.py                                # the passes that are missing, and the table
     python benchmarks/rule.py --tasks digits --clusters 2x2 --steps 100 300

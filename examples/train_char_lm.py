@@ -248,8 +248,8 @@ def make_strategy(args: argparse.Namespace) -> Any:
     if args.strategy != "halos":
         return args.strategy
     is_region = "HALOS_SERVER" in os.environ  # this job is one of several
-    # The defaults are made for weeks of training. A run of a few hundred steps wants more frequent exchanges, and no
-    # momentum on the local servers (docs/time-to-loss.md).
+    # A run of a few hundred steps wants frequent exchanges and little momentum. The defaults go by max_steps, too; the
+    # figures in the documentation were measured with these settings.
     return HalosStrategy(
         regions=None if is_region or args.link else args.regions,
         simulate=slow_link(args, "star") if args.link else None,

@@ -70,13 +70,26 @@ def lengths(folder: Path) -> set[int]:
     return {json.loads(path.read_text())["global_steps"] for path in folder.rglob("manifest.json")}
 
 
+class WithoutSchedule(Toy):
+    """A run of it may go on for longer than it was meant to."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
 def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(tmp_path: Path) -> None:
-    run("halos", tmp_path / "first", 4, max_steps=8)
-    assert lengths(tmp_path / "first") == {8}
-    saving = ModelCheckpoint(tmp_path / "second", "{step}", every_n_train_steps=4, save_top_k=-1)
-    flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_steps": 16}
-    resume("halos", tmp_path / "first/step=4.ckpt", **flags)
-    assert lengths(tmp_path / "second") == {8}
+    path = None
+    for name, steps in (("first", 8), ("second", 16)):
+        saving = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=4, save_top_k=-1)
+        flags: dict[str, Any] = {
+            "callbacks": saving,
+            "enable_checkpointing": True,
+            "max_steps": steps,
+            "ckpt_path": path,
+        }
+        fit("halos", WithoutSchedule(), loader(shuffle=True), **flags, ckpt_path=path)
+        assert lengths(tmp_path / name) == {8}
+        path = tmp_path / name / "step=4.ckpt"
 
 
 class WithMuon(Toy):

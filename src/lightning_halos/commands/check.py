@@ -69,12 +69,12 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)
     steps = arguments.steps or settings.max_steps
-    settings = settings._replace(algorithm=dataclasses.replace(settings.algorithm, global_steps=steps))
-    verdict = check(settings.algorithm, make_timing(cluster, arguments.message_bytes), rate)
+    algorithm = dataclasses.replace(settings.algorithm, global_steps=steps)
+    verdict = check(algorithm, make_timing(cluster, arguments.message_bytes), rate)
     print("\n".join(_lines(settings, verdict, rate, arguments.curvature)))
     if steps is not None:
-        groups = settings.algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-        for shortcoming in shortcomings(settings.algorithm, groups, steps):
+        groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+        for shortcoming in shortcomings(algorithm, groups, steps):
             print(f"\n{shortcoming}")
     return 0 if verdict.is_stable else UNSTABLE
 
