@@ -29,7 +29,7 @@ def values(factory: OptimizerFactory) -> tuple[float, ...]:
 )
 def test_runs_as_long_as_the_papers_have_its_values(length: Any) -> None:
     halos = Halos(**length)
-    assert (halos.period(4), halos.weight()) == (32, 0.25)
+    assert (halos.period(4), halos.global_weight()) == (32, 0.25)
     assert values(halos.make_local_optimizer(4, 4)) == (0.2, 0.9, 16)
     assert values(halos.make_global_optimizer(4)) == (0.15, 0.5, 2)
     assert values(AsyncLocalSGD(**length).make_local_optimizer(16, 1)) == (0.05, 0.9, 32)
@@ -40,7 +40,7 @@ def test_runs_as_long_as_the_papers_have_its_values(length: Any) -> None:
 def test_short_runs_have_no_momentum_and_frequent_exchanges(steps: int, per_worker: int) -> None:
     halos = Halos(global_steps=steps)
     assert halos.period(4) == 4 * per_worker
-    assert 0.37 < halos.weight() <= 0.5
+    assert 0.37 < halos.global_weight() <= 0.5
     assert values(halos.make_local_optimizer(4, 4)) == (0.25, 0, 1)
     assert values(halos.make_global_optimizer(4)) == (1.5 / 4, 0, 1)
     assert values(AsyncLocalSGD(global_steps=steps).make_local_optimizer(16, 1)) == (1 / 16, 0, 1)
@@ -60,7 +60,7 @@ def test_what_counts_is_the_number_of_rounds() -> None:
 
 def test_given_values_stay_and_so_does_no_momentum_for_lbfgs() -> None:
     given = Halos(global_steps=100, accumulate_updates=5, merge_weight=0.1, defaults="published")
-    assert (given.period(4), given.weight()) == (5, 0.1)
+    assert (given.period(4), given.global_weight()) == (5, 0.1)
     assert values(Halos(defaults="published", has_momentum=False).make_local_optimizer(4, 4)) == (0.25, 0, 1)
 
 

@@ -36,7 +36,7 @@ def settings(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = 
     values: dict[str, Any] = {}
     if isinstance(algorithm, ServerAlgorithm) and (joins or len(groups) > 1):
         values["accumulate_updates"] = algorithm.period(_workers(groups))
-        values["merge_weight"] = algorithm.weight()
+        values["merge_weight"] = algorithm.global_weight()
     for name, factory in _optimizers(algorithm, groups, joins).items():
         group = factory([nn.Parameter(torch.zeros(1))]).param_groups[0]
         values[name] = {key: group[key] for key in ("lr", "momentum", "delay") if key in group}

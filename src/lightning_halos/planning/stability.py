@@ -190,7 +190,7 @@ def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
         name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
         local = [Rule.of(name, algorithm.make_local_optimizer(len(group.ranks), number)) for group in groups]
         outer = Rule.of("global_optimizer", algorithm.make_global_optimizer(number)) if number > 1 else None
-        return Servers(tuple(local), outer, algorithm.weight(), name)
+        return Servers(tuple(local), outer, algorithm.global_weight(), name)
     if isinstance(algorithm, Diloco):
         name = "outer_optimizer"
         return Servers((Rule.of(name, algorithm.make_outer_optimizer()),), None, 0.0, name)

@@ -163,7 +163,7 @@ class Space:
                 parameters["pushes_per_worker"] = Number(0.5, 16, is_log=True)
                 parameters["merge_weight"] = Number(0.05, 1.0)
                 start["pushes_per_worker"] = algorithm.period(round(self._workers)) / self._workers
-                start["merge_weight"] = algorithm.weight()
+                start["merge_weight"] = algorithm.global_weight()
             self._with_servers(algorithm, len(groups), parameters, start)
         elif isinstance(algorithm, Diloco):
             self._workers = float(cluster.num_workers)

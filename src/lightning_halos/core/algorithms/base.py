@@ -111,7 +111,7 @@ class ServerAlgorithm(Algorithm):
     its model is the global model.
 
     Attributes:
-        merge_weight: Weight of the global model when a local server merges it (``alpha``). Default: :meth:`weight`.
+        merge_weight: Weight of the global model when a local server merges it (``alpha``); see :meth:`global_weight`.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
         overlap: Whether a worker trains on while its push is answered, and adds what it has learned meanwhile to the
@@ -162,7 +162,7 @@ class ServerAlgorithm(Algorithm):
         """Returns the pushes between two exchanges (``K``) of a local server with a number of workers."""
         return period(workers, self.rounds)
 
-    def weight(self) -> float:
+    def global_weight(self) -> float:
         """Returns the weight of the global model in a merge (``alpha``)."""
         return 0.25 if self.merge_weight is None else self.merge_weight
 
@@ -181,7 +181,7 @@ class ServerAlgorithm(Algorithm):
             model,
             self.make_local_optimizer(workers, servers),
             None if servers == 1 else self.period(workers),
-            self.weight(),
+            self.global_weight(),
             shapes,
             workers,
             self.max_norm_ratio,

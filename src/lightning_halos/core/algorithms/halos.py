@@ -53,7 +53,7 @@ class Halos(ServerAlgorithm):
             return self.accumulate_updates
         return super().period(workers) if self.updates_per_worker is None else self.updates_per_worker * workers
 
-    def weight(self) -> float:
+    def global_weight(self) -> float:
         return defaults.merge_weight(self._length) if self.merge_weight is None else self.merge_weight
 
     def make_local_optimizer(self, workers: int, servers: int) -> OptimizerFactory:
