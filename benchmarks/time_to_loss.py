@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 
 from lightning_halos import (
@@ -43,6 +42,7 @@ from lightning_halos import (
     SimulatedCluster,
     SyncSGDStrategy,
 )
+from lightning_halos.tuning.goal import time_to_reach
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -357,13 +357,6 @@ def search(args: argparse.Namespace, cluster: SimulatedCluster) -> None:
 def time_to(result: Result, target: float) -> float:
     """Virtual hours until the loss is down at a target; see :func:`time_to_reach`."""
     return time_to_reach(target, result["virtual_hours"], result["val_loss"])
-
-
-def time_to_reach(target: float, times: Sequence[float], losses: Sequence[float]) -> float:
-    """The time at which a loss is down at a target: interpolated on the running minimum; nan if it never is."""
-    lowest = np.minimum.accumulate(losses)
-    is_new = np.diff(lowest, prepend=np.inf) < 0
-    return float(np.interp(-target, -lowest[is_new], np.array(times)[is_new], right=np.nan))
 
 
 def table(results: dict[str, list[Result]], reference: str) -> tuple[str, float]:

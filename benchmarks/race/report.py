@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from time_to_loss import time_to_reach
 
+from lightning_halos.tuning.goal import time_to_reach
 from race.cases import CONTESTANTS, Case
 from race.rows import Result
 
