@@ -38,7 +38,7 @@ class Servers(pl.Callback):
 def trains(worker: int, max_steps: int, before: str | None, after: str) -> Result:
     module, servers = Toy(), Servers()
     # In a resumed run the global server gets nothing before the end.
-    strategy = halos(worker=worker, accumulate_updates=4 if before is None else 1000)
+    strategy = halos(worker=worker, defaults="published", accumulate_updates=4 if before is None else 1000)
     trainer = make_trainer(strategy, devices=2 * worker, max_steps=max_steps, callbacks=[servers])
     trainer.fit(module, loader(batch_size=BATCH // worker), ckpt_path=before)
     trainer.save_checkpoint(after)

@@ -81,12 +81,7 @@ def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(tmp_pa
     path = None
     for name, steps in (("first", 8), ("second", 16)):
         saving = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=4, save_top_k=-1)
-        flags: dict[str, Any] = {
-            "callbacks": saving,
-            "enable_checkpointing": True,
-            "max_steps": steps,
-            "ckpt_path": path,
-        }
+        flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_steps": steps}
         fit("halos", WithoutSchedule(), loader(shuffle=True), **flags, ckpt_path=path)
         assert lengths(tmp_path / name) == {8}
         path = tmp_path / name / "step=4.ckpt"
