@@ -104,7 +104,8 @@ def report(rows: Rows, algorithms: list[str], steps: int, seeds: int) -> str:
         for optimizer in MODULES:
             rate, losses = rows.tune(algorithm, optimizer, steps // 2)
             points = ", ".join(f"{one:g}: {loss:.3f}" for one, loss in sorted(losses.items()))
-            tried.append(f"{NAMES[algorithm]:18}{optimizer:12}{points}")
+            if losses:
+                tried.append(f"{NAMES[algorithm]:18}{optimizer:12}{points}")
             if rate is not None:
                 of_seeds = [rows.row(algorithm, optimizer, rate, steps, seed) for seed in range(seeds)]
                 if known := [row for row in of_seeds if row is not None]:
@@ -137,7 +138,7 @@ def main() -> int:
     quiet()
     cluster = None if args.report else SimulatedCluster.from_yaml(args.cluster)
     text = report(Rows(args.output / "rows.json", cluster), args.algorithms, args.steps, args.seeds)
-    (args.output / "table.txt").write_text(f"$ python benchmarks/muon.py\n\n{text}\n")
+    (args.output / "table.txt").write_text(f"$ python benchmarks/muon.py --report\n\n{text}\n")
     print(f"\n{text}")
     return 0
 

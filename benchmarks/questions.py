@@ -408,7 +408,7 @@ def main() -> int:
     rows = Rows(args.output / "rows.json", trains=not args.report)
     texts = []
     for name in args.questions:
-        texts.append(f"$ python benchmarks/questions.py {name}\n\n{QUESTIONS[name](rows)}\n")
+        texts.append(f"$ python benchmarks/questions.py {name} --report\n\n{QUESTIONS[name](rows)}\n")
         (args.output / f"{name}.txt").write_text(texts[-1])
     print("\n\n".join(texts))
     return 0

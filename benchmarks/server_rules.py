@@ -201,10 +201,11 @@ def described(settings: Settings) -> str:
         values = {key: value for key, value in settings[name].items() if key != "kind"}
         if settings[name] == _nesterov(*TUNED_LOCAL) and name == "local":
             continue
-        period, aligned, ahead = (values.pop(key, None) for key in ("period", "aligned", "ahead"))
+        period = values.pop("period", None)
+        for key in ("aligned", "ahead"):  # in the name of the rule
+            values.pop(key, None)
         text = f"{name} {'/'.join(format(value, 'g') for value in values.values())}"
         text += f", restart every {period}" if period else ""
-        text += ", ahead" if ahead and aligned is None else ""
         words.append(text)
     return ", ".join([*words, f"K {settings['K']}"])
 

@@ -484,7 +484,7 @@ def long_report(output: Path) -> None:
     steps = results["tuned"][0]["global_steps"]
     title = f"The same model for {steps:,} global steps, the same samples for each algorithm"
     plot({name: seeds[0] for name, seeds in results.items()}, "tuned", target, title, output / "time_to_loss.png")
-    publish([f"$ python benchmarks/time_to_loss.py --long\n\n{text}\n\n{closeness(results)}"], output)
+    publish([f"$ python benchmarks/time_to_loss.py --long --plot-only\n\n{text}\n\n{closeness(results)}"], output)
 
 
 def publish(texts: list[str], output: Path) -> None:

@@ -77,7 +77,7 @@ def search(make: Any, cluster: SimulatedCluster, steps: int, args: argparse.Name
     )
     print(f"\n{tuned.table}", flush=True)
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/tuning.py {args.what} --minutes {args.minutes:g}",
         "steps": steps,
         "minutes": round((time.perf_counter() - begin) / 60, 1),
         "core_minutes": round((_core_seconds() - before) / 60, 1),
