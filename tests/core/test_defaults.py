@@ -1,10 +1,12 @@
 """The servers' default settings, by the topology and the length of the run."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_halos.core import run_length
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos
@@ -103,3 +105,23 @@ def test_defaults_never_draw_a_warning(steps: int) -> None:
     for algorithm in (Halos(global_steps=steps), AsyncLocalSGD(global_steps=steps), Diloco(global_steps=steps)):
         groups = FOUR_BY_FOUR if isinstance(algorithm, Halos) else FOUR_BY_FOUR[:1]
         assert not run_length.shortcomings(algorithm, groups, steps)
+
+
+def test_functions_that_need_the_parameters_of_the_module_are_left_alone() -> None:
+    def with_rates(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": p, "lr": rate} for p, rate in zip(params, (0.1, 0.2), strict=True)])
+
+    algorithm = Halos(global_steps=100, local_optimizer=with_rates)
+    groups = algorithm.arrange([[0, 1], [2, 3]]).groups
+    assert "local_optimizer" not in run_length.summary(algorithm, groups)
+    assert run_length.shortcomings(algorithm, groups, 100) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "local_steps", "remedy"),
+    [(30, 8, "Lower accumulate_updates to 1."), (8, 8, "Lower local_steps to 2, or"), (2, 1, "Train longer.")],
+)
+def test_a_warning_names_what_helps(steps: int, local_steps: int, remedy: str) -> None:
+    algorithm = Halos(local_steps=local_steps, accumulate_updates=16)
+    (text, *_) = run_length.shortcomings(algorithm, algorithm.arrange([[0, 1], [2, 3]]).groups, steps)
+    assert remedy in text

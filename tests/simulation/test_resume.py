@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_halos import CheckpointError, HalosStrategy, SimulatedCluster
+from lightning_halos.core.algorithms.defaults import ASSUMED_STEPS
 from lightning_halos.core.sharding import local
 from lightning_halos.optim import MuonAdamW
 from tests.simulation.test_world import Toy, fit, loader
@@ -85,6 +88,20 @@ def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(tmp_pa
         fit("halos", WithoutSchedule(), loader(shuffle=True), **flags, ckpt_path=path)
         assert lengths(tmp_path / name) == {8}
         path = tmp_path / name / "step=4.ckpt"
+
+
+class Stream(IterableDataset[Any]):
+    """Data without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(loader().dataset)  # type: ignore[call-overload]
+
+
+def test_a_run_over_data_without_a_length_is_of_unknown_length(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_epochs": 1, "max_steps": -1}
+    fit("halos", WithoutSchedule(), DataLoader(Stream(), batch_size=4), **flags)
+    assert lengths(tmp_path) == {ASSUMED_STEPS}
 
 
 class WithMuon(Toy):

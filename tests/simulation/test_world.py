@@ -112,7 +112,7 @@ def fit(
     strategy = {**STRATEGIES, **OVERLAPPING, **BUSY}[name](timeout=60, **options)
     trainer = pl.Trainer(strategy=strategy, **{**quiet, **fixed, "log_every_n_steps": 5, **kwargs})
     pl.seed_everything(1, verbose=False)
-    trainer.fit(module, None if data is module else data or loader(), loader(32), ckpt_path=ckpt_path)
+    trainer.fit(module, None if data is module else loader() if data is None else data, loader(32), ckpt_path=ckpt_path)
     return trainer, module
 
 

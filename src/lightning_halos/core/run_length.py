@@ -37,11 +37,13 @@ def settings(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = 
     if isinstance(algorithm, ServerAlgorithm) and (joins or len(groups) > 1):
         values["accumulate_updates"] = algorithm.period(_workers(groups))
         values["merge_weight"] = algorithm.global_weight()
-    for name, factory in _optimizers(algorithm, groups, joins).items():
-        group = factory([nn.Parameter(torch.zeros(1))]).param_groups[0]
-        values[name] = {key: group[key] for key in ("lr", "momentum", "delay") if key in group}
     fields = {field.name for field in dataclasses.fields(algorithm)}
-    return {name: value for name, value in values.items() if name in fields and getattr(algorithm, name) is None}
+    values = {name: value for name, value in values.items() if name in fields and getattr(algorithm, name) is None}
+    for name, factory in _optimizers(algorithm, groups, joins).items():
+        if getattr(algorithm, name) is None:
+            group = _arguments(factory)
+            values[name] = {key: group[key] for key in ("lr", "momentum", "delay") if key in group}
+    return values
 
 
 def summary(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = False) -> str:
@@ -78,10 +80,12 @@ def _few_exchanges(algorithm: Algorithm, groups: Sequence[ServerGroup], global_s
     if pushes >= _FEWEST_EXCHANGES * period:
         return
     lower = max(1, int(pushes / (2 * _FEWEST_EXCHANGES)))
-    if lower < period:
+    if lower < period and global_steps >= _FEWEST_EXCHANGES * algorithm.local_steps:
         remedy = f"Lower accumulate_updates to {lower}."
+    elif (steps := max(1, global_steps // _FEWEST_EXCHANGES)) < algorithm.local_steps:
+        remedy = f"Lower local_steps to {steps}, or train longer."
     else:
-        remedy = f"Lower local_steps to {max(1, algorithm.local_steps // 2)}, or train longer."
+        remedy = "Train longer."
     yield (
         f"{global_steps} global steps are few for accumulate_updates={period}: a server with {workers} worker(s) gets"
         f" about {pushes:.0f} pushes, and exchanges with the global server {pushes / period:.1f} times. {remedy}"
@@ -97,7 +101,7 @@ def _slow_momenta(algorithm: Algorithm, groups: Sequence[ServerGroup], global_st
     for name, factory in _optimizers(algorithm, groups).items():
         if getattr(algorithm, name, None) is None and algorithm.defaults == "run":
             continue
-        group = factory([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        group = _arguments(factory)
         momentum, delay = group.get("momentum") or 0.0, group.get("delay", 1)
         time = delay / (1 - momentum) if momentum < 1 else float("inf")
         if not momentum or time <= _LARGEST_SHARE * updates[name]:
@@ -124,6 +128,14 @@ def _optimizers(
     if number > 1 and not joins:
         factories["global_optimizer"] = algorithm.make_global_optimizer(number)
     return factories
+
+
+def _arguments(factory: OptimizerFactory) -> dict[str, Any]:
+    """Returns the arguments of an optimizer; none if its function works with the parameters of the module only."""
+    try:
+        return dict(factory([nn.Parameter(torch.zeros(1))]).param_groups[0])
+    except Exception:  # a user's function, which the run calls with other parameters; this is only for a warning
+        return {}
 
 
 def _workers(groups: Sequence[ServerGroup]) -> int:

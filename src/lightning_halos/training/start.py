@@ -114,9 +114,10 @@ class Start:
         """
         length = self.limit
         if self.membership is not None:  # what all jobs of the run know
-            length = None if self.trainer.max_steps == -1 else self.trainer.max_steps
-            if length is None and self.data is not None and self.data.end != math.inf:
-                length = int(self.data.end) // self.workers
+            ends = [] if self.trainer.max_steps == -1 else [self.trainer.max_steps]
+            if self.data is not None and self.data.end != math.inf:
+                ends.append(int(self.data.end) // self.workers)
+            length = min(ends, default=None)
         length = self.site.collectives.broadcast_object(length)
         began = length
         if self.resume is not None:
@@ -127,7 +128,7 @@ class Start:
         groups, joins = self.site.topology.groups, self.membership is not None
         if text := run_length.summary(algorithm, groups, joins):
             rank_zero_info(text)
-        if not joins:
+        if not joins and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             for warning in run_length.shortcomings(algorithm, groups, length) if length else ():
                 rank_zero_warn(warning)
         return algorithm
@@ -197,7 +198,7 @@ class Start:
     def limit(self) -> int | None:
         """Global steps of the complete run by Lightning's estimate, ``None`` if unknown."""
         steps = self.trainer.estimated_stepping_batches
-        return None if steps == float("inf") else int(steps)
+        return None if steps in (math.inf, -1) else int(steps)  # -1: some epochs of data without a length
 
     @property
     def end(self) -> float:
