@@ -10,6 +10,7 @@ import pytest
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.planner import make_timing
+from lightning_halos.planning.settings import make_arguments
 from lightning_halos.planning.stability import servers_of
 from lightning_halos.simulation.cluster import SimulatedCluster
 from tests.simulation.paper import PAPER
@@ -129,3 +130,13 @@ def test_goals() -> None:
     assert (high.value(curve), high.describe(high.value(curve))) == (-2.5, "2.5")
     assert Goal(300.0, mode="max", target=2.2).value([Point(1, 100, 2.0), Point(2, 200, 2.4)]) == pytest.approx(150)
     assert not math.isnan(missed.value(curve[:1]))
+
+
+def test_settings_to_start_from_that_are_not_varied_stay() -> None:
+    kept = {"servers_per_region": 2, "max_norm_ratio": 10, "overlap": True, "wire": "int4"}
+    algorithm = Halos(**kept)
+    space = Space(algorithm, TIMING, {}, kept)
+    for values in (space.start, space.averaging):
+        made = Halos(**make_arguments(Halos, space.settings(values)))
+        for name in ("servers_per_region", "max_norm_ratio", "overlap", "wire"):
+            assert getattr(made, name) == getattr(algorithm, name), name

@@ -132,6 +132,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     wire, folder = _wire(arguments.wire), arguments.output
     timing = make_timing(cluster, arguments.message_bytes).on(wire)
     if arguments.sweep:
+        if arguments.settings is not None:
+            raise ValueError("--sweep varies the settings of HALoS: leave --settings out.")
         trials = sweep(timing, arguments.hours, overlap=arguments.overlap, wire=wire)
         _report(arguments, "sweep", sweep_table(trials, timing))
         return
@@ -175,13 +177,14 @@ def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algori
     from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
     from lightning_halos.planning.settings import read_settings
 
+    if arguments.steps is not None:
+        check_count("--steps", arguments.steps)
     if arguments.settings is not None:
         if arguments.algorithm:
             raise ValueError("--settings names the algorithm: leave --algorithm out.")
-        return [read_settings(arguments.settings).algorithm]
+        settings = read_settings(arguments.settings)
+        return [dataclasses.replace(settings.algorithm, global_steps=arguments.steps or settings.max_steps)]
     check_count("baseline_local_steps", arguments.baseline_local_steps)
-    if arguments.steps is not None:
-        check_count("--steps", arguments.steps)
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
         changes: dict[str, Any] = {"global_steps": arguments.steps}

@@ -27,8 +27,10 @@ _STRATEGIES = {
     "async_local_sgd": "AsyncLocalSGDStrategy",
     "diloco": "DilocoStrategy",
 }
-_OF_REAL_RUNS = {"regions", "server", "keys", "streams", "start_method", "timeout", "grace_time", "worker", "inner"}
-"""Arguments that a configuration of a real run may have, and that change nothing in a simulation."""
+_LEFT_OUT = frozenset(
+    ("regions", "server", "keys", "streams", "start_method", "timeout", "grace_time", "worker", "inner", "simulate")
+)
+"""Arguments that a configuration may have, and that the search sets itself or that change nothing in a simulation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +108,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         name, start = read_mapping(arguments.start)
         if name != kind.__name__:
             raise ValueError(f"{arguments.start} has settings of {name}, but --algorithm is {arguments.algorithm}.")
-        start = {argument: value for argument, value in start.items() if argument not in _OF_REAL_RUNS}
+        start = {argument: value for argument, value in start.items() if argument not in _LEFT_OUT}
     try:
         cluster = interface.SimulatedCluster.from_yaml(arguments.cluster)
         found = kind.tune(

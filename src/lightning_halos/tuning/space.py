@@ -140,6 +140,7 @@ class Space:
         algorithm: The algorithm with the settings to start from. The ranges include them.
         timing: The durations on the cluster.
         fixed: Settings that are not varied.
+        kept: The settings to start from. Those that no parameter is about stay as they are.
 
     Attributes:
         parameters: The parameters, by name.
@@ -149,8 +150,10 @@ class Space:
         ValueError: If nothing can be varied.
     """
 
-    def __init__(self, algorithm: Algorithm, timing: Timing, fixed: Settings) -> None:
-        self._algorithm, self._timing, self._fixed = algorithm, timing, dict(fixed)
+    def __init__(
+        self, algorithm: Algorithm, timing: Timing, fixed: Settings, kept: Mapping[str, Any] | None = None
+    ) -> None:
+        self._algorithm, self._timing, self._fixed, self._kept = algorithm, timing, dict(fixed), dict(kept or {})
         cluster = timing.cluster
         self._servers: list[_Server] = []
         parameters: dict[str, Parameter] = {}
@@ -192,17 +195,18 @@ class Space:
         self._servers = [_Server(name, prefix, self._workers, has_delay=True)]
         if servers > 1:
             self._servers.append(_Server("global_optimizer", "global_", float(servers), has_delay=True))
-        plain = pace_of(algorithm, self._timing).step
         crosses = servers > 1 or len(self._timing.cluster.regions) > 1
         for link in ("within", "between"):
-            narrow = make_arguments(type(algorithm), {"wire": {link: "int4"}})
-            faster = plain / pace_of(_changed(algorithm, narrow), self._timing).step
+            wide, narrow = (
+                pace_of(_changed(algorithm, {"wire": {**_wire(algorithm), link: form}}), self._timing).step
+                for form in ("float32", "int4")
+            )
             # An update between regions is older the longer its message takes, also where no worker waits for it.
-            if faster > _WORTH or (link == "between" and crosses):
+            if wide / narrow > _WORTH or (link == "between" and crosses):
                 parameters[f"wire_{link}"] = Choice(("float32", "int8", "int4"))
                 start[f"wire_{link}"] = getattr(algorithm.wire, link)
         other = _changed(algorithm, {"overlap": not algorithm.overlap})
-        faster = pace_of(other, self._timing).step / plain
+        faster = pace_of(other, self._timing).step / pace_of(algorithm, self._timing).step
         if max(faster, 1 / faster) > _WORTH:
             parameters["overlap"] = Choice((False, True))
             start["overlap"] = algorithm.overlap
@@ -225,7 +229,7 @@ class Space:
         return {name: changes.get(name, value) for name, value in self.start.items()}
 
     def near(self, values: Values, random: Random) -> Values:
-        """Returns values of which some differ from those that are given, at least one."""
+        """Returns values of which some were drawn again, near those that are given. They may mean the same settings."""
         changed = [name for name in self.parameters if random.random() < _CHANGED]
         changed = changed or [random.choice(list(self.parameters))]
         return {
@@ -242,7 +246,7 @@ class Space:
         return {name: values[name] for name in self.parameters}
 
     def settings(self, values: Values) -> Settings:
-        """Returns the settings that values mean, with the fixed ones."""
+        """Returns the settings that values mean, with those that are kept and the fixed ones."""
         settings: Settings = {}
         for name in ("local_steps", "dynamic_local_steps", "overlap"):
             if name in values:
@@ -255,8 +259,9 @@ class Space:
             if f"{server.prefix}gain" in values:
                 settings[server.argument] = server.settings(values)
         if wire := {name.removeprefix("wire_"): form for name, form in values.items() if name.startswith("wire_")}:
-            settings["wire"] = wire
-        return {**settings, **self._fixed}
+            assert isinstance(self._algorithm, ServerAlgorithm)
+            settings["wire"] = {**_wire(self._algorithm), **wire}
+        return {**self._kept, **settings, **self._fixed}
 
     def algorithm(self, settings: Settings) -> Algorithm:
         """Returns the algorithm with settings."""
@@ -286,6 +291,11 @@ class Space:
         if not is_stable(algorithm, self._timing):
             return "unstable"
         return None
+
+
+def _wire(algorithm: ServerAlgorithm) -> dict[str, str]:
+    """Returns the format of each kind of link."""
+    return {"within": algorithm.wire.within, "between": algorithm.wire.between}
 
 
 def _changed(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Algorithm:

@@ -252,6 +252,7 @@ class Study:
 
     def close(self) -> None:
         """Lets another search use the folder."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # processes of trials that are about to end have it, too
         self._lock.close()
 
 

@@ -75,7 +75,7 @@ def tune(
     length = steps if virtual_hours is None else max(1, pace_of(algorithm, timing).steps(seconds))
     default, algorithm = (dataclasses.replace(one, global_steps=length) for one in (default, algorithm))
     goal = Goal(seconds, monitor, mode, target)
-    space = Space(algorithm, timing, fixed)
+    space = Space(algorithm, timing, fixed, start)
     if (possible := space.steps(first, seconds)) < FEWEST_STEPS:
         raise ValueError(
             f"The settings to start from do {possible} global steps in {seconds / 3600:.3g} virtual hours, and a trial"
