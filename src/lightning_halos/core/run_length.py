@@ -40,7 +40,7 @@ def settings(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = 
     fields = {field.name for field in dataclasses.fields(algorithm)}
     values = {name: value for name, value in values.items() if name in fields and getattr(algorithm, name) is None}
     for name, factory in _optimizers(algorithm, groups, joins).items():
-        if getattr(algorithm, name) is None:
+        if name in fields and getattr(algorithm, name) is None:
             group = _arguments(factory)
             values[name] = {key: group[key] for key in ("lr", "momentum", "delay") if key in group}
     return values
