@@ -117,7 +117,7 @@ def main() -> None:
     language_model, encode = load_model(args.model)
     train, val = standard_library(encode, context=64)
     model = LoraTuner(language_model, args.rank, args.lr)
-    # As in train_char_lm.py: a run of a few hundred steps wants frequent exchanges and little momentum.
+    # As in train_char_lm.py. The defaults, which go by max_steps, have frequent exchanges and no momentum here, too.
     halos = HalosStrategy(
         regions=args.regions,
         local_steps=4,

@@ -114,7 +114,7 @@ def main() -> None:
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **size, **special
     )
     model = MaskedLM(transformers.ModernBertForMaskedLM(config))
-    # As in train_char_lm.py: a run of a few hundred steps wants frequent exchanges and little momentum.
+    # As in train_char_lm.py. The defaults, which go by max_steps, have frequent exchanges and no momentum here, too.
     halos = HalosStrategy(
         regions=args.regions,
         local_steps=4,

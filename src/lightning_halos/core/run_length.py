@@ -47,7 +47,7 @@ def settings(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = 
 
 
 def summary(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = False) -> str:
-    """Returns :func:`settings` as a line for users; empty if there are none."""
+    """Returns :func:`settings`, which takes the same arguments, as a line for users; empty if there are none."""
     chosen = settings(algorithm, groups, joins)
     if not chosen:
         return ""
