@@ -35,17 +35,16 @@ class Wide(Toy):
     def __init__(self) -> None:
         torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1)))
-        self.bytes_per_exchange = 0.0
+        self.counters: dict[str, float] = {}
 
     def on_train_end(self) -> None:
         super().on_train_end()
         servers: Any = self.trainer.strategy.servers  # type: ignore[attr-defined]
         if servers is not None:
-            counters = servers.statistics()[1]  # of the region that is not rank 0's
-            self.bytes_per_exchange = counters["bytes_between_regions"] / counters["merges"]
+            self.counters = servers.statistics()[1]  # of the region that is not rank 0's
 
     def more(self) -> Result:
-        return {"bytes_per_exchange": self.bytes_per_exchange}
+        return {"counters": self.counters}
 
 
 class Steady(Toy):
@@ -92,9 +91,11 @@ def test_a_run_in_int4_loses_no_step_sends_little_and_goes_on(run: Run, tmp_path
     assert {result["global_step"] for result in resumed} == {STEPS}
     for results in (narrow, resumed):
         assert bool((results[0]["state"]["net.1.running_var"] > 0).all())
-    # The first model on the connection is complete, like the last update.
+    # The first model on the connection is complete, like the last update, and so are the statistics of the BatchNorm,
+    # a sixth of the model. On a busy machine, a region may make few other exchanges.
     parameters = sum(parameter.numel() for parameter in Wide().parameters())
-    assert narrow[0]["bytes_per_exchange"] < 0.5 * 2 * 4 * parameters
+    sent, merges = (narrow[0]["counters"][name] for name in ("bytes_between_regions", "merges"))
+    assert sent < 4 * parameters * (2 + 2 * 0.35 * merges)
 
     (folder,) = (tmp_path / f"step={SAVED}").glob("*/")
     shards = {file.stem: torch.load(file, weights_only=True) for file in folder.glob("*.pt")}
