@@ -75,6 +75,7 @@ class RegionBook:
         base: The model from which its next update is computed.
         version: Number of applied pushes.
         merged_at: The version at the last merge.
+        base_version: The version of the model that the next update is measured from.
         exchanging: Number of the unanswered update, 0 if there is none.
         number: Number of the last update.
         updates: The updates by number.
@@ -94,6 +95,7 @@ class RegionBook:
     base: Vector
     version: int = 0
     merged_at: int = 0
+    base_version: int = 0
     exchanging: int = 0
     number: int = 0
     updates: dict[int, Update] = field(default_factory=dict)
@@ -507,18 +509,21 @@ class Ledger:
             book.version += 1
         book.left |= {push.worker} if push.final else set()
         if book.left == set(ranks):
-            return [self._take(book, final=True)]
+            return [self._take(index, final=True)]
         if self._accumulate is None or book.exchanging or book.version - book.merged_at < self._accumulate[index]:
             return []
         book.exchanging = book.number + 1
-        return [self._take(book, final=False)]
+        return [self._take(index, final=False)]
 
-    def _take(self, book: RegionBook, final: bool) -> Update:
+    def _take(self, index: int, final: bool) -> Update:
+        book = self.regions[index]
         if self._accumulate is None:
             return Update(list(book.model), book.unsent, final)
-        vector = [base - value for base, value in zip(book.base, book.model, strict=True)]
+        pushes, most = book.version - book.base_version, self._accumulate[index]
+        weight = min(1.0, most / pushes) if final and pushes else 1.0
+        vector = [weight * (base - value) for base, value in zip(book.base, book.model, strict=True)]
         update = Update(vector[:PARAMETERS] + book.model[PARAMETERS:], book.unsent, final)
-        book.base, book.unsent = list(book.model), 0
+        book.base, book.base_version, book.unsent = list(book.model), book.version, 0
         return update
 
     def _merge(self, book: RegionBook, answer: GlobalModel, vector: Vector) -> None:
@@ -527,6 +532,7 @@ class Ledger:
         weight = self._merge_weight
         book.model = [(1 - weight) * own + weight * other for own, other in zip(book.model, vector, strict=True)]
         book.base, book.merged_at, book.exchanging = list(book.model), book.version, 0
+        book.base_version = book.version
 
     def _check_pull(self, index: int, sender: int, message: Message, to: int, pull: Pull) -> None:
         assert isinstance(message, Push)

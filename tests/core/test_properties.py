@@ -65,22 +65,25 @@ class PlainLocalServer(PlainServer):
     def __init__(self, start: list[float], k: int | None, alpha: float, **options: Any) -> None:
         super().__init__(start, **options)
         self.base = [0.0] * 3 if k is None else list(start)
-        self.k, self.alpha, self.merged_at = k, alpha, 0
+        self.k, self.alpha, self.merged_at, self.base_version = k, alpha, 0, 0
         self.steps = self.sent = 0
         self.exchanging = False
 
     def wants_to_send(self) -> bool:
         return self.k is not None and not self.exchanging and self.version - self.merged_at >= self.k
 
-    def take(self) -> tuple[list[float], int]:
-        accumulated = [self.base[0] - self.model[0], self.base[1] - self.model[1], self.model[2]]
-        self.base, steps, self.steps = list(self.model), self.steps, 0
+    def take(self, final: bool) -> tuple[list[float], int]:
+        weight = min(1, self.k / max(1, self.version - self.base_version)) if final and self.k else 1
+        changes = [weight * (base - value) for base, value in zip(self.base[:2], self.model[:2], strict=True)]
+        accumulated = [*changes, self.model[2]]
+        self.base, self.base_version, steps, self.steps = list(self.model), self.version, self.steps, 0
         self.sent += 1
         return accumulated, steps
 
     def merge(self, model: list[float]) -> None:
         self.model = [(1 - self.alpha) * mine + self.alpha * its for mine, its in zip(self.model, model, strict=True)]
         self.base, self.merged_at, self.exchanging = list(self.model), self.version, False
+        self.base_version = self.version
 
 
 Sender = tuple[str, int]
@@ -324,7 +327,7 @@ class Network:
             self._send(index, self.servers[index].flush())
 
     def _send(self, index: int, update: RegionUpdate) -> None:
-        accumulated, steps = self.plain[index].take()
+        accumulated, steps = self.plain[index].take(update.final)
         assert update.vector.tolist() == pytest.approx(accumulated)
         assert update.steps == steps
         self.wires["server", index].send(update)

@@ -8,7 +8,7 @@ import torch
 
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer, all_finite
+from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer, all_finite, unsent_update
 
 from .receiving import receive
 
@@ -121,11 +121,28 @@ class TestFlush:
         assert (last.version, last.steps, last.final, last.stop) == (3, 4, True, True)
 
     def test_holds_only_what_the_unanswered_exchange_does_not(self):
-        server = local_server(k=2)
-        sent = [receive(server, push(1.0, 0.0, steps=steps))[1] for steps in (1, 2, 4, 8, 16)]
+        server = local_server(k=4)
+        sent = [receive(server, push(1.0, 0.0, steps=steps))[1] for steps in (1, 2, 4, 8, 16, 32)]
         last = server.flush()
-        assert (sent[1].vector.tolist(), sent[1].steps) == ([2, 0], 3)
-        assert (last.vector.tolist(), last.steps) == ([3, 0], 28)
+        assert (sent[3].vector.tolist(), sent[3].steps) == ([4, 0], 15)
+        assert (last.vector.tolist(), last.steps) == ([2, 0], 48)
+
+    def test_counts_for_no_more_pushes_than_every_other_update_has(self):
+        server = local_server(k=2)
+        for _ in range(10):
+            receive(server, push(1.0, 3.0, steps=1))
+        unsent = unsent_update(0, server.state_dict())
+        last = server.flush()
+        assert (last.vector.tolist(), last.steps) == ([2, 6], 8)
+        assert (unsent.vector.tolist(), unsent.steps) == ([2, 6], 8)
+
+    def test_counts_for_its_pushes_since_the_last_merge(self):
+        server = local_server(k=2, alpha=0.0)
+        for _ in range(10):
+            receive(server, push(1.0, 0.0))
+        server.merge(answer(0.0, 0.0))
+        receive(server, push(1.0, 0.0))
+        assert server.flush().vector.tolist() == [1, 0]
 
     def test_is_empty_if_everything_was_sent(self):
         server = local_server(k=1)

@@ -391,6 +391,7 @@ class LocalServer(ParameterServer):
     Attributes:
         merges: Number of merged global models.
         merged_at: The version at the last merge.
+        base_version: The version of the model that the next update is measured from.
         global_version: Version of the global model that was merged last.
         exchanging: Whether an update is unanswered.
         number: Number of the last update that was sent.
@@ -399,7 +400,8 @@ class LocalServer(ParameterServer):
             before was rounded.
     """
 
-    _PLAIN = ("merges", "merged_at", "global_version", "exchanging", "number", "steps")  # values in the state
+    # Values in the state.
+    _PLAIN = ("merges", "merged_at", "base_version", "global_version", "exchanging", "number", "steps")
 
     def __init__(
         self,
@@ -426,6 +428,7 @@ class LocalServer(ParameterServer):
         # there is no global server.
         self._base: Tensor | None = self._begin()
         self.merged_at = 0
+        self.base_version = 0
         self.global_version = 0
         self.feedback: ErrorFeedback | None = None
 
@@ -458,18 +461,21 @@ class LocalServer(ParameterServer):
     def begin_exchange(self) -> RegionUpdate:
         """Returns the update that is due. :meth:`fill` must compute its vector before the next push or merge."""
         self.exchanging = True
-        return self._take()
+        update = self._take()
+        self.base_version = self.version
+        return update
 
     def flush(self, stop: bool = False) -> RegionUpdate:
-        """Returns the last update, with everything that has not been sent to the global server.
+        """Returns the last update, with the local steps that no other update has.
 
-        If an update is still unanswered, the last update contains the changes since that one, so nothing is lost. Its
-        answer must not be merged.
+        If an update is still unanswered, the last update contains the changes since that one, and the answer must not
+        be merged. On a slow link these may be most of a run, measured from an old model. So the last update counts for
+        no more than ``accumulate_updates`` pushes, like every other: if it has more, it is scaled down.
         """
         update = self._take()
         update.final, update.stop = True, stop
-        self.exchanging, self.merged_at = False, self.version
         self.fill(update)
+        self.exchanging, self.merged_at, self.base_version = False, self.version, self.version
         return update
 
     def fill(self, update: RegionUpdate, advance: Advance = ignore_progress) -> None:
@@ -480,6 +486,7 @@ class LocalServer(ParameterServer):
         if not update.final:
             self._base = torch.empty_like(vector)
         base, model = self._base, self.model
+        weight = _weight_of_last(self.version - self.base_version, self._accumulate_updates) if update.final else 1.0
 
         def fill(span: tuple[int, int]) -> int:
             start, stop = span
@@ -487,6 +494,8 @@ class LocalServer(ParameterServer):
                 base[start:stop] = model[start:stop]
             parameters = min(stop, max(start, self._num_parameters))
             vector[start:parameters].sub_(model[start:parameters])
+            if weight < 1:
+                vector[start:parameters].mul_(weight)
             vector[parameters:stop] = model[parameters:stop]
             if self.feedback is not None:
                 self.feedback.round_(vector, start, stop, update.final)
@@ -509,7 +518,7 @@ class LocalServer(ParameterServer):
             base[part] = self.model[part]
 
         deque(self.map(merge, _spans(0, vector.numel())), maxlen=0)
-        self.merged_at = self.version
+        self.merged_at = self.base_version = self.version
         self.global_version = reply.version
         self.merges += 1
 
@@ -518,7 +527,7 @@ class LocalServer(ParameterServer):
         self._preserve()
         self.model.copy_(model)
         self._base = self._begin()
-        self.merged_at = self.version
+        self.merged_at = self.base_version = self.version
         self.exchanging = False
         self.steps = 0
         self._take_residual(None)
@@ -528,6 +537,7 @@ class LocalServer(ParameterServer):
             **super()._state(),
             **{name: getattr(self, name) for name in self._PLAIN},
             "parameters": self._num_parameters,
+            "accumulate_updates": self._accumulate_updates,
             # After the flush everything has been sent.
             "base": self.model if self._base is None and self.exchanges else self._base,
             **({} if self.feedback is None else {"residual": self.feedback.residual}),
@@ -539,7 +549,7 @@ class LocalServer(ParameterServer):
         self._base = base.clone() if self.exchanges and base is not None else self._begin()
         self._take_residual(state.get("residual"))
         for name in self._PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, state["merged_at"]))  # earlier checkpoints have no `base_version`
 
     def _take_residual(self, residual: Tensor | None) -> None:
         """Goes on with what the updates before lacked. If none is rounded now, the next ones contain all of it."""
@@ -613,10 +623,17 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
+    pushes = state["version"] - state.get("base_version", state["merged_at"])
+    vector[:parameters] *= _weight_of_last(pushes, state.get("accumulate_updates"))
     if (residual := state.get("residual")) is not None:
         add_residual_(vector[:parameters], residual)
     vector[parameters:] = model[parameters:]
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
+
+
+def _weight_of_last(pushes: int, accumulate_updates: int | None) -> float:
+    """Returns the weight of a last update of this many pushes; see :meth:`LocalServer.flush`."""
+    return 1.0 if accumulate_updates is None else min(1.0, accumulate_updates / max(1, pushes))
 
 
 def plain_finding(finding: Finding | None) -> tuple[str | None, float, list[int]] | None:
