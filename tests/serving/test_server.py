@@ -34,6 +34,7 @@ from tests.serving.region import DESCRIPTION, ELEMENTS, LIMIT, STEPS, Region
 Serve = Callable[..., Server]
 Regions = Callable[..., Region]
 ROUNDS = 40 // STEPS  # of the complete run, if a global step is one local step
+LIVENESS = 4.0  # of servers whose members must not be lost: a busy machine may take a second for a sign of life
 
 
 class Toy(pl.LightningModule):
@@ -104,7 +105,7 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     server.server.stop(signal.SIGKILL)
     server.wait()
 
-    server = serve(liveness=1.0)
+    server = serve(liveness=LIVENESS)
     until(lambda: "is finished" in server.events)
     eu.connect(server.port)
     eu.join()
@@ -124,6 +125,7 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     us.final()
     eu.goodbye()
     us.goodbye()
+    server.server._stays_until = 0.0  # nobody else returns
     assert server.wait() == 0
 
 
@@ -271,15 +273,19 @@ def test_members_and_strangers_get_in_while_an_update_takes_long(
     us.answer()
 
 
-def test_a_region_that_says_nothing_is_lost_and_may_return(serve: Serve, region: Regions) -> None:
-    server = serve(workers=1, liveness=1.0)
+def test_a_region_that_says_nothing_is_lost_and_may_return(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1, liveness=LIVENESS)
     us = region("us", server)
     us.enter()
     us.work()
     us.answer()
-    us.cut()
-    until(lambda: server.status()["members"]["us"]["state"] == "lost")
-    assert "us is lost: nothing came from it for 1 s." in server.events
+    with monkeypatch.context() as patch:
+        patch.setattr(server.server.host, "_liveness", 0.5)
+        us.cut()
+        until(lambda: server.status()["members"]["us"]["state"] == "lost")
+    assert "us is lost: nothing came from it for 0.5 s." in server.events
     us.connect()
     us.join()
     us.repeat(us.settle())
@@ -306,8 +312,7 @@ def test_a_run_that_too_few_regions_work_on_ends_and_can_go_on(serve: Serve, reg
     assert server.wait() == 1
     assert reason in server.events
 
-    # After this time eu's data is leased to others. A busy machine may take a second for a sign of life of us.
-    server = serve(liveness=4.0)
+    server = serve(liveness=LIVENESS)  # after this time eu's data is leased to others
     us.connect(server.port)
     us.join()
     us.repeat(us.settle())
@@ -482,17 +487,21 @@ def test_a_name_has_a_limited_number_of_connections(serve: Serve, region: Region
 def test_who_asks_for_models_and_takes_none_is_expelled(
     serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve(workers=1, liveness=1.0)
+    server = serve(workers=1, liveness=LIVENESS)
     us = region("us", server)
     us.enter()
     member = next(iter(server.server.host._members.values()))
     member.copies = 1  # one that is never sent
+    wait = member.wait_for_room
+    monkeypatch.setattr(member, "wait_for_room", lambda seconds: wait(seconds / 10))
     us.post(ModelRequest(1))
-    assert "has taken nothing of the last one for 1 s" in us.expect(Refusal).reason
+    assert f"has taken nothing of the last one for {LIVENESS / 10:g} s" in us.expect(Refusal).reason
 
 
-def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(serve: Serve, region: Regions) -> None:
-    server = serve(workers=1, liveness=1.5)
+def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1, liveness=LIVENESS)
     us = region("us", server)
     us.enter()
     member = next(iter(server.server.host._members.values()))
@@ -501,6 +510,7 @@ def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(serve
     us.work()
     until(lambda: member.traffic()[1] > before and member.models.silence(time.monotonic()) == 0)
     us.fall_silent()
+    monkeypatch.setattr(server.server.host, "_liveness", 0.5)
     until(lambda: server.status()["members"]["us"]["state"] == "lost")
 
 
