@@ -129,6 +129,22 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
     assert server.wait() == 0
 
 
+def test_a_connection_that_is_lost_is_not_taken_for_a_goodbye(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not before the server has heard of the loss: otherwise it ends before the member has the final model."""
+    server = serve(workers=1)
+    lose = server.server.host._on_failure
+    monkeypatch.setattr(server.server.host, "_on_failure", lambda *failure: (time.sleep(0.5), lose(*failure)))
+    us = region("us", server)
+    us.enter()
+    us.flush(stop=True)
+    us.final()
+    us.cut()
+    until(lambda: "connection of us" in server.events or server.code is not None)
+    assert server.code is None
+
+
 def test_the_end_of_an_old_connection_does_not_concern_the_new_one(serve: Serve, region: Regions) -> None:
     server = serve(workers=1)
     old, new = region("us", server), region("us", server)

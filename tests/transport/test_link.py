@@ -93,6 +93,8 @@ class TestLiveness:
         a.close()
         b.join(60)
         assert b.has_ended
+        assert a.has_said_goodbye
+        assert b.has_said_goodbye
 
     def test_a_thread_that_ends_says_so(self) -> None:
         def leave(message: Message) -> None:

@@ -129,7 +129,7 @@ class RunHost:
         """
         with self._lock:
             for client in [client for client in self._clients if not client.is_closing]:
-                if client.session.control.has_ended:
+                if client.session.control.has_said_goodbye:
                     self._on_goodbye(client)
                 elif client.silence(now) > self._liveness:
                     self._drop(client)

@@ -89,6 +89,7 @@ class Link(ABC):
         is_remote: Whether the peer is in another process, so that it can disappear.
         peer: Name of the peer, for error messages.
         has_ended: Whether nothing more will arrive, because the peer has said goodbye or is lost.
+        has_said_goodbye: Whether the peer has said goodbye. If it is lost, ``on_failure`` says so, perhaps later.
     """
 
     is_remote = True
@@ -96,6 +97,7 @@ class Link(ABC):
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.has_ended = False
+        self.has_said_goodbye = False
         self._heard: float | None = None
         self._sent = 0
         self._received = 0
@@ -216,6 +218,7 @@ class LoopbackLink(Link):
                 on_message(outgoing.message, progress)
                 wait_all(progress)
             del outgoing, progress
+        self.has_said_goodbye = True
 
 
 class FramedLink(Link):
@@ -293,6 +296,7 @@ class FramedLink(Link):
         while True:
             length, elements, code = self._receive_header()
             if length == frames.GOODBYE:
+                self.has_said_goodbye = True
                 return
             if length != frames.ALIVE:
                 self._check_header(length, elements, code)

@@ -247,8 +247,8 @@ class ServerConnection:
                 links = [] if session is None or self._is_lost else [session.control, models]
             now = time.monotonic()
             for link in links:
-                if session is not None and link is not None and (link.has_ended or link.silence(now) > LIVENESS):
-                    what = "has said goodbye" if link.has_ended else f"was last heard of {since(link.heard)}"
+                if session is not None and link is not None and (link.has_said_goodbye or link.silence(now) > LIVENESS):
+                    what = "has said goodbye" if link.has_said_goodbye else f"was last heard of {since(link.heard)}"
                     self._loser(session)(PeerLostError(f"The global server {self.server} {what}."))
 
     def _keep(self) -> None:
