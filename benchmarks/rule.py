@@ -28,19 +28,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from small_runs import ROOT, network_of, rounds, schedule
 from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import Halos
-from lightning_halos.core.messages import Pull, Push
+from lightning_halos.core.messages import Push
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import OptimizerFactory
-from lightning_halos.planning.planner import make_timing
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.network import Work
-from lightning_halos.simulation.networks import make_network
+from lightning_halos.simulation.network import Round, Work
 
-ROOT = Path(__file__).parents[1]
 CLUSTERS = {
     "2x2": SimulatedCluster([[10, 0.5], [0.5, 10]], [[1, 1], [1, 1]], step_ms=100, message_bytes=30_000_000),
     "4+2+2": SimulatedCluster(
@@ -207,12 +205,6 @@ class FineTuning(Bytes):
 TASKS: dict[str, type[Task]] = {"digits": Digits, "bytes": Bytes, "fine-tuning": FineTuning}
 
 
-def schedule(step: int, steps: int) -> float:
-    """Warm-up over a tenth of the run, then a cosine down to a tenth."""
-    progress = min((step + 1) / steps, 1.0)
-    return min(10 * progress, 0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 class Worker:
     """A worker's copies of the model, and its inner optimizer.
 
@@ -235,7 +227,7 @@ class Worker:
         """Trains from a global step on. Returns the pseudo-gradient of all copies."""
         before = self.copies.detach().clone()
         for step in range(position, position + steps):
-            self._optimizer.param_groups[0]["lr"] = self._lr * schedule(step, self._steps)
+            self._optimizer.param_groups[0]["lr"] = self._lr * schedule(min((step + 1) / self._steps, 1.0))
             self._optimizer.zero_grad()
             self._task.train_loss(self.copies, self._batches).sum().backward()
             assert self.copies.grad is not None
@@ -260,30 +252,28 @@ def servers(settings: list[tuple[float, float]], senders: int, delay: int) -> Op
 
 def run(task: Task, cluster: SimulatedCluster, steps: int, halos: Halos, copies: int, seed: int) -> list[float]:
     """Trains on a cluster. Returns the final validation loss of each copy."""
-    workers, timing = cluster.num_workers, make_timing(cluster)
+    workers = cluster.num_workers
     start = task.start(seed)[None]
     if task.pretrained:
         trained = Worker(task, start, task.pretrained_lr, task.pretrained, seed)
         trained.train(0, task.pretrained)
         start = trained.copies.detach()
     start = start.repeat(copies, 1)
-    topology = halos.arrange(cluster.regions, cluster.names, cluster.global_region)
     work, shapes = Work(StepBudget(workers, steps), steps * workers), [torch.Size([start.size(1)])] * copies
-    network = make_network(halos, topology, timing, work, shapes, start.flatten())
-    network.start()
+    network = network_of(halos, cluster, work, shapes, start.flatten())
     trainers = [Worker(task, start, task.lr, steps, 1000 * seed + rank) for rank in range(workers)]
-    while due := network.due():
-        pushes = []
-        for r in due:
-            worker = trainers[r.worker]
-            vector = worker.train(r.position, r.steps)
-            pushes.append(Push(r.worker, worker.version, r.steps, r.steps, 1.0, final=not r.steps, vector=vector))
-        network.finish(pushes)
-        for rank, message in network.outbox:
-            if isinstance(message, Pull) and message.vector is not None:
-                trainers[rank].copies.data.copy_(message.vector.view(copies, -1))
-                trainers[rank].version = message.version
-        network.outbox.clear()
+
+    def train(one: Round) -> Push:
+        worker = trainers[one.worker]
+        vector = worker.train(one.position, one.steps)
+        return Push(one.worker, worker.version, one.steps, one.steps, 1.0, final=not one.steps, vector=vector)
+
+    def receive(rank: int, model: Tensor, version: int) -> None:
+        trainers[rank].copies.data.copy_(model.view(copies, -1))
+        trainers[rank].version = version
+
+    for _ in rounds(network, train, receive):
+        pass
     assert network.model is not None
     with torch.no_grad():
         return [round(loss, 4) for loss in task.val_loss(network.model.view(copies, -1)).tolist()]

@@ -1,8 +1,9 @@
 """Trains small models on the nodes of a simulated run, in one process and without Lightning: in seconds, not minutes.
 
-``questions.py`` and ``server_rules.py`` compare many settings with it. The servers, their messages and the virtual
-clock are those of ``HalosStrategy(simulate=...)``. Only the workers are different: each is a model and an inner
-optimizer in this process. So results differ from those of a Trainer with the same settings, as between two seeds.
+``questions.py`` and ``server_rules.py`` compare many settings with it, and ``rule.py`` trains tasks of its own in its
+loop. The servers, their messages and the virtual clock are those of ``HalosStrategy(simulate=...)``. Only the workers
+are different: each is a model and an inner optimizer in this process. So results differ from those of a Trainer with
+the same settings, as between two seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -200,6 +201,42 @@ class Batches:
         return tuple(tensor[chosen] for tensor in self._tensors)
 
 
+def network_of(
+    algorithm: ServerAlgorithm, cluster: SimulatedCluster, work: Work, shapes: Sequence[torch.Size], start: Tensor
+) -> Network:
+    """Returns the nodes and the clock of a run on a cluster.
+
+    Args:
+        algorithm: The algorithm.
+        cluster: The cluster.
+        work: The ordered work.
+        shapes: Shapes of the parameters.
+        start: The flat model at the start.
+    """
+    topology = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
+    return make_network(algorithm, topology, make_timing(cluster), work, shapes, start)
+
+
+def rounds(
+    network: Network, train: Callable[[Round], Push], receive: Callable[[int, Tensor, int], None]
+) -> Iterator[None]:
+    """Runs a network to its end. Yields after each moment at which rounds have ended.
+
+    Args:
+        network: The network.
+        train: Trains a round of a worker.
+        receive: Gives a worker the model that its server has answered with, and the model's version.
+    """
+    network.start()
+    while due := network.due():
+        network.finish([train(one) for one in due])
+        for rank, message in network.outbox:
+            if isinstance(message, Pull) and message.vector is not None:
+                receive(rank, message.vector, message.version)
+        network.outbox.clear()
+        yield
+
+
 class Run:
     """A run: the network and its workers.
 
@@ -225,10 +262,8 @@ class Run:
         self._batches = Batches(task, seed)
         self.trained = [0] * workers
         start = self._workers[0].pulled
-        topology = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region)
         work = Work(StepBudget(workers), end=steps * workers)
-        shapes = self._workers[0].shapes
-        self.network: Network = make_network(algorithm, topology, make_timing(cluster), work, shapes, start)
+        self.network = network_of(algorithm, cluster, work, self._workers[0].shapes, start)
         self._evaluated = Worker.of(model, task)
 
     def loss(self, model: Tensor) -> float:
@@ -243,18 +278,11 @@ class Run:
         Args:
             observe: Called after each push.
         """
-        network = self.network
-        network.start()
         every = self.steps * len(self._workers) / VALIDATIONS
         curve: list[tuple[float, float, float]] = []
-        while due := network.due():
-            network.finish([self._round(one) for one in due])
-            for rank, message in network.outbox:
-                if isinstance(message, Pull) and message.vector is not None:
-                    self._workers[rank].pulled, self._workers[rank].version = message.vector.clone(), message.version
-            network.outbox.clear()
+        for _ in rounds(self.network, self._round, self._receive):
             observe(self)
-            if network.steps >= every * (len(curve) + 1) and not network.finished:
+            if self.network.steps >= every * (len(curve) + 1) and not self.network.finished:
                 curve.append(self._point())
         curve.append(self._point())
         step, seconds, loss = zip(*curve, strict=True)
@@ -264,6 +292,9 @@ class Run:
         assert self.network.model is not None
         step = self.network.steps / len(self._workers)
         return round(step, 1), round(self.network.now / 1e3, 2), round(self.loss(self.network.model), 4)
+
+    def _receive(self, rank: int, model: Tensor, version: int) -> None:
+        self._workers[rank].pulled, self._workers[rank].version = model.clone(), version
 
     def _round(self, one: Round) -> Push:
         worker = self._workers[one.worker]
