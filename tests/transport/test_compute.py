@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_halos.transport import compute
-from lightning_halos.transport.compute import ComputeThreads, threads_beside
+from lightning_halos.transport.compute import ComputeThreads, threads_beside, usable_cores
 
 LIMIT = 60.0
 
@@ -75,3 +75,9 @@ def test_the_threads_end_with_the_pool() -> None:
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute.os, "sched_getaffinity", lambda pid: range(64), raising=False)
     assert [threads_beside(processes) for processes in (0, 1, 8, 24, 100)] == [16, 16, 8, 2, 1]
+
+
+def test_without_a_set_of_cores_all_of_the_machine_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(compute.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(compute.os, "cpu_count", lambda: 3)
+    assert usable_cores() == 3

@@ -25,14 +25,18 @@ _MOST = 16
 """Largest number of threads. They mostly move memory, and a few cores can use all of its speed."""
 
 
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use, which may be fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_beside(processes: int) -> int:
-    """Returns the number of threads for the servers of a process: its share of this machine's cores.
+    """Returns the number of threads for the servers of a process: its share of the cores that it may use.
 
     Args:
         processes: Processes on this machine that compute.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST, cores // max(1, processes)))
+    return max(1, min(_MOST, usable_cores() // max(1, processes)))
 
 
 class ComputeThreads:

@@ -18,6 +18,7 @@ from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import make_arguments
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.transport.compute import usable_cores
 from lightning_halos.tuning.goal import Goal, Mode
 from lightning_halos.tuning.make import Make, name_of
 from lightning_halos.tuning.report import Tuned, as_yaml, make_table
@@ -100,7 +101,7 @@ def tune(
         study.enqueue("averaging", space.averaging, space.settings(space.averaging))
         if progress:
             print(f"{algorithm.title}: {goal.title}; {len(space.parameters)} parameters", file=sys.stderr)
-        number = jobs or os.cpu_count() or 1
+        number = jobs or usable_cores()
         search = Search(study, space, goal, make, strategy, cluster, trainer, folder, number, seed)
         search.run(hours * 3600, trials, progress)
         return _report(study, space, goal, strategy, type(algorithm), folder, command)
