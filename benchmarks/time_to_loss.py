@@ -71,58 +71,44 @@ OPTIMIZERS: dict[str, Any] = {
     "outer_optimizer": partial(torch.optim.SGD, nesterov=True),
 }
 
+
+def _halos(
+    h: int, k: int, rate: float, beta: float, delay: int, outer: tuple[float, float, int], alpha: float = 0.25
+) -> Settings:
+    return {
+        "algorithm": "halos",
+        "local_steps": h,
+        "accumulate_updates": k,
+        "merge_weight": alpha,
+        "local_optimizer": {"lr": rate, "momentum": beta, "delay": delay},
+        "global_optimizer": dict(zip(("lr", "momentum", "delay"), outer, strict=True)),
+    }
+
+
+_PAPERS = (0.15, 0.5, 2)
+_DEMOS = (0.5, 0.2, 1)  # which the demo had when these were tried
+_DILOCO = {"local_steps": 32, "outer_optimizer": {"lr": 0.7, "momentum": 0.9}}
+
 # The published settings, for 16 workers in 4 regions. They are complete: a row does not depend on the defaults of a
 # strategy.
 PUBLISHED: dict[str, Settings] = {
-    "halos": {
-        "algorithm": "halos",
-        "local_steps": 8,
-        "accumulate_updates": 32,
-        "merge_weight": 0.25,
-        "local_optimizer": {"lr": 0.2, "momentum": 0.9, "delay": 16},
-        "global_optimizer": {"lr": 0.15, "momentum": 0.5, "delay": 2},
-    },
+    "halos": _halos(8, 32, 0.2, 0.9, 16, _PAPERS),
     "async_local_sgd": {
         "algorithm": "async_local_sgd",
         "local_steps": 32,
         "optimizer": {"lr": 0.05, "momentum": 0.9, "delay": 32},
     },
-    "diloco_dynamic": {
-        "algorithm": "diloco_dynamic",
-        "local_steps": 32,
-        "outer_optimizer": {"lr": 0.7, "momentum": 0.9},
-    },
-    "diloco": {
-        "algorithm": "diloco",
-        "local_steps": 32,
-        "outer_optimizer": {"lr": 0.7, "momentum": 0.9},
-    },
+    "diloco_dynamic": {"algorithm": "diloco_dynamic", **_DILOCO},
+    "diloco": {"algorithm": "diloco", **_DILOCO},
     "sync_sgd": {"algorithm": "sync_sgd"},
 }
 # The best that were found; see docs/time-to-loss.md.
 TUNED: dict[str, Settings] = {
-    "tuned": {
-        "algorithm": "halos",
-        "local_steps": 4,
-        "accumulate_updates": 8,
-        "merge_weight": 0.25,
-        "local_optimizer": {"lr": 0.25, "momentum": 0.0, "delay": 1},
-        "global_optimizer": {"lr": 0.5, "momentum": 0.2, "delay": 1},
-    },
-    "async_local_sgd_tuned": {
-        "algorithm": "async_local_sgd",
-        "local_steps": 32,
-        "optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1},
-    },
-    "diloco_dynamic_tuned": {
-        "algorithm": "diloco_dynamic",
-        "local_steps": 32,
-        "outer_optimizer": {"lr": 0.7, "momentum": 0.6},
-    },
-    "diloco_tuned": {
-        "algorithm": "diloco",
-        "local_steps": 32,
-        "outer_optimizer": {"lr": 0.7, "momentum": 0.6},
+    "tuned": _halos(4, 8, 0.25, 0.0, 1, _DEMOS),
+    "async_local_sgd_tuned": PUBLISHED["async_local_sgd"] | {"optimizer": {"lr": 0.0625, "momentum": 0.0, "delay": 1}},
+    **{
+        f"{name}_tuned": PUBLISHED[name] | {"outer_optimizer": {"lr": 0.7, "momentum": 0.6}}
+        for name in ("diloco_dynamic", "diloco")
     },
 }
 # For a long run: some momentum in the local servers.
@@ -157,35 +143,20 @@ SHORT = {  # an optimizer's arguments are its rate, momentum and delay
 }
 
 
-def _halos(
-    h: int, k: int, rate: float, beta: float, delay: int, outer: tuple[float, float, int], alpha: float = 0.25
-) -> Settings:
-    return {
-        "algorithm": "halos",
-        "local_steps": h,
-        "accumulate_updates": k,
-        "merge_weight": alpha,
-        "local_optimizer": {"lr": rate, "momentum": beta, "delay": delay},
-        "global_optimizer": dict(zip(("lr", "momentum", "delay"), outer, strict=True)),
-    }
-
-
-_PAPERS = (0.15, 0.5, 2)
-_DEMOS = (0.5, 0.2, 1)  # which the demo had when these were tried
 SEARCH: list[Settings] = [
     # HALoS: the paper's settings, a guess, those that the demo had, and what each value does
-    _halos(8, 32, 0.2, 0.9, 16, _PAPERS),
+    PUBLISHED["halos"],
     _halos(4, 8, 0.3, 0.9, 16, _PAPERS),
     _halos(4, 8, 0.4, 0.3, 4, _DEMOS, alpha=0.5),
     _halos(4, 8, 0.3, 0.9, 16, _DEMOS, alpha=0.5),
     _halos(4, 16, 0.4, 0.3, 4, _DEMOS, alpha=0.5),
     _halos(4, 8, 0.4, 0.6, 4, _DEMOS, alpha=0.5),
     _halos(4, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.5),
-    _halos(4, 8, 0.4, 0.3, 4, (0.3, 0.0, 1), alpha=0.25),
+    _halos(4, 8, 0.4, 0.3, 4, (0.3, 0.0, 1)),
     # most of the loss was due to momentum: without it, what is left to choose
     _halos(4, 8, 0.25, 0.0, 1, (0.3, 0.0, 1), alpha=0.5),
     _halos(8, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.5),
-    _halos(4, 8, 0.25, 0.0, 1, _DEMOS, alpha=0.25),
+    TUNED["tuned"],
     _halos(4, 8, 0.25, 0.0, 1, (0.8, 0.0, 1), alpha=0.5),
     # Async-Local-SGD: the same discovery
     TUNED["async_local_sgd_tuned"],
@@ -195,8 +166,8 @@ SEARCH: list[Settings] = [
     TUNED["async_local_sgd_tuned"] | {"local_steps": 64},
     TUNED["diloco_dynamic_tuned"] | {"local_steps": 64},
     # HALoS: a lower and a higher local rate
-    _halos(4, 8, 0.15, 0.0, 1, _DEMOS, alpha=0.25),
-    _halos(4, 8, 0.4, 0.0, 1, _DEMOS, alpha=0.25),
+    _halos(4, 8, 0.15, 0.0, 1, _DEMOS),
+    _halos(4, 8, 0.4, 0.0, 1, _DEMOS),
 ]
 
 # ---------------------------------------------------------------------- one row
@@ -224,12 +195,9 @@ class LossCurve(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
-        seconds = strategy.virtual_seconds  # the end of rank 0's present round: servers are read then
-        if isinstance(strategy, (DilocoStrategy, SyncSGDStrategy)):
-            # Nothing has happened since the last event: do not blame them for a round.
-            seconds = strategy.history[-1].time / 1e3 if strategy.history else 0.0
+        point = trainer.global_step, strategy.model_seconds, trainer.callback_metrics["val_loss"].item()
         with self.path.open("a") as file:
-            print(json.dumps([trainer.global_step, seconds, trainer.callback_metrics["val_loss"].item()]), file=file)
+            print(json.dumps(point), file=file)
 
 
 def train(

@@ -225,9 +225,7 @@ class LossCurve(L.Callback):
     def _seconds(self, strategy: Any) -> float:
         if getattr(strategy, "cluster", None) is None:
             return time.perf_counter() - self.start
-        if isinstance(strategy, SyncSGDStrategy):
-            return strategy.history[-1].time / 1e3  # when the step ended that made this model
-        return strategy.virtual_seconds
+        return strategy.model_seconds
 
 
 def slow_link(args: argparse.Namespace, all_reduce: str) -> SimulatedCluster:

@@ -115,11 +115,11 @@ def test_a_simulation_that_fails_ends_the_demo(start: Callable[..., None], capfd
     assert "what went wrong" in capfd.readouterr().out
 
 
-def test_a_simulation_has_the_virtual_time_before_its_first_event(tmp_path: Path) -> None:
+def test_a_simulation_has_the_virtual_time_of_its_model(tmp_path: Path) -> None:
     curve = demo.LossCurve(tmp_path / "curve.jsonl")
     curve.start = -math.inf
-    assert curve._seconds(SimpleNamespace(cluster="described", history=[], virtual_seconds=0.3)) == 0.3
-    assert curve._seconds(SimpleNamespace(cluster=None, history=[], virtual_seconds=0.0)) == math.inf
+    assert curve._seconds(SimpleNamespace(cluster="described", model_seconds=0.3)) == 0.3
+    assert curve._seconds(SimpleNamespace(cluster=None, model_seconds=0.0)) == math.inf
     assert curve._seconds("another of Lightning's strategies") == math.inf
 
 

@@ -26,6 +26,7 @@ from lightning_halos import (
     SimulatedCluster,
     SyncSGDStrategy,
 )
+from lightning_halos.simulation.history import Event
 
 WORKERS, SAMPLES, FEATURES, BATCH = 4, 256, 8, 4
 CLUSTER = SimulatedCluster(
@@ -264,6 +265,14 @@ def test_loggers_get_the_virtual_time(name: str, tmp_path: Path) -> None:
     assert times == sorted(times)
     assert 0 < times[0] < times[-1] <= trainer.strategy.virtual_seconds * (1 + 1e-6)  # loggers have float32
     assert trainer.strategy.virtual_seconds == trainer.strategy.history[-1].time / 1e3
+
+
+@pytest.mark.parametrize(("strategy", "seconds"), [(HalosStrategy, 9.0), (DilocoStrategy, 2.0), (SyncSGDStrategy, 2.0)])
+def test_the_model_of_synchronous_rounds_was_there_at_the_end_of_the_last_one(strategy: Any, seconds: float) -> None:
+    made = strategy(simulate=CLUSTER)
+    assert made.model_seconds == 0
+    made.store_history([Event(2000.0, "round", -1, -1, 1, 8)], 9.0)
+    assert made.model_seconds == seconds
 
 
 def test_rank_0_decides_for_everybody(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local
 from lightning_halos.checkpoint.resume import available
-from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
+from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.sharding import local
 from lightning_halos.core.worker import WorkerRound
@@ -159,7 +159,7 @@ class AlgorithmStrategy(ComposedStrategy):
                 strategy's defaults.
             fixed: Arguments of the strategy that are not varied, in this form.
             trainer: Further arguments of the trials' Trainers, such as ``{"gradient_clip_val": 1.0}``.
-            jobs: Trials side by side. Default: one per core.
+            jobs: Trials side by side. Default: one per core that this process may use.
             trials: The most trials to train now. Default: no limit.
             folder: Folder for ``best.yaml``, ``table.txt`` and ``study.db``.
             seed: Of the module and the data in each trial, and of the search.
@@ -231,6 +231,17 @@ class AlgorithmStrategy(ComposedStrategy):
     def virtual_seconds(self) -> float:
         """A simulation's virtual time: the end of rank 0's present round; after the fit, the end of the fit."""
         return self._virtual_seconds if self._simulation is None else self._simulation.virtual_seconds
+
+    @property
+    def model_seconds(self) -> float:
+        """The virtual time at which a simulation's global model, as validation reads it, was there.
+
+        Servers are read at the end of rank 0's present round. Under a synchronous algorithm nothing has happened since
+        the last round of all workers, which must not be blamed for the next one.
+        """
+        if isinstance(self.algorithm, SynchronousAlgorithm):
+            return self.history[-1].time / 1e3 if self.history else 0.0
+        return self.virtual_seconds
 
     @property
     def _simulation(self) -> SimulatedWorld | None:

@@ -32,7 +32,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from lightning_halos.core.algorithms import SynchronousAlgorithm
 from lightning_halos.tuning.goal import Point
 from lightning_halos.tuning.make import Make, call
 
@@ -273,7 +272,8 @@ class _Reporter(Callback):
                 f"The module logs no {self._monitor!r}, which the search is to monitor. It logs"
                 f" {', '.join(sorted(metrics)) or 'nothing'}."
             )
-        point = Point(trainer.global_step, seconds_of_model(trainer.strategy), float(metrics[self._monitor]))
+        strategy: Any = trainer.strategy
+        point = Point(trainer.global_step, strategy.model_seconds, float(metrics[self._monitor]))
         try:
             self._connection.send(Report(point=point))
             goes_on = self._connection.recv()
@@ -285,17 +285,6 @@ class _Reporter(Callback):
     def _refuse(self, message: str) -> None:
         self._connection.send(Report(error=message, is_users=True))
         raise ValueError(message)
-
-
-def seconds_of_model(strategy: Any) -> float:
-    """Returns the virtual time at which a simulation's global model, as validation reads it, was there.
-
-    Servers are read at the end of rank 0's round. Under a synchronous algorithm nothing has happened since the last
-    round of all workers, which must not be blamed for the next one.
-    """
-    if isinstance(strategy.algorithm, SynchronousAlgorithm):
-        return strategy.history[-1].time / 1e3 if strategy.history else 0.0
-    return float(strategy.virtual_seconds)
 
 
 def fitting(steps: int) -> tuple[int, int]:
