@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.lanes import Layout
+from lightning_halos.core.shadow import SHADOW
 
-_OF_PARAMETERS = ("residual", "shadow")  # which have no averaged tensors
+_OF_PARAMETERS = ("residual", SHADOW)  # which have no averaged tensors
 _SLICES = ("model", "base", "vector", "memory", "pushed", *_OF_PARAMETERS)
 """Names of slices of the vector in the states of servers, updates, pushes and workers."""
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from lightning_halos.core.quantization import Format, round_
 from lightning_halos.core.vector import CHUNK, Fill, in_parts
 
+SHADOW = "shadow"
+"""Name of a shadow's values in states. By this name they are known as slices of the model's vector."""
+
 
 class Shadow:
     """The parameters that the receiver of a model has. Sender and receiver keep it, bit for bit the same.

@@ -13,7 +13,7 @@ import torch
 from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.messages import Pull, Push
 from lightning_halos.core.quantization import Format
-from lightning_halos.core.shadow import Shadow
+from lightning_halos.core.shadow import SHADOW, Shadow
 from lightning_halos.core.vector import Fill
 
 
@@ -60,12 +60,12 @@ class WorkerWire:
         if self._feedback is not None:
             state["residual"] = self._feedback.residual.clone()
         if has_shadow and self._shadow is not None and self._shadow.values is not None:
-            state["shadow"] = self._shadow.values.clone()
+            state[SHADOW] = self._shadow.values.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what a worker's state has of :meth:`state_dict`. What this link has no use for is dropped."""
         if self._feedback is not None and (residual := state.get("residual")) is not None:
             self._feedback.residual.copy_(residual)
-        if self._shadow is not None and (shadow := state.get("shadow")) is not None:
+        if self._shadow is not None and (shadow := state.get(SHADOW)) is not None:
             self._shadow.values = shadow.clone()

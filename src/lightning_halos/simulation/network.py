@@ -41,7 +41,7 @@ from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
-from lightning_halos.core.shadow import Shadow
+from lightning_halos.core.shadow import SHADOW, Shadow
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.topology import ServerGroup
@@ -371,7 +371,7 @@ class RegionNetwork(Network):
         for shadows, saved in zip(self._shadows, state["shadows"], strict=True):
             for peer, values in saved.items():
                 if peer in shadows:
-                    shadows[peer].values = values["shadow"].clone()
+                    shadows[peer].values = values[SHADOW].clone()
         self._sent = state["sent"]
         kinds = {kind.__name__: kind for kind in (RegionUpdate, GlobalModel)}
         self._under_way = [(*key, kinds[kind](**copy.deepcopy(fields))) for *key, kind, fields in state["under_way"]]
@@ -545,4 +545,4 @@ class SynchronousNetwork(Network):
 
 def _values(shadows: Mapping[int, Shadow]) -> dict[int, dict[str, Tensor]]:
     known = {peer: shadow.values for peer, shadow in shadows.items() if shadow.values is not None}
-    return {peer: {"shadow": values.clone()} for peer, values in known.items()}  # a name that is resliced
+    return {peer: {SHADOW: values.clone()} for peer, values in known.items()}

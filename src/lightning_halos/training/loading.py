@@ -15,11 +15,12 @@ from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, gl
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.reslicing import Reslicing
+from lightning_halos.core.shadow import SHADOW
 from lightning_halos.training.optimizer_shards import is_divided, join_pieces
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import clear_optimizers, put_own_data, put_worker_state, take_part_again
 
-_OF_SLICES = ("memory", "model", "push", "pushed", "answer", "residual", "shadow")
+_OF_SLICES = ("memory", "model", "push", "pushed", "answer", "residual", SHADOW)
 """Names of what has slices of the vector in a worker's shard. Most of it is only in a simulation's."""
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from lightning_halos.core.algorithms.defaults import Defaults, period
+from lightning_halos.core.algorithms.defaults import PUBLISHED_WEIGHT, Defaults, period
 from lightning_halos.core.checks import check_count, check_optimizer, is_number
 from lightning_halos.core.schedule import RoundPlanner
 from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, SynchronousServer
@@ -164,7 +164,7 @@ class ServerAlgorithm(Algorithm):
 
     def global_weight(self) -> float:
         """Returns the weight of the global model in a merge (``alpha``)."""
-        return 0.25 if self.merge_weight is None else self.merge_weight
+        return PUBLISHED_WEIGHT if self.merge_weight is None else self.merge_weight
 
     def local_server(
         self,

@@ -24,10 +24,12 @@ PUBLISHED_STEPS = 6144
 ASSUMED_STEPS = 600
 """Global steps that a run of unknown length is taken to have: few, because a long run loses less to a short run's
 defaults than a short one loses to a long run's."""
+PUBLISHED_WEIGHT = 0.25
+"""Weight of the global model in a merge, in the HALoS paper's runs."""
 
 _PUBLISHED_PERIOD = 8  # pushes per worker between two exchanges (32 with 4 workers)
 _EXCHANGES = 40  # of a server in a run, as far as one push per worker and exchange is enough for it
-_PUBLISHED_WEIGHT, _SHORT_WEIGHT = 0.25, 0.5  # of the global model in a merge
+_SHORT_WEIGHT = 0.5  # of the global model in a merge
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def merge_weight(length: float) -> float:
     larger if there are few.
     """
     share = min(length, 1.0)
-    return round(share * _PUBLISHED_WEIGHT + (1 - share) * _SHORT_WEIGHT, 2)
+    return round(share * PUBLISHED_WEIGHT + (1 - share) * _SHORT_WEIGHT, 2)
 
 
 def _nesterov(rule: Rule, length: float, senders: int, delay: int) -> OptimizerFactory:
