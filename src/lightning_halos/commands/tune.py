@@ -82,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an argument of the Trainer, such as gradient_clip_val=1.0 or accelerator=gpu; may be given again",
     )
-    how.add_argument("--jobs", type=int, metavar="N", help="trials side by side (default: one per core that this process may use)")
+    how.add_argument(
+        "--jobs", type=int, metavar="N", help="trials side by side (default: one per core that this process may use)"
+    )
     how.add_argument("--trials", type=int, metavar="N", help="the most trials to train now (default: no limit)")
     how.add_argument("--seed", type=int, default=0, help="of the module, the data and the search (default: 0)")
     how.add_argument(
