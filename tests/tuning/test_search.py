@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
@@ -16,10 +23,10 @@ from lightning_halos.cli import main
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
 from lightning_halos.planning.stability import servers_of
-from tests.tuning.toys import CLUSTER, Counting, Regression, loader, make
+from tests.tuning.toys import CLUSTER, Counting, Killed, Regression, loader, make
 
 pytest.importorskip("optuna")
-from lightning_halos.tuning.make import call, import_make
+from lightning_halos.tuning.make import call, import_make, name_of
 
 STEPS = 24
 
@@ -32,7 +39,8 @@ def tune(folder: Path, make: Callable[[], Any] = make, strategy: Any = HalosStra
 def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 3 trials one fails; another call goes on, from Ctrl-C as well, and LightningCLI takes what was found."""
     counting = Counting(tmp_path / "calls", fails_at=4)  # the first call only measures the model
-    found = tune(tmp_path / "out", counting, trials=3)
+    trainer = {"callbacks": [pl.Callback()]}
+    found = tune(tmp_path / "out", counting, trials=3, trainer=trainer)
     outcomes = [trial.outcome for trial in found.trials]
     assert len(outcomes) == 3
     assert outcomes.count("failed") == 1
@@ -47,15 +55,22 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
         assert trial.curve[-1].step <= 2 * STEPS
     for text in ("the start", "importance", "local momentum", "3 trials", "1 failed"):
         assert text in found.table
+    assert f": {found.value:.4g}, {found.start_value:.4g} with the defaults\n" in found.yaml
 
     counting.interrupts_at = len(counting.path.read_text()) + 3  # after the model is measured, the second trial
     counting.fails_at = 0
-    more = tune(tmp_path / "out", counting, trials=4, jobs=1)
+    trainer = {"callbacks": [pl.Callback()]}  # at another address
+    more = tune(tmp_path / "out", counting, trials=4, jobs=1, trainer=trainer)
     assert 3 < len(more.trials) < 7, "the trial in which Ctrl-C came, and those after it, are missing"
 
-    for change, word in (({"make": make}, "module"), ({"monitor": "x"}, "objective"), ({"seed": 1}, "seed")):
+    for change, word in (
+        ({"make": make}, "module"),
+        ({"monitor": "x"}, "objective"),
+        ({"seed": 1}, "seed"),
+        ({"trainer": {}}, "trainer"),
+    ):
         with pytest.raises(ValueError, match=f"another search .*{word}"):
-            tune(tmp_path / "out", **{"make": counting, "trials": 1, **change})
+            tune(tmp_path / "out", **{"make": counting, "trials": 1, "trainer": trainer, **change})
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     path = tmp_path / "out" / "best.yaml"
@@ -80,8 +95,49 @@ def test_baselines_are_tuned_too(tmp_path: Path, strategy: Any) -> None:
     found = tune(tmp_path, strategy=strategy, trials=1, fixed={"local_steps": 2}, target=2.0, start={"local_steps": 3})
     assert yaml.safe_load(found.yaml)["trainer"]["strategy"]["class_path"] == f"lightning_halos.{strategy.__name__}"
     assert found.settings["local_steps"] == 2
+    assert "with the defaults\n" in found.yaml
+    assert "at the start" not in found.yaml
     assert found.trials[0].curve[-1].value <= 2.0 or found.value > found.trials[0].curve[-1].seconds * 0.9
     strategy(simulate=CLUSTER, **found.arguments)
+
+
+def test_a_search_ends_when_all_settings_have_been_tried(tmp_path: Path) -> None:
+    fixed = {"local_steps": 2, "outer_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}}
+    start = {"dynamic_local_steps": True}
+    found = tune(tmp_path, strategy=DilocoStrategy, fixed=fixed, start=start)
+    assert [trial.settings.get("dynamic_local_steps", False) for trial in found.trials] == [True, False]
+    assert [trial.name for trial in found.trials] == ["the start", "the defaults"]
+    at_start, defaults = (trial.value for trial in found.trials)
+    assert f", {at_start:.4g} at the start, {defaults:.4g} with the defaults\n" in found.yaml
+    assert "Left out without training" in found.table
+    assert "tried already" in found.table
+
+
+def test_a_trial_that_is_killed_fails_at_once(tmp_path: Path) -> None:
+    """Also while processes that it has started live on."""
+    for first, words in ((2, "All of the first 3 trials failed. The last one: its process"), (1, "fails: its process")):
+        killed, begin = Killed(tmp_path / f"calls-{first}", first), time.monotonic()
+        with pytest.raises(ValueError, match=rf"{words} was ended by SIGKILL \(out of memory\?\)"):
+            tune(tmp_path / f"out-{first}", killed, jobs=3)
+        assert time.monotonic() - begin < 50
+
+
+def test_by_default_all_cores_that_this_process_may_use_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    search = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", search)
+    with pytest.raises(InterruptedError):
+        tune(tmp_path, jobs=None)
+    assert search.call_args.args[8] == 3
+
+
+def test_a_system_that_cannot_fork_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    for name in ("tune", "search", "study", "trial"):
+        monkeypatch.delitem(sys.modules, f"lightning_halos.tuning.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ValueError, match="forks its trials' processes, which this system cannot"):
+        tune(tmp_path)
 
 
 def test_mistakes_end_a_search(tmp_path: Path) -> None:
@@ -116,6 +172,8 @@ def test_what_the_users_function_may_return() -> None:
         with pytest.raises(TypeError, match=word):
             call(lambda made=made: made)
     assert import_make("tests.tuning.toys:make") is make
+    made = name_of(partial(partial(make), 3, callback=pl.Callback()))
+    assert re.fullmatch(r"tests\.tuning\.toys:make\(3, callback=<.*Callback object>\)", made)
     for path, word in (
         ("toys", "module:function"),
         ("no_such:make", "no module no_such"),

@@ -126,6 +126,8 @@ def test_goals() -> None:
     assert (time.is_reached(curve[:1]), time.is_reached(curve[:2])) == (False, True)
     missed = Goal(300.0, target=1.0)
     assert missed.value(curve) == pytest.approx(600)
+    assert missed.describe(missed.value(curve)) == "not reached (100.0% off)"
+    assert time.describe(time.value(curve)) == "0.04167 h"
     high = Goal(300.0, mode="max")
     assert (high.value(curve), high.describe(high.value(curve))) == (-2.5, "2.5")
     assert Goal(300.0, mode="max", target=2.2).value([Point(1, 100, 2.0), Point(2, 200, 2.4)]) == pytest.approx(150)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def loader() -> DataLoader[Any]:
 
 def make() -> Any:
     return Regression(), loader(), loader()
+
+
+class Killed:
+    """Makes a module, and kills its process from a number of calls on, while a process that this has started lives."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        self.path, self.first = path, first
+
+    def __call__(self) -> Any:
+        with self.path.open("a") as file:
+            file.write(".")
+        if len(self.path.read_text()) >= self.first:
+            if os.fork() == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make()
 
 
 class Counting:

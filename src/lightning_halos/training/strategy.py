@@ -5,6 +5,7 @@ Objects that exist only during training are in ``fit``, and the work in a batch 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -175,6 +176,8 @@ class AlgorithmStrategy(ComposedStrategy):
             ValueError: If an argument is invalid, the module logs no such metric, all trials fail, or the folder has
                 another search.
         """
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError("A search forks its trials' processes, which this system cannot.")
         tuning_package("optuna")
         from lightning_halos.tuning.tune import tune
 

@@ -85,7 +85,9 @@ class Goal:
         """Returns a value of :meth:`value` as a text for people."""
         if self.target is None:
             return f"{self.shown(value):.4g}"
-        return f"{value / 3600:.4g} h" if value <= self.seconds else f"{value / self.seconds:.3g} times the time"
+        if value <= self.seconds:
+            return f"{value / 3600:.4g} h"
+        return f"not reached ({value / self.seconds - 1:.1%} off)"
 
     @property
     def title(self) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +56,17 @@ def import_make(path: str) -> Make:
     return make
 
 
+def describe(value: Any) -> str:
+    """Returns a value as a text that is the same in another process: without memory addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
 def name_of(make: Make) -> str:
     """Returns the name of a user's function, which identifies it when a search goes on."""
+    if isinstance(make, partial):
+        arguments = [describe(value) for value in make.args]
+        arguments += [f"{name}={describe(value)}" for name, value in make.keywords.items()]
+        return f"{name_of(make.func)}({', '.join(arguments)})"
     name = getattr(make, "__qualname__", None) or type(make).__qualname__
     return f"{getattr(make, '__module__', '')}:{name}"
 

@@ -42,7 +42,7 @@ class Tuned:
 
     Attributes:
         settings: The best settings: arguments of the strategy as LightningCLI has them.
-        value: What they reach: the metric, or the virtual seconds to it.
+        value: What they reach: the metric, or the virtual seconds to it; more than a trial has if they do not reach it.
         start_value: What the settings reach that the search started from; ``None`` if that trial has not ended.
         steps: Global steps that the best trial trained.
         table: All of it as a table.
@@ -128,7 +128,7 @@ def make_table(
             kind = "too slow" if reason.startswith("only") else reason
             reasons[kind] = reasons.get(kind, 0) + number
         text = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-        lines.append(f"Left out without training, by the plan and the stability check: {text}.")
+        lines.append(f"Left out without training, by the plan, the stability check and what was tried: {text}.")
     return "\n".join(lines) + "\n"
 
 

@@ -81,9 +81,10 @@ class Search:
         self._durations = [trial.seconds for trial in complete]
         self._best = min((trial.value for trial in complete if trial.value is not None), default=None)
         self._failed, self._ended = 0, 0
+        self._exhausted = -1  # trials that had ended when there was nothing left to try
 
     def run(self, seconds: float, trials: int | None, shows_progress: bool) -> bool:
-        """Searches for a time, or until a number of trials has been trained.
+        """Searches for a time, until a number of trials has been trained, or until nothing is left to try.
 
         Args:
             seconds: Wall-clock seconds.
@@ -110,7 +111,8 @@ class Search:
                 if now >= end:
                     return True
                 while len(self._running) < self._jobs and (trials is None or started < trials) and self._has_time(end):
-                    self._start()
+                    if not self._start():
+                        break
                     started += 1
                 if not self._running:
                     return True
@@ -126,8 +128,14 @@ class Search:
         left = end - time.monotonic()
         return left > 0 and (not self._durations or left >= sorted(self._durations)[len(self._durations) // 2])
 
-    def _start(self) -> None:
-        trial, settings = self._study.ask()
+    def _start(self) -> bool:
+        """Starts a trial. Returns whether there was one to start, as far as the trials that have ended say."""
+        if self._ended == self._exhausted:
+            return False
+        if (asked := self._study.ask()) is None:
+            self._exhausted = self._ended
+            return False
+        trial, settings = asked
         algorithm = self._space.algorithm(settings)
         steps, every = fitting(self._space.steps(settings, self._goal.seconds))
         arguments = {**settings, **make_arguments(type(algorithm), settings)}
@@ -138,20 +146,18 @@ class Search:
         job = Job(self._make, strategy, steps, every, self._goal.monitor, self._trainer, self._seed)
         process = Process.start(train(job), self._folder / f"trial-{trial.number}.log")
         self._running.append(_Running(trial, settings, process))
+        return True
 
     def _wait(self, seconds: float) -> None:
         """Waits for reports, and acts on them."""
         ends = [
             end for running in self._running for end in (running.process.connection, running.process.process.sentinel)
         ]
-        ready = wait(ends, seconds)
+        wait(ends, seconds)
         for running in list(self._running):
-            process, report = running.process, None
-            if process.connection in ready:
-                report = process.receive()
-            elif process.process.sentinel not in ready or process.connection.poll():
-                continue
-            self._act(running, report or Report(error=process.describe_end()))
+            process = running.process
+            if process.has_ended or process.connection.poll():
+                self._act(running, process.receive() or Report(error=process.describe_end()))
         for running in list(self._running):
             if running.outcome is not None and time.monotonic() > running.stopped + _GRACE:
                 self._finish(running, running.outcome, grace=0.0)

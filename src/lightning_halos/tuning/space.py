@@ -247,6 +247,18 @@ class Space:
 
     def settings(self, values: Values) -> Settings:
         """Returns the settings that values mean, with those that are kept and the fixed ones."""
+        return {**self._kept, **self._varied(values), **self._fixed}
+
+    def complete(self, settings: Settings, values: Values) -> Settings:
+        """Returns settings with all arguments that are varied, as in :meth:`settings`, so that they can be compared.
+
+        Args:
+            settings: The settings, which may leave out arguments that are defaults.
+            values: The values that they come from.
+        """
+        return {**settings, **self._varied(values)}
+
+    def _varied(self, values: Values) -> Settings:
         settings: Settings = {}
         for name in ("local_steps", "dynamic_local_steps", "overlap"):
             if name in values:
@@ -261,7 +273,7 @@ class Space:
         if wire := {name.removeprefix("wire_"): form for name, form in values.items() if name.startswith("wire_")}:
             assert isinstance(self._algorithm, ServerAlgorithm)
             settings["wire"] = {**_wire(self._algorithm), **wire}
-        return {**self._kept, **settings, **self._fixed}
+        return settings
 
     def algorithm(self, settings: Settings) -> Algorithm:
         """Returns the algorithm with settings."""

@@ -9,7 +9,6 @@ import fcntl
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -43,7 +42,9 @@ _RANDOM = 6  # trials before the first one that TPE draws by what it has learned
 _GOOD = 0.2  # share of the trials that TPE counts as good ones
 _VARIATIONS = 3  # one of this number of trials is TPE's, the others vary the best one
 _REDUCTION = 3  # one of this number of trials goes on at a rung
-_REFUSED = 40  # settings that are left out, in a row, before the next ones are tried anyway
+_REFUSED = 40  # settings that are left out, in a row, before the next ones are tried anyway, if they are new
+_REPEATS = 5  # draws of settings that were tried already, before nothing seems to be left
+_KNOWN = "tried already"  # why settings are left out
 _FEWEST_FOR_IMPORTANCES = 10
 _SECONDS = 60.0  # to wait for the file, which another program may be reading
 
@@ -124,48 +125,76 @@ class Study:
 
     def _again(self, trial: FrozenTrial) -> None:
         kept: dict[str, Any] = {
-            name: trial.user_attrs[name] for name in ("name", "settings") if name in trial.user_attrs
+            name: trial.user_attrs[name] for name in ("name", "settings", "complete") if name in trial.user_attrs
         }
         self._study.enqueue_trial(dict(trial.params), user_attrs=kept)
 
     def enqueue(self, name: str, values: Values, settings: Settings) -> None:
-        """Has settings tried before others, unless they were in an earlier part of the search.
+        """Has settings tried before others, unless they are already, or were in an earlier part of the search.
 
         Args:
             name: Why they are tried.
             values: The values that they come from.
             settings: The settings.
         """
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("name") == name or trial.user_attrs.get("settings") == settings:
-                return
-        self._study.enqueue_trial(values, user_attrs={"name": name, "settings": settings})
+        complete = self._complete(settings, values)
+        names = (trial.user_attrs.get("name") for trial in self._study.get_trials(deepcopy=False))
+        if name not in names and complete not in self._known():
+            self._study.enqueue_trial(values, user_attrs={"name": name, "settings": settings, "complete": complete})
 
-    def ask(self) -> tuple[Trial, Settings]:
-        """Returns a trial and its settings. Those that need not be tried are left out, with a note in the study."""
+    def ask(self) -> tuple[Trial, Settings] | None:
+        """Returns a trial and its settings; ``None`` if nothing comes that was not tried before.
+
+        Settings that need not be tried are left out, with a note in the study.
+        """
         self._asked += 1
+        repeats = 0
         for number in range(_REFUSED + 1):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if self._asked % _VARIATIONS:
+                if repeats or self._asked % _VARIATIONS:
                     self._enqueue_variation()
                 trial = self._study.ask(self._distributions)
             if "settings" in trial.user_attrs:
                 return trial, dict(trial.user_attrs["settings"])
             settings = self._space.settings(trial.params)
-            objection = self._space.objection(settings, self._goal.seconds)
-            if objection is None or number == _REFUSED:
-                break
+            complete = self._complete(settings, trial.params)
+            is_known = complete in self._known()
+            objection = _KNOWN if is_known else self._space.objection(settings, self._goal.seconds)
+            if objection is None or (number == _REFUSED and not is_known):
+                trial.set_user_attr("settings", settings)
+                trial.set_user_attr("complete", complete)
+                return trial, settings
             self.tell(trial, "left out", [], reason=objection)
-        trial.set_user_attr("settings", settings)
-        return trial, settings
+            repeats += is_known
+            if repeats == _REPEATS:
+                break
+        return None
+
+    def _complete(self, settings: Settings, values: Values) -> Settings:
+        """Returns the settings that equal ones have in the study, too."""
+        complete: Settings = json.loads(json.dumps(self._space.complete(settings, values)))
+        return complete
+
+    def _known(self) -> list[Settings]:
+        """Returns the complete settings that have been tried, are being tried or will be; not those that failed."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [
+            trial.user_attrs["complete"]
+            for trial in trials
+            if trial.state is not TrialState.FAIL and "complete" in trial.user_attrs
+        ]
 
     def _enqueue_variation(self) -> None:
-        """Has a variation of the best trial come next, unless others wait, or none is complete."""
+        """Has a new variation of the best trial come next, unless others wait, or none is complete."""
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if complete and not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            best = min(complete, key=lambda trial: trial.value or 0.0)
-            self._study.enqueue_trial(self._space.near(best.params, self._random))
+            best, known = min(complete, key=lambda trial: trial.value or 0.0), self._known()
+            for _ in range(_REFUSED):
+                values = self._space.near(best.params, self._random)
+                if self._complete(self._space.settings(values), values) not in known:
+                    self._study.enqueue_trial(values)
+                    break
 
     def goes_on(self, trial: Trial, curve: list[Point]) -> bool:
         """Says whether a trial goes on after its last validation, and notes its losses at the rungs."""
@@ -205,23 +234,22 @@ class Study:
 
     def results(self) -> list[Tried]:
         """Returns the trials that have ended, without those that were left out or interrupted."""
-        return list(self._results())
+        return [_tried(trial) for trial in self._ended()]
 
-    def _results(self) -> Iterator[Tried]:
-        for trial in self._study.get_trials(deepcopy=False):
-            notes = trial.user_attrs
-            if notes.get("outcome") not in (None, "left out", "interrupted"):
-                yield Tried(
-                    trial.number,
-                    notes["outcome"],
-                    notes["settings"],
-                    trial.params,
-                    trial.value if trial.state is TrialState.COMPLETE else None,
-                    [Point(*point) for point in notes.get("curve", ())],
-                    notes.get("seconds", 0.0),
-                    notes.get("name", ""),
-                    notes.get("reason", ""),
-                )
+    def result_of(self, settings: Settings, values: Values) -> Tried | None:
+        """Returns the last trial of settings, or of equal ones; ``None`` if none has ended.
+
+        Args:
+            settings: The settings.
+            values: The values that they come from.
+        """
+        complete = self._complete(settings, values)
+        found = [trial for trial in self._ended() if trial.user_attrs["complete"] == complete]
+        return _tried(found[-1]) if found else None
+
+    def _ended(self) -> list[FrozenTrial]:
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.user_attrs.get("outcome") not in (None, "left out", "interrupted")]
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -281,6 +309,21 @@ class Tried:
     seconds: float
     name: str
     reason: str
+
+
+def _tried(trial: FrozenTrial) -> Tried:
+    notes = trial.user_attrs
+    return Tried(
+        trial.number,
+        notes["outcome"],
+        notes["settings"],
+        trial.params,
+        trial.value if trial.state is TrialState.COMPLETE else None,
+        [Point(*point) for point in notes.get("curve", ())],
+        notes.get("seconds", 0.0),
+        notes.get("name", ""),
+        notes.get("reason", ""),
+    )
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

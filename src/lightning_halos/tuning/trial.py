@@ -37,6 +37,7 @@ from lightning_halos.tuning.make import Make, call
 
 VALIDATIONS = 12
 """Validations of a trial, about."""
+_PAUSE = 1.0  # seconds between two looks whether a process has ended
 _PORTS = (20000, 30000)  # below those that systems give to connections
 _FORK = multiprocessing.get_context("fork")
 
@@ -116,8 +117,21 @@ class Process:
         there.close()
         return cls(process, here, folder, log)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended.
+
+        Its sentinel and the connection do not say so while processes live on that it has started, which have both.
+        """
+        return not self.process.is_alive()
+
     def receive(self) -> Report | None:
-        """Returns the report that has come; ``None`` if the process has ended without another one."""
+        """Waits for a report. Returns it, or ``None`` if the process has ended without another one."""
+        has_ended = self.has_ended  # asked before each look at the connection, because what it has sent counts
+        while not self.connection.poll(0 if has_ended else _PAUSE):
+            if has_ended:
+                return None
+            has_ended = self.has_ended
         try:
             report: Report = self.connection.recv()
         except (EOFError, OSError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,11 +19,11 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.transport.compute import usable_cores
 from lightning_halos.tuning.goal import Goal, Mode
-from lightning_halos.tuning.make import Make, name_of
+from lightning_halos.tuning.make import Make, describe, name_of
 from lightning_halos.tuning.report import Tuned, as_yaml, make_table
 from lightning_halos.tuning.search import Search, TuningError
 from lightning_halos.tuning.space import FEWEST_STEPS, Settings, Space
-from lightning_halos.tuning.study import Study
+from lightning_halos.tuning.study import Study, Tried
 from lightning_halos.tuning.trial import Process, measure
 
 _OURS = {"strategy", "max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch"}
@@ -63,8 +62,6 @@ def tune(
         cluster = SimulatedCluster.from_yaml(cluster)
     start, fixed, trainer = dict(start or {}), dict(fixed or {}), dict(trainer or {})
     _check(hours, steps, virtual_hours, mode, target, trainer, jobs, trials)
-    if sys.platform == "win32" or not hasattr(os, "fork"):
-        raise ValueError("A search forks its trials' processes, which this system cannot.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     default = _algorithm(strategy, cluster, fixed)
@@ -89,22 +86,24 @@ def tune(
         "objective": {**goal.as_dict(), "seconds": round(seconds, 3)},
         "start": start,
         "fixed": fixed,
-        "trainer": {key: repr(value) for key, value in trainer.items()},
+        "trainer": {key: describe(value) for key, value in trainer.items()},
         "seed": seed,
         "parameters": {name: dataclasses.astuple(parameter) for name, parameter in space.parameters.items()},
     }
     study = Study(folder, space, goal, identity, seed)
     try:
         study.enqueue("the start", space.start, first)
-        if (values := space.values_of(default)) not in (None, space.start):
-            study.enqueue("the defaults", values, dict(fixed))
+        values = space.values_of(default)
+        if values is not None:
+            study.enqueue("the defaults", values, fixed)
         study.enqueue("averaging", space.averaging, space.settings(space.averaging))
         if progress:
             print(f"{algorithm.title}: {goal.title}; {len(space.parameters)} parameters", file=sys.stderr)
         number = jobs or usable_cores()
         search = Search(study, space, goal, make, strategy, cluster, trainer, folder, number, seed)
         search.run(hours * 3600, trials, progress)
-        return _report(study, space, goal, strategy, type(algorithm), folder, command)
+        defaults = None if values is None else study.result_of(fixed, values)
+        return _report(study, space, goal, strategy, type(algorithm), folder, command, defaults)
     finally:
         study.close()
 
@@ -163,6 +162,7 @@ def _report(
     algorithm: type[Algorithm],
     folder: Path,
     command: str,
+    defaults: Tried | None,
 ) -> Tuned:
     trials = study.results()
     importances = study.importances()
@@ -175,16 +175,18 @@ def _report(
         )
     best = min(complete, key=lambda trial: trial.value or 0.0)
     assert best.value is not None
-    first = next((trial.value for trial in complete if trial.name == "the start"), None)
-    found = f"{goal.title}: {goal.describe(best.value)}" + (
-        f", {goal.describe(first)} at the start" if first is not None else ""
-    )
+    first = next((trial for trial in trials if trial.name == "the start"), None)
+    found = f"{goal.title}: {goal.describe(best.value)}"
+    if first is not None and (defaults is None or first.number != defaults.number):
+        found += f", {_outcome(goal, first)} at the start"
+    if defaults is not None:
+        found += f", {_outcome(goal, defaults)} with the defaults"
     text = as_yaml(best.settings, _class_path(strategy), [found, *([f"$ {command}"] if command else [])])
     (folder / "best.yaml").write_text(text, encoding="utf-8")
     return Tuned(
         settings=best.settings,
         value=goal.shown(best.value),
-        start_value=None if first is None else goal.shown(first),
+        start_value=None if first is None or first.value is None else goal.shown(first.value),
         steps=best.curve[-1].step,
         table=table,
         yaml=text,
@@ -192,6 +194,10 @@ def _report(
         trials=tuple(trials),
         algorithm=algorithm,
     )
+
+
+def _outcome(goal: Goal, trial: Tried) -> str:
+    return trial.outcome if trial.value is None else goal.describe(trial.value)
 
 
 def _class_path(strategy: Strategy) -> str:
