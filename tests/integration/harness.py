@@ -10,11 +10,13 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,10 @@ Scenario = Callable[..., Result]
 
 LIMIT = 240.0
 """Seconds that a scenario may take, on the busiest machine. Pytest ends a test after 300."""
+
+_PORTS = range(10_000, 20_000)  # below those that systems give to connections
+_MOST_TAKEN = 30
+_taken: deque[socket.socket] = deque()
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,24 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
 
 
 def free_port() -> int:
-    """A free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port, which no connection gets by itself, and no other test, until somebody listens there.
+
+    Other tests see that it is taken by a UDP socket with the same number, which lives as long as this process, or until
+    many more have been taken.
+    """
+    while True:
+        port, mark = secrets.choice(_PORTS), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with socket.socket() as probe:
+            try:
+                mark.bind(("127.0.0.1", port))
+                probe.bind(("", port))
+            except OSError:
+                mark.close()
+                continue
+        _taken.append(mark)
+        if len(_taken) > _MOST_TAKEN:
+            _taken.popleft().close()
+        return port
 
 
 def _work(

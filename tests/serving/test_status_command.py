@@ -14,6 +14,7 @@ import pytest
 from lightning_halos.cli import main
 from lightning_halos.core.messages import Refusal, StatusReply, StatusRequest
 from lightning_halos.serving.dashboard import page
+from lightning_halos.transport import dialer
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import make_authority, make_region, read_keys
 from lightning_halos.transport.listener import Listener
@@ -123,7 +124,8 @@ def test_watches_also_while_the_server_is_away(ask: Ask, folder: Path, monkeypat
         return None
 
     monkeypatch.setattr(time, "sleep", pause)
-    where = ["--server", servers[0].address, "--keys", folder / "us.pem", "--timeout", 1]
+    monkeypatch.setattr(dialer, "_FIRST_PAUSE", 100.0)  # so that it tries once each time, and may take long
+    where = ["--server", servers[0].address, "--keys", folder / "us.pem", "--timeout", 30]
     code, out, err = ask(*where, "--json", "--watch", 7.5)
     assert code == 0
     assert json.loads(out) == status()

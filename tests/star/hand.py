@@ -6,6 +6,7 @@ so that other software can be put under the same hand.
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -138,6 +139,7 @@ class Hand:
                 self._parties[name].terminate()
             elif now > deadline:
                 left = self._parties[name].pids()
+                self._waiting[name] = math.inf, fault  # one complaint is enough
                 self.complaints.append(f"{name}: processes {left} still run {self._patience:g} s after [{fault}]")
                 signal_all(left, signal.SIGKILL)
         for name, party in self._parties.items():

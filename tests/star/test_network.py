@@ -14,6 +14,8 @@ from tests.star.processes import wait_until
 pytestmark = needs_namespaces
 
 PORT, OTHER = 5000, 5001
+LIMIT = 60.0
+SHORT = 0.5  # seconds for an answer that does not come
 
 LISTEN = """
 import socket, sys
@@ -25,7 +27,8 @@ while True:
 """
 DIAL = """
 import socket, sys
-print(socket.create_connection((sys.argv[1], int(sys.argv[2])), 0.5).recv(100).decode().removeprefix("::ffff:"))
+peer = socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3]))
+print(peer.recv(100).decode().removeprefix("::ffff:"))
 """
 
 
@@ -34,14 +37,14 @@ def listen(place: Place, port: int = PORT) -> None:
     inside = ["ip", "netns", "exec", place.namespace]
     subprocess.Popen([*inside, sys.executable, "-S", "-c", LISTEN, str(port)])
     query = [*inside, "cat", "/proc/net/tcp6"]
-    wait_until(lambda: f":{port:04X} " in subprocess.run(query, capture_output=True, text=True).stdout, 10)
+    wait_until(lambda: f":{port:04X} " in subprocess.run(query, capture_output=True, text=True).stdout, LIMIT)
 
 
-def dial(place: Place, address: str, port: int = PORT) -> str:
+def dial(place: Place, address: str, port: int = PORT, timeout: float = LIMIT) -> str:
     """From which address the other end says that we came, or the last word of the error."""
     inside = ["ip", "netns", "exec", place.namespace]
     done = subprocess.run(
-        [*inside, sys.executable, "-S", "-c", DIAL, address, str(port)], capture_output=True, text=True
+        [*inside, sys.executable, "-S", "-c", DIAL, address, str(port), str(timeout)], capture_output=True, text=True
     )
     return done.stdout.strip() or done.stderr.split()[-1]
 
@@ -62,8 +65,8 @@ def test_a_firewall_lets_through_its_port_alone(net: Network) -> None:
     net.dials_only(region, PORT)
     for here, there in ((region.ipv4, server.ipv4), (region.ipv6, server.ipv6)):
         assert dial(region, there) == here
-        assert dial(region, there, OTHER) == "out"  # timed out
-        assert dial(server, here) == "out"
+        assert dial(region, there, OTHER, SHORT) == "out"  # timed out
+        assert dial(server, here, timeout=SHORT) == "out"
 
 
 @pytest.mark.parametrize("cut", [Place.cut, Place.unplug])
@@ -71,9 +74,9 @@ def test_a_cable_that_is_cut_and_mended(net: Network, cut: object) -> None:
     server, region = net.place("server"), net.place("region")
     listen(server)
     cut(region)  # type: ignore[operator]
-    assert dial(region, server.ipv4) == dial(region, server.ipv6) == "out"
+    assert dial(region, server.ipv4, timeout=SHORT) == dial(region, server.ipv6, timeout=SHORT) == "out"
     region.mend()
-    wait_until(lambda: (dial(region, server.ipv4), dial(region, server.ipv6)) == (region.ipv4, region.ipv6), 10)
+    wait_until(lambda: (dial(region, server.ipv4), dial(region, server.ipv6)) == (region.ipv4, region.ipv6), LIMIT)
 
 
 @pytest.mark.parametrize("has_iptables", [True, False])
@@ -89,7 +92,7 @@ def test_two_behind_one_office_look_like_one_and_cannot_be_dialled(
     office, address = net.office("office", server, PORT)
     first, second = (net.place(name, ipv6=False, behind=office) for name in ("first", "second"))
     listen(first)
-    wait_until(lambda: dial(first, address) == office.ipv4, 10)
+    wait_until(lambda: dial(first, address) == office.ipv4, LIMIT)
     assert dial(second, address) == office.ipv4
     assert dial(server, first.ipv4) == "unreachable"
 

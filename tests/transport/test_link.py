@@ -136,27 +136,36 @@ def test_an_error_that_is_no_lost_connection_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("reaction", ["close", "report"])
 def test_a_process_that_reacts_to_a_failure_is_not_ended(reaction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread may close its links, or fail by itself, without having asked for the failure."""
+    """The main thread may close its links, or fail by itself, without having asked for the failure.
+
+    The thread that would end the process goes then: it refers to the links, and so to the models of a fit that is over.
+    """
     monkeypatch.undo()  # of what the other tests have in place of the end of the process
-    monkeypatch.setattr(alarm_module, "_LIMIT", 0.2)
     ended = threading.Event()
     monkeypatch.setattr(alarm_module.os, "_exit", lambda code: ended.set())
     alarm = Alarm("rank 0")
     alarm.fail(PeerLostError("rank 1 disappeared"))
+    waiting = timers()
+    assert waiting
     alarm.close(0) if reaction == "close" else alarm.report("a mistake")
     alarm.fail(PeerLostError("rank 2 disappeared"))
-    assert not ended.wait(1.0)
+    for thread in waiting + timers():
+        thread.join(alarm_module._LIMIT / 2)
+        assert not thread.is_alive()
+    assert not ended.is_set()
 
 
-def test_a_thread_that_would_end_the_process_goes_when_the_main_thread_reacts() -> None:
-    """It refers to the links, and so to the models of a fit that is over."""
-    alarm = Alarm("rank 0")
-    alarm.fail(PeerLostError("rank 1 disappeared"))
-    alarm.close(0)
-    waiting = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-    for thread in waiting:
-        thread.join(5)
-    assert not any(thread.is_alive() for thread in waiting)
+def test_a_process_whose_main_thread_does_not_react_to_a_failure_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(alarm_module, "_LIMIT", 0.1)
+    ended = threading.Event()
+    monkeypatch.setattr(alarm_module.os, "_exit", lambda code: ended.set())
+    Alarm("rank 0").fail(PeerLostError("rank 1 disappeared"))
+    assert ended.wait(30)
+
+
+def timers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
 class TestVectors:

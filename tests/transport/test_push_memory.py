@@ -32,7 +32,7 @@ ELEMENTS = 3 * PART + 5
 
 def test_there_is_memory_for_few_pushes_of_many_workers() -> None:
     memory, held = PushMemory(torch.zeros(8), 3), set()
-    lock, most, now = threading.Lock(), [0], [0]
+    lock, most, now, all_in_use = threading.Lock(), [0], [0], threading.Event()
 
     def work(worker: int) -> None:
         for _ in range(20):
@@ -41,6 +41,9 @@ def test_there_is_memory_for_few_pushes_of_many_workers() -> None:
                 held.add(vector.data_ptr())
                 now[0] += 1
                 most[0] = max(most[0], now[0])
+                if now[0] == 3:
+                    all_in_use.set()
+            all_in_use.wait(LIMIT)
             time.sleep(0.0005)
             with lock:
                 now[0] -= 1

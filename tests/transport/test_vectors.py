@@ -15,6 +15,7 @@ from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport.vectors import Part, VectorForm, code_of
 from tests.transport.ends import End, GlooWire, Wire, groups
 
+QUIET = 60.0  # seconds of silence; signs of life, which are bytes, too, are rare then
 PARAMETERS = PART + 70
 ELEMENTS = PARAMETERS + 5
 
@@ -22,8 +23,8 @@ ELEMENTS = PARAMETERS + 5
 @pytest.mark.parametrize(("form", "dtype"), [("bfloat16", "float32"), ("int8", "float64"), ("int4", "float32")])
 def test_rounded_vectors_arrive_exactly_in_few_bytes_and_others_complete(wire: Wire, form: Format, dtype: str) -> None:
     kind = VectorForm(ELEMENTS, getattr(torch, dtype), form, PARAMETERS)
-    a = End(wire.link(0, "b", form=kind)).start()
-    b = End(wire.link(1, "a", form=kind)).start()
+    a = End(wire.link(0, "b", QUIET, kind), QUIET).start()
+    b = End(wire.link(1, "a", QUIET, kind), QUIET).start()
     torch.manual_seed(0)
     values = torch.randn(ELEMENTS, dtype=kind.dtype)
     rounded = values.clone()
