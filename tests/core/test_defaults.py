@@ -87,6 +87,10 @@ def test_a_summary_names_what_was_chosen_and_not_what_was_given() -> None:
     assert run_length.summary(algorithm, FOUR_BY_FOUR) == (
         "HALoS, defaults for 600 global steps: accumulate_updates 8, global_optimizer 0.375/0/1 (lr/momentum/delay)."
     )
+    unknown = run_length.summary(algorithm, FOUR_BY_FOUR, reason="the length of this run is unknown")
+    assert unknown.startswith("HALoS, defaults for 600 global steps (the length of this run is unknown): accum")
+    published = run_length.summary(replace(algorithm, defaults="published"), FOUR_BY_FOUR, reason="unknown")
+    assert published.startswith("HALoS, defaults for a long run: accum")
     assert run_length.summary(Diloco(global_steps=600), FOUR_BY_FOUR).endswith("outer_optimizer 0.7/0.6 (lr/momentum).")
 
 

@@ -99,6 +99,14 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
     card = (tmp_path / "out" / "README.md").read_text()
     for row in ("| Regions | 0: 2 worker(s), 1: 2 worker(s) |", "| local_steps | 4 |", "| accumulate_updates | 4 |"):
         assert row in card
+    for row in (
+        "| Defaults | for 60 global steps |",
+        "| merge_weight | 0.5 (default) |",
+        "| local_optimizer | lr=0.5, momentum=0, delay=1 (default) |",
+        "| global_optimizer | lr=0.75, momentum=0, delay=1 (default) |",
+    ):
+        assert row in card
+    assert "| default |" not in card
 
 
 def evaluating_in_two_processes(tokenizer: str) -> Result:

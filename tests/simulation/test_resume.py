@@ -23,6 +23,7 @@ from lightning_halos import CheckpointError, HalosStrategy, SimulatedCluster
 from lightning_halos.core.algorithms.defaults import ASSUMED_STEPS
 from lightning_halos.core.sharding import local
 from lightning_halos.optim import MuonAdamW
+from lightning_halos.training import start
 from tests.simulation.test_world import Toy, fit, loader
 
 
@@ -80,13 +81,18 @@ class WithoutSchedule(Toy):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(tmp_path: Path) -> None:
-    path = None
+def test_a_run_that_goes_on_longer_keeps_the_defaults_with_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, said = None, tmp_path / "said"
+    monkeypatch.setattr(start, "rank_zero_info", said.write_text)  # of rank 0, which is another process
     for name, steps in (("first", 8), ("second", 16)):
         saving = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=4, save_top_k=-1)
         flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_steps": steps}
         fit("halos", WithoutSchedule(), loader(shuffle=True), **flags, ckpt_path=path)
         assert lengths(tmp_path / name) == {8}
+        assert "defaults for 8 global steps" in said.read_text()
+        assert ("(with which this run began)" in said.read_text()) is (name == "second")
         path = tmp_path / name / "step=4.ckpt"
 
 
@@ -97,11 +103,14 @@ class Stream(IterableDataset[Any]):
         return iter(loader().dataset)  # type: ignore[call-overload]
 
 
-def test_a_run_over_data_without_a_length_is_of_unknown_length(tmp_path: Path) -> None:
+def test_a_run_over_data_without_a_length_is_of_unknown_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tmp_path / "said"
+    monkeypatch.setattr(start, "rank_zero_info", said.write_text)  # of rank 0, which is another process
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     flags: dict[str, Any] = {"callbacks": saving, "enable_checkpointing": True, "max_epochs": 1, "max_steps": -1}
     fit("halos", WithoutSchedule(), DataLoader(Stream(), batch_size=4), **flags)
     assert lengths(tmp_path) == {ASSUMED_STEPS}
+    assert f"{ASSUMED_STEPS} global steps (the length of this run is unknown)" in said.read_text()
 
 
 class WithMuon(Toy):

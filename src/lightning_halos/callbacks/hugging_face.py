@@ -6,6 +6,7 @@ It adds only text, numbers and bytes, so that ``torch.load(weights_only=True)`` 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_halos.core import run_length
 from lightning_halos.language.export import RECORD
 from lightning_halos.language.models import find_language_model, find_tokenizer
 from lightning_halos.training.strategy import AlgorithmStrategy
@@ -114,17 +116,32 @@ def describe_optimizer(optimizer: Optimizer) -> str:
 
 def _halos_settings(strategy: AlgorithmStrategy) -> dict[str, Any]:
     topology, algorithm = strategy.topology, strategy.algorithm
+    defaults: dict[str, Any] = {}
     regions = zip(topology.names, topology.regions, strict=True)
     settings: dict[str, Any] = {
         "Regions": ", ".join(f"{name}: {len(ranks)} worker(s)" for name, ranks in regions),
         "Local servers": len(topology.groups),
     }
+    if (run := strategy.algorithm_of_run) is not None:
+        defaults = run_length.settings(run, topology.groups, joins=strategy.membership is not None)
+        if defaults:
+            settings["Defaults"] = f"for {run_length.length_of_defaults(run)}"
     for field in fields(algorithm):
         value = getattr(algorithm, field.name)
         if callable(value):
             value = describe_optimizer(value([nn.Parameter(torch.zeros(1))]))
-        settings[field.name] = "default" if value is None else value
+        if field.name in defaults:
+            value = f"{_described(defaults[field.name])} (default)"
+        if field.name not in ("defaults", "global_steps"):
+            settings[field.name] = value
     return settings
+
+
+def _described(default: Any) -> str:
+    """Returns a default as text; those of an optimizer are its arguments by name."""
+    if isinstance(default, Mapping):
+        return ", ".join(f"{name}={value:.3g}" for name, value in default.items())
+    return str(default)
 
 
 def _architecture(model: nn.Module) -> str:

@@ -46,8 +46,21 @@ def settings(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = 
     return values
 
 
-def summary(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = False) -> str:
-    """Returns :func:`settings`, which takes the same arguments, as a line for users; empty if there are none."""
+def length_of_defaults(algorithm: Algorithm) -> str:
+    """Returns the length of the runs that an algorithm's defaults are for, for users."""
+    is_long = algorithm.defaults == "published" or algorithm.global_steps is None
+    return "a long run" if is_long else f"{algorithm.global_steps} global steps"
+
+
+def summary(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = False, reason: str = "") -> str:
+    """Returns the defaults as a line for users; empty if there are none.
+
+    Args:
+        algorithm: The algorithm.
+        groups: As for :func:`settings`.
+        joins: As for :func:`settings`.
+        reason: Why the defaults are for another length than that of the run, if they are.
+    """
     chosen = settings(algorithm, groups, joins)
     if not chosen:
         return ""
@@ -56,9 +69,8 @@ def summary(algorithm: Algorithm, groups: Sequence[ServerGroup], joins: bool = F
         if isinstance(value, dict):
             value = "/".join(f"{number:.3g}" for number in value.values()) + f" ({'/'.join(value)})"
         words.append(f"{name} {value}")
-    is_long = algorithm.defaults == "published" or algorithm.global_steps is None
-    length = "a long run" if is_long else f"{algorithm.global_steps} global steps"
-    return f"{algorithm.title}, defaults for {length}: {', '.join(words)}."
+    why = f" ({reason})" if reason and algorithm.defaults == "run" else ""
+    return f"{algorithm.title}, defaults for {length_of_defaults(algorithm)}{why}: {', '.join(words)}."
 
 
 def shortcomings(algorithm: Algorithm, groups: Sequence[ServerGroup], global_steps: int) -> list[str]:

@@ -119,14 +119,15 @@ class Start:
                 ends.append(int(self.data.end) // self.workers)
             length = min(ends, default=None)
         length = self.site.collectives.broadcast_object(length)
-        began = length
+        began, reason = length, ""
         if self.resume is not None:
             began = self.resume.manifest.global_steps
+            reason = "with which this run began" if began != length else ""
         elif began is None:
-            began = ASSUMED_STEPS
+            began, reason = ASSUMED_STEPS, "the length of this run is unknown"
         algorithm = dataclasses.replace(algorithm, global_steps=None if began is None else max(1, began))
         groups, joins = self.site.topology.groups, self.membership is not None
-        if text := run_length.summary(algorithm, groups, joins):
+        if text := run_length.summary(algorithm, groups, joins, reason):
             rank_zero_info(text)
         if not joins and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             for warning in run_length.shortcomings(algorithm, groups, length) if length else ():

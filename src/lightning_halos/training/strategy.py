@@ -114,6 +114,7 @@ class AlgorithmStrategy(ComposedStrategy):
         self._grace_time = float(grace_time)
         self._shards: Shards | None = None
         self._fit: Fit | None = None
+        self.algorithm_of_run: Algorithm | None = None  # of the present or last fit, with the length of the run
         self._no_validation = NoValidation()
         self._evaluates = False
         self._history: list[Event] = []
@@ -321,6 +322,7 @@ class AlgorithmStrategy(ComposedStrategy):
         start = Start(self.site, self.algorithm, trainer, resume, shards.saves, self.membership)
         world = make_world(start, self.cluster)
         self._fit = Fit(start, world, self._grace_time)
+        self.algorithm_of_run = start.algorithm
         if self.is_global_zero and world.checkpointed is not None:
             shards.link_when_complete(trainer.checkpoint_callbacks)
             shards.hold_loggers(trainer.loggers)
