@@ -11,16 +11,20 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy
+from lightning_halos.training.stopwatch import Stopwatch
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
     LOCAL_STEPS,
     SAMPLES,
+    WORKERS,
+    HoldingBack,
     Toy,
     assert_no_step_lost,
     assert_same_model,
     loader,
     make_trainer,
+    meet,
     outcome,
     state,
 )
@@ -39,6 +43,11 @@ class Scheduled(Toy):
     pause = 0.06
     slow = 3
     statistics: Sequence[dict[str, Any]] = ()  # of the servers, on rank 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.optimizer_steps == 0:
+            meet("first batch", self.global_rank, WORKERS)
+        return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.counted(torch.optim.AdamW(self.parameters()))
@@ -62,9 +71,10 @@ def test_steps_schedule_and_validation(run: Run, name: str) -> None:
     total = sum(result["optimizer_steps"] for result in results)
     assert 40 * 4 <= total <= (40 + LOCAL_STEPS) * 4
     assert all(result["global_step"] == 40 for result in results)
-    if name == "async_local_sgd":  # its only server is in region 0, and half of the workers in region 1
+    if name == "async_local_sgd":  # its only server is in rank 0's process; half of the workers are in region 1
         (server,) = results[0]["statistics"]
-        assert 0 < server["bytes_within_regions"] < server["bytes_between_regions"]
+        assert server["bytes_within_regions"] > 0
+        assert server["bytes_between_regions"] > 0
     assert all(result["schedules"] == [40] for result in results)
     assert [result["validated_on"] for result in results] == [[[*range(16)]] * 2, [], [], []]
     assert all(result["metrics"]["val_loss"] == results[0]["metrics"]["val_loss"] for result in results)
@@ -72,13 +82,47 @@ def test_steps_schedule_and_validation(run: Run, name: str) -> None:
     assert_same_model(results)
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("async_local_sgd", 2.5), ("diloco_dynamic", 1.5), ("diloco", 1.0)])
-def test_who_waits_for_a_slow_worker(run: Run, name: str, ratio: float) -> None:
-    results = run(trained, name, {"max_steps": 40, "limit_val_batches": 0})
-    steps = [result["optimizer_steps"] for result in results]
-    assert min(steps[:3]) >= ratio * steps[3]
-    if ratio == 1.0:
-        assert len(set(steps)) == 1
+def held_back() -> Result:
+    module, trainer = HoldingBack(), make_trainer(STRATEGIES["async_local_sgd"](), max_steps=40)
+    trainer.fit(module, loader())
+    return outcome(trainer, module)
+
+
+def test_nobody_waits_for_a_slow_worker_without_synchronous_rounds(run: Run) -> None:
+    results = run(held_back)
+    assert all(result["global_step"] == 40 for result in results)
+    assert_no_step_lost(results)
+
+
+class Clock:
+    """The time by which workers measure their speeds: it passes in batches only."""
+
+    time = 0.0
+
+
+class Timed(Toy):
+    pause = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        Clock.time += 4.0 if self.global_rank == 3 else 1.0
+        return super().training_step(batch, batch_idx)
+
+
+def timed(name: str) -> Result:
+    Stopwatch.now = lambda self: Clock.time  # type: ignore[method-assign]
+    module, trainer = Timed(), make_trainer(STRATEGIES[name](), max_steps=40)
+    trainer.fit(module, loader())
+    return outcome(trainer, module)
+
+
+def test_a_slow_worker_has_shorter_rounds_if_they_are_dynamic(run: Run) -> None:
+    steps = [result["optimizer_steps"] for result in run(timed, "diloco_dynamic")]
+    assert len(set(steps[:3])) == 1
+    assert steps[0] >= 3 * steps[3]
+
+
+def test_all_rounds_are_equal_if_they_are_not(run: Run) -> None:
+    assert len({result["optimizer_steps"] for result in run(timed, "diloco")}) == 1
 
 
 @every_strategy
@@ -87,7 +131,8 @@ def test_max_epochs_uses_every_sample_once_per_epoch(run: Run, name: str) -> Non
     used = sorted(index for result in results for index in result["trained_on"])
     assert used == sorted([*range(SAMPLES)] * 2)
     assert all(result["epoch"] == 2 for result in results)
-    assert len(results[0]["validated_on"]) == 2
+    # On a busy machine the others may take all data of an epoch; then rank 0 has no new model to validate after it.
+    assert len(results[0]["validated_on"]) in ((1, 2) if name == "async_local_sgd" else (2,))
     assert_no_step_lost(results)
     assert_same_model(results)
 

@@ -19,6 +19,7 @@ from torchmetrics import MeanSquaredError
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import LOCAL_STEPS, Toy, assert_trained, loader, make_trainer, outcome, samples
+from tests.integration.virtual import simulate
 
 HELD_OUT = 60  # 15 per worker: three whole batches and a part of one
 
@@ -90,10 +91,6 @@ def test_metrics(run: Run) -> None:
 class Decaying(Toy):
     """With a learning rate that tells the schedule's position."""
 
-    def __init__(self, slow: int | None) -> None:
-        super().__init__()
-        self.slow = slow
-
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("mine", 1.0)
         return super().training_step(batch, batch_idx)
@@ -104,24 +101,21 @@ class Decaying(Toy):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def logged(folder: Path, slow: int | None) -> Result:
-    module, logger = Decaying(slow), CSVLogger(folder, "", "")
-    trainer = make_trainer(
+@pytest.mark.parametrize("slow", [None, 0])
+def test_logs_are_over_the_global_step(tmp_path: Path, slow: int | None) -> None:
+    results = simulate(
+        tmp_path,
+        Decaying(),
+        loader(),
+        loader(16),
+        slow=slow,
         max_steps=60,
         log_every_n_steps=20,
-        logger=logger,
-        callbacks=LearningRateMonitor("step"),
+        logger=CSVLogger(tmp_path, "", ""),
+        callbacks=[LearningRateMonitor("step")],
         val_check_interval=30,
         check_val_every_n_epoch=None,
     )
-    trainer.fit(module, loader(), loader(16))
-    logger.save()
-    return outcome(trainer, module)
-
-
-@pytest.mark.parametrize("slow", [None, 0])
-def test_logs_are_over_the_global_step(run: Run, tmp_path: Path, slow: int | None) -> None:
-    results = run(logged, tmp_path, slow)
     assert_trained(results, max_steps=60)
     (path,) = tmp_path.rglob("metrics.csv")
     steps = defaultdict(list)
@@ -139,16 +133,9 @@ def test_logs_are_over_the_global_step(run: Run, tmp_path: Path, slow: int | Non
     assert steps["val_loss"] == [29, 59]
 
 
-def logged_every_step(folder: Path) -> Result:
-    module, logger = Decaying(0), CSVLogger(folder, "", "")
-    trainer = make_trainer(max_steps=40, log_every_n_steps=1, logger=logger)
-    trainer.fit(module, loader())
-    logger.save()
-    return outcome(trainer, module)
-
-
-def test_logging_every_step_does_not_move_the_global_step(run: Run, tmp_path: Path) -> None:
-    results = run(logged_every_step, tmp_path)
+def test_logging_every_step_does_not_move_the_global_step(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"max_steps": 40, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path, "", "")}
+    results = simulate(tmp_path, Decaying(), loader(), slow=0, **flags)
     assert_trained(results, max_steps=40)
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:

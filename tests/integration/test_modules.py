@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.nn.functional import mse_loss
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import FEATURES, Toy, assert_trained, fit
+from tests.integration.toys import FEATURES, Toy, assert_trained, fit, loader
+from tests.integration.virtual import simulate
 
 
 def automatic() -> Result:
@@ -113,13 +115,15 @@ def test_accumulated_gradients_belong_to_one_model(run: Run) -> None:
     for result in results:
         windows = result["windows"]
         assert len(windows) == result["optimizer_steps"]
+        if not windows:
+            continue  # this worker was late, and found no step left
         # The last window of an epoch of 16 batches has one.
         assert {len(window) for window in windows[:-1]} <= {3, 1}
-        assert max(len(window) for window in windows) == 3
         for first, *others in windows:
             assert all(torch.equal(first, other) for other in others)
         for (before, *_), (after, *_) in itertools.pairwise(windows):
             assert not torch.equal(before, after)
+    assert max(len(window) for result in results for window in result["windows"]) == 3
 
 
 class Clipped(Toy):
@@ -147,6 +151,8 @@ def test_gradients_are_clipped(run: Run) -> None:
 
 
 class Dtypes(Toy):
+    computed_in: torch.dtype | None = None  # of a worker that is late and finds no step left
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.computed_in = self.net(batch[0]).dtype
         return super().training_step(batch, batch_idx)
@@ -181,7 +187,7 @@ def test_precision(run: Run, precision: str, weights: torch.dtype, computed_in: 
     assert_trained(results, max_steps=20)
     for result in results:
         assert {tensor.dtype for tensor in result["state"].values()} == {weights}
-        assert result["computed_in"] == computed_in
+    assert {result["computed_in"] for result in results} - {"None"} == {computed_in}
 
 
 class Normalized(Toy):
@@ -195,12 +201,8 @@ class Normalized(Toy):
         return super().training_step((inputs + self.global_rank, targets, indices), batch_idx)
 
 
-def normalized() -> Result:
-    return fit(Normalized(), max_steps=40)
-
-
-def test_batch_norm_statistics_are_averaged(run: Run) -> None:
-    results = run(normalized)
+def test_batch_norm_statistics_are_averaged(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Normalized(), loader(), max_steps=40)
     assert_trained(results, max_steps=40)
     for result in results:
         mean = result["state"]["net.0.running_mean"].mean()
@@ -271,5 +273,5 @@ def test_compiled_submodule_is_compiled_once(run: Run) -> None:
     results = run(compiled)
     assert_trained(results, max_steps=20)
     for result in results:
-        assert result["compilations"] == 1
+        assert result["compilations"] == (result["optimizer_steps"] > 0)
         assert not torch.equal(result["state"]["net._orig_mod.0.weight"], results[0]["start"]["net._orig_mod.0.weight"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -86,6 +88,40 @@ class Toy(pl.LightningModule):
 
     def _count(self, *_: Any) -> None:
         self.optimizer_steps += 1
+
+
+class HoldingBack(Toy):
+    """The last worker waits in its second batch until the others together have taken ``AHEAD`` batches.
+
+    If they waited for its round, they could take two rounds each, however fast the processes are.
+    """
+
+    AHEAD = 12 * LOCAL_STEPS
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank < WORKERS - 1:
+            Path(f"batch-{self.global_rank}-{self.optimizer_steps}").touch()
+        elif self.optimizer_steps == 1:
+            wait_for(lambda: len(list(Path().glob("batch-*"))) >= self.AHEAD, "the others wait for the slow worker")
+        return super().training_step(batch, batch_idx)
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str, limit: float = 120.0) -> None:
+    """Waits until a condition holds, so that a test's processes come to a point in the same order at any speed.
+
+    Raises:
+        AssertionError: If it does not hold after ``limit`` seconds; ``otherwise`` says what that means.
+    """
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
+
+
+def meet(place: str, rank: int, number: int) -> None:
+    """Waits until a number of processes have come to a place, which has a name in the present folder."""
+    Path(f"{place}.{rank}").touch()
+    wait_for(lambda: len(list(Path().glob(f"{place}.*"))) >= number, f"not all processes came to {place}")
 
 
 class Watching(Checkpoint):
