@@ -2,9 +2,9 @@
 
 First the learning rate of each optimizer is tuned, with one seed and half the steps: from a first rate, it is doubled
 or halved until both neighbours of the best one have been tried. Then three seeds train with the best rate. This is done
-with HALoS, its servers tuned as in ``time_to_loss.py``, and with synchronous SGD, to see whether Muon closes the gap
-between the two. The table has the virtual hours to the lowest loss that all of its rows reach, too. Every row is in
-``rows.json`` as soon as it is trained, and is not trained again::
+with HALoS and the other algorithms, their servers tuned as in ``time_to_loss.py``, to see whether Muon changes their
+order. The table has the virtual hours to the lowest loss that all rows with the same optimizer reach, too. Every row
+is in ``rows.json`` as soon as it is trained, and is not trained again::
 
     python benchmarks/muon.py                     # what is not trained yet, and the table
     python benchmarks/muon.py --report            # the table only
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -32,8 +31,20 @@ from lightning_halos.optim import MuonAdamW
 
 SEEDS = 3
 FIRST_RATES = {"AdamW": 3e-3, "MuonAdamW": 6e-3}
-ALGORITHMS = {"halos": ROWS["tuned"], "sync_sgd": ROWS["sync_sgd"]}
-NAMES = {"halos": "HALoS, tuned", "sync_sgd": "synchronous SGD"}
+ALGORITHMS = {
+    "halos": ROWS["tuned"],
+    "async_local_sgd": ROWS["async_local_sgd_tuned"],
+    "diloco_dynamic": ROWS["diloco_dynamic_tuned"],
+    "diloco": ROWS["diloco_tuned"],
+    "sync_sgd": ROWS["sync_sgd"],
+}
+NAMES = {
+    "halos": "HALoS, tuned",
+    "async_local_sgd": "Async-Local-SGD, tuned",
+    "diloco_dynamic": "DiLoCo, dynamic steps, tuned",
+    "diloco": "DiLoCo, tuned",
+    "sync_sgd": "synchronous SGD",
+}
 
 
 class MuonGPT(ByteGPT):
@@ -105,19 +116,21 @@ def report(rows: Rows, algorithms: list[str], steps: int, seeds: int) -> str:
             rate, losses = rows.tune(algorithm, optimizer, steps // 2)
             points = ", ".join(f"{one:g}: {loss:.3f}" for one, loss in sorted(losses.items()))
             if losses:
-                tried.append(f"{NAMES[algorithm]:18}{optimizer:12}{points}")
+                tried.append(f"{NAMES[algorithm]:30}{optimizer:12}{points}")
             if rate is not None:
                 of_seeds = [rows.row(algorithm, optimizer, rate, steps, seed) for seed in range(seeds)]
                 if known := [row for row in of_seeds if row is not None]:
                     final[algorithm, optimizer, rate] = known
-    common = max((min(row["val_loss"]) for known in final.values() for row in known), default=math.nan)
-    hours = f"hours to {common:.3f}"
-    lines = [f"{'':18}{'':12}{'best rate':>10}{'mean loss':>11}{'spread':>9}{hours:>17}   loss of each seed"]
+    lines = [
+        f"{'':30}{'':12}{'best rate':>10}{'mean loss':>11}{'spread':>9}{'hours':>10}{'to loss':>8}   loss of each seed"
+    ]
     for (algorithm, optimizer, rate), known in final.items():
+        rivals = [row for (_, other, _), of_seeds in final.items() for row in of_seeds if other == optimizer]
+        common = max(min(row["val_loss"]) for row in rivals)
         ends = [row["val_loss"][-1] for row in known]
         lines.append(
-            f"{NAMES[algorithm]:18}{optimizer:12}{rate:10g}{statistics.mean(ends):11.3f}"
-            f"{max(ends) - min(ends):9.3f}{statistics.mean(time_to(row, common) for row in known):17.4f}"
+            f"{NAMES[algorithm]:30}{optimizer:12}{rate:10g}{statistics.mean(ends):11.3f}{max(ends) - min(ends):9.3f}"
+            f"{statistics.mean(time_to(row, common) for row in known):10.4f}{common:8.3f}"
             f"   {' '.join(f'{loss:.3f}' for loss in ends)}"
         )
     heads = f"Final losses after {steps} global steps of {BATCH_SIZE} samples per worker:"

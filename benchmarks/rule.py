@@ -57,7 +57,8 @@ Optimizers = tuple[tuple[float, float], tuple[float, float]]
 PUBLISHED: Optimizers = ((0.8, 0.9), (0.6, 0.5))
 CANDIDATES: list[Optimizers] = [
     *itertools.product(
-        ((0.5, 0.0), (1.0, 0.0), (1.5, 0.0), (0.8, 0.3), (0.8, 0.5)), ((1.0, 0.0), (1.5, 0.0), (2.0, 0.0), (0.6, 0.5))
+        ((0.5, 0.0), (1.0, 0.0), (1.5, 0.0), (0.8, 0.3), (0.8, 0.5)),
+        ((1.0, 0.0), (1.5, 0.0), (2.0, 0.0), (3.0, 0.0), (0.6, 0.5)),
     ),
     PUBLISHED,
 ]

@@ -44,15 +44,20 @@ def test_short_runs_have_no_momentum_and_frequent_exchanges(steps: int, per_work
     assert halos.period(4) == 4 * per_worker
     assert 0.37 < halos.global_weight() <= 0.5
     assert values(halos.make_local_optimizer(4, 4)) == (0.25, 0, 1)
-    assert values(halos.make_global_optimizer(4)) == (1.5 / 4, 0, 1)
+    assert values(halos.make_global_optimizer(4)) == (2.2 / 4, 0, 1)
     assert values(AsyncLocalSGD(global_steps=steps).make_local_optimizer(16, 1)) == (1 / 16, 0, 1)
     assert values(Diloco(global_steps=steps).make_outer_optimizer()) == (0.7, 0.6, 1)
+
+
+@pytest.mark.parametrize(("servers", "total"), [(1, 1.0), (2, 1.4), (3, 1.8), (4, 2.2), (10, 2.2)])
+def test_the_rates_of_several_servers_sum_to_more_than_1(servers: int, total: float) -> None:
+    assert values(Halos(global_steps=600).make_global_optimizer(servers)) == (total / servers, 0, 1)
 
 
 def test_values_change_steadily_with_the_length() -> None:
     between = Halos(global_steps=4608)
     assert values(between.make_local_optimizer(4, 4)) == (0.9 / 4, 0.45, 16)
-    assert values(between.make_global_optimizer(4)) == (1.05 / 4, 0.25, 2)
+    assert values(between.make_global_optimizer(4)) == (1.4 / 4, 0.25, 2)
 
 
 def test_what_counts_is_the_number_of_rounds() -> None:
@@ -77,7 +82,7 @@ def test_a_global_server_of_its_own_has_the_same_values() -> None:
     def rates(**more: Any) -> dict[str, Any]:
         return global_rates(replace(DESCRIPTION, settings=settings | more, global_optimizer=None), 4)
 
-    assert rates(defaults="run", global_steps=600) == {"lr": 1.5 / 4, "momentum": 0.0, "delay": 1}
+    assert rates(defaults="run", global_steps=600) == {"lr": pytest.approx(2.2 / 4), "momentum": 0.0, "delay": 1}
     assert rates(defaults="published", global_steps=600)["momentum"] == 0.5
     assert rates()["momentum"] == 0.5  # of a run that an earlier version began
 
@@ -85,7 +90,7 @@ def test_a_global_server_of_its_own_has_the_same_values() -> None:
 def test_a_summary_names_what_was_chosen_and_not_what_was_given() -> None:
     algorithm = Halos(global_steps=600, merge_weight=0.3, local_optimizer=DelayedNesterov)
     assert run_length.summary(algorithm, FOUR_BY_FOUR) == (
-        "HALoS, defaults for 600 global steps: accumulate_updates 8, global_optimizer 0.375/0/1 (lr/momentum/delay)."
+        "HALoS, defaults for 600 global steps: accumulate_updates 8, global_optimizer 0.55/0/1 (lr/momentum/delay)."
     )
     unknown = run_length.summary(algorithm, FOUR_BY_FOUR, reason="the length of this run is unknown")
     assert unknown.startswith("HALoS, defaults for 600 global steps (the length of this run is unknown): accum")
