@@ -88,8 +88,8 @@ def global_optimizer(servers: int, length: float) -> OptimizerFactory:
     """Returns the optimizer of the global server for a number of local servers.
 
     With 4 servers, in a run of the paper's length, these are the paper's values (section 5.1): 0.15, 0.5, 2. In short
-    runs the rates of several servers sum to more than 1, up to 2.2 for 4 and more, because not all pushes of a server are
-    part of an update: those that arrive during an exchange are not, and a merge replaces a part of what they have
+    runs the rates of several servers sum to more than 1, up to 2.2 for 4 and more, because not all pushes of a server
+    are part of an update: those that arrive during an exchange are not, and a merge replaces a part of what they have
     changed.
     """
     rule = Rule(0.6, 0.5, short_total=1 + 0.4 * (min(servers, 4) - 1))
