@@ -101,4 +101,4 @@ def deciding_region(folder: str, name: str) -> None:
         log_every_n_steps=10,
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
-    trainer.fit(Deciding(task.pause), data, DataLoader(samples(64, seed=9), batch_size=32))
+    trainer.fit(Deciding(task.pause, folder=places), data, DataLoader(samples(64, seed=9), batch_size=32))

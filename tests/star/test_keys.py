@@ -15,7 +15,7 @@ from tests.integration.harness import free_port
 from tests.star.processes import Starter, wait_until
 from tests.star.roles import Task
 from tests.star.star import Star
-from tests.star.test_members import LIMIT, batches
+from tests.star.test_members import LIMIT, SLOW, batches
 
 
 def secrets(folder: Path) -> Iterator[str]:
@@ -27,7 +27,7 @@ def secrets(folder: Path) -> Iterator[str]:
 def test_a_revoked_region_is_out_at_once_and_comes_back_with_a_new_key(
     starter: Starter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1536), ["localhost"], ["us", "eu"])
+    star = Star(starter, tmp_path / "star", Task(epochs=3, samples=1536, pause=SLOW), ["localhost"], ["us", "eu"])
     port, page = free_port(), free_port()
     server = star.server("--min-regions", "2", "--dashboard", f"127.0.0.1:{page}", listen=f"127.0.0.1:{port}")
     us, eu = jobs = [star.job(name, f"localhost:{port}") for name in star.regions]
@@ -64,6 +64,7 @@ def test_a_revoked_region_is_out_at_once_and_comes_back_with_a_new_key(
     shown = connection.getresponse().read().decode()
     assert "<td>eu</td><td>active</td>" in shown
 
+    star.hurry()
     evidence = star.wait(server, jobs, LIMIT)
     evidence.assert_same_model([worker for job in jobs for worker in job.workers])
     written = starter.logs(last=10**9) + shown + capsys.readouterr().out

@@ -12,13 +12,9 @@ from tests.integration.harness import free_port
 from tests.star.processes import Starter, wait_until
 from tests.star.roles import Task
 from tests.star.star import Star
+from tests.star.test_members import SLOW, batches
 
 LIMIT = 120.0
-
-
-def batches(star: Star, name: str) -> int:
-    """Batches of a region's processes."""
-    return sum(len(path.read_text().splitlines()) for path in star.evidence.glob(f"{name}-*.batches"))
 
 
 def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter: Starter, tmp_path: Path) -> None:
@@ -27,7 +23,7 @@ def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter
     The workers train on while their pushes are answered, and all links carry int8.
     """
     port = free_port()
-    task = Task(epochs=3, samples=1536, overlap=1, wire="int8", width=1024)
+    task = Task(epochs=3, samples=1536, pause=SLOW, overlap=1, wire="int8", width=1024)
     star = Star(starter, tmp_path / "star", task, ["localhost"], ["us", "eu"])
     server = star.server("--min-regions", "1", "--liveness", "5", listen=f"127.0.0.1:{port}")
     us, _ = jobs = [star.job("us", f"localhost:{port}", worker=2), star.job("eu", f"localhost:{port}")]
@@ -40,7 +36,10 @@ def test_jobs_with_one_and_with_two_processes_per_worker_train_one_model(starter
     wait_until(lambda: "is connected again" in starter.log("us-0"), LIMIT, starter.logs)
     os.kill(us.pids()[3], signal.SIGKILL)
     wait_until(us.has_ended, LIMIT, starter.logs)
+    before = batches(star, "us")
     us.start()
+    wait_until(lambda: batches(star, "us") > before, LIMIT, starter.logs)  # it trains again before the run ends
+    star.hurry()
     evidence = star.wait(server, jobs, LIMIT)
     model = evidence.assert_same_model([process for job in jobs for process in job.workers])
     final = torch.load(star.directory / "final.ckpt", weights_only=True)["state_dict"]

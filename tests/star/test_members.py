@@ -20,6 +20,8 @@ from tests.star.roles import Task
 from tests.star.star import PREEMPTED, Job, Server, Star
 
 LIMIT = 60
+SLOW = 0.15
+"""Seconds for a batch that leave the slowest machine time for what has to happen before the end of a run."""
 
 
 def batches(star: Star, name: str) -> int:
@@ -40,7 +42,7 @@ def kill(party: Job | Server) -> None:
 
 
 def test_a_run_survives_late_regions_killed_regions_and_a_killed_server(starter: Starter, tmp_path: Path) -> None:
-    task = Task(epochs=3, samples=1536)
+    task = Task(epochs=3, samples=1536, pause=SLOW)
     port = free_port()
     star = Star(starter, tmp_path / "star", task, ["localhost"], ["us", "eu", "late"])
     server = star.server("--min-regions", "2", listen=f"127.0.0.1:{port}")
@@ -57,6 +59,7 @@ def test_a_run_survives_late_regions_killed_regions_and_a_killed_server(starter:
     wait_until(lambda: starter.log("us-0").count("is connected again") == 1, LIMIT, starter.logs)
     kill(us)  # it decides, because it was the first
     us.start()
+    star.hurry()
     evidence = star.wait(server, jobs, LIMIT)
     workers = [worker for job in jobs for worker in job.workers]
     model = evidence.assert_same_model(workers)
@@ -92,7 +95,7 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     starter: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "region", deciding_region)
-    task = Task(epochs=4, samples=1536)
+    task = Task(epochs=4, samples=1536, pause=0.06)
     port = free_port()
     star = Star(starter, tmp_path / "star", task, ["localhost"], ["us", "eu"])
     server = star.server("--min-regions", "2", listen=f"127.0.0.1:{port}")
@@ -107,6 +110,8 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     assert us.codes() == [PREEMPTED, PREEMPTED]
     wait_until(lambda: journal(star, "validated")[-1]["region"] == "eu", LIMIT, starter.logs)
     us.start()
+    wait_until(lambda: len(journal(star, "begin")) == 6, LIMIT, starter.logs)
+    star.hurry()
     evidence = star.wait(server, jobs, LIMIT)
     evidence.assert_same_model([worker for job in jobs for worker in job.workers])
     evidence.assert_used_once(task.epochs, task.samples)

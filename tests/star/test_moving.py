@@ -14,7 +14,7 @@ from tests.star.moving import FILE, HOST, moving_region
 from tests.star.processes import Starter, wait_until
 from tests.star.roles import Task
 from tests.star.star import PREEMPTED, Star
-from tests.star.test_members import LIMIT, batches
+from tests.star.test_members import LIMIT, SLOW, batches
 
 HERE, THERE = "127.0.0.2", "127.0.0.3"
 
@@ -23,7 +23,7 @@ def test_regions_find_a_server_that_has_moved_by_its_name_and_the_run_ends_as_or
     starter: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "region", moving_region)
-    task, port = Task(pause=0.04), free_port()
+    task, port = Task(pause=SLOW), free_port()
     star = Star(starter, tmp_path / "star", task, [HOST], ["us", "eu"])
     address = star.evidence / FILE
     address.write_text(HERE)
@@ -48,6 +48,7 @@ def test_regions_find_a_server_that_has_moved_by_its_name_and_the_run_ends_as_or
     wait_until(lambda: f"listens on {THERE}:{port}" in starter.log("server"), LIMIT, starter.logs)
     wait_until(lambda: f"{HERE}:{port}" in starter.log("us-0"), LIMIT, starter.logs)  # where it looks in vain
     address.write_text(THERE)
+    star.hurry()
 
     evidence = star.wait(moved, jobs, LIMIT)
     workers = [worker for job in jobs for worker in job.workers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_errors_name_address_interface_and_remedy(
     net: Network, starter: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each region cannot join for a reason of its own, and says so within its ``timeout``."""
-    timeout = 4.0
+    timeout = 8.0
     there = net.place("server")
     net.open_only(there, PORT)
     good, names = f"{there.ipv4}:{PORT}", ["firewall", "port", "here", "unknown", "family", "other", "early", "late"]
@@ -99,13 +98,11 @@ def test_errors_name_address_interface_and_remedy(
     }
     server = star.server(listen=f":{PORT}", place=there)
     server.start()
-    wait_until(lambda: "isten" in starter.log("server"), 20, starter.logs)
+    wait_until(lambda: "isten" in starter.log("server"), LIMIT, starter.logs)
     jobs = [star.job(name, expected[name][0], places[name]) for name in names]
-    begin = time.monotonic()
     for job in jobs:
         job.start()
-    wait_until(lambda: all(job.has_ended() for job in jobs), timeout + 20, starter.logs)
-    assert time.monotonic() - begin < timeout + 20
+    wait_until(lambda: all(job.has_ended() for job in jobs), timeout + LIMIT, starter.logs)
     for job in jobs:
         message = starter.log(job.workers[0]).splitlines()[-1]
         assert job.codes() == [1, 1], message
