@@ -6,6 +6,7 @@ import csv
 import os
 import signal
 import time
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,30 +34,52 @@ from tests.language.models import TASKS, LanguageModule, loader
 FEW: dict[str, Any] = {"include_path": TASKS, "limit": 3}
 
 
+EVALUATING = Path("evaluating")  # exists while rank 0 evaluates and the run goes on
+OWED = "rank {} has to train a step during this evaluation"
+
+
 class Timed(LMEvalCallback):
-    """Records when it evaluated."""
+    """Records when it evaluated. No evaluation but the last one ends before all others have trained a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.spans: list[tuple[float, float]] = []
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        start = time.monotonic()
+        start, owed = time.monotonic(), []
+        if trainer.is_global_zero and trainer.global_step < trainer.max_steps:
+            owed = [Path(OWED.format(rank)) for rank in range(1, trainer.world_size)]
+            for path in (*owed, EVALUATING):
+                path.touch()
         super()._evaluate(trainer, pl_module)
+        wait_until(lambda: not any(path.exists() for path in owed))
         self.spans.append((start, time.monotonic()))
+        if owed:
+            EVALUATING.unlink()
 
 
 class TimedModule(LanguageModule):
-    """Records when it trained."""
+    """Records when it trained. While rank 0 evaluates it trains one step, so that the run does not end meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: list[float] = []
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Any:
-        time.sleep(0.15)  # an evaluation takes less than the others' way to the next one
+        owed = Path(OWED.format(self.trainer.global_rank))
+        if not (is_owed := owed.exists()):
+            wait_until(lambda: not EVALUATING.exists())
         self.times.append(time.monotonic())
+        if is_owed:
+            owed.unlink()
         return super().training_step(tokens, batch_idx)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def evaluating(folder: str, tokenizer: str) -> Result:

@@ -5,13 +5,16 @@ Where the processes run, ``network`` and ``processes`` know; what they have to h
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lightning_halos import cli
+from lightning_halos.serving.inquiry import ask_status
 from tests.integration.harness import free_port
 from tests.star import roles
 from tests.star.evidence import Evidence
@@ -34,6 +37,7 @@ class Job(Party):
         worker: Number of processes of a worker.
 
     Attributes:
+        address: The server's.
         workers: Names of its processes.
     """
 
@@ -41,14 +45,14 @@ class Job(Party):
         super().__init__(place)
         self._worker = worker
         self._star = star
-        self._address = address
+        self.address = address
         self.name = name
         self.workers = [f"{name}-{rank}" for rank in range(WORKERS * worker)]
 
     def launch(self) -> list[Process]:
         shared = {
             **self._star.task.environment(),
-            "HALOS_SERVER": self._address,
+            "HALOS_SERVER": self.address,
             "HALOS_KEYS": str(self._star.keys / f"{self.name}.pem"),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
@@ -135,6 +139,11 @@ class Star:
 
     def job(self, name: str, address: str, place: Place | None = None, worker: int = 1) -> Job:
         return Job(self, name, address, place, worker)
+
+    def status(self, job: Job) -> dict[str, Any]:
+        """What the server says of the run to a job."""
+        found: dict[str, Any] = json.loads(ask_status(job.address, self.keys / f"{job.name}.pem", timeout=30.0))
+        return found
 
     def wait(self, server: Server, jobs: list[Job], limit: float) -> Evidence:
         """Waits until all have ended with 0, and no process is left. Returns what the workers wrote."""

@@ -19,7 +19,7 @@ pytestmark = needs_namespaces
 
 PORT = 29600
 TASK = Task()
-LIMIT = 60.0
+LIMIT = 120.0
 
 
 def test_two_regions_behind_one_nat_and_a_server_with_one_open_port(

@@ -99,6 +99,7 @@ def test_jobs_start_from_a_checkpoint_join_late_leave_and_stop_the_run(
     assert [line["step"] for line in begins(star, "us")] == [0, 0]
     assert is_same(begin_of(star, "us-0"), weights(first))
     assert is_same(begin_of(star, "us-1"), weights(first))
+    wait_until(lambda: star.status(us)["run"]["version"] > 0, LIMIT, starter.logs)
 
     # A job that joins it later has the same script, and gets the run's model and position instead.
     eu.start()
