@@ -110,17 +110,21 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path / "step=24.ckpt")
     done = sum(stop - start for start, stop in manifest.done)
     assert 0 < done == manifest.total
-    # Others may have pushed several rounds before the snapshot began; a round in flight is not in it.
-    assert done >= 24 * 4 - 4 * LOCAL_STEPS
+    # Others may have pushed several rounds before the snapshot began; a round in flight is not in it. Rank 0 estimates
+    # in its round how far the others are, and on a busy machine they may be a round behind.
+    assert done >= 24 * 4 - 8 * LOCAL_STEPS
     used = Counter(index for result in results for index in result["trained_on"])
     assert sum(used.values()) == 4 * (3 * 64 - done)  # what was in flight is run again, and nothing else
     assert max(used.values()) <= 3
+    goes_on = [result for result in results if result["trained_on"]]  # others were late, and found no data left
     for result in results:
         assert (result["global_step"], result["epoch"]) == (48, 3)
+    for result in goes_on:
         assert all(steps > 0 for steps in result["first"]["steps"])
         batches, metrics = result["at_start"]
-        assert 0 < batches < result["counted"]
+        assert 0 <= batches <= result["counted"]
         assert "val_loss" in metrics
+    assert any(0 < result["at_start"][0] < result["counted"] for result in goes_on)
     assert_same_model(results)
 
 
@@ -158,8 +162,9 @@ def test_a_run_with_one_server_resumes(run: Run, tmp_path: Path) -> None:
     assert sum(len(result["trained_on"]) for result in results) == 4 * (2 * 64 - done) > 0
     for result in results:
         assert result["global_step"] == 32
-        assert all(steps > 0 for steps in result["first"]["steps"])
-        assert result["first"]["scale"] == 64.0
+        if result["trained_on"]:  # else the worker was late, and found no data left
+            assert all(steps > 0 for steps in result["first"]["steps"])
+            assert result["first"]["scale"] == 64.0
     assert_same_model(results)
 
 
@@ -333,7 +338,7 @@ def on_a_full_disk(folder: Path) -> Result:
 
 
 class FillsDisk(pl.Callback):
-    """After the first complete checkpoint, rank 1 cannot write its shards any more."""
+    """After the first complete checkpoint, rank 1 cannot write its shards any more. Until then, all are slow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -342,6 +347,9 @@ class FillsDisk(pl.Callback):
         if trainer.global_rank == 1 and list(self.folder.glob(f"step=10/*/{NAME}")):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            (self.folder / "is full").touch()
+        elif trainer.global_step >= 12 and not (self.folder / "is full").exists():
+            time.sleep(0.3)
 
     def on_fit_end(self, *_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -352,8 +360,9 @@ def test_a_full_disk_ends_neither_the_run_nor_the_older_checkpoint(run: Run, tmp
     results = run(on_a_full_disk, folder, workers=2)
     assert [result["global_step"] for result in results] == [40, 40]
     assert_same_model(results)
-    assert results[0]["said"]
-    assert all("-1.pt could not be written" in text and "File too large" in text for text in results[0]["said"])
+    failed = [text for text in results[0]["said"] if "an earlier one is not yet" not in text]
+    assert failed
+    assert all("-1.pt could not be written" in text and "File too large" in text for text in failed)
     assert len(list(folder.glob(f"*/*/{NAME}"))) >= 1  # a complete one is left
     whole = newest_complete(folder / "last.ckpt")
     assert whole is not None
@@ -476,7 +485,7 @@ def test_a_loader_with_its_own_state_repeats_exactly_what_no_server_had(
     results = run(resumed_from_inside, tmp_path, slow, missing, workers=2)
     assert [result["first"] for result in results] == [list(range(128))] * 2
     saved = results[0].keys() - {"first"}
-    assert "step=8" in saved
+    assert saved  # on a busy machine, not every eighth step: rank 0 may see several pass at once
     for name in saved:
         starts = [128 - len(result[name]) for result in results]
         assert [result[name] for result in results] == [list(range(start, 128)) for start in starts], name

@@ -16,27 +16,39 @@ from lightning_halos.core.reslicing import Reslicing
 from lightning_halos.training.worlds.real import RealWorld
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import BATCH, Toy, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import (
+    BATCH,
+    LOCAL_STEPS,
+    Toy,
+    assert_same_model,
+    halos,
+    loader,
+    make_trainer,
+    meet,
+    outcome,
+)
 
 SIZES = [32, 4, 4, 1]  # of the parameters of a Toy
 
 
 class Servers(pl.Callback):
-    """Keeps the states of this process's servers before the first batch."""
+    """Keeps the states of this process's servers before the first batch of any worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, fit: str) -> None:
+        self.fit = fit
         self.states: dict[str, Any] = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.states:
             return
         world = trainer.strategy._fit.world  # type: ignore[attr-defined]
         assert isinstance(world, RealWorld)
         self.states = dict(zip(("region", "global"), world.state(), strict=True))
+        meet(f"{self.fit} starts", trainer.global_rank, trainer.world_size)
 
 
 def trains(worker: int, max_steps: int, before: str | None, after: str) -> Result:
-    module, servers = Toy(), Servers()
+    module, servers = Toy(), Servers(Path(after).stem)
     # In a resumed run the global server gets nothing before the end.
     strategy = halos(worker=worker, defaults="published", accumulate_updates=4 if before is None else 1000)
     trainer = make_trainer(strategy, devices=2 * worker, max_steps=max_steps, callbacks=[servers])
@@ -114,20 +126,29 @@ def test_servers_go_on_in_runs_with_other_lanes(run: Run, tmp_path: Path) -> Non
             old, _ = saved_servers(paths[before])
             started = started_servers(results, worker)
             for name in old:
-                old[name].pop("steps")  # of a run
-                started[name].pop("steps")
+                for of_a_run in ("steps", "accumulate_updates"):
+                    old[name].pop(of_a_run, None)
+                    started[name].pop(of_a_run, None)
                 assert_equal(old[name], started[name], name)
             assert old["global"]["optimizer"]["state"][0]["momentum"].any()
 
 
 class Residual(pl.Callback):
-    """Keeps what this process's worker has not sent yet because of its link's format, before the first batch."""
+    """Keeps what this process's worker has not sent yet because of its link's format, before the first batch.
 
-    def __init__(self) -> None:
+    No worker trains on a second round before all have pushed one.
+    """
+
+    def __init__(self, fit: str) -> None:
+        self.fit = fit
         self.start: Tensor | None = None
         self.seen = False
+        self.batches = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.batches == LOCAL_STEPS:
+            meet(f"{self.fit} has pushed", trainer.global_rank, trainer.world_size)
+        self.batches += 1
         if not self.seen:
             state = trainer.strategy._fit.loop._wire.state_dict(has_shadow=False)  # type: ignore[attr-defined]
             self.seen, self.start = True, state.get("residual")
@@ -137,7 +158,7 @@ def rounded(folder: Path) -> list[Result]:
     """Two workers of two processes with checkpoints in mid-run: both carry a slice, then only the first, then both."""
     results, before = [], None
     for number, lanes in enumerate((2, 1, 2)):
-        module, residual, step = Toy(), Residual(), 12 + 24 * number
+        module, residual, step = Toy(), Residual(f"fit {number}"), 12 + 24 * number
         saving = ModelCheckpoint(folder / str(number), "{step}", every_n_train_steps=step, save_top_k=-1)
         strategy = halos(worker=2, regions=1, wire="int8")
         strategy._lanes = lanes

@@ -22,19 +22,21 @@ from tests.integration.conftest import Run
 from tests.integration.harness import Result, load_results, torchrun
 from tests.integration.script import WORKERS, Script
 from tests.integration.test_launch import ending, start
-from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome
+from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome, wait_for
 
 PREEMPTED = "last-preempted.ckpt"
 AGAIN = ["--standalone", f"--nproc_per_node={WORKERS}", "--max-restarts=1"]
 
 
 class Terminated(Toy):
-    """Its process gets SIGTERM in the middle of the run.
+    """Its process gets SIGTERM in the middle of the run. The others wait for that before they take all the data.
 
     Attributes:
         victim: Rank of the process, ``None`` if there is none.
         where: The hook in which the signal comes.
     """
+
+    waits_at = 24  # batches: those of all workers together are half of an epoch less than there are
 
     def __init__(self, victim: int | None, where: str = "training_step") -> None:
         super().__init__()
@@ -43,6 +45,8 @@ class Terminated(Toy):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.strike("training_step")
+        if self.victim is not None and self.global_rank != self.victim and self.optimizer_steps >= self.waits_at:
+            wait_for(Path("struck").exists, "nobody got the signal")
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -51,8 +55,12 @@ class Terminated(Toy):
 
     def strike(self, where: str) -> None:
         if self.global_rank == self.victim and self.optimizer_steps >= 9 and where == self.where:
-            os.kill(os.getpid(), signal.SIGTERM)
-            self.victim = None
+            self.terminate()
+
+    def terminate(self) -> None:
+        Path("struck").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.victim = None
 
 
 def preempted(
@@ -119,10 +127,17 @@ def test_while_rank_0_validates(run: Run, tmp_path: Path) -> None:
 class Last(Terminated):
     """Its process sleeps in the last epoch until the others have used all data, and then gets SIGTERM."""
 
+    waits_at = 1000
+
     def strike(self, where: str) -> None:
-        if self.global_rank == self.victim and self.current_epoch == 2:
-            time.sleep(3)
-            super().strike(where)
+        if self.victim is None or self.current_epoch < 2:
+            return
+        if self.global_rank != self.victim:
+            wait_for(Path("is last").exists, "the victim did not come to the last epoch")
+            return
+        Path("is last").touch()
+        time.sleep(3)
+        self.terminate()
 
 
 def test_while_the_others_have_finished_and_wait(run: Run, tmp_path: Path) -> None:
@@ -136,6 +151,7 @@ class Group(Terminated):
 
     def strike(self, where: str) -> None:
         if self.global_rank == self.victim and self.optimizer_steps == 9:
+            Path("struck").touch()
             os.killpg(os.getpid(), signal.SIGTERM)
             self.victim = None
 
@@ -149,6 +165,8 @@ def test_with_dataloader_workers_that_get_the_signal_too(run: Run, tmp_path: Pat
 class Late(Terminated):
     """Rank 0 gets the signal when all have finished, and validates the final model for longer than the grace time."""
 
+    waits_at = 1000
+
     def strike(self, where: str) -> None:
         if where == "validation_step" and self.trainer.global_step == 48:
             super().strike(where)
@@ -158,7 +176,7 @@ class Late(Terminated):
 def test_when_all_have_finished(run: Run, tmp_path: Path) -> None:
     results = run(late, tmp_path)
     assert results[0]["code"] == 143
-    assert results[0]["seconds"] < 20
+    assert results[0]["seconds"] < 50  # with the fit before it; `timeout` is 60
 
 
 def late(folder: Path) -> Result:
@@ -182,23 +200,31 @@ def test_what_callbacks_save_does_not_stand_in_the_way(run: Run, tmp_path: Path)
 class Asleep(Terminated):
     """Rank 1 is in a batch that lasts longer than the grace time when the victim gets the signal."""
 
+    waits_at = 1000
+
     def __init__(self, victim: int, folder: Path) -> None:
         super().__init__(victim)
+        self.folder = folder
         self.sign = folder / "asleep"
 
     def strike(self, where: str) -> None:
-        if self.global_rank == 1 and self.trainer.global_step >= 12 and not self.sign.exists():
-            self.sign.touch()
-            time.sleep(8)
         if self.sign.exists():
             super().strike(where)
+            if self.global_rank not in (1, self.victim):
+                wait_for(Path("struck").exists, "nobody got the signal")
+        elif self.global_rank != 1:
+            time.sleep(0.5 if self.optimizer_steps >= 12 else 0.0)  # so that data is left until it sleeps
+        elif self.trainer.global_step >= 12 and newest_complete(self.folder / "another.ckpt") is not None:
+            self.sign.touch()
+            wait_for(Path("struck").exists, "nobody got the signal")
+            time.sleep(8)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_longer_than_the_grace_time(run: Run, tmp_path: Path, victim: int) -> None:
     results = run(preempted, Asleep(victim, tmp_path), tmp_path, {"grace_time": 2.0}, {})
     assert [result["code"] for result in results] == [143] * 4
-    assert results[0]["seconds"] < 12
+    assert results[0]["seconds"] < 50  # with the fit before the signal; `timeout` is 60
     assert "worker-1.pt did not arrive within 2 s" in (tmp_path / "log0").read_text()
     older = newest_complete(tmp_path / "another.ckpt")
     assert older is not None

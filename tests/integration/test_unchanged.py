@@ -120,11 +120,13 @@ def test_numbers_of_batches_while_training(run: Run) -> None:
         assert result["after"] == [16, 16]
         for seen, lasts in zip(result["seen"], result["lasts"], strict=True):
             assert seen[0] == [16, 16, 64, 16]
+            if not lasts:
+                continue  # this worker was late, and the other one had taken all data of the epoch
             assert [lengths[0] for lengths in seen[1:-1]] == [max(16, batch + 2) for batch in range(len(lasts) - 1)]
             assert seen[-1][0] == len(lasts)
             assert all(lengths[1:] == [16, 64, 16] for lengths in seen)
             assert lasts == [False] * (len(lasts) - 1) + [True]
-    assert max(len(epoch) for epoch in results[0]["lasts"]) > 16
+    assert max(len(epoch) for result in results for epoch in result["lasts"]) > 16
 
 
 class Uploading(Logger):
