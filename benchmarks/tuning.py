@@ -132,7 +132,7 @@ def random_clusters(args: argparse.Namespace) -> None:
 
 
 def report(output: Path) -> None:
-    """Prints and writes the table: the search, and what it found trained again, on random clusters with another seed."""
+    """Prints and writes the table: the search, and what it found trained again (random clusters: another seed)."""
     by_hand = json.loads((ROOT / "docs/time_to_loss/tuned.json").read_text())["val_loss"][-1]
     lines = [
         f"{'cluster':10}{'start':>8}{'best':>8}{'again':>8}{'compared with':>20}{'minutes':>9}{'core-minutes':>14}"
@@ -149,8 +149,8 @@ def report(output: Path) -> None:
             else f"{by_hand:.3f} (by hand)"
         )
         lines.append(
-            f"{path.stem:10}{result['start_loss'] or float('nan'):8.3f}{result['best_loss']:8.3f}{again:8.3f}{other:>20}"
-            f"{result['minutes']:9.1f}{result['core_minutes']:14.1f}{len(result['trials']):8}"
+            f"{path.stem:10}{result['start_loss'] or float('nan'):8.3f}{result['best_loss']:8.3f}{again:8.3f}"
+            f"{other:>20}{result['minutes']:9.1f}{result['core_minutes']:14.1f}{len(result['trials']):8}"
         )
     text = "\n".join(lines)
     (output / "table.txt").write_text(f"$ python benchmarks/tuning.py report\n\n{text}\n")
