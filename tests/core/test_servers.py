@@ -136,6 +136,15 @@ class TestFlush:
         assert (last.vector.tolist(), last.steps) == ([2, 6], 8)
         assert (unsent.vector.tolist(), unsent.steps) == ([2, 6], 8)
 
+    def test_of_an_earlier_checkpoint_is_sent_in_full(self):
+        server, resumed = local_server(k=2), local_server(k=2)
+        for _ in range(6):
+            receive(server, push(1.0, 0.0))
+        state = {k: v for k, v in server.state_dict().items() if k not in ("base_version", "accumulate_updates")}
+        resumed.load_state_dict(state)
+        assert unsent_update(0, state).vector.tolist() == [4, 0]
+        assert resumed.flush().vector.tolist() == [4, 0]
+
     def test_counts_for_its_pushes_since_the_last_merge(self):
         server = local_server(k=2, alpha=0.0)
         for _ in range(10):

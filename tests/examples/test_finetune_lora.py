@@ -36,7 +36,8 @@ def test_only_adapters_are_trained_travel_and_are_saved(example: Example, tmp_pa
     adapter_bytes, model_bytes = (4 * sum(end[name].numel() for name in names) for names in (adapters, end))
     rounds = results[1]["local_steps"] / LOCAL_STEPS
     assert model_bytes > 20 * adapter_bytes
-    assert 2 * adapter_bytes * (rounds - 1) < servers["bytes_within_regions"] < 2.2 * adapter_bytes * servers["updates"]
+    least = 2 * adapter_bytes * max(rounds - 1, 0.5)
+    assert least < servers["bytes_within_regions"] < 2.2 * adapter_bytes * servers["updates"]
     assert servers["bytes_between_regions"] == 0
     printed = (tmp_path / "log0").read_text()
     assert f"Trained: {adapter_bytes // 4:,} of {model_bytes // 4:,} parameters" in printed

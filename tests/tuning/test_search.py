@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
         assert text in found.table
     assert f": {found.value:.4g}, {found.start_value:.4g} with the defaults\n" in found.yaml
 
+    with sqlite3.connect(tmp_path / "out" / "study.db") as study:  # as an earlier version left it
+        assert study.execute("DELETE FROM trial_user_attributes WHERE key = 'complete'").rowcount >= 3
     counting.interrupts_at = len(counting.path.read_text()) + 3  # after the model is measured, the second trial
     counting.fails_at = 0
     trainer = {"callbacks": [pl.Callback()]}  # at another address

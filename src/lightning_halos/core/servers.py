@@ -549,7 +549,7 @@ class LocalServer(ParameterServer):
         self._base = base.clone() if self.exchanges and base is not None else self._begin()
         self._take_residual(state.get("residual"))
         for name in self._PLAIN:
-            setattr(self, name, state.get(name, state["merged_at"]))  # earlier checkpoints have no `base_version`
+            setattr(self, name, _base_version(state) if name == "base_version" else state[name])
 
     def _take_residual(self, residual: Tensor | None) -> None:
         """Goes on with what the updates before lacked. If none is rounded now, the next ones contain all of it."""
@@ -623,7 +623,7 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
-    pushes = state["version"] - state.get("base_version", state["merged_at"])
+    pushes = state["version"] - _base_version(state)
     vector[:parameters] *= _weight_of_last(pushes, state.get("accumulate_updates"))
     if (residual := state.get("residual")) is not None:
         add_residual_(vector[:parameters], residual)
@@ -634,6 +634,16 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
 def _weight_of_last(pushes: int, accumulate_updates: int | None) -> float:
     """Returns the weight of a last update of this many pushes; see :meth:`LocalServer.flush`."""
     return 1.0 if accumulate_updates is None else min(1.0, accumulate_updates / max(1, pushes))
+
+
+def _base_version(state: Mapping[str, Any]) -> int:
+    """Returns the version that the next update is measured from.
+
+    Earlier checkpoints have none. The present one stands for it then, so that the last update is sent in full, as
+    those versions did.
+    """
+    version: int = state.get("base_version", state["version"])
+    return version
 
 
 def plain_finding(finding: Finding | None) -> tuple[str | None, float, list[int]] | None:

@@ -180,10 +180,15 @@ class Study:
         """Returns the complete settings that have been tried, are being tried or will be; not those that failed."""
         trials = self._study.get_trials(deepcopy=False)
         return [
-            trial.user_attrs["complete"]
+            self._complete_of(trial)
             for trial in trials
-            if trial.state is not TrialState.FAIL and "complete" in trial.user_attrs
+            if trial.state is not TrialState.FAIL and "settings" in trial.user_attrs
         ]
+
+    def _complete_of(self, trial: FrozenTrial) -> Settings:
+        """Returns the complete settings of a trial. Earlier versions did not note them."""
+        kept: Settings | None = trial.user_attrs.get("complete")
+        return self._complete(trial.user_attrs["settings"], trial.params) if kept is None else kept
 
     def _enqueue_variation(self) -> None:
         """Has a new variation of the best trial come next, unless others wait, or none is complete."""
@@ -244,7 +249,7 @@ class Study:
             values: The values that they come from.
         """
         complete = self._complete(settings, values)
-        found = [trial for trial in self._ended() if trial.user_attrs["complete"] == complete]
+        found = [trial for trial in self._ended() if self._complete_of(trial) == complete]
         return _tried(found[-1]) if found else None
 
     def _ended(self) -> list[FrozenTrial]:
