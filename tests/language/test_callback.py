@@ -126,7 +126,7 @@ def test_under_halos_the_others_train_on_while_rank_0_evaluates(run: Run, tmp_pa
         "| Defaults | for 60 global steps |",
         "| merge_weight | 0.5 (default) |",
         "| local_optimizer | lr=0.5, momentum=0, delay=1 (default) |",
-        "| global_optimizer | lr=0.75, momentum=0, delay=1 (default) |",
+        "| global_optimizer | lr=0.7, momentum=0, delay=1 (default) |",
     ):
         assert row in card
     assert "| default |" not in card
