@@ -114,7 +114,7 @@ def test_the_global_model_is_validated_and_the_workers_own_goes_on(run: Run) -> 
     results = run(validated_model)
     assert_trained(results, max_steps=60)
     first = results[0]
-    assert 1 <= len(first["seen"]) <= 3  # two that fall due at once, on a busy machine, are one
+    assert 2 <= len(first["seen"]) <= 3  # two that fall due at once, on a busy machine, are one
     for weights, loss in first["seen"]:
         assert loss == pytest.approx(loss_of(weights), rel=1e-5)
     last_weights, _ = first["seen"][-1]
@@ -312,7 +312,7 @@ def test_the_best_checkpoint_is_the_global_model_that_was_validated(run: Run, tm
     assert_trained(results, max_steps=60)
     first = results[0]
     validated = dict(zip(first["steps"], first["seen"], strict=True))
-    assert {60} <= validated.keys() <= {20, 40, 60}  # two that fall due at once, on a busy machine, are one
+    assert {60} < validated.keys() <= {20, 40, 60}  # two that fall due at once, on a busy machine, are one
     losses = {step: loss for step, (_, loss) in validated.items()}
     ranked = sorted(losses, key=lambda step: losses[step])
     assert Path(first["best"]).name == f"step={ranked[0]}.ckpt"
@@ -365,7 +365,8 @@ def test_checkpoints_every_n_train_steps_of_all_workers(run: Run, tmp_path: Path
     files = {path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")}
     saved_at = [step for step in (20, 40, 60) if f"step={step}.ckpt" in files]
     assert files == {f"step={step}.ckpt" for step in saved_at}
-    assert 60 in saved_at  # two that fall due at once, on a busy machine, are one
+    assert 60 in saved_at
+    assert len(saved_at) >= 2  # two that fall due at once, on a busy machine, are one
     for step in saved_at:
         saved = torch.load(tmp_path / "checkpoints" / f"step={step}.ckpt", weights_only=False)
         assert saved["global_step"] == step

@@ -168,7 +168,7 @@ def test_a_fit_without_steps_is_an_error_and_several_steps_per_batch_count_as_un
         assert result["global_step"] == 2 * 16 * 3
     assert_same_model(results)
     names = {path.name for path in tmp_path.glob("*.ckpt")}
-    assert names  # not necessarily all: two that fall due at once, on a busy machine, are one
+    assert len(names) >= 2  # two that fall due at once, on a busy machine, are one
     assert names <= {f"step={step}.ckpt" for step in (30, 60, 90)}
 
 
