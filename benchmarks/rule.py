@@ -6,10 +6,11 @@ costs little more than one run. A case is a task, a cluster and a length. Its pa
 H = 8::
 
     python benchmarks/rule.py                                # the passes that are missing, and the table
-    python benchmarks/rule.py --tasks digits --clusters 2x2 --steps 100 300
+    python benchmarks/rule.py --tasks digits --clusters 2x2 --steps 100 300 --seeds 0 1 2
     python benchmarks/rule.py --table-only
 
-The table compares the defaults with the lowest loss of all candidates in all passes of a case. Each pass is added to
+The table compares the defaults with the lowest loss of all candidates in all passes of a case: the mean over all seeds
+that every pass of the case has. Each pass is added to
 docs/defaults/rule.json when it is complete. After a change of the rule, delete the rows of the pass ``default`` there.
 """
 
@@ -19,6 +20,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import sysconfig
 import time
 from collections.abc import Iterable
@@ -325,20 +327,24 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Compares the defaults with the best and with the published settings, for each complete case."""
-    cases: dict[tuple[str, str, int], dict[str, float]] = {}
+    cases: dict[tuple[str, str, int], dict[str, dict[int, float]]] = {}
     for row in rows:
-        losses = {f"{row['pass']}, {name}": loss for name, loss in row["losses"].items()}
-        cases.setdefault((row["task"], row["cluster"], row["steps"]), {}).update(losses)
-    lines = [f"{'task':13}{'cluster':9}{'steps':>6}{'published':>11}{'default':>9}{'best':>8}{'more':>8}   the best"]
+        case = cases.setdefault((row["task"], row["cluster"], row["steps"]), {})
+        for name, loss in row["losses"].items():
+            case.setdefault(f"{row['pass']}, {name}", {})[row["seed"]] = loss
+    head = f"{'task':13}{'cluster':9}{'steps':>6}{'seeds':>6}{'published':>11}{'default':>9}{'best':>8}{'more':>8}"
+    lines = [f"{head}   the best"]
     published = f"K 8 per worker, alpha 0.25, {title(PUBLISHED)}"
-    for (task, cluster, steps), losses in cases.items():
-        if "default, default" not in losses or len(losses) < 2:
+    for (task, cluster, steps), found in cases.items():
+        if "default, default" not in found or len(found) < 2:
             continue
+        seeds = set.intersection(*(set(by_seed) for by_seed in found.values()))
+        losses = {name: statistics.mean(by_seed[seed] for seed in seeds) for name, by_seed in found.items()}
         default = losses.pop("default, default")
         best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
         lines.append(
-            f"{task:13}{cluster:9}{steps:6}{losses.get(published, math.nan):11.4f}{default:9.4f}{losses[best]:8.4f}"
-            f"{default / losses[best] - 1:+8.1%}   {best}"
+            f"{task:13}{cluster:9}{steps:6}{len(seeds):6}{losses.get(published, math.nan):11.4f}{default:9.4f}"
+            f"{losses[best]:8.4f}{default / losses[best] - 1:+8.1%}   {best}"
         )
     return "\n".join(lines)
 
@@ -350,15 +356,16 @@ def main() -> None:
     parser.add_argument("--clusters", nargs="+", choices=CLUSTERS, default=list(CLUSTERS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--passes", type=int, default=len(PASSES), help="the first N passes of a case only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/defaults/rule.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for case in () if args.table_only else itertools.product(args.tasks, args.clusters, args.steps):
-        train(case, list(PASSES[: args.passes]), args.output, args.seed)
-    print(table([row for row in read(args.output) if row["seed"] == args.seed]))
+    cases = () if args.table_only else itertools.product(args.tasks, args.clusters, args.steps, args.seeds)
+    for *case, seed in cases:
+        train((case[0], case[1], case[2]), list(PASSES[: args.passes]), args.output, seed)
+    print(table(read(args.output)))
 
 
 if __name__ == "__main__":
