@@ -118,10 +118,14 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     evidence.assert_used_once(task.epochs, task.samples)
     validated = journal(star, "validated")
     steps = [line["step"] for line in validated]
-    assert steps[:-1] == list(range(20, 20 * len(steps), 20))
-    assert steps[-1] in (20 * len(steps), task.steps // 4)  # of which the last validation may be a part
     regions = [line["region"] for line in validated]
     assert regions == ["us"] * regions.count("us") + ["eu"] * regions.count("eu")
+    passed = [step // 20 for step in steps]
+    assert passed[0] == 1
+    assert passed == sorted(set(passed)), "one was done twice"
+    # The first one of eu makes up for what became due before eu decided; the last one may be a part.
+    assert len([step for step in steps[:-1] if step % 20]) <= 1
+    assert passed[-1] == task.steps // 4 // 20
     assert [line["rank"] for line in validated] == [0] * len(validated)
     # The patience of EarlyStopping begins with the second validation, in us, and goes on in eu.
     assert [line["waited"] for line in validated] == [0, *range(len(validated) - 1)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_halos.training.deciding import put_states, states_as_text
+from lightning_halos.training.trainer_adapter import TrainerAdapter
 
 
 def stopping(wait: int = 0) -> EarlyStopping:
@@ -25,8 +28,8 @@ def test_another_job_goes_on_with_the_state_of_the_callbacks(tmp_path: Path) -> 
     saving, resumed = ModelCheckpoint(tmp_path, monitor="val_loss"), ModelCheckpoint(tmp_path, monitor="val_loss")
     best = str(tmp_path / "best.ckpt")
     saving.best_model_path, saving.best_k_models = best, {best: torch.tensor(0.1)}
-    text = states_as_text([before, saving])
-    put_states([resumed, after], text)
+    text = states_as_text([before, saving], validated=60)
+    assert put_states([resumed, after], text) == 60
     assert after.wait_count == 3
     assert torch.equal(after.best_score, torch.tensor(0.1))
     assert resumed.best_model_path == best
@@ -38,17 +41,17 @@ def test_only_the_callbacks_that_decide_are_sent() -> None:
         def state_dict(self) -> dict[str, int]:
             return {"number": 1}
 
-    assert states_as_text([Other()]) == "{}"
+    assert json.loads(states_as_text([Other()], 0))["callbacks"] == {}
 
 
 def test_a_state_that_would_need_pickle_stays() -> None:
     callback = stopping()
     callback.best_score = object()  # type: ignore[assignment]
     with pytest.warns(UserWarning, match="stays in this job: it cannot be sent without pickling it"):
-        assert states_as_text([callback]) == "{}"
+        assert json.loads(states_as_text([callback], 0))["callbacks"] == {}
 
 
-@pytest.mark.parametrize("text", ['{"a": 1', "{\"EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}\": \"[]\"}"])
+@pytest.mark.parametrize("text", ['{"a": 1', '{"callbacks": {"' + stopping().state_key + '": "[]"}}', "[]", "{}"])
 def test_a_state_that_does_not_suit_is_no_error(text: str) -> None:
     callback = stopping(wait=2)
     with pytest.warns(UserWarning, match="This job's callbacks begin anew"):
@@ -58,7 +61,7 @@ def test_a_state_that_does_not_suit_is_no_error(text: str) -> None:
 
 def test_nothing_happens_without_a_state() -> None:
     callback = stopping(wait=2)
-    put_states([callback], "")
+    assert put_states([callback], "") is None
     assert callback.wait_count == 2
 
 
@@ -70,7 +73,7 @@ class TestAnotherJobThatCannotBeTrusted:
         sent.best_model_score = torch.tensor(0.25)
         for name, value in changes.items():
             setattr(sent, name, value)
-        return states_as_text([sent])
+        return states_as_text([sent], 0)
 
     def taken(self, folder: Path, **changes: Any) -> ModelCheckpoint:
         callback = ModelCheckpoint(folder, monitor="val_loss", save_top_k=2)
@@ -111,7 +114,7 @@ class TestAnotherJobThatCannotBeTrusted:
         sent = ModelCheckpoint(tmp_path / "theirs", monitor="val_loss")
         sent.best_model_path, sent.best_model_score = str(tmp_path / "theirs" / "a.ckpt"), torch.tensor(0.25)
         callback = ModelCheckpoint(tmp_path / "mine", monitor="val_loss")
-        put_states([callback], states_as_text([sent]))
+        put_states([callback], states_as_text([sent], 0))
         assert callback.best_model_path == ""
         assert callback.best_model_score == torch.tensor(0.25)
 
@@ -122,7 +125,7 @@ class TestAnotherJobThatCannotBeTrusted:
         vars(callback).update(vars(ModelCheckpoint("/tmp", monitor="val_loss", save_top_k=5)), dirpath=folder)
         sent = object.__new__(ModelCheckpoint)
         vars(sent).update(vars(callback), best_k_models={path: torch.tensor(0.1) for path in paths})
-        put_states([callback], states_as_text([sent]))
+        put_states([callback], states_as_text([sent], 0))
         assert list(callback.best_k_models) == paths[:1]
 
     def test_keeps_the_best_models_and_knows_the_worst_of_them(self, tmp_path: Path) -> None:
@@ -168,5 +171,54 @@ class TestAnotherJobThatCannotBeTrusted:
 
         sent, callback = Mine("val_loss"), Mine("val_loss")
         sent.text, sent.more, sent.wait_count = "/etc/passwd", ["/etc/passwd"], 2
-        put_states([callback], states_as_text([sent]))
+        put_states([callback], states_as_text([sent], 0))
         assert (callback.text, callback.more, callback.wait_count) == ("mine", ["a"], 2)
+
+
+class Handover(Callback):
+    """Takes the part of the job that decides, as a worker's loop does."""
+
+    def __init__(self, validated: int | None, steps: list[int]) -> None:
+        self.validated = validated
+        self.steps = steps
+        self.due: list[int] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        adapter = TrainerAdapter(trainer, limit=None, end=400, epoch_batches=100, decides=False)
+        while trainer.global_step < 55:  # it stops at each step at which Lightning logs
+            adapter.set_global_step(55)
+        adapter.set_deciding(True)
+        adapter.follow_validations(self.validated)
+        for step in self.steps:
+            if adapter.set_global_step(step):
+                self.due.append(trainer.global_step)
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("validated", "due"),
+    [
+        pytest.param(None, [60, 80], id="nothing is known"),
+        pytest.param(40, [60, 80], id="nothing was due since then"),
+        pytest.param(20, [56, 60, 80], id="one was due and not done"),
+        pytest.param(0, [56, 60, 80], id="two were due, which one makes up for"),
+        pytest.param(60, [80], id="the job before was ahead"),
+    ],
+)
+def test_each_validation_is_done_once_by_one_of_the_jobs(validated: int | None, due: list[int]) -> None:
+    handover = Handover(validated, list(range(56, 90)))
+    module = BoringModel()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=400,
+        val_check_interval=20,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[handover],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    assert handover.due == due

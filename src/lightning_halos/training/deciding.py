@@ -1,4 +1,6 @@
-"""The state of the callbacks that decide, as a text that another job can go on with. Nothing is pickled.
+"""What the job that decides gives to the next one, as a text: its callbacks' state and its last validation.
+
+Nothing is pickled.
 
 Which callbacks decide, and on which process, is in ``trainer_adapter``.
 """
@@ -21,8 +23,11 @@ from lightning_halos.transport.packing import pack, unpack
 _MOST = 2**19  # characters; a message has at most twice as many
 
 
-def states_as_text(callbacks: Iterable[pl.Callback]) -> str:
-    """Returns the state of those callbacks that decide. A state with other values than plain ones is left out."""
+def states_as_text(callbacks: Iterable[pl.Callback], validated: int) -> str:
+    """Returns the state of those callbacks that decide, and the global step of the last validation.
+
+    A state with other values than plain ones is left out.
+    """
     texts = {}
     for callback in callbacks:
         if decides(callback) and (state := callback.state_dict()):
@@ -33,19 +38,26 @@ def states_as_text(callbacks: Iterable[pl.Callback]) -> str:
                     f"The state of the callback {callback.state_key} stays in this job: it cannot be sent without"
                     " pickling it."
                 )
-    text = json.dumps(texts)
-    return text if len(text) <= _MOST else ""
+    text = json.dumps({"validated": validated, "callbacks": texts})
+    return text if len(text) <= _MOST else json.dumps({"validated": validated, "callbacks": {}})
 
 
-def put_states(callbacks: Iterable[pl.Callback], text: str) -> None:
-    """Gives callbacks the states in a text of :func:`states_as_text`. Nothing happens if it is empty."""
+def put_states(callbacks: Iterable[pl.Callback], text: str) -> int | None:
+    """Gives callbacks the states in a text of :func:`states_as_text`. Nothing happens if it is empty.
+
+    Returns:
+        The global step of the last validation; ``None`` if the text does not say it.
+    """
+    validated = None
     try:
-        texts = json.loads(text) if text else {}
+        told = json.loads(text) if text else {"callbacks": {}}
+        texts, validated = told["callbacks"], told.get("validated")
         for callback in callbacks:
             if decides(callback) and callback.state_key in texts:
                 load_foreign_state(callback, unpack(_bytes(texts[callback.state_key])))
     except Exception as error:  # another job may have other versions of the callbacks
         rank_zero_warn(f"This job's callbacks begin anew, because the other job's state does not suit them: {error!r}")
+    return validated if type(validated) is int else None
 
 
 def _bytes(text: str) -> Tensor:

@@ -69,6 +69,7 @@ class Fit:
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
         self._told_callbacks = ""
+        self._told = 0  # global step of the last validation that other jobs have heard of
         self._looked_in = 0  # number of the round in which the callbacks' states were compared last
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
@@ -114,7 +115,7 @@ class Fit:
             stochastic = [c for c in callbacks_of(self.trainer) if isinstance(c, StochasticWeightAveraging)]
             self._averages += [GlobalStochasticAverage(callback, self._global_tensors) for callback in stochastic]
         if self._decides:
-            put_states(callbacks_of(self.trainer), self._of_lane_0(self.world.callbacks))
+            self._go_on_deciding()
         if self.world.is_simulated and self.start.resume is not None:
             self.lightning.hold_validation()
         if self.start.memory is not None:
@@ -288,7 +289,8 @@ class Fit:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
         metrics = self.trainer.callback_metrics
         if self.start.membership is not None:
-            self._told_callbacks = states_as_text(callbacks_of(self.trainer))
+            self._told = self.lightning.validated
+            self._told_callbacks = states_as_text(callbacks_of(self.trainer), self._told)
         self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()}, self._told_callbacks)
 
     def follow_decisions(self) -> None:
@@ -296,20 +298,25 @@ class Fit:
         if self.start.membership is None or self.start.site.rank > 0 or self.loop.finished:
             return
         if self.loop.decides == self._decides:
-            if self._decides and self.loop.round.number != self._looked_in:
+            has_validated = self.lightning.validated != self._told
+            if self._decides and (has_validated or self.loop.round.number != self._looked_in):
                 self._looked_in = self.loop.round.number  # not in every batch, because callbacks copy their states
-                if states_as_text(callbacks_of(self.trainer)) != self._told_callbacks:
+                if states_as_text(callbacks_of(self.trainer), self.lightning.validated) != self._told_callbacks:
                     self.publish([])
             return
         self._decides = self.loop.decides
         self.lightning.set_deciding(self._decides)
         if self._decides:
             replace_metrics(self.trainer, dict)
-            put_states(callbacks_of(self.trainer), self._of_lane_0(self.world.callbacks))
+            self._go_on_deciding()
             rank_zero_info("This job validates and saves checkpoints for the run from now on.")
         else:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
             rank_zero_info("Another job validates and saves checkpoints for the run from now on.")
+
+    def _go_on_deciding(self) -> None:
+        text = self._of_lane_0(self.world.callbacks)
+        self.lightning.follow_validations(put_states(callbacks_of(self.trainer), text))
 
     def _read_global_model(self) -> Tensor:
         vector = self.start.vector

@@ -48,6 +48,7 @@ class TrainerAdapter:
         trainer: The Trainer.
         schedulers: Its learning-rate schedulers.
         steps_per_batch: Optimizer steps per batch under manual optimization, where there may be several.
+        validated: Global step of the last validation that was scheduled, by this process or by one before it.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class TrainerAdapter:
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self._validates_at_end = False
+        self.validated = trainer.global_step
+        self._due_since: int | None = None
         self._no_validation = NoValidation()
         self._others_validate = NoValidation()
 
@@ -103,6 +106,16 @@ class TrainerAdapter:
         """The user's callbacks that come after the worker's loop."""
         averaging = [callback for callback in self._callbacks if isinstance(callback, WEIGHT_AVERAGING)]
         return [*averaging, *(callback for callback in self._callbacks if isinstance(callback, Checkpoint))]
+
+    def follow_validations(self, validated: int | None) -> None:
+        """Validates in steps as if the job that decided before were this one.
+
+        Args:
+            validated: Global step of that job's last validation; ``None`` if it is not known. Validations that have
+                become due since then follow as one, and none is repeated.
+        """
+        if validated is not None:
+            self.validated = self._due_since = validated
 
     def set_deciding(self, decides: bool) -> None:
         """Lets this process decide from now on, or no longer, in the middle of a fit."""
@@ -329,7 +342,11 @@ class TrainerAdapter:
             ends = self.ends_epoch and epoch % interval == 0
             is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
         else:
-            is_due = self._is_due(before, interval, epoch)
+            is_due = self._is_due(before if self._due_since is None else self._due_since, interval, epoch)
+            if self._due_since is not None and self._shown >= self._due_since:
+                self._due_since = None
+        if is_due:
+            self.validated = self._shown
         present = (loop.batch_idx if every else loop.total_batch_idx) + 1
         trainer.val_check_batch = present if is_due else present + 1
         return is_due
