@@ -106,7 +106,8 @@ class TestFiles:
             make_authority(tmp_path, ["localhost"])
         assert not paths[0].exists()
 
-    def test_a_replaced_key_is_another_one_and_the_folder_has_nothing_else(self, folder: Path) -> None:
+    def test_a_replaced_key_is_another_one_and_the_folder_has_nothing_else(self, folder: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(folder, tmp_path / "keys")
         before, keys = (folder / "us-east.pem").read_text(), read_keys(folder / "us-east.pem")
         make_region(folder, "us-east", replace=True)
         make_server(folder, ["other.example.org"], days=7, replace=True)
