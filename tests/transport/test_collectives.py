@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, TCPStore
 
-from lightning_halos.transport import star
+from lightning_halos.transport import groups, star
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import gather_through
@@ -49,14 +50,15 @@ class CountingPair:
 
 
 class Workers:
-    """Workers in threads, whose collectives are over real sockets."""
+    """Workers in threads, whose collectives are over real sockets. The one with the highest rank comes late."""
 
-    def __init__(self, regions: Regions, port: int) -> None:
+    def __init__(self, regions: Regions, port: int, late: float = 0.0) -> None:
         self.size = sum(map(len, regions))
         self.all: dict[int, Collectives] = {}
         self.pairs: list[CountingPair] = []
 
         def connect(rank: int) -> None:
+            time.sleep(late if rank == self.size - 1 else 0)
             store = TCPStore("127.0.0.1", port)
             collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
             pairs = collectives._star._pairs
@@ -383,6 +385,16 @@ class TestRoundTrips:
             assert all_workers.most_transfers == 1
             all_workers.run(lambda collectives, _: collectives.broadcast_object(value))
             assert all_workers.most_transfers == 3, "the length and the rest"
+
+
+def test_a_worker_that_comes_late_makes_the_others_wait_and_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_LONGEST_ATTEMPT", 3.0)
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Workers 2 and 4 have come, but 1 and 3, with which they connect, wait for the last worker.
+    for regions in ([[0], [1, 2, 5], [3, 4]], [[0], [1, 2], [3, 4, 5]]):
+        all_workers = Workers(regions, master.port, late=5.0)
+        assert all_workers.run(lambda collectives, rank: collectives.broadcast_object(rank, source=5)) == [5] * 6
+        master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _peers(regions: Regions, rank: int, port: int, connection: Any) -> None:

@@ -54,15 +54,22 @@ def make_group(
         PeerLostError: If the others do not come in time.
     """
     others = [other for other in range(size) if other != rank]
-    host = _meet(store, name, rank, others, timeout, interrupted)
+    host = listening_host(store)
+    _meet(store, name, rank, others, host, timeout, interrupted)
     return _connect(store, name, rank, size, host, [f"{name}/host/{other}" for other in others], timeout, interrupted)
 
 
 def _meet(
-    store: Store, name: str, rank: int, others: Sequence[int], timeout: float, interrupted: Callable[[], None]
-) -> str:
-    """Publishes the address on which this process listens, waits until the others have done so, and returns it."""
-    host = listening_host(store)
+    store: Store,
+    name: str,
+    rank: int,
+    others: Sequence[int],
+    host: str,
+    timeout: float,
+    interrupted: Callable[[], None],
+    missed: str = "did not come. Do they run, and can they reach the store?",
+) -> None:
+    """Publishes the address on which this process listens, and waits until the others have done so."""
 
     def meet() -> None:
         store.set(f"{name}/host/{rank}", host)
@@ -74,10 +81,9 @@ def _meet(
     except (DistError, TimeoutError) as error:
         missing = [other for other in others if not _host_of(store, f"{name}/host/{other}")]
         raise PeerLostError(
-            f"Rank {rank} waited for timeout={timeout:g} s for the others to connect ({name}). Rank(s) {missing} did"
-            f" not come. Do they run, and can they reach the store? {error}"
+            f"Rank {rank} waited for timeout={timeout:g} s for the others to connect ({name}). Rank(s)"
+            f" {missing} {missed} {error}"
         ) from None
-    return host
 
 
 def _connect(
@@ -229,11 +235,15 @@ def connect_pairs(
     Raises:
         PeerLostError: If the others do not come in time.
     """
-    host = _meet(store, name, rank, [*children, *([] if parent is None else [parent])], timeout, interrupted)
+    host = listening_host(store)
+    _meet(store, name, rank, [*children, *([] if parent is None else [parent])], host, timeout, interrupted)
 
     def connect(upper: int, lower: int) -> ProcessGroup:
         end, other = (0, lower) if rank == upper else (1, upper)
         pair = f"{name} of ranks {upper} and {lower}"
+        # The other one has come, but may wait for a process that has not, for longer than an attempt to connect lasts.
+        missed = "came, but did not connect: they waited for other ranks, or have ended."
+        _meet(store, pair, rank, [other], host, timeout, interrupted, missed)
         return _connect(store, pair, end, 2, host, [f"{name}/host/{other}"], timeout, interrupted)
 
     pairs = {child: connect(rank, child) for child in children}
