@@ -114,7 +114,7 @@ class StoppingElsewhere(Stopping):
         setattr(self, hook, partial(self.stop, rank, getattr(self, hook)))
 
     def stop(self, rank: int, hook: Callable[..., Any], *args: Any) -> Any:
-        if self.global_rank == rank and self.current_epoch >= 1:  # a late worker has no batch in an epoch
+        if self.global_rank == rank and self.current_epoch >= 1:  # a late worker may have no batch in an epoch
             self.trainer.should_stop = True
         return hook(*args)
 

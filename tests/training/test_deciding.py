@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 
 from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.trainer_adapter import TrainerAdapter
@@ -176,49 +177,91 @@ class TestAnotherJobThatCannotBeTrusted:
 
 
 class Handover(Callback):
-    """Takes the part of the job that decides, as a worker's loop does."""
+    """Takes the part of the job that decides at global step 55, as a worker's loop does in each of its batches."""
 
-    def __init__(self, validated: int | None, steps: list[int]) -> None:
-        self.validated = validated
-        self.steps = steps
+    def __init__(self, text: str, end: int = 89) -> None:
+        self.text = text
+        self.end = end
         self.due: list[int] = []
+        self.plateaus: list[int] = []
+        self.passed = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        adapter = TrainerAdapter(trainer, limit=None, end=400, epoch_batches=100, decides=False)
+        self.adapter = TrainerAdapter(trainer, limit=None, end=400, epoch_batches=1600, decides=False)
         while trainer.global_step < 55:  # it stops at each step at which Lightning logs
-            adapter.set_global_step(55)
-        adapter.set_deciding(True)
-        adapter.follow_validations(self.validated)
-        for step in self.steps:
-            if adapter.set_global_step(step):
-                self.due.append(trainer.global_step)
-        trainer.should_stop = True
+            self.adapter.set_global_step(55)
+        self.adapter.set_deciding(True)
+        self.adapter.follow_validations(put_states([], self.text))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        batches = trainer.fit_loop.batch_idx + 1
+        is_due = self.adapter.set_global_step(55 + batches // trainer.accumulate_grad_batches)
+        is_whole = batches % trainer.accumulate_grad_batches == 0
+        assert is_whole or not is_due, "a checkpoint would have half of an accumulation window"
+        if is_due:
+            self.due.append(trainer.global_step)
+        if trainer.lr_scheduler_configs[0].frequency == batches:
+            self.plateaus.append(trainer.global_step)
+        self.passed = states_as_text([], self.adapter.validated)
+        trainer.should_stop = trainer.global_step >= self.end
 
 
-@pytest.mark.parametrize(
-    ("validated", "due"),
-    [
-        pytest.param(None, [60, 80], id="nothing is known"),
-        pytest.param(40, [60, 80], id="nothing was due since then"),
-        pytest.param(20, [56, 60, 80], id="one was due and not done"),
-        pytest.param(0, [56, 60, 80], id="two were due, which one makes up for"),
-        pytest.param(60, [80], id="the job before was ahead"),
-    ],
-)
-def test_each_validation_is_done_once_by_one_of_the_jobs(validated: int | None, due: list[int]) -> None:
-    handover = Handover(validated, list(range(56, 90)))
-    module = BoringModel()
+class Plateau(BoringModel):
+    def __init__(self, frequency: int) -> None:
+        super().__init__()
+        self.frequency = frequency
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        config = {
+            "scheduler": scheduler,
+            "interval": "step",
+            "frequency": self.frequency,
+            "monitor": "x",
+            "strict": False,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def hand_over(text: str, accumulate: int = 1) -> Handover:
+    handover = Handover(text)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=400,
-        val_check_interval=20,
+        val_check_interval=20 * accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        limit_val_batches=1,
+        accumulate_grad_batches=accumulate,
         callbacks=[handover],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module)
+    trainer.fit(Plateau(20 * accumulate), DataLoader(torch.ones(400, 32)), DataLoader(torch.ones(1, 32)))
+    return handover
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("validated", "due"),
+    [
+        pytest.param(40, [60, 80], id="nothing was due since then"),
+        pytest.param(20, [56, 60, 80], id="one was due and not done"),
+        pytest.param(0, [56, 60, 80], id="two were due, and one makes up for them"),
+        pytest.param(60, [80], id="the job before was ahead"),
+    ],
+)
+def test_each_validation_is_done_once_by_one_of_the_jobs(validated: int, due: list[int], accumulate: int) -> None:
+    handover = hand_over(states_as_text([], validated), accumulate)
     assert handover.due == due
+    assert handover.plateaus == due
+    assert put_states([], handover.passed) == 80, "the next job but one goes on from there"
+
+
+@pytest.mark.parametrize("validated", ["-1", "-1e300", str(10**18), str(10**400), "true", "1.5", '"60"', "null"])
+def test_a_last_validation_that_cannot_be_right_is_ignored(validated: str) -> None:
+    handover = hand_over(f'{{"callbacks": {{}}, "validated": {validated}}}')
+    assert handover.due == [60, 80]

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore, Store, TCPStore
 
 from lightning_halos.transport import groups, star
 from lightning_halos.transport.collectives import Collectives
@@ -50,15 +51,16 @@ class CountingPair:
 
 
 class Workers:
-    """Workers in threads, whose collectives are over real sockets. The one with the highest rank comes late."""
+    """Workers in threads, whose collectives are over real sockets. The last one may wait before it comes."""
 
-    def __init__(self, regions: Regions, port: int, late: float = 0.0) -> None:
+    def __init__(self, regions: Regions, port: int, late: threading.Event | None = None) -> None:
         self.size = sum(map(len, regions))
         self.all: dict[int, Collectives] = {}
         self.pairs: list[CountingPair] = []
 
         def connect(rank: int) -> None:
-            time.sleep(late if rank == self.size - 1 else 0)
+            if late is not None and rank == self.size - 1:
+                assert late.wait(60)
             store = TCPStore("127.0.0.1", port)
             collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
             pairs = collectives._star._pairs
@@ -387,14 +389,34 @@ class TestRoundTrips:
             assert all_workers.most_transfers == 3, "the length and the rest"
 
 
-def test_a_worker_that_comes_late_makes_the_others_wait_and_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_LONGEST_ATTEMPT", 3.0)
+@pytest.mark.parametrize(
+    ("regions", "free"),
+    [([[0], [1, 2, 5], [3, 4]], {"3 and 4"}), ([[0], [1, 2], [3, 4, 5]], {"1 and 2", "0 and 1"})],
+    ids=["1 waits", "3 waits"],
+)
+def test_nobody_begins_to_connect_with_a_worker_that_waits_for_a_late_one(
+    regions: Regions, free: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt to connect is far shorter than the timeout, so it would fail before the late one, 5, comes."""
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # Workers 2 and 4 have come, but 1 and 3, with which they connect, wait for the last worker.
-    for regions in ([[0], [1, 2, 5], [3, 4]], [[0], [1, 2], [3, 4, 5]]):
-        all_workers = Workers(regions, master.port, late=5.0)
-        assert all_workers.run(lambda collectives, rank: collectives.broadcast_object(rank, source=5)) == [5] * 6
-        master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    late, before = threading.Event(), set()
+    connect = groups._connect
+
+    def begin(store: Store, name: str, *args: Any) -> Any:
+        if not late.is_set():
+            before.add(name.removeprefix("star of ranks "))
+        return connect(store, name, *args)
+
+    def release() -> None:
+        master.wait([f"star/host/{rank}" for rank in range(5)], timedelta(seconds=60))
+        time.sleep(0.5)  # in which the others would begin
+        late.set()
+
+    monkeypatch.setattr(groups, "_connect", begin)
+    threading.Thread(target=release, daemon=True).start()
+    all_workers = Workers(regions, master.port, late)
+    assert all_workers.run(lambda collectives, rank: collectives.broadcast_object(rank, source=5)) == [5] * 6
+    assert before <= free
 
 
 def _peers(regions: Regions, rank: int, port: int, connection: Any) -> None:

@@ -31,6 +31,7 @@ from lightning_halos.training.compat import (
 from lightning_halos.training.schedulers import SchedulePosition
 
 _HOOKS = [name for name in vars(Callback) if name.startswith("on_") and not name.endswith("_checkpoint")]
+_MOST_AHEAD = 100_000  # global steps that another job's validation may be ahead of what this process knows of the run
 
 
 class TrainerAdapter:
@@ -111,10 +112,10 @@ class TrainerAdapter:
         """Validates in steps as if the job that decided before were this one.
 
         Args:
-            validated: Global step of that job's last validation; ``None`` if it is not known. Validations that have
-                become due since then follow as one, and none is repeated.
+            validated: Global step of that job's last validation; ``None`` if it is not known. A step that cannot be
+                right is ignored. Validations that have become due since then follow as one, and none is repeated.
         """
-        if validated is not None:
+        if validated is not None and 0 <= validated <= min(self.end, self._shown + _MOST_AHEAD):
             self.validated = self._due_since = validated
 
     def set_deciding(self, decides: bool) -> None:
@@ -279,6 +280,10 @@ class TrainerAdapter:
             set_logged_steps(trainer, self._shown - self._lag(stands=self._shown == before and not is_final))
         if not self._decides or (trainer.max_steps == -1 and not self._shares_data):
             return False
+        if self._due_since is not None and (is_complete or is_final):
+            before = self._due_since
+            if self._shown >= before:
+                self._due_since = None
         self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
         return self._schedule_validation(before)
 
@@ -342,9 +347,7 @@ class TrainerAdapter:
             ends = self.ends_epoch and epoch % interval == 0
             is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
         else:
-            is_due = self._is_due(before if self._due_since is None else self._due_since, interval, epoch)
-            if self._due_since is not None and self._shown >= self._due_since:
-                self._due_since = None
+            is_due = self._is_due(before, interval, epoch)
         if is_due:
             self.validated = self._shown
         present = (loop.batch_idx if every else loop.total_batch_idx) + 1

@@ -80,6 +80,7 @@ def _meet(
         interruptible(meet, interrupted, 2 * timeout)
     except (DistError, TimeoutError) as error:
         missing = [other for other in others if not _host_of(store, f"{name}/host/{other}")]
+        _keep_store(store)
         raise PeerLostError(
             f"Rank {rank} waited for timeout={timeout:g} s for the others to connect ({name}). Rank(s)"
             f" {missing} {missed} {error}"
@@ -119,8 +120,7 @@ def _connect(
         return interruptible(connect, interrupted)
     except RuntimeError as error:
         theirs = ", ".join(_host_of(store, key) or "an address that is unknown" for key in keys)
-        if getattr(_without_prefix(store), "port", None) in _store_ports:
-            time.sleep(_PATIENCE)  # this process has the store, and the others may still read it for their errors
+        _keep_store(store)
         raise PeerLostError(
             f"Process {rank} of {size} of the process group {name!r} did not connect with the others within"
             f" timeout={timeout:g} s. It listens on {with_interface(host)}, the others on {theirs}; the one with the"
@@ -128,6 +128,12 @@ def _connect(
             f" these addresses belong to the network that connects them (else set {INTERFACE_VARIABLE} to its interface"
             f" on each machine), and does no firewall close its ports? {error}"
         ) from None
+
+
+def _keep_store(store: Store) -> None:
+    """Waits if this process has the store, because the others may still read it for their errors."""
+    if getattr(_without_prefix(store), "port", None) in _store_ports:
+        time.sleep(_PATIENCE)
 
 
 def listening_host(store: Store) -> str:
@@ -226,7 +232,7 @@ def connect_pairs(
         rank: Global rank of this process.
         parent: Global rank of the parent; ``None`` at the root.
         children: Global ranks of the children.
-        timeout: Limit for connecting, in seconds. Operations need limits of their own.
+        timeout: Limit for each wait for another process, in seconds. Operations need limits of their own.
         interrupted: Called several times a second while connecting; may raise.
 
     Returns:
