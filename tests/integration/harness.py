@@ -26,8 +26,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed import run
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torchmetrics", "lightning_halos"])
+# A fork of this process, which has threads, may hang: they may hold locks that nobody in the child releases.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["pytest", "torchmetrics", "lightning_halos"])
 
 Result = dict[str, Any]
 Scenario = Callable[..., Result]
@@ -95,7 +96,7 @@ def end_workers(
     """
     workers = range(len(environments))
     processes = [
-        _context.Process(target=_work, args=(number, environment, folder, timeout, scenario, args))
+        context.Process(target=_work, args=(number, environment, folder, timeout, scenario, args))
         for number, environment in enumerate(environments)
     ]
     codes: dict[int, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from lightning_halos.transport import groups, star
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import gather_through
+from tests.integration.harness import context
 
 Regions = Sequence[Sequence[int]]
 REGIONS: list[Regions] = [
@@ -439,7 +439,6 @@ def _peers(regions: Regions, rank: int, port: int, connection: Any) -> None:
 def test_a_worker_connects_to_its_leader_only_and_leaders_to_rank_0() -> None:
     regions = [[0, 1, 2], [3, 4, 5], [6, 7]]
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("fork")
     processes, connections = [], []
     for rank in range(8):
         ours, theirs = context.Pipe()

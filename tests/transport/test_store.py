@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import socket
@@ -24,7 +23,7 @@ from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.store import open_store
-from tests.integration.harness import free_port
+from tests.integration.harness import context, free_port
 from tests.star.network import Network, Place, internet, needs_namespaces
 from tests.star.processes import Starter, starting
 
@@ -207,7 +206,6 @@ def _beside_a_store_of_the_script(port: int, connection: Any) -> None:
 
 
 def test_a_store_that_the_script_has_made_at_the_same_port_is_shared() -> None:
-    context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_beside_a_store_of_the_script, args=(free_port(), theirs), daemon=True)
     process.start()

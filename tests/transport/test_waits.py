@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import re
@@ -36,7 +35,7 @@ from lightning_halos.transport.groups import gather_through, make_group
 from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.link import Link, LoopbackLink
 from lightning_halos.transport.store import open_store
-from tests.integration.harness import free_port
+from tests.integration.harness import context, free_port
 
 pytestmark = pytest.mark.alone
 
@@ -164,18 +163,17 @@ def test_whatever_blocks() -> None:
     assert time.monotonic() - begin < 10
 
 
+def _host_store(connection: Any) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    connection.send(store.port)
+    time.sleep(300)
+
+
 @contextmanager
 def stopped_store() -> Iterator[TCPStore]:
     """A store in a process that is stopped without closing its connections."""
-    context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-
-    def host() -> None:
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        theirs.send(store.port)
-        time.sleep(300)
-
-    process = context.Process(target=host, daemon=True)
+    process = context.Process(target=_host_store, args=(theirs,), daemon=True)
     process.start()
     try:
         assert ours.poll(60)
