@@ -10,6 +10,8 @@ OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration
 
 # Compiling all modules of all packages at once takes half a minute, and most of them are never imported.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+# Instead, each is compiled when it is first imported. If that were not kept, each process of the tests would do it again.
+unexport PYTHONDONTWRITEBYTECODE
 # To find the tests marked `alone`, pytest has to import only the files that have some.
 ALONE = $(shell grep --recursive --files-with-matches --include='*.py' 'mark\.alone' tests)
 
