@@ -9,9 +9,9 @@ H = 8::
     python benchmarks/rule.py --tasks digits --clusters 2x2 --steps 100 300 --seeds 0 1 2
     python benchmarks/rule.py --table-only
 
-The table compares the defaults with the lowest loss of all candidates in all passes of a case: the mean over all seeds
-that every pass of the case has. Each pass is added to
-docs/defaults/rule.json when it is complete. After a change of the rule, delete the rows of the pass ``default`` there.
+The table compares the defaults with the lowest loss of all candidates in all passes of a case: the mean over all
+seeds that every pass of the case has. Each pass is added to docs/defaults/rule.json when it is complete. After a
+change of the rule, delete the rows of the pass ``default`` there.
 """
 
 from __future__ import annotations
@@ -339,6 +339,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "default, default" not in found or len(found) < 2:
             continue
         seeds = set.intersection(*(set(by_seed) for by_seed in found.values()))
+        if not seeds:
+            continue
         losses = {name: statistics.mean(by_seed[seed] for seed in seeds) for name, by_seed in found.items()}
         default = losses.pop("default, default")
         best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)

@@ -125,7 +125,7 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     handover = regions.index("eu")
     assert numbers == [*range(1, handover + 1), *range(numbers[handover], numbers[-1] + 1)]
     assert handover < numbers[handover]
-    assert numbers[-1] < last == task.steps // 4 // 20
+    assert numbers[-1] <= last == task.steps // 4 // 20  # of which the last validation may be a part
     assert {step % 20 for step in (*steps[:handover], *steps[handover + 1 : -1])} == {0}
     assert [line["rank"] for line in validated] == [0] * len(validated)
     # The patience of EarlyStopping begins with the second validation, in us, and goes on in eu.

@@ -69,7 +69,7 @@ class Fit:
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
         self._told_callbacks = ""
-        self._told = 0  # global step of the last validation that other jobs have heard of
+        self._told_validation = 0  # global step of the last validation that other jobs have heard of
         self._looked_in = 0  # number of the round in which the callbacks' states were compared last
         self._global_tensors_of: tuple[tuple[int, int], GlobalTensors] | None = None
         self.is_training = self.is_over = self._is_restored = False
@@ -289,8 +289,8 @@ class Fit:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
         metrics = self.trainer.callback_metrics
         if self.start.membership is not None:
-            self._told = self.lightning.validated
-            self._told_callbacks = states_as_text(callbacks_of(self.trainer), self._told)
+            self._told_validation = self.lightning.validated
+            self._told_callbacks = states_as_text(callbacks_of(self.trainer), self._told_validation)
         self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()}, self._told_callbacks)
 
     def follow_decisions(self) -> None:
@@ -298,7 +298,7 @@ class Fit:
         if self.start.membership is None or self.start.site.rank > 0 or self.loop.finished:
             return
         if self.loop.decides == self._decides:
-            has_validated = self.lightning.validated != self._told
+            has_validated = self.lightning.validated != self._told_validation
             if self._decides and (has_validated or self.loop.round.number != self._looked_in):
                 self._looked_in = self.loop.round.number  # not in every batch, because callbacks copy their states
                 if states_as_text(callbacks_of(self.trainer), self.lightning.validated) != self._told_callbacks:
