@@ -67,8 +67,9 @@ class TimedModule(LanguageModule):
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Any:
         owed = Path(OWED.format(self.trainer.global_rank))
-        if not (is_owed := owed.exists()):
-            wait_until(lambda: not EVALUATING.exists())
+        # An evaluation may begin between any two looks: then the step is owed, too, and must not be waited for.
+        wait_until(lambda: owed.exists() or not EVALUATING.exists())
+        is_owed = owed.exists()
         self.times.append(time.monotonic())
         if is_owed:
             owed.unlink()
