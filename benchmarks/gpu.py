@@ -316,7 +316,7 @@ def run_processes(command: list[str], folder: Path, processes: int, limit: float
             codes.append(one.returncode)
     finally:
         for one in started:
-            with contextlib.suppress(ProcessLookupError):
+            if one.poll() is None:
                 os.killpg(one.pid, signal.SIGKILL)
             one.wait()
     return codes

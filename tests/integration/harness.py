@@ -11,7 +11,6 @@ import faulthandler
 import multiprocessing
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed import run
+
+from tests.groups import is_left, kill_group
 
 # A fork of this process, which has threads, may hang: they may hold locks that nobody in the child releases.
 context = multiprocessing.get_context("forkserver")
@@ -115,11 +116,10 @@ def end_workers(
             meanwhile(pids)
             time.sleep(0.02)
     finally:
-        left = {number for number in codes if _has_group(processes[number].pid)}
+        left = {number for number in codes if is_left(processes[number].pid or 0)}
         for process in processes:
             if process.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid, process.exitcode is not None)
                 process.kill()
                 process.join()
     now = time.monotonic()
@@ -168,8 +168,7 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process.pid, process.returncode is not None)
         process.wait()
 
 
@@ -214,13 +213,3 @@ def _work(
 def _log(folder: Path, number: int) -> str:
     path = folder / f"log{number}"
     return path.read_text(errors="replace") if path.exists() else "(no log)"
-
-
-def _has_group(pid: int | None) -> bool:
-    """Whether a process group still has processes after its leader has ended."""
-    assert pid is not None
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

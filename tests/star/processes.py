@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.groups import is_left, kill_group
 from tests.star import network
 from tests.star.network import Place
 
@@ -150,7 +151,7 @@ class Starter:
 
     def left(self) -> list[int]:
         """Process groups whose first process has ended, and that still have others."""
-        return [process.pid for process in self.started if process.code is not None and _has_group(process.pid)]
+        return [process.pid for process in self.started if process.code is not None and is_left(process.pid)]
 
 
 class Party:
@@ -224,8 +225,7 @@ def starting(folder: Path, as_scripts: bool = False) -> Iterator[Starter]:
         yield starter
     finally:
         for process in starter.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process.pid, process.code is not None)
         for process in starter.started:
             process.wait(10)
 
@@ -240,14 +240,6 @@ def wait_until(condition: Callable[[], object], limit: float, what: Callable[[],
     while not condition():
         assert time.monotonic() < deadline, f"Not within {limit:g} s.\n{what()}"
         time.sleep(0.05)
-
-
-def _has_group(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _work(

@@ -148,8 +148,10 @@ class Process:
         self.process.join(seconds)
         group = self.process.pid
         assert group is not None
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
+        is_others = self.has_ended and Path(f"/proc/{group}").exists()  # then another process has its number by now
+        if not is_others:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
         self.process.kill()  # if it has not made its group yet
         self.process.join()
         self.connection.close()
