@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_halos.checkpoint.files import _Checked
-from lightning_halos.checkpoint.manifest import NAME
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
 from lightning_halos.transport.hosts import Host, RegionHost
 from tests.faults.cases import CHECKPOINT, END, EXCHANGE, ROUND, START, VALIDATION, Case
@@ -103,12 +102,8 @@ class Victim(Toy):
 
     @property
     def _is_ready(self) -> bool:
-        try:
-            manifests = self.checkpoints.glob(f"*/*/{NAME}")
-            files = (self.checkpoints / f"{path.parent.parent.name}.ckpt" for path in manifests)
-            return self.case.moment == START or any(file.is_file() for file in files)
-        except FileNotFoundError:  # just removed, since a newer one is whole
-            return True
+        """Whether ``ckpt_path="last"`` would find a checkpoint: its link comes last, after all files are complete."""
+        return self.case.moment == START or (self.checkpoints / "last.ckpt").exists()
 
     def strike(self) -> None:
         if self.global_rank != self.case.rank or self._struck.exists() or not self._is_ready:
