@@ -339,7 +339,7 @@ class _AskedLoop(_EvaluationLoop):
     """Makes its data when somebody asks for it, as it is not run."""
 
     @property
-    def _combined_loader(self) -> CombinedLoader | None:  # type: ignore[override]
+    def _combined_loader(self) -> CombinedLoader | None:
         loader: CombinedLoader | None = self._when_asked("_combined_loader")
         return loader
 
@@ -348,7 +348,7 @@ class _AskedLoop(_EvaluationLoop):
         vars(self)["_combined_loader"] = loader
 
     @property
-    def _max_batches(self) -> list[int | float]:  # type: ignore[override]
+    def _max_batches(self) -> list[int | float]:
         batches: list[int | float] = self._when_asked("_max_batches")
         return batches
 
@@ -388,7 +388,7 @@ def make_validation_data_when_asked(trainer: pl.Trainer, context: Callable[[], A
 
 def end_making_validation_data(trainer: pl.Trainer) -> None:
     """Undoes :func:`make_validation_data_when_asked`."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
     if isinstance(loop, _AskedLoop):
-        loop.__class__ = _EvaluationLoop
         vars(loop).pop("_make")
+        loop.__class__ = _EvaluationLoop  # type: ignore[assignment]
