@@ -19,6 +19,7 @@ from tests.integration.toys import (
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
+    halos,
     loader,
     make_trainer,
     outcome,
@@ -37,6 +38,7 @@ HELD_OUT = 30  # samples, in batches of 4
         ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3),
         ({"max_steps": 40, "val_check_interval": 10}, 2),
         ({"max_steps": 10, "val_check_interval": 10, "accumulate_grad_batches": 2}, 1),
+        ({"max_steps": 40}, 2),
         ({"max_epochs": 3}, 3),
         ({"max_epochs": 4, "check_val_every_n_epoch": 2}, 2),
         ({"max_epochs": 1, "val_check_interval": 0.25}, 4),
@@ -200,6 +202,46 @@ def test_rank_0_validates_also_if_others_took_all_data_of_an_epoch(tmp_path: Pat
     with torch.no_grad():
         final = [module.loss(batch) for batch in loader(8)]
     assert results[0]["metrics"]["val_loss"] == pytest.approx(float(sum(final)) / 2)
+
+
+class Reducing(OftenWithoutData):
+    """Has a schedule that needs a metric at the end of each epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize("slow", [None, 0, 3])
+def test_with_max_steps_each_epoch_of_rank_0_ends_with_a_validation_too(tmp_path: Path, slow: int | None) -> None:
+    stopping = EarlyStopping("val_loss", patience=9)
+    data = loader(), loader(HELD_OUT)
+    results = simulate(tmp_path, Reducing(), *data, slow=slow, max_steps=40, callbacks=[stopping])
+    assert_same_model(results)
+    assert [validations for _, validations in results[0]["epochs"]][:2] == [1, 2]
+    assert {result["global_step"] for result in results} == {40}
+
+
+class RunningAhead(Toy):
+    """Rank 0 comes to the ends of its epochs before the run does."""
+
+    slow = 1
+
+
+def decided_with_max_steps() -> Result:
+    module, saving = RunningAhead(), ModelCheckpoint("saved", monitor="val_loss", save_top_k=-1)
+    callbacks = [EarlyStopping("val_loss", patience=9), saving]
+    trainer = make_trainer(halos(regions=1), devices=2, max_steps=24, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(module, loader(64), loader(HELD_OUT))
+    return outcome(trainer, module, saved=len(saving.best_k_models))
+
+
+def test_with_max_steps_callbacks_find_the_metrics_of_an_epoch_at_its_end(run: Run) -> None:
+    results = run(decided_with_max_steps, workers=2)
+    assert_trained(results, max_steps=24)
+    assert len(results[0]["validated_on"]) >= 3
+    assert all(result["saved"] >= 3 for result in results)
 
 
 class Stagnating(Toy):

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
@@ -76,6 +82,60 @@ def test_a_dataset_that_grows_and_validation_by_time(run: Run, strategy: str) ->
     assert all(result["global_step"] == 4 + 8 + 12 for result in results)
     assert len(results[0]["validated_on"]) > 1  # a batch takes 0.02 s
     assert results[1]["validated_on"] == []
+
+
+class Unlike(Toy):
+    """Has other data from the second epoch on, of which the workers may not use what they share of the first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.trained_in: list[list[int]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.trained_in.append([])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        batch = batch[0] if isinstance(batch[0], list) else batch
+        self.trained_in[-1] += batch[2].tolist()
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> Any:
+        epoch, kind = self.trainer.current_epoch, self.kind
+        if kind == "smaller batches":
+            return loader(64, 8 // (1 + epoch))
+        if kind == "larger batches":
+            return loader(64, 4 * (1 + epoch))
+        if epoch == 0:
+            return loader(64)
+        if kind == "two loaders":
+            return [loader(64), loader(64)]
+        if kind == "a sampler":
+            return loader(64, sampler=[*range(8)] * 2)
+        return loader(64, batch_size=None, sampler=[[0, 1], [2, 3], [4, 5], [6, 7]])  # a batch sampler
+
+
+def unlike(kind: str) -> Result:
+    module = Unlike(kind)
+    trainer = make_trainer(halos(regions=1), devices=2, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    trainer.fit(module)
+    return outcome(trainer, module, trained_in=module.trained_in)
+
+
+@pytest.mark.parametrize(
+    "kind", ["smaller batches", "larger batches", "two loaders", "a sampler", "batches of indices"]
+)
+def test_data_that_is_reloaded_in_another_form(run: Run, kind: str) -> None:
+    results = run(unlike, kind, workers=2)
+    assert_same_model(results)
+    first, second = (sorted(i for result in results for i in result["trained_in"][epoch]) for epoch in range(2))
+    assert first == [*range(64)]
+    if kind == "a sampler":
+        assert second == sorted([*range(8)] * 2)
+    elif kind == "batches of indices":
+        assert second == [*range(8)]
+    else:
+        assert second == [*range(64)]
 
 
 class Counting(Toy):
@@ -308,3 +368,93 @@ def test_a_learning_rate_is_found_as_under_ddp(run: Run) -> None:
     assert len(results[0]["tried"]) == 20
     assert results[0]["found"] == results[1]["found"] != 1e-3
     assert results[0]["global_step"] == 20
+
+
+class Showing(Callback):
+    """Looks at the validation data on all ranks, as callbacks do that show predictions."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[Any], list[int]]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        (inputs, _, numbers) = next(iter(trainer.val_dataloaders))
+        assert pl_module.net(inputs).isfinite().all()
+        self.seen.append((len(trainer.val_dataloaders.dataset), trainer.num_val_batches, numbers.tolist()))
+
+
+class Asking(Toy):
+    """Asks for the validation data when training starts, and has more of it in every epoch."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(8 * (1 + self.trainer.current_epoch))
+
+    def on_train_start(self) -> None:
+        assert self.trainer.num_val_batches == [1]
+        assert len(self.trainer.val_dataloaders.dataset) == 8
+
+
+def showing() -> Result:
+    showing, module = Showing(), Asking()
+    trainer = make_trainer(
+        halos(regions=1),
+        devices=2,
+        max_epochs=3,
+        callbacks=showing,
+        limit_val_batches=1,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(module, loader(64))
+    trainer.validate(module, loader(16), verbose=False)
+    return outcome(trainer, module, seen=showing.seen, limit=trainer.limit_val_batches)
+
+
+def test_validation_data_is_there_on_all_ranks(run: Run) -> None:
+    results = run(showing, workers=2)
+    assert_same_model(results)
+    for result in results:
+        assert result["seen"] == [(8 * (1 + epoch), [1], [0, 1, 2, 3]) for epoch in range(3)]
+        assert result["limit"] == 1
+    assert [len(result["validated_on"]) for result in results] == [4, 1]  # rank 0's epochs, and all ranks' at the end
+
+
+class Stepping(Toy):
+    """Changes in hooks of the validation what belongs to all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def on_validation_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+
+    def on_validation_end(self) -> None:
+        self.level = self.trainer.current_epoch
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.counted(torch.optim.SGD(self.parameters(), lr=1e-2))
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def stepping() -> Result:
+    module, trainer = Stepping(), make_trainer(halos(regions=1), devices=2, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(64), loader(8))
+    return outcome(trainer, module, said=[str(warning.message) for warning in caught])
+
+
+def test_what_any_hook_of_a_validation_changes_on_rank_0_only_is_named(run: Run) -> None:
+    results = run(stepping, workers=2)
+    assert_same_model(results)
+    said = [text for text in results[0]["said"] if "A validation has changed" in text]
+    assert len(said) == 2
+    assert "attributes of the module, on rank 0 only: validated_on, level. " in said[0]
+    assert "settings of optimizers, on rank 0 only: SGD.param_groups[0]['lr']. " in said[1]
+    assert "on_train_epoch_end" in said[1]

@@ -24,7 +24,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states as collect_rando
 from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.loops import _EvaluationLoop, _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -333,3 +333,62 @@ def run_validation_in(trainer: pl.Trainer, context: Callable[[], AbstractContext
 def _run_in(context: Callable[[], AbstractContextManager[None]], method: Callable[[], Any]) -> Any:
     with context():
         return method()
+
+
+class _AskedLoop(_EvaluationLoop):
+    """Makes its data when somebody asks for it, as it is not run."""
+
+    @property
+    def _combined_loader(self) -> CombinedLoader | None:
+        loader: CombinedLoader | None = self._when_asked("_combined_loader")
+        return loader
+
+    @_combined_loader.setter
+    def _combined_loader(self, loader: CombinedLoader | None) -> None:
+        vars(self)["_combined_loader"] = loader
+
+    @property
+    def _max_batches(self) -> list[int | float]:
+        batches: list[int | float] = self._when_asked("_max_batches")
+        return batches
+
+    @_max_batches.setter
+    def _max_batches(self, batches: list[int | float]) -> None:
+        vars(self)["_max_batches"] = batches
+
+    def _when_asked(self, name: str) -> Any:
+        if (make := vars(self).pop("_make", None)) is not None:  # it asks, too
+            try:
+                make(self)
+            finally:
+                vars(self)["_make"] = make
+        return vars(self)[name]
+
+
+def make_validation_data_when_asked(trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Lets hooks of a process that does not validate in a fit look at ``trainer.val_dataloaders``.
+
+    Call it before ``trainer.limit_val_batches`` is set to 0.
+    """
+    limit = trainer.limit_val_batches
+
+    def make(loop: _AskedLoop) -> None:
+        stage, present, trainer.limit_val_batches = trainer.state.stage, trainer.limit_val_batches, limit
+        try:
+            if trainer.enable_validation:
+                trainer.state.stage = RunningStage.VALIDATING
+                with context():
+                    loop.setup_data()
+        finally:
+            trainer.state.stage, trainer.limit_val_batches = stage, present
+
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.__class__, vars(loop)["_make"] = _AskedLoop, make
+
+
+def end_making_validation_data(trainer: pl.Trainer) -> None:
+    """Undoes :func:`make_validation_data_when_asked`."""
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    if isinstance(loop, _AskedLoop):
+        vars(loop).pop("_make")
+        loop.__class__ = _EvaluationLoop  # type: ignore[assignment]

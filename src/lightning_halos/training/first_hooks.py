@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import swa_averages
@@ -50,7 +51,8 @@ class FirstHooks(Callback):
         self._end = end
         self._validated: int | None = None
         self._before_validation: dict[str, tuple[Any, int]] | None = None
-        self._has_warned = False
+        self._settings_before: dict[str, float] = {}
+        self._has_warned = self._has_warned_of_settings = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # StochasticWeightAveraging adds an epoch for the statistics of BatchNorm.
@@ -71,20 +73,33 @@ class FirstHooks(Callback):
                     _warn_instead_of_raising(user)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._before_validation = _attributes(pl_module)
+        self._before_validation, self._settings_before = _attributes(pl_module), _settings(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated = self._version()
         self._metrics.tell(trainer.callback_metrics)
+
+    def after_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns of what a validation has changed on rank 0 only, when the last of its hooks has ended."""
         before, self._before_validation = self._before_validation, None
-        if before is None or self._has_warned or self._site.size == 1:
+        if before is None or self._site.size == 1:
             return
-        if names := [name for name, now in _attributes(pl_module).items() if not _is_same(before.get(name), now)]:
+        names = [name for name, now in _attributes(pl_module).items() if not _is_same(before.get(name), now)]
+        if names and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
                 f"A validation has changed attributes of the module, on rank 0 only: {', '.join(names)}. During a fit"
                 " rank 0 validates for all workers. To share a number, log it with self.log('name', number), and read"
                 " self.trainer.callback_metrics['name'] on all ranks."
+            )
+        names = [name for name, now in _settings(trainer).items() if now != self._settings_before.get(name, now)]
+        if names and not self._has_warned_of_settings:
+            self._has_warned_of_settings = True
+            rank_zero_warn(
+                f"A validation has changed settings of optimizers, on rank 0 only: {', '.join(names)}. During a fit"
+                " rank 0 validates for all workers, and the others keep their settings. Step schedulers, and change"
+                " settings, in on_train_epoch_end, which runs on all ranks, with metrics from"
+                " self.trainer.callback_metrics."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -129,6 +144,17 @@ def _attributes(module: pl.LightningModule) -> dict[str, tuple[Any, int]]:
     """Returns a module's own public attributes, with their lengths, if they have any."""
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return {n: (v, len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in attributes.items() if n != "training"}
+
+
+def _settings(trainer: pl.Trainer) -> dict[str, float]:
+    """Returns the numbers, such as learning rates, that optimizers have in their groups."""
+    return {
+        f"{type(optimizer).__name__}.param_groups[{index}]['{name}']": float(value)
+        for optimizer in trainer.optimizers
+        for index, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    }
 
 
 def _is_same(before: tuple[Any, int] | None, now: tuple[Any, int]) -> bool:

@@ -65,6 +65,7 @@ class Fit:
         self.world = world
         self.worker_model: Tensor | None = None
         self._averages: list[GlobalAverage | GlobalStochasticAverage] = []
+        self._first_hooks: FirstHooks | None = None
         self._first_metrics = FirstMetrics(
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
@@ -100,10 +101,10 @@ class Fit:
         Args:
             end: Called when all workers have the final model, before any hook sees the end of training.
         """
-        first_hooks = FirstHooks(
+        self._first_hooks = FirstHooks(
             self.loop, self.lightning, self._first_metrics, self.start.site, lambda: self.world.version, end
         )
-        self.lightning.install(first_hooks, self.loop)
+        self.lightning.install(self._first_hooks, self.loop)
         if not self._decides:
             replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
         elif not self.trainer.enable_validation:
@@ -284,6 +285,14 @@ class Fit:
         """Returns lane 0's marker of a snapshot, in all processes of rank 0's worker."""
         save, folder = self._of_lane_0(("", "") if marker is None else (marker.save, marker.folder))
         return Marker(save, folder) if save else None
+
+    def end_validation(self) -> None:
+        """Ends a validation, after the last of its hooks."""
+        if self.worker_model is not None:
+            self.put_worker_model_back()
+            self.publish([])
+        if self._first_hooks is not None:
+            self._first_hooks.after_validation(self.trainer, self.trainer.lightning_module)
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""

@@ -172,8 +172,8 @@ class SharedData:
         epochs: The ordered number of epochs, ``None`` without one.
         batches: Batches per epoch of a worker's fixed shard.
         dataset: The dataset at the start of the fit.
-        may_change: Whether the dataset may have another length in a later epoch.
-        is_left: Whether the workers no longer share it, but have shards of their own, because it has another length.
+        may_change: Whether the data may be other data in a later epoch.
+        is_left: Whether the workers no longer share it, but each has its own, because it is no longer like the first.
         identity: Properties that a later fit must share, so that a range of the data means the same samples.
     """
 
@@ -214,7 +214,7 @@ class SharedData:
         self._accumulate = accumulate
         self._step_samples = size * accumulate
         self._epoch_samples = min(samples, batches * size)
-        self._length = samples
+        self._form = _form(loader)
         self._batches_of_step = 0
         self._used = Spans()
         self._leases = Leases(iter(()))  # none before the start, for a job that comes when the run is over
@@ -285,17 +285,18 @@ class SharedData:
     def attach(self) -> None:
         """Makes a loader that Lightning has reloaded use the leases. Call it when an epoch starts.
 
-        If its dataset has another length than the first one, the leases mean nothing in it. Then each worker trains on
-        a shard of its own from here on, as under DDP.
+        If it is not like the first one, the leases mean nothing in it: if its dataset has another length, its batches
+        have another size, or workers cannot share it. Then each worker trains on what is its own from here on, as under
+        DDP.
         """
         if self.is_left:
             return
         combined = training_loader(self._trainer)
         assert combined is not None
-        (loader,) = combined.flattened
-        if isinstance(loader.batch_sampler.sampler, SharedSampler):
+        loader, is_alone = combined.flattened[0], len(combined.flattened) == 1
+        if is_alone and isinstance(getattr(getattr(loader, "batch_sampler", None), "sampler", None), SharedSampler):
             return
-        if len(loader.dataset) != self._length:
+        if not is_alone or not _is_shareable(loader) or _form(loader) != self._form:
             self.detach()
             self.is_left = True
             return
@@ -317,6 +318,12 @@ class SharedData:
             if combined is not None and combined.limits is None:
                 combined.limits = self._limits
         self._replaced.clear()
+
+
+def _form(loader: DataLoader[Any]) -> tuple[int, int, bool]:
+    """Returns the properties of a loader on which the meaning of a lease depends."""
+    batches: Any = loader.batch_sampler
+    return len(loader.dataset), batches.batch_size, batches.drop_last  # type: ignore[arg-type]
 
 
 def _is_shareable(loader: Any) -> bool:

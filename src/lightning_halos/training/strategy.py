@@ -31,9 +31,11 @@ from lightning_halos.extras import tuning_package
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
+    end_making_validation_data,
     find_trainer,
     is_accumulating,
     is_finding_learning_rate,
+    make_validation_data_when_asked,
     optimizers_to_device,
     run_validation_in,
     synchronizes_batch_norm,
@@ -279,6 +281,7 @@ class AlgorithmStrategy(ComposedStrategy):
         if self.site.rank == 0:
             run_validation_in(trainer, partial(environment_alone, self.site))
         else:
+            make_validation_data_when_asked(trainer, partial(environment_alone, self.site))
             self._no_validation.apply(trainer)
 
     def _setup_one_process(self, trainer: pl.Trainer) -> None:
@@ -363,9 +366,8 @@ class AlgorithmStrategy(ComposedStrategy):
             self._fit.put_global_model_in()
 
     def on_validation_end(self) -> None:
-        if self._fit is not None and self._fit.worker_model is not None:
-            self._fit.put_worker_model_back()
-            self._fit.publish([])
+        if self._fit is not None:
+            self._fit.end_validation()
 
     @contextmanager
     def global_model(self) -> Iterator[None]:
@@ -543,6 +545,7 @@ class AlgorithmStrategy(ComposedStrategy):
     def teardown(self) -> None:
         if (trainer := find_trainer(self.lightning_module)) is not None:
             self._no_validation.undo(trainer)
+            end_making_validation_data(trainer)
             state = trainer.state
             if self._fit is None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING:
                 self.synchronize_module()  # a fit without a batch has ended before it started

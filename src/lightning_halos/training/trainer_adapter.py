@@ -86,8 +86,11 @@ class TrainerAdapter:
         self._min_epochs, self._min_steps = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         self._val_check_batch = trainer.val_check_batch
         self._validates_at_end = False
-        self.validated = trainer.global_step
+        self.validated = self._start = trainer.global_step
         self._due_since: int | None = None
+        # Validations at the ends of epochs under max_steps: whether the present epoch has had its own, and whether the
+        # one at the next end that the steps of the run come to was early, where this worker's data ended.
+        self._epoch_is_validated = self._is_ahead = False
         self._no_validation = NoValidation()
         self._others_validate = NoValidation()
 
@@ -249,9 +252,11 @@ class TrainerAdapter:
         trainer, interval, every = self.trainer, self._val_check_batch, self.trainer.check_val_every_n_epoch
         if not (self._decides and self._shares_data and trainer.enable_validation and isinstance(interval, int)):
             return
-        is_due = self._validates_at_end
+        at_end = self._epoch_batches % interval == 0 and every is not None and (trainer.current_epoch + 1) % every == 0
         if every and trainer.max_steps == -1:
-            is_due = (trainer.current_epoch + 1) % every == 0 and self._epoch_batches % interval == 0
+            is_due = at_end
+        else:
+            is_due = self._validates_at_end or (at_end and self._ends_epoch_early())
         if is_due:
             trainer.validating = True
             trainer.lightning_module.on_validation_model_zero_grad()
@@ -285,7 +290,7 @@ class TrainerAdapter:
             if self._shown >= before:
                 self._due_since = None
         self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
-        return self._schedule_validation(before)
+        return self._schedule_validation(before, is_final)
 
     @property
     def end(self) -> float:
@@ -335,24 +340,53 @@ class TrainerAdapter:
             return 0
         return int(interval / self._batches_per_step)
 
-    def _schedule_validation(self, before: int) -> bool:
+    def _schedule_validation(self, before: int, is_final: bool) -> bool:
         """Makes Lightning validate after ``val_check_interval`` batches of all workers, instead of this worker's."""
         trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
         interval, every = self._val_check_batch, trainer.check_val_every_n_epoch
         if not isinstance(interval, int) or (not self._shares_data and every not in (None, 1)):
             return False
         epoch = self._epoch_batches if every else float("inf")
-        if every and trainer.max_steps == -1:
-            # An epoch ends where this worker's data of it ends; the last epoch ends after the last step of all workers.
-            ends = self.ends_epoch and epoch % interval == 0
-            is_due = ends or self._is_due(before, interval, epoch, but_its_end=True)
-        else:
-            is_due = self._is_due(before, interval, epoch)
+        is_due = self._is_due(before, interval, epoch, but_its_end=True)
+        if every and epoch % interval == 0:
+            if trainer.max_steps == -1:
+                # An epoch ends where this worker's data of it ends; the last ends after the last step of all workers.
+                is_due |= self.ends_epoch
+            else:
+                is_due |= self._validates_epoch(before, int(epoch), is_final)
         if is_due:
             self.validated = self._shown
         present = (loop.batch_idx if every else loop.total_batch_idx) + 1
         trainer.val_check_batch = present if is_due else present + 1
         return is_due
+
+    def _validates_epoch(self, before: int, epoch: int, is_final: bool) -> bool:
+        """Returns whether to validate now for the end of an epoch, under ``max_steps``.
+
+        It is where the steps of the run come to it, or where this worker's data of it ends, whichever is first, because
+        callbacks that decide at the end of an epoch, and plateau schedulers, need the metrics. The final model is
+        validated in any case.
+        """
+        is_due = self._is_due(before, epoch, epoch)
+        if is_due and self._is_ahead:
+            is_due, self._is_ahead = is_final, False
+        self._epoch_is_validated |= is_due
+        if self.ends_epoch:
+            is_due |= self._ends_epoch_early()
+            self._epoch_is_validated = False
+        return is_due
+
+    def _ends_epoch_early(self) -> bool:
+        """Returns whether to validate because this worker's data of an epoch ends before the steps of the run do so.
+
+        At the end of the run only if there are no metrics, since the final model comes soon.
+        """
+        reached = int(self._shown * self._batches_per_step)
+        ends_run = (reached // self._epoch_batches + 1) * self._epoch_batches >= self.end * self._batches_per_step
+        if self._epoch_is_validated or self._is_ahead or (ends_run and self.validated > self._start):
+            return False
+        self._is_ahead = True
+        return True
 
     def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
         """Returns whether a multiple of ``interval`` batches of an epoch was passed since a global step."""
