@@ -333,3 +333,24 @@ def run_validation_in(trainer: pl.Trainer, context: Callable[[], AbstractContext
 def _run_in(context: Callable[[], AbstractContextManager[None]], method: Callable[[], Any]) -> Any:
     with context():
         return method()
+
+
+def enclose_validation(trainer: pl.Trainer, begin: Callable[[], object], end: Callable[[], object]) -> None:
+    """Calls functions before the first and after the last hook of each validation of a fit.
+
+    Those hooks are the module's ``on_validation_model_eval`` and ``on_validation_model_train``. Strategies have none
+    that come before the user's.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    start, finish = type(loop).on_run_start, type(loop).on_run_end
+
+    def on_run_start() -> None:
+        begin()
+        start(loop)
+
+    def on_run_end() -> Any:
+        outputs = finish(loop)
+        end()
+        return outputs
+
+    vars(loop).update(on_run_start=on_run_start, on_run_end=on_run_end)
