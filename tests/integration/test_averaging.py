@@ -16,7 +16,7 @@ from lightning_halos.training.compat import WEIGHT_AVERAGING, average_of
 from lightning_halos.training.trainer_adapter import callbacks_of
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import FEATURES, Toy, assert_same_model, halos, loader, make_trainer
+from tests.integration.toys import BATCH, FEATURES, Toy, assert_same_model, halos, loader, make_trainer
 from tests.integration.virtual import simulate
 
 DECAY, START, STEPS = 0.8, 3, 24
@@ -98,6 +98,92 @@ def test_the_average_is_of_the_global_model_and_all_ranks_end_with_it(tmp_path: 
         (average,) = result["averages"]
         assert average.pop("n_averaged") == STEPS - START
         assert all(torch.equal(tensor, result["state"][key[len("module.") :]]) for key, tensor in average.items())
+
+
+class Swapping(Toy):
+    """Averages a parameter itself, and validates with the average, as many modules do."""
+
+    def __init__(self, begin: str, end: str) -> None:
+        super().__init__()
+        self.swaps = {begin: self.swap_in, end: self.swap_out}
+        self._average: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._trained: Tensor | None = None
+        self.has_average: list[bool] = []
+        self.goes_on: list[bool] = []
+
+    @property
+    def value(self) -> Tensor:
+        return self.net[0].weight.detach()
+
+    def swap_in(self) -> None:
+        if self._average is not None:
+            self._kept = self.value.clone()
+            self.value.copy_(self._average)
+
+    def swap_out(self) -> None:
+        if self._kept is not None:
+            self.value.copy_(self._kept)
+
+    def swap(self, hook: str) -> None:
+        self.swaps.get(hook, lambda: None)()
+
+    def on_validation_model_eval(self) -> None:
+        self.eval()
+        self.swap("on_validation_model_eval")
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.swap("on_validation_start")
+
+    def on_validation_epoch_start(self) -> None:
+        self.swap("on_validation_epoch_start")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.has_average.append(self._average is not None and torch.equal(self.value, self._average))
+
+    def on_validation_epoch_end(self) -> None:
+        self.swap("on_validation_epoch_end")
+
+    def on_validation_end(self) -> None:
+        self.swap("on_validation_end")
+
+    def on_validation_model_train(self) -> None:
+        self.train()
+        self.swap("on_validation_model_train")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._trained is not None:
+            self.goes_on.append(torch.equal(self.value, self._trained))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._trained = self.value.clone()
+        self._average = self._trained if self._average is None else self._average.lerp(self._trained, 1 - DECAY)
+
+    def more(self) -> Result:
+        return {"has_average": self.has_average, "goes_on": self.goes_on}
+
+
+@pytest.mark.parametrize("hook", ["model_eval model_train", "start end", "epoch_start epoch_end"])
+def test_hooks_validate_with_an_average_and_training_goes_on_from_the_workers_model(tmp_path: Path, hook: str) -> None:
+    begin, end = (f"on_validation_{name}" for name in hook.split())
+    results = simulate(
+        tmp_path,
+        Swapping(begin, end),
+        loader(),
+        loader(16),
+        regions=(2,),
+        max_steps=STEPS,
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+    )
+    assert len(results[0]["has_average"]) >= 4 * 16 // BATCH
+    assert all(results[0]["has_average"])
+    for result in results:
+        assert len(result["goes_on"]) > STEPS // 2
+        assert all(result["goes_on"])
+    assert_same_model(results)
 
 
 def averaged() -> Result:

@@ -392,3 +392,24 @@ def end_making_validation_data(trainer: pl.Trainer) -> None:
     if isinstance(loop, _AskedLoop):
         vars(loop).pop("_make")
         loop.__class__ = _EvaluationLoop  # type: ignore[assignment]
+
+
+def enclose_validation(trainer: pl.Trainer, begin: Callable[[], object], end: Callable[[], object]) -> None:
+    """Calls functions before the first and after the last hook of each validation of a fit.
+
+    Those hooks are the module's ``on_validation_model_eval`` and ``on_validation_model_train``. Strategies have none
+    that come before the user's.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    start, finish = type(loop).on_run_start, type(loop).on_run_end
+
+    def on_run_start() -> None:
+        begin()
+        start(loop)
+
+    def on_run_end() -> Any:
+        outputs = finish(loop)
+        end()
+        return outputs
+
+    vars(loop).update(on_run_start=on_run_start, on_run_end=on_run_end)

@@ -31,6 +31,7 @@ from lightning_halos.extras import tuning_package
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
+    enclose_validation,
     end_making_validation_data,
     find_trainer,
     is_accumulating,
@@ -280,6 +281,7 @@ class AlgorithmStrategy(ComposedStrategy):
         set_batch_norm_local(self.model, True, self.site.inner_group)
         if self.site.rank == 0:
             run_validation_in(trainer, partial(environment_alone, self.site))
+            enclose_validation(trainer, self._begin_validation, self._end_validation)
         else:
             make_validation_data_when_asked(trainer, partial(environment_alone, self.site))
             self._no_validation.apply(trainer)
@@ -360,12 +362,14 @@ class AlgorithmStrategy(ComposedStrategy):
         for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def on_validation_start(self) -> None:
+    def _begin_validation(self) -> None:
+        """Puts the global model into the module, before hooks may put an average of it in instead."""
         if self._fit is not None and self._fit.has_two_models:
             self._fit.loop.stopwatch.restart()  # the time since the last batch was spent on starting the validation
             self._fit.put_global_model_in()
 
-    def on_validation_end(self) -> None:
+    def _end_validation(self) -> None:
+        """Puts the worker's model back into the module, after hooks have undone what they did with the global model."""
         if self._fit is not None:
             self._fit.end_validation()
 
