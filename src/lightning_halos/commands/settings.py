@@ -1,8 +1,9 @@
-"""The file of settings that several commands read. A setting that no strategy has is an error, not left out."""
+"""Settings of strategies that several commands take. One that no strategy has is an error, and is not left out."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,27 @@ def read_known_settings(path: Path) -> Settings:
     from lightning_halos.planning.settings import read_settings
 
     settings = read_settings(path)
-    if not settings.others:
-        return settings
+    refuse_unknown(str(path), settings.strategy, settings.others)
+    return settings
+
+
+def refuse_unknown(where: str, strategy: str, names: Collection[str]) -> None:
+    """Refuses names that a strategy has no argument for.
+
+    Args:
+        where: Where the names are from, for the error.
+        strategy: Name of the strategy's class.
+        names: The names.
+
+    Raises:
+        ValueError: If one of them is unknown.
+    """
+    if not names:
+        return
     from lightning_halos import interface  # imports Lightning, so only if need be
 
-    strategy = getattr(interface, settings.strategy)
-    known = set(inspect.signature(strategy).parameters) | set(inspect.signature(interface.HalosStrategy).parameters)
+    kinds = (getattr(interface, strategy), interface.HalosStrategy)
+    known = {name for kind in kinds for name in inspect.signature(kind).parameters}
     known |= {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
-    if unknown := [name for name in settings.others if name not in known]:
-        raise ValueError(f"{path}: {settings.strategy} has no argument {', '.join(unknown)}.")
-    return settings
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{where}: {strategy} has no argument {', '.join(map(str, unknown))}.")
