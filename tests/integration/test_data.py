@@ -286,6 +286,27 @@ class Readers(pl.LightningDataModule):
         return DataLoader(Reader(self.own * self.trainer.global_rank, self.noise), batch_size=4)
 
 
+class Opened(Reader):
+    """Holds what it has opened when it was first read, as rank 0 may have before the others: it validates first."""
+
+    def __init__(self) -> None:
+        super().__init__(0, noise=0.0)
+        self.opened: list[Any] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.opened = self.opened or [torch.zeros(3)]
+        return super().__getitem__(index)
+
+
+class ReadBefore(pl.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        dataset = Opened()
+        if self.trainer.global_rank == 0:
+            dataset[0]
+        return DataLoader(dataset, batch_size=4)
+
+
 def divided(distributed: bool, data: pl.LightningDataModule | None = None) -> Result:
     module, trainer = Toy(), make_trainer(devices=2, max_epochs=1, use_distributed_sampler=distributed)
     with warnings.catch_warnings(record=True) as caught:
@@ -314,12 +335,14 @@ def with_readers() -> Result:
         "divided": divided(True, Readers(32, noise=0.0))["warnings"],
         "divided and random": divided(True, Readers(32, noise=1.0))["warnings"],
         "random": divided(True, Readers(0, noise=1.0))["warnings"],
+        "read before": divided(True, ReadBefore())["warnings"],
     }
 
 
 def test_samples_are_compared_if_the_datasets_have_equal_lengths(run: Run) -> None:
     said = run(with_readers, workers=2)[0]
-    assert {name: len(texts) for name, texts in said.items()} == {"divided": 1, "divided and random": 1, "random": 0}
+    counts = {"divided": 1, "divided and random": 1, "random": 0, "read before": 0}
+    assert {name: len(texts) for name, texts in said.items()} == counts
     assert "have different samples at the same index" in said["divided"][0]
 
 

@@ -125,6 +125,17 @@ def test_results_that_are_there_already_are_compared_by_the_command(
     assert "better" in (tmp_path / "both" / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize("missing", ["halos.ckpt", "halos/results.json"])
+def test_a_file_that_is_missing_is_noticed_before_any_model_is_evaluated(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_halos.commands.evaluate._scores", lambda *arguments: pytest.fail("evaluated"))
+    (tmp_path / "ddp.ckpt").write_bytes(b"")
+    assert main(["evaluate", "--compare", "ddp.ckpt", missing, "--tasks", "hellaswag"]) == 2
+    assert missing in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         compare([answered({"t": [0.0, 1.0]})])

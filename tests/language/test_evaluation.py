@@ -147,6 +147,11 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
         ({"batch_size": "large"}, "batch_size='large'"),
         ({"bootstrap_iters": 0}, "bootstrap_iters=0"),
         ({"include_path": "nowhere"}, "include_path='nowhere'"),
+        ({"dtype": "bfloat"}, "dtype='bfloat'"),
+        (
+            {"model_args": {"max_lenght": 100}},
+            "model_args={'max_lenght': 100} must be arguments of lm-eval's HFLM: .*max_lenght",
+        ),
         ({"model": "./nowhere"}, r"\./nowhere is neither a folder"),
         ({"model": "nowhere.ckpt"}, "does not exist"),
     ],

@@ -76,6 +76,34 @@ class TestPlan:
         _, out, _ = run("--algorithm", "halos", "--local-steps", "4", "--accumulate-updates", "8", "--overlap", PAPER)
         assert run("--settings", str(path), PAPER) == (0, out, "")
         assert run("--settings", str(path), "--algorithm", "halos", PAPER)[0] == 2
+        path.write_text("{wire: {between: int4}}")
+        _, out, _ = run(PAPER, "--algorithm", "halos", "--wire", "float32", "int4")
+        assert run("--settings", str(path), PAPER) == (0, out, "")
+
+    def test_a_setting_that_no_strategy_has_is_an_error(self, run, tmp_path):
+        path = tmp_path / "settings.yaml"
+        path.write_text("{local_step: 4}")
+        status, out, err = run("--settings", str(path), PAPER)
+        assert (status, out) == (2, "")
+        assert "settings.yaml: HalosStrategy has no argument local_step." in err
+
+    @pytest.mark.parametrize(
+        ("arguments", "left_out"),
+        [
+            (["--settings", "s.yaml", "--local-steps", "8"], "--local-steps"),
+            (["--settings", "s.yaml", "--overlap", "--wire", "int4"], "--overlap, --wire"),
+            (["--settings", "s.yaml", "--algorithm", "halos"], "--algorithm"),
+            (["--sweep", "--accumulate-updates", "4", "--local-steps", "4"], "--accumulate-updates, --local-steps"),
+            (["--sweep", "--steps", "300"], "--steps"),
+            (["--sweep", "--settings", "s.yaml"], "--settings"),
+        ],
+    )
+    def test_an_option_that_would_have_no_effect_is_an_error(self, run, tmp_path, monkeypatch, arguments, left_out):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "s.yaml").write_text("{local_steps: 4}")
+        status, out, err = run(PAPER, *arguments)
+        assert (status, out) == (2, "")
+        assert f": leave {left_out} out.\n" in err
 
     def test_says_by_itself_whether_overlap_pays(self, run):
         only = ["--algorithm", "halos"]
@@ -258,6 +286,7 @@ class TestErrors:
             ([PAPER, "--wire", "int3"], "--wire='int3' must be one of 'float32', 'bfloat16', 'int8', 'int4'"),
             ([PAPER, "--wire", "int8", "int8", "int4"], "--wire int8 int8 int4 must be one format, or two"),
             ([PAPER, "--output", "x", "--timeline-minutes", "0"], "--timeline-minutes 0 must be positive"),
+            ([PAPER, "--output", "x", "--timeline-minutes", "nan"], "--timeline-minutes nan must be positive"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )

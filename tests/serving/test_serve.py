@@ -135,6 +135,7 @@ def test_the_command(starter: Starter, keys: Path, capsys: pytest.CaptureFixture
         (["--keys", "missing.pem", "--liveness", "1"], "--liveness 1 must be at least 5"),
         (["--keys", "missing.pem", "--timeout", "nan"], "--timeout nan must be"),
         (["--keys", "missing.pem", "--listen", "29600"], "HOST:PORT"),
+        (["--keys", "missing.pem", "--decider", "us east"], "'us east' cannot be the name of a region"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -142,3 +143,11 @@ def test_a_wrong_argument_is_named(
 ) -> None:
     assert cli.main(["serve", "--directory", str(tmp_path / "run"), *options]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_host_without_an_address_is_named(keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["serve", "--keys", str(keys / "server.pem"), "--directory", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--listen", "nowhere.invalid:29600"]) == 2
+    error = capsys.readouterr().err
+    assert "Cannot listen at nowhere.invalid:29600: " in error
+    assert "Give an address of this machine, or :29600 for all of them." in error

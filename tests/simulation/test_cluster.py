@@ -106,6 +106,7 @@ class TestFile:
         [
             ("", ValueError, r"cluster.yaml must be a YAML mapping with the keys bandwidths, worker_speeds, step_ms"),
             ("[1, 2]", ValueError, r"must be a YAML mapping"),
+            ("{bandwidths: [[9]", ValueError, r"cluster.yaml is not YAML"),
             ("{step_ms: 5, speed: 3, 7: 8}", ValueError, r"has the unknown key\(s\) 7, speed\. Known are bandwidths"),
             ("{step_ms: 5}", ValueError, r"lacks the key\(s\) bandwidths, worker_speeds\."),
             (

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from lightning_halos.data import IndexedTokens, IndexedTokensWriter
 from lightning_halos.training.same_data import digest
 
 datasets = pytest.importorskip("datasets")
@@ -53,6 +54,15 @@ def test_parts_of_a_dataset_differ_and_copies_of_it_do_not(make):
 def test_what_is_not_data_may_differ():
     first, second = ([f"{folder}/a.bin"] for folder in ("/mnt/one", "/mnt/two"))
     assert digest(Held(first, rank=0, handle=object())) == digest(Held(second, rank=1, handle=object()))
+
+
+def test_tokens_that_were_read_before_are_the_same(tmp_path):
+    with IndexedTokensWriter(tmp_path / "tokens") as writer:
+        for number in range(8):
+            writer.add(np.arange(9) + number)
+    dataset, other = (Subset(IndexedTokens(tmp_path / "tokens", 8), range(6)) for _ in range(2))
+    dataset[0]
+    assert digest(dataset) == digest(other)
 
 
 def test_empty_data_is_data():

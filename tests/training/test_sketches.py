@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_halos.training import sketches as module
-from lightning_halos.training.sketches import all_differ, sketches
+from lightning_halos.training.sketches import all_differ, all_equal, sketches
 
 PRIVATE = np.random.default_rng()  # other numbers in every process that imports this
 
@@ -105,6 +105,17 @@ def test_other_versions_of_libraries_that_round_or_decode_are_no_difference() ->
     pixels = [(sample(index) * 40).abs().to(torch.uint8) for index in range(24)]
     assert not all_differ(sketches(Opaque(lambda i: pixels[i])), sketches(Opaque(lambda i: pixels[i] + 1)))
     assert not all_differ(sketches(Opaque(sample)), sketches(Opaque(lambda index: sample(index) * 1.001)))
+
+
+def test_samples_are_equal_if_all_of_them_are_and_nothing_is_random() -> None:
+    complete = sketches(Opaque(sample))
+    assert all_equal(complete, sketches(Opaque(sample)))
+    assert not all_equal(complete, sketches(Opaque(lambda index: sample(index and 24 + index))))
+    assert not all_equal([], [])
+    some, others = (sketches(Opaque(lambda index: (index, PRIVATE.random()))) for _ in range(2))
+    assert not all_equal(some, others)
+    some, others = (sketches(Opaque(lambda index: sample(index)[:, : PRIVATE.integers(1, 8)])) for _ in range(2))
+    assert not all_equal(some, others)
 
 
 def test_one_sample_in_common_is_no_difference() -> None:

@@ -186,6 +186,28 @@ def test_what_the_users_function_may_return() -> None:
             import_make(path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fix", "local_step=8"], "--fix: HalosStrategy has no argument local_step."),
+        (["--fix", "local_steps=[8"], "--fix local_steps=[8: [8 is not YAML"),
+        (["--start", "start.yaml"], "start.yaml: HalosStrategy has no argument local_step."),
+    ],
+)
+def test_the_command_names_a_setting_that_no_strategy_has(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.yaml").write_text("{local_step: 4}")
+    assert main(["tune", "none.yaml", "--module", "tests.tuning.toys:make", "--hours", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "tuning").exists()
+
+
 def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["tune", str(tmp_path / "none.yaml"), "--module", "a:b", "--hours", "1"]) == 2

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_halos.commands.settings import read_known_settings
 from lightning_halos.core.checks import check_count
 
 if TYPE_CHECKING:
@@ -53,15 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from lightning_halos.core.run_length import shortcomings
     from lightning_halos.planning.planner import make_timing
-    from lightning_halos.planning.settings import read_settings
     from lightning_halos.planning.stability import MINIMUM, check
     from lightning_halos.simulation.cluster import SimulatedCluster
 
     if (arguments.inner_rate is None) != (arguments.curvature is None):
         raise ValueError("give --inner-rate and --curvature together, or none of them.")
     rate = MINIMUM if arguments.curvature is None else arguments.inner_rate * arguments.curvature
-    settings = read_settings(arguments.settings)
-    _refuse_unknown(settings, arguments.settings)
+    settings = read_known_settings(arguments.settings)
     try:
         cluster = SimulatedCluster.from_yaml(arguments.cluster)
     except TypeError as error:
@@ -77,19 +75,6 @@ def _check(arguments: argparse.Namespace) -> int:
         for shortcoming in shortcomings(algorithm, groups, steps):
             print(f"\n{shortcoming}")
     return 0 if verdict.is_stable else UNSTABLE
-
-
-def _refuse_unknown(settings: Settings, path: Path) -> None:
-    """Refuses names that the strategy has no argument for, so that a misspelt setting is noticed."""
-    if not settings.others:
-        return
-    from lightning_halos import interface  # imports Lightning, so only if need be
-
-    strategy = getattr(interface, settings.strategy)
-    known = set(inspect.signature(strategy).parameters) | set(inspect.signature(interface.HalosStrategy).parameters)
-    known |= {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
-    if unknown := [name for name in settings.others if name not in known]:
-        raise ValueError(f"{path}: {settings.strategy} has no argument {', '.join(unknown)}.")
 
 
 def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float | None) -> list[str]:

@@ -89,8 +89,12 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> None:
     if len(arguments.compare) < 2:
         raise ValueError("--compare takes two or more models or results.json files.")
     labels = _labels(arguments.compare)
+    for model in arguments.compare:  # before any of them is evaluated, which may take hours
+        if model.endswith(".ckpt") and not Path(model).is_file():
+            raise FileNotFoundError(f"{model} does not exist. Give a checkpoint file of Lightning (.ckpt).")
+    existing = {model: load_results(model) for model in arguments.compare if model.endswith(".json")}
     results = [
-        load_results(model) if model.endswith(".json") else _scores(arguments, model, folder / label)
+        existing[model] if model in existing else _scores(arguments, model, folder / label)
         for model, label in zip(arguments.compare, labels, strict=True)
     ]
     rows = compare(results)
@@ -114,8 +118,16 @@ def _labels(models: list[str]) -> list[str]:
 
 
 def _number(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a number of questions, or a share of them below 1"
+        ) from None
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of sequences, or auto") from None

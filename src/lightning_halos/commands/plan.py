@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lightning_halos.commands.settings import read_known_settings
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
 
@@ -33,6 +34,8 @@ examples:
 _MS_PER_MINUTE = 6e4
 _TIMELINE_MINUTES = 5.0
 _TIMELINE_WORKERS = 1000  # with more, the default timeline gets shorter in proportion, so that viewers can open it
+_DEFAULTS = {"local_steps": 8, "servers_per_region": 1, "baseline_local_steps": 32}
+_CHOSEN = ("algorithm", "same_local_steps", "accumulate_updates", *_DEFAULTS)  # by a sweep, and by a file of settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one algorithm with the settings of a YAML file, as for `lightning-halos check`, instead of those below",
     )
-    how.add_argument("--local-steps", type=int, default=8, metavar="H", help="of HALoS (default: 8)")
+    how.add_argument("--local-steps", type=int, metavar="H", help="of HALoS (default: 8)")
     how.add_argument("--same-local-steps", action="store_true", help="under HALoS, H steps for slower workers too")
     how.add_argument(
         "--accumulate-updates",
@@ -81,12 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="global steps of the run, by which the default K goes (default: as many as in the paper)",
     )
-    how.add_argument("--servers-per-region", type=int, default=1, metavar="S", help="of HALoS (default: 1)")
+    how.add_argument("--servers-per-region", type=int, metavar="S", help="of HALoS (default: 1)")
     how.add_argument(
         "--overlap", action="store_true", help="under HALoS and Async-Local-SGD, train on while pushes are answered"
     )
     how.add_argument(
-        "--baseline-local-steps", type=int, default=32, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
+        "--baseline-local-steps", type=int, metavar="H", help="of DiLoCo and Async-Local-SGD (default: 32)"
     )
     how.add_argument(
         "--all-reduce",
@@ -97,7 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--wire",
         nargs="+",
-        default=["float32"],
         metavar="FORMAT",
         help="format of models and updates between workers and servers: float32, bfloat16, int8 or int4; two formats"
         " are for links inside and links between regions (default: float32)",
@@ -118,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from lightning_halos.core.algorithms import ServerAlgorithm
     from lightning_halos.planning.advice import advice_on_overlap
     from lightning_halos.planning.planner import make_timing, plan
     from lightning_halos.planning.report import as_json, save_picture, table
@@ -129,11 +132,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         cluster = dataclasses.replace(cluster, all_reduce=arguments.all_reduce)
     if arguments.server_gigabytes_per_second is not None:
         cluster = dataclasses.replace(cluster, server_gigabytes_per_second=arguments.server_gigabytes_per_second)
-    wire, folder = _wire(arguments.wire), arguments.output
-    timing = make_timing(cluster, arguments.message_bytes).on(wire)
+    wire, folder = _wire(arguments.wire or ["float32"]), arguments.output
+    timing = make_timing(cluster, arguments.message_bytes)
     if arguments.sweep:
-        if arguments.settings is not None:
-            raise ValueError("--sweep varies the settings of HALoS: leave --settings out.")
+        _refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)
+        timing = timing.on(wire)
         trials = sweep(timing, arguments.hours, overlap=arguments.overlap, wire=wire)
         _report(arguments, "sweep", sweep_table(trials, timing))
         return
@@ -141,6 +144,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
     record_ms = _timeline_ms(arguments, cluster.num_workers) if folder else 0.0
     algorithms = _algorithms(arguments, wire)
+    timing = timing.on(next((one.wire for one in algorithms if isinstance(one, ServerAlgorithm)), wire))
     plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in algorithms]
     advice = advice_on_overlap(algorithms, plans, timing, arguments.hours)
     _report(arguments, name, table(plans, timing) + (f"\n{advice}" if advice else ""))
@@ -172,31 +176,37 @@ def _wire(formats: list[str]) -> WireFormats:
     return WireFormats.of({"within": formats[0], "between": formats[-1]})
 
 
+def _refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuses options that would have no effect."""
+    given = [name for name in names if getattr(arguments, name) is not None and getattr(arguments, name) is not False]
+    if given:
+        raise ValueError(f"{why}: leave {', '.join('--' + name.replace('_', '-') for name in given)} out.")
+
+
 def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
     from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
-    from lightning_halos.planning.settings import read_settings
 
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)
     if arguments.settings is not None:
-        if arguments.algorithm:
-            raise ValueError("--settings names the algorithm: leave --algorithm out.")
-        settings = read_settings(arguments.settings)
+        _refuse(arguments, "--settings has the algorithm and all of its settings", *_CHOSEN, "overlap", "wire")
+        settings = read_known_settings(arguments.settings)
         return [dataclasses.replace(settings.algorithm, global_steps=arguments.steps or settings.max_steps)]
-    check_count("baseline_local_steps", arguments.baseline_local_steps)
+    given = _DEFAULTS | {name: getattr(arguments, name) for name in _DEFAULTS if getattr(arguments, name) is not None}
+    check_count("baseline_local_steps", given["baseline_local_steps"])
     algorithms = []
     for algorithm in [make() for name, make in ALGORITHMS.items() if name in (arguments.algorithm or ALGORITHMS)]:
         changes: dict[str, Any] = {"global_steps": arguments.steps}
         if isinstance(algorithm, Halos):
             changes |= {
-                "local_steps": arguments.local_steps,
+                "local_steps": given["local_steps"],
                 "dynamic_local_steps": not arguments.same_local_steps,
                 "accumulate_updates": arguments.accumulate_updates,
-                "servers_per_region": arguments.servers_per_region,
+                "servers_per_region": given["servers_per_region"],
             }
         elif not algorithm.averages_gradients:
-            changes["local_steps"] = arguments.baseline_local_steps
+            changes["local_steps"] = given["baseline_local_steps"]
         if isinstance(algorithm, ServerAlgorithm):
             changes["overlap"] = arguments.overlap
             changes["wire"] = wire
@@ -206,8 +216,6 @@ def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algori
 
 def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     """The name for files about the cluster, and the cluster."""
-    import yaml
-
     from lightning_halos.planning.random_cluster import random_cluster
     from lightning_halos.simulation.cluster import SimulatedCluster
 
@@ -217,8 +225,8 @@ def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     if size is None:
         try:
             return path.stem, SimulatedCluster.from_yaml(path)
-        except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(str(error) if isinstance(error, TypeError) else f"{path} is not YAML: {error}") from None
+        except TypeError as error:
+            raise ValueError(str(error)) from None
     regions, _, workers = size.partition("x")
     if not (regions.isdecimal() and workers.isdecimal()):
         raise ValueError(f"--random-cluster {size} must be RxW, regions and workers per region, such as 4x4.")
@@ -229,6 +237,6 @@ def _timeline_ms(arguments: argparse.Namespace, workers: int) -> float:
     minutes: float | None = arguments.timeline_minutes
     if minutes is None:
         minutes = _TIMELINE_MINUTES * min(1.0, _TIMELINE_WORKERS / workers)
-    if minutes <= 0:
+    if not minutes > 0:
         raise ValueError(f"--timeline-minutes {minutes:g} must be positive.")
     return float(min(minutes, 60 * arguments.hours) * _MS_PER_MINUTE)

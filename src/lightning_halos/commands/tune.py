@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lightning_halos.commands.settings import refuse_unknown
+
 SUMMARY = "Search settings for a cluster and your module, by training it in simulations of the cluster."
 EXAMPLES = """\
 examples:
@@ -110,7 +112,10 @@ def _tune(arguments: argparse.Namespace) -> None:
         name, start = read_mapping(arguments.start)
         if name != kind.__name__:
             raise ValueError(f"{arguments.start} has settings of {name}, but --algorithm is {arguments.algorithm}.")
+        refuse_unknown(str(arguments.start), name, start)
         start = {argument: value for argument, value in start.items() if argument not in _LEFT_OUT}
+    fixed = _pairs("--fix", arguments.fix)
+    refuse_unknown("--fix", kind.__name__, fixed)
     try:
         cluster = interface.SimulatedCluster.from_yaml(arguments.cluster)
         found = kind.tune(
@@ -123,7 +128,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             mode=arguments.mode,
             target=arguments.to_loss,
             start=start,
-            fixed=_pairs("--fix", arguments.fix),
+            fixed=fixed,
             trainer=_pairs("--trainer", arguments.trainer),
             jobs=arguments.jobs,
             trials=arguments.trials,
@@ -145,5 +150,8 @@ def _pairs(option: str, texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise ValueError(f"{option} {text} must be NAME=VALUE.")
-        pairs[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            pairs[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{option} {text}: {value} is not YAML: {error}") from None
     return pairs

@@ -47,7 +47,7 @@ class IndexedTokens(Dataset[Tensor]):
     once, except the first. The tail that does not fill a context is left out.
 
     Files are mapped, not loaded, because they may be larger than the memory. The data set is pickled as its arguments;
-    each process maps the files when it first reads.
+    each process maps the files itself.
 
     Args:
         prefix: The files' path without ``.idx`` and ``.bin``. The ``.bin`` may be sharded at any byte, as some corpora
@@ -84,7 +84,7 @@ class IndexedTokens(Dataset[Tensor]):
         self._length = self.num_tokens // self._row * self._pieces
         self._files = _data_files(path, self.num_tokens, self.dtype)
         self._starts = [0, *itertools.accumulate(file.stat().st_size for file in self._files[:-1])]
-        self._shards: list[NDArray[np.uint8]] = []
+        self._shards: list[NDArray[np.uint8]] = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
 
     def __len__(self) -> int:
         return self._length
@@ -95,8 +95,6 @@ class IndexedTokens(Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Returns the sequences of a batch; a ``DataLoader`` calls it. Shards may be cut inside of a sequence."""
-        if not self._shards:
-            self._shards = [np.asarray(np.memmap(file, np.uint8, "r")) for file in self._files]
         tokens = np.empty((len(indices), self._context + 1), self.dtype)
         for rest, index in zip(tokens.view(np.uint8), indices, strict=True):
             row, piece = divmod(int(index), self._pieces)

@@ -81,6 +81,8 @@ def evaluate(
         ValueError: If an argument is invalid, or a task is unknown.
     """
     benchmark = Benchmark(tasks, include_path, limit, num_fewshot, batch_size, bootstrap_iters, seed)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} must be 'auto' or the name of a data type of torch, such as 'bfloat16'.")
     benchmark.load()
     name = model if isinstance(model, (str, Path)) else model.name_or_path or type(model).__name__
     with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {})) as lm:
@@ -249,7 +251,12 @@ def _language_model(
         options = {"batch_size": batch_size, "dtype": dtype, **model_args}
         options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _explained(f"the model {model}"):
-            lm = HFLM(pretrained=source, tokenizer=tokenizer, **options)
+            try:
+                lm = HFLM(pretrained=source, tokenizer=tokenizer, **options)
+            except TypeError as error:
+                if not model_args:
+                    raise
+                raise ValueError(f"model_args={model_args!r} must be arguments of lm-eval's HFLM: {error}") from error
         yield lm
 
 

@@ -149,8 +149,8 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
     if size is None:
         raise ValueError(
             "message_bytes is missing: the plan has no model to measure. Give --message-bytes, or write message_bytes"
-            " into the cluster's description: 4 bytes for each trainable parameter and each element of a floating-point"
-            " buffer."
+            " into the cluster's description: 4 bytes for each trainable parameter and for each number of what is"
+            " averaged, such as BatchNorm's statistics."
         )
     check_count("message_bytes", size)
     return Timing(cluster, size)

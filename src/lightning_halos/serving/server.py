@@ -24,7 +24,7 @@ from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.serving.status import Reporter
 from lightning_halos.serving.storage import RunDirectory
-from lightning_halos.transport.certificates import Certificate
+from lightning_halos.transport.certificates import Certificate, check_name
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class Rules:
                 f"--liveness {self.liveness:g} must be at least {_LEAST_LIVENESS:g} seconds, because a slow connection"
                 " may be silent for a few."
             )
+        if self.decider is not None:
+            check_name(self.decider)
         for name in ("timeout", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name):g} must be a positive number of seconds.")

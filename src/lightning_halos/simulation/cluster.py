@@ -107,9 +107,12 @@ class SimulatedCluster:
         Raises:
             FileNotFoundError: If the file does not exist.
             TypeError: If a field has the wrong type.
-            ValueError: If a key is unknown or missing, or a value is invalid.
+            ValueError: If the file is not YAML, a key is unknown or missing, or a value is invalid.
         """
-        data = yaml.safe_load(Path(path).read_text())
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(data, dict):
             raise ValueError(f"{path} must be a YAML mapping with the keys {', '.join(known)}.")

@@ -1,7 +1,7 @@
 """Notices workers with different training datasets, such as a dataset that the user has divided by rank.
 
-Workers can only share data if an index means the same sample for all of them. First the lengths and the data that the
-datasets hold are compared, and if these are the same, a few samples; ``sketches`` reads them without effects here.
+Workers can only share data if an index means the same sample for all of them. What is compared are the lengths, the
+data that the datasets hold, and a few samples, which ``sketches`` reads without effects here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_halos.training.sketches import all_differ, sketches
+from lightning_halos.training.sketches import all_differ, all_equal, sketches
 from lightning_halos.transport.collectives import Collectives
 
 _SAMPLES = 4  # elements that are looked at, at the start and at the end of each sequence
@@ -44,11 +44,12 @@ def can_share(collectives: Collectives, dataset: Dataset[Any] | None) -> bool:
     what = ""
     if len(set(lengths)) > 1:
         what = f"have different lengths ({', '.join(lengths)}, by rank), so they do not share them"
-    elif len(set(digests)) > 1:
-        what = "have different contents"
     elif len(lengths) > 1 and "-" not in lengths:
         first, *others = map(json.loads, collectives.gather_texts(json.dumps(sketches(dataset))))
-        if any(all_differ(first, other) for other in others):
+        # A dataset may hold what it has read, and rank 0 may have validated with the same one before.
+        if len(set(digests)) > 1 and not all(all_equal(first, other) for other in others):
+            what = "have different contents"
+        elif any(all_differ(first, other) for other in others):
             what = "have different samples at the same index"
     if what and "-" not in lengths:
         rank_zero_warn(

@@ -49,6 +49,17 @@ def all_differ(mine: Sequence[Sketch], others: Sequence[Sketch]) -> bool:
     return 0 < len(mine) == len(others) and all(map(_differ, mine, others))
 
 
+def all_equal(mine: Sequence[Sketch], others: Sequence[Sketch]) -> bool:
+    """Whether two workers' samples at the same indices were read, are all the same, and have nothing random in them."""
+    return 0 < len(mine) == len(others) and all(map(_are_equal, mine, others))
+
+
+def _are_equal(first: Sketch, second: Sketch) -> bool:
+    if first is None or second is None or None in first or None in second:
+        return False
+    return not _differ(first, second)
+
+
 def _differ(first: Sketch, second: Sketch) -> bool:
     if first is None or second is None:
         return False

@@ -50,8 +50,9 @@ class HalosStrategy(AlgorithmStrategy):
             workers with momentum 0.9, and a delay of 4 per worker. If the run has one local server, as with one region:
             a rate of 1 / workers, and no momentum.
         global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate and a
-            momentum by the length of the run: from 1.5 / local servers without momentum to 0.6 / local servers with
-            momentum 0.5, and a delay of half the local servers.
+            momentum by the length of the run: from 1.4 / 2 with two local servers, 1.8 / 3 with three and 2.2 / local
+            servers with more, without momentum, to 0.6 / local servers with momentum 0.5, and a delay of half the local
+            servers.
         defaults: ``"run"``: defaults are as above; the length of a run is what the Trainer is asked for when it begins,
             and 600 global steps if this is unknown. ``"published"``: those of the HALoS paper, whatever the length; see
             ``docs/parameters.md``.

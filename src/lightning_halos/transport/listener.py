@@ -357,7 +357,11 @@ class _Throttle:
 
 def _listen(address: Address) -> list[socket.socket]:
     """Opens a socket for each address that the host has, all at the same port."""
-    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        reason = f"{error.strerror}. Give an address of this machine, or :{address.port} for all of them."
+        raise OSError(error.errno, f"Cannot listen at {address}: {reason}") from None
     opened: list[socket.socket] = []
     port = address.port
     try:
