@@ -22,8 +22,9 @@ class StepCounter:
     """Counts the steps of one fit.
 
     A batch has the steps that Lightning counts in it. If these are none, it has those of the other optimizers of the
-    module's parameters; steps that an optimizer makes with another one, as SAM does, are one step. If no optimizer
-    steps but the parameters change, every batch is one step.
+    module's parameters; steps that an optimizer makes with another one, as SAM does, are one step. Steps in hooks after
+    a batch, such as the module's ``on_train_batch_end``, are of the next one. If no optimizer steps but the parameters
+    change, every batch is one step.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -64,13 +65,14 @@ class StepCounter:
     def begin_batch(self) -> None:
         """Starts to count the steps of a batch."""
         self._before = self._trainer.global_step
-        self._seen = self._depth = 0  # the depth is wrong after a step that has failed
+        self._depth = 0  # it is wrong after a step that has failed
 
     def end_batch(self) -> int:
         """Returns the steps in the batch."""
         steps = self.in_batch
         if self._is_manual and not steps:
             steps = self._steps_without_optimizer()
+        self._seen = 0
         if steps:
             self._without_step = 0
         self.batches += 1

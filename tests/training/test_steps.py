@@ -1,0 +1,59 @@
+"""What counts as a step of a batch where the module steps its optimizers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_halos.training.steps import StepCounter
+
+
+class Manual(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = nn.Linear(2, 1)
+
+
+@pytest.fixture
+def module() -> Manual:
+    module = Manual()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return module
+
+
+@pytest.fixture
+def counter(module: Manual) -> Iterator[StepCounter]:
+    trainer: Any = type("OfModule", (), {"lightning_module": module, "global_step": 0})()
+    counter = StepCounter(trainer, lambda: True)
+    yield counter
+    counter.close()
+
+
+def test_steps_in_hooks_after_a_batch_are_of_the_next_one(
+    module: Manual, counter: StepCounter, recwarn: pytest.WarningsRecorder
+) -> None:
+    optimizer, steps = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for batch in range(40):
+        counter.begin_batch()
+        steps.append(counter.end_batch())
+        for _ in range(3 if batch % 10 == 9 else 1):  # in the last batch of an epoch, its hook steps, too
+            optimizer.step()
+    assert steps == [0, *[1] * 9, 3, *[1] * 9, 3, *[1] * 9, 3, *[1] * 9]
+    assert not recwarn.list
+
+
+def test_a_step_counts_once(module: Manual, counter: StepCounter) -> None:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        counter.begin_batch()
+        optimizer.step()
+        assert counter.in_batch == 1
+        assert counter.end_batch() == 1
+        assert counter.in_batch == 0
