@@ -316,8 +316,9 @@ def run_processes(command: list[str], folder: Path, processes: int, limit: float
             codes.append(one.returncode)
     finally:
         for one in started:
-            if one.poll() is None:
-                os.killpg(one.pid, signal.SIGKILL)
+            if one.poll() is None or not Path(f"/proc/{one.pid}").exists():  # or another process has its number now
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGKILL)
             one.wait()
     return codes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,27 @@ def test_with_max_steps_each_epoch_of_rank_0_ends_with_a_validation_too(tmp_path
     assert_same_model(results)
     assert [validations for _, validations in results[0]["epochs"]][:2] == [1, 2]
     assert {result["global_step"] for result in results} == {40}
+
+
+def test_each_epoch_of_rank_0_has_its_validation_although_its_ends_drift_from_the_runs(tmp_path: Path) -> None:
+    """9 batches for 8 workers are 2 per shard, so the run has an end every 2 steps, and the data one every 9 / 8."""
+    strategy = {"local_steps": 1}
+    results = simulate(tmp_path, Reducing(), loader(36), loader(8), regions=(4, 4), strategy=strategy, max_steps=24)
+    assert_same_model(results)
+    validations = [0, *(count for _, count in results[0]["epochs"])]
+    assert len(validations) > 16
+    before_the_last = validations[:-3]  # just before it ends, the run waits for its final model
+    assert all(before < after for before, after in pairwise(before_the_last))
+
+
+@pytest.mark.parametrize("flags", [{}, {"max_steps": 1_000_000}, {"accumulate_grad_batches": 2, "max_steps": 1_000}])
+def test_the_final_model_is_validated_if_the_data_ends_the_run(tmp_path: Path, flags: dict[str, Any]) -> None:
+    results = simulate(tmp_path, Toy(), loader(60), loader(8), regions=(2,), max_epochs=3, **flags)
+    module = Toy()
+    module.load_state_dict(results[0]["state"])
+    with torch.no_grad():
+        final = [module.loss(batch) for batch in loader(8)]
+    assert results[0]["metrics"]["val_loss"] == pytest.approx(float(sum(final)) / 2)
 
 
 class RunningAhead(Toy):

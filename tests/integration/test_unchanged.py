@@ -118,7 +118,7 @@ class Unlike(Toy):
 def unlike(kind: str) -> Result:
     module = Unlike(kind)
     trainer = make_trainer(halos(regions=1), devices=2, max_epochs=2, reload_dataloaders_every_n_epochs=1)
-    trainer.fit(module)
+    trainer.fit(module, val_dataloaders=loader(8))
     return outcome(trainer, module, trained_in=module.trained_in)
 
 
@@ -128,6 +128,7 @@ def unlike(kind: str) -> Result:
 def test_data_that_is_reloaded_in_another_form(run: Run, kind: str) -> None:
     results = run(unlike, kind, workers=2)
     assert_same_model(results)
+    assert len(results[0]["validated_on"]) == 2, "at the end of each epoch"
     first, second = (sorted(i for result in results for i in result["trained_in"][epoch]) for epoch in range(2))
     assert first == [*range(64)]
     if kind == "a sampler":

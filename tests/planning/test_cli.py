@@ -86,6 +86,11 @@ class TestPlan:
         status, out, err = run("--settings", str(path), PAPER)
         assert (status, out) == (2, "")
         assert "settings.yaml: HalosStrategy has no argument local_step." in err
+        diloco = "class_path: lightning_halos.DilocoStrategy\ninit_args: {local_steps: 4, accumulate_updates: 8}"
+        path.write_text(diloco)
+        assert "DilocoStrategy has no argument accumulate_updates." in run("--settings", str(path), PAPER)[2]
+        path.write_text(diloco.replace("accumulate_updates: 8", "regions: 2, timeout: 60, worker: 2"))
+        assert run("--settings", str(path), PAPER)[0] == 0
 
     @pytest.mark.parametrize(
         ("arguments", "left_out"),

@@ -112,6 +112,9 @@ def test_samples_are_equal_if_all_of_them_are_and_nothing_is_random() -> None:
     assert all_equal(complete, sketches(Opaque(sample)))
     assert not all_equal(complete, sketches(Opaque(lambda index: sample(index and 24 + index))))
     assert not all_equal([], [])
+    kelvin, other = (sketches(Opaque(lambda index, a=a: 290.0 + index % 5 + a)) for a in (0.0, 0.5))
+    assert not all_equal(kelvin, other)
+    assert not all_differ(kelvin, other), "machines may decode what they read differently"
     some, others = (sketches(Opaque(lambda index: (index, PRIVATE.random()))) for _ in range(2))
     assert not all_equal(some, others)
     some, others = (sketches(Opaque(lambda index: sample(index)[:, : PRIVATE.integers(1, 8)])) for _ in range(2))

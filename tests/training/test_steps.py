@@ -30,7 +30,7 @@ def module() -> Manual:
 
 @pytest.fixture
 def counter(module: Manual) -> Iterator[StepCounter]:
-    trainer: Any = type("OfModule", (), {"lightning_module": module, "global_step": 0})()
+    trainer: Any = type("OfModule", (), {"lightning_module": module, "global_step": 0, "validating": False})()
     counter = StepCounter(trainer, lambda: True)
     yield counter
     counter.close()
@@ -47,6 +47,16 @@ def test_steps_in_hooks_after_a_batch_are_of_the_next_one(
             optimizer.step()
     assert steps == [0, *[1] * 9, 3, *[1] * 9, 3, *[1] * 9, 3, *[1] * 9]
     assert not recwarn.list
+
+
+def test_steps_in_a_validation_do_not_count(module: Manual, counter: StepCounter) -> None:
+    optimizer, trainer = torch.optim.SGD(module.parameters(), lr=0.1), counter._trainer
+    trainer.validating = True
+    optimizer.step()
+    trainer.validating = False
+    counter.begin_batch()
+    optimizer.step()
+    assert counter.end_batch() == 1
 
 
 def test_a_step_counts_once(module: Manual, counter: StepCounter) -> None:

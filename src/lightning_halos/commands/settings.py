@@ -42,8 +42,7 @@ def refuse_unknown(where: str, strategy: str, names: Collection[str]) -> None:
         return
     from lightning_halos import interface  # imports Lightning, so only if need be
 
-    kinds = (getattr(interface, strategy), interface.HalosStrategy)
-    known = {name for kind in kinds for name in inspect.signature(kind).parameters}
-    known |= {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
+    kinds = getattr(interface, strategy).__mro__  # what one does not take itself, it passes on
+    known = {name for kind in kinds if "__init__" in vars(kind) for name in inspect.signature(kind).parameters}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{where}: {strategy} has no argument {', '.join(map(str, unknown))}.")

@@ -254,7 +254,7 @@ def _language_model(
             try:
                 lm = HFLM(pretrained=source, tokenizer=tokenizer, **options)
             except TypeError as error:
-                if not model_args:
+                if not model_args or "unexpected keyword argument" not in str(error):
                     raise
                 raise ValueError(f"model_args={model_args!r} must be arguments of lm-eval's HFLM: {error}") from error
         yield lm

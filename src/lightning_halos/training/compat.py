@@ -182,12 +182,14 @@ class _OpenFitLoop(_FitLoop):
         epoch: Any = self.epoch_progress.current
         if epoch.ready > epoch.started:  # in the hooks at the start of an epoch
             return usual
+        if vars(self).get("reloaded_after") == epoch.ready:  # before the next epoch, whose data is there already
+            return usual
         # Lightning ends an epoch at this number, so it is not reached before the last batch.
         return max(1, batches.current.ready) if batches.is_last_batch else max(usual, batches.current.ready + 1)
 
     @max_batches.setter
     def max_batches(self, batches: int | float) -> None:
-        vars(self)["max_batches"] = batches
+        vars(self).update(max_batches=batches, reloaded_after=self.epoch_progress.current.ready)
 
 
 class _Open(_DataFetcher):
@@ -397,8 +399,8 @@ def end_making_validation_data(trainer: pl.Trainer) -> None:
 def enclose_validation(trainer: pl.Trainer, begin: Callable[[], object], end: Callable[[], object]) -> None:
     """Calls functions before the first and after the last hook of each validation of a fit.
 
-    Those hooks are the module's ``on_validation_model_eval`` and ``on_validation_model_train``. Strategies have none
-    that come before the user's.
+    Those hooks are the module's ``on_validation_model_eval`` and ``on_validation_model_train``; only its
+    ``on_validation_model_zero_grad`` is earlier. Strategies have none that come before the user's.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     start, finish = type(loop).on_run_start, type(loop).on_run_end

@@ -5,6 +5,7 @@ What a worker does in a batch is in ``worker_loop``, which comes after the user'
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -72,17 +73,19 @@ class FirstHooks(Callback):
                 if user is not self and user is not self._loop:
                     _warn_instead_of_raising(user)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._before_validation, self._settings_before = _attributes(pl_module), _settings(trainer)
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated = self._version()
         self._metrics.tell(trainer.callback_metrics)
 
+    def before_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes what a validation must not change on rank 0 only, before the first of its hooks."""
+        if self._site.size > 1:
+            self._before_validation, self._settings_before = _attributes(pl_module), _settings(trainer)
+
     def after_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns of what a validation has changed on rank 0 only, when the last of its hooks has ended."""
         before, self._before_validation = self._before_validation, None
-        if before is None or self._site.size == 1:
+        if before is None:
             return
         names = [name for name, now in _attributes(pl_module).items() if not _is_same(before.get(name), now)]
         if names and not self._has_warned:
@@ -92,7 +95,8 @@ class FirstHooks(Callback):
                 " rank 0 validates for all workers. To share a number, log it with self.log('name', number), and read"
                 " self.trainer.callback_metrics['name'] on all ranks."
             )
-        names = [name for name, now in _settings(trainer).items() if now != self._settings_before.get(name, now)]
+        now_set, were_set = _settings(trainer), self._settings_before
+        names = [n for n, now in now_set.items() if now != were_set.get(n, now) and not math.isnan(now)]
         if names and not self._has_warned_of_settings:
             self._has_warned_of_settings = True
             rank_zero_warn(

@@ -286,6 +286,14 @@ class Fit:
         save, folder = self._of_lane_0(("", "") if marker is None else (marker.save, marker.folder))
         return Marker(save, folder) if save else None
 
+    def begin_validation(self) -> None:
+        """Begins a validation, before the first of its hooks."""
+        if self._first_hooks is not None:
+            self._first_hooks.before_validation(self.trainer, self.trainer.lightning_module)
+        if self.has_two_models:
+            self.loop.stopwatch.restart()  # the time since the last batch was spent on starting the validation
+            self.put_global_model_in()
+
     def end_validation(self) -> None:
         """Ends a validation, after the last of its hooks."""
         if self.worker_model is not None:

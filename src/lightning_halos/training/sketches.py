@@ -34,7 +34,8 @@ _READS = 4  # of each sample, to recognize what is random
 _LEAVES = 32  # of a sample
 _NUMBERS = 16  # of an array
 _DEPTH = 4
-_CLOSE = 0.02  # of the largest number
+_CLOSE = 0.02  # of the largest number, for numbers that do not surely differ
+_EQUAL = 1e-5  # likewise, for numbers that machines have rounded differently
 
 
 def sketches(dataset: Any) -> list[Sketch]:
@@ -57,21 +58,21 @@ def all_equal(mine: Sequence[Sketch], others: Sequence[Sketch]) -> bool:
 def _are_equal(first: Sketch, second: Sketch) -> bool:
     if first is None or second is None or None in first or None in second:
         return False
-    return not _differ(first, second)
+    return not _differ(first, second, _EQUAL)
 
 
-def _differ(first: Sketch, second: Sketch) -> bool:
+def _differ(first: Sketch, second: Sketch, close: float = _CLOSE) -> bool:
     if first is None or second is None:
         return False
-    return len(first) != len(second) or not all(map(_is_same, first, second))
+    return len(first) != len(second) or not all(_is_same(*pair, close) for pair in zip(first, second, strict=True))
 
 
-def _is_same(first: Leaf, second: Leaf) -> bool:
+def _is_same(first: Leaf, second: Leaf, close: float) -> bool:
     if first is None or second is None:
         return True
     if isinstance(first, str) or isinstance(second, str):
         return first == second
-    tolerance = _CLOSE * max(map(abs, [0.0, *first, *second]))
+    tolerance = close * max(map(abs, [0.0, *first, *second]))
     return len(first) == len(second) and all(
         math.isclose(a, b, rel_tol=0.0, abs_tol=tolerance) for a, b in zip(first, second, strict=True)
     )

@@ -23,8 +23,8 @@ class StepCounter:
 
     A batch has the steps that Lightning counts in it. If these are none, it has those of the other optimizers of the
     module's parameters; steps that an optimizer makes with another one, as SAM does, are one step. Steps in hooks after
-    a batch, such as the module's ``on_train_batch_end``, are of the next one. If no optimizer steps but the parameters
-    change, every batch is one step.
+    a batch, such as the module's ``on_train_batch_end``, are of the next batch, if there is one. If no optimizer steps
+    but the parameters change, every batch is one step.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -111,7 +111,7 @@ class StepCounter:
     def _on_step_end(self, optimizer: Optimizer, *_: Any) -> None:
         if self._has_parameters_of_module(optimizer):
             self._depth -= 1
-            self._seen += self._depth == 0
+            self._seen += self._depth == 0 and not self._trainer.validating  # of the global model, on rank 0 only
 
     def _has_parameters_of_module(self, optimizer: Optimizer) -> bool:
         """Servers in this process have optimizers, too, which step in other threads."""

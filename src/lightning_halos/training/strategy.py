@@ -364,9 +364,8 @@ class AlgorithmStrategy(ComposedStrategy):
 
     def _begin_validation(self) -> None:
         """Puts the global model into the module, before hooks may put an average of it in instead."""
-        if self._fit is not None and self._fit.has_two_models:
-            self._fit.loop.stopwatch.restart()  # the time since the last batch was spent on starting the validation
-            self._fit.put_global_model_in()
+        if self._fit is not None:
+            self._fit.begin_validation()
 
     def _end_validation(self) -> None:
         """Puts the worker's model back into the module, after hooks have undone what they did with the global model."""

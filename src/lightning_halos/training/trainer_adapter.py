@@ -88,9 +88,9 @@ class TrainerAdapter:
         self._validates_at_end = False
         self.validated = self._start = trainer.global_step
         self._due_since: int | None = None
-        # Validations at the ends of epochs under max_steps: whether the present epoch has had its own, and whether the
-        # one at the next end that the steps of the run come to was early, where this worker's data ended.
-        self._epoch_is_validated = self._is_ahead = False
+        # Validations at the ends of epochs under max_steps: whether the present epoch has had its own, and how many
+        # came early, where this worker's data ended. As many are left out at the ends that the run's steps come to.
+        self._epoch_is_validated, self._early = False, 0
         self._no_validation = NoValidation()
         self._others_validate = NoValidation()
 
@@ -258,6 +258,7 @@ class TrainerAdapter:
         else:
             is_due = self._validates_at_end or (at_end and self._ends_epoch_early())
         if is_due:
+            self.validated = self._shown
             trainer.validating = True
             trainer.lightning_module.on_validation_model_zero_grad()
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -365,27 +366,33 @@ class TrainerAdapter:
 
         It is where the steps of the run come to it, or where this worker's data of it ends, whichever is first, because
         callbacks that decide at the end of an epoch, and plateau schedulers, need the metrics. The final model is
-        validated in any case.
+        validated if the run ends with an epoch.
         """
         is_due = self._is_due(before, epoch, epoch)
-        if is_due and self._is_ahead:
-            is_due, self._is_ahead = is_final, False
+        if is_due and self._early:
+            is_due, self._early = is_final, self._early - 1
+        is_due |= is_final and self._ends_with_epoch
         self._epoch_is_validated |= is_due
         if self.ends_epoch:
             is_due |= self._ends_epoch_early()
             self._epoch_is_validated = False
         return is_due
 
+    @property
+    def _ends_with_epoch(self) -> bool:
+        """Whether the run ends at the end of an epoch: with its data, or at a step that is one."""
+        return self._end != self.trainer.max_steps or self.end * self._batches_per_step % self._epoch_batches == 0
+
     def _ends_epoch_early(self) -> bool:
         """Returns whether to validate because this worker's data of an epoch ends before the steps of the run do so.
 
-        At the end of the run only if there are no metrics, since the final model comes soon.
+        At the end of the run only if there are no metrics, or the final model, which comes soon, is not validated.
         """
         reached = int(self._shown * self._batches_per_step)
         ends_run = (reached // self._epoch_batches + 1) * self._epoch_batches >= self.end * self._batches_per_step
-        if self._epoch_is_validated or self._is_ahead or (ends_run and self.validated > self._start):
+        if self._epoch_is_validated or (ends_run and self._ends_with_epoch and self.validated > self._start):
             return False
-        self._is_ahead = True
+        self._early += 1
         return True
 
     def _is_due(self, before: int, interval: int, epoch: float, but_its_end: bool = False) -> bool:
