@@ -7,6 +7,7 @@ the sockets of groups and store, because otherwise the death of their parent wou
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import stat
@@ -198,9 +199,13 @@ def _open_sockets() -> dict[tuple[int, int], int]:
 
 
 def _give_up_sockets() -> None:
-    """Closes this process's copies of its parent's sockets. It runs in every forked process, before any other code."""
+    """Closes this process's copies of its parent's sockets, and keeps its groups as they are.
+
+    It runs in every forked process, before any other code.
+    """
     if not _sockets:
         return
+    gc.freeze()  # a group that is garbage, as of an earlier fit, would wait here for threads that only the parent has
     nothing = os.open(os.devnull, os.O_RDWR)
     for identity, port in _open_sockets().items():
         if identity in _sockets or port in _store_ports:
