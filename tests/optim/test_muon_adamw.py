@@ -199,7 +199,7 @@ class TestStep:
     def test_it_is_one_step_to_those_who_count_the_steps_of_all_optimizers(self) -> None:
         module = Module()
         module.automatic_optimization = False
-        trainer: Any = type("OfModule", (), {"lightning_module": module, "global_step": 0})()
+        trainer: Any = type("OfModule", (), {"lightning_module": module, "global_step": 0, "validating": False})()
         counter = StepCounter(trainer, lambda: False)
         optimizer = MuonAdamW(module)
         for p in module.parameters():
