@@ -51,6 +51,17 @@ def falter(chance: random.Random, is_early: Callable[[], bool]) -> None:
         raise PeerLostError
 
 
+def test_a_name_is_not_revoked_in_a_directory_that_does_not_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistyped = tmp_path / "rum"
+    assert cli.main(["serve", "--directory", str(mistyped), "--revoke", "us"]) != 0
+    assert f"--directory {mistyped} does not exist. Give the directory of the run's server" in capsys.readouterr().err
+    assert not mistyped.exists()
+    mistyped.mkdir()
+    assert cli.main(["serve", "--directory", str(mistyped), "--revoke", "us"]) == 0
+
+
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_server_killed_at_any_moment_goes_on_and_applies_each_update_once(
     starter: Starter, keys: Path, seed: int

@@ -92,7 +92,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     from lightning_halos.transport.revocations import Revocations
 
     if arguments.revoke is not None:
-        arguments.directory.mkdir(parents=True, exist_ok=True)
+        if not arguments.directory.is_dir():  # a mistyped one would revoke nothing
+            raise FileNotFoundError(
+                f"--directory {arguments.directory} does not exist. Give the directory of the run's server; if it has"
+                " not started yet, make the directory first."
+            )
         Revocations(arguments.directory / REVOKED).add(arguments.revoke)
         print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
         return 0
