@@ -187,6 +187,15 @@ class OftenWithoutData(Toy):
         return {"epochs": self.epochs}
 
 
+def assert_final_model_validated(result: Result) -> None:
+    """The last validation, of 8 samples, was of the model that the fit ended with."""
+    module = Toy()
+    module.load_state_dict(result["state"])
+    with torch.no_grad():
+        losses = [module.loss(batch) for batch in loader(8)]
+    assert result["metrics"]["val_loss"] == pytest.approx(float(sum(losses)) / 2)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_rank_0_validates_also_if_others_took_all_data_of_an_epoch(tmp_path: Path, every: int) -> None:
     results = simulate(
@@ -198,11 +207,7 @@ def test_rank_0_validates_also_if_others_took_all_data_of_an_epoch(tmp_path: Pat
     batches, validations = zip(*results[0]["epochs"], strict=True)
     assert batches == (1, 0, 0, 1, 0, 0)
     assert validations == ((1, 1, 1, 2, 2, 3) if every == 1 else (0, 1, 1, 2, 2, 3))
-    module = Toy()
-    module.load_state_dict(results[0]["state"])
-    with torch.no_grad():
-        final = [module.loss(batch) for batch in loader(8)]
-    assert results[0]["metrics"]["val_loss"] == pytest.approx(float(sum(final)) / 2)
+    assert_final_model_validated(results[0])
 
 
 class Reducing(OftenWithoutData):
@@ -238,11 +243,7 @@ def test_each_epoch_of_rank_0_has_its_validation_although_its_ends_drift_from_th
 @pytest.mark.parametrize("flags", [{}, {"max_steps": 1_000_000}, {"accumulate_grad_batches": 2, "max_steps": 1_000}])
 def test_the_final_model_is_validated_if_the_data_ends_the_run(tmp_path: Path, flags: dict[str, Any]) -> None:
     results = simulate(tmp_path, Toy(), loader(60), loader(8), regions=(2,), max_epochs=3, **flags)
-    module = Toy()
-    module.load_state_dict(results[0]["state"])
-    with torch.no_grad():
-        final = [module.loss(batch) for batch in loader(8)]
-    assert results[0]["metrics"]["val_loss"] == pytest.approx(float(sum(final)) / 2)
+    assert_final_model_validated(results[0])
 
 
 class RunningAhead(Toy):

@@ -95,8 +95,8 @@ class FirstHooks(Callback):
                 " rank 0 validates for all workers. To share a number, log it with self.log('name', number), and read"
                 " self.trainer.callback_metrics['name'] on all ranks."
             )
-        now_set, were_set = _settings(trainer), self._settings_before
-        names = [n for n, now in now_set.items() if now != were_set.get(n, now) and not math.isnan(now)]
+        settings = {name: (self._settings_before.get(name, now), now) for name, now in _settings(trainer).items()}
+        names = [name for name, (old, now) in settings.items() if now != old and not math.isnan(now)]
         if names and not self._has_warned_of_settings:
             self._has_warned_of_settings = True
             rank_zero_warn(

@@ -148,9 +148,8 @@ class Process:
         self.process.join(seconds)
         group = self.process.pid
         assert group is not None
-        is_others = self.has_ended and Path(f"/proc/{group}").exists()  # then another process has its number by now
-        if not is_others:
-            with suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):
+            if not (self.has_ended and Path(f"/proc/{group}").exists()):  # or another process has its number now
                 os.killpg(group, signal.SIGKILL)
         self.process.kill()  # if it has not made its group yet
         self.process.join()
