@@ -120,11 +120,10 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     steps = [line["step"] for line in validated]
     regions = [line["region"] for line in validated]
     assert regions == ["us"] * regions.count("us") + ["eu"] * regions.count("eu")
-    # Each is done once. The first one of eu, and the last one, may make up for several.
+    # None is done twice. Several that fall due at once, on a busy machine or while nobody decides, are one.
     *numbers, last = [step // 20 for step in steps]
     handover = regions.index("eu")
-    assert numbers == [*range(1, handover + 1), *range(numbers[handover], numbers[-1] + 1)]
-    assert handover < numbers[handover]
+    assert numbers == sorted(set(numbers))
     assert numbers[-1] <= last == task.steps // 4 // 20  # of which the last validation may be a part
     assert {step % 20 for step in (*steps[:handover], *steps[handover + 1 : -1])} == {0}
     assert [line["rank"] for line in validated] == [0] * len(validated)
