@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -69,6 +70,16 @@ def test_those_that_need_no_model_start_fast(program: list[str], tmp_path: Path)
         assert "lightning_halos" in packages
         assert not packages & SLOW, arguments
     assert "torch" in imported(program, "plan", "--help")  # so that the test sees it
+
+
+def test_an_output_that_nobody_reads_is_no_error(tmp_path: Path) -> None:
+    keys = [sys.executable, "-m", "lightning_halos.cli", "keys"]
+    subprocess.run([*keys, "init", tmp_path, "--host", "localhost"], check=True, timeout=120)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*keys, "show", tmp_path], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_they_are_found() -> None:

@@ -7,6 +7,8 @@ and the exit status is 2.
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -47,17 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name. Default: the command line of the process.
 
     Returns:
-        The exit status: that of the command, usually 0, or 2 if the input is invalid or something it needs is missing.
+        The exit status: that of the command, usually 0; 1 if nobody reads its output any more, as in ``| head``; 2 if
+        the input is invalid or something it needs is missing.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     namespace = make_parser().parse_args(arguments)
     namespace.command = shlex.join([PROGRAM, *arguments])
     try:
         code: int | None = namespace.run(namespace)
+        sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            return 1
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     return code or 0
+
+
+def _has_lost_reader() -> bool:
+    """Returns whether nobody reads the output any more. If so, the rest of it is dropped."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+    return True
 
 
 def make_parser() -> argparse.ArgumentParser:
