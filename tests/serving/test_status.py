@@ -94,6 +94,22 @@ def test_if_it_is_too_large_anyway_fewer_regions_are_described(monkeypatch: pyte
     assert received(text)["left_out"] + len(received(text)["members"]) == 300
 
 
+def test_the_speed_of_a_region_that_has_just_joined_is_that_since_it_joined() -> None:
+    node = node_of(1, 4)
+    reporter = reporter_of(node)
+    for now in (0.0, 30.0):
+        reporter.sample(now)
+        node._members[0].counted += 300
+    late = node._members[node.index_of("late")]
+    late.session, late.workers, late.state = "s" * 64, 4, MemberState.ACTIVE
+    speeds = []
+    for now in (50.0, 55.0):
+        reporter.sample(now)
+        speeds.append([member["steps_per_second"] for member in reporter.describe()["members"].values()])
+        late.counted += 200
+    assert speeds == [[12.0, None], [pytest.approx(600 / 55), 40.0]]
+
+
 def test_before_the_run_begins_it_is_the_same() -> None:
     status = received(reporter_of(Founding()).text())
     assert (status["members"], status["left_out"], status["states"]) == ({}, 0, {})

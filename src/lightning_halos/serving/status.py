@@ -129,9 +129,10 @@ class Reporter:
         first, last = samples[0], samples[-1]
         seconds = last.at - first.at
         rates = {name: (count - first.counts[name]) / seconds for name, count in last.counts.items()}
+        speeds = {}
+        for name, steps in last.steps.items():
+            since = next(sample for sample in samples if name in sample.steps)  # it may have joined just now
+            if since is not last:
+                speeds[name] = max(0.0, (steps - since.steps[name]) / (last.at - since.at))
         # Counts shrink when a member is lost whose work was not in the global model yet.
-        return {name: max(0.0, rate) for name, rate in rates.items()}, {
-            name: max(0.0, (steps - first.steps[name]) / seconds)
-            for name, steps in last.steps.items()
-            if name in first.steps
-        }
+        return {name: max(0.0, rate) for name, rate in rates.items()}, speeds
