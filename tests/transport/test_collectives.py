@@ -97,6 +97,49 @@ class Workers:
             thread.join(60)
 
 
+class CountingStore(Store):
+    """A process's connection to the store of all processes, which counts its requests."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.store = TCPStore("127.0.0.1", port)
+        self.requests = 0
+
+    def set(self, key: str, value: Any) -> None:
+        self.requests += 1
+        self.store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        self.requests += 1
+        return self.store.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        self.requests += 1
+        return self.store.check(keys)
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self.requests += 1
+        self.store.wait(keys, *timeout)
+
+
+def most_requests(regions: Regions) -> int:
+    """Returns the most requests of a process that connects with others, except of the one that has the store."""
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = {rank: CountingStore(master.port) for ranks in regions for rank in ranks}
+
+    def connect(rank: int) -> None:
+        connected[rank] = Collectives(regions, rank, stores[rank], ignore, "worker {}".format, 60.0)
+
+    connected: dict[int, Collectives] = {}
+    threads = [threading.Thread(target=connect, args=(rank,), daemon=True) for rank in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert connected.keys() == stores.keys()
+    return max(store.requests for rank, store in stores.items() if rank > 0)
+
+
 @contextmanager
 def workers(regions: Regions) -> Iterator[Workers]:
     master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -379,6 +422,10 @@ class TestRoundTrips:
         with workers(regions) as all_workers:
             all_workers.run(lambda collectives, rank: collectives.gather_texts(f"rank {rank}"))
             assert all_workers.most_transfers <= 2
+
+    def test_more_workers_in_a_region_take_no_more_requests_to_the_store_which_may_be_far(self) -> None:
+        few, many = (most_requests([[0, 1], range(2, 2 + workers)]) for workers in (2, 8))
+        assert few == many
 
     def test_an_object_needs_one_broadcast_whatever_is_in_it(self) -> None:
         value = [{str(i): torch.ones(3)} for i in range(100)]

@@ -31,7 +31,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import gather_through, make_group
+from lightning_halos.transport.groups import connect_pairs, gather_through, make_group
 from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.link import Link, LoopbackLink
 from lightning_halos.transport.store import open_store
@@ -213,6 +213,15 @@ def test_a_process_group_that_nobody_else_comes_to() -> None:
         PeerLostError, match=r"Rank 0 waited for .* to connect \(models\). Rank\(s\) \[1\] did not come"
     ):
         make_group(store, "models", 0, 2, 0.5, ignore)
+
+
+def test_a_leader_whose_own_store_is_out_of_reach() -> None:
+    store, port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), free_port()
+    store.set("region/host/2", f"127.0.0.1 {port}")
+    with pytest.raises(
+        PeerLostError, match=rf"Rank 3 did not reach rank 2 .* on 127\.0\.0\.1, port {port}\. .*firewall"
+    ):
+        connect_pairs(store, "region", 3, 2, [], 0.5, ignore)
 
 
 class SignalError(Exception):

@@ -1,19 +1,14 @@
 """Process groups of two: a worker and its leader, or a leader and rank 0. They listen on the job's interface only.
 
 Groups are made directly, for host memory (gloo), and never as torch's default group, which is in ``process_group``.
-The store that they are made with is in ``store``. Forked processes, such as DataLoader workers, close their copies of
-the sockets of groups and store, because otherwise the death of their parent would not close its connections.
+The store that the processes meet at is in ``store``; for those that connect with a leader, it is one of the leader's own.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import socket
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -30,12 +25,16 @@ from lightning_halos.transport.address import (
     with_interface,
 )
 from lightning_halos.transport.errors import PeerLostError
+from lightning_halos.transport.forks import is_store_port, noting_sockets
 from lightning_halos.transport.interruption import interruptible
+from lightning_halos.transport.store import host_store, listen
 
-_sockets: set[tuple[int, int]] = set()  # descriptor and inode of each socket of a group or store
-_store_ports: set[int] = set()  # ports on which a store of this process accepts connections
 _PATIENCE = 2.0  # seconds for the store to answer, for an error
 _LONGEST_ATTEMPT = 60.0  # seconds for a connection to a process that has come
+_SAME_NETWORK = (
+    "Do all of them still run, do these addresses belong to the network that connects them (else set"
+    f" {INTERFACE_VARIABLE} to its interface on each machine), and does no firewall close its ports?"
+)
 
 
 def make_group(
@@ -70,7 +69,7 @@ def _meet(
     interrupted: Callable[[], None],
     missed: str = "did not come. Do they run, and can they reach the store?",
 ) -> None:
-    """Publishes the address on which this process listens, and waits until the others have done so."""
+    """Publishes where this process listens, and waits until the others have done so."""
 
     def meet() -> None:
         store.set(f"{name}/host/{rank}", host)
@@ -125,16 +124,19 @@ def _connect(
         raise PeerLostError(
             f"Process {rank} of {size} of the process group {name!r} did not connect with the others within"
             f" timeout={timeout:g} s. It listens on {with_interface(host)}, the others on {theirs}; the one with the"
-            " higher address connects to the other, at a port that the kernel has chosen. Do all of them still run, do"
-            f" these addresses belong to the network that connects them (else set {INTERFACE_VARIABLE} to its interface"
-            f" on each machine), and does no firewall close its ports? {error}"
+            f" higher address connects to the other, at a port that the kernel has chosen. {_SAME_NETWORK} {error}"
         ) from None
 
 
 def _keep_store(store: Store) -> None:
     """Waits if this process has the store, because the others may still read it for their errors."""
-    if getattr(_without_prefix(store), "port", None) in _store_ports:
+    if _is_here(store):
         time.sleep(_PATIENCE)
+
+
+def _is_here(store: Store) -> bool:
+    """Returns whether this process has the store of all processes."""
+    return is_store_port(getattr(_without_prefix(store), "port", None))
 
 
 def listening_host(store: Store) -> str:
@@ -169,55 +171,6 @@ def _host_of(store: Store, key: str) -> str:
         return ""
 
 
-def note_store_port(port: int) -> None:
-    """Records that a store of this process accepts connections at a port, so that forked processes close them."""
-    _store_ports.add(port)
-
-
-@contextmanager
-def noting_sockets() -> Iterator[None]:
-    """Records the sockets that are opened in a ``with`` block, so that forked processes close them."""
-    before = _open_sockets().keys()
-    yield
-    _sockets.update(_open_sockets().keys() - before)
-
-
-def _open_sockets() -> dict[tuple[int, int], int]:
-    """Returns the local port of each TCP socket of this process, by its descriptor and inode."""
-    ports = {}
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISSOCK(status.st_mode):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as copy:
-                if copy.family in (socket.AF_INET, socket.AF_INET6):
-                    ports[descriptor, status.st_ino] = copy.getsockname()[1]
-        except OSError:  # it was closed meanwhile
-            pass
-    return ports
-
-
-def _give_up_sockets() -> None:
-    """Closes this process's copies of its parent's sockets, and keeps its groups as they are.
-
-    It runs in every forked process, before any other code.
-    """
-    if not _sockets:
-        return
-    gc.freeze()  # a group that is garbage, as of an earlier fit, would wait here for threads that only the parent has
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for identity, port in _open_sockets().items():
-        if identity in _sockets or port in _store_ports:
-            os.dup2(nothing, identity[0], False)  # keeps the number in use, because torch's objects may close it later
-    os.close(nothing)
-    _sockets.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_give_up_sockets)
-
-
 def connect_pairs(
     store: Store,
     name: str,
@@ -247,20 +200,47 @@ def connect_pairs(
         PeerLostError: If the others do not come in time.
     """
     host = listening_host(store)
-    _meet(store, name, rank, [*children, *([] if parent is None else [parent])], host, timeout, interrupted)
 
-    def connect(upper: int, lower: int) -> ProcessGroup:
+    def connect(near: Store, upper: int, lower: int) -> ProcessGroup:
         end, other = (0, lower) if rank == upper else (1, upper)
         pair = f"{name} of ranks {upper} and {lower}"
         # The other one has come, but may wait for a process that has not, for longer than an attempt to connect lasts.
         missed = "came, but did not connect: they waited for other ranks, or have ended."
-        _meet(store, pair, rank, [other], host, timeout, interrupted, missed)
-        return _connect(store, pair, end, 2, host, [f"{name}/host/{other}"], timeout, interrupted)
+        _meet(near, pair, rank, [other], host, timeout, interrupted, missed)
+        return _connect(near, pair, end, 2, host, [f"{pair}/host/{other}"], timeout, interrupted)
 
-    pairs = {child: connect(rank, child) for child in children}
-    if parent is not None:
-        pairs[parent] = connect(parent, rank)
+    with noting_sockets():
+        near, place = store, host
+        if children and not _is_here(store):
+            # A pair takes several round trips to a store. That of all processes may be far; the children are near.
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            own = host_store(listen(family, (host, 0)), timedelta(seconds=timeout))
+            near, place = own, f"{host} {own.port}"
+        _meet(store, name, rank, [*children, *([] if parent is None else [parent])], place, timeout, interrupted)
+        pairs = {child: connect(near, rank, child) for child in children}
+        if parent is not None:
+            pairs[parent] = connect(_join_parent(store, name, rank, parent, timeout, interrupted), parent, rank)
     return pairs
+
+
+def _join_parent(
+    store: Store, name: str, rank: int, parent: int, timeout: float, interrupted: Callable[[], None]
+) -> Store:
+    """Returns the store at which this process meets its parent, who has come: one of the parent's own, or ``store``."""
+
+    def join() -> Store:
+        host, _, port = store.get(f"{name}/host/{parent}").decode().partition(" ")
+        limit = timedelta(seconds=timeout)
+        return TCPStore(host, int(port), timeout=limit, wait_for_workers=False) if port else store
+
+    try:
+        return interruptible(join, interrupted, 2 * timeout)
+    except (RuntimeError, TimeoutError) as error:
+        place = _host_of(store, f"{name}/host/{parent}").replace(" ", ", port ") or "an address that is unknown"
+        raise PeerLostError(
+            f"Rank {rank} did not reach rank {parent} within timeout={timeout:g} s ({name}), which listens on {place}."
+            f" {_SAME_NETWORK} {error}"
+        ) from None
 
 
 class Groups:

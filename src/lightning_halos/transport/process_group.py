@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup, Store, Work
 from lightning_halos.core.compat import finished_work
 from lightning_halos.transport.address import INTERFACE_VARIABLE
 from lightning_halos.transport.collectives import Collectives
-from lightning_halos.transport.groups import noting_sockets
+from lightning_halos.transport.forks import noting_sockets
 
 BACKEND = "halos"
 _new_group = dist.new_group  # torch's own, which _keep_functions_from_waiting replaces

@@ -29,7 +29,7 @@ from lightning_halos.transport.address import (
     route_to,
 )
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import note_store_port, noting_sockets
+from lightning_halos.transport.forks import note_store_port, noting_sockets
 from lightning_halos.transport.interruption import interruptible
 
 _stores: dict[tuple[str, int], Store] = {}  # a store lives as long as its process, for a second Trainer
@@ -143,14 +143,7 @@ class _Meeting:
                 raise self._error(
                     f"Port {port} of this machine is in use by another program. Set MASTER_PORT to a free port."
                 ) from None
-        host, port = listener.getsockname()[:2]
-        note_store_port(port)
-        # The newer kind of server (libuv) takes no socket in torch 2.4.
-        own: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listener.detach(), "use_libuv": False}
-        # Its own connection to itself waits for nobody, but a busy machine may be slow.
-        store = TCPStore(host, port, None, True, max(self._limit, _OWN), False, **own)
-        store.set_timeout(self._limit)
-        return store
+        return host_store(listener, self._limit)
 
     def _listen(self, port: int) -> socket.socket | None:
         """Returns a socket that listens on this machine's address; ``None`` if the port is in use."""
@@ -163,7 +156,7 @@ class _Meeting:
             targets.append((family, (own, port)))
         for its_family, target in targets:
             try:
-                return _listening(its_family, target)
+                return listen(its_family, target)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     return None
@@ -289,7 +282,25 @@ class _Meeting:
         )
 
 
-def _listening(family: int, target: tuple[Any, ...]) -> socket.socket:
+def host_store(listener: socket.socket, limit: timedelta) -> TCPStore:
+    """Returns a store in this process, which listens at the address of a socket only.
+
+    Args:
+        listener: A socket that listens.
+        limit: Limit for a wait for a key.
+    """
+    host, port = listener.getsockname()[:2]
+    note_store_port(port)
+    # The newer kind of server (libuv) takes no socket in torch 2.4.
+    own: dict[str, Any] = {"multi_tenant": True, "master_listen_fd": listener.detach(), "use_libuv": False}
+    # Its own connection to itself waits for nobody, but a busy machine may be slow.
+    store = TCPStore(host, port, None, True, max(limit, _OWN), False, **own)
+    store.set_timeout(limit)
+    return store
+
+
+def listen(family: int, target: tuple[Any, ...]) -> socket.socket:
+    """Returns a socket that listens on one address only."""
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
