@@ -1,7 +1,7 @@
 """Process groups of two: a worker and its leader, or a leader and rank 0. They listen on the job's interface only.
 
 Groups are made directly, for host memory (gloo), and never as torch's default group, which is in ``process_group``.
-The store that the processes meet at is in ``store``; for those that connect with a leader, it is one of the leader's own.
+The processes meet at the store of ``store``; those that connect with a leader, at one of the leader's own.
 """
 
 from __future__ import annotations
