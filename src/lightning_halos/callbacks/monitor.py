@@ -48,10 +48,9 @@ class HalosMonitor(Callback):
 
     Ranks are those of workers, and of workers of several processes, bytes are those of the first lane.
 
-    In a real run, a message inside one process counts no bytes. Async-Local-SGD has one region, so all its bytes count
-    as inside it. In a simulation, every push, pull and exchange counts with the cluster's message size, and it counts
-    as between regions if worker and server are in different ones, also under Async-Local-SGD; seconds are virtual, and
-    a worker waits while its messages are in transit.
+    Bytes between a worker and a server of another region, as under Async-Local-SGD, count as between regions. In a real
+    run, a message inside one process counts no bytes. In a simulation, every push, pull and exchange counts with the
+    cluster's message size, seconds are virtual, and a worker waits while its messages are in transit.
 
     DiLoCo and synchronous SGD have no local servers, so nothing is logged.
 

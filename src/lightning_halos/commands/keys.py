@@ -77,7 +77,7 @@ def _server(arguments: argparse.Namespace) -> None:
     from lightning_halos.transport.certificates import make_server
 
     path = make_server(arguments.folder, arguments.host, arguments.days, arguments.replace)
-    print(f"{path}  the global server's, until {_until(path)}: start it again with this file")
+    print(f"{path}  the global server's, until {_until(path)}: copy it over the old one, which the server notices")
 
 
 def _region(arguments: argparse.Namespace) -> None:
