@@ -1,5 +1,6 @@
 """A checkpoint replaces nothing until it is complete, and what was there before stays until then."""
 
+import gc
 import json
 import os
 import shutil
@@ -310,6 +311,35 @@ def test_a_link_leads_to_a_complete_checkpoint_at_any_time(tmp_path: Path) -> No
     assert last.resolve() == tmp_path / "step=1.ckpt"
 
 
+@pytest.mark.parametrize("where", ["begun", "complete"])
+def test_where_links_are_not_possible_it_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def symlink_to(*_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    saves, last = Saves(), tmp_path / "last.ckpt"
+    last.mkdir()  # as a strategy that divides the model leaves it
+    save = begin(saves, tmp_path / "step=1.ckpt")
+    if where == "begun":
+        saves.link(tmp_path / "step=1.ckpt", last)
+    complete(saves, save)
+    if where == "complete":
+        saves.link(tmp_path / "step=1.ckpt", last)
+    assert last.read_text() == save.marker.save
+    assert not saves.in_flight
+    assert visible(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+
+
+def test_a_link_that_cannot_be_made_is_a_warning_and_the_save_is_complete(tmp_path: Path) -> None:
+    saves = Saves()
+    save = begin(saves, tmp_path / "step=1.ckpt")
+    saves.link(tmp_path / "step=1.ckpt", tmp_path / "nowhere" / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last.ckpt could not be made a link to step=1.ckpt"):
+        complete(saves, save)
+    assert not saves.under_way
+    assert usable(tmp_path / "step=1.ckpt")
+
+
 def test_a_save_that_joins_none_may_begin_while_another_is_in_flight(tmp_path: Path) -> None:
     """That of a preemption, which must not wait."""
     old = tmp_path / "step=0.ckpt"
@@ -414,6 +444,20 @@ def test_a_writer_that_cannot_even_report_goes_on(tmp_path: Path, caplog: pytest
     writer.submit(done.set, print)
     assert done.wait(30)
     assert "could not be reported" in caplog.text
+
+
+def test_a_writer_that_nobody_has_any_more_does_what_is_left_and_ends() -> None:
+    writer, go_on, done = Writer(), threading.Event(), threading.Event()
+    writer.submit(lambda: go_on.wait(30) and None, print)
+    writer.submit(done.set, print)
+    thread = writer._thread
+    assert thread is not None
+    del writer
+    gc.collect()
+    go_on.set()
+    thread.join(30)
+    assert done.is_set()
+    assert not thread.is_alive()
 
 
 def test_another_name_of_a_checkpoint_is_the_same_checkpoint(tmp_path: Path) -> None:

@@ -141,6 +141,66 @@ def test_two_trainers_in_one_script(run: Run) -> None:
     assert_trained([result["second"] for result in results], max_steps=10)
 
 
+class Asking(Toy):
+    """Combines its rank with those of the others, in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rank = torch.tensor([float(self.global_rank)])
+        torch.distributed.all_reduce(rank)
+        self.sums.append(float(rank))
+        return super().training_step(batch, batch_idx)
+
+
+def one_trainer_after_another() -> Result:
+    module, trainer = Asking(), make_trainer(max_epochs=1)
+    trainer.fit(module, loader())
+    make_trainer().validate(Toy(), loader(16), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    return outcome(trainer, module, sums=module.sums)
+
+
+@pytest.mark.filterwarnings("ignore:all_reduce")
+def test_a_trainer_that_fits_again_after_another_one_has_run_trains_at_its_own_pace(run: Run) -> None:
+    results = run(one_trainer_after_another)
+    assert_same_model(results)
+    for rank, result in enumerate(results):
+        assert set(result["sums"]) == {4.0 * rank}
+
+
+class TwoSteps(Toy):
+    """Steps its optimizer twice in every batch, as a GAN steps one for each of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss, optimizer = super().training_step(batch, batch_idx), self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.step()
+
+
+def one_epoch_after_another() -> Result:
+    module, trainer = TwoSteps(), make_trainer(max_epochs=1)
+    trainer.fit(module, loader(64))
+    module.trained_on = []
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(64))
+    return outcome(trainer, module)
+
+
+def test_a_later_fit_with_several_steps_per_batch_trains_on_its_complete_epoch(run: Run) -> None:
+    results = run(one_epoch_after_another)
+    assert sorted(index for result in results for index in result["trained_on"]) == [*range(64)]
+
+
 def resumed(folder: Path) -> Result:
     before, trainer = Decaying(), make_trainer(max_steps=20)
     trainer.fit(before, loader())

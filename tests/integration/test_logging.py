@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanSquaredError
+from torchmetrics.classification import BinaryConfusionMatrix
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -86,6 +87,27 @@ def test_metrics(run: Run) -> None:
                 whole,
                 HELD_OUT - 1,
             )
+
+
+class Confused(Toy):
+    """Logs a metric of several numbers, as Lightning allows if no logger gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.confusion = BinaryConfusionMatrix()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.confusion.update(self.net(batch[0]), (batch[1] > 0).int())
+        self.log("confusion", self.confusion, logger=False)
+        self.log("val_loss", self.loss(batch))
+
+
+def test_a_metric_of_several_numbers_stays_on_rank_0(tmp_path: Path) -> None:
+    first, *others = simulate(tmp_path, Confused(), loader(), loader(16), max_steps=20, val_check_interval=10)
+    assert sum(map(sum, first["metrics"]["confusion"])) == 16
+    for other in others:
+        assert "confusion" not in other["metrics"]
+        assert other["metrics"]["val_loss"] == first["metrics"]["val_loss"]
 
 
 class Decaying(Toy):

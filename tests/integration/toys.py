@@ -162,7 +162,7 @@ def outcome(trainer: pl.Trainer, module: Toy, **more: Any) -> Result:
         "epoch": trainer.current_epoch,
         "schedules": [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs],
         "lrs": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
-        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "metrics": {name: value.tolist() for name, value in trainer.callback_metrics.items()},
         "state": state(module),
         "trained_on": module.trained_on,
         "validated_on": module.validated_on,

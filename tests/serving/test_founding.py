@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.messages import Enrol, Enrolled, Refusal, Welcome
+from lightning_halos.core.placement import Placement
+from lightning_halos.core.topology import Topology
 from lightning_halos.serving import snapshots
 from lightning_halos.serving.storage import RunDirectory
+from lightning_halos.training.membership import Membership
+from lightning_halos.training.server_settings import ServerSettings
+from lightning_halos.training.site import Site
+from lightning_halos.transport.address import Address
 from tests.serving.conftest import Server, until
-from tests.serving.region import Region
+from tests.serving.region import LIMIT, Region
 
 Serve = Callable[..., Server]
 Regions = Callable[..., Region]
@@ -144,3 +151,21 @@ def test_a_member_that_lets_the_others_wait_for_the_end_is_refused_and_may_come_
     for one in (us, eu):
         one.goodbye()
     assert server.wait() == 0
+
+
+def test_a_job_that_is_interrupted_while_it_waits_for_others_gives_up_its_place(serve: Serve, keys: Path) -> None:
+    """As in a notebook: the cell is stopped and run again, in the same process."""
+    server = serve(min_regions=2)
+    settings = ServerSettings(Address("127.0.0.1", server.port), keys / "us.pem", 1)
+
+    def stop_when_connected() -> None:
+        if list(server.server.host._clients):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = store, 0, Placement.build([0], 1), Topology.build([[0]], 1), False
+        with pytest.raises(KeyboardInterrupt):
+            Membership(settings, Site(*place, LIMIT, stop_when_connected))
+        until(lambda: not list(server.server.host._clients))
+    assert "is refused" not in server.events

@@ -112,3 +112,16 @@ def test_a_plateau_step_of_the_last_validation_is_made_once_when_more_epochs_fol
     again.pull(10, history[len(again.history) :])
     assert resumed.last_epoch == 2
     assert again.history == history
+
+
+def test_a_checkpoint_with_another_number_of_schedulers_is_a_warning() -> None:
+    optimizer = adamw()
+    schedulers = [LambdaLR(optimizer, lambda step: 1 / (1 + step)), StepLR(optimizer, 10)]
+    configs = [LRSchedulerConfig(scheduler, interval="step") for scheduler in schedulers]
+    both = SchedulePosition(Module(), configs, [optimizer], 0, 100, False, epoch_steps=10)
+    both.pull(5, [])
+    one = positioned(LambdaLR(adamw(), lambda step: 1 / (1 + step)))
+    with pytest.warns(UserWarning, match=r"positions of 2 learning-rate scheduler\(s\), but the module now makes 1"):
+        one.load_state_dict(both.state_dict())
+    one.pull(3, [])
+    assert one._settings().__next__()["lr"] == pytest.approx(1 / 4)

@@ -67,3 +67,13 @@ def test_a_step_counts_once(module: Manual, counter: StepCounter) -> None:
         assert counter.in_batch == 1
         assert counter.end_batch() == 1
         assert counter.in_batch == 0
+
+
+def test_a_batch_that_is_none_has_no_steps(counter: StepCounter) -> None:
+    """Lightning ends it without having begun it, and the global step has moved since the batch before."""
+    counter.begin_batch()
+    counter._trainer.global_step = 1
+    assert counter.end_batch() == 1
+    counter._trainer.global_step = 5
+    assert counter.end_batch() == 0
+    assert (counter.batches, counter.steps) == (1, 1)

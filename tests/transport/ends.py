@@ -7,15 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed import ProcessGroup, TCPStore
 
+from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.messages import Message
 from lightning_halos.core.vector import PART
 from lightning_halos.transport.alarm import Alarm
-from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.link import GlooLink, Link, wait_all
 from lightning_halos.transport.tls_link import TLSLink
 from tests.tls import star
@@ -35,7 +36,7 @@ def groups(size: int = 2) -> Iterator[list[ProcessGroup]]:
     made: dict[int, ProcessGroup] = {}
 
     def make(rank: int) -> None:
-        made[rank] = make_group(TCPStore("127.0.0.1", master.port), "group", rank, size, 300.0, ignore)
+        made[rank] = gloo_group(TCPStore("127.0.0.1", master.port), rank, size, timedelta(seconds=60), "127.0.0.1")
 
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(size)]
     for thread in threads:

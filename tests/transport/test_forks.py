@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import signal
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed import TCPStore
 
-from lightning_halos.transport.groups import make_group
+from lightning_halos.core.compat import gloo_group
+from lightning_halos.transport.forks import noting_sockets
 
 context = multiprocessing.get_context("forkserver")
 LIMIT = 60
@@ -26,7 +28,8 @@ def collecting() -> None:
     """A fit that has ended, and a DataLoader worker of the next one."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     gc.disable()
-    Cycle([store, make_group(store, "earlier", 0, 1, LIMIT, lambda: None)])
+    with noting_sockets():
+        Cycle([store, gloo_group(store, 0, 1, timedelta(seconds=LIMIT), "127.0.0.1")])
     forked = multiprocessing.get_context("fork").Process(target=collect)
     forked.start()
     forked.join()

@@ -31,7 +31,7 @@ from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import WorkerClient
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.errors import PeerLostError
-from lightning_halos.transport.groups import connect_pairs, gather_through, make_group
+from lightning_halos.transport.groups import connect_pairs, gather_through
 from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.link import Link, LoopbackLink
 from lightning_halos.transport.store import open_store
@@ -212,7 +212,7 @@ def test_a_process_group_that_nobody_else_comes_to() -> None:
     with pytest.raises(
         PeerLostError, match=r"Rank 0 waited for .* to connect \(models\). Rank\(s\) \[1\] did not come"
     ):
-        make_group(store, "models", 0, 2, 0.5, ignore)
+        connect_pairs(store, "models", 0, None, [1], 0.5, ignore)
 
 
 def test_a_leader_whose_own_store_is_out_of_reach() -> None:
@@ -235,7 +235,7 @@ def raise_signal_error() -> None:
 def test_a_signal_ends_the_wait_for_a_group() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(SignalError):
-        make_group(store, "models", 0, 2, 20.0, raise_signal_error)
+        connect_pairs(store, "models", 0, None, [1], 20.0, raise_signal_error)
 
 
 def test_a_signal_ends_the_wait_for_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

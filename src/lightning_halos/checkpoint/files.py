@@ -105,9 +105,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def link(path: Path, link: Path) -> None:
-    """Creates a symbolic link to a file, or atomically changes an existing link."""
+    """Creates a symbolic link to a file, or atomically changes an existing link.
+
+    As with Lightning, it is a copy where links are not possible, and takes the place of a folder of this name.
+    """
     temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex}.part")
-    temporary.symlink_to(os.path.relpath(path, link.parent))
+    try:
+        temporary.symlink_to(os.path.relpath(path, link.parent))
+    except OSError:
+        shutil.copyfile(path, temporary)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
     os.replace(temporary, link)
 
 

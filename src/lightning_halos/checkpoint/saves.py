@@ -184,7 +184,7 @@ class Saves:
                     save.links[link] = path
                     return
         if is_complete(path):
-            files.link(path, link)
+            _link(path, link)
 
     def flush(self, timeout: float, interrupted: Callable[[], None] = lambda: None) -> None:
         """Waits until all saves are complete or have failed. Abandons those that take longer than ``timeout`` seconds.
@@ -240,7 +240,7 @@ class Saves:
                 del save.hidden[path]
             save.state = State.COMPLETE
             for link, path in save.links.items():
-                files.link(path, link)
+                _link(path, link)
             if self._awaited == save.marker.save:
                 self._awaited = None
         try:
@@ -261,6 +261,13 @@ class Saves:
         for path, remove_file, folders in removals:
             remove_file()
             _remove_folders(path, folders)
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        files.link(path, link)
+    except OSError as error:
+        rank_zero_warn(f"{link} could not be made a link to {path.name}: {error}")
 
 
 def _remove_folders(path: Path, folders: Iterable[Path]) -> None:

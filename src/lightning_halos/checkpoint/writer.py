@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ log = logging.getLogger(__name__)
 Tell = Callable[[ShardWritten], None]
 
 
+_Job = tuple[Callable[[], None], Callable[[str], None]]
+
+
 class Writer:
-    """A thread that writes. It ends with its process."""
+    """A thread that writes. It ends when nobody can give it another job."""
 
     def __init__(self) -> None:
         # A SimpleQueue, because a signal handler may submit a job, too.
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[str], None]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def shard(
@@ -51,18 +55,20 @@ class Writer:
     def submit(self, job: Callable[[], None], failed: Callable[[str], None]) -> None:
         """Queues a job, and never blocks. ``failed`` is called with the text of an error that the job raises."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="halos writer", daemon=True)
+            self._thread = threading.Thread(target=_run, args=(self._jobs,), name="halos writer", daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._jobs.put, None)
         self._jobs.put((job, failed))
 
-    def _run(self) -> None:
-        while True:
-            job, failed = self._jobs.get()
-            try:
-                job()
-            except BaseException as error:
-                _report(error, failed)
-            del job, failed  # release their state before waiting for the next job
+
+def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    while (next_job := jobs.get()) is not None:
+        job, failed = next_job
+        try:
+            job()
+        except BaseException as error:
+            _report(error, failed)
+        del next_job, job, failed  # release their state before waiting for the next job
 
 
 def _report(error: BaseException, failed: Callable[[str], None]) -> None:

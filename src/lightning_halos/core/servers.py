@@ -255,7 +255,10 @@ class ParameterServer:
                 f" {self.model.numel()} of {self.model.dtype}. Load the state of a server of the same model."
             )
         if state["optimizer_type"] != (mine := type(self._optimizer).__name__):
-            raise ValueError(f"its server optimizer is {state['optimizer_type']}, this one is {mine}")
+            raise ValueError(
+                f"The state has the server optimizer {state['optimizer_type']}, but this server has {mine}. Pass the"
+                " optimizer that the run began with, or resume without the checkpoint's folder, with new servers."
+            )
         self._preserve()
         own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

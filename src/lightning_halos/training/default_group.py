@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -55,7 +56,7 @@ class DefaultGroup:
         self._backend = backend
         self._users: dist.ProcessGroup | None = None
         self._has_warned = False
-        self._workers = Workers(
+        self._own = Workers(  # each Trainer's stays as it is; the group's becomes like that of the Trainer that runs
             site.process,
             site.processes,
             site.worker_processes,
@@ -65,13 +66,13 @@ class DefaultGroup:
             self.warn,
             os.getpid(),
         )
+        self._workers = replace(self._own)
 
     def install(self) -> None:
         """Makes the group torch's default process group, when an entry point of the Trainer starts."""
         self._has_warned = False
-        self._workers.are_running = True
-        if (group := default_group()) is not None and group.workers.is_like(self._workers):
-            group.workers.adopt(self._workers)  # groups that the user made of its workers stay valid
+        if (group := default_group()) is not None and group.workers.is_like(self._own):
+            group.workers.adopt(self._own)  # groups that the user made of its workers stay valid
             self._workers = group.workers
             self._make_inner_group()
             return
@@ -79,6 +80,7 @@ class DefaultGroup:
             dist.destroy_process_group()
         elif dist.is_initialized():
             self._users, dist.GroupMember.WORLD = dist.group.WORLD, None
+        self._workers = replace(self._own)
         make_default_group(self._workers, self._site.store, self._site.patience)
         self._make_inner_group()
         advise_sync_dist_only_if(_all_values_are_combined)

@@ -18,6 +18,11 @@ from torch.distributed import Store
 _FIRST, _ENDING = "first", "ending"
 
 
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics that are single numbers. Others, such as a confusion matrix, stay in their process."""
+    return {name: float(value) for name, value in metrics.items() if torch.as_tensor(value).numel() == 1}
+
+
 class FirstMetrics:
     """Passes rank 0's first metrics on through the store of all processes.
 
@@ -38,7 +43,7 @@ class FirstMetrics:
         """Tells the other ranks the metrics, if they are the first. On rank 0."""
         if not self._is_told:
             self._is_told = True
-            self._store.set(_FIRST, json.dumps({name: float(value) for name, value in metrics.items()}))
+            self._store.set(_FIRST, json.dumps(numbers(metrics)))
 
     def end_waits(self) -> None:
         """Ends the waits of workers that have not finished, because the end of the run waits for them. On rank 0."""

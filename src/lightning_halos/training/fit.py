@@ -32,7 +32,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
-from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0
+from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, numbers
 from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import adopt_final_model, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
@@ -304,11 +304,10 @@ class Fit:
 
     def publish(self, plateaus: Sequence[tuple[int, float]]) -> None:
         """Sends this process's metrics, and the steps of its plateau schedulers, to all workers."""
-        metrics = self.trainer.callback_metrics
         if self.start.membership is not None:
             self._told_validation = self.lightning.validated
             self._told_callbacks = states_as_text(callbacks_of(self.trainer), self._told_validation)
-        self.world.publish(plateaus, {name: float(value) for name, value in metrics.items()}, self._told_callbacks)
+        self.world.publish(plateaus, numbers(self.trainer.callback_metrics), self._told_callbacks)
 
     def follow_decisions(self) -> None:
         """Decides from this batch on, or no longer, if that has changed; and publishes what its callbacks remember."""
@@ -361,8 +360,7 @@ class Fit:
         collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.process
         schedulers.plateaus()
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        show_metrics(self.trainer, collectives.broadcast_object(metrics))
+        show_metrics(self.trainer, collectives.broadcast_object(numbers(self.trainer.callback_metrics)))
         deciding = {c.state_key: c for c in callbacks_of(self.trainer) if decides(c)}
         states: dict[str, Any] = {}
         if rank == 0:

@@ -116,7 +116,11 @@ class Membership:
             assert enrolling.answer is not None
             return {"workers": enrolling.answer.workers, "first": enrolling.answer.first}
 
-        answer = self._on_rank_0(enrol, "for the other regions to start")
+        try:
+            answer = self._on_rank_0(enrol, "for the other regions to start")
+        except BaseException:  # else its threads would keep the server's place for this job
+            self.close(0.0)
+            raise
         self.workers: int = answer["workers"]
         self.first: int = answer["first"]
 

@@ -213,6 +213,13 @@ class SchedulePosition:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`. Lightning restores the schedulers themselves."""
         state = copy.deepcopy(dict(state))
+        if len(state["counts"]) != len(self._schedulers) or len(state["groups"]) not in (0, len(self._optimizers)):
+            rank_zero_warn(
+                f"The checkpoint has the positions of {len(state['counts'])} learning-rate scheduler(s), but the module"
+                f" now makes {len(self._schedulers)}, or another number of optimizers. They go on from where Lightning"
+                " has restored them."
+            )
+            return
         self._position = state["position"]
         for scheduler, count in zip(self._schedulers, state["counts"], strict=True):
             scheduler.count = count

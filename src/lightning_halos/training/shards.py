@@ -28,6 +28,7 @@ from lightning_halos.checkpoint.saves import Save, Saves, State
 from lightning_halos.checkpoint.writer import write_shard
 from lightning_halos.core.messages import Marker, ShardWritten
 from lightning_halos.training.compat import replace_link_checkpoint
+from lightning_halos.training.first_metrics import numbers
 from lightning_halos.training.fit import Fit
 from lightning_halos.training.loading import load
 from lightning_halos.training.site import Site
@@ -292,7 +293,7 @@ class Shards:
         return {*map(global_shard, lanes), *workers, *(servers if self._has_server_shards else [])}
 
     def _manifest(self, fit: Fit) -> Manifest:
-        metrics = {name: float(value) for name, value in fit.trainer.callback_metrics.items()}
+        metrics = numbers(fit.trainer.callback_metrics)
         data = fit.start.data
         return Manifest(
             save="",

@@ -197,7 +197,9 @@ class SharedData:
             batches = min(batches, self.batches * workers)  # limit_train_batches
         self.steps_per_epoch = math.ceil(batches / accumulate)
         begin = trainer.current_epoch * self.steps_per_epoch
-        used = trainer.global_step * workers - begin
+        # Under manual optimization, a batch may have any number of steps, so the epoch starts from its beginning.
+        is_known = trainer.lightning_module.automatic_optimization
+        used = trainer.global_step * workers - begin if is_known else 0
         self.first = begin + (used if 0 <= used <= self.steps_per_epoch else 0)
         self.epochs = epochs_of_training(trainer)
         self.end = math.inf if self.epochs is None else self.epochs * self.steps_per_epoch

@@ -40,6 +40,7 @@ class StepCounter:
         self._trainer = trainer
         self._has_changed = has_changed
         self._before = 0
+        self._has_begun = False
         self._seen = self._depth = 0
         self._without_step = 0
         self._look_at = _FIRST_LOOK
@@ -66,9 +67,13 @@ class StepCounter:
         """Starts to count the steps of a batch."""
         self._before = self._trainer.global_step
         self._depth = 0  # it is wrong after a step that has failed
+        self._has_begun = True
 
     def end_batch(self) -> int:
-        """Returns the steps in the batch."""
+        """Returns the steps in the batch: none in one that is ``None``, which Lightning ends without beginning it."""
+        if not self._has_begun:
+            return 0
+        self._has_begun = False
         steps = self.in_batch
         if self._is_manual and not steps:
             steps = self._steps_without_optimizer()

@@ -296,7 +296,7 @@ class AlgorithmStrategy(ComposedStrategy):
                 "sync_batchnorm=True has no effect with the halos strategy: the statistics of BatchNorm are averaged"
                 " with the model."
             )
-        self.precision_plugin.convert_module(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         is_fit = trainer.state.fn == TrainerFn.FITTING
         if is_fit:
@@ -542,6 +542,7 @@ class AlgorithmStrategy(ComposedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and exception.code is None:
             exception.code = EXIT_CODE  # Lightning's own exit code would look like success to a launcher
+        super().on_exception(exception)
         if self._fit is not None:
             self._fit.restore()
 

@@ -7,11 +7,11 @@ read without unpickling is left out, with a warning.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_halos.checkpoint.files import is_plain
 from lightning_halos.core.compat import map_tensors
@@ -41,7 +41,10 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
 def _leave_out(state: dict[str, Any], but: str = "") -> None:
     """Removes what cannot be read without unpickling, with a warning."""
     for name in [name for name, value in state.items() if value and name != but and not is_plain(value)]:
-        rank_zero_warn(f"The state of {name} is not in a worker's shard: it could not be read without unpickling.")
+        # On all ranks, because rank 0 makes no such state during a fit.
+        warnings.warn(
+            f"The state of {name} is not in a worker's shard: it could not be read without unpickling.", stacklevel=2
+        )
         del state[name]
 
 

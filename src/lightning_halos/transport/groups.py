@@ -37,28 +37,6 @@ _SAME_NETWORK = (
 )
 
 
-def make_group(
-    store: Store, name: str, rank: int, size: int, timeout: float, interrupted: Callable[[], None]
-) -> ProcessGroup:
-    """Makes a process group for tensors in host memory.
-
-    Args:
-        store: The store of all processes.
-        name: A name that no other group in the store has.
-        rank: This process's rank in the group.
-        size: Number of processes in the group.
-        timeout: Limit for connecting, in seconds. Operations need limits of their own.
-        interrupted: Called several times a second while connecting; may raise.
-
-    Raises:
-        PeerLostError: If the others do not come in time.
-    """
-    others = [other for other in range(size) if other != rank]
-    host = listening_host(store)
-    _meet(store, name, rank, others, host, timeout, interrupted)
-    return _connect(store, name, rank, size, host, [f"{name}/host/{other}" for other in others], timeout, interrupted)
-
-
 def _meet(
     store: Store,
     name: str,

@@ -174,6 +174,9 @@ class ServerConnection:
     def _adopt(self, session: Session) -> None:
         carried = self.traffic
         with self._changed:
+            if self._is_closed:
+                session.abort()
+                return
             self._carried, self._models, self._is_lost, self._refusal = carried, None, False, None
             self._session = session
             session.control.start(self._receiver(session), self._loser(session))
