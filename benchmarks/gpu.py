@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -43,13 +44,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_halos import HalosStrategy, LMEvalCallback, data, evaluate
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.transport.groups import Groups, make_group
+from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.runtime import NodeRuntime
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -330,7 +332,7 @@ def round_process(folder: Path, size: Size, accelerator: str) -> dict[str, float
     """Rank 1 is a worker, whose rounds are measured, and rank 0 its server, which computes on the host."""
     rank, device = int(os.environ["RANK"]), device_of(accelerator)
     store = dist.FileStore(str(folder / "store"), 2)
-    bare = make_group(store, "bare", rank, 2, TIMEOUT, lambda: None)
+    bare = gloo_group(dist.PrefixStore("bare", store), rank, 2, timedelta(seconds=TIMEOUT), "127.0.0.1")
     topology = Topology.build([[0, 1]], servers_per_region=1)
     module = make_model(size, device)
     vector = ModelVector(module)

@@ -28,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -45,13 +46,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_halos import HalosMonitor, HalosStrategy
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.transport.groups import Groups, make_group
+from lightning_halos.transport.groups import Groups
 from lightning_halos.transport.link import GlooLink
 from lightning_halos.transport.runtime import NodeRuntime
 
@@ -91,7 +93,7 @@ def round_trip_process(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(str(folder / "store"), 2)
-    bare = make_group(store, "bare", rank, 2, timeout, lambda: None)
+    bare = gloo_group(dist.PrefixStore("bare", store), rank, 2, timedelta(seconds=timeout), "127.0.0.1")
     topology = Topology.build([[0, 1]], servers_per_region=1)
     module = layers(40)
     vector = ModelVector(module)

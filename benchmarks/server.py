@@ -25,13 +25,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, TCPStore
+from torch.distributed import PrefixStore, ProcessGroup, TCPStore
 
+from lightning_halos.core.compat import gloo_group
 from lightning_halos.core.messages import Message, Push
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.protocol import GLOBAL
@@ -41,7 +43,6 @@ from lightning_halos.core.servers import PIECE, LocalServer
 from lightning_halos.core.vector import PART
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.compute import ComputeThreads, threads_beside
-from lightning_halos.transport.groups import make_group
 from lightning_halos.transport.hosts import RegionHost
 from lightning_halos.transport.link import GlooLink, Link, LoopbackLink, wait_all
 from lightning_halos.transport.push_memory import PUSHES
@@ -180,16 +181,18 @@ def parts(elements: int, compute: ComputeThreads) -> dict[str, float]:
     return found
 
 
+def pair(store: TCPStore, name: str, rank: int) -> ProcessGroup:
+    """Connects the server (rank 0) and a worker (rank 1)."""
+    return gloo_group(PrefixStore(name, store), rank, 2, timedelta(seconds=TIMEOUT), "127.0.0.1")
+
+
 def work(rank: int, port: int, elements: int, turns: int) -> None:
     """A worker's process."""
     store = TCPStore("127.0.0.1", port)
     torch.set_num_threads(1)
     vector = torch.full((elements,), 1e-3)
-    bare = make_group(store, f"bare {rank}", 1, 2, TIMEOUT, lambda: None)
-    link = GlooLink(
-        make_group(store, f"link {rank}", 1, 2, TIMEOUT, lambda: None), 0, "the server", TIMEOUT,
-        (elements, torch.float32), lambda: vector,
-    )  # fmt: skip
+    bare = pair(store, f"bare {rank}", 1)
+    link = GlooLink(pair(store, f"link {rank}", 1), 0, "the server", TIMEOUT, (elements, torch.float32), lambda: vector)
     link.start(partial(receive, link), lambda error: os._exit(1))
     for turn in range(turns + 1):
         for name, run in (
@@ -227,8 +230,8 @@ def among_processes(elements: int, compute: ComputeThreads, turns: int, pushes: 
         server = Server(elements, compute, pushes)
         groups, memory = [], [torch.zeros(elements) for _ in range(pushes)]
         for rank in ranks:
-            groups.append(make_group(store, f"bare {rank}", 0, 2, TIMEOUT, lambda: None))
-            group = make_group(store, f"link {rank}", 0, 2, TIMEOUT, lambda: None)
+            groups.append(pair(store, f"bare {rank}", 0))
+            group = pair(store, f"link {rank}", 0)
             own = partial(server.host.memory_for_push, rank)
             link = GlooLink(group, 1, f"worker {rank}", TIMEOUT, (elements, torch.float32), own)
             server.host.attach(rank, link)
