@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, fully_sharded_data_parallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_sharded_data_parallel
 
 from lightning_halos.core.sharding import complete
 from lightning_halos.training.compat import average_of
 from lightning_halos.training.optimizer_shards import join_pieces
+from tests.fsdp2 import divides_on_cpus, fully_shard
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.test_several_processes import Unfreezing
@@ -127,6 +128,7 @@ def in_one_process() -> Result:
     return {gradients: trained("one", 1, 1, **own) for gradients, own in flags.items()}
 
 
+@divides_on_cpus
 def test_a_worker_of_two_processes_computes_what_one_process_does(run: Run) -> None:
     (single,) = run(in_one_process, workers=1)
     for result in run(in_two_processes, workers=2):
@@ -167,6 +169,7 @@ def moments_in(states: list[Any]) -> list[Tensor]:
     return [own["exp_avg"] for own in joined["state"].values()]
 
 
+@divides_on_cpus
 def test_a_divided_model_is_saved_and_resumed_with_other_lanes_and_strategies(run: Run, tmp_path: Path) -> None:
     results = run(saves_and_resumes)
     for kind in ("FSDP2", "FSDP2, other lanes", "DDP", "FSDP2 from DDP"):

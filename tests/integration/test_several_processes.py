@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint
+from lightning_utilities.core.imports import RequirementCache
 from torchmetrics import SumMetric
 
 from lightning_halos import DilocoStrategy, HalosStrategy
@@ -317,7 +318,8 @@ class Failing(Toy):
 
 def saves_on_exception(folder: Path) -> Result:
     module = Failing()
-    saving = [ModelCheckpoint(folder, save_on_exception=True), OnExceptionCheckpoint(folder)]
+    always: dict[str, Any] = {"save_on_exception": True} if RequirementCache("lightning>=2.6") else {}
+    saving = [ModelCheckpoint(folder, **always), OnExceptionCheckpoint(folder)]
     trainer = make_trainer(halos(worker=2), max_epochs=50, callbacks=saving, enable_checkpointing=True)
     try:
         trainer.fit(module, loader(), loader(VALIDATED))

@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,6 +23,7 @@ from lightning_halos.core.algorithms.defaults import ASSUMED_STEPS
 from lightning_halos.core.sharding import local
 from lightning_halos.optim import MuonAdamW
 from lightning_halos.training import start
+from tests.fsdp2 import divides_on_cpus, fully_shard
 from tests.simulation.test_world import Toy, fit, loader
 
 
@@ -281,7 +281,13 @@ def saved_divided(folder: Path, inner: str, **flags: Any) -> tuple[list[list[tor
     return expected, path
 
 
-@pytest.mark.parametrize(("inner", "flags"), [("ddp", ANSWERED_LATER), ("fsdp2", {})], ids=["ddp, overlap", "fsdp2"])
+@pytest.mark.parametrize(
+    ("inner", "flags"),
+    [
+        pytest.param("ddp", ANSWERED_LATER, id="ddp, overlap"),
+        pytest.param("fsdp2", {}, id="fsdp2", marks=divides_on_cpus),
+    ],
+)
 def test_workers_of_several_processes_go_on_where_they_were(tmp_path: Path, inner: str, flags: dict[str, Any]) -> None:
     """Both processes of a worker save their own slices, in the middle of a round of the slow worker."""
     expected, path = saved_divided(tmp_path, inner, **flags)
@@ -290,6 +296,7 @@ def test_workers_of_several_processes_go_on_where_they_were(tmp_path: Path, inne
         assert all(map(torch.equal, mine, its))
 
 
+@divides_on_cpus
 def test_a_model_that_is_divided_otherwise_goes_on_where_it_was(tmp_path: Path) -> None:
     """What a worker has in its round, and what rounding has left, is cut into other slices."""
     expected, path = saved_divided(tmp_path, "ddp", **ANSWERED_LATER)

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_halos.core.sharding import complete
 from lightning_halos.optim import MuonAdamW
 from lightning_halos.training.optimizer_shards import join_pieces, load_pieces, optimizer_pieces, wanted_pieces
+from tests.fsdp2 import CommDebugMode, Shard, distribute_tensor, divides_on_cpus
 from tests.integration.harness import run_workers
 from tests.transport.test_worker_processes import by_rows, flat, make_module
 
@@ -94,6 +93,7 @@ class OneMatrix(nn.Module):
         self.matrix = optimizer.param_groups[0]["params"][0]
 
 
+@divides_on_cpus
 def test_pieces_are_joined_and_divided_again(tmp_path: Path) -> None:
     environments = [{"RANK": str(rank)} for rank in range(PROCESSES)]
     results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments)

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.transport.worker_processes import GroupedProcesses
+from tests.fsdp2 import divides_on_cpus, fully_shard
 from tests.integration.harness import run_workers
 
 
@@ -101,6 +102,7 @@ def scenario(folder: str) -> dict[str, Any]:
     return result
 
 
+@divides_on_cpus
 def test_all_ways_to_divide_a_model_have_the_same_canonical_vector(tmp_path: Path) -> None:
     environments = [{"RANK": str(rank)} for rank in range(PROCESSES)]
     results = run_workers(scenario, str(tmp_path), folder=tmp_path, environments=environments)
