@@ -16,6 +16,7 @@ from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
     LOCAL_STEPS,
+    SAMPLES,
     Toy,
     assert_no_step_lost,
     assert_same_model,
@@ -112,17 +113,18 @@ def test_the_same_trainer_fits_more_epochs(run: Run) -> None:
     assert_same_model(results)
 
 
-def smaller_data() -> Result:
-    module, trainer = Toy(), make_trainer(max_epochs=1)
-    trainer.fit(module, loader())
+def in_two_fits(module: Toy, first: int, second: int, epochs: int) -> Result:
+    """Fits an epoch, and then up to a number of epochs, of which the result has the later ones' data."""
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, loader(first))
     module.trained_on = []
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, loader(64))
+    trainer.fit_loop.max_epochs = epochs
+    trainer.fit(module, loader(second))
     return outcome(trainer, module)
 
 
 def test_the_same_trainer_fits_other_data(run: Run) -> None:
-    results = run(smaller_data)
+    results = run(in_two_fits, Toy(), SAMPLES, 64, 3)
     used = sorted(index for result in results for index in result["trained_on"])
     assert used == sorted([*range(64)] * 2)
 
@@ -187,17 +189,8 @@ class TwoSteps(Toy):
         optimizer.step()
 
 
-def one_epoch_after_another() -> Result:
-    module, trainer = TwoSteps(), make_trainer(max_epochs=1)
-    trainer.fit(module, loader(64))
-    module.trained_on = []
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, loader(64))
-    return outcome(trainer, module)
-
-
 def test_a_later_fit_with_several_steps_per_batch_trains_on_its_complete_epoch(run: Run) -> None:
-    results = run(one_epoch_after_another)
+    results = run(in_two_fits, TwoSteps(), 64, 64, 2)
     assert sorted(index for result in results for index in result["trained_on"]) == [*range(64)]
 
 

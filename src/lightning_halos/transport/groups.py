@@ -66,42 +66,33 @@ def _meet(
 
 
 def _connect(
-    store: Store,
-    name: str,
-    rank: int,
-    size: int,
-    host: str,
-    keys: Sequence[str],
-    timeout: float,
-    interrupted: Callable[[], None],
+    store: Store, name: str, end: int, other: int, host: str, timeout: float, interrupted: Callable[[], None]
 ) -> ProcessGroup:
-    """Makes a group with processes that have come.
+    """Makes a group of two, with a process that has come.
 
     Args:
-        store: The store of all processes.
-        name: Name of the group.
-        rank: This process's rank in the group.
-        size: Number of processes in the group.
+        store: The store at which they have met.
+        name: Name of the group, under which they have met.
+        end: Rank of this process in the group, 0 or 1.
+        other: Global rank of the other process.
         host: The address on which this process listens.
-        keys: Where the others' addresses are in the store, for errors.
         timeout: Limit for connecting, in seconds.
         interrupted: Called several times a second while connecting; may raise.
     """
-    # gloo waits this long while it connects to others, and five times as long for others to connect to it.
+    # gloo waits this long while it connects to the other, and five times as long for the other to connect to it.
     limit = timedelta(seconds=min(max(timeout / 5, 1.0), _LONGEST_ATTEMPT))
 
     def connect() -> ProcessGroup:
-        with noting_sockets():
-            return gloo_group(PrefixStore(name, store), rank, size, limit, host)
+        return gloo_group(PrefixStore(name, store), end, 2, limit, host)
 
     try:
         return interruptible(connect, interrupted)
     except RuntimeError as error:
-        theirs = ", ".join(_host_of(store, key) or "an address that is unknown" for key in keys)
+        its = _host_of(store, f"{name}/host/{other}") or "an address that is unknown"
         _keep_store(store)
         raise PeerLostError(
-            f"Process {rank} of {size} of the process group {name!r} did not connect with the others within"
-            f" timeout={timeout:g} s. It listens on {with_interface(host)}, the others on {theirs}; the one with the"
+            f"Process {end} of 2 of the process group {name!r} did not connect with the others within"
+            f" timeout={timeout:g} s. It listens on {with_interface(host)}, the others on {its}; the one with the"
             f" higher address connects to the other, at a port that the kernel has chosen. {_SAME_NETWORK} {error}"
         ) from None
 
@@ -185,7 +176,7 @@ def connect_pairs(
         # The other one has come, but may wait for a process that has not, for longer than an attempt to connect lasts.
         missed = "came, but did not connect: they waited for other ranks, or have ended."
         _meet(near, pair, rank, [other], host, timeout, interrupted, missed)
-        return _connect(near, pair, end, 2, host, [f"{pair}/host/{other}"], timeout, interrupted)
+        return _connect(near, pair, end, other, host, timeout, interrupted)
 
     with noting_sockets():
         near, place = store, host
