@@ -290,6 +290,8 @@ class TrainerAdapter:
             before = self._due_since
             if self._shown >= before:
                 self._due_since = None
+        if is_complete and not is_final and self._validates_next(position):
+            before, self._due_since = self._shown, before  # what is due already is one with the next
         self.schedulers.hold_plateaus(lambda n: self._is_due(before, n, self._epoch_batches), loop.batch_idx + 1)
         return self._schedule_validation(before, is_final)
 
@@ -340,6 +342,11 @@ class TrainerAdapter:
         if not self._decides or not isinstance(interval, int) or every is not None:
             return 0
         return int(interval / self._batches_per_step)
+
+    def _validates_next(self, position: int) -> bool:
+        """Whether the global step, on the way to a position, is just before one at which a validation falls due."""
+        period = self._validation_period
+        return self._shown < position and period > 0 and (self._shown + 1) % period == 0
 
     def _schedule_validation(self, before: int, is_final: bool) -> bool:
         """Makes Lightning validate after ``val_check_interval`` batches of all workers, instead of this worker's."""
