@@ -7,6 +7,7 @@ that a run that was stopped goes on with the row that it was at::
     python benchmarks/time_to_loss.py                        # the rows of the first table
     python benchmarks/time_to_loss.py --best                 # the rows of the second: each algorithm at its best found
     python benchmarks/time_to_loss.py --best --seeds 0 1 2   # with three seeds
+    python benchmarks/time_to_loss.py --searched             # the rows of the third: as tuning.py found each algorithm
     python benchmarks/time_to_loss.py --long                 # the rows of the long run
     python benchmarks/time_to_loss.py --rows halos tuned     # only these
     python benchmarks/time_to_loss.py --again                # train what is there, too
@@ -111,24 +112,49 @@ TUNED: dict[str, Settings] = {
         for name in ("diloco_dynamic", "diloco")
     },
 }
+
+
+def to_row(settings: Settings, algorithm: str) -> Settings:
+    """Returns a strategy's arguments in the form of LightningCLI as a row."""
+    row = dict(settings)
+    for name in row.keys() & OPTIMIZERS.keys():
+        row[name] = row[name]["init_args"]
+    if "outer_optimizer" in row:
+        row["outer_optimizer"] = {"nesterov": False} | row["outer_optimizer"]
+    return {"algorithm": algorithm, **row}
+
+
+# What tuning.py found for each algorithm, from its published settings, as far as it has searched.
+SEARCHED: dict[str, Settings] = {
+    "searched" if algorithm == "halos" else f"{algorithm}_searched": to_row(
+        json.loads(path.read_text())["best"], algorithm
+    )
+    for algorithm in PUBLISHED
+    if (path := ROOT / "docs/tuning" / f"{algorithm}.json").exists()
+}
 # For a long run: some momentum in the local servers.
 MOMENTUM: dict[str, Settings] = {
     "tuned_momentum": TUNED["tuned"] | {"local_optimizer": {"lr": 0.25, "momentum": 0.5, "delay": 16}},
 }
-ROWS = {**PUBLISHED, **TUNED, **MOMENTUM}
+ROWS = {**PUBLISHED, **TUNED, **SEARCHED, **MOMENTUM}
 FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
 SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
-LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum")
+THIRD = (*SEARCHED, "sync_sgd")
+LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum", "searched")
 NAMES = {
     "halos": "HALoS",
     "tuned": "HALoS, tuned",
     "tuned_momentum": "HALoS, tuned, momentum 0.5",
+    "searched": "HALoS, searched",
     "async_local_sgd": "Async-Local-SGD",
     "async_local_sgd_tuned": "Async-Local-SGD, tuned",
+    "async_local_sgd_searched": "Async-Local-SGD, searched",
     "diloco_dynamic": "DiLoCo, dynamic steps",
     "diloco_dynamic_tuned": "DiLoCo, dynamic steps, tuned",
+    "diloco_dynamic_searched": "DiLoCo, dynamic steps, searched",
     "diloco": "DiLoCo",
     "diloco_tuned": "DiLoCo, tuned",
+    "diloco_searched": "DiLoCo, searched",
     "sync_sgd": "synchronous SGD",
 }
 
@@ -425,7 +451,7 @@ TITLE = "A byte-level GPT in the paper's cluster, the same samples for each algo
 
 def report(output: Path) -> None:
     """Writes the tables and the picture of the rows that are there, and prints the tables."""
-    first, second = read(output, FIRST), read(output, SECOND)
+    first, second, third = read(output, FIRST), read(output, SECOND), read(output, THIRD)
     first = {name: [seeds[0]] for name, seeds in first.items()}
     texts = []
     if "halos" in first:
@@ -433,10 +459,14 @@ def report(output: Path) -> None:
         minutes = sum(result["wall_seconds"] for (result,) in first.values()) / 60
         texts.append(f"$ python benchmarks/time_to_loss.py\n\n{text}\n\n{minutes:.1f} minutes of wall-clock time.")
         plot({name: one for name, (one,) in first.items()}, "halos", target, TITLE, output / "time_to_loss.png")
-    if len(second) == len(SECOND):
-        chosen = [one["seed"] for one in second["tuned"]]
-        seeds = f" --seeds {' '.join(map(str, chosen))}" if len(chosen) > 1 else ""
-        texts.append(f"$ python benchmarks/time_to_loss.py --best{seeds}\n\n{table(second, 'tuned')[0]}")
+    for option, rows, reference, results in (
+        ("--best", SECOND, "tuned", second),
+        ("--searched", THIRD, "searched", third),
+    ):
+        if len(results) == len(rows):
+            chosen = [one["seed"] for one in results[reference]]
+            seeds = f" --seeds {' '.join(map(str, chosen))}" if len(chosen) > 1 else ""
+            texts.append(f"$ python benchmarks/time_to_loss.py {option}{seeds}\n\n{table(results, reference)[0]}")
     if (path := output / "search.json").exists():
         texts.append(f"$ python benchmarks/time_to_loss.py --search\n\n{listing(json.loads(path.read_text()))}")
     publish(texts, output)
@@ -466,6 +496,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="train only these")
     parser.add_argument("--best", action="store_true", help="train the rows of the second table")
+    parser.add_argument("--searched", action="store_true", help="train the rows of the third table")
     parser.add_argument("--long", action="store_true", help=f"the long run, of {LONG_STEPS:,} global steps")
     parser.add_argument("--again", action="store_true", help="train rows again whose files are there")
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
@@ -495,7 +526,7 @@ def main() -> int:
         return 0
 
     failed = []
-    rows = args.rows or (LONG if args.long else SECOND if args.best else FIRST)
+    rows = args.rows or (LONG if args.long else SECOND if args.best else THIRD if args.searched else FIRST)
     for seed, row in itertools.product(args.seeds, () if args.plot_only else rows):
         wanted = {"cluster": args.cluster.name, "settings": ROWS[row], "model": model}
         wanted |= {"global_steps": args.steps, "seed": seed}
