@@ -312,6 +312,37 @@ class TestState:
         ):
             global_server().load_state_dict(global_server((0.0, 0.0, 0.0)).state_dict())
 
+    def test_leaves_the_server_its_own_rates_and_restarts_the_windows_if_they_are_others(self):
+        """A run that oscillates is resumed with a lower rate and less momentum."""
+        before = local_server(optimizer=partial(DelayedNesterov, lr=0.4, momentum=0.9, delay=4))
+        for _ in range(6):
+            receive(before, push(1.0, 2.0))
+        after = local_server(optimizer=partial(DelayedNesterov, lr=0.1, momentum=0.5, delay=2))
+        after.load_state_dict(before.state_dict())
+        (group,) = after._optimizer.param_groups
+        assert (group["lr"], group["momentum"], group["delay"]) == (0.1, 0.5, 2)
+        (new,), (old,) = optimizer_state(after), optimizer_state(before)
+        assert torch.equal(new["momentum"], old["momentum"])
+        assert (int(new["step"]), int(old["step"])) == (0, 6)
+
+    def test_of_an_optimizer_with_state_among_its_arguments_goes_on(self):
+        class Growing(torch.optim.SGD):
+            """It counts its steps in its group, as schedule-free optimizers do."""
+
+            def __init__(self, params, lr):
+                super().__init__(params, lr)
+                self.param_groups[0]["steps"] = 0
+
+            def step(self, closure=None):
+                self.param_groups[0]["steps"] += 1
+                return super().step(closure)
+
+        before, after = (local_server(optimizer=partial(Growing, lr=lr)) for lr in (0.4, 0.1))
+        receive(before, push(1.0, 2.0))
+        after.load_state_dict(before.state_dict())
+        (group,) = after._optimizer.param_groups
+        assert (group["lr"], group["steps"]) == (0.1, 1)
+
     def test_of_a_flushed_server_says_so(self):
         flushed, server = local_server(k=1), local_server(k=1)
         receive(flushed, push(1.0, 0.0))

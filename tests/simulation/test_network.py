@@ -218,6 +218,14 @@ def test_bytes_are_counted_where_they_travel() -> None:
     assert other["bytes_between_regions"] == pytest.approx(2_000_000 * len(sent), abs=4_000_000)
 
 
+def test_an_update_that_is_not_applied_has_no_staleness() -> None:
+    """A last update may be empty, because everything was sent before."""
+    updates = [e for n in range(50, 350) for e in Driver(regions(work(n))).run().network.history if e.kind == "update"]
+    same_version = [(a, b) for a, b in itertools.pairwise(updates) if a.version == b.version]
+    assert any(applied.staleness for applied, _ in same_version)
+    assert {empty.staleness for _, empty in same_version} == {0}
+
+
 def test_what_rank_0_publishes_is_in_the_next_pulls() -> None:
     driver = Driver(regions(work(100)))
     told: set[int] = set()

@@ -7,6 +7,7 @@ that would spoil the model is rejected, counted and logged; its sender goes on f
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import weakref
@@ -242,8 +243,8 @@ class ParameterServer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`. Keeps none of its tensors.
 
-        If the state is from a server with another number of senders, its momentum is kept, but this server keeps its
-        own learning rates, which depend on the number of senders, and starts new momentum windows.
+        This server keeps the arguments of its own optimizer, such as ``lr``. If they are not those of the state, or the
+        number of senders is not, the momentum goes on in new windows.
 
         Raises:
             ValueError: If the state belongs to another model or another server optimizer.
@@ -260,9 +261,9 @@ class ParameterServer:
                 " optimizer that the run began with, or resume without the checkpoint's folder, with new servers."
             )
         self._preserve()
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        own = _arguments(self._optimizer)
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        if state["senders"] != self.senders:
+        if state["senders"] != self.senders or _arguments(self._optimizer) != own:
             for group, values in zip(self._optimizer.param_groups, own, strict=True):
                 group.update(values)
             if isinstance(self._optimizer, DelayedNesterov):
@@ -632,6 +633,14 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
         add_residual_(vector[:parameters], residual)
     vector[parameters:] = model[parameters:]
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
+
+
+def _arguments(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns the arguments of each group of an optimizer, without the state that some optimizers keep beside them."""
+    names = inspect.signature(type(optimizer)).parameters
+    return [
+        {name: group[name] for name in names if name in group and name != "params"} for group in optimizer.param_groups
+    ]
 
 
 def _weight_of_last(pushes: int, accumulate_updates: int | None) -> float:

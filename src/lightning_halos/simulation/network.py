@@ -417,8 +417,10 @@ class RegionNetwork(Network):
     def _deliver(self) -> None:
         self.now, _, index, message = heapq.heappop(self._under_way)
         if isinstance(message, RegionUpdate):
+            version = self.version
             sends = self._global.handle(index, message)
-            self._note("update", self.version, self.model, index, staleness=self._top.staleness)
+            staleness = self._top.staleness if self.version > version else 0  # some are rejected or empty
+            self._note("update", self.version, self.model, index, staleness=staleness)
             self._route(GLOBAL, sends)
             return
         node = self._locals[index]
