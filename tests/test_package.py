@@ -35,3 +35,8 @@ def test_it_imports_hardly_more_than_lightning_and_in_the_command_line_only_when
 
 def test_its_names_are_those_of_its_interface() -> None:
     assert {*lightning_halos.__all__} == {*interface.__all__, "__version__"}
+
+
+def test_its_public_modules_are_attributes() -> None:
+    program = "import lightning_halos as halos; print(halos.optim.MuonAdamW, halos.data.TextDataModule)"
+    subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=True)

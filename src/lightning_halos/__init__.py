@@ -6,6 +6,7 @@ The process of the command line is an exception: there the package imports Light
 command such as ``lightning-halos status`` would take seconds otherwise.
 """
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ if TYPE_CHECKING or not _is_command_line():
 
 def __getattr__(name: str) -> Any:
     """Imports what is missing; see above."""
+    if name in ("data", "optim"):
+        return importlib.import_module(f"lightning_halos.{name}")
     if name in __all__:
         from lightning_halos import interface
 

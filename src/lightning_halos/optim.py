@@ -43,7 +43,8 @@ class MuonAdamW(Optimizer):
     start.
 
     The first of a group's ``betas`` is the momentum of Muon or of AdamW. So schedules that also change the momentum,
-    such as ``OneCycleLR``, change that of both.
+    such as ``OneCycleLR``, change that of both. A group with ``"use_muon": True`` may have ``betas``
+    of its own; else those that are given are AdamW's, and ``momentum`` is Muon's.
 
     In a module that FSDP2 (``fully_shard``) has divided, momenta stay divided. A step gathers one matrix at a time, and
     computes what it would compute with the complete module. Modules of ``FullyShardedDataParallel`` (FSDP1) have
@@ -73,7 +74,9 @@ class MuonAdamW(Optimizer):
 
     Raises:
         ValueError: If a value is out of range, here or in :meth:`add_param_group`; if it is not known whether a
-            parameter is the matrix of a hidden layer; or if ``"use_muon"`` is set for a parameter that is no matrix.
+            parameter is the matrix of a hidden layer; if ``"use_muon"`` is set for a parameter that is no matrix; or
+            if ``adamw`` names a part that no parameter's name has.
+        TypeError: If ``adamw`` is a single string, or ``"use_muon"`` is no bool.
         RuntimeError: If torch is older than 2.9.
     """
 
@@ -106,6 +109,7 @@ class MuonAdamW(Optimizer):
             self._is_hidden.update({p: name in hidden for name, p in params.named_parameters()})
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         groups = list(params)
+        _refuse_bad_names(adamw, [one[0] for one in groups if isinstance(one, tuple)] or None)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         self._make_torch_optimizers()
@@ -139,6 +143,8 @@ class MuonAdamW(Optimizer):
         given = own.pop("params")
         parameters = [_named(one) for one in ([given] if isinstance(given, Tensor) else given)]
         use_muon = own.pop("use_muon", None)
+        if not (use_muon is None or isinstance(use_muon, bool)):
+            raise TypeError(f'"use_muon": {use_muon!r} of a parameter group must be True or False.')
         kinds = [self._gets_muon(name, p) if use_muon is None else use_muon for name, p in parameters]
         groups = []
         for kind in (True, False):
@@ -146,9 +152,10 @@ class MuonAdamW(Optimizer):
             if not chosen:
                 continue
             values = {**self.defaults, **({"lr": self._muon_lr} if kind else {}), **own, "use_muon": kind}
-            momentum = values.pop("momentum", self._momentum)
+            betas = values["betas"]
+            momentum = values.pop("momentum", betas[0] if use_muon and "betas" in own else self._momentum)
             if kind:
-                values["betas"] = (momentum, *values["betas"][1:])
+                values["betas"] = (momentum, *betas[1:])
             _refuse_bad_values(chosen, values)
             groups.append({"params": chosen, **values})
         for group in groups:
@@ -281,13 +288,17 @@ def hidden_matrices(module: nn.Module | Iterable[tuple[str, Tensor]], adamw: Seq
         The matrices, by the names that the module or the pairs have for them.
 
     Raises:
-        ValueError: If FSDP1 has flattened the parameters, so that no matrices are left.
+        TypeError: If ``adamw`` is a single string.
+        ValueError: If ``adamw`` names a part that no name has, or FSDP1 has flattened the parameters, so that no
+            matrices are left.
     """
     by_type: set[int] = set()
     if isinstance(module, nn.Module):
         embeddings = (m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
         by_type = {id(embedding.weight) for embedding in embeddings}
         module = module.named_parameters()
+    module = list(module)
+    _refuse_bad_names(adamw, [name for name, _ in module])
     hidden = {}
     for name, parameter in module:
         _refuse_flattened(parameter)
@@ -296,9 +307,22 @@ def hidden_matrices(module: nn.Module | Iterable[tuple[str, Tensor]], adamw: Seq
     return hidden
 
 
+def _has_part(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _refuse_bad_names(adamw: Sequence[str], names: Sequence[str] | None) -> None:
+    """Refuses what cannot be parts of names, and, if the parameters are known, parts that none of them has."""
+    if isinstance(adamw, str):
+        raise TypeError(f"adamw={adamw!r} must be a sequence of names: adamw=[{adamw!r}].")
+    for part in adamw if names is not None else ():
+        if not any(_has_part(name, part) for name in names):
+            raise ValueError(f"adamw names {part!r}, but no parameter has this name, or part of it between dots.")
+
+
 def _is_hidden_name(name: str, adamw: Sequence[str]) -> bool:
     parts = name.split(".")
-    if any(f".{part}." in f".{name}." for part in adamw):
+    if any(_has_part(name, part) for part in adamw):
         return False
     if any(_EMBEDDING.search(part) or _HEAD.search(part) for part in parts):
         return False

@@ -248,6 +248,25 @@ class TestGroups:
         kinds = [(g["use_muon"], g["lr"], g["weight_decay"], g["betas"][0]) for g in optimizer.param_groups]
         assert kinds == [(True, 0.5, 0.0, 0.3), (False, 0.5, 0.0, 0.9), (False, 0.2, 0.1, 0.9), (False, 0.2, 0.1, 0.9)]
 
+    def test_a_group_for_muon_may_say_its_momentum_as_beta(self) -> None:
+        group = {"params": nn.Parameter(torch.zeros(3, 3)), "use_muon": True, "betas": (0.5, 0.99)}
+        assert MuonAdamW([group]).param_groups[0]["betas"] == (0.5, 0.99)
+        assert MuonAdamW([{**group, "momentum": 0.7}]).param_groups[0]["betas"] == (0.7, 0.99)
+        both = {"params": Net().named_parameters(), "betas": (0.5, 0.99)}
+        assert [g["betas"] for g in MuonAdamW([both]).param_groups] == [(0.95, 0.99), (0.5, 0.99)]
+
+    @pytest.mark.parametrize("value", ["muon", 1, 2])
+    def test_what_a_group_gets_is_said_by_a_bool(self, value: Any) -> None:
+        with pytest.raises(TypeError, match=f'"use_muon": {value!r} of a parameter group must be True or False'):
+            MuonAdamW([{"params": nn.Parameter(torch.zeros(3, 3)), "use_muon": value}])
+
+    @pytest.mark.parametrize("parameters", [Net, lambda: Net().named_parameters()])
+    def test_a_name_that_no_parameter_has_is_refused(self, parameters: Any) -> None:
+        with pytest.raises(ValueError, match=r"adamw names 'tabel', but no parameter has this name"):
+            MuonAdamW(parameters(), adamw=["table", "tabel"])
+        with pytest.raises(TypeError, match=r"adamw='table' must be a sequence of names: adamw=\['table'\]"):
+            MuonAdamW(parameters(), adamw="table")
+
     def test_layers_that_a_callback_unfreezes_are_recognized_without_names(self) -> None:
         net = Net()
         net.requires_grad_(False)
