@@ -66,7 +66,7 @@ def load_model(name: str | None) -> tuple[PreTrainedModel, Callable[[str], list[
         return AutoModelForCausalLM.from_config(config), lambda text: list(text.encode())
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name), partial(tokenizer.encode, verbose=False)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), partial(tokenizer.encode, verbose=False)
     except OSError as error:
         raise SystemExit(
             f"--model {name}: there is no folder with a model of this name, and to fetch it from the Hugging Face Hub"

@@ -109,7 +109,10 @@ def main() -> None:
     L.seed_everything(0)
     tokenizer = get_tokenizer(args.tokenizer)
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, **dict.fromkeys(["bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"])}
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        **dict.fromkeys(["bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"]),
+    }
     config = transformers.ModernBertConfig(
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **size, **special
     )

@@ -156,7 +156,9 @@ class TokensPerSecond(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        self._tokens = batch[:, 1:].numel() * trainer.accumulate_grad_batches * trainer.world_size
+        # In regions with jobs of their own, a global step has a step of every worker of every job.
+        processes = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        self._tokens = batch[:, 1:].numel() * trainer.accumulate_grad_batches * processes
         if not self._since or trainer.global_step - self._step >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
             now, step = time.perf_counter(), trainer.global_step
             if self._since:

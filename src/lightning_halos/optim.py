@@ -109,7 +109,7 @@ class MuonAdamW(Optimizer):
             self._is_hidden.update({p: name in hidden for name, p in params.named_parameters()})
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         groups = list(params)
-        _refuse_bad_names(adamw, [one[0] for one in groups if isinstance(one, tuple)] or None)
+        _refuse_bad_names(adamw, [one[0] for one in groups if isinstance(one, tuple)])
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         self._make_torch_optimizers()
@@ -311,11 +311,11 @@ def _has_part(name: str, part: str) -> bool:
     return f".{part}." in f".{name}."
 
 
-def _refuse_bad_names(adamw: Sequence[str], names: Sequence[str] | None) -> None:
-    """Refuses what cannot be parts of names, and, if the parameters are known, parts that none of them has."""
+def _refuse_bad_names(adamw: Sequence[str], names: Sequence[str]) -> None:
+    """Refuses what cannot be parts of names, and, if the parameters have names, parts that none of them has."""
     if isinstance(adamw, str):
         raise TypeError(f"adamw={adamw!r} must be a sequence of names: adamw=[{adamw!r}].")
-    for part in adamw if names is not None else ():
+    for part in adamw if names else ():
         if not any(_has_part(name, part) for name in names):
             raise ValueError(f"adamw names {part!r}, but no parameter has this name, or part of it between dots.")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_halos.cli import main
-from lightning_halos.language.comparison import compare, comparison_table
+from lightning_halos.language.comparison import compare, comparison_json, comparison_table
 
 
 def answered(questions: dict[str, list[float]], metric: str = "acc", samples: bool = True) -> dict[str, Any]:
@@ -81,6 +81,17 @@ def test_perplexities_are_compared_by_their_logarithms() -> None:
     assert (difference.within_noise, difference.better) == (False, True)
 
 
+@pytest.mark.parametrize("values", [(math.nan, 20.0), (20.0, math.nan), (math.inf, 20.0), (math.inf, math.inf)])
+def test_a_model_that_has_diverged_is_neither_better_nor_worse(values: tuple[float, float]) -> None:
+    results = [answered({"t": [-2.0, -3.0]}, "perplexity") for _ in values]
+    for one, value in zip(results, values, strict=True):
+        one["results"]["t"]["perplexity,none"] = value
+    (row,) = compare(results)
+    assert (row.differences[0].within_noise, row.differences[0].better) == (None, None)
+    assert comparison_table([row], ["a", "b"]).splitlines()[2].endswith("| not a number |")
+    json.dumps(comparison_json([row], ["a", "b"]), allow_nan=False)
+
+
 @pytest.mark.parametrize("by_size", [True, False], ids=["weighted by size", "equal weights"])
 def test_a_group_has_the_paired_error_of_its_tasks(by_size: bool) -> None:
     sizes = {"a": 100, "b": 300}
@@ -125,13 +136,14 @@ def test_results_that_are_there_already_are_compared_by_the_command(
     assert "better" in (tmp_path / "both" / "comparison.md").read_text()
 
 
-@pytest.mark.parametrize("missing", ["halos.ckpt", "halos/results.json"])
+@pytest.mark.parametrize("missing", ["halos.ckpt", "halos/results.json", "divided.ckpt"])
 def test_a_file_that_is_missing_is_noticed_before_any_model_is_evaluated(
     missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning_halos.commands.evaluate._scores", lambda *arguments: pytest.fail("evaluated"))
     (tmp_path / "ddp.ckpt").write_bytes(b"")
+    (tmp_path / "divided.ckpt").mkdir()
     assert main(["evaluate", "--compare", "ddp.ckpt", missing, "--tasks", "hellaswag"]) == 2
     assert missing in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lightning_halos import HuggingFaceCheckpoint
 from lightning_halos.callbacks.hugging_face import describe_optimizer
 from lightning_halos.cli import main
-from lightning_halos.language.export import export_checkpoint
+from lightning_halos.language.export import export_checkpoint, model_card
 from lightning_halos.language.models import find_language_model
 from tests.language.models import TASKS, VOCABULARY, LanguageModule, config, loader
 
@@ -77,6 +77,12 @@ def test_the_card_has_the_settings_of_each_group_of_parameters() -> None:
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
     described = describe_optimizer(optimizer)
     assert described.startswith("AdamW(lr=0.5, betas=(0.9, 0.999), eps=1e-08, weight_decay=[0.1, 0.0]")
+
+
+def test_the_card_has_the_task_of_the_kind_of_model() -> None:
+    assert "\npipeline_tag: text-generation\ntags:" in model_card("GPTNeoXForCausalLM", 9, {})
+    assert "\npipeline_tag: fill-mask\ntags:" in model_card("ModernBertForMaskedLM", 9, {})
+    assert "pipeline_tag" not in model_card("ViTForImageClassification", 9, {})
 
 
 def test_a_tokenizer_that_does_not_exist_is_missed_before_the_training(tmp_path: Path) -> None:
@@ -160,6 +166,9 @@ def test_one_of_several_models_is_named(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "divided.ckpt").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder.*consolidate_checkpoint .*divided.ckpt"):
+        export_checkpoint(tmp_path / "divided.ckpt", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         export_checkpoint(tmp_path / "nothing.ckpt", tmp_path / "out")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")

@@ -96,7 +96,9 @@ class LMEvalCallback(Callback):
         if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"LMEvalCallback needs the complete model on rank 0, but {type(strategy).__name__} shards it."
-                " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ..."
+                " Evaluate the checkpoints instead: lightning-halos evaluate CKPT --tasks ... FSDP saves one"
+                " as a single file with ModelParallelStrategy(save_distributed_checkpoint=False) or"
+                ' FSDPStrategy(state_dict_type="full").'
             )
         find_language_model(pl_module, self._submodule)
         self._find_tokenizer(trainer)

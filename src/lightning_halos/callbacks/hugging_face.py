@@ -86,7 +86,9 @@ def training_settings(trainer: pl.Trainer) -> dict[str, str]:
     """Returns the training settings for the model card: text by name."""
     settings: dict[str, Any] = {"Strategy": type(trainer.strategy).__name__, "Workers": trainer.world_size}
     if isinstance(trainer.strategy, AlgorithmStrategy):
-        settings |= {"Workers": trainer.strategy.site.size, **_halos_settings(trainer.strategy)}
+        member = trainer.strategy.membership
+        workers = trainer.strategy.site.size if member is None else member.workers
+        settings |= {"Workers": workers, **_halos_settings(trainer.strategy)}
     settings |= {
         "Global steps": trainer.global_step,
         "max_steps": trainer.max_steps if trainer.max_steps != -1 else None,

@@ -85,13 +85,14 @@ def _scores(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str
 
 def _compare(arguments: argparse.Namespace, folder: Path) -> None:
     from lightning_halos.language.comparison import compare, comparison_json, comparison_table, load_results
+    from lightning_halos.language.export import refuse_missing
 
     if len(arguments.compare) < 2:
         raise ValueError("--compare takes two or more models or results.json files.")
     labels = _labels(arguments.compare)
     for model in arguments.compare:  # before any of them is evaluated, which may take hours
-        if model.endswith(".ckpt") and not Path(model).is_file():
-            raise FileNotFoundError(f"{model} does not exist. Give a checkpoint file of Lightning (.ckpt).")
+        if model.endswith(".ckpt"):
+            refuse_missing(Path(model))
     existing = {model: load_results(model) for model in arguments.compare if model.endswith(".json")}
     results = [
         existing[model] if model in existing else _scores(arguments, model, folder / label)

@@ -28,7 +28,9 @@ class Difference:
     value: float  # this model's value minus the first model's; if logarithmic, of their natural logarithms
     stderr: float | None  # ``None`` if lm-eval gives none for this metric
     paired: bool  # the standard error
-    better: bool | None  # than the first model; ``None`` if they are equal or the metric has no direction
+    better: (
+        bool | None
+    )  # than the first; ``None`` if they are equal, a value is not finite, or the metric has no direction
     logarithmic: bool  # as for perplexities
 
     @property
@@ -112,12 +114,15 @@ def comparison_table(rows: Sequence[Comparison], labels: Sequence[str]) -> str:
 
 
 def comparison_json(rows: Sequence[Comparison], labels: Sequence[str]) -> dict[str, Any]:
-    """Returns the same as :func:`comparison_table`, as plain values for JSON."""
+    """Returns the same as :func:`comparison_table`, as plain values for JSON, which has no infinity and no NaN."""
     shown = []
     for row in rows:
-        values = {label: {"value": v, "stderr": e} for label, (v, e) in zip(labels, row.values, strict=True)}
+        values = {
+            label: {"value": _finite(value), "stderr": _finite(stderr)}
+            for label, (value, stderr) in zip(labels, row.values, strict=True)
+        }
         differences = {
-            label: {**asdict(difference), "within_noise": difference.within_noise}
+            label: {**asdict(difference), "value": _finite(difference.value), "within_noise": difference.within_noise}
             for label, difference in zip(labels[1:], row.differences, strict=True)
         }
         shown.append({"task": row.task, "metric": row.metric, "models": values, f"minus {labels[0]}": differences})
@@ -138,6 +143,8 @@ def _compare(results: Sequence[Results], task: str, depth: int, key: str) -> Com
         if paired is None and stderr is not None and scaled[0][1] is not None:
             error = math.hypot(stderr, scaled[0][1])
         better = None if higher is None or difference == 0 else (difference > 0) == higher
+        if not math.isfinite(difference):  # a model has diverged
+            error = better = None
         differences.append(Difference(difference, error, paired is not None, better, logarithmic))
     name = metric if filter_name in ("", "none") else key
     return Comparison(task, depth, name, higher, values, tuple(differences))
@@ -230,7 +237,13 @@ def _with_error(value: float, stderr: float | None, signed: bool = False) -> str
     return text if stderr is None else f"{text} ± {stderr:.2g}"
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
 def _verdict(difference: Difference) -> str:
+    if not math.isfinite(difference.value):
+        return "not a number"
     if difference.within_noise is None:
         return "no standard error"
     if difference.within_noise:

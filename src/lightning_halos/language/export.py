@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "hugging_face"
+_TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "SequenceClassification": "text-classification"}
 _COMPILED = "_orig_mod."  # torch.compile adds this to the names of a module's parameters
 
 
@@ -91,19 +92,35 @@ def export_checkpoint(
 
 def model_card(architecture: str, parameters: int, training: Mapping[str, str]) -> str:
     """Returns the model card: Markdown below metadata in YAML, as the hub expects it."""
+    task = next((f"pipeline_tag: {task}\n" for end, task in _TASKS.items() if architecture.endswith(end)), "")
     rows = [("Architecture", architecture), ("Parameters", f"{parameters:,}"), *training.items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- lightning-halos\n---\n\n"
+        f"---\nlibrary_name: transformers\n{task}tags:\n- lightning-halos\n---\n\n"
         "# Model card\n\n"
         "Trained with PyTorch Lightning and lightning-halos, exported by `lightning-halos export`.\n\n"
         f"| Setting | Value |\n|---|---|\n{table}\n"
     )
 
 
-def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+def refuse_missing(path: Path) -> None:
+    """Refuses a checkpoint that is missing, or in the pieces of a divided model.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder. If FSDP saved a divided model there, make a file of it: python -m"
+            f" lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Give a checkpoint file of Lightning (.ckpt).")
+
+
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    refuse_missing(path)
     try:
         contents = torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
