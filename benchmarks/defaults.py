@@ -9,7 +9,7 @@ Trains two of the examples in simulated clusters, which give the same result how
 and prints each final validation loss, and what it is above that of ddp as a share of what ``published`` is. Exits with
 1 if the share of ``default`` is above its limit for any task and cluster. ``--all`` adds the settings that were tried::
 
-    python benchmarks/defaults.py                      # three seeds: the table in docs/parameters.md
+    python benchmarks/defaults.py                      # three seeds: the table in docs/defaults.md
     python benchmarks/defaults.py --quick              # one seed and fewer steps: what `make bench` runs
     python benchmarks/defaults.py --all --tasks digits --workers 16
     python benchmarks/defaults.py --all --regions 2

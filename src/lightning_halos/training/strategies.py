@@ -55,7 +55,7 @@ class HalosStrategy(AlgorithmStrategy):
             servers.
         defaults: ``"run"``: defaults are as above; the length of a run is what the Trainer is asked for when it begins,
             and 600 global steps if this is unknown. ``"published"``: those of the HALoS paper, whatever the length; see
-            ``docs/parameters.md``.
+            ``docs/defaults.md``.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. Default: ``None``, no limit. Pushes with
             NaN or infinite values are always rejected.

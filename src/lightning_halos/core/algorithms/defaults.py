@@ -1,7 +1,7 @@
 """The servers' default settings, by a rule from the topology and the length of the run.
 
 They are computed when a run begins. Nothing here changes during a run, and settings that a user gives are not here.
-``docs/parameters.md`` has the rule's reasons, and what it was measured against.
+``docs/defaults.md`` has the rule's reasons, and what it was measured against.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def averaging_optimizer(senders: int) -> OptimizerFactory:
     """Returns an optimizer that moves the model to about the mean of its senders' in a round: 1 / senders, no momentum.
 
     One worker then trains as it would alone. It is the optimizer of the only local server of a run, whatever the
-    length: momentum is no clear gain there in some thousand steps (``docs/parameters.md``).
+    length: momentum is no clear gain there in some thousand steps (``docs/defaults.md``).
     """
     return partial(DelayedNesterov, lr=1 / senders, momentum=0.0, delay=1)
 
