@@ -133,6 +133,18 @@ class TestSequences:
         assert len(stream) - 1 - len(predicted) < context  # the tail
         assert tokens[0][0] == stream[0]
 
+    def test_whether_they_are_concatenated_can_be_said(self, prefix: Path) -> None:
+        sequences = equal_sequences()
+        stream = write(prefix, sequences)
+        tokens = IndexedTokens(prefix, context=40, concatenate=True)
+        assert tokens[1].tolist() == stream[40:81].tolist()
+        assert len(IndexedTokens(prefix, context=5, concatenate=False)) == 30
+        with pytest.raises(ValueError, match=r"context=16 or less, or concatenate=True if they are documents"):
+            IndexedTokens(prefix, context=40)
+        write(prefix, documents())
+        with pytest.raises(ValueError, match=r"concatenate=False .* has sequences of 1 to 100 tokens"):
+            IndexedTokens(prefix, CONTEXT, concatenate=False)
+
     @pytest.mark.parametrize(
         ("start_method", "workers", "as_stored"),
         [("fork", 2, True), pytest.param("spawn", 1, False, marks=pytest.mark.slow)],

@@ -70,6 +70,13 @@ class TestMegatron:
         assert {batch.dtype for batch in seen} == {torch.int64}
         assert torch.equal(seen[0], batch.long())
 
+    def test_sequences_of_one_length_are_concatenated_if_they_are_documents(self, numbered: str) -> None:
+        options: dict[str, Any] = {"context": 4 * (CONTEXT + 1), "val_sequences": 0, "num_workers": 0}
+        data = set_up(MegatronDataModule(numbered, batch_size=1, concatenate=True, **options))
+        assert first_tokens(data.train_dataloader()) == list(range(0, 100, 4))
+        with pytest.raises(ValueError, match="or concatenate=True"):
+            MegatronDataModule(numbered, **options).setup("fit")
+
     def test_the_tokenizer_lies_beside_the_tokens(self, numbered: str, tokenizer: str) -> None:
         unknown = set_up(MegatronDataModule(numbered, CONTEXT, val_sequences=5))
         assert (unknown.tokenizer, unknown.vocab_size, unknown.bytes_per_token) == (None, None, None)
@@ -158,6 +165,14 @@ class TestText:
         finally:
             (corpus / "12.txt").unlink()
         assert write.call_count == 2
+
+    def test_documents_of_one_length_are_concatenated_as_others_are(self, tokenizer: str, tmp_path: Path) -> None:
+        (tmp_path / "dna.txt").write_text("ACGTTGCAACGTTGCAACGT\n" * 50)
+        options: dict[str, Any] = {"files": str(tmp_path / "dna.txt"), "sample_by": "line", "num_workers": 0}
+        tokens = 50 * 21  # with an end-of-text token each
+        for context in (16, 64):
+            data = set_up(TextDataModule(tokenizer, context=context, batch_size=1, val_sequences=4, **options))
+            assert len(data.train_dataset) + len(data.val_dataset) == (tokens - 1) // context
 
     def test_bytes_per_token_of_the_validation_set(self, corpus: Path, tokenizer: str) -> None:
         data = set_up(TextDataModule(tokenizer, str(corpus), context=32, val_sequences=10, num_workers=0))

@@ -41,10 +41,10 @@ _LFS_POINTER = b"version https://git-lfs.github.com"  # first bytes of the point
 class IndexedTokens(Dataset[Tensor]):
     """Training sequences of a fixed length, from a corpus of tokens in Megatron's format.
 
-    If all stored sequences have the same length, as in the pre-shuffled Pile of the Pythia suite, each is cut into
-    pieces on its own. Otherwise (a corpus of documents) they are concatenated and the result is cut. A piece has
-    ``context + 1`` tokens and begins with the last token of the previous piece, so that a model predicts every token
-    once, except the first. The tail that does not fill a context is left out.
+    Packed sequences, which all have the same length, as in the pre-shuffled Pile of the Pythia suite, are each cut into
+    pieces on their own. Documents are concatenated and the result is cut. A piece has ``context + 1`` tokens and begins
+    with the last token of the previous piece, so that a model predicts every token once, except the first. The tail
+    that does not fill a context is left out.
 
     Files are mapped, not loaded, because they may be larger than the memory. The data set is pickled as its arguments;
     each process maps the files itself.
@@ -55,6 +55,7 @@ class IndexedTokens(Dataset[Tensor]):
         context: Tokens that a model sees at once.
         as_stored: Whether to return tokens in the file's data type (uint16 in the Pile) instead of int64. This moves a
             quarter of the bytes between processes and devices; convert them later.
+        concatenate: Whether the stored sequences are documents. Default: if they are not all of the same length.
 
     Attributes:
         dtype: The file's data type.
@@ -62,24 +63,35 @@ class IndexedTokens(Dataset[Tensor]):
 
     Raises:
         FileNotFoundError: If a file or shard is missing.
-        ValueError: If a file is damaged or has another format, or the sequences are too short for the context.
+        ValueError: If a file is damaged or has another format, or the sequences are too short for the context, or of
+            different lengths with ``concatenate=False``.
     """
 
-    def __init__(self, prefix: str | Path, context: int, as_stored: bool = False) -> None:
+    def __init__(
+        self, prefix: str | Path, context: int, as_stored: bool = False, concatenate: bool | None = None
+    ) -> None:
         check_count("context", context)
-        self._arguments = (prefix, context, as_stored)
+        self._arguments = (prefix, context, as_stored, concatenate)
         self._context = context
         path = without_suffix(Path(prefix))
         self.dtype, self.num_tokens, lengths = _read_index(path)
         self._out = self.dtype if as_stored else np.dtype(np.int64)
-        is_cut_one_by_one = lengths.min() == lengths.max()
-        self._row = int(lengths[0]) if is_cut_one_by_one else self.num_tokens
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if concatenate is None:
+            concatenate = shortest != longest
+        elif not concatenate and shortest != longest:
+            raise ValueError(
+                f"concatenate=False is for packed sequences, but {path}.idx has sequences of {shortest} to {longest}"
+                " tokens. Use concatenate=True."
+            )
+        self._row = self.num_tokens if concatenate else longest
         self._pieces = (self._row - 1) // context
         if not self._pieces:
-            what = f"{len(lengths)} sequence(s) of {self._row} tokens" if is_cut_one_by_one else f"{self._row} tokens"
+            what = f"{self._row} tokens" if concatenate else f"{len(lengths)} sequence(s) of {self._row} tokens"
+            remedy = "" if concatenate else ", or concatenate=True if they are documents"
             raise ValueError(
                 f"{path}.idx holds {what}, too short for context={context}, which takes {context + 1}."
-                f" Use context={self._row - 1} or less."
+                f" Use context={self._row - 1} or less{remedy}."
             )
         self._length = self.num_tokens // self._row * self._pieces
         self._files = _data_files(path, self.num_tokens, self.dtype)

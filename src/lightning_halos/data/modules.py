@@ -113,10 +113,11 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         pin_memory = torch.cuda.is_available()
         return DataLoader(dataset, self._batch_size, num_workers=self._num_workers, pin_memory=pin_memory, **options)
 
-    def _load_files(self, prefix: str | Path) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+    def _load_files(self, prefix: str | Path, concatenate: bool | None) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
         """Maps tokens in Megatron's format; the last sequences are for validation."""
         # Apple's devices do not support uint16.
-        sequences = IndexedTokens(prefix, self._context, as_stored=not torch.backends.mps.is_available())
+        as_stored = not torch.backends.mps.is_available()
+        sequences = IndexedTokens(prefix, self._context, as_stored, concatenate)
         first = len(sequences) - self._val_sequences
         if first < 1:
             raise ValueError(
@@ -137,6 +138,7 @@ class MegatronDataModule(TokenDataModule):
         context: Tokens that a model sees at once. To use sequences as they are stored, give their length minus one.
         tokenizer: The tokenizer's folder, or its name on the Hugging Face hub. Default: the folder
             ``PREFIX-tokenizer``, which ``lightning-halos prepare-data`` writes, if it exists.
+        concatenate: Whether the stored sequences are documents. Default: if they are not all of the same length.
 
     Raises:
         ValueError: If an argument is invalid; in ``setup``, as :class:`IndexedTokens`, or if nothing is left to train
@@ -153,15 +155,17 @@ class MegatronDataModule(TokenDataModule):
         num_workers: int = 2,
         shuffle: bool = False,
         tokenizer: str | None = None,
+        concatenate: bool | None = None,
     ) -> None:
         beside = Path(f"{without_suffix(Path(prefix))}-tokenizer")
         if tokenizer is None and beside.is_dir():
             tokenizer = str(beside)
         super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
         self._prefix = prefix
+        self._concatenate = concatenate
 
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-        return self._load_files(self._prefix)
+        return self._load_files(self._prefix, self._concatenate)
 
 
 class TextDataModule(TokenDataModule):
@@ -218,7 +222,7 @@ class TextDataModule(TokenDataModule):
 
     def load(self) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
         if not self._streaming:
-            return self._load_files(self._cache())
+            return self._load_files(self._cache(), concatenate=True)
         tokenizer: Any = self.tokenizer
         held_out, documents = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -109,7 +109,7 @@ def write_tokens(
             if not writer.num_sequences:
                 raise ValueError(f"The corpus has {made} tokens, too few for context={context}. Use a smaller context.")
         if context is not None and seed is not None:
-            sequences = IndexedTokens(ordered, context, as_stored=True)
+            sequences = IndexedTokens(ordered, context, as_stored=True, concatenate=False)
             with IndexedTokensWriter(prefix, dtype) as shuffled:
                 for index in torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)):
                     shuffled.add(sequences[int(index)].numpy())
