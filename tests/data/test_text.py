@@ -37,6 +37,12 @@ class TestCorpus:
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="paragraph").documents()) == ["one", "two\n"]
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="line").documents()) == ["one", "two"]
 
+    def test_paths_may_be_path_objects(self, corpus: Path) -> None:
+        assert list(Corpus(corpus / "03.txt").documents()) == [DOCUMENTS[3]]
+        both = Corpus([corpus / "03.txt", f"{corpus}/01.txt"])
+        assert list(both.documents()) == [DOCUMENTS[3], DOCUMENTS[1]]
+        assert str(both) == f"{corpus}/03.txt {corpus}/01.txt"
+
     def test_a_folders_text_may_be_compressed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for suffix, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
             (tmp_path / f"notes.txt.{suffix}").write_bytes(compress(suffix.encode()))
@@ -82,7 +88,7 @@ class TestCorpus:
     def test_a_dataset_in_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "test.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
-        corpus = Corpus(dataset=str(tmp_path / "set"), split="test")
+        corpus = Corpus(dataset=tmp_path / "set", split="test")
         assert list(corpus.documents()) == ["one", "two"]
         assert corpus.key() == Corpus(dataset=str(tmp_path / "set"), split="test").key()
         with pytest.raises(ValueError, match=r"Cannot load .*:nothing"):

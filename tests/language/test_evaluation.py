@@ -79,7 +79,7 @@ def test_a_checkpoint_a_folder_and_a_model_score_alike(tmp_path: Path, tokenizer
     few: dict[str, Any] = {"tasks": ["local_lambada"], "include_path": TASKS, "limit": 5}
     scores = [
         lightning_halos.evaluate(checkpoint, **few),
-        lightning_halos.evaluate(tmp_path / "folder", tokenizer=tokenizer, device="cpu", dtype="float32", **few),
+        lightning_halos.evaluate(tmp_path / "folder", tokenizer=Path(tokenizer), device="cpu", dtype="float32", **few),
         lightning_halos.evaluate(module.lm, tokenizer=tokenizer, **few),
     ]
     for key in ("perplexity,none", "perplexity_stderr,none", "acc,none"):

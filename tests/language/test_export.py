@@ -15,7 +15,7 @@ from lightning_halos import HuggingFaceCheckpoint
 from lightning_halos.callbacks.hugging_face import describe_optimizer
 from lightning_halos.cli import main
 from lightning_halos.language.export import export_checkpoint, model_card
-from lightning_halos.language.models import find_language_model
+from lightning_halos.language.models import find_language_model, find_tokenizer
 from tests.language.models import TASKS, VOCABULARY, LanguageModule, config, loader
 
 TOKENS = torch.arange(3 * 32).reshape(3, 32) % VOCABULARY
@@ -46,6 +46,12 @@ def test_the_exported_model_computes_what_the_trained_one_does(tmp_path: Path, t
     assert type(loaded) is GPTNeoXForCausalLM
     assert torch.equal(logits(loaded), logits(module.lm))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+def test_a_tokenizers_folder_may_be_a_path_object(tokenizer: str) -> None:
+    found = find_tokenizer(Path(tokenizer))
+    assert found is not None
+    assert len(found) == len(AutoTokenizer.from_pretrained(tokenizer))
 
 
 def test_the_folder_has_everything_that_a_model_on_the_hub_has(tmp_path: Path, tokenizer: str) -> None:

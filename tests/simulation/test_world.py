@@ -335,8 +335,9 @@ class TestErrors:
     def test_not_a_cluster(self) -> None:
         with pytest.raises(TypeError, match=r"simulate=<int> must be a SimulatedCluster, or the path of its file"):
             HalosStrategy(simulate=4)  # type: ignore[arg-type]
-        with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
-            HalosStrategy(simulate="nowhere.yaml")
+        for path in ("nowhere.yaml", Path("nowhere.yaml")):
+            with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+                HalosStrategy(simulate=path)
 
     def test_synchronous_sgd_without_a_cluster(self) -> None:
         with pytest.raises(ValueError, match="strategy='ddp'"):

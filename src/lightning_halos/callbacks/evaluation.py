@@ -63,7 +63,7 @@ class LMEvalCallback(Callback):
         every_n_steps: int | None = None,
         *,
         at_end: bool = True,
-        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         submodule: str | None = None,
         include_path: str | Path | Sequence[str | Path] | None = None,
         limit: int | float | None = None,

@@ -48,7 +48,9 @@ class HuggingFaceCheckpoint(Callback):
             if the tokenizer does not exist or cannot be reached.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | str | None = None, submodule: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | str | Path | None = None, submodule: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.submodule = submodule
         self._tokenizer_files: dict[str, str | bytes] | None = None

@@ -45,8 +45,8 @@ class Corpus:
         FileNotFoundError: If a file does not exist.
     """
 
-    files: str | Sequence[str] | None = None
-    dataset: str | None = None
+    files: str | Path | Sequence[str | Path] | None = None
+    dataset: str | Path | None = None
     config: str | None = None
     split: str = "train"
     field: str = "text"
@@ -75,7 +75,9 @@ class Corpus:
             raise ModuleNotFoundError(f"{self}: files that end in .zst need a package: pip install zstandard")
         try:
             if self.dataset:
-                loaded = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=self.streaming)
+                loaded = datasets.load_dataset(
+                    str(self.dataset), self.config, split=self.split, streaming=self.streaming
+                )
             else:
                 kind = self._kind
                 options = {"sample_by": self.sample_by, "encoding_errors": "replace"} if kind == "text" else {}
@@ -116,12 +118,17 @@ class Corpus:
     def paths(self) -> list[Path]:
         """The files, in order."""
         paths: dict[Path, None] = {}
-        for pattern in [self.files] if isinstance(self.files, str) else self.files or ():
-            found = _find(str(pattern))
+        for pattern in self._patterns:
+            found = _find(pattern)
             if not found:
                 raise FileNotFoundError(f"There is no file {pattern}.")
             paths |= dict.fromkeys(found)
         return list(paths)
+
+    @property
+    def _patterns(self) -> list[str]:
+        files = [self.files] if isinstance(self.files, (str, Path)) else self.files or ()
+        return [str(pattern) for pattern in files]
 
     @property
     def _field(self) -> str:
@@ -139,8 +146,8 @@ class Corpus:
 
     def __str__(self) -> str:
         if self.files:
-            return self.files if isinstance(self.files, str) else " ".join(self.files)
-        return ":".join(part for part in (self.dataset, self.config, self.split) if part)
+            return " ".join(self._patterns)
+        return ":".join(str(part) for part in (self.dataset, self.config, self.split) if part)
 
 
 def _find(pattern: str) -> list[Path]:

@@ -53,7 +53,13 @@ class TokenDataModule(pl.LightningDataModule, ABC):
     val_dataset: Dataset[Tensor]
 
     def __init__(
-        self, tokenizer: str | None, context: int, batch_size: int, val_sequences: int, num_workers: int, shuffle: bool
+        self,
+        tokenizer: str | Path | None,
+        context: int,
+        batch_size: int,
+        val_sequences: int,
+        num_workers: int,
+        shuffle: bool,
     ) -> None:
         super().__init__()
         check_count("context", context)
@@ -148,18 +154,18 @@ class MegatronDataModule(TokenDataModule):
 
     def __init__(
         self,
-        prefix: str,
+        prefix: str | Path,
         context: int = 2048,
         batch_size: int = 8,
         val_sequences: int = 256,
         num_workers: int = 2,
         shuffle: bool = False,
-        tokenizer: str | None = None,
+        tokenizer: str | Path | None = None,
         concatenate: bool | None = None,
     ) -> None:
         beside = Path(f"{without_suffix(Path(prefix))}-tokenizer")
         if tokenizer is None and beside.is_dir():
-            tokenizer = str(beside)
+            tokenizer = beside
         super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
         self._prefix = prefix
         self._concatenate = concatenate
@@ -193,9 +199,9 @@ class TextDataModule(TokenDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
-        files: str | list[str] | None = None,
-        dataset: str | None = None,
+        tokenizer: str | Path,
+        files: str | Path | list[str | Path] | None = None,
+        dataset: str | Path | None = None,
         config: str | None = None,
         split: str = "train",
         field: str = "text",

@@ -37,7 +37,7 @@ def evaluate(
     model: str | Path | PreTrainedModel,
     tasks: str | Sequence[str],
     *,
-    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     include_path: str | Path | Sequence[str | Path] | None = None,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
@@ -217,7 +217,7 @@ def _essence(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 @contextmanager
 def _language_model(
     model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | str | None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
     batch_size: int | str,
     device: str | None,
     dtype: str | torch.dtype,
@@ -249,10 +249,11 @@ def _language_model(
         elif Path(model).is_absolute() or str(model).startswith((".", "~")):
             raise FileNotFoundError(f"{model} is neither a folder of a Hugging Face model nor a .ckpt file.")
         options = {"batch_size": batch_size, "dtype": dtype, **model_args}
+        named = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _explained(f"the model {model}"):
             try:
-                lm = HFLM(pretrained=source, tokenizer=tokenizer, **options)
+                lm = HFLM(pretrained=source, tokenizer=named, **options)
             except TypeError as error:
                 if not model_args or "unexpected keyword argument" not in str(error):
                     raise

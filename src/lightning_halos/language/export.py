@@ -32,7 +32,7 @@ def export_checkpoint(
     output: str | Path,
     *,
     config: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     weights_only: bool = True,
 ) -> Path:
     """Writes the model of a Lightning checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.

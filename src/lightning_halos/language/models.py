@@ -5,6 +5,7 @@ It changes nothing, and loads nothing except a tokenizer that is given by name.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_halos.data.tokenizers import fetch_tokenizer
@@ -64,7 +65,7 @@ def find_tokenizer(tokenizer: Any, trainer: pl.Trainer | None = None) -> PreTrai
     given = tokenizer
     if given is None and trainer is not None:
         given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    if isinstance(given, str):
+    if isinstance(given, (str, Path)):
         given = fetch_tokenizer(given)
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -62,7 +63,7 @@ class ConnectedStrategy(ParallelStrategy):
         regions: int | Sequence[Sequence[int]] | None,
         start_method: StartMethod,
         timeout: float,
-        simulate: SimulatedCluster | str | None,
+        simulate: SimulatedCluster | str | Path | None,
         server: ServerSettings | None = None,
         worker: WorkerSize = 1,
         inner: InnerStrategy | str | None = None,
@@ -74,7 +75,7 @@ class ConnectedStrategy(ParallelStrategy):
         check_seconds("timeout", timeout)
         if start_method not in get_args(StartMethod):
             raise ValueError(f"start_method={start_method!r} must be one of {get_args(StartMethod)}.")
-        if isinstance(simulate, str):
+        if isinstance(simulate, (str, Path)):
             simulate = SimulatedCluster.from_yaml(simulate)
         if simulate is not None and not isinstance(simulate, SimulatedCluster):
             raise TypeError(

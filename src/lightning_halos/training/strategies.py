@@ -110,7 +110,7 @@ class HalosStrategy(AlgorithmStrategy):
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,
-        simulate: SimulatedCluster | str | None = None,
+        simulate: SimulatedCluster | str | Path | None = None,
         server: str | None = None,
         keys: str | Path | None = None,
         streams: int = 4,
@@ -268,7 +268,7 @@ class SyncSGDStrategy(AlgorithmStrategy):
         ValueError: If an argument is invalid, or ``simulate`` is missing.
     """
 
-    def __init__(self, simulate: SimulatedCluster | str | None = None, **kwargs: Any) -> None:
+    def __init__(self, simulate: SimulatedCluster | str | Path | None = None, **kwargs: Any) -> None:
         if simulate is None:
             raise ValueError(
                 "simulate=None: 'sync_sgd' is for simulations. Pass SyncSGDStrategy(simulate=cluster), or use"

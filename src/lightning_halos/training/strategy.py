@@ -102,7 +102,7 @@ class AlgorithmStrategy(ComposedStrategy):
         start_method: StartMethod = "popen",
         timeout: float = 1800,
         grace_time: float = 20,
-        simulate: SimulatedCluster | str | None = None,
+        simulate: SimulatedCluster | str | Path | None = None,
         server: str | None = None,
         keys: str | Path | None = None,
         streams: int = 4,
