@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import logging
 import lzma
 import sys
 from pathlib import Path
@@ -37,6 +38,25 @@ class TestCorpus:
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="paragraph").documents()) == ["one", "two\n"]
         assert list(Corpus(str(tmp_path / "in/**/*.txt"), sample_by="line").documents()) == ["one", "two"]
 
+    @pytest.mark.parametrize("name", ["wiki_00", "notes.R", "notes.go", "notes.log", "notes.yaml", "notes.rst"])
+    def test_what_a_folder_has_is_text_by_its_content(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("text")
+        assert list(Corpus(tmp_path).documents()) == ["text"]
+
+    def test_what_a_folder_has_that_is_not_text_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "picture.txt").write_bytes(b"\x89PNG\x00")
+        (tmp_path / "koi8.txt").write_bytes("слово".encode("koi8-r"))
+        (tmp_path / "__init__.py").touch()  # has no text to read
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git" / "config").write_text("hidden")
+        with pytest.raises(FileNotFoundError, match=r"has no readable file.* Not text: koi8.txt, pic"):
+            Corpus(tmp_path)
+        (tmp_path / "latin1.txt").write_bytes("Er aß den Käse nicht".encode("latin-1"))
+        (tmp_path / "long.txt").write_text("€" * 10_000)  # the look at the beginning ends inside of a character
+        with caplog.at_level(logging.INFO):
+            assert [path.name for path in Corpus(tmp_path).paths] == ["latin1.txt", "long.txt"]
+        assert "not read, because it is not text: koi8.txt, picture.txt" in caplog.text
+
     def test_paths_may_be_path_objects(self, corpus: Path) -> None:
         assert list(Corpus(corpus / "03.txt").documents()) == [DOCUMENTS[3]]
         both = Corpus([corpus / "03.txt", f"{corpus}/01.txt"])
@@ -47,7 +67,7 @@ class TestCorpus:
         for suffix, compress in (("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)):
             (tmp_path / f"notes.txt.{suffix}").write_bytes(compress(suffix.encode()))
         assert list(Corpus(str(tmp_path)).documents()) == ["bz2", "gz", "xz"]
-        (tmp_path / "notes.txt.zst").touch()
+        (tmp_path / "notes.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x20\x03\x19\x00\x00zst")
         assert [path.suffix for path in Corpus(str(tmp_path)).paths] == [".bz2", ".gz", ".xz", ".zst"]
         monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
         with pytest.raises(ModuleNotFoundError, match="pip install zstandard"):

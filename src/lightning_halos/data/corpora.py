@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import mimetypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fsspec.compression import compr
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_halos.extras import language_package
 
 SampleBy = Literal["document", "paragraph", "line"]
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # anything else is text
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_HEAD = 1 << 13  # bytes that are looked at to know whether a file is text
+_NAMED = 10  # files in a message
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Corpus:
     """The source of the text: files or a dataset.
 
     Attributes:
-        files: Paths, globs (``**`` reaches any depth) or folders (all text, JSON and Parquet files below them), all of
-            one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or text (any other suffix). They may
-            be compressed.
+        files: Paths, globs (``**`` reaches any depth) or folders (all text, JSON and Parquet files below them, except
+            hidden ones), all of one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or text (any
+            other suffix). They may be compressed. A folder's file is text if its beginning is UTF-8, except for a few
+            bytes; a log line names the others.
         dataset: A dataset's name on the Hugging Face hub, or its folder.
         config: The dataset's configuration.
         split: The dataset's split.
@@ -42,7 +45,7 @@ class Corpus:
 
     Raises:
         ValueError: If not exactly one of ``files`` and ``dataset`` is given, or a value is invalid.
-        FileNotFoundError: If a file does not exist.
+        FileNotFoundError: If a file does not exist, or a folder has none that can be read.
     """
 
     files: str | Path | Sequence[str | Path] | None = None
@@ -153,7 +156,7 @@ class Corpus:
 def _find(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        files = [file for file in path.rglob("*") if _is_readable(file)]
+        files = _files_in(path)
     elif path.is_file():
         files = [path]
     else:
@@ -161,10 +164,32 @@ def _find(pattern: str) -> list[Path]:
     return sorted(file.resolve() for file in files)
 
 
-def _is_readable(file: Path) -> bool:
-    kind = _kind(file)
-    plain, _ = mimetypes.guess_type(_without_compression(file).name)
-    return file.is_file() and (kind != "text" or (plain or "").startswith("text/"))
+def _files_in(folder: Path) -> list[Path]:
+    files: list[Path] = []
+    others: list[Path] = []
+    for file in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not is_hidden and file.stat().st_size:
+            (files if _kind(file) != "text" or _is_text(file) else others).append(file)
+    names = ", ".join(str(file.relative_to(folder)) for file in others[:_NAMED])
+    names += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    if not files:
+        rest = f" Not text: {names}." if others else ""
+        raise FileNotFoundError(f"{folder} has no readable file: text, JSON or Parquet, not empty or hidden.{rest}")
+    if others:
+        rank_zero_info(f"{folder}: not read, because it is not text: {names}.")
+    return files
+
+
+def _is_text(file: Path) -> bool:
+    """Returns whether the beginning of a file, which may be compressed, is UTF-8, except for a few bytes."""
+    compression = _COMPRESSIONS.get(file.suffix)
+    try:
+        with file.open("rb") as opened:
+            head = compr[compression](opened, mode="rb").read(_HEAD).decode(errors="replace")
+    except Exception:  # a damaged file, or a missing package, is an error when the file is loaded
+        return True
+    return "\0" not in head and head.count("\ufffd") <= len(head) / 10
 
 
 def _kind(file: Path) -> str:
@@ -172,4 +197,4 @@ def _kind(file: Path) -> str:
 
 
 def _without_compression(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix in _COMPRESSIONS else file  # mimetypes does not know all of them
+    return file.with_suffix("") if file.suffix in _COMPRESSIONS else file
