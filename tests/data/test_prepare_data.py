@@ -61,6 +61,16 @@ def test_packed_with_a_tokenizer_of_its_own(prepare: Prepare, corpus: Path, tmp_
     assert ordered != written
 
 
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_the_prefix_may_have_the_suffix_of_a_file(
+    prepare: Prepare, corpus: Path, tokenizer: str, tmp_path: Path, suffix: str
+) -> None:
+    status, out, _ = prepare(corpus, "--tokenizer", tokenizer, "--output", tmp_path / f"tokens{suffix}")
+    assert status == 0
+    assert out.endswith(f"{tmp_path}/tokens.idx, {tmp_path}/tokens.bin, {tmp_path}/tokens-tokenizer/\n")
+    assert MegatronDataModule(tmp_path / "tokens", context=16).vocab_size == 300
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

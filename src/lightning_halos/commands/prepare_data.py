@@ -71,6 +71,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # read when the tokenizer first runs
 
     from lightning_halos.data.corpora import Corpus
+    from lightning_halos.data.megatron import without_suffix
     from lightning_halos.data.tokenization import write_tokens
     from lightning_halos.data.tokenizers import load_tokenizer, train_tokenizer
 
@@ -78,7 +79,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise ValueError("give either INPUT files or --dataset NAME.")
     names = ("files", "dataset", "config", "split", "field", "sample_by", "streaming")
     corpus = Corpus(**{name: getattr(arguments, name) for name in names})
-    prefix = Path(arguments.output)
+    prefix = without_suffix(Path(arguments.output))
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
