@@ -74,6 +74,30 @@ def test_the_prefix_may_have_the_suffix_of_a_file(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (["{corpus}", "--split", "test", "--config", "c", "--streaming"], "leave --config, --split, --streaming out"),
+        (["{corpus}", "--field", "body"], "text files have no fields: leave --field out"),
+        (["{rows}", "--sample-by", "line"], "--sample-by is for text files: leave --sample-by out"),
+        (["--dataset", "d", "--sample-by", "line"], "--sample-by is for text files: leave --sample-by out"),
+        (["{corpus}", "--seed", "3"], "only packed sequences (--context) are shuffled: leave --seed out"),
+        (["{corpus}", "--context", "8", "--no-shuffle", "--seed", "3"], "--no-shuffle: leave --seed out"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_are_refused(
+    prepare: Prepare, corpus: Path, tokenizer: str, tmp_path: Path, arguments: list[str], problem: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n')
+    filled = [argument.format(corpus=corpus, rows=rows) for argument in arguments]
+    status, out, err = prepare(*filled, "--tokenizer", tokenizer, "--output", tmp_path / "tokens")
+    assert (status, out) == (2, "")
+    assert problem in err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
         (["--tokenizer", "t"], "give either INPUT files or --dataset NAME"),
         (["nowhere.txt", "--tokenizer", "t"], "There is no file nowhere.txt"),
         (["{corpus}", "--tokenizer", "EleutherAI/pythia-70m"], "needs the network"),

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lightning_halos.commands.options import refuse
 from lightning_halos.commands.settings import read_known_settings
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
@@ -135,7 +136,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     wire, folder = _wire(arguments.wire or ["float32"]), arguments.output
     timing = make_timing(cluster, arguments.message_bytes)
     if arguments.sweep:
-        _refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)
+        refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)
         timing = timing.on(wire)
         trials = sweep(timing, arguments.hours, overlap=arguments.overlap, wire=wire)
         _report(arguments, "sweep", sweep_table(trials, timing))
@@ -176,13 +177,6 @@ def _wire(formats: list[str]) -> WireFormats:
     return WireFormats.of({"within": formats[0], "between": formats[-1]})
 
 
-def _refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:
-    """Refuses options that would have no effect."""
-    given = [name for name in names if getattr(arguments, name) is not None and getattr(arguments, name) is not False]
-    if given:
-        raise ValueError(f"{why}: leave {', '.join('--' + name.replace('_', '-') for name in given)} out.")
-
-
 def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algorithm]:
     """Makes the algorithms that were asked for, in the order of the table."""
     from lightning_halos.core.algorithms import ALGORITHMS, Halos, ServerAlgorithm
@@ -190,7 +184,7 @@ def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algori
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)
     if arguments.settings is not None:
-        _refuse(arguments, "--settings has the algorithm and all of its settings", *_CHOSEN, "overlap", "wire")
+        refuse(arguments, "--settings has the algorithm and all of its settings", *_CHOSEN, "overlap", "wire")
         settings = read_known_settings(arguments.settings)
         return [dataclasses.replace(settings.algorithm, global_steps=arguments.steps or settings.max_steps)]
     given = _DEFAULTS | {name: getattr(arguments, name) for name in _DEFAULTS if getattr(arguments, name) is not None}

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from lightning_halos.commands.options import refuse
 from lightning_halos.core.checks import check_count
 
 SUMMARY = "Tokenize text into Megatron's format: PREFIX.idx and PREFIX.bin, with the tokenizer in PREFIX-tokenizer."
@@ -31,15 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("files", nargs="*", metavar="INPUT", help="text, .jsonl or .parquet files, globs, or folders")
     text.add_argument("--dataset", metavar="NAME", help="instead of files, a dataset of the Hugging Face hub")
     text.add_argument("--config", metavar="NAME", help="the dataset's configuration")
-    text.add_argument("--split", default="train", metavar="NAME", help="the dataset's split (default: train)")
+    text.add_argument("--split", metavar="NAME", help="the dataset's split (default: train)")
     text.add_argument("--streaming", action="store_true", help="read the dataset without keeping a copy of it")
-    text.add_argument(
-        "--field", default="text", metavar="NAME", help="field that has the text, except in text files (default: text)"
-    )
+    text.add_argument("--field", metavar="NAME", help="field that has the text, except in text files (default: text)")
     text.add_argument(
         "--sample-by",
         choices=get_args(SampleBy),
-        default="document",
         help="what counts as a document in text files (default: document, the complete file)",
     )
     how = parser.add_argument_group("the tokenizer").add_mutually_exclusive_group(required=True)
@@ -59,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="whether to shuffle the packed sequences (default: yes)",
     )
-    what.add_argument("--seed", type=int, default=0, help="seed of the shuffling (default: 0)")
+    what.add_argument("--seed", type=int, help="seed of the shuffling (default: 0)")
     what.add_argument("--threads", type=int, metavar="N", help="threads of the tokenizer (default: one per core)")
 
 
@@ -77,14 +75,25 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
     if bool(arguments.files) == bool(arguments.dataset):
         raise ValueError("give either INPUT files or --dataset NAME.")
+    if arguments.files:
+        refuse(arguments, "INPUT files are no dataset", "config", "split", "streaming")
+    if arguments.context is None:
+        refuse(arguments, "only packed sequences (--context) are shuffled", "seed")
+    elif not arguments.shuffle:
+        refuse(arguments, "--no-shuffle", "seed")
     names = ("files", "dataset", "config", "split", "field", "sample_by", "streaming")
-    corpus = Corpus(**{name: getattr(arguments, name) for name in names})
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    corpus = Corpus(**given)
+    if corpus.is_text:
+        refuse(arguments, "text files have no fields", "field")
+    else:
+        refuse(arguments, "--sample-by is for text files", "sample_by")
     prefix = without_suffix(Path(arguments.output))
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         tokenizer = train_tokenizer(corpus.documents(), arguments.train_tokenizer)
-    seed = arguments.seed if arguments.shuffle else None
+    seed = (arguments.seed or 0) if arguments.shuffle else None
     summary = write_tokens(corpus.documents(), tokenizer, prefix, arguments.context, seed)
     folder = Path(f"{prefix}-tokenizer")
     tokenizer.save_pretrained(folder)

@@ -129,13 +129,18 @@ class Corpus:
         return list(paths)
 
     @property
+    def is_text(self) -> bool:
+        """Whether the documents come from text files, not from JSON lines, Parquet or a dataset."""
+        return bool(self.files) and self._kind == "text"
+
+    @property
     def _patterns(self) -> list[str]:
         files = [self.files] if isinstance(self.files, (str, Path)) else self.files or ()
         return [str(pattern) for pattern in files]
 
     @property
     def _field(self) -> str:
-        return "text" if self.files and self._kind == "text" else self.field
+        return "text" if self.is_text else self.field
 
     @cached_property
     def _kind(self) -> str:
