@@ -97,6 +97,11 @@ class TestMegatron:
         with pytest.raises(ValueError, match="val_sequences=104 leaves nothing to train on: there are 104"):
             MegatronDataModule(numbered, CONTEXT, val_sequences=104).setup("fit")
 
+    def test_too_few_sequences_for_a_batch(self, numbered: str) -> None:
+        data = MegatronDataModule(numbered, CONTEXT, batch_size=128, val_sequences=4, num_workers=0)
+        with pytest.raises(ValueError, match="batch_size=128 is more than the 100 training sequences of each process"):
+            make_trainer("auto", devices=1, max_steps=2).fit(Reading(), datamodule=data)
+
     def test_from_a_configuration_file(self, numbered: str, tmp_path: Path) -> None:
         settings = {"class_path": "lightning_halos.data.MegatronDataModule", "init_args": {"prefix": numbered}}
         (tmp_path / "config.yaml").write_text(json.dumps({"data": settings}))
@@ -141,6 +146,26 @@ def test_workers_of_halos_share_the_sequences_of_an_epoch(run: Run, numbered: st
     assert used == Counter(dict.fromkeys(range(96), 2))
     assert results[0]["validated_on"] == [list(range(96, 104))] * 2
     assert_no_step_lost(results)
+
+
+def short_of_sequences(prefix: str) -> Result:
+    """Of 32 sequences each of two workers has 16, if they are divided."""
+    results: Result = {}
+    for batch_size, is_divided in ((16, True), (17, True), (32, False)):
+        data = MegatronDataModule(prefix, CONTEXT, batch_size, val_sequences=SEQUENCES - 32, num_workers=0)
+        trainer = make_trainer(devices=2, max_steps=2, use_distributed_sampler=is_divided)
+        try:
+            trainer.fit(Reading(), datamodule=data)
+            results[f"{batch_size}"] = trainer.global_step
+        except ValueError as error:
+            results[f"{batch_size}"] = str(error)
+    return results
+
+
+def test_workers_of_halos_need_a_batch_each(run: Run, numbered: str) -> None:
+    for result in run(short_of_sequences, numbered, workers=2):
+        assert result["16"] == result["32"] == 2
+        assert "batch_size=17 is more than the 16 training sequences of each process, of 32 in all" in result["17"]
 
 
 class TestText:

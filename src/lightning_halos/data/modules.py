@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_halos.core.checks import check_count
 from lightning_halos.data.corpora import Corpus, SampleBy
+from lightning_halos.data.loaders import FilledLoader
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
 from lightning_halos.data.tokenization import PackedStream, hold_out, write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer
@@ -106,18 +107,19 @@ class TokenDataModule(pl.LightningDataModule, ABC):
             self.train_dataset, self.val_dataset = self.load()
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        is_stream = isinstance(self.train_dataset, PackedStream)
-        return self._loader(self.train_dataset, shuffle=None if is_stream else self._shuffle, drop_last=True)
+        if isinstance(self.train_dataset, PackedStream):
+            return self._loader(DataLoader, self.train_dataset, drop_last=True)
+        return self._loader(FilledLoader, self.train_dataset, shuffle=self._shuffle, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
-        return self._loader(self.val_dataset) if self._val_sequences else []
+        return self._loader(DataLoader, self.val_dataset) if self._val_sequences else []
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
         return batch.long()
 
-    def _loader(self, dataset: Dataset[Tensor], **options: Any) -> DataLoader[Tensor]:
+    def _loader(self, kind: type[DataLoader[Any]], dataset: Dataset[Tensor], **options: Any) -> DataLoader[Tensor]:
         pin_memory = torch.cuda.is_available()
-        return DataLoader(dataset, self._batch_size, num_workers=self._num_workers, pin_memory=pin_memory, **options)
+        return kind(dataset, self._batch_size, num_workers=self._num_workers, pin_memory=pin_memory, **options)
 
     def _load_files(self, prefix: str | Path, concatenate: bool | None) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
         """Maps tokens in Megatron's format; the last sequences are for validation."""
