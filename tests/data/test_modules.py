@@ -217,7 +217,36 @@ class TestText:
         training = in_documents(tokenizer, data.train_dataloader())
         assert len(list(data.val_dataloader())) == 3
         assert validation
-        assert training == set(range(12)) - validation
+        # Of the last one, only the beginning is for validation.
+        assert training == set(range(min(validation), 12)) - (validation - {max(validation)})
+
+    @pytest.mark.parametrize("copies", [1, 2])
+    def test_stream_of_one_long_document_trains_on_its_rest(self, tokenizer: str, tmp_path: Path, copies: int) -> None:
+        long = " ".join(text(number) for number in range(12))
+        for copy in range(copies):
+            (tmp_path / f"{copy}.txt").write_text(long)
+        data = set_up(streaming(tokenizer, tmp_path, context=8, batch_size=1, val_sequences=100))
+        tokens = [*load_tokenizer(tokenizer)(long)["input_ids"], 0]
+        validation = [batch[0].tolist() for batch in data.val_dataloader()]
+        assert validation[-1] == tokens[792:801]
+        training = [token for batch in data.train_dataloader() for token in batch[0, 1:].tolist()]
+        rest = tokens[801:] * copies
+        assert training == rest[1 : len(training) + 1]
+        assert len(rest) - len(training) <= 8
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_stream_without_a_batch_is_an_error(self, tokenizer: str, tmp_path: Path, workers: int) -> None:
+        (tmp_path / "one.txt").write_text(text(1))
+        (tmp_path / "two.txt").write_text(text(2))
+        first = len(load_tokenizer(tokenizer)(text(1))["input_ids"]) + 1
+        # The complete first file, so that one of two DataLoader workers has nothing, which is no error.
+        options: dict[str, Any] = {"context": 8, "val_sequences": first // 8 + 1, "num_workers": workers}
+        trainer = make_trainer("auto", devices=1, max_steps=20)
+        trainer.fit(Reading(), datamodule=streaming(tokenizer, tmp_path, batch_size=2, **options))
+        assert trainer.global_step == 20
+        data = streaming(tokenizer, tmp_path, batch_size=64, **options)
+        with pytest.raises(ValueError, match=r"Rank 0 of 1 has no batch in .* batch_size=64 .* uses 2 document"):
+            make_trainer("auto", devices=1, max_steps=20).fit(Reading(), datamodule=data)
 
     @pytest.mark.parametrize("ranks", [1, 2, 3])
     def test_ranks_and_data_loader_workers_read_different_documents(
@@ -252,6 +281,27 @@ class TestText:
     def test_too_many_sequences_for_validation(self, corpus: Path, tokenizer: str) -> None:
         with pytest.raises(ValueError, match="val_sequences=9999 is more than the"):
             TextDataModule(tokenizer, str(corpus), streaming=True, context=8, val_sequences=9999).setup("fit")
+
+
+def streaming(tokenizer: str, folder: Path, **options: Any) -> TextDataModule:
+    return TextDataModule(tokenizer, folder, streaming=True, **{"num_workers": 0, "shuffle": False, **options})
+
+
+def out_of_text(tokenizer: str, folder: Path) -> Result:
+    trainer = make_trainer(devices=2, max_steps=20)
+    try:
+        trainer.fit(Reading(), datamodule=streaming(tokenizer, folder, context=8, batch_size=4, val_sequences=30))
+    except Exception as error:
+        return {"error": str(error), "rank": trainer.global_rank}
+    return {}
+
+
+def test_a_worker_of_halos_without_text_ends_the_run(run: Run, tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "one.txt").write_text(" ".join(text(number) for number in range(12)))
+    results = run(out_of_text, tokenizer, tmp_path / "text", workers=2)
+    assert "Rank 1 of 2 has no batch" in results[1]["error"]
+    assert results[0]["error"]
 
 
 def in_documents(tokenizer: str, loader: Any) -> set[int]:

@@ -6,7 +6,8 @@ Importing this package must not import ``transformers`` or ``datasets``, which o
 from lightning_halos.data.corpora import Corpus
 from lightning_halos.data.megatron import IndexedTokens, IndexedTokensWriter
 from lightning_halos.data.modules import MegatronDataModule, TextDataModule, TokenDataModule
-from lightning_halos.data.tokenization import PackedStream, write_tokens
+from lightning_halos.data.streaming import PackedStream
+from lightning_halos.data.tokenization import write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer, train_tokenizer
 
 __all__ = [

@@ -21,7 +21,8 @@ from lightning_halos.core.checks import check_count
 from lightning_halos.data.corpora import Corpus, SampleBy
 from lightning_halos.data.loaders import FilledLoader
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
-from lightning_halos.data.tokenization import PackedStream, hold_out, write_tokens
+from lightning_halos.data.streaming import PackedStream, StreamLoader, hold_out
+from lightning_halos.data.tokenization import write_tokens
 from lightning_halos.data.tokenizers import load_tokenizer
 from lightning_halos.extras import language_package
 
@@ -108,7 +109,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         if isinstance(self.train_dataset, PackedStream):
-            return self._loader(DataLoader, self.train_dataset, drop_last=True)
+            return self._loader(StreamLoader, self.train_dataset, drop_last=True)
         return self._loader(FilledLoader, self.train_dataset, shuffle=self._shuffle, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
@@ -180,8 +181,9 @@ class TextDataModule(TokenDataModule):
     """Text from local files or from a dataset on the Hugging Face hub, with an end-of-text token after each document.
 
     The tokens are cached in Megatron's format; see :class:`IndexedTokens`. The last sequences are for validation. With
-    ``streaming=True`` nothing is cached; see :class:`PackedStream`. The first sequences are then for validation, and
-    their documents are left out of the training. The strategy's shared cursor is not used.
+    ``streaming=True`` nothing is cached; see :class:`PackedStream`. The first sequences are then for validation; what
+    they have of a document is left out of the training, and of copies of the document, too. The strategy's shared
+    cursor is not used.
 
     ``files``, ``dataset``, ``config``, ``split``, ``field`` and ``sample_by`` are the arguments of :class:`Corpus`; the
     others that are not described here are those of :class:`TokenDataModule`.

@@ -1,0 +1,117 @@
+"""Training sequences from a corpus that is read on the fly, and their loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lightning_halos.data.corpora import Corpus
+from lightning_halos.data.tokenization import pack, tokenize
+from lightning_halos.extras import language_package
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PackedStream(IterableDataset[Tensor]):
+    """Sequences of ``context + 1`` tokens from a corpus that is read on the fly: int64, of shape ``[context + 1]``.
+
+    Every rank and every worker of its ``DataLoader``, which ``datasets`` itself detects, gets different documents and
+    packs them on its own. If the number of files is a multiple of the number of ranks, each rank reads its own files;
+    otherwise every rank reads all documents and drops those of other ranks. A rank's files are divided among the
+    workers of its ``DataLoader``; with fewer files than workers, some workers have nothing to do.
+
+    Args:
+        corpus: The text.
+        tokenizer: The tokenizer.
+        context: Tokens that a model sees at once.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        shuffle_buffer: Size of the buffer from which the next document is drawn at random; 0 reads in order. Every
+            pass has the same order.
+        seed: Seed of the shuffling.
+        leave_out: Documents that the validation uses, with the number of tokens at their beginning that are left out.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        leave_out: Mapping[str, int] | None = None,
+    ) -> None:
+        distributed = language_package("datasets.distributed")
+        self.corpus, self.context = corpus, context
+        self.rank, self.world_size = rank, world_size
+        self.leave_out = dict(leave_out or {})
+        self._tokenizer = tokenizer
+        documents = corpus.load()
+        if shuffle_buffer:
+            documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self._documents: Any = distributed.split_dataset_by_node(documents, rank, world_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if get_worker_info() is not None:  # DataLoader workers are parallel already, and may be forked with threads
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        documents = tokenize(self.corpus.documents(self._documents), self._tokenizer)
+        kept = (tokens[self.leave_out.get(text, 0) :] for text, tokens in documents)
+        for sequence in pack(kept, self.context):
+            yield torch.from_numpy(sequence)
+
+
+class StreamLoader(DataLoader[Tensor]):
+    """Loads a rank's part of a stream. A pass without a batch is an error, because training would never end."""
+
+    dataset: PackedStream
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        is_empty = True
+        for batch in super().__iter__():
+            is_empty = False
+            yield batch
+        if is_empty:
+            stream = self.dataset
+            raise ValueError(
+                f"Rank {stream.rank} of {stream.world_size} has no batch in a complete pass over {stream.corpus}:"
+                f" it gets less than batch_size={self.batch_size} sequences of context={stream.context}. The validation"
+                f" uses {len(stream.leave_out)} document(s), the last one in part. Use more or smaller documents"
+                " (sample_by='paragraph' or 'line' divides text files), a smaller batch_size, context or val_sequences,"
+                " or fewer workers; or streaming=False, with which the workers share all sequences."
+            )
+
+
+def hold_out(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int, sequences: int
+) -> tuple[list[Tensor], dict[str, int]]:
+    """Returns the first sequences of a corpus for validation, and what training has to leave out.
+
+    That is the number of tokens, by document, at the beginning of the documents that the sequences come from. It counts
+    for a copy of the document, too.
+
+    Raises:
+        ValueError: If the corpus has fewer sequences.
+    """
+    used: dict[str, int] = {}
+    missing = sequences * context + 1  # each sequence begins with the last token of the previous one
+
+    def noted() -> Iterator[list[int]]:
+        nonlocal missing
+        for text, tokens in tokenize(corpus.documents(), tokenizer):
+            used[text] = max(used.get(text, 0), min(len(tokens), missing))
+            missing -= len(tokens)
+            yield tokens
+
+    found = [torch.from_numpy(sequence.copy()) for sequence in islice(pack(noted(), context), sequences)]
+    if len(found) < sequences:
+        raise ValueError(f"val_sequences={sequences} is more than the {len(found)} sequences of {corpus}.")
+    return found, used
