@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
@@ -22,7 +23,7 @@ from lightning_halos.data import IndexedTokensWriter, MegatronDataModule, TextDa
 from tests.data.conftest import text
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import FEATURES, Toy, assert_no_step_lost, make_trainer, outcome
+from tests.integration.toys import FEATURES, Toy, assert_no_step_lost, halos, make_trainer, outcome
 
 CONTEXT = 15
 SEQUENCES = 104
@@ -257,10 +258,23 @@ class TestText:
             data = TextDataModule(
                 tokenizer, str(corpus), streaming=True, context=8, batch_size=1, val_sequences=0, num_workers=2
             )
-            data.trainer = Mock(global_rank=rank, world_size=ranks)
+            data.trainer = Mock(distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank})
             data.setup("fit")
             found.append(in_documents(tokenizer, data.train_dataloader()))
         assert sorted(document for documents in found for document in documents) == list(range(12))
+
+    def test_regions_that_are_jobs_of_their_own_read_different_documents(self, corpus: Path, tokenizer: str) -> None:
+        found: list[set[int]] = []
+        for first in (0, 1):
+            strategy = halos(regions=1)
+            strategy._site = Mock(rank=0, lane=0, worker_processes=[0])
+            data = streaming(tokenizer, corpus, context=8, batch_size=1, val_sequences=0)
+            data.trainer = Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
+            data.setup("validate")  # before the job has dialed the server
+            strategy.membership = Mock(first=first, workers=2)
+            found.append(in_documents(tokenizer, data.train_dataloader()))
+        assert len(found[0]) == len(found[1]) == 6
+        assert found[0] | found[1] == set(range(12))
 
     def test_stream_is_shuffled_in_the_same_way_each_time(self, corpus: Path, tokenizer: str) -> None:
         def order(**options: Any) -> list[int]:

@@ -47,7 +47,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         shuffle: Whether to shuffle the training sequences, differently in each epoch.
 
     Attributes:
-        train_dataset: The training sequences, after ``setup``.
+        train_dataset: The training sequences of all workers, after ``setup``.
         val_dataset: The validation sequences, after ``setup``.
     """
 
@@ -109,7 +109,10 @@ class TokenDataModule(pl.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         if isinstance(self.train_dataset, PackedStream):
-            return self._loader(StreamLoader, self.train_dataset, drop_last=True)
+            # Here, because a region's job knows its place among all workers only when it has dialed the server.
+            place = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
+            part = self.train_dataset.part(place["rank"], place["num_replicas"])
+            return self._loader(StreamLoader, part, drop_last=True)
         return self._loader(FilledLoader, self.train_dataset, shuffle=self._shuffle, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
@@ -235,10 +238,7 @@ class TextDataModule(TokenDataModule):
             return self._load_files(self._cache(), concatenate=True)
         tokenizer: Any = self.tokenizer
         held_out, documents = hold_out(self._corpus, tokenizer, self._context, self._val_sequences)
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        train = PackedStream(
-            self._corpus, tokenizer, self._context, rank, world_size, self._shuffle_buffer, self._seed, documents
-        )
+        train = PackedStream(self._corpus, tokenizer, self._context, self._shuffle_buffer, self._seed, documents)
         return train, Subset(cast("Dataset[Tensor]", held_out), range(len(held_out)))
 
     def _cache(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -22,17 +23,14 @@ if TYPE_CHECKING:
 class PackedStream(IterableDataset[Tensor]):
     """Sequences of ``context + 1`` tokens from a corpus that is read on the fly: int64, of shape ``[context + 1]``.
 
-    Every rank and every worker of its ``DataLoader``, which ``datasets`` itself detects, gets different documents and
-    packs them on its own. If the number of files is a multiple of the number of ranks, each rank reads its own files;
-    otherwise every rank reads all documents and drops those of other ranks. A rank's files are divided among the
-    workers of its ``DataLoader``; with fewer files than workers, some workers have nothing to do.
+    It can be divided among ranks; see :meth:`part`. A rank's files are divided among the workers of its ``DataLoader``,
+    which ``datasets`` itself detects, and each packs its documents on its own; with fewer files than workers, some
+    workers have nothing to do.
 
     Args:
         corpus: The text.
         tokenizer: The tokenizer.
         context: Tokens that a model sees at once.
-        rank: Rank of this process.
-        world_size: Number of processes.
         shuffle_buffer: Size of the buffer from which the next document is drawn at random; 0 reads in order. Every
             pass has the same order.
         seed: Seed of the shuffling.
@@ -44,21 +42,30 @@ class PackedStream(IterableDataset[Tensor]):
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
         context: int,
-        rank: int = 0,
-        world_size: int = 1,
         shuffle_buffer: int = 0,
         seed: int = 0,
         leave_out: Mapping[str, int] | None = None,
     ) -> None:
-        distributed = language_package("datasets.distributed")
         self.corpus, self.context = corpus, context
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = 0, 1
         self.leave_out = dict(leave_out or {})
         self._tokenizer = tokenizer
-        documents = corpus.load()
+        self._documents: Any = corpus.load()
         if shuffle_buffer:
-            documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self._documents: Any = distributed.split_dataset_by_node(documents, rank, world_size)
+            self._documents = self._documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+    def part(self, rank: int, world_size: int) -> PackedStream:
+        """Returns a rank's part of the stream: different documents for each.
+
+        If the number of files is a multiple of the number of ranks, each rank reads its own files; otherwise every rank
+        reads all documents and drops those of other ranks.
+        """
+        part = copy.copy(self)
+        part.rank, part.world_size = rank, world_size
+        part._documents = language_package("datasets.distributed").split_dataset_by_node(
+            self._documents, rank, world_size
+        )
+        return part
 
     def __iter__(self) -> Iterator[Tensor]:
         if get_worker_info() is not None:  # DataLoader workers are parallel already, and may be forked with threads
