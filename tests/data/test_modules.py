@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
+from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.data import IndexedTokensWriter, MegatronDataModule, TextDataModule, load_tokenizer, modules
 from tests.data.conftest import text
 from tests.integration.conftest import Run
@@ -27,6 +29,7 @@ from tests.integration.toys import FEATURES, Toy, assert_no_step_lost, halos, ma
 
 CONTEXT = 15
 SEQUENCES = 104
+PASS = 19  # batches in a pass over a stream
 
 
 @pytest.fixture
@@ -276,6 +279,36 @@ class TestText:
         assert len(found[0]) == len(found[1]) == 6
         assert found[0] | found[1] == set(range(12))
 
+    @pytest.mark.parametrize(("workers", "stop"), [(0, 10), (2, 10), (0, PASS), (0, PASS + 5)], ids=str)
+    def test_stream_goes_on_where_it_was(
+        self, corpus: Path, tokenizer: str, tmp_path: Path, workers: int, stop: int
+    ) -> None:
+        def fit(steps: int, **options: Any) -> list[Tensor]:
+            seen: list[Tensor] = []
+            trainer = make_trainer("auto", devices=1, max_steps=steps)
+            stream = {"context": 64, "batch_size": 2, "val_sequences": 0, "num_workers": workers, "shuffle": True}
+            trainer.fit(Reading(seen), datamodule=streaming(tokenizer, corpus, **stream), **options)
+            trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+            return seen
+
+        whole, first, rest = fit(40), fit(stop), fit(40, ckpt_path=tmp_path / "stopped.ckpt")
+        assert torch.equal(torch.stack(first + rest), torch.stack(whole))
+
+    def test_stream_of_another_division_begins_again(self, corpus: Path, tokenizer: str) -> None:
+        loader: Any = set_up(streaming(tokenizer, corpus, context=8, batch_size=2, val_sequences=0)).train_dataloader()
+        batches = [batch.tolist() for batch in loader]
+        reading = iter(loader)
+        _ = next(reading), next(reading)
+        state = loader.state_dict()
+        list(reading)
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        assert [batch.tolist() for batch in loader] == batches[1:]  # the second was not used up
+        state["of"]["world_size"] = 2
+        with pytest.warns(UserWarning, match="begins again.* world_size was 2 and is 1"):
+            loader.load_state_dict(state)
+        assert [batch.tolist() for batch in loader] == batches
+
     def test_stream_is_shuffled_in_the_same_way_each_time(self, corpus: Path, tokenizer: str) -> None:
         def order(**options: Any) -> list[int]:
             data = TextDataModule(
@@ -299,6 +332,33 @@ class TestText:
 
 def streaming(tokenizer: str, folder: Path, **options: Any) -> TextDataModule:
     return TextDataModule(tokenizer, folder, streaming=True, **{"num_workers": 0, "shuffle": False, **options})
+
+
+def stopped_and_resumed(tokenizer: str, corpus: Path, folder: Path) -> Result:
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    options: dict[str, Any] = {"context": 8, "batch_size": 1, "val_sequences": 0}
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=8, save_top_k=-1)
+    trainer = make_trainer(halos(regions=1), devices=2, max_steps=24, callbacks=[saving], enable_checkpointing=True)
+    trainer.fit(Reading(first), datamodule=streaming(tokenizer, corpus, **options))
+    data, trainer = streaming(tokenizer, corpus, **options), make_trainer(halos(regions=1), devices=2, max_steps=48)
+    saved = min(folder.glob(f"step=*/*/{NAME}")).parent.parent
+    trainer.fit(Reading(second), datamodule=data, ckpt_path=saved.with_suffix(".ckpt"))
+    in_order = torch.cat(list(data.train_dataloader())).tolist()
+    trained = {"first": torch.cat(first).tolist(), "second": torch.cat(second).tolist(), "in_order": in_order}
+    return trained | {"saved": saved.name}
+
+
+def test_workers_of_halos_go_on_in_their_streams(run: Run, corpus: Path, tokenizer: str, tmp_path: Path) -> None:
+    results = run(stopped_and_resumed, tokenizer, corpus, tmp_path, workers=2)
+    (path,) = tmp_path.glob(f"{results[0]['saved']}/*/{NAME}")
+    pushed = 0
+    for result in results:
+        in_order, second = result["in_order"], result["second"]
+        assert result["first"] == in_order[: len(result["first"])]
+        (start,) = [start for start in range(len(in_order)) if in_order[start : start + len(second)] == second]
+        pushed += start
+    assert pushed == Manifest.read(path.read_text(), path).total
 
 
 def out_of_text(tokenizer: str, folder: Path) -> Result:

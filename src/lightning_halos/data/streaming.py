@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -77,15 +78,47 @@ class PackedStream(IterableDataset[Tensor]):
 
 
 class StreamLoader(DataLoader[Tensor]):
-    """Loads a rank's part of a stream. A pass without a batch is an error, because training would never end."""
+    """Loads a rank's part of a stream. A pass without a batch is an error, because training would never end.
+
+    Its state is the number of batches that were used in the present pass. All passes are alike, so a resumed one reads
+    these batches again and leaves them out.
+    """
 
     dataset: PackedStream
+    _used = 0
+    _resumed = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"used": self._used, "of": self._division}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        changes = [
+            f"{name} was {state['of'][name]} and is {is_now}"
+            for name, is_now in self._division.items()
+            if state["of"][name] != is_now
+        ]
+        if changes:
+            rank_zero_warn(f"The stream of {self.dataset.corpus} begins again: {', '.join(changes)}.")
+        self._used = self._resumed = 0 if changes else state["used"]
+
+    @property
+    def _division(self) -> dict[str, Any]:
+        """What the batches of a pass depend on."""
+        stream = self.dataset
+        return {
+            "world_size": stream.world_size,
+            "num_workers": self.num_workers,
+            "batch_size": self.batch_size,
+            "context": stream.context,
+        }
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        is_empty = True
+        first, self._resumed, self._used = self._resumed, 0, 0
         for batch in super().__iter__():
-            is_empty = False
-            yield batch
+            if self._used >= first:
+                yield batch
+            self._used += 1  # when the next one is asked for, because the Trainer asks for it before it trains
+        is_empty, self._used = not self._used, 0
         if is_empty:
             stream = self.dataset
             raise ValueError(
