@@ -122,6 +122,15 @@ class TestCommand:
         ("settings", "error"),
         [
             ({"acumulate_updates": 3}, "HalosStrategy has no argument acumulate_updates"),
+            ({"updates_per_worker": 2}, "HalosStrategy has no argument updates_per_worker"),
+            (
+                {"class_path": "AsyncLocalSGDStrategy", "init_args": {"merge_weight": 0.9}},
+                "AsyncLocalSGDStrategy has no argument merge_weight",
+            ),
+            (
+                {"class_path": "SyncSGDStrategy", "init_args": {"local_steps": 4, "defaults": "run"}},
+                "SyncSGDStrategy has no argument defaults, local_steps",
+            ),
             ({"local_steps": 0}, "local_steps=0 must be"),
             ({"local_optimizer": 0.3}, "local_optimizer=0.3 must have a class_path"),
             ({"local_optimizer": {"class_path": "x.Y"}}, "x.Y, and must be"),

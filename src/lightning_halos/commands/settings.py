@@ -23,7 +23,7 @@ def read_known_settings(path: Path) -> Settings:
     from lightning_halos.planning.settings import read_settings
 
     settings = read_settings(path)
-    refuse_unknown(str(path), settings.strategy, settings.others)
+    refuse_unknown(str(path), settings.strategy, settings.names)
     return settings
 
 

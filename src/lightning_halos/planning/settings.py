@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
     algorithm: Algorithm
     strategy: str  # name of the strategy's class
-    others: tuple[str, ...]  # names of its arguments that are not the algorithm's, such as `timeout`
+    names: tuple[str, ...]  # of the arguments that the file gives it
     max_steps: int | None = None  # of the Trainer, in a configuration that has it
 
 
@@ -83,9 +83,8 @@ def _load(path: Path) -> Any:
 def _parse(settings: Any) -> Settings:
     name, arguments = _strategy(settings)
     kind = _ALGORITHMS[name]
-    chosen = make_arguments(kind, arguments)
-    others = tuple(sorted(map(str, arguments.keys() - chosen.keys())))
-    return Settings(kind(**chosen), name, others, _max_steps(settings))
+    algorithm = kind(**make_arguments(kind, arguments))
+    return Settings(algorithm, name, tuple(sorted(map(str, arguments))), _max_steps(settings))
 
 
 def _max_steps(settings: Any) -> int | None:
