@@ -6,6 +6,7 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ class TestAgainstFormulas:
         limit = check(Diloco(local_steps=3, outer_optimizer=outer), make_timing(alike(3))).limit
         contraction = 2 * (1 + 0.2) / 2.5
         assert 1 - (1 - limit) ** 3 == pytest.approx(contraction, rel=0.01)
+
+    @pytest.mark.parametrize("algorithm", [AsyncLocalSGD, Diloco])
+    @pytest.mark.parametrize("lr", [3.0, 2.5])
+    def test_growth_in_a_run_of_few_events(self, algorithm: Any, lr: float) -> None:
+        """One worker, one step per round, no momentum: each round multiplies the error by 1 - lr at the rate 1 / L."""
+        name = "optimizer" if algorithm is AsyncLocalSGD else "outer_optimizer"
+        steep = algorithm(local_steps=1, **{name: partial(torch.optim.SGD, lr=lr)})
+        assert check(steep, make_timing(alike(1))).growth == pytest.approx(lr - 1, rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [20, pytest.param(100, marks=pytest.mark.slow)])
@@ -190,6 +199,14 @@ class TestCommand:
 def test_the_defaults_are_stable_with_and_without_overlap() -> None:
     for algorithm in (Halos(), Halos(overlap=True), AsyncLocalSGD(), Diloco()):
         assert check(algorithm, make_timing(PAPER)).is_stable, algorithm
+
+
+@pytest.mark.filterwarnings("error")
+def test_errors_that_shrink_or_grow_by_far_overflow_nothing() -> None:
+    for lr in (1.0, 3.0):
+        check(Diloco(outer_optimizer=partial(torch.optim.SGD, lr=lr)), make_timing(PAPER))
+    slow = dataclasses.replace(alike(2), worker_speeds=[[1.0, 0.001]])
+    check(AsyncLocalSGD(optimizer=nesterov(1.0)), make_timing(slow))
 
 
 def test_a_setting_to_lower_has_the_name_of_its_argument() -> None:

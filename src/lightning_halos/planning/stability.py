@@ -38,6 +38,9 @@ _EXCHANGES, _ROUNDS = 40, 150  # that the recursion is followed for, at least
 _EVENTS = 40_000  # but not for more events than these, beyond 20 exchanges
 _FEWEST_EXCHANGES = 20
 _GRID = np.linspace(0.02, 1.98, 50)
+_EVERY = 16  # events between two looks at the errors, or fewer if a quarter of the run had fewer looks than these
+_LOOKS = 256
+_ZERO = 1e-100  # stands for errors that are 0, which have no logarithm
 _REFINED = 20  # points between two points of the grid
 _HALVINGS = 7
 
@@ -102,7 +105,7 @@ class Events:
 
     Attributes:
         steps: Local steps per round, by worker.
-        home: The local server of each worker.
+        home: The local server of each worker; empty for synchronous rounds, in which no worker has a model of its own.
         order: Events: a kind ("push", "update", "merge" or "round") and the index of a worker or a local server. An
             update is sent when the push before it has been applied.
         sends: Numbers of the pushes after which their server sends an update.
@@ -289,18 +292,21 @@ def growth(events: Events, servers: Servers, rates: Floats) -> Floats:
     of all models is followed for each rate, from errors of 1. The factor compares the last two quarters of the run.
     """
     state = _Recursion(events, servers, rates)
-    quarters: list[list[Floats]] = [[], [], [], []]
+    length = len(events.order)
+    apart = length // 4
+    every = max(1, min(_EVERY, apart // _LOOKS))
+    quarters: tuple[list[Floats], list[Floats]] = ([], [])
     scale = np.zeros(len(rates))
-    for number, _ in enumerate(state.run()):
-        if number % 16:
+    for number, _ in enumerate(state.run(), 2 * apart - length):  # from 0 on, it is in the last two quarters
+        if number % apart % every:  # the same places in both of them
             continue
         size = state.size()
-        quarters[4 * number // len(events.order)].append(scale + np.log(size))
+        if number >= 0:
+            quarters[number // apart].append(scale + np.log(size))
         if size.max() > 1e30 or size.min() < 1e-30:
-            state.divide(size)
-            scale = scale + np.log(size)
-    third, last = (_log_mean(np.array(quarter)) for quarter in quarters[2:])
-    factors: Floats = np.exp((last - third) / (events.rounds / 4))
+            scale = scale + np.log(state.rescale())
+    third, last = (_log_mean(np.array(quarter)) for quarter in quarters)
+    factors: Floats = np.exp((last - third) / (events.rounds * apart / length))
     return factors
 
 
@@ -321,8 +327,8 @@ class _Recursion:
         self._round_leaves = [self._left**steps for steps in events.steps]
         self._locals = [_Model(rule, number) for rule in servers.local]
         self._global = None if servers.outer is None else _Model(servers.outer, number)
-        self._pulled = [np.ones(number) for _ in events.steps]
-        self._pushed: list[Floats | None] = [None] * len(events.steps)
+        self._pulled = [np.ones(number) for _ in events.home]
+        self._pushed: list[Floats | None] = [None] * len(events.home)
         self._bases = [np.ones(number) if self._global else np.zeros(number) for _ in servers.local]
         self._on_the_way = [np.zeros(number) for _ in servers.local]  # updates, then their answers
 
@@ -368,17 +374,24 @@ class _Recursion:
     def size(self) -> Floats:
         """Returns the size of the errors, for each rate."""
         squares = [server.model**2 + server.momentum**2 for server in self._servers()]
-        total: Floats = np.maximum(np.sqrt(np.sum(squares, axis=0)), 1e-100)  # errors may be 0
+        total: Floats = np.maximum(np.sqrt(np.sum(squares, axis=0)), _ZERO)
         return total
 
-    def divide(self, size: Floats) -> None:
-        """Divides all errors, which are linear in each other, by their size."""
+    def rescale(self) -> Floats:
+        """Divides all errors, which are linear in each other, by the largest of them. Returns it, for each rate.
+
+        It may be that of a slow worker, whose model is far from those of the servers by now.
+        """
+        values = [value for server in self._servers() for value in (server.model, server.momentum, server.delta)]
+        values += [*self._pulled, *self._bases, *self._on_the_way, *(own for own in self._pushed if own is not None)]
+        largest: Floats = np.maximum(np.abs(values).max(axis=0), _ZERO)
         for server in self._servers():
-            server.model, server.momentum = server.model / size, server.momentum / size
-            server.delta = server.delta / size
-        for values in (self._pulled, self._bases, self._on_the_way):
-            values[:] = [value / size for value in values]
-        self._pushed = [None if value is None else value / size for value in self._pushed]
+            server.model, server.momentum = server.model / largest, server.momentum / largest
+            server.delta = server.delta / largest
+        for held in (self._pulled, self._bases, self._on_the_way):
+            held[:] = [value / largest for value in held]
+        self._pushed = [None if value is None else value / largest for value in self._pushed]
+        return largest
 
 
 def _rates_up_to(rate: float) -> Floats:
