@@ -120,6 +120,14 @@ class TestPlan:
         assert longer.endswith("of their time: raise local_steps, too.")
         assert "overlap" not in run(PAPER, "--algorithm", "diloco")[1]
 
+    def test_says_nothing_of_overlap_if_no_round_ends_without_it(self, run, tmp_path):
+        path = tmp_path / "cluster.yaml"
+        path.write_text("{bandwidths: [[0.01]], worker_speeds: [[1]], step_ms: 1000, message_bytes: 100000000}")
+        status, out, err = run(str(path), "--algorithm", "halos", "--overlap", "--hours", "0.03")
+        assert (status, err) == (0, "")
+        assert "seconds per global step" in out
+        assert "overlap=True" not in out
+
     def test_plans_workers_that_train_on(self, run):
         _, out, _ = run(PAPER, "--algorithm", "halos", "--overlap")
         cells = {line[:36].strip(): line[36:].split() for line in out.splitlines()}

@@ -19,6 +19,8 @@ WAITS = 0.2
 def advice_on_overlap(algorithms: Sequence[Algorithm], plans: Sequence[Plan], timing: Timing, hours: float) -> str:
     """Returns a line for each algorithm whose workers may train on while their pushes are answered.
 
+    It leaves out an algorithm whose first round takes longer without overlap than the hours.
+
     Args:
         algorithms: The algorithms that were planned.
         plans: Their plans.
@@ -28,7 +30,10 @@ def advice_on_overlap(algorithms: Sequence[Algorithm], plans: Sequence[Plan], ti
     lines = []
     for algorithm, result in zip(algorithms, plans, strict=True):
         if isinstance(algorithm, ServerAlgorithm):
-            other = plan(dataclasses.replace(algorithm, overlap=not algorithm.overlap), timing, hours)
+            try:
+                other = plan(dataclasses.replace(algorithm, overlap=not algorithm.overlap), timing, hours)
+            except ValueError:  # without overlap, the first round takes longer than these hours
+                continue
             waiting, overlapping = (other, result) if algorithm.overlap else (result, other)
             before, after = waiting.seconds_per_global_step, overlapping.seconds_per_global_step
             saved = 1 - after / before
