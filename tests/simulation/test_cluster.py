@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -62,6 +63,8 @@ class TestDescription:
             ({"global_region": -1}, ValueError, r"global_region=-1 must be the index"),
             ({"global_region": True}, ValueError, r"global_region=True must be the index"),
             ({"all_reduce": "tree"}, ValueError, r"all_reduce='tree' must be one of \('star', 'ring'\)"),
+            ({"names": None}, TypeError, r"names=None must be a list of names, one for each region"),
+            ({"names": "eu"}, TypeError, r"names='eu' must be a list of names"),
             ({"names": ["eu"]}, ValueError, r"names=\['eu'\] must have one name for each of the 2 region"),
             ({"names": ["eu", ""]}, ValueError, r"names=.* must have one name for each"),
             ({"names": ["eu", 3]}, ValueError, r"names=.* must have one name for each"),
@@ -101,6 +104,12 @@ class TestFile:
         cluster = SimulatedCluster.from_yaml(path)
         assert (cluster.global_region, cluster.names) == (1, ("us", "eu"))
 
+    def test_may_leave_keys_blank_whose_defaults_it_wants(self, write):
+        optional = [f.name for f in dataclasses.fields(SimulatedCluster) if f.default is not dataclasses.MISSING]
+        text = "bandwidths: [[9]]\nworker_speeds: [[1]]\nstep_ms: 5\n"
+        blank = write(text + "".join(f"{name}:\n" for name in optional))
+        assert SimulatedCluster.from_yaml(blank) == SimulatedCluster([[9]], [[1]], 5)
+
     @pytest.mark.parametrize(
         ("text", "error", "message"),
         [
@@ -108,6 +117,16 @@ class TestFile:
             ("[1, 2]", ValueError, r"must be a YAML mapping"),
             ("{bandwidths: [[9]", ValueError, r"cluster.yaml is not YAML"),
             ("{step_ms: 5, speed: 3, 7: 8}", ValueError, r"has the unknown key\(s\) 7, speed\. Known are bandwidths"),
+            (
+                "{bandwidths: , worker_speeds: , step_ms: 5}",
+                ValueError,
+                r"lacks the key\(s\) bandwidths, worker_speeds\.",
+            ),
+            (
+                "{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, names: 7, global_region: eu}",
+                TypeError,
+                r"cluster.yaml: names=7 must be a list of names",
+            ),
             ("{step_ms: 5}", ValueError, r"lacks the key\(s\) bandwidths, worker_speeds\."),
             (
                 "{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, names: [us], global_region: eu}",

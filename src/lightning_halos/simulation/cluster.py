@@ -71,6 +71,8 @@ class SimulatedCluster:
             )
         if not _is_positive(self.step_ms):
             raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
+        if not _is_sequence(self.names):
+            raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         size, home = self.message_bytes, self.global_region
         if size is not None and (not isinstance(size, int) or not _is_positive(size)):
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
@@ -86,8 +88,6 @@ class SimulatedCluster:
             )
         if self.all_reduce not in get_args(AllReduce):
             raise ValueError(f"all_reduce={self.all_reduce!r} must be one of {get_args(AllReduce)}.")
-        if isinstance(self.names, str):
-            raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         names = tuple(self.names) or tuple(map(str, range(regions)))
         if len(names) != regions or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"names={self.names!r} must have one name for each of the {regions} region(s).")
@@ -102,7 +102,7 @@ class SimulatedCluster:
         """Reads a description from a file whose keys are the attributes of this class.
 
         Args:
-            path: The file. Its ``global_region`` may be the name of a region.
+            path: The file. Its ``global_region`` may be the name of a region. A key without a value counts as left out.
 
         Raises:
             FileNotFoundError: If the file does not exist.
@@ -118,11 +118,12 @@ class SimulatedCluster:
             raise ValueError(f"{path} must be a YAML mapping with the keys {', '.join(known)}.")
         if unknown := sorted(map(str, set(data) - set(known))):
             raise ValueError(f"{path} has the unknown key(s) {', '.join(unknown)}. Known are {', '.join(known)}.")
+        data = {key: value for key, value in data.items() if value is not None}
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in data]:
             raise ValueError(f"{path} lacks the key(s) {', '.join(missing)}.")
-        home, names = data.get("global_region"), data.get("names") or ()
-        if isinstance(home, str):
+        home, names = data.get("global_region"), data.get("names", ())
+        if isinstance(home, str) and _is_sequence(names):
             if home not in names:
                 raise ValueError(f"{path}: global_region={home!r} is none of the names {list(names)}.")
             data["global_region"] = list(names).index(home)
