@@ -101,6 +101,23 @@ class TestPlan:
             (["--sweep", "--accumulate-updates", "4", "--local-steps", "4"], "--accumulate-updates, --local-steps"),
             (["--sweep", "--steps", "300"], "--steps"),
             (["--sweep", "--settings", "s.yaml"], "--settings"),
+            (["--sweep", "--all-reduce", "ring"], "--all-reduce"),
+            (["--algorithm", "halos", "--baseline-local-steps", "4"], "--baseline-local-steps"),
+            (["--algorithm", "halos", "--all-reduce", "ring"], "--all-reduce"),
+            (["--algorithm", "sync_sgd", "--overlap", "--wire", "int4"], "--overlap, --wire"),
+            (
+                ["--algorithm", "diloco", "--local-steps", "4", "--same-local-steps"],
+                "--local-steps, --same-local-steps",
+            ),
+            (["--algorithm", "async_local_sgd", "--accumulate-updates", "4"], "--accumulate-updates"),
+            (
+                ["--algorithm", "async_local_sgd", "--servers-per-region", "2", "--steps", "9"],
+                "--servers-per-region, --steps",
+            ),
+            (["--settings", "s.yaml", "--all-reduce", "ring"], "--all-reduce"),
+            (["--seed", "5"], "--seed"),
+            (["--timeline-minutes", "-3"], "--timeline-minutes"),
+            (["--sweep", "--output", "x", "--timeline-minutes", "3"], "--timeline-minutes"),
         ],
     )
     def test_an_option_that_would_have_no_effect_is_an_error(self, run, tmp_path, monkeypatch, arguments, left_out):

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("the cluster")
     where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")
     where.add_argument("--random-cluster", metavar="RxW", help="draw one: R regions of W workers, like the paper's")
-    where.add_argument("--seed", type=int, default=0, help="of --random-cluster (default: 0)")
+    where.add_argument("--seed", type=int, help="of --random-cluster (default: 0)")
     where.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
     where.add_argument(
         "--server-gigabytes-per-second",
@@ -137,14 +137,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     timing = make_timing(cluster, arguments.message_bytes)
     if arguments.sweep:
         refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)
+        refuse(arguments, "--sweep plans HALoS only, and writes no timelines", "all_reduce", "timeline_minutes")
         timing = timing.on(wire)
         trials = sweep(timing, arguments.hours, overlap=arguments.overlap, wire=wire)
         _report(arguments, "sweep", sweep_table(trials, timing))
         return
-    if folder:
+    if not folder:
+        refuse(arguments, "timelines are written with --output only", "timeline_minutes")
+    else:
         picture_package("matplotlib")  # if it is missing, fail before simulating and writing half of the files
     record_ms = _timeline_ms(arguments, cluster.num_workers) if folder else 0.0
     algorithms = _algorithms(arguments, wire)
+    _refuse_without_effect(arguments, algorithms)
     timing = timing.on(next((one.wire for one in algorithms if isinstance(one, ServerAlgorithm)), wire))
     plans = [plan(algorithm, timing, arguments.hours, record_ms) for algorithm in algorithms]
     advice = advice_on_overlap(algorithms, plans, timing, arguments.hours)
@@ -175,6 +179,21 @@ def _wire(formats: list[str]) -> WireFormats:
     if len(formats) > 2:
         raise ValueError(f"--wire {' '.join(formats)} must be one format, or two: inside regions, and between them.")
     return WireFormats.of({"within": formats[0], "between": formats[-1]})
+
+
+def _refuse_without_effect(arguments: argparse.Namespace, algorithms: list[Algorithm]) -> None:
+    """Refuses options that are about other algorithms than those that are planned."""
+    from lightning_halos.core.algorithms import Halos, ServerAlgorithm
+
+    if not any(isinstance(one, Halos) for one in algorithms):
+        own = ("local_steps", "same_local_steps", "accumulate_updates", "servers_per_region", "steps")
+        refuse(arguments, "HALoS is not planned", *own)
+    if not any(isinstance(one, ServerAlgorithm) for one in algorithms):
+        refuse(arguments, "neither HALoS nor Async-Local-SGD is planned", "overlap", "wire")
+    if all(isinstance(one, Halos) or one.averages_gradients for one in algorithms):
+        refuse(arguments, "neither DiLoCo nor Async-Local-SGD is planned", "baseline_local_steps")
+    if all(isinstance(one, ServerAlgorithm) for one in algorithms):
+        refuse(arguments, "neither DiLoCo nor synchronous SGD is planned", "all_reduce")
 
 
 def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algorithm]:
@@ -217,6 +236,7 @@ def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     if (path is None) == (size is None):
         raise ValueError("give either the file that describes the cluster, or --random-cluster RxW such as 4x4.")
     if size is None:
+        refuse(arguments, "--seed is for --random-cluster", "seed")
         try:
             return path.stem, SimulatedCluster.from_yaml(path)
         except TypeError as error:
@@ -224,7 +244,7 @@ def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     regions, _, workers = size.partition("x")
     if not (regions.isdecimal() and workers.isdecimal()):
         raise ValueError(f"--random-cluster {size} must be RxW, regions and workers per region, such as 4x4.")
-    return f"random-{size}", random_cluster(int(regions), int(workers), arguments.seed)
+    return f"random-{size}", random_cluster(int(regions), int(workers), arguments.seed or 0)
 
 
 def _timeline_ms(arguments: argparse.Namespace, workers: int) -> float:
