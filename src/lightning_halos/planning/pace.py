@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
-from lightning_halos.planning.planner import plan
+from lightning_halos.planning.planner import MS_PER_HOUR, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
+
+_ROUNDS = 300  # of a worker, on average, that are planned to see how long pushes wait for servers
 
 
 class Pace(NamedTuple):
@@ -48,15 +50,11 @@ class Pace(NamedTuple):
 
 def pace_of(algorithm: Algorithm, timing: Timing) -> Pace:
     """Returns the pace of an algorithm on a cluster."""
-    hours = 1.0
-    while True:
-        try:
-            made = plan(algorithm, timing, hours)
-            break
-        except ValueError:  # not even one round ends in this time
-            hours *= 10
-            if hours > 1e9:
-                raise
+    longest = longest_rounds(algorithm, timing)
+    horizon = 2 * float(longest.max())  # one round of each worker says all, unless servers take time
+    if timing.serve:
+        horizon = max(horizon, _ROUNDS / float((1 / longest).mean()))
+    made = plan(algorithm, timing, horizon / MS_PER_HOUR)
     duration = made.round_ms.sum(axis=1)
     if not isinstance(algorithm, ServerAlgorithm):
         compute, steps = float(made.round_ms[:, 0].max()), float(made.local_steps.mean())

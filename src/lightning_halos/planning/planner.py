@@ -156,6 +156,23 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
     return Timing(cluster, size)
 
 
+def longest_rounds(algorithm: Algorithm, timing: Timing) -> Floats:
+    """Returns the milliseconds that a round of each worker takes at most, without overlap.
+
+    A push then waits for one of each other worker of its server.
+    """
+    steps = timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps)
+    if not isinstance(algorithm, ServerAlgorithm):
+        compute = max(map(timing.compute, range(len(steps)), steps))
+        return np.full(len(steps), compute + timing.all_reduce() + timing.serve)
+    cluster, timing = timing.cluster, timing.on(algorithm.wire)
+    rounds = np.empty(len(steps))
+    for group in algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups:
+        for rank in group.ranks:
+            rounds[rank] = timing.round(rank, group.region, steps[rank]) + len(group.ranks) * timing.serve
+    return rounds
+
+
 def plan(algorithm: Algorithm, timing: Timing, hours: float = 1.0, record_ms: float = 0.0) -> Plan:
     """Simulates an algorithm on a cluster.
 

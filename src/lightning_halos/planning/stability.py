@@ -22,7 +22,7 @@ from torch.optim import SGD, Optimizer
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
-from lightning_halos.planning.planner import MS_PER_HOUR, Plan, plan
+from lightning_halos.planning.planner import MS_PER_HOUR, Plan, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
 
 Floats = npt.NDArray[np.float64]
@@ -204,18 +204,15 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
     """Returns the events of an algorithm on a cluster, long enough to see whether errors grow."""
     cluster = timing.cluster
     steps = tuple(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
+    rounds = longest_rounds(algorithm, timing)
     if isinstance(algorithm, SynchronousAlgorithm):
-        duration = max(map(timing.compute, range(len(steps)), steps)) + timing.all_reduce() + timing.serve
-        made = plan(algorithm, timing, 2 * duration / MS_PER_HOUR)
+        made = plan(algorithm, timing, 2 * float(rounds.max()) / MS_PER_HOUR)
         return Events(steps, (), (("round", 0),) * _ROUNDS, frozenset(), None, _ROUNDS, made)
     assert isinstance(algorithm, ServerAlgorithm)
     timing, home = timing.on(algorithm.wire), cluster.global_region
     groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
     server_of = {rank: group.index for group in groups for rank in group.ranks}
     regions = {rank: group.region for group in groups for rank in group.ranks}
-    # A push waits for those of the server's other workers, at most.
-    queues = {rank: len(group.ranks) * timing.serve for group in groups for rank in group.ranks}
-    rounds = np.array([timing.round(rank, regions[rank], own) + queues[rank] for rank, own in enumerate(steps)])
     horizon = _ROUNDS * float(rounds.mean())
     if len(groups) > 1:
         links = [
