@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -16,18 +17,23 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from torch import nn
 
 from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
 from lightning_halos.cli import main
+from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
 from lightning_halos.planning.stability import servers_of
+from lightning_halos.simulation.timing import Timing
 from tests.tuning.toys import CLUSTER, Counting, Killed, Regression, loader, make
 
 pytest.importorskip("optuna")
 from lightning_halos.tuning.make import call, import_make, name_of
+from lightning_halos.tuning.trial import measure
 
 STEPS = 24
 
@@ -184,6 +190,24 @@ def test_what_the_users_function_may_return() -> None:
     ):
         with pytest.raises(ValueError, match=word):
             import_make(path)
+
+
+def test_messages_have_the_size_that_a_simulation_sends() -> None:
+    """Buffers that are not averaged are not sent, and what is averaged has no narrow format."""
+
+    class Buffered(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.register_buffer("table", torch.randn(1000))
+
+    connection = mock.Mock()
+    measure(lambda: (Buffered(), loader(), loader()))(connection)
+    layout, itemsize = connection.send.call_args.args[0].model
+    timing = Timing.of(dataclasses.replace(CLUSTER, message_bytes=None), layout, itemsize)
+    parameters, averaged = (4 + 1) + (4 + 4), 4 + 4
+    assert timing.message_bytes == 4 * (parameters + averaged)
+    assert timing.on(WireFormats.of("bfloat16")).bytes_within == 2 * parameters + 4 * averaged
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import permutations
 
+from lightning_halos.core.lanes import Layout
 from lightning_halos.core.quantization import Format, nbytes
 from lightning_halos.core.schedule import dynamic_local_steps
 from lightning_halos.core.vector import PART
@@ -52,6 +53,19 @@ class Timing:
         self._regions = cluster.region_of
         speed = cluster.server_gigabytes_per_second
         self.serve = 0.0 if speed is None else message_bytes / (speed * 1e9) * 1e3
+
+    @classmethod
+    def of(cls, cluster: SimulatedCluster, layout: Layout, itemsize: int) -> Timing:
+        """Returns the durations on a cluster for a model's vector, unless the cluster says another size.
+
+        Args:
+            cluster: The cluster.
+            layout: The vector's.
+            itemsize: Bytes of an element.
+        """
+        size = cluster.message_bytes or layout.elements * itemsize
+        plain = size * (layout.elements - layout.parameters) // layout.elements
+        return cls(cluster, size, plain, itemsize)
 
     def on(self, wire: WireFormats) -> Timing:
         """Returns the durations if messages travel in other formats."""

@@ -32,6 +32,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from lightning_halos.core.lanes import Layout
+from lightning_halos.core.vector import ModelVector
 from lightning_halos.tuning.goal import Point
 from lightning_halos.tuning.make import Make, call
 
@@ -73,13 +75,13 @@ class Report:
         point: The validation; it waits for an answer.
         error: Why it failed.
         is_users: Whether the failure is one of the user's input, which all other trials would have, too.
-        size: Bytes of a message with the model; only from :func:`measure`.
+        model: The layout of the model's vector, and the bytes of an element; only from :func:`measure`.
     """
 
     point: Point | None = None
     error: str | None = None
     is_users: bool = False
-    size: int | None = None
+    model: tuple[Layout, int] | None = None
 
 
 @dataclass
@@ -197,19 +199,14 @@ def _last_line(error: BaseException) -> str:
 
 
 def measure(make: Make) -> Callable[[Connection], None]:
-    """Returns a function for a process that calls the user's function and reports the size of its model."""
+    """Returns a function for a process that calls the user's function and reports what of its model is sent."""
 
     def function(connection: Connection) -> None:
         module = call(make).module
-        numbers = [p for p in module.parameters() if p.requires_grad]
-        if not numbers and not any(True for _ in module.parameters()):
+        if next(module.parameters(), None) is None:
             module.configure_model()
-            numbers = [p for p in module.parameters() if p.requires_grad]
-        if not numbers:
-            raise ValueError("the module has no trainable parameters.")
-        itemsize = max(4, max(p.element_size() for p in numbers))
-        buffers = [b for b in module.buffers() if b.is_floating_point()]
-        connection.send(Report(size=itemsize * sum(t.numel() for t in [*numbers, *buffers])))
+        vector = ModelVector(module)
+        connection.send(Report(model=(vector.layout, vector.dtype.itemsize)))
 
     return function
 

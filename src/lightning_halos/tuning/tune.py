@@ -13,7 +13,6 @@ from typing import Any
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.checks import check_count, is_number
 from lightning_halos.planning.pace import pace_of
-from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import make_arguments
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
@@ -145,13 +144,13 @@ def _timing(cluster: SimulatedCluster, make: Make, folder: Path) -> Timing:
     process = Process.start(measure(make), log)
     try:
         report = process.receive()
-        if report is None or report.size is None:
+        if report is None or report.model is None:
             reason = process.describe_end() if report is None else report.error
             raise TuningError(f"{name_of(make)} fails: {reason} See {log}.")
     finally:
         process.end(5.0)
     log.unlink()
-    return make_timing(cluster, cluster.message_bytes or report.size)
+    return Timing.of(cluster, *report.model)
 
 
 def _report(

@@ -63,10 +63,7 @@ class SimulatedWorld(SimulatedServers):
         work = Work(budget, end)
         if data is not None:
             work = Work(budget, end, data.steps_per_epoch, offset, ends_with_data=available < ordered)
-        layout, itemsize = vector.layout, vector.dtype.itemsize
-        size = cluster.message_bytes or layout.elements * itemsize
-        plain = size * (layout.elements - layout.parameters) // layout.elements
-        timing = Timing(cluster, size, plain, itemsize)
+        timing = Timing.of(cluster, vector.layout, vector.dtype.itemsize)
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
         servers, rounds = None, make(None)
