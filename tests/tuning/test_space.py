@@ -50,6 +50,10 @@ def test_only_what_has_an_effect_is_searched() -> None:
     fixed = Space(Halos(), TIMING, {"local_steps": 4, "global_optimizer": None, "wire": "int4"})
     assert not {"local_steps", "global_gain", "wire_between"} & fixed.parameters.keys()
     assert fixed.settings(fixed.start)["local_steps"] == 4
+    one_link = Space(Halos(servers_per_region=2), ONE_REGION, {"servers_per_region": 2}).parameters
+    assert "merge_weight" in one_link
+    assert "wire_between" not in one_link
+    assert "wire_between" in Space(AsyncLocalSGD(), TIMING, {}).parameters
     with pytest.raises(ValueError, match="no settings to tune"):
         Space(SyncSGD(local_steps=1, dynamic_local_steps=False), TIMING, {})
 

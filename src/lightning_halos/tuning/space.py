@@ -195,7 +195,7 @@ class Space:
         self._servers = [_Server(name, prefix, self._workers, has_delay=True)]
         if servers > 1:
             self._servers.append(_Server("global_optimizer", "global_", float(servers), has_delay=True))
-        crosses = servers > 1 or len(self._timing.cluster.regions) > 1
+        crosses = len(self._timing.cluster.regions) > 1
         for link in ("within", "between"):
             wide, narrow = (
                 pace_of(_changed(algorithm, {"wire": {**_wire(algorithm), link: form}}), self._timing).step
