@@ -22,9 +22,11 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SyncSGDStrategy
+from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SimulatedCluster, SyncSGDStrategy
 from lightning_halos.cli import main
+from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.wire_formats import WireFormats
+from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
 from lightning_halos.planning.stability import servers_of
@@ -138,6 +140,55 @@ def test_by_default_all_cores_that_this_process_may_use_train(tmp_path: Path, mo
     with pytest.raises(InterruptedError):
         tune(tmp_path, jobs=None)
     assert search.call_args.args[8] == 3
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [
+        (
+            SimulatedCluster([[10.0, 1.0], [1.0, 10.0]], [[1.0, 1.0], [1.0]], step_ms=100),
+            {},
+            r"have 2, 1 workers\. .* accumulate_updates and local_optimizer one value for all of them",
+        ),
+        (
+            SimulatedCluster([[10.0]], [[1.0, 1.0]], step_ms=100),
+            {"start": {"servers_per_region": 2}},
+            "defaults are not tried: they have one local server",
+        ),
+        (
+            SimulatedCluster([[0.01]], [[1.0, 1.0]], step_ms=100, message_bytes=1_000_000),
+            {"start": {"overlap": True, "wire": "int4"}, "virtual_hours": 2.4 / 3600},
+            "defaults are not tried: they do 8 global steps",
+        ),
+    ],
+    ids=["servers of different sizes", "other servers", "slow defaults"],
+)
+def test_what_a_search_cannot_do_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: SimulatedCluster, options: Any, message: str
+) -> None:
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", mock.Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(f"{__name__}.CLUSTER", cluster)
+    with pytest.raises(InterruptedError), pytest.warns(UserWarning, match=message):
+        tune(tmp_path, **options)
+
+
+def test_the_defaults_come_between_others_and_averaging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the settings to start from vary what the defaults need not, such as overlap on slow links."""
+    tried: list[Any] = []
+
+    def run(study: Any, space: Any, *others: Any) -> Any:
+        tried.extend(study.ask() for _ in range(3))
+        tried.extend(space.steps(settings, 1000) for _, settings in tried[:2])
+        raise InterruptedError
+
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", run)
+    with pytest.raises(InterruptedError):
+        tune(tmp_path, start={"local_steps": 1})
+    assert [trial.user_attrs["name"] for trial, _ in tried[:3]] == ["the start", "the defaults", "averaging"]
+    assert "overlap" in tried[0][0].params
+    assert [settings for _, settings in tried[:2]] == [{"local_steps": 1}, {}]
+    timing = make_timing(CLUSTER)
+    assert tried[3:] == [pace_of(Halos(local_steps=one), timing).steps(1000) for one in (1, 8)]
 
 
 def test_a_system_that_cannot_fork_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

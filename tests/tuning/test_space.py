@@ -79,6 +79,27 @@ def test_ranges_include_the_start() -> None:
     assert Space(Halos(local_steps=200), TIMING, {}).parameters["local_steps"].high == 200
 
 
+@pytest.mark.parametrize("local_steps", [1, 8])
+def test_the_defaults_have_values_too(local_steps: int) -> None:
+    """Also if they would not vary all that the start does, or are outside of the usual ranges."""
+    start, defaults = Halos(local_steps=local_steps), Halos(local_steps=8, overlap=False, global_steps=6144)
+    space = Space(start, TIMING, {}, {"local_steps": local_steps}, defaults)
+    values = space.defaults
+    assert values is not None
+    assert values.keys() == space.parameters.keys() == space.start.keys()
+    for name, parameter in space.parameters.items():
+        assert parameter.including(values[name]) == parameter
+    assert space.algorithm({}) == defaults
+    again = space.algorithm(space.settings(values))
+    assert (again.local_steps, again.overlap, again.wire) == (8, False, defaults.wire)
+    assert [rule.lr for rule in servers_of(again, TIMING).local] == pytest.approx([0.2] * 4)
+
+
+def test_defaults_with_other_servers_than_the_start_have_no_values() -> None:
+    space = Space(Halos(servers_per_region=2), ONE_REGION, {}, {"servers_per_region": 2}, Halos())
+    assert space.defaults is None
+
+
 def test_variations_stay_in_the_ranges() -> None:
     space, random = Space(Halos(), TIMING, {}), Random(0)
     values, changes = space.start, []
@@ -143,6 +164,29 @@ def test_settings_to_start_from_that_are_not_varied_stay() -> None:
     algorithm = Halos(**kept)
     space = Space(algorithm, TIMING, {}, kept)
     for values in (space.start, space.averaging):
+        assert space.complete(space.settings(values), values) == space.settings(values)
         made = Halos(**make_arguments(Halos, space.settings(values)))
         for name in ("servers_per_region", "max_norm_ratio", "overlap", "wire"):
             assert getattr(made, name) == getattr(algorithm, name), name
+
+
+def test_what_is_noted_of_servers_of_different_sizes_is_what_is_trained() -> None:
+    """Their defaults are one per server, and what is searched is one for all of them."""
+    unequal = make_timing(SimulatedCluster([[10.0, 1.0], [1.0, 10.0]], [[1.0] * 7, [1.0]], 100, 10_000_000))
+    space = Space(Halos(global_steps=600), unequal, {})
+    assert space.common == ("accumulate_updates", "local_optimizer")
+    assert (space.start["local_gain"], space.start["pushes_per_worker"]) == (1.0, 2.0)
+    noted = space.complete({}, space.start)
+    assert not {"local_optimizer", "accumulate_updates"} & noted.keys()
+    assert {"local_steps", "merge_weight", "global_optimizer"} <= noted.keys()
+    same = space.settings(space.start)
+    assert (same["local_optimizer"]["init_args"]["lr"], same["accumulate_updates"]) == (0.25, 8)
+    assert space.complete(same, space.start) != noted, "they are not tried already"
+    given = {"accumulate_updates": 6, "local_optimizer": same["local_optimizer"]}
+    again = Space(Halos(**make_arguments(Halos, given)), unequal, {}, given)
+    assert again.complete(given, again.start) == again.settings(again.start)
+    assert again.settings(again.start)["accumulate_updates"] == 6
+    assert again.settings(again.start)["local_optimizer"] == same["local_optimizer"]
+    assert not Space(Halos(), TIMING, {}).common
+    fixed = {"accumulate_updates": 6, "local_optimizer": None}
+    assert not Space(Halos(accumulate_updates=6), unequal, fixed).common

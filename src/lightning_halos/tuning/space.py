@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, ServerAlgorithm
 from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.planner import plan
 from lightning_halos.planning.settings import make_arguments
@@ -86,19 +87,24 @@ Parameter = Number | Choice
 
 @dataclass(frozen=True)
 class _Server:
-    """A server optimizer that is varied.
+    """A server optimizer that is varied, of one server or of several that have it in common.
 
     Attributes:
         argument: The strategy's argument.
         prefix: Of its parameters' names.
-        pushes: Updates that it gets in a round of all that push to it; 1 if it gets their mean.
+        sizes: Updates that each server gets in a round of all that push to it; 1 if it gets their mean.
         has_delay: Whether it is a :class:`DelayedNesterov`, else SGD with Nesterov momentum.
     """
 
     argument: str
     prefix: str
-    pushes: float
+    sizes: tuple[int, ...]
     has_delay: bool
+
+    @property
+    def pushes(self) -> float:
+        """Updates in a round, on average over the servers."""
+        return sum(self.sizes) / len(self.sizes)
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -124,12 +130,14 @@ class _Server:
             "init_args": {"lr": rate, "momentum": momentum, "delay": delay},
         }
 
-    def values(self, rule: Rule) -> Values:
-        """Returns the values that an optimizer comes from, or the nearest ones."""
-        left = 1 - rule.momentum
-        values = {f"{self.prefix}gain": rule.lr * self.pushes / left, f"{self.prefix}memory": -math.log2(left)}
+    def values(self, rules: Sequence[Rule]) -> Values:
+        """Returns the values that the servers' optimizers come from, or the nearest ones."""
+        left, rates = 1 - rules[0].momentum, [rule.lr for rule in rules]
+        gain = sum(rate * size for rate, size in zip(rates, self.sizes, strict=True)) / len(self.sizes) / left
+        values = {f"{self.prefix}gain": gain, f"{self.prefix}memory": -math.log2(left)}
         if self.has_delay:
-            values[f"{self.prefix}window"] = rule.delay / self.pushes if rule.momentum else 1.0
+            delay = sum(rule.delay for rule in rules) / len(rules)
+            values[f"{self.prefix}window"] = delay / self.pushes if rules[0].momentum else 1.0
         return values
 
 
@@ -141,75 +149,59 @@ class Space:
         timing: The durations on the cluster.
         fixed: Settings that are not varied.
         kept: The settings to start from. Those that no parameter is about stay as they are.
+        default: The algorithm with its default settings and the fixed ones, which the ranges include, too. Default:
+            ``algorithm``.
 
     Attributes:
         parameters: The parameters, by name.
-        start: The values that the algorithm's settings come from.
+        start: The values that the algorithm's settings come from, or the nearest ones.
+        defaults: The same for the default settings; ``None`` if these have another kind of servers.
+        workers: Workers of each server that workers push to.
+        common: Arguments that get one value for all local servers, although these have different numbers of workers.
+            Their defaults are one per server, which no values mean.
 
     Raises:
         ValueError: If nothing can be varied.
     """
 
     def __init__(
-        self, algorithm: Algorithm, timing: Timing, fixed: Settings, kept: Mapping[str, Any] | None = None
+        self,
+        algorithm: Algorithm,
+        timing: Timing,
+        fixed: Settings,
+        kept: Mapping[str, Any] | None = None,
+        default: Algorithm | None = None,
     ) -> None:
-        self._algorithm, self._timing, self._fixed, self._kept = algorithm, timing, dict(fixed), dict(kept or {})
-        cluster = timing.cluster
-        self._servers: list[_Server] = []
-        parameters: dict[str, Parameter] = {}
-        start: Values = {"local_steps": algorithm.local_steps}
+        self._timing, self._fixed, self._kept = timing, dict(fixed), dict(kept or {})
+        self._default = algorithm if default is None else default
+        self._servers, sizes = _servers(algorithm, timing), _sizes(algorithm, timing)
+        self.workers, self._mean_workers = sizes, sum(sizes) / len(sizes)
+        parameters: dict[str, Parameter]
         if isinstance(algorithm, ServerAlgorithm):
-            groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-            self._workers = cluster.num_workers / len(groups)
-            parameters["local_steps"] = Number(1, 64, is_log=True, is_whole=True)
-            if len(groups) > 1:
+            parameters = {"local_steps": Number(1, 64, is_log=True, is_whole=True)}
+            if len(sizes) > 1:
                 parameters["pushes_per_worker"] = Number(0.5, 16, is_log=True)
                 parameters["merge_weight"] = Number(0.05, 1.0)
-                start["pushes_per_worker"] = algorithm.period(round(self._workers)) / self._workers
-                start["merge_weight"] = algorithm.global_weight()
-            self._with_servers(algorithm, len(groups), parameters, start)
-        elif isinstance(algorithm, Diloco):
-            self._workers = float(cluster.num_workers)
-            parameters["local_steps"] = Number(4, 128, is_log=True, is_whole=True)
-            parameters["dynamic_local_steps"] = Choice((False, True))
-            start["dynamic_local_steps"] = algorithm.dynamic_local_steps
-            self._servers = [_Server("outer_optimizer", "", 1.0, has_delay=False)]
+            parameters |= _of_links(algorithm, timing)
         else:
-            raise ValueError(f"{algorithm.title} has no settings to tune but the module's own optimizer.")
-        rules = servers_of(algorithm, timing)
-        for server, rule in zip(self._servers, (rules.local[0], rules.outer), strict=False):
-            assert rule is not None
+            parameters = {
+                "local_steps": Number(4, 128, is_log=True, is_whole=True),
+                "dynamic_local_steps": Choice((False, True)),
+            }
+        for server in self._servers:
             parameters |= server.parameters
-            start |= server.values(rule)
         free = {name: parameter for name, parameter in parameters.items() if self._argument(name) not in self._fixed}
         if not free:
             raise ValueError(f"Nothing is left to tune: {', '.join(sorted(self._fixed))} are all fixed.")
-        self.start = {name: start[name] for name in free}
-        self.parameters = {name: parameter.including(self.start[name]) for name, parameter in free.items()}
-
-    def _with_servers(
-        self, algorithm: ServerAlgorithm, servers: int, parameters: dict[str, Parameter], start: Values
-    ) -> None:
-        name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
-        prefix = "local_" if servers > 1 else ""
-        self._servers = [_Server(name, prefix, self._workers, has_delay=True)]
-        if servers > 1:
-            self._servers.append(_Server("global_optimizer", "global_", float(servers), has_delay=True))
-        crosses = len(self._timing.cluster.regions) > 1
-        for link in ("within", "between"):
-            wide, narrow = (
-                pace_of(_changed(algorithm, {"wire": {**_wire(algorithm), link: form}}), self._timing).step
-                for form in ("float32", "int4")
-            )
-            # An update between regions is older the longer its message takes, also where no worker waits for it.
-            if wide / narrow > _WORTH or (link == "between" and crosses):
-                parameters[f"wire_{link}"] = Choice(("float32", "int8", "int4"))
-                start[f"wire_{link}"] = getattr(algorithm.wire, link)
-        other = _changed(algorithm, {"overlap": not algorithm.overlap})
-        faster = pace_of(other, self._timing).step / pace_of(algorithm, self._timing).step
-        if max(faster, 1 / faster) > _WORTH:
-            parameters["overlap"] = Choice((False, True))
-            start["overlap"] = algorithm.overlap
+        values, others = _values(algorithm, timing), _values(self._default, timing)
+        self.start = {name: values[name] for name in free}
+        self.defaults = {name: others[name] for name in free} if free.keys() <= others.keys() else None
+        self.parameters = {name: parameter.including(values[name]) for name, parameter in free.items()}
+        if self.defaults is not None:
+            for name, value in self.defaults.items():
+                self.parameters[name] = self.parameters[name].including(value)
+        by_size = ("accumulate_updates", self._servers[0].argument) if len(set(sizes)) > 1 else ()
+        self.common = tuple(name for name in by_size if name not in self._fixed)
 
     def _argument(self, parameter: str) -> str:
         """Returns the strategy's argument that a parameter is about."""
@@ -222,7 +214,10 @@ class Space:
 
     @property
     def averaging(self) -> Values:
-        """Values with which every server moves to the mean of what is pushed to it, without momentum."""
+        """Values with which every server moves to the mean of what is pushed to it, without momentum.
+
+        Of local servers with different numbers of workers, one with the mean number does.
+        """
         changes: Values = {"pushes_per_worker": 2.0}
         for server in self._servers:
             changes |= {f"{server.prefix}gain": 1.0, f"{server.prefix}memory": 0.0, f"{server.prefix}window": 1.0}
@@ -237,17 +232,9 @@ class Space:
             for name, parameter in self.parameters.items()
         }
 
-    def values_of(self, algorithm: Algorithm) -> Values | None:
-        """Returns the values that other settings come from; ``None`` if they are outside of the ranges."""
-        values = Space(algorithm, self._timing, self._fixed).start
-        for name, parameter in self.parameters.items():
-            if name not in values or parameter.including(values[name]) != parameter:
-                return None
-        return {name: values[name] for name in self.parameters}
-
     def settings(self, values: Values) -> Settings:
         """Returns the settings that values mean, with those that are kept and the fixed ones."""
-        return {**self._kept, **self._varied(values), **self._fixed}
+        return {**self._kept, **self._varied(values, self._kept), **self._fixed}
 
     def complete(self, settings: Settings, values: Values) -> Settings:
         """Returns settings with all arguments that are varied, as in :meth:`settings`, so that they can be compared.
@@ -256,28 +243,31 @@ class Space:
             settings: The settings, which may leave out arguments that are defaults.
             values: The values that they come from.
         """
-        return {**settings, **self._varied(values)}
+        varied = self._varied(values, settings)
+        return settings | {
+            name: value for name, value in varied.items() if name not in self.common or settings.get(name) is not None
+        }
 
-    def _varied(self, values: Values) -> Settings:
+    def _varied(self, values: Values, others: Mapping[str, Any]) -> Settings:
+        """Returns the settings that values mean, beside others: a format is for one kind of link, of two."""
         settings: Settings = {}
         for name in ("local_steps", "dynamic_local_steps", "overlap"):
             if name in values:
                 settings[name] = values[name]
         if "pushes_per_worker" in values:
-            settings["accumulate_updates"] = max(1, round(values["pushes_per_worker"] * self._workers))
+            settings["accumulate_updates"] = max(1, round(values["pushes_per_worker"] * self._mean_workers))
         if "merge_weight" in values:
             settings["merge_weight"] = _rounded(values["merge_weight"])
         for server in self._servers:
             if f"{server.prefix}gain" in values:
                 settings[server.argument] = server.settings(values)
         if wire := {name.removeprefix("wire_"): form for name, form in values.items() if name.startswith("wire_")}:
-            assert isinstance(self._algorithm, ServerAlgorithm)
-            settings["wire"] = {**_wire(self._algorithm), **wire}
+            settings["wire"] = {**_formats(WireFormats.of(others.get("wire", PLAIN))), **wire}
         return settings
 
     def algorithm(self, settings: Settings) -> Algorithm:
-        """Returns the algorithm with settings."""
-        return _changed(self._algorithm, make_arguments(type(self._algorithm), settings))
+        """Returns the algorithm with settings. Those that are left out are defaults."""
+        return _changed(self._default, make_arguments(type(self._default), settings))
 
     def steps(self, settings: Settings, seconds: float) -> int:
         """Returns the global steps that settings can do in a virtual time."""
@@ -305,9 +295,72 @@ class Space:
         return None
 
 
-def _wire(algorithm: ServerAlgorithm) -> dict[str, str]:
+def _sizes(algorithm: Algorithm, timing: Timing) -> tuple[int, ...]:
+    """Returns the numbers of workers of the servers that workers push to."""
+    cluster = timing.cluster
+    if not isinstance(algorithm, ServerAlgorithm):
+        return (cluster.num_workers,)
+    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+    return tuple(len(group.ranks) for group in groups)
+
+
+def _servers(algorithm: Algorithm, timing: Timing) -> list[_Server]:
+    """Returns the server optimizers that can be varied.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(algorithm, Diloco):
+        return [_Server("outer_optimizer", "", (1,), has_delay=False)]
+    if not isinstance(algorithm, ServerAlgorithm):
+        raise ValueError(f"{algorithm.title} has no settings to tune but the module's own optimizer.")
+    name, sizes = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer", _sizes(algorithm, timing)
+    if len(sizes) == 1:
+        return [_Server(name, "", sizes, has_delay=True)]
+    return [
+        _Server(name, "local_", sizes, has_delay=True),
+        _Server("global_optimizer", "global_", (len(sizes),), has_delay=True),
+    ]
+
+
+def _values(algorithm: Algorithm, timing: Timing) -> Values:
+    """Returns the values that an algorithm's settings come from, also of parameters that have no effect."""
+    values: Values = {"local_steps": algorithm.local_steps, "dynamic_local_steps": algorithm.dynamic_local_steps}
+    sizes = _sizes(algorithm, timing)
+    if isinstance(algorithm, ServerAlgorithm):
+        values["overlap"] = algorithm.overlap
+        values |= {f"wire_{link}": form for link, form in _formats(algorithm.wire).items()}
+        if len(sizes) > 1:
+            values["pushes_per_worker"] = sum(map(algorithm.period, sizes)) / sum(sizes)
+            values["merge_weight"] = algorithm.global_weight()
+    found = servers_of(algorithm, timing)
+    rules = [found.local, *([] if found.outer is None else [(found.outer,)])]
+    for server, own in zip(_servers(algorithm, timing), rules, strict=True):
+        values |= server.values(own)
+    return values
+
+
+def _of_links(algorithm: ServerAlgorithm, timing: Timing) -> dict[str, Parameter]:
+    """Returns the parameters that have an effect only where links are slow."""
+    parameters: dict[str, Parameter] = {}
+    for link in ("within", "between"):
+        wide, narrow = (
+            pace_of(_changed(algorithm, {"wire": {**_formats(algorithm.wire), link: form}}), timing).step
+            for form in ("float32", "int4")
+        )
+        # An update between regions is older the longer its message takes, also where no worker waits for it.
+        if wide / narrow > _WORTH or (link == "between" and len(timing.cluster.regions) > 1):
+            parameters[f"wire_{link}"] = Choice(("float32", "int8", "int4"))
+    other = _changed(algorithm, {"overlap": not algorithm.overlap})
+    faster = pace_of(other, timing).step / pace_of(algorithm, timing).step
+    if max(faster, 1 / faster) > _WORTH:
+        parameters["overlap"] = Choice((False, True))
+    return parameters
+
+
+def _formats(wire: WireFormats) -> dict[str, str]:
     """Returns the format of each kind of link."""
-    return {"within": algorithm.wire.within, "between": algorithm.wire.between}
+    return {"within": wire.within, "between": wire.between}
 
 
 def _changed(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Algorithm:

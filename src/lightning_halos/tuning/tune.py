@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -72,12 +73,22 @@ def tune(
     length = steps if virtual_hours is None else max(1, pace_of(algorithm, timing).steps(seconds))
     default, algorithm = (dataclasses.replace(one, global_steps=length) for one in (default, algorithm))
     goal = Goal(seconds, monitor, mode, target)
-    space = Space(algorithm, timing, fixed, start)
+    space = Space(algorithm, timing, fixed, start, default)
     if (possible := space.steps(first, seconds)) < FEWEST_STEPS:
         raise ValueError(
             f"The settings to start from do {possible} global steps in {seconds / 3600:.3g} virtual hours, and a trial"
             f" needs {FEWEST_STEPS}, to be validated on its way. Give more steps or virtual hours."
         )
+    if space.common:
+        sizes, names = ", ".join(map(str, space.workers)), " and ".join(space.common)
+        warnings.warn(
+            f"The local servers have {sizes} workers. The search gives {names} one value for all of them, made for the"
+            " mean number of workers; by default each server has its own. See docs/tuning.md.",
+            stacklevel=3,
+        )
+    objection = _objection_to_defaults(space, fixed, seconds)
+    if objection is not None:
+        warnings.warn(f"The strategy's defaults are not tried: {objection}.", stacklevel=3)
     identity = {
         "cluster": dataclasses.asdict(cluster),
         "module": name_of(make),
@@ -92,16 +103,15 @@ def tune(
     study = Study(folder, space, goal, identity, seed)
     try:
         study.enqueue("the start", space.start, first)
-        values = space.values_of(default)
-        if values is not None:
-            study.enqueue("the defaults", values, fixed)
+        if space.defaults is not None and objection is None:
+            study.enqueue("the defaults", space.defaults, fixed)
         study.enqueue("averaging", space.averaging, space.settings(space.averaging))
         if progress:
             print(f"{algorithm.title}: {goal.title}; {len(space.parameters)} parameters", file=sys.stderr)
         number = jobs or usable_cores()
         search = Search(study, space, goal, make, strategy, cluster, trainer, folder, number, seed)
         search.run(hours * 3600, trials, progress)
-        defaults = None if values is None else study.result_of(fixed, values)
+        defaults = None if space.defaults is None else study.result_of(fixed, space.defaults)
         return _report(study, space, goal, strategy, type(algorithm), folder, command, defaults)
     finally:
         study.close()
@@ -129,6 +139,17 @@ def _check(
         raise ValueError(f"target={target!r} must be a number.")
     if ours := sorted(_OURS & trainer.keys()):
         raise ValueError(f"trainer has {', '.join(ours)}, which the search sets itself. Leave it out.")
+
+
+def _objection_to_defaults(space: Space, fixed: Settings, seconds: float) -> str | None:
+    """Says why the default settings cannot be tried, or returns ``None``."""
+    if space.defaults is None:
+        return "they have one local server, and the settings to start from have several, which are what is searched"
+    if (possible := space.steps(fixed, seconds)) < FEWEST_STEPS:
+        return (
+            f"they do {possible} global steps in {seconds / 3600:.3g} virtual hours, and a trial needs {FEWEST_STEPS}"
+        )
+    return None
 
 
 def _algorithm(strategy: Strategy, cluster: SimulatedCluster, settings: Settings) -> Algorithm:
