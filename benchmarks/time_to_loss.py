@@ -120,7 +120,7 @@ def to_row(settings: Settings, algorithm: str) -> Settings:
     for name in row.keys() & OPTIMIZERS.keys():
         row[name] = row[name]["init_args"]
     if "outer_optimizer" in row:
-        row["outer_optimizer"] = {"nesterov": False} | row["outer_optimizer"]
+        row["outer_optimizer"] = {"momentum": 0.0, "nesterov": False} | row["outer_optimizer"]
     return {"algorithm": algorithm, **row}
 
 

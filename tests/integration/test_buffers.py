@@ -83,6 +83,8 @@ class SelfSupervised(Toy):
     @torch.no_grad()
     def on_train_end(self) -> None:
         super().on_train_end()
+        self.at_end = {name: tensor.clone() for name, tensor in self.named_buffers()}
+        self.at_end["prototype"] = self.prototype.detach().clone()
         self.net[2].bias += self.global_rank
 
     def get_extra_state(self) -> Tensor:
@@ -98,7 +100,7 @@ def self_supervised() -> Result:
         warnings.simplefilter("always")
         result = fit(module, devices=WORKERS, max_steps=24, strategy=halos(regions=1))
     module.trainer.validate(module, loader(8), verbose=False)
-    validated = {"validated": state(module)}
+    validated = {"validated": state(module), "at_end": module.at_end}
     return {**result, **validated, "warnings": [str(warning.message) for warning in caught]}
 
 
@@ -108,6 +110,8 @@ def test_what_a_module_changes_itself_is_the_same_on_all_ranks(run: Run, tmp_pat
     for result in results:  # also after the fit
         assert torch.equal(result["validated"]["own"], result["state"]["own"])
         assert torch.equal(result["validated"]["own_bank"], result["state"]["own_bank"])
+        for name, tensor in result["at_end"].items():
+            assert torch.equal(tensor.to_dense(), result["state"][name].to_dense()), f"{name} at the end of training"
     own = [first.pop("own").item(), second.pop("own").item()]
     steps_of_each = [result["optimizer_steps"] for result in results]
     assert own == [steps_of_each[0], 2 * steps_of_each[1]], "a local buffer stays with its worker"

@@ -34,7 +34,7 @@ from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
 from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, numbers
 from lightning_halos.training.preemption import Departure, Preemption
-from lightning_halos.training.same_model import adopt_final_model, broadcast_module, copy_from_module, log_rules
+from lightning_halos.training.same_model import FinalModel, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -140,24 +140,23 @@ class Fit:
             set_random_state(state["random"])
         self.loop.stopwatch.restart()
 
+    def share_final_model(self) -> None:
+        """Completes the final model on all workers, which are in step, before hooks see the end of training."""
+        start, module = self.start, self.trainer.lightning_module
+        shards = start.vector.shards
+        of_lane = start.site.lane_collectives if shards else None
+        self._final_model = FinalModel(start.site.collectives, module, start.vector.entries, shards, of_lane)
+        self._final_model.adopt_own(start.vector.frozen_names(module))
+
     def stop(self) -> None:
         """Restores the Trainer, and shares rank 0's model and decisions, when all workers are in step again."""
         self.is_training = False
         self.restore()
         self.loop.refuse_fit_without_steps(self.start.site.collectives)
-        start, module = self.start, self.trainer.lightning_module
+        start = self.start
         averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
         may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
-        shards = start.vector.shards
-        adopt_final_model(
-            start.site.collectives,
-            module,
-            start.vector.entries,
-            start.vector.frozen_names(module),
-            may_differ,
-            shards,
-            start.site.lane_collectives if shards else None,
-        )
+        self._final_model.adopt(may_differ)
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, WEIGHT_AVERAGING):  # trainer.validate() puts its average into the module
                 broadcast_module(start.site.collectives, average_of(callback))

@@ -61,50 +61,68 @@ def log_rules(entries: Sequence[Entry]) -> None:
             rank_zero_info(f"Buffers and frozen parameters, {text}: {summary(names)}.")
 
 
-def adopt_final_model(
-    collectives: Collectives,
-    module: nn.Module,
-    entries: Sequence[Entry],
-    frozen: Collection[str],
-    may_differ: bool,
-    shards: Collection[int] = (),
-    of_lane: Collectives | None = None,
-) -> None:
-    """Compares the modules of all workers after a fit, and replaces what differs by rank 0's.
-
-    Rank 0's buffers and frozen parameters replace those that are not averaged. Anything else is the same unless a hook
-    changed it after the final model was loaded.
+class FinalModel:
+    """Makes the modules of all workers the same at the end of a fit: what differs becomes rank 0's.
 
     Args:
         collectives: Collectives over all processes.
-        module: The module, with the final model.
-        entries: Its buffers and frozen parameters. Local ones are not compared.
-        frozen: Parameters that this worker's module froze during training, each worker at its own moment, or never.
-        may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
+        module: The module.
+        entries: Its buffers and frozen parameters. Local ones stay each worker's own.
         shards: ``id`` of parameters that are divided among the processes of a worker.
         of_lane: Collectives over the processes that have the same parts of them.
     """
-    frozen_anywhere = [name for row in collectives.gather_texts(json.dumps([*frozen])) for name in json.loads(row)]
-    expected = {*frozen_anywhere, *(entry.path for entry in entries)}
-    local = {entry.path for entry in entries if entry.rule == "local"}
-    places = {place.path: place for place in _places(module) if place.path not in local}
-    parts = {path: place for path, place in places.items() if id(place.tensor) in shards}
-    differing = _adopt(collectives, {path: place for path, place in places.items() if path not in parts})
-    if of_lane is not None:
-        differing += _adopt(of_lane, parts)
-    if changed := [path for path in differing if path not in expected and not may_differ]:
-        rank_zero_warn(
-            f"These parameters differed between the workers after the final model was loaded: {summary(changed)}. All"
-            " workers have rank 0's now. A hook changes them on some ranks only, perhaps at the end of training: make"
-            " it do the same on all ranks."
-        )
-    if shards:  # the state of a divided module would have to be collected
-        return
-    if others := _differing(collectives, _other_state(module, places.values(), local)):
-        rank_zero_warn(
-            f"These entries of the module's state_dict differ between the workers: {summary(others)}. They are no"
-            " parameters or buffers, so each worker keeps its own, and checkpoints have rank 0's."
-        )
+
+    def __init__(
+        self,
+        collectives: Collectives,
+        module: nn.Module,
+        entries: Sequence[Entry],
+        shards: Collection[int] = (),
+        of_lane: Collectives | None = None,
+    ) -> None:
+        self._collectives, self._module, self._shards, self._of_lane = collectives, module, shards, of_lane
+        self._local = {entry.path for entry in entries if entry.rule == "local"}
+        self._expected = {entry.path for entry in entries}
+
+    def adopt_own(self, frozen: Collection[str]) -> None:
+        """Adopts what each worker has for itself during training, before hooks see the end of training.
+
+        Args:
+            frozen: Parameters that this worker's module froze during training, each worker at its own moment, or never.
+        """
+        texts = self._collectives.gather_texts(json.dumps([*frozen]))
+        self._expected |= {name for text in texts for name in json.loads(text)}
+        self._adopt({path: place for path, place in self._places().items() if path in self._expected})
+
+    def adopt(self, may_differ: bool) -> None:
+        """Adopts all the rest, which is the same unless a hook changed it at the end of training. A warning names it.
+
+        Args:
+            may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.
+        """
+        places = self._places()
+        differing = self._adopt(places)
+        if changed := [path for path in differing if path not in self._expected and not may_differ]:
+            rank_zero_warn(
+                f"These parameters differed between the workers after the final model was loaded: {summary(changed)}."
+                " All workers have rank 0's now. A hook changes them on some ranks only, perhaps at the end of"
+                " training: make it do the same on all ranks."
+            )
+        if self._shards:  # the state of a divided module would have to be collected
+            return
+        if others := _differing(self._collectives, _other_state(self._module, places.values(), self._local)):
+            rank_zero_warn(
+                f"These entries of the module's state_dict differ between the workers: {summary(others)}. They are no"
+                " parameters or buffers, so each worker keeps its own, and checkpoints have rank 0's."
+            )
+
+    def _places(self) -> dict[str, _Place]:
+        return {place.path: place for place in _places(self._module) if place.path not in self._local}
+
+    def _adopt(self, places: Mapping[str, _Place]) -> list[str]:
+        parts = {path: place for path, place in places.items() if id(place.tensor) in self._shards}
+        differing = _adopt(self._collectives, {path: place for path, place in places.items() if path not in parts})
+        return differing + ([] if self._of_lane is None else _adopt(self._of_lane, parts))
 
 
 def _adopt(collectives: Collectives, places: Mapping[str, _Place]) -> list[str]:

@@ -511,8 +511,9 @@ class AlgorithmStrategy(ComposedStrategy):
         return checkpoint
 
     def _end_training(self) -> None:
-        """Lets hooks at the end of training use rank 0's decisions and checkpoints, when all workers have finished."""
+        """Lets hooks at the end of training use the final model, and rank 0's decisions and checkpoints."""
         assert self._fit is not None
+        self._fit.share_final_model()
         self._fit.share_decisions()
         self._complete_checkpoints()
 
