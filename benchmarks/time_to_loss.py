@@ -140,7 +140,7 @@ ROWS = {**PUBLISHED, **TUNED, **SEARCHED, **MOMENTUM}
 FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
 SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
 THIRD = (*SEARCHED, "sync_sgd")
-LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum", "searched")
+LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum")
 NAMES = {
     "halos": "HALoS",
     "tuned": "HALoS, tuned",
@@ -463,7 +463,7 @@ def report(output: Path) -> None:
         ("--best", SECOND, "tuned", second),
         ("--searched", THIRD, "searched", third),
     ):
-        if len(results) == len(rows):
+        if len(results) == len(rows) and reference in results:
             chosen = [one["seed"] for one in results[reference]]
             seeds = f" --seeds {' '.join(map(str, chosen))}" if len(chosen) > 1 else ""
             texts.append(f"$ python benchmarks/time_to_loss.py {option}{seeds}\n\n{table(results, reference)[0]}")
@@ -495,9 +495,10 @@ def main() -> int:
     """Trains the rows, each in a process of its own, and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="train only these")
-    parser.add_argument("--best", action="store_true", help="train the rows of the second table")
-    parser.add_argument("--searched", action="store_true", help="train the rows of the third table")
-    parser.add_argument("--long", action="store_true", help=f"the long run, of {LONG_STEPS:,} global steps")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--best", action="store_true", help="train the rows of the second table")
+    rows.add_argument("--searched", action="store_true", help="train the rows of the third table")
+    rows.add_argument("--long", action="store_true", help=f"the long run, of {LONG_STEPS:,} global steps")
     parser.add_argument("--again", action="store_true", help="train rows again whose files are there")
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--search", nargs="*", choices=ALGORITHMS, help="try the settings of these algorithms, or all")

@@ -75,7 +75,7 @@ class MuonAdamW(Optimizer):
     Raises:
         ValueError: If a value is out of range, here or in :meth:`add_param_group`; if it is not known whether a
             parameter is the matrix of a hidden layer; if ``"use_muon"`` is set for a parameter that is no matrix; or
-            if ``adamw`` names a part that no parameter's name has.
+            if ``adamw`` names a part that no parameter of the module, or of the pairs, has in its name.
         TypeError: If ``adamw`` is a single string, or ``"use_muon"`` is no bool.
         RuntimeError: If torch is older than 2.9.
     """
@@ -108,8 +108,10 @@ class MuonAdamW(Optimizer):
             hidden = hidden_matrices(params, adamw)
             self._is_hidden.update({p: name in hidden for name, p in params.named_parameters()})
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+        else:
+            params = list(params)
+            _refuse_bad_names(adamw, [one[0] for one in params if isinstance(one, tuple)])
         groups = list(params)
-        _refuse_bad_names(adamw, [one[0] for one in groups if isinstance(one, tuple)])
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         self._make_torch_optimizers()

@@ -325,6 +325,16 @@ class TestState:
         assert torch.equal(new["momentum"], old["momentum"])
         assert (int(new["step"]), int(old["step"])) == (0, 6)
 
+    def test_leaves_the_server_its_own_rates_whatever_the_signature_of_its_optimizer_says(self):
+        class Wrapped(torch.optim.SGD):
+            def __init__(self, params, **options):
+                super().__init__(params, **options)
+
+        before, after = (local_server(optimizer=partial(Wrapped, lr=lr)) for lr in (0.4, 0.1))
+        receive(before, push(1.0, 2.0))
+        after.load_state_dict(before.state_dict())
+        assert after._optimizer.param_groups[0]["lr"] == 0.1
+
     def test_of_an_optimizer_with_state_among_its_arguments_goes_on(self):
         class Growing(torch.optim.SGD):
             """It counts its steps in its group, as schedule-free optimizers do."""

@@ -279,13 +279,19 @@ class TestText:
         assert len(found[0]) == len(found[1]) == 6
         assert found[0] | found[1] == set(range(12))
 
-    @pytest.mark.parametrize(("workers", "stop"), [(0, 10), (2, 10), (0, PASS), (0, PASS + 5)], ids=str)
+    @pytest.mark.parametrize(
+        ("workers", "stop", "limit"),
+        [(0, 10, None), (2, 10, None), (0, PASS, None), (0, PASS + 5, None), (0, 10, 6), (2, 10, 6), (0, 12, 6)],
+        ids=str,
+    )
     def test_stream_goes_on_where_it_was(
-        self, corpus: Path, tokenizer: str, tmp_path: Path, workers: int, stop: int
+        self, corpus: Path, tokenizer: str, tmp_path: Path, workers: int, stop: int, limit: int | None
     ) -> None:
+        """With and without a limit: only without it the Trainer reads a batch ahead."""
+
         def fit(steps: int, **options: Any) -> list[Tensor]:
             seen: list[Tensor] = []
-            trainer = make_trainer("auto", devices=1, max_steps=steps)
+            trainer = make_trainer("auto", devices=1, max_steps=steps, limit_train_batches=limit)
             stream = {"context": 64, "batch_size": 2, "val_sequences": 0, "num_workers": workers, "shuffle": True}
             trainer.fit(Reading(seen), datamodule=streaming(tokenizer, corpus, **stream), **options)
             trainer.save_checkpoint(tmp_path / "stopped.ckpt")

@@ -79,7 +79,11 @@ def test_the_prefix_may_have_the_suffix_of_a_file(
         (["{rows}", "--sample-by", "line"], "--sample-by is for text files: leave --sample-by out"),
         (["--dataset", "d", "--sample-by", "line"], "--sample-by is for text files: leave --sample-by out"),
         (["{corpus}", "--seed", "3"], "only packed sequences (--context) are shuffled: leave --seed out"),
-        (["{corpus}", "--context", "8", "--no-shuffle", "--seed", "3"], "--no-shuffle: leave --seed out"),
+        (
+            ["{corpus}", "--context", "8", "--no-shuffle", "--seed", "3"],
+            "nothing is shuffled with --no-shuffle: leave --seed out",
+        ),
+        (["{corpus}", "--no-shuffle"], "leave --shuffle and --no-shuffle out"),
     ],
     ids=str,
 )

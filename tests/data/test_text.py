@@ -100,6 +100,14 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"several kinds: text \(11.txt\), json \(a.jsonl\)"):
             Corpus([str(corpus), str(tmp_path / "a.jsonl")])
 
+    def test_a_folder_of_rows_may_have_a_license(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+        (tmp_path / "LICENSE").write_text("Do what you like.")
+        assert list(Corpus(tmp_path).documents()) == ["one"]
+        (tmp_path / "b.txt").write_text("two")
+        with pytest.raises(ValueError, match=r"several kinds: json \(a.jsonl\), text \(b.txt\)"):
+            Corpus(tmp_path).load()
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_dataset_of_the_hub_needs_the_network(self, streaming: bool) -> None:
         with pytest.raises(ValueError, match=r"Cannot load EleutherAI/lambada_openai:test.*needs the network"):

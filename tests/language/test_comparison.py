@@ -92,6 +92,15 @@ def test_a_model_that_has_diverged_is_neither_better_nor_worse(values: tuple[flo
     json.dumps(comparison_json([row], ["a", "b"]), allow_nan=False)
 
 
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_a_standard_error_that_is_no_number_is_none(error: float) -> None:
+    first, second = (answered({"t": scores}, samples=False) for scores in ([0.0, 1.0, 0.0], [1.0, 1.0, 0.0]))
+    second["results"]["t"]["acc_stderr,none"] = error
+    (row,) = compare([first, second])
+    assert (row.differences[0].within_noise, row.differences[0].better) == (None, True)
+    json.dumps(comparison_json([row], ["a", "b"]), allow_nan=False)
+
+
 @pytest.mark.parametrize("by_size", [True, False], ids=["weighted by size", "equal weights"])
 def test_a_group_has_the_paired_error_of_its_tasks(by_size: bool) -> None:
     sizes = {"a": 100, "b": 300}

@@ -267,6 +267,11 @@ class TestGroups:
         with pytest.raises(TypeError, match=r"adamw='table' must be a sequence of names: adamw=\['table'\]"):
             MuonAdamW(parameters(), adamw="table")
 
+    def test_a_name_may_be_that_of_a_frozen_layer(self) -> None:
+        net = Net()
+        net.table.requires_grad_(False)
+        assert names(net, MuonAdamW(net, adamw=["table"]))[0] == HIDDEN
+
     def test_layers_that_a_callback_unfreezes_are_recognized_without_names(self) -> None:
         net = Net()
         net.requires_grad_(False)

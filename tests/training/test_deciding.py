@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -226,12 +227,13 @@ class Plateau(BoringModel):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def hand_over(text: str, accumulate: int = 1, **kwargs: int) -> Handover:
+def hand_over(text: str, accumulate: int = 1, interval: int = 20, log_every: int = 50, **kwargs: int) -> Handover:
     handover = Handover(text, **kwargs)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=400,
-        val_check_interval=20 * accumulate,
+        val_check_interval=interval * accumulate,
+        log_every_n_steps=log_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         limit_val_batches=1,
@@ -269,6 +271,11 @@ def test_validations_that_fall_due_while_others_hurry_are_one(accumulate: int) -
     handover = hand_over(states_as_text([], 40), accumulate, pace=180, end=225)
     assert handover.due == [200, 220]
     assert handover.plateaus == [200, 220]
+
+
+def test_a_validation_in_every_step_does_not_wait_for_the_next_one() -> None:
+    handover = hand_over(states_as_text([], 55), pace=4, end=90, interval=1, log_every=2)
+    assert max(later - one for one, later in itertools.pairwise(handover.due)) <= 8, "at most two batches"
 
 
 @pytest.mark.parametrize("validated", ["-1", "-1e300", str(10**18), str(10**400), "true", "1.5", '"60"', "null"])

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="whether to shuffle the packed sequences (default: yes)",
     )
     what.add_argument("--seed", type=int, help="seed of the shuffling (default: 0)")
@@ -77,10 +76,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
         raise ValueError("give either INPUT files or --dataset NAME.")
     if arguments.files:
         refuse(arguments, "INPUT files are no dataset", "config", "split", "streaming")
+    shuffle = arguments.shuffle is not False
     if arguments.context is None:
+        if arguments.shuffle is not None:
+            raise ValueError("only packed sequences (--context) are shuffled: leave --shuffle and --no-shuffle out.")
         refuse(arguments, "only packed sequences (--context) are shuffled", "seed")
-    elif not arguments.shuffle:
-        refuse(arguments, "--no-shuffle", "seed")
+    if not shuffle:
+        refuse(arguments, "nothing is shuffled with --no-shuffle", "seed")
     names = ("files", "dataset", "config", "split", "field", "sample_by", "streaming")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     corpus = Corpus(**given)
@@ -93,7 +95,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         tokenizer = train_tokenizer(corpus.documents(), arguments.train_tokenizer)
-    seed = (arguments.seed or 0) if arguments.shuffle else None
+    seed = (arguments.seed or 0) if shuffle else None
     summary = write_tokens(corpus.documents(), tokenizer, prefix, arguments.context, seed)
     folder = Path(f"{prefix}-tokenizer")
     tokenizer.save_pretrained(folder)

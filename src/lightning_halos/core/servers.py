@@ -637,7 +637,9 @@ def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
 
 def _arguments(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Returns the arguments of each group of an optimizer, without the state that some optimizers keep beside them."""
-    names = inspect.signature(type(optimizer)).parameters
+    parameters = inspect.signature(type(optimizer)).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [*parameters, *(optimizer.defaults if takes_any else ())]
     return [
         {name: group[name] for name in names if name in group and name != "params"} for group in optimizer.param_groups
     ]

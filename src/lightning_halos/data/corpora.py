@@ -172,18 +172,28 @@ def _find(pattern: str) -> list[Path]:
 def _files_in(folder: Path) -> list[Path]:
     files: list[Path] = []
     others: list[Path] = []
+    beside: list[Path] = []  # files such as LICENSE, which are text, but not the text of a folder of JSON or Parquet
     for file in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.is_file() and not is_hidden and file.stat().st_size:
             (files if _kind(file) != "text" or _is_text(file) else others).append(file)
-    names = ", ".join(str(file.relative_to(folder)) for file in others[:_NAMED])
-    names += f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    if any(_kind(file) != "text" for file in files):
+        beside = [file for file in files if _kind(file) == "text" and _without_compression(file).suffix != ".txt"]
+        files = [file for file in files if file not in beside]
+    names = _summary(folder, others)
     if not files:
         rest = f" Not text: {names}." if others else ""
         raise FileNotFoundError(f"{folder} has no readable file: text, JSON or Parquet, not empty or hidden.{rest}")
     if others:
         rank_zero_info(f"{folder}: not read, because it is not text: {names}.")
+    if beside:
+        rank_zero_info(f"{folder}: not read beside JSON or Parquet: {_summary(folder, beside)}.")
     return files
+
+
+def _summary(folder: Path, files: Sequence[Path]) -> str:
+    names = ", ".join(str(file.relative_to(folder)) for file in files[:_NAMED])
+    return names + (f" and {len(files) - _NAMED} more" if len(files) > _NAMED else "")
 
 
 def _is_text(file: Path) -> bool:

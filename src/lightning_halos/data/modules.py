@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -28,6 +28,8 @@ from lightning_halos.extras import language_package
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
 _CACHE_VERSION = 1  # increase it when the same text and tokenizer would give different files
 
@@ -112,7 +114,10 @@ class TokenDataModule(pl.LightningDataModule, ABC):
             # Here, because a region's job knows its place among all workers only when it has dialed the server.
             place = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
             part = self.train_dataset.part(place["rank"], place["num_replicas"])
-            return self._loader(StreamLoader, part, drop_last=True)
+            loader = self._loader(StreamLoader, part, drop_last=True)
+            if self.trainer is not None:
+                loader.progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            return loader
         return self._loader(FilledLoader, self.train_dataset, shuffle=self._shuffle, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
@@ -121,7 +126,7 @@ class TokenDataModule(pl.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
         return batch.long()
 
-    def _loader(self, kind: type[DataLoader[Any]], dataset: Dataset[Tensor], **options: Any) -> DataLoader[Tensor]:
+    def _loader(self, kind: type[_Loader], dataset: Dataset[Tensor], **options: Any) -> _Loader:
         pin_memory = torch.cuda.is_available()
         return kind(dataset, self._batch_size, num_workers=self._num_workers, pin_memory=pin_memory, **options)
 

@@ -48,6 +48,7 @@ class PackedStream(IterableDataset[Tensor]):
         leave_out: Mapping[str, int] | None = None,
     ) -> None:
         self.corpus, self.context = corpus, context
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.rank, self.world_size = 0, 1
         self.leave_out = dict(leave_out or {})
         self._tokenizer = tokenizer
@@ -82,14 +83,27 @@ class StreamLoader(DataLoader[Tensor]):
 
     Its state is the number of batches that were used in the present pass. All passes are alike, so a resumed one reads
     these batches again and leaves them out.
+
+    Attributes:
+        progress: The ``batch_progress`` of the Trainer that uses it, which may have read a batch ahead. Without it, a
+            batch counts as used when the next one is asked for.
     """
 
     dataset: PackedStream
-    _used = 0
+    progress: Any = None
+    _first = _used = 0  # batches that were used when the present pass began, in this process, and now
+    _begin = 0  # those that the Trainer had processed when it began
     _resumed = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self._used, "of": self._division}
+        return {"used": self._used if self.progress is None else self._processed, "of": self._division}
+
+    @property
+    def _processed(self) -> int:
+        current = self.progress.current
+        if self.progress.is_last_batch and current.processed == current.ready:
+            return 0
+        return int(self._first + self.progress.total.processed - self._begin)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         changes = [
@@ -99,7 +113,7 @@ class StreamLoader(DataLoader[Tensor]):
         ]
         if changes:
             rank_zero_warn(f"The stream of {self.dataset.corpus} begins again: {', '.join(changes)}.")
-        self._used = self._resumed = 0 if changes else state["used"]
+        self._first = self._used = self._resumed = 0 if changes else state["used"]
 
     @property
     def _division(self) -> dict[str, Any]:
@@ -110,14 +124,18 @@ class StreamLoader(DataLoader[Tensor]):
             "num_workers": self.num_workers,
             "batch_size": self.batch_size,
             "context": stream.context,
+            "shuffle_buffer": stream.shuffle_buffer,
+            "seed": stream.seed,
+            "tokens for validation": sum(stream.leave_out.values()),
         }
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         first, self._resumed, self._used = self._resumed, 0, 0
+        self._first, self._begin = first, 0 if self.progress is None else self.progress.total.processed
         for batch in super().__iter__():
             if self._used >= first:
                 yield batch
-            self._used += 1  # when the next one is asked for, because the Trainer asks for it before it trains
+            self._used += 1
         is_empty, self._used = not self._used, 0
         if is_empty:
             stream = self.dataset

@@ -28,9 +28,8 @@ class Difference:
     value: float  # this model's value minus the first model's; if logarithmic, of their natural logarithms
     stderr: float | None  # ``None`` if lm-eval gives none for this metric
     paired: bool  # the standard error
-    better: (
-        bool | None
-    )  # than the first; ``None`` if they are equal, a value is not finite, or the metric has no direction
+    # Than the first model; ``None`` if they are equal, a value is not finite, or the metric has no direction.
+    better: bool | None
     logarithmic: bool  # as for perplexities
 
     @property
@@ -144,7 +143,9 @@ def _compare(results: Sequence[Results], task: str, depth: int, key: str) -> Com
             error = math.hypot(stderr, scaled[0][1])
         better = None if higher is None or difference == 0 else (difference > 0) == higher
         if not math.isfinite(difference):  # a model has diverged
-            error = better = None
+            better = None
+        if error is not None and not (math.isfinite(error) and math.isfinite(difference)):
+            error = None
         differences.append(Difference(difference, error, paired is not None, better, logarithmic))
     name = metric if filter_name in ("", "none") else key
     return Comparison(task, depth, name, higher, values, tuple(differences))

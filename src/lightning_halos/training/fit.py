@@ -66,6 +66,7 @@ class Fit:
         self.worker_model: Tensor | None = None
         self._averages: list[GlobalAverage | GlobalStochasticAverage] = []
         self._first_hooks: FirstHooks | None = None
+        self._final_model: FinalModel | None = None
         self._first_metrics = FirstMetrics(
             start.site.store_of_a_fit(), self.check, max(start.site.timeout, MIN_PATIENCE), start.site.process == 0
         )
@@ -156,6 +157,7 @@ class Fit:
         start = self.start
         averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
         may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
+        assert self._final_model is not None
         self._final_model.adopt(may_differ)
         for callback in callbacks_of(self.trainer):
             if isinstance(callback, WEIGHT_AVERAGING):  # trainer.validate() puts its average into the module

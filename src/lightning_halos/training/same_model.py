@@ -95,7 +95,7 @@ class FinalModel:
         self._adopt({path: place for path, place in self._places().items() if path in self._expected})
 
     def adopt(self, may_differ: bool) -> None:
-        """Adopts all the rest, which is the same unless a hook changed it at the end of training. A warning names it.
+        """Adopts what hooks changed at the end of training. A warning names it, except buffers and frozen parameters.
 
         Args:
             may_differ: Whether only rank 0 may have the final model, because a callback averages the weights there.

@@ -344,9 +344,9 @@ class TrainerAdapter:
         return int(interval / self._batches_per_step)
 
     def _validates_next(self, position: int) -> bool:
-        """Whether the global step, on the way to a position, is just before one at which a validation falls due."""
-        period = self._validation_period
-        return self._shown < position and period > 0 and (self._shown + 1) % period == 0
+        """Whether the next global step, at which Lightning logs, so that it is not skipped, has a validation, too."""
+        period, log_every, step = self._validation_period, self.trainer.log_every_n_steps, self._shown + 1  # type: ignore[attr-defined]
+        return step <= position and period > 0 and step % period == 0 and log_every > 1 and step % log_every == 0
 
     def _schedule_validation(self, before: int, is_final: bool) -> bool:
         """Makes Lightning validate after ``val_check_interval`` batches of all workers, instead of this worker's."""
