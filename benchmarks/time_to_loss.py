@@ -151,7 +151,7 @@ NAMES = {
     "async_local_sgd_searched": "Async-Local-SGD, searched",
     "diloco_dynamic": "DiLoCo, dynamic steps",
     "diloco_dynamic_tuned": "DiLoCo, dynamic steps, tuned",
-    "diloco_dynamic_searched": "DiLoCo, dynamic steps, searched",
+    "diloco_dynamic_searched": "DiLoCo, dynamic H, searched",
     "diloco": "DiLoCo",
     "diloco_tuned": "DiLoCo, tuned",
     "diloco_searched": "DiLoCo, searched",
