@@ -179,7 +179,7 @@ def _files_in(folder: Path) -> list[Path]:
             (files if _kind(file) != "text" or _is_text(file) else others).append(file)
     if any(_kind(file) != "text" for file in files):
         beside = [file for file in files if _kind(file) == "text" and _without_compression(file).suffix != ".txt"]
-        files = [file for file in files if file not in beside]
+        files = sorted({*files} - {*beside})
     names = _summary(folder, others)
     if not files:
         rest = f" Not text: {names}." if others else ""
