@@ -34,7 +34,7 @@ class TestPlan:
         assert (status, err) == (0, "")
         lines = out.splitlines()
         assert lines[0] == (
-            "16 workers in 4 region(s), 281.7 MB per model on a link, 238.391 ms per local step of the fastest worker"
+            "16 workers in 4 regions, 281.7 MB per model on a link, 238.391 ms per local step of the fastest worker"
         )
         assert lines[2].split() == list(ALGORITHMS)
         cells = {line[:36].strip(): line[36:].split() for line in lines[3:]}
@@ -47,7 +47,7 @@ class TestPlan:
         _, one, _ = run(PAPER)
         _, several, _ = run(str(tmp_path / "several.yaml"))
         assert several.splitlines()[0] == (
-            "16 workers of 4 devices in 4 region(s), 281.7 MB per model on a link (70.4 MB per device), 238.391 ms per"
+            "16 workers of 4 devices in 4 regions, 281.7 MB per model on a link (70.4 MB per device), 238.391 ms per"
             " local step of the fastest worker"
         )
         assert several.splitlines()[1:] == one.splitlines()[1:]
@@ -159,7 +159,7 @@ class TestPlan:
         assert next(line for line in out.splitlines() if line.startswith("local steps")).split()[-1] == "7"
 
     def test_takes_the_size_of_the_model(self, run):
-        assert run(*SMALL, "--message-bytes", "1000000")[1].startswith("6 workers in 2 region(s), 1.0 MB per model")
+        assert run(*SMALL, "--message-bytes", "1000000")[1].startswith("6 workers in 2 regions, 1.0 MB per model")
 
     def test_takes_the_formats_on_links(self, run):
         _, out, _ = run(PAPER, "--algorithm", "halos", "--message-bytes", "64000000", "--wire", "bfloat16", "int4")

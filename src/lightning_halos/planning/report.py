@@ -34,9 +34,10 @@ def describe(timing: Timing) -> str:
     sizes = {"inside": timing.bytes_within, "between": timing.bytes_between}
     narrow = [f"{size / 1e6:,.1f} MB {where} regions" for where, size in sizes.items() if size != timing.message_bytes]
     rounded = f" (with servers, {' and '.join(narrow)})" if narrow else ""
+    regions = "1 region" if len(cluster.regions) == 1 else f"{len(cluster.regions)} regions"
     return (
-        f"{cluster.num_workers} {kind} in {len(cluster.regions)} region(s), {timing.message_bytes / 1e6:,.1f} MB per"
-        f" model on a link{each}{rounded}, {cluster.step_ms:g} ms per local step of the fastest worker"
+        f"{cluster.num_workers} {kind} in {regions}, {timing.message_bytes / 1e6:,.1f} MB per model on a"
+        f" link{each}{rounded}, {cluster.step_ms:g} ms per local step of the fastest worker"
     )
 
 
@@ -196,7 +197,7 @@ def _name_bars(axes: Axes, kind: str, names: Sequence[str], timing: Timing) -> N
     every = -(-len(names) // _MOST_ROWS)
     axes.set_xticks(range(0, len(names), every), list(names)[::every], fontsize=8)
     regions = timing.cluster.names
-    listed = f" (lines part the regions {', '.join(regions)})" if kind == "worker" and len(regions) > 1 else ""
+    listed = f" (lines separate the regions {', '.join(regions)})" if kind == "worker" and len(regions) > 1 else ""
     axes.set_xlabel(f"{kind}{listed}")
 
 
