@@ -27,24 +27,24 @@ class HalosMonitor(Callback):
     ``rounds=147/153/164/91, staleness=1.0/1.0/0.5/1.8``; with more than 4 workers, that of all, and the range. At the
     start of each of its rounds, rank 0 logs the latest report of the local servers:
 
-    ===================================  ==================================================================
-    ``halos/global_step``                local steps of all workers / number of workers
-    ``halos/seconds``                    seconds since the start of the fit
-    ``halos/staleness``                  mean versions between pull and push so far
-    ``halos/staleness_max``              largest staleness so far
-    ``halos/updates``                    pushes that local servers applied
-    ``halos/rejected``                   pushes that local servers rejected
-    ``halos/merges``                     global models that local servers merged
-    ``halos/global_updates``             region updates that the global server applied
-    ``halos/bytes_within_regions``       bytes between workers and servers, inside regions
-    ``halos/bytes_between_regions``      bytes between regions
-    ``halos/round_seconds``              seconds that all workers together spent computing rounds
-    ``halos/compute_share_min``          the smallest compute share of a worker
-    ``halos/rounds/rank_0``              for each worker: its rounds that have ended
-    ``halos/staleness_of/rank_0``        for each worker: the mean staleness of its pushes
-    ``halos/rejected_of/rank_0``         for each worker that has any: its rejected pushes
-    ``halos/compute_share/rank_0``       for each worker: seconds computing / seconds computing and waiting
-    ===================================  ==================================================================
+    | metric                          | meaning                                                            |
+    | ------------------------------- | ------------------------------------------------------------------ |
+    | ``halos/global_step``           | local steps of all workers / number of workers                     |
+    | ``halos/seconds``               | seconds since the start of the fit                                 |
+    | ``halos/staleness``             | mean versions between pull and push so far                         |
+    | ``halos/staleness_max``         | largest staleness so far                                           |
+    | ``halos/updates``               | pushes that local servers applied                                  |
+    | ``halos/rejected``              | pushes that local servers rejected                                 |
+    | ``halos/merges``                | global models that local servers merged                            |
+    | ``halos/global_updates``        | region updates that the global server applied                      |
+    | ``halos/bytes_within_regions``  | bytes between workers and servers, inside regions                  |
+    | ``halos/bytes_between_regions`` | bytes between regions                                              |
+    | ``halos/round_seconds``         | seconds that all workers together spent computing rounds           |
+    | ``halos/compute_share_min``     | the smallest compute share of a worker                             |
+    | ``halos/rounds/rank_0``         | for each worker: its rounds that have ended                        |
+    | ``halos/staleness_of/rank_0``   | for each worker: the mean staleness of its pushes                  |
+    | ``halos/rejected_of/rank_0``    | for each worker that has any: its rejected pushes                  |
+    | ``halos/compute_share/rank_0``  | for each worker: seconds computing / seconds computing and waiting |
 
     Ranks are those of workers, and of workers of several processes, bytes are those of the first lane.
 
