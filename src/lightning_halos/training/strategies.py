@@ -42,15 +42,15 @@ class HalosStrategy(AlgorithmStrategy):
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed:
             ``max(1, ceil(H * speed / fastest))``.
         accumulate_updates: Pushes that a local server applies between two exchanges with the global server (``K``).
-            Default: by the length of the run, 1 to 8 per worker of the server.
-        merge_weight: Weight of the global model when a local server merges it (``alpha``). Default: by the length of
-            the run, 0.5 to 0.25.
-        local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a
-            rate and a momentum by the length of the run: from 1 / workers of the server without momentum to 0.8 /
-            workers with momentum 0.9, and a delay of 4 per worker. If the run has one local server, as with one region:
-            a rate of 1 / workers, and no momentum.
-        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with a rate and a
-            momentum by the length of the run: from 1.4 / 2 with two local servers, 1.8 / 3 with three and 2.2 / local
+            Default: 1 to 8 per worker of the server, depending on the length of the run.
+        merge_weight: Weight of the global model when a local server merges it (``alpha``). Default: 0.5 to 0.25,
+            depending on the length of the run.
+        local_optimizer: Makes a local server's optimizer from its parameters. Default: :class:`DelayedNesterov` with
+            values that depend on the length of the run: from a rate of 1 / workers of the server without momentum to
+            0.8 / workers with momentum 0.9, and a delay of 4 per worker. If the run has one local server, as with one
+            region: a rate of 1 / workers, and no momentum.
+        global_optimizer: Makes the global server's optimizer. Default: :class:`DelayedNesterov` with values that depend
+            on the length of the run: from a rate of 1.4 / 2 with two local servers, 1.8 / 3 with three and 2.2 / local
             servers with more, without momentum, to 0.6 / local servers with momentum 0.5, and a delay of half the local
             servers.
         defaults: ``"run"``: defaults are as above; the length of a run is what the Trainer is asked for when it begins,
@@ -170,9 +170,9 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
     Args:
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
-        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with a rate and a
-            momentum by the length of the run: from 1 / workers without momentum to 0.8 / workers with momentum 0.9, and
-            a delay of 2 per worker, which are the values of the HALoS paper for 16 workers and 6,144 global steps.
+        optimizer: Makes the server's optimizer from its parameters. Default: :class:`DelayedNesterov` with values that
+            depend on the length of the run: from a rate of 1 / workers without momentum to 0.8 / workers with momentum
+            0.9, and a delay of 2 per worker. These last are the HALoS paper's, for 16 workers and 6,144 global steps.
         max_norm_ratio: As in :class:`~lightning_halos.HalosStrategy`.
         overlap: As there.
         wire: As there.
@@ -220,8 +220,8 @@ class DilocoStrategy(AlgorithmStrategy):
     Args:
         local_steps: Local steps per round (``H``).
         dynamic_local_steps: Whether slower workers run fewer local steps per round, by their measured speed.
-        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate and a Nesterov momentum
-            by the length of the run, up to 0.7 and 0.9 for 6,144 global steps.
+        outer_optimizer: Makes the outer optimizer from its parameters. Default: SGD with a rate of 0.7 and a Nesterov
+            momentum that depends on the length of the run: from 0.6 to 0.9 for 6,144 global steps and more.
         defaults: As in :class:`~lightning_halos.HalosStrategy`; ``"published"`` are 0.7 and 0.9.
         **kwargs: As in :class:`~lightning_halos.HalosStrategy`, from ``start_method`` on. The ``timeout`` limits the
             wait for other workers, which includes the round of the slowest of them and rank 0's validation.
