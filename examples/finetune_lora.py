@@ -92,11 +92,11 @@ def report(trainer: L.Trainer, model: LoraTuner) -> None:
     for name, where in (("within", "inside"), ("between", "between")):
         if (counter := trainer.callback_metrics.get(f"halos/bytes_{name}_regions")) is not None:
             megabytes = counter.item() / 1e6
-            print(f"Travelled {where} regions: {megabytes:,.1f} MB, instead of {megabytes * total / trained:,.1f} MB")
+            print(f"Traveled {where} regions: {megabytes:,.1f} MB, instead of {megabytes * total / trained:,.1f} MB")
 
 
 def main() -> None:
-    """Trains, validates, prints what travelled and saves the adapters."""
+    """Trains, validates, prints what traveled and saves the adapters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, or a name on the Hugging Face Hub such as EleutherAI/pythia-70m")
     parser.add_argument("--rank", type=int, default=8, help="the rank of the adapters")

@@ -1,4 +1,4 @@
-"""Trains an image classifier with batch normalisation on scikit-learn's handwritten digits, and tests the best model.
+"""Trains an image classifier with batch normalization on scikit-learn's handwritten digits, and tests the best model.
 
 Run it with HALoS, or with any other strategy of Lightning's::
 
@@ -22,7 +22,7 @@ import lightning_halos  # noqa: F401 - registers strategy="halos" with Lightning
 
 
 class ConvNet(L.LightningModule):
-    """Two convolutions with batch normalisation and a linear classifier, trained by SGD on a one-cycle schedule."""
+    """Two convolutions with batch normalization and a linear classifier, trained by SGD on a one-cycle schedule."""
 
     def __init__(self) -> None:
         super().__init__()

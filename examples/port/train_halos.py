@@ -21,7 +21,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 
 class TumourClassifier(L.LightningModule):
-    """A small network with batch normalisation; its learning rate is lowered when the validation loss stalls."""
+    """A small network with batch normalization; its learning rate is lowered when the validation loss stalls."""
 
     def __init__(self, features: int, width: int = 64, lr: float = 3e-3) -> None:
         super().__init__()

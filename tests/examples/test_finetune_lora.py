@@ -41,7 +41,7 @@ def test_only_adapters_are_trained_travel_and_are_saved(example: Example, tmp_pa
     assert servers["bytes_between_regions"] == 0
     printed = (tmp_path / "log0").read_text()
     assert f"Trained: {adapter_bytes // 4:,} of {model_bytes // 4:,} parameters" in printed
-    assert "Travelled inside regions: " in printed
+    assert "Traveled inside regions: " in printed
 
     # The adapters fit onto the same frozen model again.
     L.seed_everything(0)

@@ -1,4 +1,4 @@
-"""Masked language modelling: the model learns, and all workers end with the same one."""
+"""Masked language modeling: the model learns, and all workers end with the same one."""
 
 from __future__ import annotations
 

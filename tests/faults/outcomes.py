@@ -1,7 +1,7 @@
-"""Runs a case, resumes from its checkpoints, and checks both against the documented behaviour.
+"""Runs a case, resumes from its checkpoints, and checks both against the documented behavior.
 
 Every wait has a limit. Waits that users cannot configure are shortened here, because otherwise the cases would take
-hours; the behaviour at their end is the same.
+hours; the behavior at their end is the same.
 """
 
 from __future__ import annotations

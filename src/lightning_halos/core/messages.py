@@ -1,6 +1,6 @@
 """The messages between workers, local servers, the global server, and the members of a star of jobs.
 
-They are plain data without behaviour. A message has at most one tensor, ``vector``; every other field is a plain value,
+They are plain data without behavior. A message has at most one tensor, ``vector``; every other field is a plain value,
 so that nothing is pickled.
 
 A link keeps the order of its messages. A sender may send a message again if it does not know whether it arrived, so

@@ -78,7 +78,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Plan:
-    """The behaviour of an algorithm on a cluster. Arrays are by rank."""
+    """The behavior of an algorithm on a cluster. Arrays are by rank."""
 
     algorithm: str
     title: str  # the algorithm's name for people

@@ -20,7 +20,7 @@ from lightning_halos.simulation.timing import Timing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#2f7d4f", "#e0a030", "#b9bec6")
+_COLORS = ("#2f7d4f", "#e0a030", "#b9bec6")
 _MOST_ROWS = 32  # with more workers, a table breaks the time down by region
 _MOST_BARS = 128  # with more workers, a panel of the picture shows regions
 
@@ -158,8 +158,8 @@ def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
 def _stack(draw: Callable[..., object], shares: Floats, thickness: float) -> Floats:
     """Draws a bar for each row, with ``axes.bar`` or ``axes.barh``. Returns where its parts start."""
     starts: Floats = np.cumsum(shares, axis=1) - shares
-    for name, colour, lengths, start in zip(ACTIVITIES, _COLOURS, shares.T, starts.T, strict=True):
-        draw(range(len(shares)), lengths, thickness, start, color=colour, label=name)
+    for name, color, lengths, start in zip(ACTIVITIES, _COLORS, shares.T, starts.T, strict=True):
+        draw(range(len(shares)), lengths, thickness, start, color=color, label=name)
     return starts
 
 

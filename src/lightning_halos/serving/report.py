@@ -132,7 +132,7 @@ def clock(at: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text without what a terminal would obey, such as colours, new lines and the direction of writing."""
+    """Returns the text without what a terminal would obey, such as colors, new lines and the direction of writing."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 

@@ -1,6 +1,6 @@
 """Collectives over all workers, for use before and after the training loop, when all workers are in step.
 
-Data goes from the workers of a region to its leader, from the leaders to the centre, and back, over the pairs in
+Data goes from the workers of a region to its leader, from the leaders to the center, and back, over the pairs in
 ``star``. So a worker connects to its leader only, and a model crosses a slow link once in each direction. Nothing is
 pickled. Arguments are checked before data is sent, and every worker raises the error, so that the next collective
 works. After the loss of a worker all collectives raise an error that names it.
@@ -62,7 +62,7 @@ class Collectives:
 
     Args:
         regions: Ranks of the workers of each region. The lowest of each is the region's leader, and the lowest of all
-            is the centre.
+            is the center.
         rank: This worker's rank.
         store: A store of the workers for these collectives alone.
         interrupted: Called several times a second while waiting; may raise.

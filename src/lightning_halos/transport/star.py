@@ -1,4 +1,4 @@
-"""Moves tensors between all workers over a star of pairs: each worker with its leader, each leader with the centre.
+"""Moves tensors between all workers over a star of pairs: each worker with its leader, each leader with the center.
 
 What is moved, and what it means, is in ``collectives``. Large tensors move in parts, so that all pairs are busy at
 once.
@@ -17,7 +17,7 @@ from lightning_halos.core.vector import PART
 from lightning_halos.transport.groups import connect_pairs
 
 _PART_BYTES = 2**22  # of a broadcast
-_AHEAD = 8  # parts of a reduction that a leader sends to the centre before it waits for the first result
+_AHEAD = 8  # parts of a reduction that a leader sends to the center before it waits for the first result
 
 
 class Star:
@@ -28,7 +28,7 @@ class Star:
 
     Args:
         regions: Ranks of the workers of each region. The lowest of each is the region's leader, and the lowest of all
-            is the centre. A region may be empty.
+            is the center. A region may be empty.
         rank: This worker's rank.
         store: A store of the workers for this star alone.
         timeout: Limit for any wait for another worker, in seconds.
@@ -52,17 +52,17 @@ class Star:
         regions = [sorted(ranks) for ranks in regions if ranks]
         self.ranks = sorted(rank for ranks in regions for rank in ranks)
         self._rank = rank
-        self._centre = self.ranks[0]
+        self._center = self.ranks[0]
         self._limit = timedelta(seconds=timeout)
         home = next(ranks for ranks in regions if rank in ranks)
         self._below: dict[int, list[int]] = {}
         """The workers that are reached through each child, in the order in which it sends their rows."""
         if rank == home[0]:
             self._below |= {other: [other] for other in home[1:]}
-        if rank == self._centre:
+        if rank == self._center:
             self._below |= {ranks[0]: list(ranks) for ranks in regions if rank not in ranks}
-        parent = self._centre if rank == home[0] else home[0]
-        self._parent = None if rank == self._centre else parent
+        parent = self._center if rank == home[0] else home[0]
+        self._parent = None if rank == self._center else parent
         self._pairs = connect_pairs(store, "star", rank, self._parent, list(self._below), timeout, interrupted)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Star:
         else:
             self._wait([self._send(self._parent, table)])
             table = row.new_empty(len(self.ranks), len(row))
-        self.broadcast(table, self._centre)
+        self.broadcast(table, self._center)
         return table
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
