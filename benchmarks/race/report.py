@@ -168,18 +168,19 @@ def plot(results: Rows, path: Path) -> None:
     figure = Figure(figsize=(5.5 * min(2, len(cases)), 4.2 * -(-len(cases) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(cases) // 2), min(2, len(cases)), squeeze=False, sharey=True).flatten()
     colors: dict[str, str] = {}
+    lines = {}
     for axes, (name, rows) in zip(panels, cases.items(), strict=False):
         for row in rows:
             _, seconds, losses = zip(*row["curve"], strict=True)
             label = row["contestant"]
             color = colors.setdefault(label, f"C{len(colors)}")
-            axes.plot(seconds, losses, marker=".", label=label, color=color)
+            (lines[label],) = axes.plot(seconds, losses, marker=".", label=label, color=color)
         axes.set_title("Two regions, " + Case.parse(name).title)
         axes.set_xlabel("seconds since the first batch")
         axes.set_ylabel("validation loss (nats per byte)")
         axes.set_ylim(top=4.5)
         axes.grid(alpha=0.3)
-        axes.legend()
     for axes in panels[len(cases) :]:
         axes.set_visible(False)
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)  # inside, it would hide a curve
     figure.savefig(path, dpi=120)
