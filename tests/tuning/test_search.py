@@ -101,6 +101,24 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
             assert getattr(algorithm, name) == getattr(wanted, name)
 
 
+def test_what_was_found_replaces_the_settings_of_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LightningCLI merges the arguments of one strategy in two files, so the best settings name defaults, too."""
+    found = tune(tmp_path, trials=1)  # the defaults
+    assert found.settings == {}
+    before = {"class_path": "lightning_halos.DelayedNesterov", "init_args": {"lr": 0.9, "momentum": 0.9, "delay": 3}}
+    mine = {"local_steps": 5, "accumulate_updates": 7, "merge_weight": 0.9, "local_optimizer": before, "timeout": 60}
+    strategy = {"class_path": "lightning_halos.HalosStrategy", "init_args": {**mine, "global_optimizer": before}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    files = ["--config", str(tmp_path / "mine.yaml"), "--config", str(tmp_path / "best.yaml")]
+    cli = LightningCLI(Regression, args=[*files, "--trainer.accelerator=cpu", "--trainer.logger=false"], run=False)
+    assert cli.trainer.strategy.timeout == 60  # is no setting that is searched
+    assert cli.trainer.strategy.algorithm == HalosStrategy().algorithm
+    assert read_settings(tmp_path / "best.yaml").algorithm == HalosStrategy().algorithm
+
+
 @pytest.mark.parametrize("strategy", [DilocoStrategy, AsyncLocalSGDStrategy])
 def test_baselines_are_tuned_too(tmp_path: Path, strategy: Any) -> None:
     found = tune(tmp_path, strategy=strategy, trials=1, fixed={"local_steps": 2}, target=2.0, start={"local_steps": 3})

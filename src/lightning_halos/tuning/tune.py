@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 import warnings
@@ -201,7 +202,9 @@ def _report(
         found += f", {_outcome(goal, first)} at the start"
     if defaults is not None:
         found += f", {_outcome(goal, defaults)} with the defaults"
-    text = as_yaml(best.settings, _class_path(strategy), [found, *([f"$ {command}"] if command else [])])
+    # LightningCLI merges this file with others, in which an argument may have another value than its default.
+    settings = {**_defaults(strategy, space.arguments), **best.settings}
+    text = as_yaml(settings, _class_path(strategy), [found, *([f"$ {command}"] if command else [])])
     (folder / "best.yaml").write_text(text, encoding="utf-8")
     return Tuned(
         settings=best.settings,
@@ -218,6 +221,12 @@ def _report(
 
 def _outcome(goal: Goal, trial: Tried) -> str:
     return trial.outcome if trial.value is None else goal.describe(trial.value)
+
+
+def _defaults(strategy: Strategy, names: list[str]) -> Settings:
+    """Returns the defaults of some of a strategy's arguments."""
+    parameters = inspect.signature(strategy).parameters
+    return {name: parameters[name].default for name in names if name in parameters}
 
 
 def _class_path(strategy: Strategy) -> str:
