@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-_ROLE = re.compile(r":(?:class|func|meth|mod):<code>~?([^<]*)</code>")
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr):<code>~?([^<]*)</code>")
 
 
 def on_page_content(html: str, **_: Any) -> str:
