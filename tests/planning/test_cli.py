@@ -304,7 +304,8 @@ class TestErrors:
         [
             ([], "give either the file that describes the cluster, or --random-cluster RxW such as 4x4"),
             ([PAPER, "--random-cluster", "2x2"], "give either the file"),
-            (["none.yaml"], "none.yaml"),
+            (["none.yaml"], "none.yaml does not exist. Give the YAML file that describes the cluster."),
+            ([PAPER, "--settings", "none.yaml"], "none.yaml does not exist. Give the YAML file that has the settings."),
             (["--random-cluster", "2"], "--random-cluster 2 must be RxW, regions and workers per region, such as 4x4"),
             (["--random-cluster", "0x2"], "regions=0 must be a whole number of at least 1"),
             (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),

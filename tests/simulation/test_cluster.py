@@ -142,5 +142,5 @@ class TestFile:
             SimulatedCluster.from_yaml(write(text))
 
     def test_must_be_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist.*describes the cluster"):
             SimulatedCluster.from_yaml(tmp_path / "none.yaml")

@@ -111,6 +111,8 @@ class SimulatedCluster:
         """
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} does not exist. Give the YAML file that describes the cluster.") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from None
         known = [field.name for field in dataclasses.fields(cls)]
