@@ -15,6 +15,7 @@ import torch
 from lightning_halos.core import leasing, open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
 from lightning_halos.core.description import reason_against
+from lightning_halos.core.founding import Founding
 from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
 from lightning_halos.core.messages import (
     Decide,
@@ -537,6 +538,35 @@ def test_a_server_restarted_from_an_older_snapshot_gets_what_it_has_not_once() -
     second.push(final=True)
     assert star.node.budget.total == star.node.server.steps == total + 12
     assert star.node.state is GlobalState.FINISHED
+
+
+def test_a_job_is_told_that_the_server_has_another_directory_and_goes_on_when_it_has_the_right_one() -> None:
+    star, first, second = pair()
+    first.push()
+    first.push()
+    run, star.top = star.top, Founding(min_regions=2)
+    first.cut()
+    first.connect()
+    assert "no record of this process" in first.refusal.reason
+    assert "--directory" in first.refusal.reason
+    assert not first.refusal.for_good
+    assert star.top.present == 0, "it founds no other run"
+    star.top = run
+    star.restart()
+    first.connect()
+    second.connect()
+    first.push()
+    star.check()
+    assert star.node.budget.total == 12
+
+
+def test_a_job_of_which_no_snapshot_has_anything_gives_no_other_run_its_model() -> None:
+    star, first, _ = pair()
+    star.saves = False
+    first.push()
+    star.top = Founding()
+    with pytest.raises(ProtocolError, match="no record of this process"):
+        first.connect()
 
 
 def test_a_snapshot_is_plain_values_and_survives_the_disk() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.enrolment import Enrolment
 from lightning_halos.core.founders import Founders
+from lightning_halos.core.joining import NO_RECORD
+from lightning_halos.core.member_checks import has_history
 from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief, is_possible
 from lightning_halos.core.messages import (
     Enrol,
@@ -194,6 +196,8 @@ class Founding:
     def _on_join(self, member: Member, join: Join) -> list[Send]:
         if reason := self._members.refusal(member, join.session):
             return [Send(member.index, Refusal(reason))]
+        if has_history(join):  # somebody may start the server again with the right directory
+            return [Send(member.index, Refusal(NO_RECORD, for_good=False))]
         try:
             descriptions.check(join.description)
         except ValueError as error:

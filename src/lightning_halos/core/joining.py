@@ -19,6 +19,12 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.protocol import GLOBAL, ProtocolError, Send
 
+NO_RECORD = (
+    "The global server has no record of this process. If it was started with a new or a wrong --directory, start it"
+    " with that of the run; if that is lost, start this job anew."
+)
+"""Why a process that takes part in a run cannot go on with a server that does not know it."""
+
 
 class Joining:
     """Joins a run: gives it the initial model if it is asked for it, and takes the global model.

@@ -36,6 +36,11 @@ def check_join(member: Member, join: Join) -> None:
     check(is_possible(join) and len(join.held) <= _MOST_HELD, member, join)
 
 
+def has_history(join: Join) -> bool:
+    """Whether a process that joins says that it has taken part in a run."""
+    return bool(join.held or join.saved or join.saved_report or join.saved_publication or join.is_flushed)
+
+
 def check_update(member: Member, update: RegionUpdate, model: Tensor) -> None:
     """Checks an update that has not arrived before."""
     vector = update.vector

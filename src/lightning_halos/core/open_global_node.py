@@ -15,7 +15,15 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.member_checks import check, check_join, check_publication, check_report, check_update
+from lightning_halos.core.joining import NO_RECORD
+from lightning_halos.core.member_checks import (
+    check,
+    check_join,
+    check_publication,
+    check_report,
+    check_update,
+    has_history,
+)
 from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report, brief, is_possible
 from lightning_halos.core.messages import (
     Decide,
@@ -209,8 +217,8 @@ class OpenGlobalNode(OpenRun):
             return reason
         if join.session == member.session:
             check(join.workers == member.workers, member, join)
-        elif not member.is_stale and (join.held or join.saved or join.saved_report or join.is_flushed):
-            return "The global server has no record of this process. Start it anew."
+        elif not member.is_stale and has_history(join):
+            return NO_RECORD
         self._leasing.check_held(member, join)
         return ""
 

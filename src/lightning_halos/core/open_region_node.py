@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_halos.core.cursor import LeaseStock, Spans
-from lightning_halos.core.joining import Joining
+from lightning_halos.core.joining import NO_RECORD, Joining
 from lightning_halos.core.messages import (
     Decide,
     GlobalModel,
@@ -135,6 +135,8 @@ class OpenRegionNode(RegionNode):
 
     def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
         if sender == GLOBAL and isinstance(message, Welcome):
+            if message.needs_model:
+                raise ProtocolError(NO_RECORD)
             return self._outgoing(self._on_welcome(message))
         if sender == GLOBAL and not self.is_connected and not (isinstance(message, GlobalModel) and message.final):
             return []  # only the final model may overtake the welcome, on the models link
