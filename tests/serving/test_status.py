@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -84,6 +86,20 @@ def test_names_of_metrics_do_not_make_it_too_large() -> None:
     status = received(reporter_of(node).text())
     assert len(status["run"]["metrics"]) == 200
     assert len(status["members"]) == 300
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    """The loss of a run that diverged, and counters that a member has made overflow."""
+    node = node_of(1, 8)
+    node._metrics = {"val_loss": math.nan, "train_loss": math.inf, "accuracy": 0.5}
+    node._members[0].counters.computed = {0: sys.float_info.max, 1: sys.float_info.max}
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    status = json.loads(reporter_of(node).text(), parse_constant=refuse)
+    assert status["run"]["metrics"] == {"val_loss": None, "train_loss": None, "accuracy": 0.5}
+    assert table(status)
 
 
 def test_if_it_is_too_large_anyway_fewer_regions_are_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -114,9 +115,9 @@ class Reporter:
         }
 
     def text(self) -> str:
-        """Returns the state of the run as JSON, which a message can carry."""
+        """Returns the state of the run as JSON, which a message can carry. NaN and infinite numbers are ``null``."""
         members = _MOST_MEMBERS
-        while len(text := json.dumps(self.describe(members), ensure_ascii=False)) > MOST_CHARACTERS and members:
+        while len(text := _json_of(self.describe(members))) > MOST_CHARACTERS and members:
             members //= 2
         return text
 
@@ -136,3 +137,20 @@ class Reporter:
                 speeds[name] = max(0.0, (steps - since.steps[name]) / (last.at - since.at))
         # Counts shrink when a member is lost whose work was not in the global model yet.
         return {name: max(0.0, rate) for name, rate in rates.items()}, speeds
+
+
+def _json_of(value: Any) -> str:
+    """Returns a value as JSON that every program can read: it has no NaN, such as the loss of a run that diverged."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
