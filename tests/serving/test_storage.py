@@ -124,6 +124,24 @@ def test_a_failed_write_leaves_the_snapshots_before_it(tmp_path: Path, monkeypat
     assert found["total"] == 3
 
 
+def test_a_snapshot_whose_small_file_cannot_be_written_does_not_stay_on_the_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.save(state(1), {})
+    before, write = names(tmp_path), files.write
+
+    def fail(path: Path, fill: Any) -> files.WrittenFile:
+        if path.suffix == ".json":
+            raise OSError("No space left on device")
+        return write(path, fill)
+
+    monkeypatch.setattr(files, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        directory.save(state(2), {})
+    assert names(tmp_path) == before
+
+
 def test_two_servers_never_use_one_directory(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     with pytest.raises(ValueError, match=rf"in use by another server \(process {os.getpid()} on "):

@@ -48,7 +48,10 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"the directory {path} cannot be made, because a file is in its place.") from None
         self._lock = _lock(path)
         # What a server that was killed had not completed.
         for part in path.glob(".*.part"):
@@ -103,7 +106,12 @@ class RunDirectory:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         seal = {"format": FORMAT, "version": __version__, "time": now, **summary, "state": asdict(written)}
         text = json.dumps(seal, indent=1) + "\n"
-        files.write(self._seal_file(number), lambda file: file.write(text.encode()))
+        try:
+            files.write(self._seal_file(number), lambda file: file.write(text.encode()))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._state_file(number).unlink()  # else what nobody reads would keep the disk full
+            raise
         self._good = [*self._good, number][-_KEPT:]
         if len(self._good) == _KEPT:
             self._remove_others()
