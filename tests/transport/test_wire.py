@@ -140,6 +140,20 @@ def test_what_is_no_message_is_refused_and_says_what_to_check(data, reason):
         wire.decode(data, None)
 
 
+@pytest.mark.parametrize("field", ["data", "metrics", "shapes", "global_optimizer"])
+def test_lists_and_dicts_that_are_too_long_are_refused_before_they_take_memory(field):
+    many = 2**20 + 1
+    lists, dicts = b"\xdd" + many.to_bytes(4, "big"), b"\xdf" + many.to_bytes(4, "big")
+    announced = {  # the items are missing, so nothing has looked at them
+        "data": b"\x82\xa4type\xa8Progress\xa4data" + lists,
+        "metrics": b"\x82\xa4type\xa7Publish\xa7metrics" + dicts,
+        "shapes": b"\x82\xa4type\xa4Join\xabdescription\x81\xa6shapes" + lists,
+        "global_optimizer": b"\x82\xa4type\xa4Join\xabdescription\x81\xb0global_optimizer" + dicts,
+    }[field]
+    with pytest.raises(ValueError, match="of length <= 1048576"):
+        wire.decode(announced, None)
+
+
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -0.5])
 def test_durations_are_numbers_and_not_negative(seconds):
     with pytest.raises(ValueError, match=r"Expected `float` .*at `\$.seconds`"):

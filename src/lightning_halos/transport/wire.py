@@ -22,13 +22,16 @@ from lightning_halos.core.messages import NOT_NEGATIVE, Message
 MOST_CHARACTERS = 2**20
 """Largest number of characters of a text in a message."""
 
+MOST_ITEMS = 2**20
+"""Largest number of items of a list or a dict in a message. An item takes far more memory than bytes in a message."""
+
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # as torch has them
 _Text = Annotated[str, msgspec.Meta(max_length=MOST_CHARACTERS)]
 _Amount = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # not NaN either
 
 
 def _limited(annotation: Any) -> Any:
-    """Adds limits to the annotation of a field: integers must not be negative, nor texts too long."""
+    """Adds limits to the annotation of a field: integers must not be negative, nor texts, lists and dicts too long."""
     if annotation in (int, str):
         return _Count if annotation is int else _Text
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
@@ -40,7 +43,10 @@ def _limited(annotation: Any) -> Any:
     if not arguments:
         return annotation
     origin = get_origin(annotation)
-    return _union(arguments) if origin in (Union, types.UnionType) else origin[arguments]
+    if origin in (Union, types.UnionType):
+        return _union(arguments)
+    form = origin[arguments]
+    return Annotated[form, msgspec.Meta(max_length=MOST_ITEMS)] if origin in (list, dict) else form
 
 
 def _union(members: Iterable[Any]) -> Any:
