@@ -153,6 +153,17 @@ class TestSessions:
         own.abort()
         its.abort()
 
+    def test_the_kernel_keeps_each_connection_alive_so_that_no_nat_forgets_one(self, running: Server) -> None:
+        """Signs of life travel on the first connection of a link only."""
+        for session in running.meet(streams=4):
+            connections = [*session.control._connections, *session._streams]
+            assert len(connections) == 5
+            for opened in (connection.tls for connection in connections):
+                assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+                assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 60
+            session.abort()
+
     def test_a_process_that_is_killed_is_lost_at_once(self, running: Server) -> None:
         """Although a process that it forked, such as a DataLoader worker, lives on for a while."""
         with region_process(running, "if os.fork() == 0: time.sleep(60); os._exit(0)") as (process, its):
@@ -552,6 +563,19 @@ class TestWhatStopsARegion:
         self.resolve(monkeypatch, ("127.0.1.1", 0))
         with server(host="halos.example.org"):
             assert "halos.example.org is 127.0.1.1 on this machine, so other machines cannot reach" in caplog.text
+
+    def test_a_server_whose_name_also_has_an_address_that_its_machine_does_not_use_listens_at_the_others(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """In containers without IPv6, /etc/hosts often gives localhost the address ::1 as well."""
+        elsewhere, here = ("203.0.113.7", 0), ("127.0.0.1", 0)
+        self.resolve(monkeypatch, elsewhere, here)
+        with server(host="localhost") as running:
+            assert [address.host for address in running.listener.addresses] == ["127.0.0.1"]
+            assert "Cannot listen at 203.0.113.7:0: Cannot assign requested address" in caplog.text
+        self.resolve(monkeypatch, elsewhere)
+        with pytest.raises(OSError, match=r"Cannot listen at 203.0.113.7:0: Cannot assign"), server(host="localhost"):
+            pass
 
     def test_each_address_of_a_name_is_tried(self, running: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         self.resolve(monkeypatch, ("127.0.0.2", running.address.port), ("127.0.0.1", running.address.port))

@@ -26,6 +26,7 @@ Check = Callable[[], None]
 _CHUNK = 2**18  # bytes of one call that sends; while it encrypts them, the connection cannot be read
 _PIECE = 2**16  # bytes of a text that are received at once
 _PATIENCE = 0.1  # seconds between two checks
+_IDLE = 10  # seconds without traffic after which the kernel asks whether the peer is there
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -158,6 +159,19 @@ class Connection:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConnectionAbortedError("this process has closed the connection")
+
+
+def tune_socket(opened: socket.socket) -> None:
+    """Sets the options of a TCP connection: nothing is held back, and no NAT on the way forgets it.
+
+    Signs of life travel on the first connection of a link only. The others carry nothing between two models, which may
+    take hours, and a NAT that has forgotten a connection lets nothing through any more, often without a word.
+    """
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):  # which not every system has
+        if hasattr(socket, name):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _IDLE)
 
 
 def note_socket(opened: socket.socket) -> None:

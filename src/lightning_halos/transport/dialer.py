@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_halos.transport.address import Address, is_loopback, means_loopback, route_to
 from lightning_halos.transport.certificates import Certificate, Keys, read_keys
-from lightning_halos.transport.connection import Check, Connection
+from lightning_halos.transport.connection import Check, Connection, tune_socket
 from lightning_halos.transport.errors import ProtocolVersionError, ServerRefusedError, ServerUnreachableError
 from lightning_halos.transport.interruption import interruptible
 from lightning_halos.transport.opening import (
@@ -227,7 +227,7 @@ class _Attempt:
     def _open_one(self, target: _Target, opening: Opening, opened: list[Connection]) -> tuple[Certificate, str]:
         plain = self._connect(target)
         try:
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune_socket(plain)
             tls = self._context.wrap_socket(
                 plain, server_hostname=self._address.host or "localhost", do_handshake_on_connect=False
             )

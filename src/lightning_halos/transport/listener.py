@@ -6,6 +6,7 @@ the thread. What authenticated peers say to each other is in ``tls_link``.
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import selectors
@@ -23,7 +24,7 @@ from typing import TypeVar
 
 from lightning_halos.transport.address import Address, is_loopback, means_loopback
 from lightning_halos.transport.certificates import Certificate, Keys
-from lightning_halos.transport.connection import Connection, note_socket
+from lightning_halos.transport.connection import Connection, note_socket, tune_socket
 from lightning_halos.transport.errors import CertificateRefusedError, ProtocolVersionError
 from lightning_halos.transport.opening import (
     HEADER_BYTES,
@@ -208,8 +209,8 @@ class Listener:
             plain.close()
             return
         plain.setblocking(False)
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            tune_socket(plain)
             tls = self._context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError):  # the peer is gone already
             plain.close()
@@ -363,7 +364,7 @@ def _listen(address: Address) -> list[socket.socket]:
         reason = f"{error.strerror}. Give an address of this machine, or :{address.port} for all of them."
         raise OSError(error.errno, f"Cannot listen at {address}: {reason}") from None
     opened: list[socket.socket] = []
-    port = address.port
+    port, foreign = address.port, list[OSError]()
     try:
         for family, host in dict.fromkeys((family, str(target[0])) for family, *_, target in found):
             if address.host and is_loopback(host) and not means_loopback(address.host):
@@ -383,15 +384,24 @@ def _listen(address: Address) -> list[socket.socket]:
             try:
                 listening.bind((host, port))
             except OSError as error:
-                raise OSError(error.errno, f"Cannot listen at {Address(host, port)}: {error.strerror}") from None
+                told = OSError(error.errno, f"Cannot listen at {Address(host, port)}: {error.strerror}")
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise told from None
+                foreign.append(told)
+                opened.pop().close()
+                continue
             port = listening.getsockname()[1]
             listening.listen(128)
             listening.setblocking(False)
             note_socket(listening)
+        if foreign and not opened:
+            raise foreign[0]
     except BaseException:
         for listening in opened:
             listening.close()
         raise
+    for error in foreign:  # a name may have an address that this machine does not use, such as ::1 in a container
+        _log.warning("%s. The server listens at the other addresses of %s.", error.strerror, address.host)
     return opened
 
 
