@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -145,7 +146,9 @@ def test_the_command(starter: Starter, keys: Path, capsys: pytest.CaptureFixture
         (["--keys", "missing.pem", "--min-regions", "0"], "--min-regions 0 must be at least 1"),
         (["--keys", "missing.pem", "--liveness", "1"], "--liveness 1 must be at least 5"),
         (["--keys", "missing.pem", "--timeout", "nan"], "--timeout nan must be"),
-        (["--keys", "missing.pem", "--listen", "29600"], "HOST:PORT"),
+        (["--keys", "missing.pem", "--listen", "29600"], "--listen '29600' has no port. Write HOST:PORT"),
+        (["--keys", "missing.pem", "--dashboard", "8080"], "--dashboard '8080' has no port. Write HOST:PORT"),
+        (["--keys", "missing.pem", "--dashboard", "nowhere.invalid:0"], "Cannot show --dashboard nowhere.invalid:0: "),
         (["--keys", "missing.pem", "--decider", "us east"], "'us east' cannot be the name of a region"),
     ],
 )
@@ -162,3 +165,23 @@ def test_a_host_without_an_address_is_named(keys: Path, tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert "Cannot listen at nowhere.invalid:29600: " in error
     assert "Give an address of this machine, or :29600 for all of them." in error
+
+
+def test_a_page_at_a_port_in_use_is_an_error_before_a_region_is_let_in(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["serve", "--keys", str(keys / "server.pem"), "--directory", str(tmp_path / "run")]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        page = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert cli.main([*arguments, "--listen", "127.0.0.1:0", "--dashboard", page]) == 2
+    assert f"Cannot show --dashboard {page}: Address already in use" in capsys.readouterr().err
+    assert "The server listens" not in caplog.text
+
+
+def test_a_file_in_place_of_the_directory_is_called_that(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").touch()
+    for directory in (tmp_path / "run", tmp_path / "run" / "pile"):
+        assert cli.main(["serve", "--keys", str(keys / "server.pem"), "--directory", str(directory)]) == 2
+        assert f"the directory {directory} cannot be made, because a file is in its place" in capsys.readouterr().err

@@ -6,7 +6,12 @@ import argparse
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_halos.transport.address import Address
 
 SUMMARY = "Serve a run: the global server of regions that are jobs of their own. It needs no GPU and no data."
 EXAMPLES = """\
@@ -88,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from lightning_halos.serving.entrance import REVOKED, Entrance
     from lightning_halos.serving.server import Rules, RunServer
     from lightning_halos.serving.storage import RunDirectory
-    from lightning_halos.transport.address import parse_address
+    from lightning_halos.transport.address import Address
     from lightning_halos.transport.revocations import Revocations
 
     if arguments.revoke is not None:
@@ -111,7 +116,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.patience,
         arguments.decider,
     )
-    address = parse_address(arguments.listen)
+    address = _address("--listen", arguments.listen)
+    where = None if arguments.dashboard is None else _address("--dashboard", arguments.dashboard)
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
@@ -131,14 +137,26 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        entrance = Entrance(address, arguments.keys, arguments.directory, server.admit, server.host.note)
-        try:
-            if arguments.dashboard is not None:
-                where = parse_address(arguments.dashboard)
-                page = Dashboard(where.host, where.port, server.reporter.describe, server.reporter.text)
-                server.host.note(f"The dashboard is on http://{arguments.dashboard.rpartition(':')[0]}:{page.port}/")
+        with ExitStack() as opened:
+            if where is not None:  # before regions are let in, which a mistake here would cut off again
+                try:
+                    page = Dashboard(where.host, where.port, server.reporter.describe, server.reporter.text)
+                except OSError as error:
+                    raise OSError(error.errno, f"Cannot show --dashboard {where}: {error.strerror}") from None
+                opened.callback(page.close)
+                server.host.note(f"The dashboard is on http://{Address(where.host or 'localhost', page.port)}/")
+            entrance = Entrance(address, arguments.keys, arguments.directory, server.admit, server.host.note)
+            opened.callback(entrance.close)
             return server.run(entrance.objection, entrance.renew)
-        finally:
-            entrance.close()
     finally:
         directory.close()
+
+
+def _address(argument: str, text: str) -> Address:
+    """Returns the address in an argument."""
+    from lightning_halos.transport.address import parse_address
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise ValueError(f"{argument} {error}") from None

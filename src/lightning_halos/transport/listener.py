@@ -400,8 +400,8 @@ def _listen(address: Address) -> list[socket.socket]:
         for listening in opened:
             listening.close()
         raise
-    for error in foreign:  # a name may have an address that this machine does not use, such as ::1 in a container
-        _log.warning("%s. The server listens at the other addresses of %s.", error.strerror, address.host)
+    for lack in foreign:  # a name may have an address that this machine does not use, such as ::1 in a container
+        _log.warning("%s. The server listens at the other addresses of %s.", lack.strerror, address.host)
     return opened
 
 
