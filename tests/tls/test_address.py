@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from lightning_halos.transport.address import Address, is_loopback, means_loopback, parse_address, route_to
+from lightning_halos.transport.address import Address, is_loopback, means_loopback, network_of, parse_address, route_to
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,19 @@ def test_what_means_this_machine() -> None:
 
 def test_the_way_to_an_address_names_the_interface() -> None:
     assert route_to(socket.AF_INET, ("127.0.0.1", 29600)) in ("127.0.0.1 (lo)", "127.0.0.1 (lo0)", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("203.0.113.9", "203.0.113.9", True),
+        ("203.0.113.9", "203.0.113.10", False),
+        ("203.0.113.9", "::ffff:203.0.113.9", True),
+        ("2001:db8:0:1::5", "2001:db8:0:1:a:b:c:d", True),
+        ("2001:db8:0:1::5", "2001:db8:0:2::5", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_one_machine_may_have_all_addresses_of_a_64_bit_network(one: str, other: str, is_same: bool) -> None:
+    """So a stranger with IPv6 has no more places among the peers that are not authenticated than one with IPv4."""
+    assert (network_of(one) == network_of(other)) is is_same

@@ -362,7 +362,7 @@ class TestWhoIsRefused:
         with contextlib.ExitStack() as stack:
             silent = [
                 stack.enter_context(socket.create_connection(running.address, 10))
-                for _ in range(listener._MOST_FROM_ONE_ADDRESS)
+                for _ in range(listener._MOST_FROM_ONE_NETWORK)
             ]
             with socket.create_connection(running.address, 10) as one_more:
                 assert one_more.recv(1) == b""

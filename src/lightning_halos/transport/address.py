@@ -63,6 +63,19 @@ def means_loopback(host: str) -> bool:
     return host.lower().rstrip(".") == "localhost" or is_loopback(host)
 
 
+def network_of(host: str) -> str:
+    """Returns the network that an IP address is in: all addresses that one machine may use at once.
+
+    That is the address itself in IPv4, and the first 64 bits of it in IPv6 (RFC 4291).
+    """
+    address = _ip(host)
+    if not isinstance(address, ipaddress.IPv6Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+
+
 def own_address(family: int, target: tuple[object, ...]) -> str:
     """Returns this machine's address on the way to a target; empty if there is no way."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

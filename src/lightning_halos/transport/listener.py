@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from lightning_halos.transport.address import Address, is_loopback, means_loopback
+from lightning_halos.transport.address import Address, is_loopback, means_loopback, network_of
 from lightning_halos.transport.certificates import Certificate, Keys
 from lightning_halos.transport.connection import Connection, note_socket, tune_socket
 from lightning_halos.transport.errors import CertificateRefusedError, ProtocolVersionError
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 _LIMIT = 5.0  # seconds until a peer has to be authenticated
 _MOST_BYTES = 2**16  # that a peer may send until then
 _MOST_PEERS = 256  # that are not authenticated, at once
-_MOST_FROM_ONE_ADDRESS = 64
+_MOST_FROM_ONE_NETWORK = 64
 _ASSEMBLY = 30.0  # seconds until all connections of an authenticated peer have to be there
 _MOST_WAITING = 8  # first connections of one name whose others are not there yet
 _MOST_SESSIONS = 64  # of one name at once; each costs threads
@@ -64,7 +64,7 @@ class RefusedError(Exception):
 @dataclass
 class _Peer:
     tls: ssl.SSLSocket
-    host: str
+    network: str
     address: str
     deadline: float
     steps: Steps = field(init=False)
@@ -203,8 +203,8 @@ class Listener:
             self._throttle.warn("Cannot accept a connection: %s", error)
             time.sleep(0.1)  # it stays ready
             return
-        address = str(Address(host, port))
-        if len(self._peers) >= _MOST_PEERS or self._from[host] >= _MOST_FROM_ONE_ADDRESS:
+        address, network = str(Address(host, port)), network_of(host)
+        if len(self._peers) >= _MOST_PEERS or self._from[network] >= _MOST_FROM_ONE_NETWORK:
             self._throttle.warn("Too many connections are not authenticated yet: one from %s is refused.", address)
             plain.close()
             return
@@ -216,10 +216,10 @@ class Listener:
             plain.close()
             return
         note_socket(tls)
-        peer = _Peer(tls, host, address, time.monotonic() + _LIMIT)
+        peer = _Peer(tls, network, address, time.monotonic() + _LIMIT)
         peer.steps = self._meet(peer)
         self._peers[tls.fileno()] = peer
-        self._from[host] += 1
+        self._from[network] += 1
         self._selector.register(tls, selectors.EVENT_READ, peer)
         self._advance(peer)
 
@@ -243,9 +243,9 @@ class Listener:
             self._forget(peer)
             peer.tls.close()
         peer.steps.close()
-        self._from[peer.host] -= 1
-        if not self._from[peer.host]:
-            del self._from[peer.host]
+        self._from[peer.network] -= 1
+        if not self._from[peer.network]:
+            del self._from[peer.network]
 
     def _report(self, peer: _Peer, why: str) -> None:
         """Logs that a connection is refused. Whoever only looks whether the port is open is not worth a line."""
