@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -19,7 +19,16 @@ from torchmetrics.classification import BinaryConfusionMatrix
 
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
-from tests.integration.toys import LOCAL_STEPS, Toy, assert_trained, loader, make_trainer, outcome, samples
+from tests.integration.toys import (
+    LOCAL_STEPS,
+    Toy,
+    assert_no_step_lost,
+    assert_trained,
+    loader,
+    make_trainer,
+    outcome,
+    samples,
+)
 from tests.integration.virtual import simulate
 
 HELD_OUT = 60  # 15 per worker: three whole batches and a part of one
@@ -166,3 +175,28 @@ def test_logging_every_step_does_not_move_the_global_step(tmp_path: Path) -> Non
     # Rank 0 is slow: the others make most of the global steps.
     assert results[0]["optimizer_steps"] < min(result["optimizer_steps"] for result in results[1:])
     assert steps[-1] > results[0]["optimizer_steps"]
+
+
+@pytest.mark.parametrize("scheduling", [{0: 2}, {0: 1, 1: 4}], ids=str)
+def test_no_log_is_past_the_last_step_when_the_others_have_used_up_data_of_their_own(
+    tmp_path: Path, scheduling: dict[int, int]
+) -> None:
+    """Rank 0 is slow: the global step seems to grow fast until the others have ended."""
+    results = simulate(
+        tmp_path,
+        Decaying(),
+        loader(128),
+        slow=0,
+        regions=(1, 1),
+        strategy={"local_steps": 8, "dynamic_local_steps": False},
+        max_epochs=2,
+        log_every_n_steps=1,
+        logger=CSVLogger(tmp_path, "", ""),
+        callbacks=[GradientAccumulationScheduler(scheduling)],
+    )
+    assert_no_step_lost(results)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    assert steps[-1] == results[0]["global_step"] - 1

@@ -22,9 +22,11 @@ from tests.integration.test_schedules import learning_rate
 from tests.integration.toys import (
     FEATURES,
     Toy,
+    Watching,
     assert_same_model,
     assert_trained,
     fit,
+    halos,
     loader,
     make_trainer,
     outcome,
@@ -280,3 +282,47 @@ def test_a_model_that_grows_without_bound_is_noticed_once(tmp_path: Path) -> Non
     momentum = {"local_optimizer": partial(DelayedNesterov, lr=2.0, momentum=0.9, delay=8)}
     results = simulate(tmp_path, TooFast(), loader(batch_size=64), max_steps=160, strategy=momentum)
     assert [result["warnings"] for result in results] == [1, 0, 0, 0]
+
+
+class Accumulating(Toy):
+    """Accumulates gradients by hand."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.batches = batches
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx) / self.batches)
+        if (batch_idx + 1) % self.batches == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_batches_without_a_step_are_none_also_when_the_round_has_one_already(tmp_path: Path) -> None:
+    """In a round of 4 steps, 15 batches at a time have none, and 10 of them are left when the run ends."""
+    results = simulate(tmp_path, Accumulating(16), loader(2 * 2 * 90 * 4), regions=(1, 1), max_epochs=1)
+    assert [result["local_steps"] for result in results] == [result["optimizer_steps"] for result in results]
+    assert results[0]["global_step"] == results[0]["optimizer_steps"]
+
+
+def accumulating_and_resumed(folder: Path) -> Result:
+    """Resumes at the last quarter of a run of 256 batches per worker, four of which make a step."""
+    for dirpath, path in (("first", None), ("second", folder / "first" / "step=48.ckpt")):
+        watching = Watching()
+        saving = ModelCheckpoint(folder / dirpath, "{step}", every_n_train_steps=48, save_top_k=-1)
+        callbacks = [saving, watching]
+        trainer = make_trainer(
+            halos(regions=1), devices=2, max_epochs=2, callbacks=callbacks, enable_checkpointing=True
+        )
+        module = Accumulating(4)
+        module.pause = 0.01
+        trainer.fit(module, loader(1024), ckpt_path=path)
+    return {**outcome(trainer, module), "seen": watching.seen}
+
+
+def test_the_global_step_moves_in_a_resumed_run_with_several_batches_per_step(run: Run, tmp_path: Path) -> None:
+    seen = run(accumulating_and_resumed, tmp_path, workers=2)[0]["seen"]
+    assert seen == sorted(seen)
+    assert len(set(seen[:-1])) > 2, "it stands still until the end"

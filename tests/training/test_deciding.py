@@ -189,7 +189,7 @@ class Handover(Callback):
         self.passed = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.adapter = TrainerAdapter(trainer, limit=None, end=400, epoch_batches=1600, decides=False)
+        self.adapter = TrainerAdapter(trainer, limit=None, data=(0, 400), epoch_batches=1600, decides=False)
         while trainer.global_step < 55:  # it stops at each step at which Lightning logs
             self.adapter.set_global_step(55)
         self.adapter.set_deciding(True)

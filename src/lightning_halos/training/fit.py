@@ -85,7 +85,7 @@ class Fit:
         self._common_stop = CommonStop(trainer, agreement, self.preemption)
         batches = None if data is None else data.batches
         has_entered = start.entry is not None
-        self.lightning = TrainerAdapter(trainer, start.limit, start.end, batches, self._decides, has_entered)
+        self.lightning = TrainerAdapter(trainer, start.limit, start.extent_of_data, batches, self._decides, has_entered)
         if start.membership is not None:
             self.lightning.schedulers.set_deciding(self._decides)  # it may change
         self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics, agreement)

@@ -7,9 +7,13 @@ How a position is restored is in ``worker_state``.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_halos.training.compat import epochs_of_training
 
 _POSITION = ("state_dict", "epoch_progress", "epoch_loop.batch_progress")
 
@@ -50,3 +54,28 @@ class OwnData:
     def position_in(self, pushed: int) -> dict[str, Any]:
         """Returns the position that belongs to a snapshot, given the number of the last push in it."""
         return self._after.get(pushed) or self.position
+
+
+def steps_left(trainer: pl.Trainer) -> float:
+    """Returns the local steps that a worker has left in training data of its own, if every batch of it is used.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+
+    Returns:
+        The steps; infinite if the length of the data or the number of epochs is unknown, or may change.
+    """
+    batches, epochs = trainer.num_training_batches, epochs_of_training(trainer)
+    if epochs is None or math.isinf(batches) or trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return math.inf
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    changing = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    loop: Any = trainer.fit_loop
+
+    def accumulated(epoch: int) -> int:
+        return changing[-1].get_accumulate_grad_batches(epoch) if changing else trainer.accumulate_grad_batches
+
+    first = loop.epoch_progress.current.processed
+    done = loop.epoch_loop.batch_progress.current.completed if loop.epoch_loop.restarting else 0
+    steps = sum(math.ceil(batches / accumulated(epoch)) for epoch in range(first, epochs))
+    return max(0, steps - done // accumulated(first))

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,7 @@ from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.growth import suited
 from lightning_halos.training.loading import read_slices
 from lightning_halos.training.membership import Entry, Membership, describe
+from lightning_halos.training.own_data import steps_left
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
@@ -97,6 +99,7 @@ class Start:
             self.data = SharedData.find(trainer, self.workers, site.lane, len(site.worker_processes))
         if not can_share(site.collectives, None if self.data is None else self.data.dataset):
             self.data = None
+        self._left = self._left_of_own_data()
         self.algorithm = self._with_length(self.algorithm)
         if membership is not None:
             assert isinstance(self.algorithm, ServerAlgorithm)
@@ -120,6 +123,8 @@ class Start:
             length = min(ends, default=None)
         length = self.site.collectives.broadcast_object(length)
         began, reason = length, ""
+        if not self.trainer.lightning_module.automatic_optimization and length != self.trainer.max_steps:
+            reason = "with one step per batch, as Lightning counts them before a run under manual optimization"
         if self.resume is not None:
             began = self.resume.manifest.global_steps
             reason = "with which this run began" if began != length else ""
@@ -133,6 +138,12 @@ class Start:
             for warning in run_length.shortcomings(algorithm, groups, length) if length else ():
                 rank_zero_warn(warning)
         return algorithm
+
+    def _left_of_own_data(self) -> float:
+        """Returns the global steps that are left in data of the workers' own; infinite if that is unknown."""
+        left = math.inf if self.data is not None or self.membership is not None else steps_left(self.trainer)
+        collectives = self.site.collectives
+        return float(collectives.reduce(torch.tensor(left, dtype=torch.float64), "mean"))
 
     def put_in(self, memory: Tensor) -> None:
         """Puts a vector's model into the module, as all processes of this worker must do together."""
@@ -202,19 +213,24 @@ class Start:
         return None if steps in (math.inf, -1) else int(steps)  # -1: some epochs of data without a length
 
     @property
-    def end(self) -> float:
-        """Global step at which the run ends by itself; infinite if it only ends when it is asked to stop."""
-        ends = [math.inf if self.trainer.max_steps == -1 else float(self.trainer.max_steps)]
-        if self.data is not None:
-            total, used = self.budget.total, self.data.first
-            if self.entry is not None:
-                used = total
-            elif self.goes_on_in_data:
-                assert self.resume is not None
-                world, done = self.resume.manifest.world, self.resume.manifest.done
-                used = sum(stop - start for start, stop in done) if world is None else total + world["offset"]
-            ends.append((total + self.data.end - used) / self.workers)
-        return min(ends)
+    def extent_of_data(self) -> tuple[int, float]:
+        """Global steps at which the data begins and ends, if every batch makes a step.
+
+        It is the data that is left for this fit, or that of the complete run where only the steps of the run say how
+        much of it was used. Without a known end it is infinite.
+        """
+        if self.data is None:
+            return self.budget.position, self.budget.position + self._left
+        total, used = self.budget.total, self.data.first
+        if self.entry is not None:
+            return 0, self.data.end / self.workers
+        if self.goes_on_in_data:
+            assert self.resume is not None
+            world, done = self.resume.manifest.world, self.resume.manifest.done
+            if world is not None:
+                return 0, (self.data.end - world["offset"]) / self.workers
+            used = sum(stop - start for start, stop in done)
+        return self.budget.position, (total + self.data.end - used) / self.workers
 
     def done(self) -> Spans:
         """Returns the data that was trained on before."""

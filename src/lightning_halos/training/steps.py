@@ -28,7 +28,7 @@ class StepCounter:
 
     Args:
         trainer: The Trainer, at the start of training.
-        has_changed: Whether the module's parameters differ from those at the start of the round.
+        has_changed: Whether the module's parameters have changed since the last push, without a step in between.
 
     Attributes:
         batches: Batches of this fit so far.
@@ -100,7 +100,7 @@ class StepCounter:
 
     def look(self) -> int:
         """Returns the number of batches in which the parameters changed although no optimizer stepped."""
-        if not self._is_manual or not self._without_step or not self._has_changed():
+        if not self._is_manual or not self._without_step or self._seen or not self._has_changed():
             return 0
         rank_zero_warn(
             "The module changes its parameters without an optimizer of torch, so every batch counts as one step: in"

@@ -40,7 +40,8 @@ class TrainerAdapter:
     Args:
         trainer: The Trainer, at the start of training.
         limit: Global steps of the complete run, ``None`` if unknown. Schedulers do not go beyond it.
-        end: Global step at which the run ends by itself; may be infinite.
+        data: Global steps at which the data of the run begins and ends, with a step per batch under manual
+            optimization. The end may be infinite.
         epoch_batches: Batches per epoch of a worker's fixed shard; ``None`` if the workers do not share data.
         decides: Whether this process validates and saves for the run, and steps plateau schedulers.
         has_entered: Whether the Trainer's counters were set to those of a run that it joins, with new schedulers.
@@ -56,7 +57,7 @@ class TrainerAdapter:
         self,
         trainer: pl.Trainer,
         limit: int | None,
-        end: float,
+        data: tuple[int, float],
         epoch_batches: int | None,
         decides: bool,
         has_entered: bool = False,
@@ -64,7 +65,7 @@ class TrainerAdapter:
         self.trainer = trainer
         self._decides = decides
         self.steps_per_batch = 1.0
-        self._end = end
+        self._data = data
         self._epochs = epochs_of_training(trainer)
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
@@ -153,10 +154,7 @@ class TrainerAdapter:
 
     def leave_shared_data(self) -> None:
         """Follows a shard of the worker's own, in an epoch that starts, instead of the data that all workers share."""
-        self._shares_data, self._end = (
-            False,
-            math.inf if self.trainer.max_steps == -1 else float(self.trainer.max_steps),
-        )
+        self._shares_data, self._data = False, (0, math.inf)
         self._epoch_batches = self.trainer.num_training_batches
         self._val_check_batch = self.trainer.val_check_batch
 
@@ -298,8 +296,12 @@ class TrainerAdapter:
     @property
     def end(self) -> float:
         """Global step at which the run ends by itself; an estimate if its data ends under manual optimization."""
-        ends_with_data = self._end != self.trainer.max_steps
-        return self._end / self._batches_per_step if ends_with_data and self._is_manual else self._end
+        return min(self._end_of_data, math.inf if self.trainer.max_steps == -1 else self.trainer.max_steps)
+
+    @property
+    def _end_of_data(self) -> float:
+        begin, end = self._data
+        return begin + (end - begin) * self.steps_per_batch if self._is_manual else end
 
     @property
     def _batches_per_step(self) -> float:
@@ -388,7 +390,7 @@ class TrainerAdapter:
     @property
     def _ends_with_epoch(self) -> bool:
         """Whether the run ends at the end of an epoch: with its data, or at a step that is one."""
-        return self._end != self.trainer.max_steps or self.end * self._batches_per_step % self._epoch_batches == 0
+        return self.end == self._end_of_data or self.end * self._batches_per_step % self._epoch_batches == 0
 
     def _ends_epoch_early(self) -> bool:
         """Returns whether to validate because this worker's data of an epoch ends before the steps of the run do so.

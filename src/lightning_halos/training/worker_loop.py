@@ -389,7 +389,9 @@ class WorkerLoop(Callback):
         return min(self.round.position + (self.round.since + 1) * rate, self._lightning.end)
 
     def _has_changed(self) -> bool:
-        """Whether the module's parameters differ from those at the start of the round."""
+        """Whether the module has changed its parameters in this round without an optimizer."""
+        if self.round.has_steps:
+            return False
         before = self._memory if self.round.is_answered else self._pushed
         if before is None:
             return False
