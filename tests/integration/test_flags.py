@@ -40,7 +40,7 @@ def flagged(flags: dict[str, Any]) -> Result:
         ({"max_epochs": 2, "max_steps": 20}, 20),
         ({"max_epochs": 1, "max_steps": 20}, 16),
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, 11),  # 64 batches in steps of 3; DDP fills up each worker's
-        ({"max_steps": 20, "use_distributed_sampler": False}, 20),
+        ({"max_steps": 20, "max_epochs": 10**9, "use_distributed_sampler": False}, 20),
         ({"max_steps": 20, "reload_dataloaders_every_n_epochs": 1}, 20),
         pytest.param({"max_steps": 20, "profiler": "simple", "detect_anomaly": True}, 20, marks=pytest.mark.slow),
         pytest.param(

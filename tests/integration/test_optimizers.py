@@ -307,6 +307,24 @@ def test_batches_without_a_step_are_none_also_when_the_round_has_one_already(tmp
     assert results[0]["global_step"] == results[0]["optimizer_steps"]
 
 
+class Later(Raw):
+    """Uses its optimizer in the first batches only."""
+
+    def step(self, batch: Any) -> None:
+        if self.optimizer_steps < 10:
+            self.optimizer.step()
+        else:
+            ByHand.step(self, batch)  # type: ignore[arg-type]
+
+
+def test_steps_by_hand_count_in_a_round_that_has_steps_of_an_optimizer_too(tmp_path: Path) -> None:
+    """The rounds have 4 steps, and the optimizer makes 10 of them; the batches before they are noticed count, too."""
+    results = simulate(tmp_path, Later(), loader(2 * 80 * 4), regions=(1, 1), max_epochs=1)
+    assert [result["optimizer_steps"] for result in results] == [80, 80]
+    for result in results:
+        assert 80 - 8 <= result["local_steps"] <= 80
+
+
 def accumulating_and_resumed(folder: Path) -> Result:
     """Resumes at the last quarter of a run of 256 batches per worker, four of which make a step."""
     for dirpath, path in (("first", None), ("second", folder / "first" / "step=48.ckpt")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,11 +72,17 @@ def steps_left(trainer: pl.Trainer) -> float:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     changing = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
     loop: Any = trainer.fit_loop
+    first: int = loop.epoch_progress.current.processed
+    present = loop.epoch_loop.batch_progress
+    is_inside = loop.epoch_loop.restarting and not present.is_last_batch  # a resumed run, inside an epoch
+    done: int = present.current.processed if is_inside else 0
 
     def accumulated(epoch: int) -> int:
         return changing[-1].get_accumulate_grad_batches(epoch) if changing else trainer.accumulate_grad_batches
 
-    first = loop.epoch_progress.current.processed
-    done = loop.epoch_loop.batch_progress.current.completed if loop.epoch_loop.restarting else 0
-    steps = sum(math.ceil(batches / accumulated(epoch)) for epoch in range(first, epochs))
+    # There may be billions of epochs, but few epochs at which the accumulation changes.
+    changes = [epoch for callback in changing for epoch in callback.scheduling]
+    starts = sorted({first, *(epoch for epoch in changes if first < epoch < epochs)})
+    lengths = [end - start for start, end in pairwise([*starts, epochs])]
+    steps = sum(n * math.ceil(batches / accumulated(start)) for start, n in zip(starts, lengths, strict=True))
     return max(0, steps - done // accumulated(first))

@@ -28,7 +28,7 @@ class StepCounter:
 
     Args:
         trainer: The Trainer, at the start of training.
-        has_changed: Whether the module's parameters have changed since the last push, without a step in between.
+        has_changed: Whether the module's parameters have changed without a step, since the last push or the last call.
 
     Attributes:
         batches: Batches of this fit so far.

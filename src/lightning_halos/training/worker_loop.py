@@ -103,6 +103,8 @@ class WorkerLoop(Callback):
         self._own_data = OwnData(self._trainer) if self._data is None and has_rounds_in_flight else None
         self._snapshots: dict[str, dict[str, Any]] = {}  # of rank 0's worker: its states when they started, by save
         self._counter = StepCounter(self._trainer, self._has_changed)
+        # The steps and the module's values when :meth:`_has_changed` was called last in a round with steps.
+        self._seen: tuple[int, Tensor | None] = (0, None)
         self._growth = GrowthWatch(start.site.topology)
         self._frozen_watch = FrozenWatch(start.vector.entries)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
@@ -389,13 +391,17 @@ class WorkerLoop(Callback):
         return min(self.round.position + (self.round.since + 1) * rate, self._lightning.end)
 
     def _has_changed(self) -> bool:
-        """Whether the module has changed its parameters in this round without an optimizer."""
-        if self.round.has_steps:
-            return False
+        """Whether the module has changed its parameters without an optimizer.
+
+        If the round has a step, its start says nothing. Then it is since the last call, if there was no step since.
+        """
         before = self._memory if self.round.is_answered else self._pushed
         if before is None:
             return False
         now, parameters = self._vector.read(self._vector.new()), slice(self._vector.num_parameters)
+        if self.round.has_steps:
+            (steps, seen), self._seen = self._seen, (self._counter.steps, now)
+            before = now if seen is None or steps != self._counter.steps else seen
         has_changed = not torch.equal(now[parameters], before[parameters])
         return any(flag for (flag,) in self._agreement.ask([has_changed]))
 
