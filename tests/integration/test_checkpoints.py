@@ -40,6 +40,7 @@ from tests.integration.toys import (
     samples,
     state,
 )
+from tests.integration.virtual import simulate
 
 WHOLE = {"global.pt", NAME, *(f"worker-{rank}.pt" for rank in range(4)), *(f"server-{index}.pt" for index in range(2))}
 
@@ -126,6 +127,35 @@ def test_a_run_resumes_where_it_was_saved(run: Run, tmp_path: Path) -> None:
         assert "val_loss" in metrics
     assert any(0 < result["at_start"][0] < result["counted"] for result in goes_on)
     assert_same_model(results)
+
+
+@pytest.mark.parametrize("shares_data", [True, False])
+def test_what_falls_due_while_rank_0_waits_for_the_end_is_saved_at_the_end(tmp_path: Path, shares_data: bool) -> None:
+    """It waits for the others' last rounds or, if the workers have data of their own, for a slow worker."""
+    callbacks = [saving(tmp_path, 5), ModelCheckpoint(tmp_path, "last of {step}", every_n_train_steps=3)]
+    results = simulate(
+        tmp_path,
+        Toy(),
+        loader() if shares_data else loader(64),
+        slow=0 if shares_data else 3,
+        max_epochs=2,
+        callbacks=callbacks,
+        enable_checkpointing=True,
+        use_distributed_sampler=shares_data,
+    )
+    assert_same_model(results)
+    assert {result["global_step"] for result in results} == {32}
+    saved = sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("step=*.ckpt"))
+    assert saved[-1] == 32, "the multiples of 5 that were passed at the end are one save"
+    assert set(saved[:-1]) < set(range(5, 32, 5))
+    assert len(saved) > 2
+    (last,) = tmp_path.glob("last of *.ckpt")
+    assert last.stem == "last of step=32"
+    for path in (last, tmp_path / "step=32.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["global_step"] == 32
+        for name, tensor in results[0]["state"].items():
+            assert torch.equal(checkpoint["state_dict"][name], tensor)
 
 
 class Scaled(Noting):

@@ -296,6 +296,15 @@ def period_of_saves(callback: ModelCheckpoint) -> int:
     return callback._every_n_train_steps
 
 
+def save_as_if_due(callback: ModelCheckpoint, trainer: pl.Trainer) -> None:
+    """Saves what a callback saves at a multiple of its period, unless it lacks its metric or has saved just now."""
+    metrics = callback._monitor_candidates(trainer)
+    has_metric = callback.monitor is None or callback.monitor in metrics
+    if has_metric and not callback._should_skip_saving_checkpoint(trainer):
+        callback._save_topk_checkpoint(trainer, metrics)
+        callback._save_last_checkpoint(trainer, metrics)
+
+
 def keep_sigterm_local(trainer: pl.Trainer) -> None:
     """Keeps Lightning from broadcasting in every batch whether SIGTERM was received, and in its signal handler.
 

@@ -117,6 +117,7 @@ class FirstHooks(Callback):
             self._loop.finish(stop=self._lightning.wants_to_stop)
         if trainer.is_global_zero:
             self._metrics.tell(trainer.callback_metrics)
+        self._lightning.save_at_end()
         self._end()
 
 

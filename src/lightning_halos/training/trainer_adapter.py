@@ -26,6 +26,7 @@ from lightning_halos.training.compat import (
     is_last_batch,
     period_of_saves,
     restore_link_checkpoint,
+    save_as_if_due,
     set_logged_steps,
 )
 from lightning_halos.training.schedulers import SchedulePosition
@@ -89,6 +90,7 @@ class TrainerAdapter:
         self._validates_at_end = False
         self.validated = self._start = trainer.global_step
         self._due_since: int | None = None
+        self._shown_before_end = self._shown
         # Validations at the ends of epochs under max_steps: whether the present epoch has had its own, and how many
         # came early, where this worker's data ended. As many are left out at the ends that the run's steps come to.
         self._epoch_is_validated, self._early = False, 0
@@ -225,10 +227,22 @@ class TrainerAdapter:
 
     def finish(self, position: int, stopped: bool) -> None:
         """Makes the Trainer end the run at the final global step, also if it was asked to stop."""
+        self._shown_before_end = self._shown
         self._validates_at_end = self.set_global_step(position, is_final=True)
         # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
         self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
+
+    def save_at_end(self) -> None:
+        """Saves what fell due while this worker waited for the end, because its next global step was the final one."""
+        for callback in self._saving if self._decides else []:
+            period = period_of_saves(callback)
+            if period > 0 and self._shown // period > self._shown_before_end // period:
+                save_as_if_due(callback, self.trainer)
+
+    @property
+    def _saving(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self._callbacks if isinstance(callback, ModelCheckpoint)]
 
     @property
     def is_empty_epoch(self) -> bool:
@@ -311,8 +325,8 @@ class TrainerAdapter:
         """Returns the next global step on the way to a position, without skipping one at which Lightning acts."""
         before = self._shown
         log_every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        saving = [period_of_saves(c) for c in callbacks_of(self.trainer) if isinstance(c, ModelCheckpoint)]
-        periods = [period for period in (self._validation_period, *saving) if period > 0]
+        saves = map(period_of_saves, self._saving)
+        periods = [period for period in (self._validation_period, *saves) if period > 0]
         if log_every <= 1:
             return next_count(before, position, periods)
         periods.append(log_every)
