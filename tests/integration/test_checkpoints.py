@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision, TorchCheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
@@ -430,6 +430,50 @@ def test_on_a_slow_disk_checkpoints_are_left_out_but_never_the_final_one(run: Ru
         content = torch.load(tmp_path / name, weights_only=True)
         assert content["lightning_halos"]["save"] == manifest.save
         assert content["global_step"] == 32
+        for key, tensor in results[0]["state"].items():
+            assert torch.equal(content["state_dict"][key], tensor)
+
+
+class SlowIO(TorchCheckpointIO):
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+        super().save_checkpoint(*args, **kwargs)
+
+
+class Reading(pl.Callback):
+    """Reads a checkpoint as soon as rank 0 has saved it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and not Path("mine.ckpt").exists():
+            trainer.save_checkpoint("mine.ckpt")
+            assert len(torch.load("mine.ckpt", weights_only=True)["state_dict"]) == 4
+
+
+def saved_asynchronously(folder: Path) -> Result:
+    trainer = make_trainer(
+        halos(regions=[[0], [1]]),
+        devices=2,
+        max_steps=24,
+        callbacks=[Reading(), saving(folder, 8, save_last=True)],
+        enable_checkpointing=True,
+        plugins=AsyncCheckpointIO(SlowIO()),
+    )
+    module = Toy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader())
+    said = [str(warning.message) for warning in caught if "is not complete" in str(warning.message)]
+    return outcome(trainer, module, said=said)
+
+
+def test_with_asynchronous_io_a_checkpoint_is_complete_when_its_file_is_there(run: Run, tmp_path: Path) -> None:
+    results = run(saved_asynchronously, tmp_path, workers=2)
+    assert all("an earlier one is not yet" in text for text in results[0]["said"])
+    for name in ("step=24.ckpt", "last.ckpt"):
+        (path,) = (tmp_path / name).with_suffix("").glob(f"*/{NAME}")
+        content, manifest = torch.load(tmp_path / name, weights_only=True), Manifest.read(path.read_text(), path)
+        assert content["global_step"] == 24
+        assert content["lightning_halos"]["save"] == manifest.save
         for key, tensor in results[0]["state"].items():
             assert torch.equal(content["state_dict"][key], tensor)
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, FSDPPrecision, MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +28,7 @@ from lightning_halos import (
     HalosStrategy,
     SimulatedCluster,
 )
+from lightning_halos.checkpoint.files import AtomicCheckpointIO
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.algorithms.halos import Halos
 from lightning_halos.core.wire_formats import WireFormats
@@ -157,6 +158,19 @@ def test_a_precision_plugin_that_fsdp_would_not_use_is_refused() -> None:
             refuse_precision_plugin(trainer, plugin)
     trainer = L.Trainer(accelerator="cpu", logger=False, precision="bf16-mixed")
     refuse_precision_plugin(trainer, trainer.precision_plugin)
+
+
+@pytest.mark.parametrize("strategy", ["halos", HalosStrategy])
+def test_files_are_written_atomically_unless_the_trainer_has_a_plugin_for_that(strategy: Any) -> None:
+    def written_with(plugins: Any) -> Any:
+        made = strategy if isinstance(strategy, str) else strategy()
+        return L.Trainer(strategy=made, accelerator="cpu", devices=2, plugins=plugins).strategy.checkpoint_io
+
+    mine = TorchCheckpointIO()
+    assert isinstance(written_with(None), AtomicCheckpointIO)
+    assert written_with(mine) is mine
+    assert written_with(AsyncCheckpointIO(mine)).checkpoint_io is mine
+    assert isinstance(written_with(AsyncCheckpointIO()).checkpoint_io, AtomicCheckpointIO)
 
 
 def test_another_kind_of_strategy_inside_a_worker_is_refused() -> None:

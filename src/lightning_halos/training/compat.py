@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistry
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available as all_gather
@@ -26,6 +27,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loops import _EvaluationLoop, _FitLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
@@ -91,6 +93,15 @@ def plugins_of(strategy: ParallelStrategy) -> list[Any]:
     """Returns the plugins that a strategy was made with."""
     names = ("_precision_plugin", "_checkpoint_io", "cluster_environment")
     return [plugin for name in names if (plugin := vars(strategy).get(name)) is not None]
+
+
+def set_default_checkpoint_io(strategy: ParallelStrategy, default: CheckpointIO) -> None:
+    """Sets what a strategy writes checkpoints with, or what its plugin wraps, if the user has not said it."""
+    io = vars(strategy)["_checkpoint_io"]
+    if io is None:
+        strategy.checkpoint_io = default
+    elif isinstance(io, _WrappingCheckpointIO):
+        io.checkpoint_io = default
 
 
 def find_trainer(module: pl.LightningModule | None) -> pl.Trainer | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -39,6 +40,7 @@ from lightning_halos.training.compat import (
     make_validation_data_when_asked,
     optimizers_to_device,
     run_validation_in,
+    set_default_checkpoint_io,
     synchronizes_batch_norm,
 )
 from lightning_halos.training.composed_strategy import ComposedStrategy
@@ -110,7 +112,6 @@ class AlgorithmStrategy(ComposedStrategy):
         inner: InnerStrategy | str | None = None,
         **kwargs: Any,
     ) -> None:
-        kwargs["checkpoint_io"] = kwargs.get("checkpoint_io") or AtomicCheckpointIO()
         its_server = find_server(server, keys, streams)
         super().__init__(algorithm, regions, start_method, timeout, simulate, its_server, worker, inner, **kwargs)
         check_seconds("grace_time", grace_time)
@@ -260,6 +261,10 @@ class AlgorithmStrategy(ComposedStrategy):
         self._history, self._virtual_seconds = history, virtual_seconds
 
     # ------------------------------------------------------------------ setup
+
+    def _configure_launcher(self) -> None:
+        set_default_checkpoint_io(self, AtomicCheckpointIO())  # the Trainer has passed on its plugins before
+        super()._configure_launcher()
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -471,7 +476,10 @@ class AlgorithmStrategy(ComposedStrategy):
         if fit is not None and fit.is_training and not saves_shards:
             fit.raise_failure()
         has_shards = saves_shards and "optimizer_states" in checkpoint and not storage_options and is_local(filepath)
-        write = self.checkpoint_io.save_checkpoint
+        io = self.checkpoint_io
+        if isinstance(io, AsyncCheckpointIO) and io.checkpoint_io is not None:
+            io = io.checkpoint_io  # a save with shards has to know when its file is there
+        write = io.save_checkpoint
         with self._not_computing():
             if shards is None or not has_shards:
                 super().save_checkpoint(checkpoint, filepath, storage_options)
