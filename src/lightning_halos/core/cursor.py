@@ -99,6 +99,9 @@ class DataCursor:
         epochs: Number of epochs, ``None`` for no limit.
         done: Ranges that are not leased, such as those that earlier fits have used. Leased ranges are added.
         end: Where the data ends at the latest, in local steps from the beginning of the first epoch.
+
+    Attributes:
+        end: Where the data ends; may be infinite.
     """
 
     def __init__(
@@ -107,12 +110,7 @@ class DataCursor:
         self._steps_per_epoch = steps_per_epoch
         self._taken = Spans() if done is None else done
         self._next = 0
-        self._end = end if epochs is None else min(end, epochs * steps_per_epoch)
-
-    @property
-    def end(self) -> float:
-        """Where the data ends, in local steps from the beginning of the first epoch; may be infinite."""
-        return self._end
+        self.end = end if epochs is None else min(end, epochs * steps_per_epoch)
 
     @property
     def next(self) -> int:
@@ -123,12 +121,12 @@ class DataCursor:
     @property
     def is_over(self) -> bool:
         """Whether no data is left."""
-        return self.next >= self._end
+        return self.next >= self.end
 
     @property
     def epoch(self) -> int:
         """Epoch of the range that is leased next; the last one if no data is left."""
-        return int(min(self.next, self._end - 1)) // self._steps_per_epoch
+        return int(min(self.next, self.end - 1)) // self._steps_per_epoch
 
     def give_back(self, spans: Iterable[Sequence[int]]) -> None:
         """Takes leased ranges back, to lease them again before others."""
@@ -138,7 +136,7 @@ class DataCursor:
 
     def claim(self, spans: Iterable[Sequence[int]]) -> Spans:
         """Leases certain ranges. Returns what of them was free."""
-        free = Spans((start, min(stop, self._end)) for start, stop in spans if start < self._end)  # type: ignore[misc]
+        free = Spans((start, min(stop, self.end)) for start, stop in spans if start < self.end)  # type: ignore[misc]
         free.remove(self._taken)
         self._taken.add(free)
         return free
@@ -153,10 +151,10 @@ class DataCursor:
                 shorter, so that all servers have data until the end.
         """
         self._next, gap = self._taken.missing(self._next)
-        if self._next >= self._end:
+        if self._next >= self.end:
             return None
         steps = int(min(steps, gap - self._next))
-        fair = math.ceil((self._end - self._next) / (2 * sharers)) if self._end < math.inf else steps
+        fair = math.ceil((self.end - self._next) / (2 * sharers)) if self.end < math.inf else steps
         lease = next(split(self._next, max(1, min(steps, fair)), self._steps_per_epoch))
         self._taken.add([(self._next, self._next + lease.steps)])
         self._next += lease.steps

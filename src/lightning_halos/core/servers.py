@@ -98,6 +98,7 @@ class ParameterServer:
 
     Attributes:
         model: The present model.
+        num_parameters: Elements of the model that are parameters. They come first.
         version: Number of applied updates.
         rejections: Number of rejected updates, by sender.
         staleness: Staleness of the last applied update: versions between the model that it started from and its
@@ -128,14 +129,14 @@ class ParameterServer:
         self._dropped_in_a_row: dict[int, int] = {}
         self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
-        self._num_parameters = sum(self._sizes)
+        self.num_parameters = sum(self._sizes)
         self.senders = senders
-        parts = torch.split(model[: self._num_parameters], self._sizes)
+        parts = torch.split(model[: self.num_parameters], self._sizes)
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._optimizer = optimizer(self._parameters)
         is_divisible = type(self._optimizer) in _BY_PARAMETER
         self._portions = _portions(self._sizes) if is_divisible else [slice(len(self._sizes))]
-        self._pieces = divide(self._sizes, PIECE if is_divisible else self._num_parameters + 1)
+        self._pieces = divide(self._sizes, PIECE if is_divisible else self.num_parameters + 1)
         self._snapshots: weakref.WeakSet[ServerSnapshot] = weakref.WeakSet()  # an abandoned one costs nothing
 
     def become_slice(self, warns: bool) -> None:
@@ -157,11 +158,6 @@ class ParameterServer:
         self._is_slice, self.warns = True, warns
 
     @property
-    def num_parameters(self) -> int:
-        """Elements of the model that are parameters. They come first."""
-        return self._num_parameters
-
-    @property
     def rejected(self) -> int:
         """Number of rejected updates."""
         return sum(self.rejections.values())
@@ -173,7 +169,7 @@ class ParameterServer:
             vector: The update.
             progress: Yields the number of elements that have arrived so far. Default: all have arrived.
         """
-        end = self._num_parameters
+        end = self.num_parameters
 
         def look_at(span: tuple[int, int]) -> tuple[bool, float]:
             start, stop = span
@@ -192,16 +188,18 @@ class ParameterServer:
             fault = f"its shape is {tuple(vector.shape)}, the model's is {tuple(self.model.shape)}"
         if vector.dtype != self.model.dtype:
             fault = f"its dtype is {vector.dtype}, the model's is {self.model.dtype}"
-        return Finding(fault, norm, self._touched_by(vector, fault) if self._is_slice else None)
+        touched = None
+        if self._is_slice:
+            touched = self._touched_by(vector) if fault is None else []
+        return Finding(fault, norm, touched)
 
     def find(self, vector: Tensor) -> Finding:
         """Returns the finding for an update that no host has inspected; all lanes must do so in step."""
         return self.agree(self.inspect(vector))
 
-    def _touched_by(self, vector: Tensor, fault: str | None) -> list[int]:
-        if fault is not None:
-            return []
-        parts = torch.split(vector[: self._num_parameters], self._sizes)
+    def _touched_by(self, vector: Tensor) -> list[int]:
+        """Returns the indices of the parameters that an update changes, so that their momentum may move them, too."""
+        parts = torch.split(vector[: self.num_parameters], self._sizes)
         return [index for index, part in enumerate(parts) if not _is_zero(part)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,9 +343,9 @@ class ParameterServer:
         start = 0
         if is_accepted:
             self._preserve()
-            start = self._num_parameters
+            start = self.num_parameters
             step = DividedStep(self._optimizer, self._parameters)
-            touched = self._touched_parameters(vector)
+            touched = frozenset(self._touched_by(vector)) if self._touched is None else self._touched
 
             def change(piece: Piece) -> int:
                 step.step(piece, vector[piece.start : piece.stop], touched)
@@ -367,13 +365,6 @@ class ParameterServer:
 
         for stop in self.map(fill, _spans(start, self.model.numel())):
             advance(stop)
-
-    def _touched_parameters(self, vector: Tensor) -> Collection[int]:
-        """Returns the numbers of the parameters that an update changes, so that their momentum may move them, too."""
-        if self._touched is not None:
-            return self._touched
-        parts = torch.split(vector[: self._num_parameters], self._sizes)
-        return {number for number, part in enumerate(parts) if not _is_zero(part)}
 
 
 class LocalServer(ParameterServer):
@@ -438,7 +429,7 @@ class LocalServer(ParameterServer):
 
     def round_updates(self, form: Format) -> None:
         """Rounds the updates to the global server from now on to what a format can have."""
-        self.feedback = ErrorFeedback(form, self._num_parameters, self.model.dtype)
+        self.feedback = ErrorFeedback(form, self.num_parameters, self.model.dtype)
 
     @property
     def exchanges(self) -> bool:
@@ -496,7 +487,7 @@ class LocalServer(ParameterServer):
             start, stop = span
             if base is not None:
                 base[start:stop] = model[start:stop]
-            parameters = min(stop, max(start, self._num_parameters))
+            parameters = min(stop, max(start, self.num_parameters))
             vector[start:parameters].sub_(model[start:parameters])
             if weight < 1:
                 vector[start:parameters].mul_(weight)
@@ -540,7 +531,7 @@ class LocalServer(ParameterServer):
         return {
             **super()._state(),
             **{name: getattr(self, name) for name in self._PLAIN},
-            "parameters": self._num_parameters,
+            "parameters": self.num_parameters,
             "accumulate_updates": self._accumulate_updates,
             # After the flush everything has been sent.
             "base": self.model if self._base is None and self.exchanges else self._base,
@@ -623,6 +614,15 @@ class GlobalServer(ParameterServer):
         self.steps = state["steps"]
 
 
+class SynchronousServer(ParameterServer):
+    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
+
+    def receive(self, mean: Tensor) -> None:
+        """Applies the mean of the workers' vectors, and overwrites it with the new model."""
+        is_accepted = self._judge(self.find(mean), self.version, 0, "all workers together")
+        self.apply(mean, is_accepted, mean)
+
+
 def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
     """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
     model, parameters = state["model"], state["parameters"]
@@ -673,15 +673,6 @@ def update_of_snapshot(fields: Mapping[str, Any]) -> tuple[RegionUpdate, Finding
     finding = fields.pop("finding", None)
     fields["vector"] = fields["vector"].clone()
     return RegionUpdate(**fields), None if finding is None else Finding(*finding)
-
-
-class SynchronousServer(ParameterServer):
-    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
-
-    def receive(self, mean: Tensor) -> None:
-        """Applies the mean of the workers' vectors, and overwrites it with the new model."""
-        is_accepted = self._judge(self.find(mean), self.version, 0, "all workers together")
-        self.apply(mean, is_accepted, mean)
 
 
 def _is_zero(part: Tensor) -> bool:
