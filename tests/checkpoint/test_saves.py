@@ -434,7 +434,7 @@ def test_a_shard_whose_writing_raises_anything_is_reported(tmp_path: Path, monke
     assert told[1].error == ""
 
 
-def test_a_writer_that_cannot_even_report_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_writer_that_cannot_even_report_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     writer, done = Writer(), threading.Event()
 
     def broken(*_: object) -> None:

@@ -29,7 +29,7 @@ class TestCorpus:
         assert list(Corpus(f"{corpus}/*.txt").documents()) == DOCUMENTS
         assert list(Corpus([f"{corpus}/03.txt", f"{corpus}/01.txt"]).documents()) == [DOCUMENTS[3], DOCUMENTS[1]]
 
-    def test_a_folder_is_its_text_files_at_any_depth(self, corpus: Path, tmp_path: Path) -> None:
+    def test_a_folder_is_its_text_files_at_any_depth(self, tmp_path: Path) -> None:
         (tmp_path / "in" / "deep").mkdir(parents=True)
         (tmp_path / "in" / "module.py").write_text("x = 1\n")
         (tmp_path / "in" / "deep" / "module.pyc").write_bytes(b"\xff\x00")

@@ -67,7 +67,7 @@ class TestFiles:
         assert (done.returncode == 0) == is_good, done
 
     def test_nobody_else_can_read_a_key_from_its_first_byte_on(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         modes: list[int] = []
         opened = os.fdopen

@@ -174,9 +174,7 @@ class TestHandshake:
         outcome = meet("server.pem", "server.pem")
         assert "The client shows the server's key" in outcome.server
 
-    def test_a_region_cannot_make_certificates(
-        self, meet: Callable[..., Outcome], folder: Path, tmp_path: Path
-    ) -> None:
+    def test_a_region_cannot_make_certificates(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "authority.pem").write_bytes((folder / "us-east.pem").read_bytes())
         with pytest.raises(ValueError, match="not an authority's file"):
             make_region(tmp_path, "forged")

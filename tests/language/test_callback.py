@@ -215,7 +215,7 @@ def test_the_training_is_bitwise_the_same_with_and_without_it(tmp_path: Path, to
     assert trainer.callback_metrics["lm_eval/local_lambada/perplexity"] > 1
 
 
-def test_the_tokenizer_of_the_datamodule_is_found(tmp_path: Path, tokenizer: str) -> None:
+def test_the_tokenizer_of_the_datamodule_is_found(tokenizer: str) -> None:
     class Data(pl.LightningDataModule):
         def train_dataloader(self) -> Any:
             return loader()

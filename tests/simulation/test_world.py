@@ -192,7 +192,7 @@ def test_a_dataset_that_grows_is_used_as_in_a_real_run(name: str, tmp_path: Path
         assert torch.equal(parameter, same)
 
 
-def test_a_dataset_that_grows_leaves_the_ordered_steps_as_they_are(tmp_path: Path) -> None:
+def test_a_dataset_that_grows_leaves_the_ordered_steps_as_they_are() -> None:
     module = Growing()
     trainer, _ = fit("halos", module, module, max_steps=25, reload_dataloaders_every_n_epochs=1)
     assert trainer.strategy.history[-1].steps == 25 * WORKERS
