@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_halos.core.algorithms.async_local_sgd import AsyncLocalSGD
 from lightning_halos.core.algorithms.base import Algorithm, ServerAlgorithm
 from lightning_halos.core.algorithms.diloco import Diloco
 from lightning_halos.core.servers import OptimizerFactory
@@ -106,8 +105,9 @@ def _few_exchanges(algorithm: Algorithm, groups: Sequence[ServerGroup], global_s
 
 def _slow_momenta(algorithm: Algorithm, groups: Sequence[ServerGroup], global_steps: int) -> Iterator[str]:
     rounds, workers = global_steps / algorithm.local_steps, _workers(groups)
-    updates = {"optimizer": rounds * workers, "local_optimizer": rounds * workers, "outer_optimizer": rounds}
+    updates = {"outer_optimizer": rounds}
     if isinstance(algorithm, ServerAlgorithm):
+        updates[algorithm.optimizer_argument] = rounds * workers
         pushes = sum(len(group.ranks) / algorithm.period(len(group.ranks)) for group in groups)
         updates["global_optimizer"] = rounds * pushes
     for name, factory in _optimizers(algorithm, groups).items():
@@ -135,8 +135,7 @@ def _optimizers(
     if not isinstance(algorithm, ServerAlgorithm):
         return {}
     number = len(groups) + joins
-    name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
-    factories = {name: algorithm.make_local_optimizer(_workers(groups), number)}
+    factories = {algorithm.optimizer_argument: algorithm.make_local_optimizer(_workers(groups), number)}
     if number > 1 and not joins:
         factories["global_optimizer"] = algorithm.make_global_optimizer(number)
     return factories

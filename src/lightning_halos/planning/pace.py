@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
-from lightning_halos.planning.planner import MS_PER_HOUR, longest_rounds, plan
+from lightning_halos.planning.planner import MS_PER_HOUR, groups_of, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
 
 _ROUNDS = 300  # of a worker, on average, that are planned to see how long pushes wait for servers
@@ -60,10 +60,9 @@ def pace_of(algorithm: Algorithm, timing: Timing) -> Pace:
         compute, steps = float(made.round_ms[:, 0].max()), float(made.local_steps.mean())
         return Pace(compute / steps / 1e3, steps, (float(duration[0]) - compute) / 1e3, 0.0)
     step = 1.0 / float(np.mean(made.local_steps / duration)) / 1e3
-    cluster = timing.cluster
-    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+    groups, home = groups_of(algorithm, timing.cluster), timing.cluster.global_region
     flush = 0.0
     if len(groups) > 1:
         timing = timing.on(algorithm.wire)
-        flush = max(timing.transfer(group.region, cluster.global_region) for group in groups) + timing.serve
+        flush = max(timing.transfer(group.region, home) for group in groups) + timing.serve
     return Pace(step, math.inf, 0.0, flush / 1e3)

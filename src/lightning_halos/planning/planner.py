@@ -156,6 +156,11 @@ def make_timing(cluster: SimulatedCluster, message_bytes: int | None = None) -> 
     return Timing(cluster, size)
 
 
+def groups_of(algorithm: Algorithm, cluster: SimulatedCluster) -> tuple[ServerGroup, ...]:
+    """Returns the local servers that an algorithm has on a cluster, and their workers."""
+    return algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+
+
 def longest_rounds(algorithm: Algorithm, timing: Timing) -> Floats:
     """Returns the milliseconds that a round of each worker takes at most, without overlap.
 
@@ -165,9 +170,9 @@ def longest_rounds(algorithm: Algorithm, timing: Timing) -> Floats:
     if not isinstance(algorithm, ServerAlgorithm):
         compute = max(map(timing.compute, range(len(steps)), steps))
         return np.full(len(steps), compute + timing.all_reduce() + timing.serve)
-    cluster, timing = timing.cluster, timing.on(algorithm.wire)
+    timing = timing.on(algorithm.wire)
     rounds = np.empty(len(steps))
-    for group in algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups:
+    for group in groups_of(algorithm, timing.cluster):
         for rank in group.ranks:
             rounds[rank] = timing.round(rank, group.region, steps[rank]) + len(group.ranks) * timing.serve
     return rounds
@@ -233,7 +238,7 @@ def _with_servers(
     """Plans an algorithm whose local servers apply pushes on arrival; several of them use a global server."""
     timing, cluster, workers = timing.on(algorithm.wire), timing.cluster, len(local_steps)
     home, region_of = cluster.global_region, cluster.region_of
-    groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
+    groups = groups_of(algorithm, cluster)
     periods = [] if len(groups) == 1 else [algorithm.period(len(group.ranks)) for group in groups]
     durations, rounds = np.empty(workers), np.zeros(workers, dtype=np.int64)
     messages = Counter[bool]()  # by whether they cross a region's border
@@ -293,7 +298,7 @@ def _with_servers(
         accumulate_updates=tuple(periods),
         recording=Recording(
             record_ms,
-            tuple(groups),
+            groups,
             tuple(recorded),
             tuple(_until(own, record_ms) for own in exchanges),
             None if updates is None else _until(updates, record_ms),

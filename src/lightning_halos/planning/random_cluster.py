@@ -8,9 +8,9 @@ from lightning_halos.core.checks import check_count
 from lightning_halos.simulation.cluster import SimulatedCluster
 
 # The paper's environment: milliseconds per step of its fastest worker, a Pythia-70M in float32, and a region's network.
-STEP_MS = 238.391
-MESSAGE_BYTES = 281_706_496
-INSIDE_GBPS = 100.0
+_STEP_MS = 238.391
+_MESSAGE_BYTES = 281_706_496
+_INSIDE_GBPS = 100.0
 
 
 def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> SimulatedCluster:
@@ -30,5 +30,5 @@ def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> Simu
     draw = np.random.default_rng(seed)
     speeds = draw.uniform(0.1, 1.0, (regions, workers_per_region))
     one_way = np.triu(10 ** draw.uniform(-1.0, 0.0, (regions, regions)), k=1)
-    bandwidths = one_way + one_way.T + INSIDE_GBPS * np.eye(regions)
-    return SimulatedCluster(bandwidths.tolist(), speeds.tolist(), STEP_MS, MESSAGE_BYTES)
+    bandwidths = one_way + one_way.T + _INSIDE_GBPS * np.eye(regions)
+    return SimulatedCluster(bandwidths.tolist(), speeds.tolist(), _STEP_MS, _MESSAGE_BYTES)

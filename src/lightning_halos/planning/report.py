@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_halos.extras import picture_package
-from lightning_halos.planning.planner import ACTIVITIES, MS_PER_HOUR, Floats, Plan
+from lightning_halos.planning.planner import ACTIVITIES, MS_PER_HOUR, Floats, Ints, Plan
 from lightning_halos.simulation.timing import Timing
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def table(plans: Sequence[Plan], timing: Timing) -> str:
 
 def _measures(plan: Plan, fastest: float) -> Iterator[tuple[str, str]]:
     """Yields the names and values of a plan's column; ``fastest`` is the least time per global step of all plans."""
-    yield "local steps per round", _span(plan.local_steps)
-    yield "pushes per exchange (K)", _span(plan.accumulate_updates)
+    yield "local steps per round", span(plan.local_steps)
+    yield "pushes per exchange (K)", span(plan.accumulate_updates)
     yield "simulated hours", f"{plan.elapsed_ms / MS_PER_HOUR:.3f}"
     yield "", ""
     yield "seconds per global step", f"{plan.seconds_per_global_step:.3f}"
@@ -209,7 +209,8 @@ def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int
     return "worker", [str(rank) for rank in ranks], [[rank] for rank in ranks]
 
 
-def _span(values: Sequence[int] | Any) -> str:
+def span(values: Sequence[int] | Ints) -> str:
+    """Returns the least and the largest of some numbers as a text; ``"-"`` if there are none."""
     if not len(values):
         return "-"
     least, most = min(values), max(values)

@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, ServerAlgorithm, SynchronousAlgorithm
+from lightning_halos.core.algorithms import Algorithm, Diloco, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.servers import OptimizerFactory
-from lightning_halos.planning.planner import MS_PER_HOUR, Plan, longest_rounds, plan
+from lightning_halos.planning.planner import MS_PER_HOUR, Floats, Plan, groups_of, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
-
-Floats = npt.NDArray[np.float64]
 
 MINIMUM = 1.0
 """The inner rate, in units of 1 / curvature, with which a local step goes to the minimum."""
@@ -187,10 +184,8 @@ def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
         ValueError: If an optimizer is of a kind that cannot be checked, or the algorithm has no servers.
     """
     if isinstance(algorithm, ServerAlgorithm):
-        cluster = timing.cluster
-        groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
+        groups, name = groups_of(algorithm, timing.cluster), algorithm.optimizer_argument
         number = len(groups)
-        name = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer"
         local = [Rule.of(name, algorithm.make_local_optimizer(len(group.ranks), number)) for group in groups]
         outer = Rule.of("global_optimizer", algorithm.make_global_optimizer(number)) if number > 1 else None
         return Servers(tuple(local), outer, algorithm.global_weight(), name)
@@ -202,17 +197,15 @@ def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
 
 def events_of(algorithm: Algorithm, timing: Timing) -> Events:
     """Returns the events of an algorithm on a cluster, long enough to see whether errors grow."""
-    cluster = timing.cluster
     steps = tuple(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
     rounds = longest_rounds(algorithm, timing)
     if isinstance(algorithm, SynchronousAlgorithm):
         made = plan(algorithm, timing, 2 * float(rounds.max()) / MS_PER_HOUR)
         return Events(steps, (), (("round", 0),) * _ROUNDS, frozenset(), None, _ROUNDS, made)
     assert isinstance(algorithm, ServerAlgorithm)
-    timing, home = timing.on(algorithm.wire), cluster.global_region
-    groups = algorithm.arrange(cluster.regions, cluster.names, home).groups
-    server_of = {rank: group.index for group in groups for rank in group.ranks}
-    regions = {rank: group.region for group in groups for rank in group.ranks}
+    timing, home = timing.on(algorithm.wire), timing.cluster.global_region
+    groups = groups_of(algorithm, timing.cluster)
+    group_of = {rank: group for group in groups for rank in group.ranks}
     horizon = _ROUNDS * float(rounds.mean())
     if len(groups) > 1:
         links = [
@@ -226,11 +219,11 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
     order, sends = _order(made)
     loaded = None
     if algorithm.overlap:
-        waits = [2 * timing.way(rank, regions[rank]) + timing.serve for rank in range(len(steps))]
+        waits = [2 * timing.way(rank, group_of[rank].region) + timing.serve for rank in range(len(steps))]
         after = [math.ceil(wait / timing.compute(rank, 1)) for rank, wait in enumerate(waits)]
         loaded = tuple(min(own, max(1, number)) for own, number in zip(steps, after, strict=True))
     mean = float(made.rounds.mean())
-    return Events(steps, tuple(server_of[rank] for rank in range(len(steps))), order, sends, loaded, mean, made)
+    return Events(steps, tuple(group_of[rank].index for rank in range(len(steps))), order, sends, loaded, mean, made)
 
 
 def _order(made: Plan) -> tuple[tuple[tuple[str, int], ...], frozenset[int]]:

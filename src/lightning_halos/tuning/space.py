@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, ServerAlgorithm
+from lightning_halos.core.algorithms import Algorithm, Diloco, Halos, ServerAlgorithm
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.pace import pace_of
-from lightning_halos.planning.planner import plan
+from lightning_halos.planning.planner import groups_of, plan
 from lightning_halos.planning.settings import make_arguments
 from lightning_halos.planning.stability import Rule, is_stable, servers_of
 from lightning_halos.simulation.timing import Timing
@@ -267,12 +267,12 @@ class Space:
             if f"{server.prefix}gain" in values:
                 settings[server.argument] = server.settings(values)
         if wire := {name.removeprefix("wire_"): form for name, form in values.items() if name.startswith("wire_")}:
-            settings["wire"] = {**_formats(WireFormats.of(others.get("wire", PLAIN))), **wire}
+            settings["wire"] = {**dataclasses.asdict(WireFormats.of(others.get("wire", PLAIN))), **wire}
         return settings
 
     def algorithm(self, settings: Settings) -> Algorithm:
         """Returns the algorithm with settings. Those that are left out are defaults."""
-        return _changed(self._default, make_arguments(type(self._default), settings))
+        return dataclasses.replace(self._default, **make_arguments(type(self._default), settings))
 
     def steps(self, settings: Settings, seconds: float) -> int:
         """Returns the global steps that settings can do in a virtual time."""
@@ -302,11 +302,9 @@ class Space:
 
 def _sizes(algorithm: Algorithm, timing: Timing) -> tuple[int, ...]:
     """Returns the numbers of workers of the servers that workers push to."""
-    cluster = timing.cluster
     if not isinstance(algorithm, ServerAlgorithm):
-        return (cluster.num_workers,)
-    groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-    return tuple(len(group.ranks) for group in groups)
+        return (timing.cluster.num_workers,)
+    return tuple(len(group.ranks) for group in groups_of(algorithm, timing.cluster))
 
 
 def _servers(algorithm: Algorithm, timing: Timing) -> list[_Server]:
@@ -319,7 +317,7 @@ def _servers(algorithm: Algorithm, timing: Timing) -> list[_Server]:
         return [_Server("outer_optimizer", "", (1,), has_delay=False)]
     if not isinstance(algorithm, ServerAlgorithm):
         raise ValueError(f"{algorithm.title} has no settings to tune but the module's own optimizer.")
-    name, sizes = "optimizer" if isinstance(algorithm, AsyncLocalSGD) else "local_optimizer", _sizes(algorithm, timing)
+    name, sizes = algorithm.optimizer_argument, _sizes(algorithm, timing)
     if len(sizes) == 1:
         return [_Server(name, "", sizes, has_delay=True)]
     return [
@@ -334,7 +332,7 @@ def _values(algorithm: Algorithm, timing: Timing) -> Values:
     sizes = _sizes(algorithm, timing)
     if isinstance(algorithm, ServerAlgorithm):
         values["overlap"] = algorithm.overlap
-        values |= {f"wire_{link}": form for link, form in _formats(algorithm.wire).items()}
+        values |= {f"wire_{link}": form for link, form in dataclasses.asdict(algorithm.wire).items()}
         if len(sizes) > 1:
             values["pushes_per_worker"] = sum(map(algorithm.period, sizes)) / sum(sizes)
             values["merge_weight"] = algorithm.global_weight()
@@ -349,27 +347,16 @@ def _of_links(algorithm: ServerAlgorithm, timing: Timing) -> dict[str, Parameter
     """Returns the parameters that have an effect only where links are slow."""
     parameters: dict[str, Parameter] = {}
     for link in ("within", "between"):
-        wide, narrow = (
-            pace_of(_changed(algorithm, {"wire": {**_formats(algorithm.wire), link: form}}), timing).step
-            for form in ("float32", "int4")
-        )
+        wires = [WireFormats.of({**dataclasses.asdict(algorithm.wire), link: form}) for form in ("float32", "int4")]
+        wide, narrow = (pace_of(dataclasses.replace(algorithm, wire=wire), timing).step for wire in wires)
         # An update between regions is older the longer its message takes, also where no worker waits for it.
         if wide / narrow > _WORTH or (link == "between" and len(timing.cluster.regions) > 1):
             parameters[f"wire_{link}"] = Choice(("float32", "int8", "int4"))
-    other = _changed(algorithm, {"overlap": not algorithm.overlap})
+    other = dataclasses.replace(algorithm, overlap=not algorithm.overlap)
     faster = pace_of(other, timing).step / pace_of(algorithm, timing).step
     if max(faster, 1 / faster) > _WORTH:
         parameters["overlap"] = Choice((False, True))
     return parameters
-
-
-def _formats(wire: WireFormats) -> dict[str, str]:
-    """Returns the format of each kind of link."""
-    return {"within": wire.within, "between": wire.between}
-
-
-def _changed(algorithm: Algorithm, arguments: Mapping[str, Any]) -> Algorithm:
-    return dataclasses.replace(algorithm, **arguments)
 
 
 def _rounded(value: float) -> float:

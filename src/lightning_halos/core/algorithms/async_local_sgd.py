@@ -24,6 +24,7 @@ class AsyncLocalSGD(ServerAlgorithm):
 
     name: ClassVar[str] = "async_local_sgd"
     title: ClassVar[str] = "Async-Local-SGD"
+    optimizer_argument: ClassVar[str] = "optimizer"
 
     local_steps: int = 32
     dynamic_local_steps: bool = True

@@ -111,6 +111,7 @@ class ServerAlgorithm(Algorithm):
     its model is the global model.
 
     Attributes:
+        optimizer_argument: Name of the argument that makes the local servers' optimizer.
         merge_weight: Weight of the global model when a local server merges it (``alpha``); see :meth:`global_weight`.
         max_norm_ratio: Reject a push if its Euclidean norm is more than this many times the median of the last 64
             pushes to its local server. The first 16 pushes are not checked. ``None``: no limit.
@@ -118,6 +119,8 @@ class ServerAlgorithm(Algorithm):
             answer. It has at most one unanswered push.
         wire: The formats in which vectors travel; also a name or a mapping, as :meth:`WireFormats.of` takes them.
     """
+
+    optimizer_argument: ClassVar[str] = "local_optimizer"
 
     merge_weight: float | None = None
     max_norm_ratio: float | None = None

@@ -33,7 +33,7 @@ _SHORT_WEIGHT = 0.5  # of the global model in a merge
 
 
 @dataclass(frozen=True)
-class Rule:
+class _Rule:
     """The rate and the momentum of a kind of server.
 
     Attributes:
@@ -62,8 +62,8 @@ class Rule:
         return share * self.total + (1 - share) * self.short_total, round(momentum, 2)
 
 
-_LOCAL = Rule(0.8, 0.9, short_total=1.0)
-_OUTER = Rule(0.7, 0.9, short_total=0.7, short_momentum=0.6)
+_LOCAL = _Rule(0.8, 0.9, short_total=1.0)
+_OUTER = _Rule(0.7, 0.9, short_total=0.7, short_momentum=0.6)
 
 
 def length_of(rounds: float, published_local_steps: int) -> float:
@@ -92,7 +92,7 @@ def global_optimizer(servers: int, length: float) -> OptimizerFactory:
     are part of an update: those that arrive during an exchange are not, and a merge replaces a part of what they have
     changed.
     """
-    rule = Rule(0.6, 0.5, short_total=1 + 0.4 * (min(servers, 4) - 1))
+    rule = _Rule(0.6, 0.5, short_total=1 + 0.4 * (min(servers, 4) - 1))
     return _nesterov(rule, length, servers, max(1, servers // 2))
 
 
@@ -135,6 +135,6 @@ def merge_weight(length: float) -> float:
     return round(share * PUBLISHED_WEIGHT + (1 - share) * _SHORT_WEIGHT, 2)
 
 
-def _nesterov(rule: Rule, length: float, senders: int, delay: int) -> OptimizerFactory:
+def _nesterov(rule: _Rule, length: float, senders: int, delay: int) -> OptimizerFactory:
     total, momentum = rule.at(length)
     return partial(DelayedNesterov, lr=total / senders, momentum=momentum, delay=delay if momentum else 1)
