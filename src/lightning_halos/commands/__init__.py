@@ -2,5 +2,5 @@
 
 A command parses arguments, calls the package, prints and writes files; it computes nothing itself. It imports optional
 and slow packages when it runs, so that ``--help`` is fast and works without them. What several commands share is in
-``settings``.
+``inputs``.
 """

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_halos.commands.settings import read_known_settings
+from lightning_halos.commands.inputs import read_cluster, read_known_settings
 from lightning_halos.core.checks import check_count
 
 if TYPE_CHECKING:
@@ -52,18 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from lightning_halos.core.run_length import shortcomings
-    from lightning_halos.planning.planner import make_timing
+    from lightning_halos.planning.planner import groups_of, make_timing
     from lightning_halos.planning.stability import MINIMUM, check
-    from lightning_halos.simulation.cluster import SimulatedCluster
 
     if (arguments.inner_rate is None) != (arguments.curvature is None):
         raise ValueError("give --inner-rate and --curvature together, or none of them.")
     rate = MINIMUM if arguments.curvature is None else arguments.inner_rate * arguments.curvature
     settings = read_known_settings(arguments.settings)
-    try:
-        cluster = SimulatedCluster.from_yaml(arguments.cluster)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    cluster = read_cluster(arguments.cluster)
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)
     steps = arguments.steps or settings.max_steps
@@ -71,20 +67,20 @@ def _check(arguments: argparse.Namespace) -> int:
     verdict = check(algorithm, make_timing(cluster, arguments.message_bytes), rate)
     print("\n".join(_lines(settings, verdict, rate, arguments.curvature)))
     if steps is not None:
-        groups = algorithm.arrange(cluster.regions, cluster.names, cluster.global_region).groups
-        for shortcoming in shortcomings(algorithm, groups, steps):
+        for shortcoming in shortcomings(algorithm, groups_of(algorithm, cluster), steps):
             print(f"\n{shortcoming}")
     return 0 if verdict.is_stable else UNSTABLE
 
 
 def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float | None) -> list[str]:
     """Returns the report."""
+    from lightning_halos.planning.report import span
     from lightning_halos.planning.stability import ALONE
 
     plan = verdict.events.plan
     lines = [
         f"{settings.algorithm.title} with {len(verdict.events.steps)} workers:"
-        f" {_range(verdict.events.steps)} local steps per round",
+        f" {span(verdict.events.steps)} local steps per round",
         f"staleness: {plan.pushes.mean:.2f} versions for a push on average, {plan.pushes.maximum} at most"
         + (
             ""
@@ -119,7 +115,3 @@ def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float |
     else:
         lines.append("No single setting of the servers is enough: lower the momentum of all of them, and their rates.")
     return lines
-
-
-def _range(steps: tuple[int, ...]) -> str:
-    return str(max(steps)) if min(steps) == max(steps) else f"{min(steps)} to {max(steps)}"

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning_halos.commands.options import refuse
-from lightning_halos.commands.settings import read_known_settings
+from lightning_halos.commands.inputs import read_cluster, read_known_settings, refuse
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
 
@@ -230,17 +229,13 @@ def _algorithms(arguments: argparse.Namespace, wire: WireFormats) -> list[Algori
 def _cluster(arguments: argparse.Namespace) -> tuple[str, SimulatedCluster]:
     """The name for files about the cluster, and the cluster."""
     from lightning_halos.planning.random_cluster import random_cluster
-    from lightning_halos.simulation.cluster import SimulatedCluster
 
     path, size = arguments.cluster, arguments.random_cluster
     if (path is None) == (size is None):
         raise ValueError("give either the file that describes the cluster, or --random-cluster RxW such as 4x4.")
     if size is None:
         refuse(arguments, "--seed is for --random-cluster", "seed")
-        try:
-            return path.stem, SimulatedCluster.from_yaml(path)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
+        return path.stem, read_cluster(path)
     regions, _, workers = size.partition("x")
     if not (regions.isdecimal() and workers.isdecimal()):
         raise ValueError(f"--random-cluster {size} must be RxW, regions and workers per region, such as 4x4.")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from lightning_halos.commands.options import refuse
+from lightning_halos.commands.inputs import refuse
 from lightning_halos.core.checks import check_count
 
 SUMMARY = "Tokenize text into Megatron's format: PREFIX.idx and PREFIX.bin, with the tokenizer in PREFIX-tokenizer."

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.settings import refuse_unknown
+from lightning_halos.commands.inputs import read_cluster, read_known_settings, refuse_unknown
 
 SUMMARY = "Search settings for a cluster and your module, by training it in simulations of the cluster."
 EXAMPLES = """\
@@ -103,23 +103,20 @@ def _tune(arguments: argparse.Namespace) -> None:
 
     tuning_package("optuna")
     from lightning_halos import interface
-    from lightning_halos.planning.settings import read_mapping
     from lightning_halos.tuning.make import import_make
 
     kind = getattr(interface, _STRATEGIES[arguments.algorithm])
     start: dict[str, Any] = {}
     if arguments.start is not None:
-        name, start = read_mapping(arguments.start)
-        if name != kind.__name__:
+        settings = read_known_settings(arguments.start)
+        if (name := settings.strategy) != kind.__name__:
             raise ValueError(f"{arguments.start} has settings of {name}, but --algorithm is {arguments.algorithm}.")
-        refuse_unknown(str(arguments.start), name, start)
-        start = {argument: value for argument, value in start.items() if argument not in _LEFT_OUT}
+        start = {argument: value for argument, value in settings.arguments.items() if argument not in _LEFT_OUT}
     fixed = _pairs("--fix", arguments.fix)
     refuse_unknown("--fix", kind.__name__, fixed)
     try:
-        cluster = interface.SimulatedCluster.from_yaml(arguments.cluster)
         found = kind.tune(
-            cluster,
+            read_cluster(arguments.cluster),
             import_make(arguments.module),
             hours=arguments.hours,
             steps=arguments.steps,

@@ -42,18 +42,8 @@ class Settings(NamedTuple):
 
     algorithm: Algorithm
     strategy: str  # name of the strategy's class
-    names: tuple[str, ...]  # of the arguments that the file gives it
+    arguments: Mapping[str, Any]  # that the file gives it, as they are there
     max_steps: int | None = None  # of the Trainer, in a configuration that has it
-
-
-def read_mapping(path: Path) -> tuple[str, dict[str, Any]]:
-    """Reads the name of a strategy's class and its arguments, as they are, from a file as for :func:`read_settings`."""
-    settings = _load(path)
-    try:
-        name, arguments = _strategy(settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return name, dict(arguments)
 
 
 def read_settings(path: Path) -> Settings:
@@ -66,27 +56,19 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ValueError: If the file is not such a file, or a setting of the algorithm is invalid.
     """
-    settings = _load(path)
     try:
-        return _parse(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _load(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist. Give the YAML file that has the settings.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
-
-
-def _parse(settings: Any) -> Settings:
-    name, arguments = _strategy(settings)
-    kind = _ALGORITHMS[name]
-    algorithm = kind(**make_arguments(kind, arguments))
-    return Settings(algorithm, name, tuple(sorted(map(str, arguments))), _max_steps(settings))
+    try:
+        name, arguments = _strategy(settings)
+        kind = _ALGORITHMS[name]
+        algorithm = kind(**make_arguments(kind, arguments))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Settings(algorithm, name, arguments, _max_steps(settings))
 
 
 def _max_steps(settings: Any) -> int | None:

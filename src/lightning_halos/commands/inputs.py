@@ -1,7 +1,8 @@
-"""Settings of strategies that several commands take. One that no strategy has is an error, and is not left out."""
+"""What several commands read, and the checks of it that ``argparse`` cannot make. A mistake is a ``ValueError``."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Collection
 from pathlib import Path
@@ -9,6 +10,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_halos.planning.settings import Settings
+    from lightning_halos.simulation.cluster import SimulatedCluster
+
+
+def refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuses options that would have no effect.
+
+    Raises:
+        ValueError: If one of them is given.
+    """
+    given = [name for name in names if getattr(arguments, name) is not None and getattr(arguments, name) is not False]
+    if given:
+        raise ValueError(f"{why}: leave {', '.join('--' + name.replace('_', '-') for name in given)} out.")
+
+
+def read_cluster(path: Path) -> SimulatedCluster:
+    """Reads a cluster's description; see :meth:`.SimulatedCluster.from_yaml`."""
+    from lightning_halos.simulation.cluster import SimulatedCluster
+
+    try:
+        return SimulatedCluster.from_yaml(path)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_known_settings(path: Path) -> Settings:
@@ -23,7 +46,7 @@ def read_known_settings(path: Path) -> Settings:
     from lightning_halos.planning.settings import read_settings
 
     settings = read_settings(path)
-    refuse_unknown(str(path), settings.strategy, settings.names)
+    refuse_unknown(str(path), settings.strategy, sorted(map(str, settings.arguments)))
     return settings
 
 
