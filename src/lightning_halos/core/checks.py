@@ -28,7 +28,7 @@ def check_counts(name: str, value: Any) -> None:
 
 def check_seconds(name: str, value: Any) -> None:
     """Raises a ``ValueError`` unless a value is a positive, finite number."""
-    if not is_number(value) or not 0 < value < math.inf:
+    if not is_positive(value):
         raise ValueError(f"{name}={value!r} must be a positive number of seconds.")
 
 
@@ -46,3 +46,8 @@ def check_optimizer(name: str, factory: Any) -> None:
 def is_number(value: Any) -> bool:
     """Returns whether a value is an int or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Returns whether a value is a positive, finite number."""
+    return is_number(value) and 0 < value < math.inf

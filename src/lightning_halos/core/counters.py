@@ -38,6 +38,15 @@ class ServerCounters:
         if report.rejected:
             self.rejected[worker] = report.rejected
 
+    def rounds_of(self, worker: int) -> int:
+        """Number of a worker's pushes."""
+        return self.applied.get(worker, 0) + self.rejected.get(worker, 0)
+
+    @property
+    def rounds(self) -> int:
+        """Number of all workers' pushes."""
+        return sum(self.applied.values()) + sum(self.rejected.values())
+
     def statistics(self) -> dict[str, Any]:
         """Returns what :class:`~lightning_halos.HalosMonitor` shows. Numbers of workers are by rank."""
         return {
@@ -45,7 +54,7 @@ class ServerCounters:
             "rejected": sum(self.rejected.values()),
             "staleness_sum": sum(self.staleness.values()),
             "round_seconds": sum(self.computed.values()),
-            "rounds": {rank: self.applied.get(rank, 0) + self.rejected.get(rank, 0) for rank in self.computed},
+            "rounds": {rank: self.rounds_of(rank) for rank in self.computed},
             "staleness_of": {rank: total / self.applied[rank] for rank, total in self.staleness.items()},
             "rejected_of": dict(self.rejected),
             "compute_share": {

@@ -33,7 +33,7 @@ class ErrorFeedback:
         self.residual = torch.zeros(parameters, dtype=dtype)
         self.format = form
 
-    def rounding(self, fill: Fill, vector: Tensor, is_last: bool = False) -> Fill:
+    def rounding(self, fill: Fill, vector: Tensor, is_last: bool) -> Fill:
         """Returns a function that fills the vector of an update, and rounds it part by part before it is sent.
 
         Args:
@@ -43,7 +43,7 @@ class ErrorFeedback:
         """
         return in_parts(fill, vector.numel(), lambda start, stop: self.round_(vector, start, stop, is_last))
 
-    def round_(self, vector: Tensor, start: int, stop: int, is_last: bool = False) -> None:
+    def round_(self, vector: Tensor, start: int, stop: int, is_last: bool) -> None:
         """Adds the residual to a part of an update, and rounds it in place. Threads may do so with different parts.
 
         Args:

@@ -41,7 +41,7 @@ def status_of(member: Member, rejected_updates: int) -> dict[str, Any]:
         "session": member.session,
         "counters": {
             **{name: value for name, value in vars(counters).items() if isinstance(value, int)},
-            "rounds": applied + sum(counters.rejected.values()),
+            "rounds": counters.rounds,
             "round_seconds": computed,
             "compute_share": computed / (computed + waited) if computed + waited else None,
         },
@@ -59,7 +59,7 @@ def _outliers(counters: ServerCounters) -> list[dict[str, Any]]:
     return [
         {
             "rank": rank,
-            "rounds": counters.applied.get(rank, 0) + counters.rejected.get(rank, 0),
+            "rounds": counters.rounds_of(rank),
             "rejected": counters.rejected.get(rank, 0),
             "staleness": staleness_of(rank),
             "round_seconds": counters.computed[rank],

@@ -102,11 +102,11 @@ def _awaited(member: Member, others: Sequence[Member], leasing: Leasing, is_stop
 
 def _round_of_fastest(members: Iterable[Member]) -> float:
     """Returns the seconds of a mean round of the fastest member, as far as they have reported any."""
-    rounds = []
-    for counters in (member.counters for member in members):
-        count = sum(counters.applied.values()) + sum(counters.rejected.values())
-        if count:
-            rounds.append((sum(counters.computed.values()) + sum(counters.waited.values())) / count)
+    rounds = [
+        (sum(counters.computed.values()) + sum(counters.waited.values())) / counters.rounds
+        for counters in (member.counters for member in members)
+        if counters.rounds
+    ]
     return min(rounds, default=0.0)
 
 

@@ -174,7 +174,7 @@ class ParameterServer:
         def look_at(span: tuple[int, int]) -> tuple[bool, float]:
             start, stop = span
             parameters, buffers = vector[start : min(stop, end)], vector[max(start, end) : stop]
-            norm = norm_of(parameters)
+            norm = _norm_of(parameters)
             # The norm of finite values may be infinite, because squares overflow first.
             return (math.isfinite(norm) or all_finite(parameters)) and all_finite(buffers), norm
 
@@ -685,7 +685,7 @@ def _spans(start: int, stop: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + PIECE, stop)) for begin in range(start, stop, PIECE)]
 
 
-def norm_of(vector: Tensor) -> float:
+def _norm_of(vector: Tensor) -> float:
     """Returns the Euclidean norm of a vector; infinite or NaN if it has such values, or if squares overflow."""
     return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in torch.split(vector, PART)))
 

@@ -6,7 +6,6 @@ They are checked here, with errors that name the field, its value and the allowe
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.checks import check_count, is_number, is_positive
 
 AllReduce = Literal["star", "ring"]
 
@@ -69,19 +68,19 @@ class SimulatedCluster:
                 f"bandwidths has rows of {[len(row) for row in table]} numbers, but worker_speeds has {regions}"
                 f" region(s): bandwidths must be {regions} rows of {regions} numbers, in Gbit/s from region to region."
             )
-        if not _is_positive(self.step_ms):
+        if not is_positive(self.step_ms):
             raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
         if not _is_sequence(self.names):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         size, home = self.message_bytes, self.global_region
-        if size is not None and (not isinstance(size, int) or not _is_positive(size)):
+        if size is not None and (not isinstance(size, int) or not is_positive(size)):
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
         if not isinstance(home, int) or not is_number(home) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
         if (devices := self.devices_per_worker) is not None:
             check_count("devices_per_worker", devices)
         speed = self.server_gigabytes_per_second
-        if speed is not None and not _is_positive(speed):
+        if speed is not None and not is_positive(speed):
             raise ValueError(
                 f"server_gigabytes_per_second={speed!r} must be a positive number of GB/s, or None for servers that"
                 " take no time."
@@ -165,14 +164,10 @@ def _table(name: str, value: Any) -> tuple[tuple[float, ...], ...]:
         raise ValueError(f"{name}=[] must have a list for at least one region.")
     for region, row in enumerate(value):
         for entry in row:
-            if not _is_positive(entry):
+            if not is_positive(entry):
                 raise ValueError(f"{name}: region {region} has {entry!r}; every entry must be a positive number.")
     return tuple(tuple(float(entry) for entry in row) for row in value)
 
 
 def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and 0 < value < math.inf

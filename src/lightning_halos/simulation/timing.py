@@ -83,14 +83,10 @@ class Timing:
 
     def transfer(self, source: int, target: int) -> float:
         """Returns the milliseconds that a message takes from one region to another: ``bits / bandwidth``."""
-        return self._seconds(self.bytes_within if source == target else self.bytes_between, source, target) * 1e3
+        return self._milliseconds(self.bytes_within if source == target else self.bytes_between, source, target)
 
-    def _seconds(self, size: int, source: int, target: int) -> float:
-        return size * 8 / (self.cluster.bandwidths[source][target] * 1e9)
-
-    def _complete(self, source: int, target: int) -> float:
-        """Returns the milliseconds of a model as it is, in which all-reduces have it."""
-        return self._seconds(self.message_bytes, source, target) * 1e3
+    def _milliseconds(self, size: int, source: int, target: int) -> float:
+        return size * 8 / (self.cluster.bandwidths[source][target] * 1e9) * 1e3
 
     def compute(self, worker: int, steps: int) -> float:
         """Returns the milliseconds that ``steps`` local steps of a worker take."""
@@ -127,14 +123,15 @@ class Timing:
         all its workers; that of the global region carries those of the other regions, too.
         """
         cluster, home = self.cluster, self.cluster.global_region
+        size = self.message_bytes  # an all-reduce has models as they are
         others = [region for region in range(len(cluster.regions)) if region != home]
         inside = [
-            (len(ranks) - 1 + (len(others) if region == home else 0)) * self._complete(region, region)
+            (len(ranks) - 1 + (len(others) if region == home else 0)) * self._milliseconds(size, region, region)
             for region, ranks in enumerate(cluster.regions)
         ]
-        up = max((self._complete(region, home) for region in others), default=0.0)
-        down = max((self._complete(home, region) for region in others), default=0.0)
-        parts = math.ceil(self.message_bytes / (4 * PART))
+        up = max((self._milliseconds(size, region, home) for region in others), default=0.0)
+        down = max((self._milliseconds(size, home, region) for region in others), default=0.0)
+        parts = math.ceil(size / (4 * PART))
         slowest = max(up, down, *inside)
         return slowest + (2 * max(inside) + up + down - slowest) / parts
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -95,10 +94,6 @@ class Goal:
         if self.target is None:
             return f"{self.monitor} after {self.seconds / 3600:.4g} virtual hours"
         return f"virtual time to {self.monitor} {self.target:g}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the attributes."""
-        return dataclasses.asdict(self)
 
 
 def time_to_reach(target: float, times: Sequence[float], losses: Sequence[float]) -> float:

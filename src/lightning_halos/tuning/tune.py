@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_halos.core.algorithms import Algorithm
-from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.checks import check_count, is_number, is_positive
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.settings import make_arguments
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -94,7 +94,7 @@ def tune(
         "cluster": dataclasses.asdict(cluster),
         "module": name_of(make),
         "algorithm": algorithm.name,
-        "objective": {**goal.as_dict(), "seconds": round(seconds, 3)},
+        "objective": {**dataclasses.asdict(goal), "seconds": round(seconds, 3)},
         "start": start,
         "fixed": fixed,
         "trainer": {key: describe(value) for key, value in trainer.items()},
@@ -129,7 +129,7 @@ def _check(
     trials: int | None,
 ) -> None:
     for name, value in (("hours", hours), ("virtual_hours", virtual_hours)):
-        if value is not None and not (is_number(value) and 0 < value < math.inf):
+        if value is not None and not is_positive(value):
             raise ValueError(f"{name}={value!r} must be a positive number of hours.")
     for name, count in (("steps", steps), ("jobs", jobs), ("trials", trials)):
         if count is not None:
