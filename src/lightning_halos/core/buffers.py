@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_halos.core.compat import COMPILED
+
 Rule = Literal["mean", "first", "local"]
 """What happens with a tensor that no optimizer changes.
 
@@ -22,8 +24,6 @@ afterwards. ``"local"``: each worker keeps its own.
 
 ATTRIBUTE = "halos_buffers"
 """Attribute in which a module names rules of its own, as ``{"queue": "local", "teacher": "mean"}``."""
-
-_COMPILED = "_orig_mod."  # torch.compile adds this to the names in a module
 
 
 class Entry(NamedTuple):
@@ -64,10 +64,10 @@ def find_entries(
     """
     asked, copies, used = list(_asked(module)), _copies_of_trainable_parts(module, idle), set[str]()
     parameters = module.named_parameters(remove_duplicate=False)
-    known = {path.replace(_COMPILED, "") for path in teachers}
+    known = {path.replace(COMPILED, "") for path in teachers}
 
     def is_known(path: str) -> bool:
-        return path.replace(_COMPILED, "") in known
+        return path.replace(COMPILED, "") in known
 
     def is_copy(path: str) -> bool:
         return is_known(path) or any(_is_in(path, copy) for copy in copies)
@@ -143,8 +143,8 @@ def _asked(module: nn.Module) -> Iterator[tuple[str, Rule]]:
 
 def _asked_for(path: str, asked: Iterable[tuple[str, Rule]]) -> tuple[str, Rule | None]:
     """Returns the name and rule that decide about a tensor; ``("", None)`` if no module asks for anything."""
-    path = path.replace(_COMPILED, "")
-    return next(((key, rule) for key, rule in asked if _is_in(path, key.replace(_COMPILED, ""))), ("", None))
+    path = path.replace(COMPILED, "")
+    return next(((key, rule) for key, rule in asked if _is_in(path, key.replace(COMPILED, ""))), ("", None))
 
 
 def _copies_of_trainable_parts(module: nn.Module, idle: Collection[int]) -> list[str]:

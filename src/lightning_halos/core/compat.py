@@ -19,6 +19,9 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from torch.futures import Future
 from torch.utils._pytree import tree_map_only
 
+COMPILED = "_orig_mod."
+"""What ``torch.compile`` adds to the names in a module."""
+
 _AT_ONCE = 32 * 2**20  # bytes
 
 # Operations on each tensor of a list, in place and with few kernels.

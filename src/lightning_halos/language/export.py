@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_halos.core.compat import COMPILED
 from lightning_halos.extras import language_package
 from lightning_halos.language.models import find_tokenizer
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 RECORD = "hugging_face"
 _TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "SequenceClassification": "text-classification"}
-_COMPILED = "_orig_mod."  # torch.compile adds this to the names of a module's parameters
 
 
 def export_checkpoint(
@@ -72,7 +72,7 @@ def export_checkpoint(
             " Trainer(callbacks=[lightning_halos.HuggingFaceCheckpoint(tokenizer)])."
         )
     record = record or {}
-    weights = {name.replace(_COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
+    weights = {name.replace(COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
     with TemporaryDirectory() as folder:
         _write_files(record.get("files", {}), Path(folder))
         model = _make_model(str(config or folder), record.get("architecture"))
@@ -171,7 +171,7 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
             )
         prefix = prefixes[0]
     else:
-        name = f"{submodule}.".replace(_COMPILED, "")
+        name = f"{submodule}.".replace(COMPILED, "")
         prefix = "" if name == "." else name
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     if any(".lora_" in name for name in own):
