@@ -27,7 +27,7 @@ ADDS = {
         "core/algorithms/base.py": ["SynchronousAlgorithm"],
         "core/servers.py": ["SynchronousServer"],
         "core/synchronous_node.py": ["SynchronousNode"],
-        "simulation/network.py": ["SynchronousNetwork"],
+        "simulation/synchronous_network.py": ["SynchronousNetwork"],
         "training/worlds/lockstep.py": ["LockstepWorld"],
     },
 }

@@ -20,8 +20,10 @@ from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.servers import GlobalServer, LocalServer, SynchronousServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.history import Event
-from lightning_halos.simulation.network import Network, RegionNetwork, Round, SynchronousNetwork, Work
+from lightning_halos.simulation.network import Network, Round, Work
 from lightning_halos.simulation.overlap import OverlappingNetwork
+from lightning_halos.simulation.region_network import RegionNetwork
+from lightning_halos.simulation.synchronous_network import SynchronousNetwork
 from lightning_halos.simulation.timing import Timing
 
 CLUSTER = SimulatedCluster(

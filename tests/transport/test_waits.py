@@ -22,7 +22,8 @@ from lightning_halos.core.algorithms import SyncSGD
 from lightning_halos.core.messages import GlobalModel, Message, Push, Status
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.simulation.network import SynchronousNetwork, Work
+from lightning_halos.simulation.network import Work
+from lightning_halos.simulation.synchronous_network import SynchronousNetwork
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport import collectives as collectives_module

@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.servers import GlobalServer, LocalServer, ParameterServer
 from lightning_halos.core.topology import Topology
-from lightning_halos.simulation.network import Network, RegionNetwork, SynchronousNetwork, Work
+from lightning_halos.simulation.network import Network, Work
 from lightning_halos.simulation.overlap import OverlappingNetwork
+from lightning_halos.simulation.region_network import RegionNetwork
+from lightning_halos.simulation.synchronous_network import SynchronousNetwork
 from lightning_halos.simulation.timing import Timing
 
 

@@ -1,7 +1,7 @@
 """The nodes on a virtual clock with workers that train on while their pushes are answered.
 
-Only the workers' rounds differ from those in ``network``: a round begins when the push of the one before leaves its
-worker, and ends when it has its local steps and that push is answered. What the servers do is not decided here.
+Only the workers' rounds differ from those in ``region_network``: a round begins when the push of the one before leaves
+its worker, and ends when it has its local steps and that push is answered. What the servers do is not decided here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_halos.core.messages import Pull, Push
-from lightning_halos.simulation.network import RegionNetwork, Round
+from lightning_halos.simulation.network import Round
+from lightning_halos.simulation.region_network import RegionNetwork
 
 
 class OverlappingNetwork(RegionNetwork):
