@@ -54,7 +54,8 @@ def read_settings(path: Path) -> Settings:
             as its name or with ``class_path`` and ``init_args``; or the arguments of ``HalosStrategy`` alone.
 
     Raises:
-        ValueError: If the file is not such a file, or a setting of the algorithm is invalid.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not such a file, or a setting of the algorithm is invalid.
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
