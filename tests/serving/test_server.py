@@ -24,7 +24,7 @@ from lightning_halos.core.messages import (
     StatusReply,
     StatusRequest,
 )
-from lightning_halos.serving import client, snapshots
+from lightning_halos.serving import client, host, snapshots
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
@@ -87,8 +87,9 @@ def test_a_run_from_its_founding_to_its_final_model(serve: Serve, region: Region
 
 
 def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_returns(
-    serve: Serve, region: Regions, tmp_path: Path
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host, "RETURN", LIVENESS + 1)
     server = serve(workers=1)
     us, eu = region("us", server), region("eu", server)
     us.enter()
@@ -107,6 +108,7 @@ def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_return
 
     server = serve(liveness=LIVENESS)
     until(lambda: "is finished" in server.events)
+    assert f"Members that return within {LIVENESS + 1:g} s get it" in server.events
     eu.connect(server.port)
     eu.join()
     again = eu.final()

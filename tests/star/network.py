@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,14 +312,6 @@ def enter(namespace: str) -> None:
     call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
     for path in (CONFIGURATION / namespace).iterdir():
         call("mount", bytes(path), bytes(Path("/etc", path.name)), None, ctypes.c_ulong(_MS_BIND), None)
-
-
-def wait_until_gone(namespace: str, limit: float) -> list[int]:
-    """Waits until nothing runs in a namespace. Returns what still does after ``limit`` seconds."""
-    deadline = time.monotonic() + limit
-    while (left := inhabitants(namespace)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def _add(namespace: str) -> None:

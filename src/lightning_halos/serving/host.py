@@ -76,6 +76,7 @@ class RunHost:
 
     Attributes:
         node: The node. Other threads use it through :meth:`ask` and :meth:`act`.
+        returns_within: Seconds that members have for their return after a restart of the server.
         changed: Set whenever something happened that a snapshot should have.
         updates: Number of updates that have arrived since this process started.
     """
@@ -96,7 +97,8 @@ class RunHost:
         # Since when a member has been without connection, by `time.monotonic`. After a restart they get more time,
         # because they may have been away for long, and then dial only now and then.
         members = node.status()["members"] if isinstance(node, OpenGlobalNode) else {}
-        since = time.monotonic() + max(0.0, RETURN - liveness)
+        self.returns_within = max(RETURN, liveness)
+        since = time.monotonic() + self.returns_within - liveness
         self._missing = {
             node.index_of(name): since
             for name, member in members.items()

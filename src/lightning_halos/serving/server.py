@@ -194,11 +194,11 @@ class RunServer:
     def _greet(self) -> None:
         path, note = self._directory.path, self.host.note
         if self._is_finished:
-            self._stays_until = time.monotonic() + self._rules.liveness
+            self._stays_until = time.monotonic() + self.host.returns_within
             self._is_written = self._directory.final_model.exists()
             note(
                 f"The run in {path} is finished. Its final model is in {self._directory.final_model}. Members that"
-                f" return within {self._rules.liveness:g} s get it, then the server ends."
+                f" return within {self.host.returns_within:g} s get it, then the server ends."
             )
         elif isinstance(self.host.node, OpenGlobalNode):
             step = self.host.ask(lambda node: node.status())["run"]["global_step"]

@@ -178,10 +178,9 @@ class Alarm:
         if self._off or hasattr(sys, "ps1"):
             return
         try:
-            print(
+            sys.stderr.write(  # with its end of line, so that the texts of several processes do not mix
                 f"{self.here} is ended, because its main thread did not react within {_LIMIT:g} s to this error:"
-                f" {self._error}",
-                file=sys.stderr,
+                f" {self._error}\n"
             )
             sys.stderr.flush()
         finally:
