@@ -1,7 +1,7 @@
 """Is Muon better than AdamW inside HALoS? Trains the model of ``time_to_loss.py`` in its cluster with both.
 
 First the learning rate of each optimizer is tuned, with one seed and half the steps: from a first rate, it is doubled
-or halved until both neighbours of the best one have been tried. Then three seeds train with the best rate. This is done
+or halved until both neighbors of the best one have been tried. Then three seeds train with the best rate. This is done
 with HALoS and the other algorithms, their servers tuned as in ``time_to_loss.py``, to see whether Muon changes their
 order. The table has the virtual hours to the lowest loss that all rows with the same optimizer reach, too. Every row
 is in ``rows.json`` as soon as it is trained, and is not trained again::

@@ -8,7 +8,8 @@ that a run that was stopped goes on with the row that it was at::
     python benchmarks/time_to_loss.py --best                 # the rows of the second: each algorithm at its best found
     python benchmarks/time_to_loss.py --best --seeds 0 1 2   # with three seeds
     python benchmarks/time_to_loss.py --searched             # the rows of the third: as tuning.py found each algorithm
-    python benchmarks/time_to_loss.py --long                 # the rows of the long run
+    python benchmarks/time_to_loss.py --long                 # the rows of the long run, of 6,000 steps
+    python benchmarks/time_to_loss.py --long --steps 3000    # of one of half the length
     python benchmarks/time_to_loss.py --rows halos tuned     # only these
     python benchmarks/time_to_loss.py --again                # train what is there, too
     python benchmarks/time_to_loss.py --plot-only            # the picture and the tables again, without training
@@ -53,7 +54,7 @@ Settings = dict[str, Any]
 Result = dict[str, Any]
 
 STEPS, SEARCH_STEPS, VALIDATE_EVERY = 600, 300, 25  # global steps: a local step of every worker
-LONG_STEPS, LONG_VALIDATE_EVERY = 3000, 100
+LONG_STEPS, LONG_VALIDATE_EVERY = 6000, 100
 BATCH_SIZE = 8  # sequences in a local step
 MODEL = {"context": 64, "depth": 2, "width": 96, "heads": 4, "lr": 3e-3}  # 57,600 local steps in minutes, on 2 cores
 LONG_MODEL = MODEL | {"lr": 6e-3}  # the best rate of both HALoS and synchronous SGD, see docs/muon/rows.json
@@ -140,7 +141,10 @@ ROWS = {**PUBLISHED, **TUNED, **SEARCHED, **MOMENTUM}
 FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
 SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
 THIRD = (*SEARCHED, "sync_sgd")
-LONG = ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum")
+LONG = {  # by the number of steps
+    3000: ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum"),
+    LONG_STEPS: ("sync_sgd", "searched", "diloco_dynamic_searched"),
+}
 NAMES = {
     "halos": "HALoS",
     "tuned": "HALoS, tuned",
@@ -472,17 +476,24 @@ def report(output: Path) -> None:
     publish(texts, output)
 
 
-def long_report(output: Path) -> None:
-    """Writes the tables and the picture of the long run, as far as its rows are there, and prints the tables."""
-    results = read(output, LONG)
-    if not {"tuned", "sync_sgd"} <= results.keys():
+def long_report(output: Path, rows: Sequence[str]) -> None:
+    """Writes the tables and the picture of a long run, as far as its rows are there, and prints the tables.
+
+    Args:
+        output: The folder of its files.
+        rows: Its rows.
+    """
+    results = read(output, rows)
+    halos = next((row for row in results if ROWS[row]["algorithm"] == "halos"), None)
+    if halos is None or "sync_sgd" not in results:
         print("The table needs the rows of HALoS and of synchronous SGD.")
         return
-    text, target = table(results, "tuned")
-    steps = results["tuned"][0]["global_steps"]
+    text, target = table(results, halos)
+    steps = results[halos][0]["global_steps"]
     title = f"The same model for {steps:,} global steps, the same samples for each algorithm"
-    plot({name: seeds[0] for name, seeds in results.items()}, "tuned", target, title, output / "time_to_loss.png")
-    publish([f"$ python benchmarks/time_to_loss.py --long --plot-only\n\n{text}\n\n{closeness(results)}"], output)
+    plot({name: seeds[0] for name, seeds in results.items()}, halos, target, title, output / "time_to_loss.png")
+    command = "python benchmarks/time_to_loss.py --long" + (f" --steps {steps}" if steps != LONG_STEPS else "")
+    publish([f"$ {command} --plot-only\n\n{text}\n\n{closeness(results)}"], output)
 
 
 def publish(texts: list[str], output: Path) -> None:
@@ -505,12 +516,15 @@ def main() -> int:
     parser.add_argument("--cluster", type=Path, default=ROOT / "examples/clusters/paper.yaml")
     parser.add_argument("--steps", type=int, help=f"global steps of a row (default: {STEPS}; --long: {LONG_STEPS:,})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--output", type=Path, help="the folder of all files (default: docs/time_to_loss, or its long)")
+    parser.add_argument(
+        "--output", type=Path, help="the folder of all files (default: docs/time_to_loss; --long: its folder STEPS)"
+    )
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = ROOT / "docs/time_to_loss"
-    args.output = args.output or (folder / "long" if args.long else folder)
     args.steps = args.steps or (LONG_STEPS if args.long else STEPS)
+    args.output = args.output or (folder / str(args.steps) if args.long else folder)
+    long_rows = LONG.get(args.steps, LONG[LONG_STEPS])
     model = LONG_MODEL if args.long else MODEL
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -527,7 +541,7 @@ def main() -> int:
         return 0
 
     failed = []
-    rows = args.rows or (LONG if args.long else SECOND if args.best else THIRD if args.searched else FIRST)
+    rows = args.rows or (long_rows if args.long else SECOND if args.best else THIRD if args.searched else FIRST)
     for seed, row in itertools.product(args.seeds, () if args.plot_only else rows):
         wanted = {"cluster": args.cluster.name, "settings": ROWS[row], "model": model}
         wanted |= {"global_steps": args.steps, "seed": seed}
@@ -537,7 +551,10 @@ def main() -> int:
         command = [sys.executable, *sys.argv, "--row", row, "--seeds", str(seed)]
         if subprocess.run(command, stderr=subprocess.STDOUT).returncode:
             failed.append(f"{row} (seed {seed})")
-    (long_report if args.long else report)(args.output)
+    if args.long:
+        long_report(args.output, long_rows)
+    else:
+        report(args.output)
     if failed:
         print(f"\nThese rows failed: {', '.join(failed)}.")
     return 1 if failed else 0

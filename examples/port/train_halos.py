@@ -1,4 +1,4 @@
-"""Trains a classifier of breast tumours on scikit-learn's Wisconsin data: a typical Lightning script.
+"""Trains a classifier of breast tumors on scikit-learn's Wisconsin data: a typical Lightning script.
 
 ``train_ddp.py`` and ``train_halos.py`` are the same script under DDP and under HALoS. ``diff`` shows the two changes::
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import BinaryAccuracy
 
 
-class TumourClassifier(L.LightningModule):
+class TumorClassifier(L.LightningModule):
     """A small network with batch normalization; its learning rate is lowered when the validation loss stalls."""
 
     def __init__(self, features: int, width: int = 64, lr: float = 3e-3) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         default_root_dir="demo",
         logger=False,
     )
-    model = TumourClassifier(features.shape[1])
+    model = TumorClassifier(features.shape[1])
     trainer.fit(model, DataLoader(train, args.batch_size, shuffle=True), DataLoader(val, args.batch_size))
     trainer.test(ckpt_path="best", dataloaders=DataLoader(test, args.batch_size))
 

@@ -39,12 +39,12 @@ def rows(bench: Any, folder: Path, *some: dict[str, Any]) -> Any:
 TUNING = {0.0015: 2.3, 0.003: 2.2, 0.006: 2.1, 0.012: 2.2}
 
 
-def test_the_best_rate_has_two_neighbours_that_are_worse(bench: Any, tmp_path: Path) -> None:
+def test_the_best_rate_has_two_neighbors_that_are_worse(bench: Any, tmp_path: Path) -> None:
     tuned = rows(bench, tmp_path, *(row("AdamW", rate, 300, 0, loss) for rate, loss in TUNING.items()))
     assert tuned.tune("halos", "AdamW", 300) == (0.006, TUNING)
 
 
-def test_a_rate_is_not_tuned_while_a_neighbour_of_the_best_is_missing(bench: Any, tmp_path: Path) -> None:
+def test_a_rate_is_not_tuned_while_a_neighbor_of_the_best_is_missing(bench: Any, tmp_path: Path) -> None:
     some = [row("AdamW", rate, 300, 0, loss) for rate, loss in TUNING.items() if rate < 0.012]
     best, losses = rows(bench, tmp_path, *some).tune("halos", "AdamW", 300)
     assert best is None

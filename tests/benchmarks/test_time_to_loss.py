@@ -108,7 +108,7 @@ def test_the_long_run_says_how_close_to_synchronous_sgd_each_row_ends(bench: Any
     curves = {"tuned": [(0.0, 5.0), (1.0, 2.02)], "sync_sgd": [(0.0, 5.0), (50.0, 2.02), (100.0, 2.0)]}
     for row, curve in curves.items():
         bench.write(bench.path_of(tmp_path, row, 0), result(bench, row, 0, curve))
-    bench.long_report(tmp_path)
+    bench.long_report(tmp_path, bench.LONG[3000])
     text = (tmp_path / "table.txt").read_text()
     assert "1.0%" in text
     assert "50.00 times" in text, "synchronous SGD's time to the loss at which HALoS ended"

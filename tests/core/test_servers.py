@@ -166,18 +166,18 @@ class TestFlush:
         for index, server in enumerate(servers):
             server.index = index
         center = global_server(servers=3)
-        travelling, done = [], 0
+        traveling, done = [], 0
         for _ in range(200):
-            if travelling and draw.random() < 0.2:
-                sent = travelling.pop(draw.randrange(len(travelling)))
+            if traveling and draw.random() < 0.2:
+                sent = traveling.pop(draw.randrange(len(traveling)))
                 servers[sent.server].merge(center.receive(sent))
             steps = draw.randint(0, 8)
             done += steps
             # One in ten is dropped: its steps were done all the same.
             message = push(draw.choice([0.1] * 9 + [float("nan")]), 0.0, steps=steps)
             sent = receive(draw.choice(servers), message)[1]
-            travelling += [sent] if sent else []
-        for sent in travelling + [server.flush() for server in servers]:
+            traveling += [sent] if sent else []
+        for sent in traveling + [server.flush() for server in servers]:
             center.receive(sent)
         assert center.steps == done
 

@@ -201,7 +201,7 @@ class RunDescription:
     buffers: list[tuple[str, list[int]]]  # names and shapes of what is averaged, behind the parameters
     algorithm: str  # title of the algorithm
     # Plain fields of the algorithm by name; at least `local_steps`, the local steps of a round, and `has_momentum`.
-    # Defaults go by these two, by `defaults` and by `global_steps`, the length of the run.
+    # Defaults depend on these two, on `defaults` and on `global_steps`, the length of the run.
     settings: dict[str, float | int | bool | str | None]
     # Arguments of the global server's `DelayedNesterov`: `lr`, `momentum`, `delay`, `activation`. `None`: those that
     # the algorithm has for a number of members, which follow this number.

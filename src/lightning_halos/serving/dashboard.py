@@ -61,7 +61,7 @@ li { border-bottom: 1px solid var(--line); padding: .3rem 0; overflow-wrap: anyw
 
 
 class Dashboard:
-    """Serves the page, and the same as JSON at ``/status.json``, until the process ends.
+    """Serves the page, and the same as JSON at ``/status.json``, until :meth:`close`.
 
     It answers a browser only where the page was asked for by an address or by this machine's name. Otherwise a page of
     somebody else could read it, by a name of its own that it lets point to this machine.

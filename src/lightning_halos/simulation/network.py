@@ -5,7 +5,8 @@ the rounds that end next, and passes the workers' pushes. The end of a round is 
 depend on its result. So a network whose pushes have no vectors has the same rounds; each worker process uses one to
 know its data in advance.
 
-This is what all networks have in common. ``region_network``, ``overlap`` and ``synchronous_network`` have their kinds.
+This is what all networks have in common. The kinds of networks are in ``region_network``, ``overlap`` and
+``synchronous_network``.
 """
 
 from __future__ import annotations

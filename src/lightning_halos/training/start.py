@@ -142,8 +142,9 @@ class Start:
     def _left_of_own_data(self) -> float:
         """Returns the global steps that are left in data of the workers' own; infinite if that is unknown."""
         left = math.inf if self.data is not None or self.membership is not None else steps_left(self.trainer)
-        collectives = self.site.collectives
-        return float(collectives.reduce(torch.tensor(left, dtype=torch.float64), "mean"))
+        own = left if self.site.lane == 0 else 0.0  # a worker counts once, whatever the number of its processes
+        total = self.site.collectives.reduce(torch.tensor(own, dtype=torch.float64), "sum")
+        return float(total) / self.workers
 
     def put_in(self, memory: Tensor) -> None:
         """Puts a vector's model into the module, as all processes of this worker must do together."""

@@ -337,6 +337,7 @@ class WorkerLoop(Callback):
 
     def _end_round(self, is_last: bool) -> None:
         self._refuse_newly_trainable()
+        self._seen = (0, None)
         self._frozen_watch.end_round(is_last)
         # Only once per round, because the device is idle afterwards until the host queues new work.
         self.round.count(0, self.stopwatch.drain())

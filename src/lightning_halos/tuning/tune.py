@@ -70,7 +70,7 @@ def tune(
     algorithm = _algorithm(strategy, cluster, first)
     timing = _timing(cluster, make, folder)
     seconds = pace_of(algorithm, timing).seconds(steps) if virtual_hours is None else virtual_hours * 3600
-    # The defaults go by the length of the trials.
+    # The defaults depend on the length of the trials.
     length = steps if virtual_hours is None else max(1, pace_of(algorithm, timing).steps(seconds))
     default, algorithm = (dataclasses.replace(one, global_steps=length) for one in (default, algorithm))
     goal = Goal(seconds, monitor, mode, target)

@@ -36,8 +36,9 @@ class Algorithm(ABC):
             ``max(1, ceil(H * speed / fastest))``.
         has_momentum: Whether the servers' default optimizers have momentum. It is not for inner optimizers that come
             close to a minimum in one round, as LBFGS does: it would carry the model beyond it, ever further.
-        defaults: ``"run"``: default settings go by the length of the run. ``"published"``: they are the published ones.
-        global_steps: Length of the run, by which defaults go; ``None``: it is as long as the paper's. A resumed run
+        defaults: ``"run"``: default settings depend on the length of the run. ``"published"``: they are the published
+            ones.
+        global_steps: Length of the run, on which defaults depend; ``None``: it is as long as the paper's. A resumed run
             keeps that with which it began.
 
     Raises:
