@@ -24,7 +24,7 @@ from torch import nn
 
 from lightning_halos import AsyncLocalSGDStrategy, DilocoStrategy, HalosStrategy, SimulatedCluster, SyncSGDStrategy
 from lightning_halos.cli import main
-from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.algorithms import Algorithm, Halos
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.planner import make_timing
@@ -101,22 +101,99 @@ def test_a_search_survives_a_failing_trial_and_goes_on(tmp_path: Path, monkeypat
             assert getattr(algorithm, name) == getattr(wanted, name)
 
 
+def _nesterov(**arguments: Any) -> dict[str, Any]:
+    return {"class_path": "lightning_halos.DelayedNesterov", "init_args": arguments}
+
+
+def _sgd(**arguments: Any) -> dict[str, Any]:
+    return {"class_path": "torch.optim.SGD", "init_args": arguments}
+
+
+_OTHERS = {
+    "local_steps": 5,
+    "dynamic_local_steps": False,
+    "accumulate_updates": 7,
+    "merge_weight": 0.9,
+    "servers_per_region": [2, 1],
+    "local_optimizer": _nesterov(lr=0.9, momentum=0.9, delay=3, activation=0.3),
+    "global_optimizer": _sgd(lr=0.9, momentum=0.9, nesterov=True),
+    "max_norm_ratio": 5,
+    "overlap": True,
+    "wire": {"between": "int4"},
+    "defaults": "published",
+}
+_SGD = _sgd(lr=0.9, momentum=0.9, dampening=0, weight_decay=0.1, nesterov=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "start", "others"),
+    [
+        (HalosStrategy, {}, _OTHERS),
+        (
+            HalosStrategy,
+            {
+                "local_optimizer": _nesterov(lr=0.5, momentum=0.1),
+                "global_optimizer": _nesterov(lr=0.6),
+                "wire": {"within": "int8"},
+            },
+            _OTHERS,
+        ),
+        (
+            AsyncLocalSGDStrategy,
+            {"optimizer": _nesterov(lr=0.5, delay=1)},
+            {"optimizer": _SGD, "defaults": "published"},
+        ),
+        (DilocoStrategy, {}, {"outer_optimizer": _SGD, "dynamic_local_steps": True, "defaults": "published"}),
+        (DilocoStrategy, {"outer_optimizer": _sgd(lr=1.04)}, {"outer_optimizer": _SGD}),
+    ],
+    ids=["halos: defaults", "halos", "async_local_sgd", "diloco: defaults", "diloco"],
+)
 def test_what_was_found_replaces_the_settings_of_another_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: Any, start: dict[str, Any], others: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LightningCLI merges the arguments of one strategy in two files, so the best settings name defaults, too."""
-    found = tune(tmp_path, trials=1)  # the defaults
-    assert found.settings == {}
-    before = {"class_path": "lightning_halos.DelayedNesterov", "init_args": {"lr": 0.9, "momentum": 0.9, "delay": 3}}
-    mine = {"local_steps": 5, "accumulate_updates": 7, "merge_weight": 0.9, "local_optimizer": before, "timeout": 60}
-    strategy = {"class_path": "lightning_halos.HalosStrategy", "init_args": {**mine, "global_optimizer": before}}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    """LightningCLI merges the arguments of one strategy, and of one optimizer, in two files; so best.yaml names all."""
+    found = tune(tmp_path, strategy=strategy, start=start, trials=1)
+    assert found.settings == start
+    mine = {"class_path": f"lightning_halos.{strategy.__name__}", "init_args": {**others, "timeout": 60}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": mine}}))
+    best = tmp_path / "best.yaml"
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    files = ["--config", str(tmp_path / "mine.yaml"), "--config", str(tmp_path / "best.yaml")]
+    files = ["--config", str(tmp_path / "mine.yaml"), "--config", str(best)]
     cli = LightningCLI(Regression, args=[*files, "--trainer.accelerator=cpu", "--trainer.logger=false"], run=False)
-    assert cli.trainer.strategy.timeout == 60  # is no setting that is searched
-    assert cli.trainer.strategy.algorithm == HalosStrategy().algorithm
-    assert read_settings(tmp_path / "best.yaml").algorithm == HalosStrategy().algorithm
+    assert cli.trainer.strategy.timeout == 60  # is no setting of the algorithm
+    searched = _meaning(strategy(**found.arguments).algorithm)
+    assert _meaning(cli.trainer.strategy.algorithm) == searched
+    assert _meaning(read_settings(best).algorithm) == searched
+
+
+def _meaning(algorithm: Algorithm) -> dict[str, Any]:
+    """Returns the values of an algorithm, with those of its optimizers."""
+    values = {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(algorithm)}
+    for name, make_optimizer in values.items():
+        if name.endswith("optimizer") and make_optimizer is not None:
+            optimizer = make_optimizer([nn.Parameter(torch.zeros(1))])
+            values[name] = (type(optimizer), optimizer.defaults)
+    return values
+
+
+def test_a_search_starts_from_what_another_one_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults that best.yaml names are no settings of their own: they are not trained twice, nor in every row."""
+    tune(tmp_path / "out", trials=1)  # the defaults
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(dataclasses.asdict(CLUSTER)))
+    cluster, best = str(tmp_path / "cluster.yaml"), str(tmp_path / "out" / "best.yaml")
+    assert main(["check", best, cluster, "--steps", "600"]) == 0
+    assert main(["plan", cluster, "--settings", best]) == 0
+    tried: list[Any] = []
+
+    def run(study: Any, *others: Any) -> Any:
+        tried.extend(study.ask() for _ in range(2))
+        raise ValueError("stop here")
+
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", run)
+    options = ["--module", "tests.tuning.toys:make", "--hours", "1", "--start", best]
+    assert main(["tune", cluster, *options, "--output", str(tmp_path / "again")]) == 2
+    assert [trial.user_attrs["name"] for trial, _ in tried] == ["the start", "averaging"]
+    assert tried[0][1] == {}
 
 
 @pytest.mark.parametrize("strategy", [DilocoStrategy, AsyncLocalSGDStrategy])

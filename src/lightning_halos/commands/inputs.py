@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +63,8 @@ def refuse_unknown(where: str, strategy: str, names: Collection[str]) -> None:
     if not names:
         return
     from lightning_halos import interface  # imports Lightning, so only if need be
+    from lightning_halos.planning.settings import arguments_of
 
-    kinds = getattr(interface, strategy).__mro__  # what one does not take itself, it passes on
-    known = {name for kind in kinds if "__init__" in vars(kind) for name in inspect.signature(kind).parameters}
+    known = arguments_of(getattr(interface, strategy))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{where}: {strategy} has no argument {', '.join(map(str, unknown))}.")

@@ -111,7 +111,9 @@ def _tune(arguments: argparse.Namespace) -> None:
         settings = read_known_settings(arguments.start)
         if (name := settings.strategy) != kind.__name__:
             raise ValueError(f"{arguments.start} has settings of {name}, but --algorithm is {arguments.algorithm}.")
-        start = {argument: value for argument, value in settings.arguments.items() if argument not in _LEFT_OUT}
+        made, defaults = vars(settings.algorithm), vars(kind().algorithm)
+        same = {argument for argument in made if made[argument] == defaults[argument]}
+        start = {key: value for key, value in settings.arguments.items() if key not in _LEFT_OUT | same}
     fixed = _pairs("--fix", arguments.fix)
     refuse_unknown("--fix", kind.__name__, fixed)
     try:

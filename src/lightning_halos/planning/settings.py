@@ -1,4 +1,4 @@
-"""Reads the settings of a run from YAML, as LightningCLI has them, without Lightning and without starting anything.
+"""Settings of a run in YAML, as LightningCLI has them, without Lightning and without starting anything.
 
 What the settings mean is decided by the algorithms in ``core``.
 """
@@ -6,7 +6,8 @@ What the settings mean is decided by the algorithms in ``core``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.wire_formats import WireFormats
 
 _ALGORITHMS: dict[str, type[Algorithm]] = {
     "HalosStrategy": Halos,
@@ -35,6 +37,11 @@ _NAMES = {
     "sync_sgd": "SyncSGDStrategy",
 }
 _OPTIMIZERS: dict[str, type[Optimizer]] = {"DelayedNesterov": DelayedNesterov}
+_OF_RUN = {"global_steps", "has_momentum"}
+"""What a run finds out by itself."""
+_OF_DEVICE = {"foreach", "fused", "capturable", "differentiable"}
+"""Arguments of optimizers that say how an update is computed, and not which one."""
+_EXAMPLE = "lr: 0.7"  # of an optimizer's arguments
 
 
 class Settings(NamedTuple):
@@ -110,15 +117,67 @@ def make_arguments(kind: type[Algorithm], settings: Mapping[str, Any]) -> dict[s
     Raises:
         ValueError: If an optimizer is invalid.
     """
-    fields = {field.name for field in dataclasses.fields(kind)} - {"global_steps", "has_momentum"}  # a run finds them
-    chosen = {key: value for key, value in settings.items() if key in fields}
+    chosen = {key: value for key, value in settings.items() if key in _fields(kind)}
     for key, value in chosen.items():
         if key.endswith("optimizer") and value is not None:
             chosen[key] = _optimizer(key, value)
     return chosen
 
 
+def name_defaults(settings: Mapping[str, Any], algorithm: Algorithm, known: Collection[str]) -> dict[str, Any]:
+    """Returns settings that name what they leave to defaults, too, also inside optimizers.
+
+    LightningCLI merges the arguments of a strategy, and of an optimizer, with those of other configurations. What a
+    configuration leaves out has the value of another one there.
+
+    Args:
+        settings: Arguments of a strategy as in YAML.
+        algorithm: The algorithm that they make.
+        known: The arguments that the strategy has.
+    """
+    named: dict[str, Any] = {}
+    for name in _fields(type(algorithm)):
+        value = getattr(algorithm, name)
+        if name not in known or (callable(value) and name not in settings):
+            continue  # the strategy's class decides; a function has no form in YAML
+        if callable(value):
+            value = _with_defaults(name, settings[name])
+        elif isinstance(value, WireFormats):
+            value = dataclasses.asdict(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = list(value)
+        named[name] = value
+    return {**settings, **named}
+
+
+def arguments_of(strategy: type[Any]) -> set[str]:
+    """Returns the names of the arguments that a strategy's class takes: its own, and those that it passes on."""
+    names: set[str] = set()
+    for kind in strategy.__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind).parameters
+            names |= parameters.keys()
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
+
+
+def _fields(kind: type[Algorithm]) -> list[str]:
+    """Returns the names of an algorithm's values that settings may have."""
+    return [field.name for field in dataclasses.fields(kind) if field.name not in _OF_RUN]
+
+
 def _optimizer(key: str, value: Any) -> Any:
+    kind, arguments = _optimizer_class(key, value), _init_args(key, value, _EXAMPLE)
+    try:
+        kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
+    except (TypeError, ValueError) as error:
+        path = value["class_path"]
+        raise ValueError(f"{key}: {path} does not take init_args={dict(arguments)}: {error}") from None
+    return partial(kind, **arguments)
+
+
+def _optimizer_class(key: str, value: Any) -> type[Optimizer]:
     if not isinstance(value, Mapping) or "class_path" not in value:
         raise ValueError(f"{key}={value!r} must have a class_path, such as lightning_halos.DelayedNesterov.")
     path = str(value["class_path"])
@@ -129,12 +188,18 @@ def _optimizer(key: str, value: Any) -> Any:
             f"{key} has the class_path {path}, and must be lightning_halos.DelayedNesterov or an optimizer of"
             " torch.optim."
         )
-    arguments = _init_args(key, value, "lr: 0.7")
-    try:
-        kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {path} does not take init_args={dict(arguments)}: {error}") from None
-    return partial(kind, **arguments)
+    return kind
+
+
+def _with_defaults(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer with the defaults of its class, of arguments that change what is trained."""
+    parameters = inspect.signature(_optimizer_class(key, value)).parameters.values()
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not parameter.empty and parameter.name not in _OF_DEVICE
+    }
+    return {**value, "init_args": {**defaults, **_init_args(key, value, _EXAMPLE)}}
 
 
 def _init_args(owner: str, value: Mapping[str, Any], example: str) -> Mapping[str, Any]:

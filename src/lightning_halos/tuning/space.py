@@ -203,11 +203,6 @@ class Space:
         by_size = ("accumulate_updates", self._servers[0].argument) if len(set(sizes)) > 1 else ()
         self.common = tuple(name for name in by_size if name not in self._fixed)
 
-    @property
-    def arguments(self) -> list[str]:
-        """The strategy's arguments that the parameters are about."""
-        return list(dict.fromkeys(map(self._argument, self.parameters)))
-
     def _argument(self, parameter: str) -> str:
         """Returns the strategy's argument that a parameter is about."""
         if parameter.startswith("wire_"):

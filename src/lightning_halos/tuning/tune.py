@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import sys
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 from lightning_halos.core.algorithms import Algorithm
 from lightning_halos.core.checks import check_count, is_number, is_positive
 from lightning_halos.planning.pace import pace_of
-from lightning_halos.planning.settings import make_arguments
+from lightning_halos.planning.settings import arguments_of, make_arguments, name_defaults
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.transport.compute import usable_cores
@@ -202,8 +201,7 @@ def _report(
         found += f", {_outcome(goal, first)} at the start"
     if defaults is not None:
         found += f", {_outcome(goal, defaults)} with the defaults"
-    # LightningCLI merges this file with others, in which an argument may have another value than its default.
-    settings = {**_defaults(strategy, space.arguments), **best.settings}
+    settings = name_defaults(best.settings, space.algorithm(best.settings), arguments_of(_class(strategy)))
     text = as_yaml(settings, _class_path(strategy), [found, *([f"$ {command}"] if command else [])])
     (folder / "best.yaml").write_text(text, encoding="utf-8")
     return Tuned(
@@ -223,14 +221,14 @@ def _outcome(goal: Goal, trial: Tried) -> str:
     return trial.outcome if trial.value is None else goal.describe(trial.value)
 
 
-def _defaults(strategy: Strategy, names: list[str]) -> Settings:
-    """Returns the defaults of some of a strategy's arguments."""
-    parameters = inspect.signature(strategy).parameters
-    return {name: parameters[name].default for name in names if name in parameters}
-
-
 def _class_path(strategy: Strategy) -> str:
     """Returns where users import a strategy from."""
-    kind: Any = strategy.func if isinstance(strategy, partial) else strategy
+    kind = _class(strategy)
     module = "lightning_halos" if kind.__module__.startswith("lightning_halos.") else kind.__module__
     return f"{module}.{kind.__qualname__}"
+
+
+def _class(strategy: Strategy) -> type[Any]:
+    kind: Any = strategy.func if isinstance(strategy, partial) else strategy
+    assert isinstance(kind, type)
+    return kind
