@@ -667,7 +667,7 @@ class StarRun:
         self._since = 0
         self._ledgers = {}
         if not self._disk:
-            self._top = Founding(scenario.min_regions, patience=scenario.patience)
+            self._top = Founding(f"run {self._life}", scenario.min_regions, patience=scenario.patience)
             self.ledger = Ledger(self.initial.tolist()[:PARAMETERS])
             return
         state, ledger = self._disk[-1]

@@ -151,9 +151,14 @@ class Star:
     """A global server and jobs. Messages arrive at once, unless the connection is cut."""
 
     def __init__(
-        self, min_regions: int = 1, workers: int | None = None, decider: str | None = None, patience: float = 600.0
+        self,
+        min_regions: int = 1,
+        workers: int | None = None,
+        decider: str | None = None,
+        patience: float = 600.0,
+        run: str = "a run",
     ) -> None:
-        self.top: Founding | OpenGlobalNode = Founding(min_regions, workers, decider, patience)
+        self.top: Founding | OpenGlobalNode = Founding(run, min_regions, workers, decider, patience)
         self.jobs: dict[str, Job] = {}
         self.saves = True  # whether a snapshot is on disk after every message
         self.disk: dict[str, Any] | None = None

@@ -20,7 +20,7 @@ OTHER = dataclasses.replace(DESCRIPTION, max_steps=10)
 
 def founding(*names: str, description: RunDescription = DESCRIPTION, **options: Any) -> tuple[Founding, list[int]]:
     """A founding with members that have joined; the first one is the founder."""
-    top = Founding(**{"min_regions": 2, "patience": 600.0, **options})
+    top = Founding("a run", **{"min_regions": 2, "patience": 600.0, **options})
     indices = [top.index_of(name) for name in names]
     for index, name in zip(indices, names, strict=True):
         top.handle(index, Join(name, 1, description))
@@ -162,11 +162,11 @@ def enrolled(top: Founding, name: str, workers: int) -> list[tuple[str, int, int
 
 
 def test_after_a_restart_before_the_start_each_region_gets_the_numbers_that_it_was_told() -> None:
-    top = Founding(min_regions=2)
+    top = Founding("a run", min_regions=2)
     enrolled(top, "eu", 3)
     assert enrolled(top, "us", 2) == [("eu", 5, 0), ("us", 5, 3)]
     state = json.loads(json.dumps(top.state_dict()))
-    again = Founding(min_regions=2, state=state)
+    again = Founding("a run", min_regions=2, state=state)
     assert enrolled(again, "asia", 4) == [("asia", 5, 5)]
     assert enrolled(again, "us", 2) == [("us", 5, 3)]
     assert enrolled(again, "eu", 3) == [("eu", 5, 0)]
@@ -179,22 +179,22 @@ def test_after_a_restart_before_the_start_each_region_gets_the_numbers_that_it_w
 
 
 def test_a_region_that_enrolled_before_the_restart_counts_for_the_start() -> None:
-    top = Founding(min_regions=2)
+    top = Founding("a run", min_regions=2)
     assert enrolled(top, "eu", 3) == []
-    again = Founding(min_regions=2, state=top.state_dict())
+    again = Founding("a run", min_regions=2, state=top.state_dict())
     assert enrolled(again, "us", 2) == [("us", 5, 3)]
 
 
 def test_what_regions_were_told_is_stronger_than_another_number_of_workers(caplog: pytest.LogCaptureFixture) -> None:
-    top = Founding(workers=8)
+    top = Founding("a run", workers=8)
     assert enrolled(top, "eu", 3) == [("eu", 8, 0)]
-    again = Founding(workers=4, state=top.state_dict())
+    again = Founding("a run", workers=4, state=top.state_dict())
     assert enrolled(again, "us", 2) == [("us", 8, 3)]
     assert "stays divided by 8 workers" in caplog.text
 
 
 def test_a_region_whose_first_message_was_wrong_gets_a_place_of_its_own() -> None:
-    top = Founding()
+    top = Founding("a run")
     first, second = top.index_of("eu"), top.index_of("us")
     with pytest.raises(ProtocolError):
         top.handle(second, Enrol("a", 0))

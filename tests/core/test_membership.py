@@ -15,7 +15,6 @@ import torch
 from lightning_halos.core import leasing, open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
 from lightning_halos.core.description import reason_against
-from lightning_halos.core.founding import Founding
 from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
 from lightning_halos.core.messages import (
     Decide,
@@ -34,6 +33,7 @@ from lightning_halos.core.messages import (
     Pull,
     Refusal,
     RegionUpdate,
+    RunDescription,
     Welcome,
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
@@ -540,33 +540,88 @@ def test_a_server_restarted_from_an_older_snapshot_gets_what_it_has_not_once() -
     assert star.node.state is GlobalState.FINISHED
 
 
-def test_a_job_is_told_that_the_server_has_another_directory_and_goes_on_when_it_has_the_right_one() -> None:
-    star, first, second = pair()
-    first.push()
-    first.push()
-    run, star.top = star.top, Founding(min_regions=2)
-    first.cut()
-    first.connect()
-    assert "no record of this process" in first.refusal.reason
-    assert "--directory" in first.refusal.reason
-    assert not first.refusal.for_good
-    assert star.top.present == 0, "it founds no other run"
-    star.top = run
-    star.restart()
+def train(job: Job, rounds: int) -> None:
+    for _ in range(rounds):
+        grant = None if job.joining.description.data is None else job.ask()
+        job.push(data=[] if grant is None else [(grant.first, grant.first + grant.steps)])
+
+
+def another_run(state: str, region: str, description: RunDescription) -> Star:
+    """Another run of the same description, with a region."""
+    star = Star(min_regions=2 if state == "founding" else 1, run="another run")
+    job = star.job(region, description=description)
+    if state != "founding":
+        train(job, 3)
+    if state == "restored":
+        star.restart()
+    return star
+
+
+@pytest.mark.parametrize("description", [DESCRIPTION, SHARED], ids=["own data", "shared data"])
+@pytest.mark.parametrize("region", ["eu", "asia"], ids=["a region of this name", "no region of this name"])
+@pytest.mark.parametrize("state", ["founding", "live", "restored"])
+def test_a_job_of_another_run_is_refused_and_goes_on_when_the_server_has_the_right_directory(
+    state: str, region: str, description: RunDescription
+) -> None:
+    star, first, second = pair(description)
+    train(first, 2)
+    train(second, 1)
+    disk, total = star.disk, star.node.budget.total
+    star.top = other = another_run(state, region, description).top
+    other.index_of("eu")  # which a connection makes known
+    star.saves = False
+    before = copy.deepcopy((other.state_dict(), other.status()))
+    first.is_connected = False
+    first.node.disconnected()
+    for _ in range(2):  # it asks again
+        first.connect()
+        assert first.refusal.reason.startswith("The global server serves another run than the one that this job")
+        assert "Start the server with the --directory of this job's run" in first.refusal.reason
+        assert not first.refusal.for_good
+    assert repr(before) == repr((other.state_dict(), other.status()))
+    first.push(steps=4)  # it trains on meanwhile
+    star.restart(disk)
     first.connect()
     second.connect()
-    first.push()
     star.check()
-    assert star.node.budget.total == 12
+    assert star.node.budget.total == total + 4
 
 
-def test_a_job_of_which_no_snapshot_has_anything_gives_no_other_run_its_model() -> None:
+@pytest.mark.parametrize("state", ["founding", "live", "restored"])
+def test_a_job_of_which_no_snapshot_has_anything_joins_no_other_run(state: str) -> None:
     star, first, _ = pair()
     star.saves = False
     first.push()
-    star.top = Founding()
-    with pytest.raises(ProtocolError, match="no record of this process"):
-        first.connect()
+    star.top = another_run(state, "eu", DESCRIPTION).top
+    first.is_connected = False
+    first.connect()
+    assert "another run" in first.refusal.reason
+    assert not first.refusal.for_good
+
+
+@pytest.mark.parametrize("state", ["founding", "live", "restored"])
+def test_a_job_that_is_started_anew_joins_the_run_that_the_server_has(state: str) -> None:
+    again = another_run(state, "asia", DESCRIPTION).job("eu")
+    assert again.refusal is None
+    again.push()
+    again.cut()
+    again.connect()
+    assert again.refusal is None, "it is a job of that run"
+
+
+def test_an_older_snapshot_that_does_not_know_a_region_takes_it_in() -> None:
+    star = Star()
+    first = star.job("eu")
+    old = copy.deepcopy(star.disk)
+    second = star.job("us")
+    for job in (first, second, second):
+        job.push()
+    star.restart(old)
+    for job in (first, second):
+        job.connect()
+        assert job.refusal is None
+        job.push()
+    star.check()
 
 
 def test_a_snapshot_is_plain_values_and_survives_the_disk() -> None:
@@ -822,11 +877,12 @@ BAD: dict[str, Callable[[], Message]] = {
     "too many metrics": lambda: Publish(1, metrics={str(number): 1.0 for number in range(2001)}),
     "a name of a metric that is too long": lambda: Publish(1, metrics={"x" * 70_000: 1.0}),
     "a report with too many ranges of data": lambda: report(data=[(0, 1)] * (2**14 + 1)),
-    "too many ranges of data at once": lambda: Join("eu 1", 1, SHARED, [(0, 1)] * (2**16 + 1)),
+    "too many ranges of data at once": lambda: Join("eu 1", 1, SHARED, [(0, 1)] * (2**16 + 1), run="a run"),
     "a welcome": lambda: Decide(""),
     "a final model": lambda: GlobalModel(1, True, vector=torch.ones(2)),
     "data for a new process": lambda: Join("x", 1, SHARED, [(0, 2**62)]),
-    "data that it never had": lambda: Join("eu 1", 1, SHARED, [(30, 31)]),
+    "data for a new process of a member": lambda: Join("x", 1, SHARED, [(0, 1)], run="a run"),
+    "data that it never had": lambda: Join("eu 1", 1, SHARED, [(30, 31)], run="a run"),
     "another number of workers": lambda: Join("eu 1", 2, SHARED),
     "a million workers": lambda: Join("x", 10**6, SHARED),
     "no workers": lambda: Enrol("x", 0),
@@ -931,7 +987,7 @@ def test_spans_can_be_removed_and_compared() -> None:
 
 def test_a_stock_drops_what_others_have() -> None:
     stock = LeaseStock(8)
-    node = OpenGlobalNode(torch.zeros(2), SHARED, 1)
+    node = OpenGlobalNode("a run", torch.zeros(2), SHARED, 1)
     stock.add(node._leasing.cursor.take(8))
     stock.drop([(2, 4), (7, 40)], 40)
     assert [(lease.first, lease.steps) for lease in stock] == [(0, 2), (4, 3)]

@@ -77,6 +77,7 @@ class Region:
         self.failure: Exception | None = None
         self.model = torch.zeros(ELEMENTS)
         self.index = -1
+        self.run = ""
         self.updates: deque[tuple[list[Progress], RegionUpdate]] = deque()  # that no snapshot has
         self.saved = self._saved_report = self.rounds = 0
         self.is_stopped = False
@@ -131,7 +132,8 @@ class Region:
     def join(self) -> None:
         """Asks to join, with all that this process holds."""
         held = [span for reports, _ in self.updates for report in reports for span in report.data]
-        self.post(Join(self.process, self._workers, self._description, held, self.saved, self._saved_report))
+        numbers = self.saved, self._saved_report
+        self.post(Join(self.process, self._workers, self._description, held, *numbers, run=self.run))
 
     def enter(self) -> Welcome:
         """Joins the run, and founds it if asked to."""
@@ -144,7 +146,7 @@ class Region:
         if welcome.needs_model:
             self.post(InitialModel(self.model.clone()))
             welcome = self.expect(Welcome)
-        self.index = welcome.member
+        self.index, self.run = welcome.member, welcome.run
         return welcome
 
     def lease(self) -> LeaseGrant:

@@ -99,7 +99,7 @@ def test_data_that_a_member_says_it_holds_when_it_is_back(
     evil.enter()
     evil.cut()
     evil.connect()
-    evil.post(Join(evil.process, 1, DESCRIPTION, held))
+    evil.post(Join(evil.process, 1, DESCRIPTION, held, run=evil.run))
     assert evil.expect(Refusal).for_good
     assert "us (127.0.0.1:" in server.events
     grant = good.lease()

@@ -362,6 +362,55 @@ def test_after_a_signal_the_run_goes_on_elsewhere(serve: Serve, region: Regions,
     assert torch.equal(us.model[:16], torch.full((16,), 2.0))
 
 
+@pytest.mark.parametrize("is_restored", [True, False], ids=["restored", "new"])
+def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
+    serve: Serve, region: Regions, tmp_path: Path, is_restored: bool
+) -> None:
+    server = serve(workers=1)
+    us = region("us", server)
+    us.enter()
+    us.work()
+    us.answer()
+    server.server.stop(signal.SIGTERM)
+    server.wait()
+    (tmp_path / "run").rename(tmp_path / "first")
+    server = serve(workers=1, liveness=LIVENESS)
+    eu = region("eu", server)
+    if is_restored:
+        other = region("us", server)
+        eu.enter()
+        other.enter()
+        server.server.stop(signal.SIGTERM)
+        server.wait()
+        server = serve(liveness=LIVENESS)
+
+    us.connect(server.port)
+    us.join()
+    refusal = us.expect(Refusal)
+    assert "another run than the one that this job trains in" in refusal.reason
+    assert not refusal.for_good
+    us.cut()
+    if is_restored:  # it does not stand for the other run's region of its name, whose data others get
+        until(lambda: server.status()["members"]["us"]["state"] == "lost")
+    eu.connect(server.port)
+    eu.join()
+    eu.settle()
+    eu.work()
+    eu.answer()
+    server.server.stop(signal.SIGTERM)
+    server.wait()
+
+    (tmp_path / "run").rename(tmp_path / "second")
+    (tmp_path / "first").rename(tmp_path / "run")
+    server = serve()
+    us.connect(server.port)
+    us.join()
+    us.repeat(us.settle())
+    us.work()
+    us.answer()
+    assert server.status()["run"]["total"] == 2 * STEPS
+
+
 def test_a_region_that_leaves_hears_so_only_when_its_work_is_on_disk(
     serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from tests.core.star import DESCRIPTION
 
 def node_of(regions: int, workers: int, state: MemberState = MemberState.ACTIVE) -> OpenGlobalNode:
     """A node whose members have reported rounds of all their workers. Of worker 7, pushes were rejected."""
-    node = OpenGlobalNode(torch.zeros(2), DESCRIPTION, 1)
+    node = OpenGlobalNode("a run", torch.zeros(2), DESCRIPTION, 1)
     for number in range(regions):
         member = node._members[node.index_of(f"region {number:05d} {'x' * 40}")]
         member.session, member.workers, member.state = "s" * 64, workers, state
@@ -127,5 +127,5 @@ def test_the_speed_of_a_region_that_has_just_joined_is_that_since_it_joined() ->
 
 
 def test_before_the_run_begins_it_is_the_same() -> None:
-    status = received(reporter_of(Founding()).text())
+    status = received(reporter_of(Founding("a run")).text())
     assert (status["members"], status["left_out"], status["states"]) == ({}, 0, {})

@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.enrolment import Enrolment
 from lightning_halos.core.founders import Founders
-from lightning_halos.core.joining import NO_RECORD
-from lightning_halos.core.member_checks import has_history
+from lightning_halos.core.joining import OTHER_RUN
+from lightning_halos.core.member_checks import check_join
 from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief, is_possible
 from lightning_halos.core.messages import (
     Enrol,
@@ -50,6 +50,7 @@ class Founding:
     instead. Otherwise a job that sends nothing could keep all others out.
 
     Args:
+        run: A random text, which no other run has.
         min_regions: Number of members that the run begins with.
         workers: Number of workers that a global step is divided by. Default: those of the first ``min_regions``
             members that enrol, or join without enrolling.
@@ -65,6 +66,7 @@ class Founding:
 
     def __init__(
         self,
+        run: str,
         min_regions: int = 1,
         workers: int | None = None,
         preferred: str | None = None,
@@ -73,6 +75,7 @@ class Founding:
     ) -> None:
         self.node: OpenGlobalNode | None = None
         self.description: RunDescription | None = None
+        self._run = run
         self._min_regions = min_regions
         self._preferred = preferred
         self._patience = patience
@@ -124,7 +127,7 @@ class Founding:
                 self._enrolment.enrol(member, message.workers)
                 self._enrolment.ask(member)
                 return self._enrolment.answer()
-            case Join() if is_possible(message):
+            case Join():
                 return self._on_join(member, message)
             case InitialModel(vector=Tensor()) if member.owes_model:
                 return self._on_model(member, message)
@@ -194,10 +197,11 @@ class Founding:
         return self._enrolment.state_dict()
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
+        check_join(member, join)
+        if join.run:  # somebody may start the server again with the right directory
+            return [Send(member.index, Refusal(OTHER_RUN, for_good=False))]
         if reason := self._members.refusal(member, join.session):
             return [Send(member.index, Refusal(reason))]
-        if has_history(join):  # somebody may start the server again with the right directory
-            return [Send(member.index, Refusal(NO_RECORD, for_good=False))]
         try:
             descriptions.check(join.description)
         except ValueError as error:
@@ -254,6 +258,6 @@ class Founding:
             assert self.description is not None
             workers = self._enrolment.workers or sum(member.workers for member in joined)
             self.node = OpenGlobalNode(
-                self._model, self.description, workers, self._members, self._preferred, self._patience
+                self._run, self._model, self.description, workers, self._members, self._preferred, self._patience
             )
         return []

@@ -19,11 +19,11 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.protocol import GLOBAL, ProtocolError, Send
 
-NO_RECORD = (
-    "The global server has no record of this process. If it was started with a new or a wrong --directory, start it"
-    " with that of the run; if that is lost, start this job anew."
+OTHER_RUN = (
+    "The global server serves another run than the one that this job trains in. Start the server with the --directory"
+    " of this job's run; or start this job anew, and it takes part in the server's run."
 )
-"""Why a process that takes part in a run cannot go on with a server that does not know it."""
+"""Why a process that takes part in a run cannot go on with a server of another one, or of none yet."""
 
 
 class Joining:

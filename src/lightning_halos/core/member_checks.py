@@ -34,6 +34,7 @@ def check(holds: bool, member: Member, message: Message) -> None:
 def check_join(member: Member, join: Join) -> None:
     """Checks the fields of a join that need no comparison with the run."""
     check(is_possible(join) and len(join.held) <= _MOST_HELD, member, join)
+    check(bool(join.run) or not has_history(join), member, join)
 
 
 def has_history(join: Join) -> bool:

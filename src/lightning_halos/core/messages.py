@@ -231,6 +231,7 @@ class Join:
     saved_report: int = 0  # number of the last report that it cannot repeat
     saved_publication: int = 0  # number of the last `Publish` that it cannot repeat
     is_flushed: bool = False  # whether a snapshot has its last update
+    run: str = ""  # the run that the session takes part in, as in `Welcome`; empty for a new session
 
 
 @dataclass
@@ -251,6 +252,7 @@ class Welcome:
     epoch: int = 0
     lost: list[tuple[int, int]] = field(default_factory=list)  # data that it held, and that others have now
     callbacks: str = ""  # for the member that decides: the text in the last `Publish`
+    run: str = ""  # a random text, which no other run has; empty if there is no run yet
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.joining import NO_RECORD
+from lightning_halos.core.joining import OTHER_RUN
 from lightning_halos.core.member_checks import (
     check,
     check_join,
@@ -60,10 +60,13 @@ log = logging.getLogger(__name__)
 # Steps of plateau schedulers in a run: a welcome has all of them, and must not be larger than a message may be.
 _MOST_PLATEAU_STEPS = 2**19
 
+_NO_RECORD = "The global server has no record of this process. Start this job anew."
+
 
 class OpenGlobalNode(OpenRun):
     """The global server of a star of jobs, and the decisions about the run.
 
+    - A member of another run is refused, until somebody starts the server with the right directory.
     - A member with a new session begins anew, and its old session is lost. One with the same session goes on.
     - When a member is lost, its reports are taken back whose pushes are in no update that has arrived, and its data is
       leased to others.
@@ -177,6 +180,9 @@ class OpenGlobalNode(OpenRun):
         return [Send(member.index, Enrolled(self.budget.workers, member.first))]
 
     def _on_join(self, member: Member, join: Join) -> list[Send]:
+        check_join(member, join)
+        if join.run not in ("", self.run):
+            return [Send(member.index, Refusal(OTHER_RUN, for_good=False))]
         if reason := self._reason_against(member, join):
             return [Send(member.index, Refusal(reason))]
         self._move(OpenEvent.JOIN)
@@ -210,7 +216,6 @@ class OpenGlobalNode(OpenRun):
 
     def _reason_against(self, member: Member, join: Join) -> str:
         """Returns the reason why a member may not join, or an empty text. Raises an error if the message is wrong."""
-        check_join(member, join)
         if reason := self._members.refusal(member, join.session):
             return reason
         if reason := descriptions.reason_against(self.description, join.description):
@@ -218,7 +223,7 @@ class OpenGlobalNode(OpenRun):
         if join.session == member.session:
             check(join.workers == member.workers, member, join)
         elif not member.is_stale and has_history(join):
-            return NO_RECORD
+            return _NO_RECORD
         self._leasing.check_held(member, join)
         return ""
 

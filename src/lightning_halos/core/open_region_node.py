@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_halos.core.cursor import LeaseStock, Spans
-from lightning_halos.core.joining import NO_RECORD, Joining
+from lightning_halos.core.joining import Joining
 from lightning_halos.core.messages import (
     Decide,
     GlobalModel,
@@ -86,6 +86,7 @@ class OpenRegionNode(RegionNode):
         self.is_connected = True
         self.decides = False
         self._description = joining.description
+        self._run = welcome.run
         self._leaving = False
         self._status = -1  # number of the last status
         self._kept: deque[RegionUpdate] = deque()
@@ -123,7 +124,9 @@ class OpenRegionNode(RegionNode):
             for spans in self._out.values():
                 held.add(spans)
         is_flushed = self.state is RegionState.FLUSHED and not self._kept
-        return Join(self.session, len(self._workers), self._description, list(held), *self._saved, is_flushed)
+        return Join(
+            self.session, len(self._workers), self._description, list(held), *self._saved, is_flushed, self._run
+        )
 
     def publish(
         self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
@@ -136,7 +139,7 @@ class OpenRegionNode(RegionNode):
     def handle(self, sender: int, message: Message, finding: Finding | None = None) -> list[Send]:
         if sender == GLOBAL and isinstance(message, Welcome):
             if message.needs_model:
-                raise ProtocolError(NO_RECORD)
+                raise ProtocolError(f"{self._name} takes part in a run, and was asked for an initial model.")
             return self._outgoing(self._on_welcome(message))
         if sender == GLOBAL and not self.is_connected and not (isinstance(message, GlobalModel) and message.final):
             return []  # only the final model may overtake the welcome, on the models link

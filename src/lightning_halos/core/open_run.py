@@ -35,6 +35,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
     """The state of a star of jobs, on the global server.
 
     Args:
+        run: A random text, which no other run has.
         model: The initial model. The server owns it from here on.
         description: What the run is.
         workers: Number of workers that a global step is divided by.
@@ -43,6 +44,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         patience: Seconds that the others wait, at least, for a member that is connected; see :class:`Patience`.
 
     Attributes:
+        run: As above.
         server: The global server.
         description: What the run is.
     """
@@ -51,6 +53,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
 
     def __init__(
         self,
+        run: str,
         model: Tensor,
         description: RunDescription,
         workers: int,
@@ -60,6 +63,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
     ) -> None:
         budget = StepBudget(workers, description.max_steps)
         super().__init__("The global server", GlobalState.RUNNING, OPEN_GLOBAL_TRANSITIONS, budget)
+        self.run = run
         self.description = description
         shapes = [torch.Size(shape) for shape in description.shapes]
         self.server = GlobalServer(model, descriptions.global_optimizer(description, 1), shapes)
@@ -83,7 +87,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         )
         elements, dtype = descriptions.form(description)
         model = torch.zeros(elements, dtype=dtype)
-        node = cls(model, description, state["workers"], preferred=preferred, patience=patience)
+        node = cls(state["run"], model, description, state["workers"], preferred=preferred, patience=patience)
         node.load_state_dict(state)
         return node
 
@@ -138,6 +142,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
 
     def _state(self, server: dict[str, Any]) -> dict[str, Any]:
         return {
+            "run": self.run,
             "description": dataclasses.asdict(self.description),
             "workers": self.budget.workers,
             "total": self.budget.total,
@@ -190,6 +195,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
             epoch=self._leasing.epoch_of(member),
             lost=list(lost or ()),
             callbacks=self._deciding.callbacks if status.decides else "",
+            run=self.run,
         )
         return Send(member.index, welcome)
 

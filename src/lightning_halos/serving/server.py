@@ -9,6 +9,7 @@ the next process goes on from. Members wait for a server that an operator has en
 from __future__ import annotations
 
 import logging
+import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -181,7 +182,8 @@ class RunServer:
 
     def _founding(self, state: Mapping[str, Any] | None) -> Founding:
         rules = self._rules
-        return Founding(rules.min_regions, rules.workers, rules.decider, rules.patience, state)
+        run = secrets.token_hex(16)
+        return Founding(run, rules.min_regions, rules.workers, rules.decider, rules.patience, state)
 
     def _resumed(self, state: Mapping[str, Any]) -> OpenGlobalNode:
         return OpenGlobalNode.restored(state, self._rules.decider, self._rules.patience)

@@ -25,8 +25,8 @@ from lightning_halos.version import __version__
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the snapshots. It changes when older versions of the package could not read them."""
+FORMAT = 2
+"""Version of the snapshots. It changes when an older or this version of the package could not read the other's."""
 
 _KEPT = 2  # snapshots
 _PREFIX = "snapshot-"
