@@ -399,6 +399,16 @@ def test_a_full_disk_ends_neither_the_run_nor_the_older_checkpoint(run: Run, tmp
     assert torch.load(whole, weights_only=True)["state_dict"].keys() == results[0]["state"].keys()
 
 
+def fit_and_note_warnings(trainer: pl.Trainer) -> Result:
+    """Trains, and notes the warnings about checkpoints that are not complete."""
+    module = Toy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader())
+    said = [str(warning.message) for warning in caught if "is not complete" in str(warning.message)]
+    return outcome(trainer, module, said=said)
+
+
 def on_a_slow_disk(folder: Path) -> Result:
     fsync = os.fsync
     os.fsync = lambda handle: (time.sleep(0.05), fsync(handle))[1]
@@ -406,12 +416,7 @@ def on_a_slow_disk(folder: Path) -> Result:
     trainer = make_trainer(
         halos(regions=[[0], [1]]), devices=2, max_epochs=1, callbacks=checkpoints, enable_checkpointing=True
     )
-    module = Toy()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(module, loader())
-    said = [str(warning.message) for warning in caught if "is not complete" in str(warning.message)]
-    return outcome(trainer, module, said=said)
+    return fit_and_note_warnings(trainer)
 
 
 def test_on_a_slow_disk_checkpoints_are_left_out_but_never_the_final_one(run: Run, tmp_path: Path) -> None:
@@ -458,12 +463,7 @@ def saved_asynchronously(folder: Path) -> Result:
         enable_checkpointing=True,
         plugins=AsyncCheckpointIO(SlowIO()),
     )
-    module = Toy()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(module, loader())
-    said = [str(warning.message) for warning in caught if "is not complete" in str(warning.message)]
-    return outcome(trainer, module, said=said)
+    return fit_and_note_warnings(trainer)
 
 
 def test_with_asynchronous_io_a_checkpoint_is_complete_when_its_file_is_there(run: Run, tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ def test_bytes_are_counted_where_they_travel() -> None:
 
 def test_an_update_that_is_not_applied_has_no_staleness() -> None:
     """A last update may be empty, because everything was sent before."""
-    updates = [e for n in range(50, 350, 3) for e in Driver(regions(work(n))).run().network.history if e.kind == "update"]
+    updates = [
+        e for n in range(50, 350, 3) for e in Driver(regions(work(n))).run().network.history if e.kind == "update"
+    ]
     same_version = [(a, b) for a, b in itertools.pairwise(updates) if a.version == b.version]
     assert any(applied.staleness for applied, _ in same_version)
     assert {empty.staleness for _, empty in same_version} == {0}
