@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.quantization import Format, nbytes, round_
 from lightning_halos.core.vector import PART, Advance
+from lightning_halos.transport.frames import PROTOCOL
 from lightning_halos.transport.vectors import Part, VectorForm, code_of
 from tests.transport.ends import End, GlooWire, Wire, groups
 
@@ -75,7 +76,7 @@ def test_the_memory_of_each_part_is_freed_when_it_is_decoded(
 
 def test_a_format_that_the_link_does_not_have_is_refused(wire: Wire) -> None:
     b = End(wire.link(1, "a", form=VectorForm(ELEMENTS, torch.float32, "int8", PARAMETERS))).start()
-    wire.send_header(0, -3, 4, 0)
+    wire.send_header(0, -3, PROTOCOL, 0)
     wire.send_header(0, 10, ELEMENTS, code_of(torch.float32, "int4"))
     deadline = time.monotonic() + 60
     while b.failure is None:
