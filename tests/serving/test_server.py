@@ -362,6 +362,29 @@ def test_after_a_signal_the_run_goes_on_elsewhere(serve: Serve, region: Regions,
     assert torch.equal(us.model[:16], torch.full((16,), 2.0))
 
 
+def test_a_refused_job_does_not_stand_for_the_missing_region_of_its_name(serve: Serve, region: Regions) -> None:
+    """However often it asks, and however politely it goes: the others get the data of that region in time."""
+    server = serve(workers=1)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    server.server.stop(signal.SIGTERM)
+    server.wait()
+
+    server = serve(liveness=LIVENESS)
+    eu.connect(server.port)
+    eu.join()
+    eu.settle()
+    end = time.monotonic() + 2 * LIVENESS
+    while server.status()["members"]["us"]["state"] != "lost":
+        assert time.monotonic() < end
+        another = region("us", server, description=replace(DESCRIPTION, max_steps=41))
+        another.connect()
+        another.join()
+        another.expect(Refusal)
+        another.goodbye()
+
+
 @pytest.mark.parametrize("is_restored", [True, False], ids=["restored", "new"])
 def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
     serve: Serve, region: Regions, tmp_path: Path, is_restored: bool

@@ -58,6 +58,7 @@ class Client:
     since: float  # by `time.time`
     index: int | None = None  # of its member, when it has said which process it is
     process: str = ""  # the identity of its process
+    missing_since: float | None = None  # by `time.monotonic`: its member's loss of connection, until it is welcomed
     models: Link | None = None
     said: set[type[Message]] = field(default_factory=set)  # which it may send once on a connection
     is_refused: bool = False  # nothing of what it says counts

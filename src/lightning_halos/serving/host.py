@@ -343,9 +343,10 @@ class RunHost:
                     " may join.",
                 )
                 return False
+            client.missing_since = self._missing.pop(index, None)
             if other is not None:
                 self._drop(other)
-            self._missing.pop(index, None)
+                client.missing_since = time.monotonic()
             client.index, client.process = index, message.session
             self._members[index] = client
             self._note(client, f"{client} is connected.")
@@ -407,6 +408,20 @@ class RunHost:
         client.session.control.post(Refusal(reason))
         self._close(client, GOODBYE)
         self.changed.set()
+
+    def _turn_away(self, client: Client) -> None:
+        """Closes the connection of a job that the node refuses.
+
+        Its member is without connection for as long as before, so that no job can let the others wait for it.
+        """
+        assert client.index is not None
+        client.is_refused = True
+        if self._members.get(client.index) is client:
+            del self._members[client.index]
+            if client.missing_since is not None:
+                self._missing[client.index] = client.missing_since
+            self._post(self.node.disconnected(client.index))
+        self._close(client, GOODBYE)
 
     def _refuse(self, client: Client, reason: str) -> None:
         self._note(client, f"{client} is refused: {reason}", logging.WARNING)
@@ -471,6 +486,8 @@ class RunHost:
         assert not isinstance(message, Shard)
         link = client.models if uses_models_link(message) else client.session.control
         assert link is not None
+        if isinstance(message, Welcome):
+            client.missing_since = None
         match message:
             case Refusal():
                 self._note(client, f"{client} is refused: {message.reason}", logging.WARNING)
@@ -485,7 +502,7 @@ class RunHost:
         if client.unsent > _MOST_UNSENT:
             self._expel(client, f"it does not take what it is sent: {client.unsent} messages wait for it")
         elif isinstance(message, Refusal):
-            self._close(client, GOODBYE)
+            self._turn_away(client)
         elif isinstance(message, GlobalModel) and message.final:
             client.is_done = True  # and says goodbye when it has all it wants
 
