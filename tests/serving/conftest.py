@@ -47,6 +47,11 @@ class Server:
     def _run(self) -> None:
         self.code = self.server.run(self.entrance.objection, self.entrance.renew)
 
+    def terminate(self) -> None:
+        """Ends the server as SIGTERM does, and waits for the end."""
+        self.server.stop(signal.SIGTERM)
+        self.wait()
+
     def wait(self) -> int | None:
         """Waits for the end. Returns the exit code."""
         self._thread.join(LIMIT)
@@ -75,8 +80,7 @@ def serve(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     yield start
     for server in servers:
-        server.server.stop(signal.SIGTERM)
-        server.wait()
+        server.terminate()
 
 
 @pytest.fixture

@@ -135,9 +135,9 @@ class Region:
         numbers = self.saved, self._saved_report
         self.post(Join(self.process, self._workers, self._description, held, *numbers, run=self.run))
 
-    def enter(self) -> Welcome:
-        """Joins the run, and founds it if asked to."""
-        self.connect()
+    def enter(self, port: int | None = None) -> Welcome:
+        """Joins the run, or returns to it, and founds it if asked to."""
+        self.connect(port)
         self.join()
         return self.settle()
 

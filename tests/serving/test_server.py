@@ -331,9 +331,7 @@ def test_a_run_that_too_few_regions_work_on_ends_and_can_go_on(serve: Serve, reg
     assert reason in server.events
 
     server = serve(liveness=LIVENESS)  # after this time eu's data is leased to others
-    us.connect(server.port)
-    us.join()
-    us.repeat(us.settle())
+    us.repeat(us.enter(server.port))
     us.work()
     us.answer()
     assert torch.equal(us.model[:16], torch.full((16,), 2.0))
@@ -353,10 +351,8 @@ def test_after_a_signal_the_run_goes_on_elsewhere(serve: Serve, region: Regions,
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run").symlink_to("moved")
     server = serve()
-    assert "goes on from global step 4" in server.events
-    us.connect(server.port)
-    us.join()
-    us.repeat(us.settle())
+    until(lambda: "goes on from global step 4" in server.events)  # its thread says so when it has begun
+    us.repeat(us.enter(server.port))
     us.work()
     us.answer()
     assert torch.equal(us.model[:16], torch.full((16,), 2.0))
@@ -368,13 +364,10 @@ def test_a_refused_job_does_not_stand_for_the_missing_region_of_its_name(serve: 
     us, eu = region("us", server), region("eu", server)
     us.enter()
     eu.enter()
-    server.server.stop(signal.SIGTERM)
-    server.wait()
+    server.terminate()
 
     server = serve(liveness=LIVENESS)
-    eu.connect(server.port)
-    eu.join()
-    eu.settle()
+    eu.enter(server.port)
     end = time.monotonic() + 2 * LIVENESS
     while server.status()["members"]["us"]["state"] != "lost":
         assert time.monotonic() < end
@@ -394,8 +387,7 @@ def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
     us.enter()
     us.work()
     us.answer()
-    server.server.stop(signal.SIGTERM)
-    server.wait()
+    server.terminate()
     (tmp_path / "run").rename(tmp_path / "first")
     server = serve(workers=1, liveness=LIVENESS)
     eu = region("eu", server)
@@ -403,8 +395,7 @@ def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
         other = region("us", server)
         eu.enter()
         other.enter()
-        server.server.stop(signal.SIGTERM)
-        server.wait()
+        server.terminate()
         server = serve(liveness=LIVENESS)
 
     us.connect(server.port)
@@ -415,20 +406,15 @@ def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
     us.cut()
     if is_restored:  # it does not stand for the other run's region of its name, whose data others get
         until(lambda: server.status()["members"]["us"]["state"] == "lost")
-    eu.connect(server.port)
-    eu.join()
-    eu.settle()
+    eu.enter(server.port)
     eu.work()
     eu.answer()
-    server.server.stop(signal.SIGTERM)
-    server.wait()
+    server.terminate()
 
     (tmp_path / "run").rename(tmp_path / "second")
     (tmp_path / "first").rename(tmp_path / "run")
     server = serve()
-    us.connect(server.port)
-    us.join()
-    us.repeat(us.settle())
+    us.repeat(us.enter(server.port))
     us.work()
     us.answer()
     assert server.status()["run"]["total"] == 2 * STEPS
