@@ -19,15 +19,12 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from muon_gpt import MuonGPT
 from time_to_loss import BATCH_SIZE, MODEL, ROOT, ROWS, STEPS, Result, quiet, time_to, train, write
-from torch.optim.lr_scheduler import LambdaLR
 from train_char_lm import ByteGPT
 
 from lightning_halos import SimulatedCluster
-from lightning_halos.optim import MuonAdamW
 
 SEEDS = 3
 FIRST_RATES = {"AdamW": 3e-3, "MuonAdamW": 6e-3}
@@ -45,16 +42,6 @@ NAMES = {
     "diloco": "DiLoCo, tuned",
     "sync_sgd": "synchronous SGD",
 }
-
-
-class MuonGPT(ByteGPT):
-    """The model with Muon for its hidden matrices; weight decay, betas and schedule as with AdamW."""
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        with_adamw: Any = super().configure_optimizers()
-        (factor,) = with_adamw["lr_scheduler"]["scheduler"].lr_lambdas
-        optimizer = MuonAdamW(self, lr=self.hparams["lr"], betas=(0.9, 0.95), weight_decay=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 MODULES = {"AdamW": ByteGPT, "MuonAdamW": MuonGPT}

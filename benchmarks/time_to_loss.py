@@ -10,6 +10,7 @@ that a run that was stopped goes on with the row that it was at::
     python benchmarks/time_to_loss.py --searched             # the rows of the third: as tuning.py found each algorithm
     python benchmarks/time_to_loss.py --long                 # the rows of the long run, of 6,000 steps
     python benchmarks/time_to_loss.py --long --steps 3000    # of one of half the length
+    python benchmarks/time_to_loss.py --long --muon          # of one with Muon as inner optimizer
     python benchmarks/time_to_loss.py --rows halos tuned     # only these
     python benchmarks/time_to_loss.py --again                # train what is there, too
     python benchmarks/time_to_loss.py --plot-only            # the picture and the tables again, without training
@@ -57,7 +58,8 @@ STEPS, SEARCH_STEPS, VALIDATE_EVERY = 600, 300, 25  # global steps: a local step
 LONG_STEPS, LONG_VALIDATE_EVERY = 6000, 100
 BATCH_SIZE = 8  # sequences in a local step
 MODEL = {"context": 64, "depth": 2, "width": 96, "heads": 4, "lr": 3e-3}  # 57,600 local steps in minutes, on 2 cores
-LONG_MODEL = MODEL | {"lr": 6e-3}  # the best rate of both HALoS and synchronous SGD, see docs/muon/rows.json
+# The best common rates of HALoS and synchronous SGD, see docs/muon/rows.json.
+LONG_MODEL, LONG_MUON_MODEL = MODEL | {"lr": 6e-3}, MODEL | {"lr": 2.4e-2}
 
 ALGORITHMS: dict[str, Any] = {
     "halos": HalosStrategy,
@@ -476,12 +478,13 @@ def report(output: Path) -> None:
     publish(texts, output)
 
 
-def long_report(output: Path, rows: Sequence[str]) -> None:
+def long_report(output: Path, rows: Sequence[str], options: str) -> None:
     """Writes the tables and the picture of a long run, as far as its rows are there, and prints the tables.
 
     Args:
         output: The folder of its files.
         rows: Its rows.
+        options: What makes it, besides ``--long``.
     """
     results = read(output, rows)
     halos = next((row for row in results if ROWS[row]["algorithm"] == "halos"), None)
@@ -492,14 +495,24 @@ def long_report(output: Path, rows: Sequence[str]) -> None:
     steps = results[halos][0]["global_steps"]
     title = f"The same model for {steps:,} global steps, the same samples for each algorithm"
     plot({name: seeds[0] for name, seeds in results.items()}, halos, target, title, output / "time_to_loss.png")
-    command = "python benchmarks/time_to_loss.py --long" + (f" --steps {steps}" if steps != LONG_STEPS else "")
-    publish([f"$ {command} --plot-only\n\n{text}\n\n{closeness(results)}"], output)
+    publish(
+        [f"$ python benchmarks/time_to_loss.py --long{options} --plot-only\n\n{text}\n\n{closeness(results)}"], output
+    )
 
 
 def publish(texts: list[str], output: Path) -> None:
     """Writes the tables to a file, and prints them."""
     (output / "table.txt").write_text("\n\n\n".join(texts) + "\n")
     print("\n\n\n".join(texts))
+
+
+def module_of(args: argparse.Namespace) -> Any:
+    """Returns what makes the module; ``None`` for that of ``train``."""
+    if not args.muon:
+        return None
+    from muon_gpt import MuonGPT
+
+    return MuonGPT
 
 
 def main() -> int:
@@ -510,6 +523,7 @@ def main() -> int:
     rows.add_argument("--best", action="store_true", help="train the rows of the second table")
     rows.add_argument("--searched", action="store_true", help="train the rows of the third table")
     rows.add_argument("--long", action="store_true", help=f"the long run, of {LONG_STEPS:,} global steps")
+    parser.add_argument("--muon", action="store_true", help="with --long: with Muon instead of AdamW")
     parser.add_argument("--again", action="store_true", help="train rows again whose files are there")
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--search", nargs="*", choices=ALGORITHMS, help="try the settings of these algorithms, or all")
@@ -517,15 +531,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help=f"global steps of a row (default: {STEPS}; --long: {LONG_STEPS:,})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--output", type=Path, help="the folder of all files (default: docs/time_to_loss; --long: its folder STEPS)"
+        "--output",
+        type=Path,
+        help="the folder of all files (default: docs/time_to_loss; --long: its folder STEPS; --muon: STEPS-muon)",
     )
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.muon and not args.long:
+        parser.error("--muon needs --long; benchmarks/muon.py compares Muon and AdamW in short runs")
     folder = ROOT / "docs/time_to_loss"
     args.steps = args.steps or (LONG_STEPS if args.long else STEPS)
-    args.output = args.output or (folder / str(args.steps) if args.long else folder)
-    long_rows = LONG.get(args.steps, LONG[LONG_STEPS])
-    model = LONG_MODEL if args.long else MODEL
+    long_folder = folder / (f"{args.steps}-muon" if args.muon else str(args.steps))
+    args.output = args.output or (long_folder if args.long else folder)
+    long_rows = LONG[LONG_STEPS] if args.muon else LONG.get(args.steps, LONG[LONG_STEPS])
+    model = LONG_MUON_MODEL if args.muon else LONG_MODEL if args.long else MODEL
 
     args.output.mkdir(parents=True, exist_ok=True)
     if args.row or args.search is not None:
@@ -534,7 +553,7 @@ def main() -> int:
         if args.row:
             (seed,) = args.seeds
             every = LONG_VALIDATE_EVERY if args.long else VALIDATE_EVERY
-            result = train(ROWS[args.row], cluster, args.steps, seed, model, validate_every=every)
+            result = train(ROWS[args.row], cluster, args.steps, seed, model, module_of(args), every)
             write(path_of(args.output, args.row, seed), {"cluster": args.cluster.name, **result})
         else:
             search(args, cluster)
@@ -552,7 +571,8 @@ def main() -> int:
         if subprocess.run(command, stderr=subprocess.STDOUT).returncode:
             failed.append(f"{row} (seed {seed})")
     if args.long:
-        long_report(args.output, long_rows)
+        options = f" --steps {args.steps}" if args.steps != LONG_STEPS else ""
+        long_report(args.output, long_rows, options + (" --muon" if args.muon else ""))
     else:
         report(args.output)
     if failed:
