@@ -35,9 +35,8 @@ from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.messages import Push
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import OptimizerFactory
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Round, Work
 

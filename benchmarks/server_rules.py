@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_halos import DelayedNesterov
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import RegionUpdate
-from lightning_halos.core.servers import LocalServer
 
 SEEDS = range(3)
 FINALISTS = 3  # candidates of a rule that train with all seeds

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
@@ -34,7 +36,6 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.protocol import GLOBAL, STORAGE, GlobalState, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget, global_step
-from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.worker import WorkerRound

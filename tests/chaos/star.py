@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_halos.core.cursor import LeaseStock
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.joining import Joining
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.membership import MemberState
 from lightning_halos.core.messages import (
     GlobalModel,
@@ -40,7 +41,6 @@ from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.open_region_node import MOST_KEPT, OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL, GlobalState, RegionState, Send, uses_models_link
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.snapshot import Shard
 from tests.chaos.ledger import PARAMETERS, require, same, values_of
 from tests.chaos.runs import Worker, completed

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.leasing import Leasing
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.membership import Member
 from lightning_halos.core.messages import RegionUpdate
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import Send
-from lightning_halos.core.servers import LocalServer
 from tests.chaos import command as chaos
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Push, RegionUpdate
-from lightning_halos.core.servers import LocalServer
 
 
 def receive(server: LocalServer, push: Push) -> tuple[Tensor, RegionUpdate | None]:

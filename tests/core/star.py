@@ -13,6 +13,7 @@ import torch
 from lightning_halos.core.cursor import LeaseStock
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.joining import Joining
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
@@ -27,7 +28,6 @@ from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL, STORAGE, Send
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.snapshot import Shard
 
 SGD = partial(torch.optim.SGD, lr=1.0, foreach=False)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_halos.core.error_feedback import ErrorFeedback
+from lightning_halos.core.local_server import LocalServer, unsent_update
 from lightning_halos.core.messages import Pull, Push, RegionUpdate
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.quantization import Format, decode, encode
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import LocalServer, unsent_update
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.vector import PART, Advance, in_parts
 from lightning_halos.core.worker_wire import WorkerWire

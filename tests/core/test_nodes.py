@@ -9,6 +9,8 @@ import torch
 
 from lightning_halos.core.cursor import DataCursor, LeaseStock
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
@@ -37,7 +39,6 @@ from lightning_halos.core.protocol import (
 )
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.alarm import Alarm

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Push
 from lightning_halos.core.outliers import NormLimit
-from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.vector import PART
 
 from .receiving import receive

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_halos.core import servers
+from lightning_halos.core import parameter_server
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Push
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.pieces import divide
-from lightning_halos.core.servers import LocalServer
 from tests.core.receiving import receive
 
 SHAPES = [torch.Size(shape) for shape in [(3,), (50, 7), (), (0,), (2, 2), (5,), (41,)]]
@@ -60,7 +60,7 @@ def test_threads_compute_what_one_call_does(
     """In windows, with a parameter that gets no gradient at first, after a resume, and for every kind of message."""
     with ThreadPoolExecutor(4) as pool:
         complete = history(factory, shapes, None)
-        monkeypatch.setattr(servers, "PIECE", 8)
+        monkeypatch.setattr(parameter_server, "PIECE", 8)
         assert_same(history(factory, shapes, None), complete)
         assert_same(history(factory, shapes, pool), complete)
 
@@ -108,7 +108,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def test_the_answer_is_filled_from_front_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PIECE", 8)
+    monkeypatch.setattr(parameter_server, "PIECE", 8)
     server = LocalServer(0, torch.zeros(ELEMENTS), FACTORIES["momentum"], None, 0.25, SHAPES)
     for is_accepted in (True, False):
         reached: list[int] = []

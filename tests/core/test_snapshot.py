@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_halos.core import servers
+from lightning_halos.core import parameter_server
+from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.servers import GlobalServer, LocalServer, OptimizerFactory, ParameterServer
+from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.snapshot import ServerSnapshot
 
 from .receiving import receive
@@ -39,7 +41,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 @pytest.fixture(autouse=True)
 def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PART", 4)
+    monkeypatch.setattr(parameter_server, "PART", 4)
 
 
 def two_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

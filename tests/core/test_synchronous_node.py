@@ -7,8 +7,8 @@ import torch
 
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import SynchronousServer
 from lightning_halos.core.synchronous_node import SynchronousNode
+from lightning_halos.core.synchronous_server import SynchronousServer
 
 WORKERS = 3
 

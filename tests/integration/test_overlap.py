@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_halos import HalosStrategy
 from lightning_halos.checkpoint.manifest import NAME, Manifest
-from lightning_halos.core.servers import LocalServer
+from lightning_halos.core.local_server import LocalServer
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import LOCAL_STEPS, Toy, assert_same_model, assert_trained, loader, make_trainer, outcome

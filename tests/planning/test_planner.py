@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_halos.core.algorithms import ALGORITHMS, AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.messages import Pull, Push
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer
 from lightning_halos.planning.planner import MS_PER_HOUR, make_timing, plan
 from lightning_halos.planning.random_cluster import random_cluster
 from lightning_halos.planning.sweep import Trial, recommend, sweep, sweep_table

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_halos.core import servers
+from lightning_halos.core import parameter_server
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.messages import Marker, RegionUpdate
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer
 from lightning_halos.core.snapshot import ServerSnapshot, Shard
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import Host
@@ -21,7 +21,7 @@ from lightning_halos.transport.hosts import Host
 
 def test_the_lock_is_held_for_one_portion_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And an update that arrives in between is applied to the server, not to the snapshot."""
-    monkeypatch.setattr(servers, "PART", 4)
+    monkeypatch.setattr(parameter_server, "PART", 4)
     optimizer = partial(DelayedNesterov, lr=0.2, momentum=0.9, delay=2)
     server = GlobalServer(torch.zeros(40), optimizer, [torch.Size([4])] * 10)
     server.receive(update(1))

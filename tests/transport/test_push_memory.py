@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Message, Pull, Push, Turn
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import LocalServer
 from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.compute import ComputeThreads

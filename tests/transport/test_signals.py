@@ -13,7 +13,7 @@ import os, signal, threading, time
 import torch
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer
+from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.hosts import Host
 

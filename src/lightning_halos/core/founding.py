@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.enrolment import Enrolment
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.founders import Founders
 from lightning_halos.core.joining import OTHER_RUN
 from lightning_halos.core.member_checks import check_join
@@ -29,9 +30,9 @@ from lightning_halos.core.messages import (
     Welcome,
 )
 from lightning_halos.core.open_global_node import OpenGlobalNode
+from lightning_halos.core.parameter_server import all_finite
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.core.roster import Roster
-from lightning_halos.core.servers import Finding, all_finite
 
 log = logging.getLogger(__name__)
 

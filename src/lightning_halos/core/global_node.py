@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lightning_halos.core.counters import ServerCounters
 from lightning_halos.core.cursor import DataCursor, Spans
+from lightning_halos.core.finding import Finding, plain_finding, update_of_snapshot
+from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
@@ -38,7 +40,6 @@ from lightning_halos.core.protocol import (
 )
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.schedule import StepBudget, global_step
-from lightning_halos.core.servers import Finding, GlobalServer, plain_finding, update_of_snapshot
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import RunSnapshot
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.counters import ServerCounters
 from lightning_halos.core.cursor import Spans
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import Enrol, Join, LeaseGrant, LeaseRequest, Message, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
-from lightning_halos.core.servers import Finding
 
 
 class MemberState(Enum):

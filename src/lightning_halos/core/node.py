@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from lightning_halos.core.cursor import Lease
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import GlobalModel, LeaseGrant, Message, Push, RegionUpdate
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import Finding, ParameterServer
 from lightning_halos.core.shadow import Shadow
 
 S = TypeVar("S", bound=Enum)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.joining import OTHER_RUN
 from lightning_halos.core.member_checks import (
     check,
@@ -51,7 +52,6 @@ from lightning_halos.core.protocol import (
     ProtocolError,
     Send,
 )
-from lightning_halos.core.servers import Finding
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import Shard
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lightning_halos.core.cursor import LeaseStock, Spans
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.joining import Joining
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import (
     Decide,
     GlobalModel,
@@ -37,7 +39,6 @@ from lightning_halos.core.protocol import (
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.region_node import RegionNode, _Worker
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import Finding, LocalServer
 from lightning_halos.core.vector import Advance, ignore_progress
 
 MOST_KEPT = 16

@@ -16,6 +16,7 @@ from lightning_halos.core import description as descriptions
 from lightning_halos.core.confirmations import Confirmations
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.deciding import Deciding
+from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.leasing import Leasing
 from lightning_halos.core.member_status import status_of
 from lightning_halos.core.membership import Member
@@ -25,7 +26,6 @@ from lightning_halos.core.patience import Patience
 from lightning_halos.core.protocol import OPEN_GLOBAL_TRANSITIONS, GlobalState, OpenEvent, Send
 from lightning_halos.core.roster import Roster
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.servers import GlobalServer
 from lightning_halos.core.shadow import Shadow
 
 R = TypeVar("R", bound="OpenRun")

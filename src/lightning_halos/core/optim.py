@@ -6,11 +6,11 @@ It turns gradients into new parameters, in place. Computing, averaging and sendi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.checks import is_number
@@ -18,6 +18,8 @@ from lightning_halos.core.compat import add_each_, multiply_each_, zero_each_
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 # Elements of a large CPU tensor that are processed at a time: few enough to stay in the cores' caches between the
 # elementwise operations of an update, and enough to be worth a call and to be shared among threads.

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_halos.core.cursor import Lease, LeaseStock
+from lightning_halos.core.finding import Finding
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import (
     GlobalModel,
     LeaseGrant,
@@ -38,7 +40,6 @@ from lightning_halos.core.protocol import (
 )
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import Finding, LocalServer
 from lightning_halos.core.shadow import Shadow
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import ignore_progress

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.servers import SynchronousServer
+from lightning_halos.core.synchronous_server import SynchronousServer
 
 
 class SynchronousNode:

@@ -1,7 +1,8 @@
 """The plan: the events on a described cluster under each algorithm, without a model.
 
-It works on numbers only: no tensors, no printing. It follows the rules of the servers in
-:mod:`lightning_halos.core.servers`, with the durations of :class:`~lightning_halos.simulation.timing.Timing`.
+It works on numbers only: no tensors, no printing. It follows the rules of
+:mod:`lightning_halos.core.local_server` and ``global_server``, with the durations of
+:class:`~lightning_halos.simulation.timing.Timing`.
 
 A worker never waits for an exchange between servers, so its pushes are an arithmetic progression, from the second one
 on if it trains on while they are answered, and the pushes to a server are the merged progressions of its workers.

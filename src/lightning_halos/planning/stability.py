@@ -1,8 +1,8 @@
 """Whether the servers' settings let a run converge: the growth of errors on a quadratic, for a cluster's own staleness.
 
 It works on numbers only: no model, no training, no printing. The order of events is the plan's
-(:mod:`lightning_halos.planning.planner`), the rules are those of :mod:`lightning_halos.core.servers`.
-``docs/stability.md`` derives it.
+(:mod:`lightning_halos.planning.planner`), the rules are those of
+:mod:`lightning_halos.core.local_server` and ``global_server``. ``docs/stability.md`` derives it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, Diloco, ServerAlgorithm, SynchronousAlgorithm
-from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.planning.planner import MS_PER_HOUR, Floats, Plan, groups_of, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
-from lightning_halos.core.servers import GlobalServer, LocalServer, ParameterServer
+from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.local_server import LocalServer
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.network import Network, Work
 from lightning_halos.simulation.overlap import OverlappingNetwork

@@ -20,10 +20,11 @@ from torch import Tensor
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import LeaseStock
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, LeaseGrant, LeaseRequest, Pull, Push, RegionUpdate
 from lightning_halos.core.protocol import GLOBAL, Send
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import GlobalServer, LocalServer
 from lightning_halos.core.shadow import SHADOW, Shadow
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.topology import ServerGroup

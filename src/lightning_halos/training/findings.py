@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from lightning_halos.core.servers import Finding, ParameterServer, combine, plain_finding
+from lightning_halos.core.finding import Finding, combine, plain_finding
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.training.site import Site
 from lightning_halos.transport.collectives import Collectives
 

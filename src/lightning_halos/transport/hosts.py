@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import (
     Failure,
@@ -31,7 +32,6 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.protocol import GLOBAL, GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import Finding
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.compute import ComputeThreads

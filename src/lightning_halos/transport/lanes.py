@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from lightning_halos.core.finding import Finding, combine, plain_finding
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.messages import (
     Failure,
@@ -31,7 +32,6 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import Finding, combine, plain_finding
 from lightning_halos.transport import wire
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link

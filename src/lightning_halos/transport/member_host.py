@@ -15,6 +15,7 @@ from typing import cast
 from torch import Tensor
 
 from lightning_halos.core.counters import ServerCounters
+from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import (
     Decide,
     GlobalModel,
@@ -29,7 +30,6 @@ from lightning_halos.core.messages import (
 )
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL, Send
-from lightning_halos.core.servers import Finding
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.compute import ComputeThreads
 from lightning_halos.transport.hosts import RegionHost

@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch
 
-from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.servers import OptimizerFactory
+from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 
 Defaults = Literal["run", "published"]
 """What the defaults are for: the length of the run, or the runs of the HALoS paper, whatever the length."""

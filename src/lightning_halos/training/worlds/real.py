@@ -12,11 +12,13 @@ from lightning_halos.checkpoint.manifest import global_shard, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
+from lightning_halos.core.finding import update_of_snapshot
 from lightning_halos.core.global_node import GlobalNode
+from lightning_halos.core.local_server import unsent_update
 from lightning_halos.core.messages import Marker, Publish, Push, ShardWritten
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
-from lightning_halos.core.servers import ParameterServer, unsent_update, update_of_snapshot
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.findings import add_findings, slice_of
