@@ -1,6 +1,7 @@
 """Private names of other packages stay in ``compat``. Which layer may import which is in ``pyproject.toml``."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,17 @@ FILES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py"))
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in COMPAT])
 def test_private_names_of_other_packages_are_only_in_compat(name: str) -> None:
-    tree = ast.parse((SOURCE / name).read_text())
-    assert sorted(foreign_names(tree)) == []
+    assert sorted(foreign_names(parsed(SOURCE / name))) == []
 
 
 @pytest.mark.parametrize("name", sorted(COMPAT))
 def test_the_check_finds_private_names(name: str) -> None:
-    assert list(foreign_names(ast.parse((SOURCE / name).read_text())))
+    assert list(foreign_names(parsed(SOURCE / name)))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def foreign_names(tree: ast.Module) -> Iterator[str]:
@@ -47,16 +52,21 @@ def imported(tree: ast.Module) -> Iterator[ast.Module]:
     """The files of this package that a file imports names from, whose classes it may inherit from, and theirs."""
     waiting, seen = [tree], set[Path]()
     while waiting:
-        for node in ast.walk(waiting.pop()):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_halos."):
-                path = (SOURCE.parent / str(node.module).replace(".", "/")).with_suffix(".py")
-                if path.exists() and path not in seen:
-                    seen.add(path)
-                    waiting.append(ast.parse(path.read_text()))
-                    yield waiting[-1]
+        new = imports(waiting.pop()) - seen
+        seen |= new
+        waiting += map(parsed, new)
+        yield from map(parsed, new)
 
 
-def defined(tree: ast.Module) -> set[str]:
+@functools.cache
+def imports(tree: ast.Module) -> frozenset[Path]:
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None}
+    ours = (SOURCE.parent / f"{name.replace('.', '/')}.py" for name in names if name.startswith("lightning_halos."))
+    return frozenset(path for path in ours if path.exists())
+
+
+@functools.cache
+def defined(tree: ast.Module) -> frozenset[str]:
     """Names that a file defines: functions, classes, fields, and attributes that something is assigned to."""
     names = set()
     for node in ast.walk(tree):
@@ -67,7 +77,7 @@ def defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.AnnAssign | ast.Assign):
             targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names
+    return frozenset(names)
 
 
 def is_self(node: ast.expr) -> bool:

@@ -108,6 +108,7 @@ def forking(folder: Path, strategy: str) -> Result:
         "state": state(module),
         "interactive": trainer.strategy.launcher.is_interactive_compatible,
         "start_method": trainer.strategy.launcher._start_method,
+        "port": int(os.environ["MASTER_PORT"]),
     }
 
 
@@ -120,6 +121,8 @@ def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
     assert_same_model([main, *results])
     assert main["interactive"]
     assert main["start_method"] == "fork"
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not lowest <= main["port"] <= highest  # else a connection may get it before rank 0 listens there
 
 
 def a_node(port: int, folder: str) -> Result:

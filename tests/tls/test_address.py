@@ -6,11 +6,20 @@ import socket
 
 import pytest
 
-from lightning_halos.transport.address import Address, is_loopback, means_loopback, network_of, parse_address, route_to
+from lightning_halos.transport import address
+from lightning_halos.transport.address import (
+    Address,
+    is_loopback,
+    means_loopback,
+    network_of,
+    parse_address,
+    route_to,
+    unused_port,
+)
 
 
 @pytest.mark.parametrize(
-    ("text", "address"),
+    ("text", "parsed"),
     [
         ("halos.example.org:29600", Address("halos.example.org", 29600)),
         (" 10.0.0.5:1 ", Address("10.0.0.5", 1)),
@@ -19,9 +28,9 @@ from lightning_halos.transport.address import Address, is_loopback, means_loopba
         (":29600", Address("", 29600)),
     ],
 )
-def test_addresses(text: str, address: Address) -> None:
-    assert parse_address(text) == address
-    assert parse_address(str(address)) == address
+def test_addresses(text: str, parsed: Address) -> None:
+    assert parse_address(text) == parsed
+    assert parse_address(str(parsed)) == parsed
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,16 @@ def test_what_means_this_machine() -> None:
     assert means_loopback("localhost")
     assert means_loopback("127.0.0.1")
     assert not means_loopback("halos.example.org")
+
+
+def test_a_port_that_is_in_use_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken, socket.socket() as other:
+        taken.bind(("", 0))
+        other.bind(("", 0))
+        ports = taken.getsockname()[1], other.getsockname()[1]
+        monkeypatch.setattr(address, "_PORTS", ports)
+        other.close()
+        assert unused_port() == ports[1]
 
 
 def test_the_way_to_an_address_names_the_interface() -> None:

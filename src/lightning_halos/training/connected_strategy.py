@@ -26,14 +26,13 @@ from lightning_halos.core.placement import Placement, WorkerSize, by_worker, che
 from lightning_halos.core.topology import Topology, assign_regions, check_regions, regions_by_place
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.compat import (
-    MultiProcessingLauncher,
     all_gather,
     find_trainer,
     keep_sigterm_local,
 )
 from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.inner import InnerStrategy, backend_for, make_inner
-from lightning_halos.training.launcher import ScriptLauncher, SimulationLauncher, Started
+from lightning_halos.training.launcher import FunctionLauncher, ScriptLauncher, SimulationLauncher, Started
 from lightning_halos.training.membership import Membership, refuse_averages
 from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
@@ -195,11 +194,11 @@ class ConnectedStrategy(ParallelStrategy):
     def _num_workers(self) -> int:
         return self.num_nodes if self._worker == "node" else self.world_size // self._worker
 
-    def _make_launcher(self) -> ScriptLauncher | MultiProcessingLauncher:
+    def _make_launcher(self) -> ScriptLauncher | FunctionLauncher:
         assert self.cluster_environment is not None
         if self._start_method == "popen":
             return ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        return MultiProcessingLauncher(self, start_method=self._start_method)
+        return FunctionLauncher(self, start_method=self._start_method)
 
     def _configure_simulation(self, cluster: SimulatedCluster) -> None:
         assert self.cluster_environment is not None

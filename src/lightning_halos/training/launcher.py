@@ -17,7 +17,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
@@ -25,6 +30,7 @@ from lightning_halos.training.compat import (
     SubprocessScriptLauncher,
     set_num_threads_if_needed,
 )
+from lightning_halos.transport.address import unused_port
 
 
 @dataclass(frozen=True)
@@ -93,17 +99,37 @@ class Started:
         return devices
 
 
+def choose_port(environment: ClusterEnvironment) -> None:
+    """Chooses ``MASTER_PORT`` for processes that are about to be started here, unless it is set.
+
+    Lightning's own choice is one that a connection may get before rank 0 listens there.
+    """
+    if isinstance(environment, LightningEnvironment) and not environment.creates_processes_externally:
+        os.environ.setdefault("MASTER_PORT", str(unused_port()))
+
+
 class ScriptLauncher(SubprocessScriptLauncher):
     """Lightning's launcher, without its check of ``devices * num_nodes`` where the launcher's numbers count."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        choose_port(self.cluster_environment)
         if Started.by(self.cluster_environment) is None:
             return super().launch(function, *args, trainer=trainer, **kwargs)
         set_num_threads_if_needed(self.num_processes)
         return function(*args, **kwargs)
 
 
-class SimulationLauncher(MultiProcessingLauncher):
+class FunctionLauncher(MultiProcessingLauncher):
+    """Lightning's launcher of processes that run a function of this one, with a port that stays free until then."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        strategy: Any = trainer.strategy if trainer is not None else None
+        if strategy is not None:
+            choose_port(strategy.cluster_environment)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+class SimulationLauncher(FunctionLauncher):
     """Lightning's launcher, which also returns rank 0's history to the strategy of the calling process."""
 
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from contextlib import suppress
+from random import SystemRandom
 from typing import NamedTuple
 
 LOOPBACK = "127.0.0.1"
@@ -14,6 +15,7 @@ LOOPBACK = "127.0.0.1"
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 """Environment variable with the name of the interface on which a job's processes listen for each other."""
 
+_PORTS = range(20000, 30000)  # below those that systems give to connections
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
@@ -61,6 +63,18 @@ def is_loopback(host: str) -> bool:
 def means_loopback(host: str) -> bool:
     """Returns whether a user who writes this host means this machine."""
     return host.lower().rstrip(".") == "localhost" or is_loopback(host)
+
+
+def unused_port() -> int:
+    """Returns a free port of this machine that no connection gets by itself, so that it stays free for a while.
+
+    If two programs ask at the same time, each is likely to get another one.
+    """
+    while True:
+        port = SystemRandom().choice(_PORTS)  # leaves the seeds of the user alone
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def network_of(host: str) -> str:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,13 +32,13 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_halos.core.lanes import Layout
 from lightning_halos.core.vector import ModelVector
+from lightning_halos.transport.address import unused_port
 from lightning_halos.tuning.goal import Point
 from lightning_halos.tuning.make import Make, call
 
 VALIDATIONS = 12
 """Validations of a trial, about."""
 _PAUSE = 1.0  # seconds between two looks whether a process has ended
-_PORTS = (20000, 30000)  # below those that systems give to connections
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -219,7 +217,7 @@ def train(job: Job) -> Callable[[Connection], None]:
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         torch.set_flush_denormal(True)  # the time of a step must not depend on the values that it computes
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(unused_port())  # its own, even if all of them inherit one
         pl.seed_everything(job.seed, verbose=False)
         arguments = dict(job.trainer)
         callbacks = list(arguments.pop("callbacks", None) or [])
@@ -245,20 +243,6 @@ def train(job: Job) -> Callable[[Connection], None]:
         connection.send(Report())
 
     return function
-
-
-def _free_port() -> int:
-    """Returns a free port that no connection gets by itself.
-
-    Lightning chooses one of those that connections get. On a busy machine, that of another trial may get it before the
-    simulation listens there.
-    """
-    draw = Random(os.getpid())
-    while True:
-        port = draw.randrange(*_PORTS)
-        with socket.socket() as test, suppress(OSError):
-            test.bind(("", port))
-            return port
 
 
 class _Reporter(Callback):
