@@ -108,8 +108,9 @@ def test_the_long_run_says_how_close_to_synchronous_sgd_each_row_ends(bench: Any
     curves = {"tuned": [(0.0, 5.0), (1.0, 2.02)], "sync_sgd": [(0.0, 5.0), (50.0, 2.02), (100.0, 2.0)]}
     for row, curve in curves.items():
         bench.write(bench.path_of(tmp_path, row, 0), result(bench, row, 0, curve))
-    bench.long_report(tmp_path, bench.LONG[3000])
+    bench.long_report(tmp_path, bench.LONG[3000], " --steps 3000")
     text = (tmp_path / "table.txt").read_text()
+    assert "time_to_loss.py --long --steps 3000 --plot-only" in text
     assert "1.0%" in text
     assert "50.00 times" in text, "synchronous SGD's time to the loss at which HALoS ended"
     assert (tmp_path / "time_to_loss.png").exists()
