@@ -34,20 +34,22 @@ HELD_OUT = 30  # samples, in batches of 4
 
 # An epoch has 16 batches. The last number is how often DDP validates.
 @pytest.mark.parametrize(
-    ("flags", "validations"),
+    ("flags", "validations", "slow"),
     [
-        ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3),
-        ({"max_steps": 40, "val_check_interval": 10}, 2),
-        ({"max_steps": 10, "val_check_interval": 10, "accumulate_grad_batches": 2}, 1),
-        ({"max_steps": 40}, 2),
-        ({"max_epochs": 3}, 3),
-        ({"max_epochs": 4, "check_val_every_n_epoch": 2}, 2),
-        ({"max_epochs": 1, "val_check_interval": 0.25}, 4),
-        ({"max_epochs": 1, "num_sanity_val_steps": 1}, 1),
+        ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3, None),
+        ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3, 0),
+        ({"max_steps": 40, "val_check_interval": 10}, 2, 0),
+        ({"max_steps": 10, "val_check_interval": 10, "accumulate_grad_batches": 2}, 1, 0),
+        ({"max_steps": 40}, 2, 0),
+        ({"max_epochs": 3}, 3, None),
+        ({"max_epochs": 3}, 3, 0),
+        ({"max_epochs": 4, "check_val_every_n_epoch": 2}, 2, 0),
+        ({"max_epochs": 1, "val_check_interval": 0.25}, 4, None),
+        ({"max_epochs": 1, "val_check_interval": 0.25}, 4, 0),
+        ({"max_epochs": 1, "num_sanity_val_steps": 1}, 1, 0),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("slow", [None, 0])
 def test_validation_runs_on_rank_0_as_often_as_under_ddp(
     tmp_path: Path, flags: dict[str, Any], validations: int, slow: int | None
 ) -> None:

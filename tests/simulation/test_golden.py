@@ -190,7 +190,9 @@ class Notes:
         return first, first + steps * self._size, position
 
 
-@pytest.mark.parametrize("part", [pytest.param(0.5, id="half"), pytest.param(1.0, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "part", [pytest.param(0.25, id="a quarter"), pytest.param(1.0, id="all", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
 def test_a_simulation_reproduces_the_recording(path: Path, part: float, tmp_path: Path) -> None:
     """`tests/core` compares all of each recording with the servers, which takes a second."""
