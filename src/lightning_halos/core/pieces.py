@@ -77,7 +77,7 @@ class DividedStep:
         self._elements = sum(parameter.numel() for parameter in parameters)
         self._group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         # The states of the spans of each divided parameter, by their first element.
-        self._divided: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self._divided: dict[int, dict[int, dict[str, Any]]] = {}
 
     def step(self, piece: Piece, gradient: Tensor, touched: Collection[int] | None = None) -> None:
         """Makes the step for a piece.
@@ -103,7 +103,7 @@ class DividedStep:
             own = complete = self._parameters[span.parameter]
             if span.stop - span.start < complete.numel():
                 own = nn.Parameter(complete.detach().view(-1)[span.start : span.stop])
-                states[own] = self._divided[span.parameter][span.start] = self._state_of(span)
+                states[own] = self._spans_of(span.parameter)[span.start] = self._state_of(span)
             else:
                 states[own] = self._optimizer.state.get(own, {})
                 complete_ones.append(own)
@@ -133,7 +133,7 @@ class DividedStep:
                     continue
                 if span.stop - span.start < complete.numel():
                     own = complete.detach().view(-1)[span.start : span.stop]
-                    state = self._divided[span.parameter][span.start] = self._state_of(span)
+                    state = self._spans_of(span.parameter)[span.start] = self._state_of(span)
                 else:
                     own, state = complete.detach(), self._optimizer.state[complete]
                 parameters.append(own)
@@ -159,6 +159,10 @@ class DividedStep:
                     state[name] = value
                 elif state.get(name) is None:  # it is new; otherwise those of the spans are views of its memory
                     state[name] = torch.cat([own[name] for own in states]).view_as(parameter)
+
+    def _spans_of(self, number: int) -> dict[int, dict[str, Any]]:
+        """Returns the states of the spans of a parameter, in whichever thread is the first to have one."""
+        return self._divided.setdefault(number, {})
 
     def _state_of(self, span: ParameterSpan) -> dict[str, Any]:
         state = self._optimizer.state.get(self._parameters[span.parameter], {})

@@ -11,7 +11,6 @@ from __future__ import annotations
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -34,6 +33,7 @@ from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.transport import wire
 from lightning_halos.transport.alarm import Alarm
+from lightning_halos.transport.keyed_queues import KeyedQueues
 from lightning_halos.transport.link import Link
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ class LeadingLane(HostLane):
 
     def __init__(self, number: int, host: Served, lanes: Lanes) -> None:
         super().__init__(number, host, lanes)
-        self._inspected: dict[tuple[int, int], queue.SimpleQueue[Inspected]] = defaultdict(queue.SimpleQueue)
+        self._inspected = KeyedQueues[tuple[int, int], Inspected]()
         self._carried = dict.fromkeys(lanes.links, (0, 0))
 
     def arrived(self, channel: int, message: Message, finding: Finding | None) -> None:
@@ -229,8 +229,8 @@ class FollowingLane(HostLane):
         super().__init__(number, host, lanes)
         self._orders: queue.SimpleQueue[Ordered] = queue.SimpleQueue()
         self._turns: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._arrived: dict[int, queue.SimpleQueue[Message]] = defaultdict(queue.SimpleQueue)
-        self._granted: dict[int, queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
+        self._arrived = KeyedQueues[int, Message]()
+        self._granted = KeyedQueues[int, Tensor]()
         self._to_read: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_serving = False

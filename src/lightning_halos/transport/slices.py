@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from lightning_halos.core.messages import Failure, GlobalModel, Message, ModelCo
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.quantization import Format, decode, encode
 from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.transport.keyed_queues import KeyedQueues
 from lightning_halos.transport.lanes import Lanes, LanesEndedError
 from lightning_halos.transport.link import Link, OnFailure, OnMessage, wait_all
 
@@ -56,7 +56,7 @@ class JoiningLink(Link):
         self._lanes = lanes
         self._feedback = feedback
         self._posted: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
-        self._arrived: dict[int, queue.SimpleQueue[RegionUpdate]] = defaultdict(queue.SimpleQueue)
+        self._arrived = KeyedQueues[int, RegionUpdate]()
         self._lock = threading.Lock()
         self._connection = 0  # number of the present connection
         self._repeatable: dict[int, Tensor] = {}  # encoded parameters of updates, by their number
