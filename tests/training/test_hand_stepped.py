@@ -48,11 +48,12 @@ class WarmUp(LRScheduler):
 
 
 class Worker:
-    """A worker whose batches have one step each, in a run that is ahead of it or behind it."""
+    """A worker in a run that is ahead of it or behind it. Its batches have one step each, those without a call none."""
 
     def __init__(self, module: Module, *configured: LRScheduler) -> None:
         self.counter: Any = SimpleNamespace(batches=0, steps=0, in_batch=1)
-        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(is_last_batch=False)))
+        self.progress = SimpleNamespace(is_last_batch=False)
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=self.progress))
         trainer: Any = SimpleNamespace(
             lightning_module=module,
             lr_scheduler_configs=[LRSchedulerConfig(scheduler) for scheduler in configured],
@@ -60,11 +61,15 @@ class Worker:
         )
         self.hand_stepped = HandStepped(trainer, self.counter, 0)
 
-    def train(self, scheduler: LRScheduler, *args: Any, progress: float) -> None:
+    def train(self, scheduler: LRScheduler | None, *args: Any, progress: float, ends_epoch: bool = False) -> None:
         self.hand_stepped.begin_batch(progress)
-        scheduler.step(*args)
+        self.progress.is_last_batch = ends_epoch
+        if scheduler is not None:
+            scheduler.step(*args)
+            self.counter.steps += 1
         self.counter.batches += 1
-        self.counter.steps += 1
+        if ends_epoch:
+            self.hand_stepped.end_epoch()
 
 
 def sgd() -> torch.optim.Optimizer:
@@ -145,3 +150,23 @@ def test_a_scheduler_that_counts_its_steps_follows_the_run(position: tuple[Any, 
     assert scheduler.last_epoch == 1
     worker.hand_stepped.pull(9)
     assert scheduler.last_epoch == 9
+
+
+def test_a_scheduler_that_counts_accumulated_steps_follows_the_run_also_at_the_ends_of_epochs() -> None:
+    scheduler = CosineAnnealingWarmRestarts(sgd(), T_0=30)
+    worker = Worker(Module(is_automatic=False), scheduler)
+    for batch in range(8):
+        worker.train(scheduler if batch % 2 else None, progress=1 + batch / 2, ends_epoch=batch % 4 == 3)
+    worker.hand_stepped.pull(16)
+    assert scheduler.last_epoch == 16
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_scheduler_that_steps_in_the_last_batch_of_each_epoch_follows_the_worker(length: int) -> None:
+    scheduler = CosineAnnealingWarmRestarts(sgd(), T_0=30)
+    worker = Worker(Module(is_automatic=False), scheduler)
+    for batch in range(4 * length):
+        ends_epoch = batch % length == length - 1
+        worker.train(scheduler if ends_epoch else None, progress=1, ends_epoch=ends_epoch)
+    worker.hand_stepped.pull(16)
+    assert scheduler.last_epoch == 4

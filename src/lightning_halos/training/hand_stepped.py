@@ -60,6 +60,7 @@ class HandStepped:
         self._start = position
         self._earlier_steps = 0
         self._progress = 0.0
+        self._first_of_epoch = 0  # the batch in which the epoch began
         self._in_batch = self._is_stepping = False
         self._schedulers = [_Scheduler(s, type(s), s.last_epoch) for s in _find(trainer)]
         for entry in self._schedulers:
@@ -73,6 +74,7 @@ class HandStepped:
     def end_epoch(self) -> None:
         """Marks that steps from here to the next batch follow the worker's epochs."""
         self._in_batch = False
+        self._first_of_epoch = self._counter.batches
 
     def pull(self, position: int) -> None:
         """Repeats the worker's steps up to a new global step."""
@@ -127,7 +129,8 @@ class HandStepped:
     def _may_step(self, entry: _Scheduler) -> bool:
         batch = self._counter.batches
         ends_epoch = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not self._in_batch or (ends_epoch and entry.last_call < batch - 1):
+        is_only_at_end = ends_epoch and entry.last_call < min(self._first_of_epoch, batch - 1)
+        if not self._in_batch or is_only_at_end:
             entry.first += 1
             return True
         entry.calls += 1
