@@ -175,6 +175,33 @@ def test_a_fit_without_steps_is_an_error_and_several_steps_per_batch_count_as_un
     assert not names >= {"step=90.ckpt", "step=96.ckpt"}, "the final step has what fell due while rank 0 waited"
 
 
+class NotANumber(Toy):
+    """Has a loss of NaN, from some batch of the fit on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch) * (torch.nan if self.optimizer_steps >= self.first else 1.0)
+
+
+def not_a_number() -> Result:
+    module = NotANumber(first=0)
+    with pytest.raises(RuntimeError, match="servers rejected all") as error:
+        fit(module, devices=2, max_epochs=1)
+    later = fit(NotANumber(first=2 * 4), devices=2, max_epochs=1)
+    return {"error": str(error.value), "later": later}
+
+
+def test_a_fit_of_which_the_servers_rejected_everything_is_an_error(run: Run) -> None:
+    """Under DDP the model would be NaN. Here it would be the initial one, and look as if it had been trained."""
+    results = run(not_a_number, workers=2)
+    for result in results:
+        assert "the final model is the initial one" in result["error"]
+    assert_same_model([result["later"] for result in results])
+
+
 class OneCycle(Toy):
     """Steps its schedule in every batch, as a run of one process does."""
 

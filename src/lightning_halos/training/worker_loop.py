@@ -105,6 +105,7 @@ class WorkerLoop(Callback):
         self._counter = StepCounter(self._trainer, self._has_changed)
         # The steps and the module's values when :meth:`_has_changed` was called last in a round with steps.
         self._seen: tuple[int, Tensor | None] = (0, None)
+        self._answered_before = self._answered()
         self._growth = GrowthWatch(start.site.topology)
         self._frozen_watch = FrozenWatch(start.vector.entries)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
@@ -277,16 +278,31 @@ class WorkerLoop(Callback):
         """Refuses a fit in which no worker made a step, when all workers are in step again.
 
         Raises:
-            RuntimeError: On all ranks, if the workers trained on batches, but made no step.
+            RuntimeError: On all ranks, if the workers trained on batches, but made no step, or if the servers rejected
+                all that they pushed.
         """
-        pushed = [self._counter.batches, self.round.total_steps]
-        batches, steps = collectives.reduce(torch.tensor(pushed, dtype=torch.float64), "sum").tolist()
+        applied, rejected = (now - before for now, before in zip(self._answered(), self._answered_before, strict=True))
+        done = [self._counter.batches, self.round.total_steps, applied, rejected]
+        batches, steps, applied, rejected = collectives.reduce(torch.tensor(done, dtype=torch.float64), "sum").tolist()
+        if rejected and not applied:
+            raise RuntimeError(
+                f"The servers rejected all {rejected:g} updates of the workers, because they had NaN or infinite values"
+                " or were too large, so the final model is the initial one. Check the loss and the data; clip"
+                " gradients, or lower the learning rate."
+            )
         if batches and not steps:
             raise RuntimeError(
                 f"The workers trained on {batches:g} batches, but no optimizer made a step and no parameter changed, so"
                 " the final model is the initial one. Under manual optimization, training_step has to call"
                 " optimizer.step(); with automatic optimization, configure_optimizers has to return an optimizer."
             )
+
+    def _answered(self) -> tuple[int, int]:
+        """Returns how many pushes the servers have applied and rejected, as far as this process knows: on rank 0."""
+        if self._is_member:  # other jobs train the same model
+            return 0, 0
+        servers = self._world.statistics() if self._is_rank_0 else []
+        return sum(server["updates"] for server in servers), sum(server["rejected"] for server in servers)
 
     def own_state(self) -> dict[str, Any]:
         """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""
