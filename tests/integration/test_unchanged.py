@@ -236,8 +236,14 @@ class Everyday(Toy):
         self.best = min(self.best, float(self.trainer.callback_metrics["val_loss"]))
         self.validated = []  # another list, but empty as before
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("shown", self.loss(batch), prog_bar=True)
+
     def on_train_epoch_end(self) -> None:
         self.read.append(float(self.trainer.callback_metrics["val_loss"]))
+        of_logger, of_bar = self.trainer.logged_metrics["val_loss"], self.trainer.progress_bar_metrics["shown"]
+        assert [float(of_logger), of_bar] == pytest.approx([self.read[-1]] * 2, nan_ok=True)
         self.log("mean", torch.stack(self.outputs).mean())
         self.outputs.clear()
 
@@ -264,7 +270,9 @@ def everyday(strategy: str) -> Result:
     best = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
     assert all(torch.equal(best[name], tensor) for name, tensor in module.state_dict().items())
     said = [str(warning.message) for warning in caught]
-    return outcome(trainer, module, read=module.read, told=logger.told, said=said, best=saving.best_model_path)
+    shown = [trainer.logged_metrics["val_loss"].item(), trainer.progress_bar_metrics["shown"]]
+    told, best = logger.told, saving.best_model_path
+    return outcome(trainer, module, read=module.read, told=told, said=said, best=best, shown=shown)
 
 
 @pytest.mark.parametrize("strategy", ["halos", "diloco"])
@@ -272,6 +280,7 @@ def test_hooks_that_everybody_writes(run: Run, strategy: str) -> None:
     results = run(everyday, strategy, workers=2)
     assert_same_model(results)
     assert results[0]["best"] == results[1]["best"] != ""
+    assert results[0]["shown"] == results[1]["shown"]
     for result in results:
         assert len(result["read"]) == 3
     if strategy == "halos":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0
+from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, ShownMetrics
 
 
 def make(timeout: float = 30.0) -> FirstMetrics:
@@ -57,3 +57,13 @@ def test_what_would_be_missing_under_ddp_is_a_key_error_and_what_cannot_come_is_
             read({})["val_loss"]
     with pytest.warns(UserWarning, match=r"callback_metrics\['val_loss'\] is NaN on this rank"):
         assert torch.isnan(read(None)["val_loss"])
+
+
+def test_a_metric_that_a_logger_or_the_progress_bar_does_not_have_is_that_of_rank_0() -> None:
+    shown = ShownMetrics({"train_loss": 4.0}, read({"val_loss": 2.0, "train_loss": 5.0}).__getitem__)
+    assert list(shown) == ["train_loss"]
+    assert shown["val_loss"] == 2.0
+    assert shown["train_loss"] == 4.0  # its own
+    assert type(copy.deepcopy(shown)) is dict
+    with pytest.raises(KeyError, match="val_los"):
+        shown["val_los"]

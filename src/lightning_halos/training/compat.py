@@ -263,15 +263,30 @@ def epochs_of_training(trainer: pl.Trainer) -> int | None:
     return trainer.max_epochs - any(callback._model_contains_batch_norm for callback in averaging)
 
 
-def show_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
-    """Puts metrics into ``trainer.callback_metrics``."""
-    tensors = {name: torch.tensor(value) for name, value in metrics.items()}
-    trainer._logger_connector._callback_metrics.update(tensors)
+def show_metrics(
+    trainer: pl.Trainer,
+    metrics: Mapping[str, float],
+    logged: Mapping[str, float] | None = None,
+    in_bar: Mapping[str, float] | None = None,
+) -> None:
+    """Puts metrics into ``trainer.callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics``."""
+    connector = trainer._logger_connector
+    connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    connector._logged_metrics.update({name: torch.tensor(value) for name, value in (logged or {}).items()})
+    connector._progress_bar_metrics.update(in_bar or {})
 
 
-def replace_metrics(trainer: pl.Trainer, make: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Replaces the dict ``trainer.callback_metrics`` by one that is made from it."""
-    trainer._logger_connector._callback_metrics = make(trainer._logger_connector._callback_metrics)
+def replace_metrics(
+    trainer: pl.Trainer,
+    make: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    make_logged: Callable[[dict[str, Any]], dict[str, Any]],
+    make_in_bar: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Replaces the dicts of :func:`show_metrics` by others that are made from them."""
+    connector = trainer._logger_connector
+    connector._callback_metrics = make(connector._callback_metrics)
+    connector._logged_metrics = make_logged(connector._logged_metrics)
+    connector._progress_bar_metrics = make_in_bar(connector._progress_bar_metrics)
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

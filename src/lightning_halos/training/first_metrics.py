@@ -100,3 +100,24 @@ class MetricsOfRank0(dict[str, Tensor]):
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)  # for copies
+
+
+class ShownMetrics(dict[str, Any]):
+    """``trainer.logged_metrics`` or ``progress_bar_metrics`` on other ranks during a fit.
+
+    A missing one may be among rank 0's metrics, which come to ``trainer.callback_metrics``.
+
+    Args:
+        present: Metrics that are there already.
+        look_up: Returns a metric of ``trainer.callback_metrics``.
+    """
+
+    def __init__(self, present: Mapping[str, Any], look_up: Callable[[str], Any]) -> None:
+        super().__init__(present)
+        self._look_up = look_up
+
+    def __missing__(self, name: str) -> Any:
+        return self._look_up(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # for copies

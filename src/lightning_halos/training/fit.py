@@ -32,7 +32,7 @@ from lightning_halos.training.compat import (
 )
 from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
-from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, numbers
+from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, ShownMetrics, numbers
 from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import FinalModel, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
@@ -107,7 +107,7 @@ class Fit:
         )
         self.lightning.install(self._first_hooks, self.loop)
         if not self._decides:
-            replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
+            self._take_metrics_of_rank_0()
         elif not self.trainer.enable_validation:
             self._first_metrics.tell({})
         if self.start.site.rank == 0:
@@ -173,7 +173,7 @@ class Fit:
         self._common_stop.restore()
         self.lightning.restore()
         restore_dump_checkpoint(self.trainer)
-        replace_metrics(self.trainer, dict)
+        replace_metrics(self.trainer, dict, dict, dict)
         for average in self._averages:
             average.restore()
         if self.start.data is not None:
@@ -324,11 +324,11 @@ class Fit:
         self._decides = self.loop.decides
         self.lightning.set_deciding(self._decides)
         if self._decides:
-            replace_metrics(self.trainer, dict)
+            replace_metrics(self.trainer, dict, dict, dict)
             self._go_on_deciding()
             rank_zero_info("This job validates and saves checkpoints for the run from now on.")
         else:
-            replace_metrics(self.trainer, lambda present: MetricsOfRank0(present, self._wait_for_metrics))
+            self._take_metrics_of_rank_0()
             rank_zero_info("Another job validates and saves checkpoints for the run from now on.")
 
     def _go_on_deciding(self) -> None:
@@ -342,6 +342,17 @@ class Fit:
         model = vector.new()
         self.world.read(model)
         return model
+
+    def _take_metrics_of_rank_0(self) -> None:
+        def value(name: str) -> Tensor:
+            return self.trainer.callback_metrics[name]
+
+        replace_metrics(
+            self.trainer,
+            lambda present: MetricsOfRank0(present, self._wait_for_metrics),
+            lambda present: ShownMetrics(present, value),
+            lambda present: ShownMetrics(present, lambda name: value(name).item()),
+        )
 
     def _wait_for_metrics(self) -> dict[str, float] | None:
         """Returns rank 0's first metrics, if there would be some under DDP by now; see :class:`MetricsOfRank0`."""
@@ -361,7 +372,8 @@ class Fit:
         collectives, schedulers, rank = self.start.site.collectives, self.lightning.schedulers, self.start.site.process
         schedulers.plateaus()
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))
-        show_metrics(self.trainer, collectives.broadcast_object(numbers(self.trainer.callback_metrics)))
+        shown = (self.trainer.callback_metrics, self.trainer.logged_metrics, self.trainer.progress_bar_metrics)
+        show_metrics(self.trainer, *collectives.broadcast_object([numbers(metrics) for metrics in shown]))
         deciding = {c.state_key: c for c in callbacks_of(self.trainer) if decides(c)}
         states: dict[str, Any] = {}
         if rank == 0:
