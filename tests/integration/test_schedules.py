@@ -178,3 +178,10 @@ def test_plateau_is_decided_by_rank_0(run: Run, config: dict[str, Any], flags: d
     assert 64 * 4 <= sum(result["optimizer_steps"] for result in results) <= (64 + 2 * LOCAL_STEPS) * 4
     assert_no_step_lost(results)
     assert_same_model(results)
+
+
+def test_plateau_steps_of_rank_0_in_epochs_without_data_are_repeated_too(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Plateau({"interval": "epoch"}), loader(16), loader(8), slow=0, max_epochs=6)
+    assert results[0]["optimizer_steps"] == 2, "in four epochs the others take all data"
+    assert [result["schedules"] for result in results] == [[6]] * 4
+    assert [result["lrs"] for result in results] == [[0.5**5]] * 4

@@ -32,6 +32,7 @@ class FirstHooks(Callback):
         metrics: Rank 0's first metrics.
         site: This process's place and connections.
         version: Returns the number of updates in the global model. On the first worker.
+        publish_plateaus: Sends what this process's plateau schedulers have done since the last call.
         end: Called when all workers have the final model, before any hook sees the end of training.
     """
 
@@ -42,6 +43,7 @@ class FirstHooks(Callback):
         metrics: FirstMetrics,
         site: Site,
         version: Callable[[], int],
+        publish_plateaus: Callable[[], None],
         end: Callable[[], None],
     ) -> None:
         self._loop = loop
@@ -49,6 +51,7 @@ class FirstHooks(Callback):
         self._metrics = metrics
         self._site = site
         self._version = version
+        self._publish_plateaus = publish_plateaus
         self._end = end
         self._validated: int | None = None
         self._before_validation: dict[str, tuple[Any, int]] | None = None
@@ -56,6 +59,7 @@ class FirstHooks(Callback):
         self._has_warned = self._has_warned_of_settings = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._publish_plateaus()  # each epoch's own, since the next one may have no batch
         # StochasticWeightAveraging adds an epoch for the statistics of BatchNorm.
         if self._loop.finished and self._lightning.is_after_last_epoch:
             averages = swa_averages(trainer)

@@ -103,7 +103,13 @@ class Fit:
             end: Called when all workers have the final model, before any hook sees the end of training.
         """
         self._first_hooks = FirstHooks(
-            self.loop, self.lightning, self._first_metrics, self.start.site, lambda: self.world.version, end
+            self.loop,
+            self.lightning,
+            self._first_metrics,
+            self.start.site,
+            lambda: self.world.version,
+            self.publish_plateaus,
+            end,
         )
         self.lightning.install(self._first_hooks, self.loop)
         if not self._decides:
@@ -309,6 +315,11 @@ class Fit:
             self._told_validation = self.lightning.validated
             self._told_callbacks = states_as_text(callbacks_of(self.trainer), self._told_validation)
         self.world.publish(plateaus, numbers(self.trainer.callback_metrics), self._told_callbacks)
+
+    def publish_plateaus(self) -> None:
+        """Sends what this process's plateau schedulers have done since the last call, if it decides."""
+        if self.loop.decides and (stepped := self.lightning.schedulers.plateaus()):
+            self.publish(stepped)
 
     def follow_decisions(self) -> None:
         """Decides from this batch on, or no longer, if that has changed; and publishes what its callbacks remember."""

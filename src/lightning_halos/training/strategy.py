@@ -346,8 +346,7 @@ class AlgorithmStrategy(ComposedStrategy):
         self._fit.follow_decisions()
         assert self._shards is not None
         self._shards.tell_loggers()
-        if self.decides and (stepped := self._fit.lightning.schedulers.plateaus()):
-            self._fit.publish(stepped)
+        self._fit.publish_plateaus()
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients over all workers before they are clipped and used, if the algorithm requires it."""
