@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -154,3 +155,45 @@ def test_hooks_see_the_final_step_and_callbacks_are_given_back(run: Run) -> None
     for result in results:
         assert result["called"] == ["train start 0", "epoch end 0", "epoch end 1", "train end 32", "fit end 32"]
         assert result["before"] == result["after"]
+
+
+class Prolonging(Toy):
+    """Raises a limit of the Trainer while it trains."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def on_train_epoch_end(self) -> None:
+        loop = self.trainer.fit_loop
+        if self.limit == "max_epochs":
+            loop.max_epochs = 4
+        else:
+            loop.epoch_loop.max_steps = 32
+
+
+def prolonged() -> Result:
+    found: Result = {}
+    for limit, flags in (("max_epochs", {"max_epochs": 2}), ("max_steps", {"max_steps": 16})):
+        module, trainer = Prolonging(limit), make_trainer(halos(regions=1), devices=2, **flags)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, loader(64))
+        said = [str(warning.message) for warning in caught]
+        found[limit] = outcome(trainer, module, said=said, limit=getattr(trainer, limit))
+    return found
+
+
+def test_a_run_ends_as_it_was_ordered_if_a_hook_raises_a_limit(run: Run) -> None:
+    """The budget of the run is divided when it starts. Workers that went on would train alone."""
+    results = run(prolonged, workers=2)
+    for limit, ordered, raised in (("max_epochs", 2, 4), ("max_steps", 16, 32)):
+        of_limit = [result[limit] for result in results]
+        assert_same_model(of_limit)
+        assert_no_step_lost(of_limit)
+        for result in of_limit:
+            assert result["global_step"] == 16
+            assert result["limit"] == raised, "a later fit goes on to the new limit"
+            assert not [text for text in result["said"] if "differed between the workers" in text]
+        (said,) = [text for text in of_limit[0]["said"] if f"{limit} was raised" in text]
+        assert f"from {ordered} to {raised} during the fit" in said

@@ -60,6 +60,8 @@ class FirstHooks(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._publish_plateaus()  # each epoch's own, since the next one may have no batch
+        if self._loop.finished and self._lightning.keep_limits():
+            self._lightning.leave_epoch()  # in which the workers would train alone
         # StochasticWeightAveraging adds an epoch for the statistics of BatchNorm.
         if self._loop.finished and self._lightning.is_after_last_epoch:
             averages = swa_averages(trainer)

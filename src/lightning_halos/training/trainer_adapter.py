@@ -68,6 +68,8 @@ class TrainerAdapter:
         self.steps_per_batch = 1.0
         self._data = data
         self._epochs = epochs_of_training(trainer)
+        self._limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        self._raised: dict[str, tuple[Any, Any]] = {}  # where a hook has set a limit, and to what
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
         self._epoch_batches = trainer.num_training_batches if epoch_batches is None else epoch_batches
@@ -164,6 +166,8 @@ class TrainerAdapter:
         """Restores everything that was changed in the Trainer."""
         trainer = self.trainer
         trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._min_epochs, self._min_steps
+        for name, (owner, raised) in self._raised.items():
+            setattr(owner, name, raised)
         trainer.val_check_batch = self._val_check_batch
         self.release_validation()
         self._others_validate.undo(trainer)
@@ -229,9 +233,39 @@ class TrainerAdapter:
         """Makes the Trainer end the run at the final global step, also if it was asked to stop."""
         self._shown_before_end = self._shown
         self._validates_at_end = self.set_global_step(position, is_final=True)
+        self.keep_limits()
         # Lightning ends by itself at max_steps and max_epochs, but not if the run was asked to stop.
         self.trainer.should_stop = self.trainer.should_stop or stopped
         self.trainer.fit_loop.min_epochs, self.trainer.fit_loop.epoch_loop.min_steps = 0, None
+
+    def keep_limits(self) -> bool:
+        """Ends the Trainer where the run was ordered to end. Returns whether a hook has raised a limit since."""
+        loop: Any = self.trainer.fit_loop
+        was_raised = False
+        for owner, name in ((loop, "max_epochs"), (loop.epoch_loop, "max_steps")):
+            limit, now = self._limits[name], getattr(owner, name)
+            if limit in (None, -1) or (now not in (None, -1) and now <= limit):
+                continue
+            was_raised = True
+            setattr(owner, name, limit)
+            if name not in self._raised:
+                rank_zero_warn(
+                    f"{name} was raised from {limit} to {now} during the fit. The run ends as it was ordered when it"
+                    " started, because its steps are divided among the workers. Call trainer.fit() again to go on."
+                )
+            self._raised[name] = owner, now
+        return was_raised
+
+    def leave_epoch(self) -> None:
+        """Ends the Trainer's loop in the first hook of an epoch, as if the epoch had not begun.
+
+        Raises:
+            StopIteration: Always. Lightning's loop ends with it.
+        """
+        for progress in (self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_progress.current):
+            counts: Any = progress
+            counts.ready -= 1
+        raise StopIteration
 
     def save_at_end(self) -> None:
         """Saves what fell due while this worker waited for the end, because its next global step was the final one."""
