@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import swa_averages
 from lightning_halos.training.first_metrics import FirstMetrics
+from lightning_halos.training.progress_bar import show_batches_of_epoch
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -66,6 +67,9 @@ class FirstHooks(Callback):
         if self._loop.finished and self._lightning.is_after_last_epoch:
             averages = swa_averages(trainer)
             self._site.collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        show_batches_of_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._lightning.is_after_last_epoch and not self._loop.finished:
