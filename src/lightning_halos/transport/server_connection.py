@@ -100,14 +100,13 @@ class ServerConnection:
             party: The party.
             goes_on: Whether it goes on where the one before has ended, so that only a new connection is greeted.
         """
+        if party is not None and goes_on and (self._is_lost or self._session is not self._greeted):
+            party.disconnected()  # before another thread may greet the server for it
         with self._changed:
             self._party = party
             if party is not None and not goes_on:
                 self._greeted = None
-            was_lost = self._is_lost or self._session is not self._greeted
             self._changed.notify_all()
-        if party is not None and goes_on and was_lost:
-            party.disconnected()
         self._greet()
 
     def expect_models(self, form: Form) -> None:
@@ -117,8 +116,14 @@ class ServerConnection:
             self._start_models()
 
     def on_failure(self, fail: Callable[[Exception], None]) -> None:
-        """Sets the function that is called if the connection cannot be restored, or the server refuses the job."""
-        self._on_failure = fail
+        """Sets the function that is called if the connection cannot be restored, or the server refuses the job.
+
+        It is called at once if that has happened already.
+        """
+        with self._changed:
+            self._on_failure, error = fail, self._error
+        if error is not None:
+            fail(error)
 
     def check(self) -> None:
         """Raises the error after which the connection cannot be restored, if any."""
@@ -196,10 +201,12 @@ class ServerConnection:
                 return
             session = self._greeted = self._session
         assert session is not None
-        for message in party.connected():
-            session.control.post(message)
-        with self._changed:
-            self._open = session
+        messages = party.connected()
+        with self._changed:  # what the party answers to the server's answer must find the session open
+            if session is self._session:
+                for message in messages:
+                    session.control.post(message)
+                self._open = session
 
     def _receiver(self, session: Session) -> OnMessage:
         def receive(message: Message, progress: Iterable[int]) -> None:
@@ -345,8 +352,9 @@ class ServerConnection:
         self._fail(PeerFailedError(f"The global server {self.server} has given up: {reason}"))
 
     def _fail(self, error: Exception) -> None:
-        self._error = error
-        self._on_failure(error)
+        with self._changed:
+            self._error, fail = error, self._on_failure
+        fail(error)
 
 
 class _ClosedError(Exception):
