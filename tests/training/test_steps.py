@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,31 @@ def test_a_step_counts_once(module: Manual, counter: StepCounter) -> None:
         assert counter.in_batch == 1
         assert counter.end_batch() == 1
         assert counter.in_batch == 0
+
+
+def test_a_step_counts_while_a_server_of_this_process_makes_one(
+    module: Manual, counter: StepCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    server = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    looks, goes_on, find = threading.Event(), threading.Event(), counter._has_parameters_of_module
+
+    def find_slowly(optimizer: torch.optim.Optimizer) -> bool:
+        if optimizer is server:
+            looks.set()
+            assert goes_on.wait(10)
+        return find(optimizer)
+
+    monkeypatch.setattr(counter, "_has_parameters_of_module", find_slowly)
+    thread = threading.Thread(target=server.step, daemon=True)
+    thread.start()
+    assert looks.wait(10)
+    counter.begin_batch()
+    counter._on_step_begin(optimizer)
+    goes_on.set()
+    thread.join(10)
+    counter._on_step_end(optimizer)
+    assert counter.end_batch() == 1
 
 
 def test_a_batch_that_is_none_has_no_steps(counter: StepCounter) -> None:

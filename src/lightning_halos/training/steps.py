@@ -111,7 +111,8 @@ class StepCounter:
         return steps
 
     def _on_step_begin(self, optimizer: Optimizer, *_: Any) -> None:
-        self._depth += self._has_parameters_of_module(optimizer)
+        if self._has_parameters_of_module(optimizer):  # nothing is written in other threads
+            self._depth += 1
 
     def _on_step_end(self, optimizer: Optimizer, *_: Any) -> None:
         if self._has_parameters_of_module(optimizer):
