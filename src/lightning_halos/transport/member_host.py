@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class MemberHost(RegionHost):
 
     Attributes:
         callbacks: The text of the callbacks of the job that decided before this one.
-        counters: Counters of this server.
+        counters: Counters of this server; see :meth:`statistics`.
         version: Updates in the newest global model that this process knows.
         steps: Local steps in the newest copy of the global model.
     """
@@ -160,6 +160,10 @@ class MemberHost(RegionHost):
             case "disconnect", None:
                 return node.disconnected()
         return super()._sends_of(act, message)
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns the counters of this server, to which no report is added meanwhile."""
+        return self.ask(lambda _: self.counters.statistics())
 
     def read(self, out: Tensor, check: Callable[[], None]) -> None:
         """Copies the present global model, or the final one. While the server is away, this waits for it.

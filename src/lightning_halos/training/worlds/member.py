@@ -111,7 +111,7 @@ class MemberWorld:
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of this job's server only; ``lightning-halos status`` shows those of all regions."""
-        return [self._region.counters.statistics()]
+        return [self._region.statistics()]
 
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
