@@ -90,7 +90,7 @@ class Alarm:
     def preempt(self, since: float | None = None) -> None:
         """Records a preemption ``since`` a time (default: now), and tells all peers to save a checkpoint and end."""
         with self._lock:
-            if self._off or self._error is not None or self.preempted_since is not None:
+            if self.is_over or self.preempted_since is not None:
                 return
             self.preempted_since = time.monotonic() if since is None else since
             links = list(self.links)
@@ -110,7 +110,7 @@ class Alarm:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended or failed."""
-        return self._off or self._error is not None
+        return self._off or self._failure is not None
 
     @property
     def has_failed(self) -> bool:
@@ -149,7 +149,7 @@ class Alarm:
 
     def _watch(self, timeout: float) -> None:
         try:
-            while not self._off and self._error is None:
+            while not self.is_over:
                 time.sleep(min(1.0, timeout / 10))
                 now = time.monotonic()
                 for link in list(self.links):
@@ -160,12 +160,14 @@ class Alarm:
 
     def _ring(self, error: Exception | None, failure: Failure) -> None:
         with self._lock:
-            if self._off or self._error is not None:
+            if self.is_over:
                 return
-            self._since, self._error, self._off = time.monotonic(), error, error is None
-            self._failure = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:])
+            self._failure, self._off = replace(failure, reason=failure.reason[-_MOST_CHARACTERS:]), error is None
             links = list(self.links)
-        self._tell_failure(self._failure, links)
+        try:
+            self._tell_failure(self._failure, links)
+        finally:  # from here on the main thread may end, and with it the links
+            self._since, self._error = time.monotonic(), error
         if error is not None:
             self._watchdog.start()
 
