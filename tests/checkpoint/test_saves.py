@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -444,6 +445,33 @@ def test_a_writer_that_cannot_even_report_goes_on(caplog: pytest.LogCaptureFixtu
     writer.submit(done.set, print)
     assert done.wait(30)
     assert "could not be reported" in caplog.text
+
+
+def test_threads_that_submit_the_first_jobs_at_the_same_moment_share_a_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else jobs would run at the same time, and an older checkpoint could replace a newer one."""
+    writer, together, made, ran = Writer(), threading.Barrier(2), list[str](), set[int]()
+    start = threading.Thread
+
+    def slowly(*, name: str, **more: Any) -> threading.Thread:
+        made.append(name)
+        time.sleep(0.2)  # as if another thread went on here
+        return start(name=name, **more)
+
+    def submit() -> None:
+        together.wait(30)
+        writer.submit(lambda: ran.add(threading.get_ident()), print)
+
+    threads = [start(target=submit, daemon=True) for _ in range(2)]
+    monkeypatch.setattr(threading, "Thread", slowly)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    done = threading.Event()
+    writer.submit(done.set, print)
+    assert done.wait(30)
+    assert made == ["halos writer"]
+    assert len(ran) == 1
 
 
 def test_a_writer_that_nobody_has_any_more_does_what_is_left_and_ends() -> None:

@@ -6,6 +6,7 @@ are still done.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -32,6 +33,7 @@ class Writer:
         # A SimpleQueue, because a signal handler may submit a job, too.
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._submissions = itertools.count()  # several threads may make the first one at the same moment
 
     def shard(
         self, marker: Marker, name: str, state: Any, tell: Tell, complete: Callable[[], None] = lambda: None
@@ -54,7 +56,7 @@ class Writer:
 
     def submit(self, job: Callable[[], None], failed: Callable[[str], None]) -> None:
         """Queues a job, and never blocks. ``failed`` is called with the text of an error that the job raises."""
-        if self._thread is None:
+        if next(self._submissions) == 0:
             self._thread = threading.Thread(target=_run, args=(self._jobs,), name="halos writer", daemon=True)
             self._thread.start()
             weakref.finalize(self, self._jobs.put, None)
