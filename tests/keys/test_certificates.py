@@ -236,6 +236,25 @@ class TestRevocations:
         revocations.path.unlink()
         revocations.check(certificate("c"))
 
+    def test_a_thread_that_finds_the_file_read_knows_what_is_in_it(self, tmp_path: Path) -> None:
+        """As if all threads looked whenever one of them has noted something."""
+
+        class Watched(Revocations):
+            def __setattr__(self, name: str, value: object) -> None:
+                super().__setattr__(name, value)
+                if name == "_read_as" and value is not None:
+                    with pytest.raises(CertificateRefusedError):
+                        self.check(certificate("a"))
+                    looks.append(name)
+
+        looks: list[str] = []
+        path = tmp_path / "revoked"
+        path.write_text("a")
+        os.utime(path, (1, 1))  # for long, so that it is not read again
+        with pytest.raises(CertificateRefusedError):
+            Watched(path).check(certificate("a"))
+        assert looks
+
     def test_a_file_that_cannot_be_read_is_another_error(self, revocations: Revocations) -> None:
         revocations.path.mkdir()
         with pytest.raises(IsADirectoryError):

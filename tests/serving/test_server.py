@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_halos.core import open_run
+from lightning_halos.core.member_status import status_of
+from lightning_halos.core.membership import Member, MemberState
 from lightning_halos.core.messages import (
     Enrol,
     Failure,
@@ -25,6 +28,8 @@ from lightning_halos.core.messages import (
     StatusRequest,
 )
 from lightning_halos.serving import client, host, snapshots
+from lightning_halos.serving import server as server_module
+from lightning_halos.serving.final_model import checkpoint_of
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
@@ -84,6 +89,66 @@ def test_a_run_from_its_founding_to_its_final_model(serve: Serve, region: Region
     assert finals[0].vector is not None
     assert torch.equal(loaded.mean, finals[0].vector[16:])
     assert loaded.frozen == 7
+
+
+class Newcomer:
+    """A region that comes for the first time while the server looks at all regions, unless it has to wait for that."""
+
+    def __init__(self, server: Server) -> None:
+        self.has_come = False
+        self._server = server
+
+    def come(self) -> None:
+        if not self.has_come:
+            self.has_come = True
+            host, name = self._server.server.host, "ap"
+            thread = threading.Thread(target=host.ask, args=[lambda node: node.index_of(name)], daemon=True)
+            thread.start()
+            thread.join(0.5)
+
+
+def test_a_region_may_come_while_the_server_counts_regions(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(workers=1)
+    region("us", server).enter()
+    newcomer, here = Newcomer(server), threading.get_ident()
+
+    def is_active(member: Member) -> bool:
+        if threading.get_ident() == here:
+            newcomer.come()
+        return member.state is MemberState.ACTIVE
+
+    monkeypatch.setattr(Member, "is_active", property(is_active))
+    assert not server.server._too_few(time.monotonic())
+    assert newcomer.has_come
+
+
+def test_a_region_may_come_while_the_server_makes_the_final_checkpoint(
+    serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(workers=1)
+    newcomer, is_made = Newcomer(server), threading.Event()
+
+    def final(node: Any) -> dict[str, Any]:
+        is_made.set()
+        return checkpoint_of(node)
+
+    def status(member: Member, rejected_updates: int) -> dict[str, Any]:
+        if is_made.is_set():
+            newcomer.come()
+        return status_of(member, rejected_updates)
+
+    monkeypatch.setattr(server_module, "checkpoint_of", final)
+    monkeypatch.setattr(open_run, "status_of", status)
+    us = region("us", server)
+    us.enter()
+    us.flush(stop=True)
+    us.final()
+    us.goodbye()
+    assert server.wait() == 0
+    assert newcomer.has_come
+    assert "has met an error" not in caplog.text
 
 
 def test_a_finished_run_that_is_served_again_gives_its_final_model_to_who_returns(

@@ -210,8 +210,8 @@ class RunServer:
             note(f"A new run begins in {path} when {few} {'regions have' if few > 1 else 'region has'} joined.")
 
     def _too_few(self, now: float) -> bool:
-        node = self.host.node
-        if isinstance(node, Founding) or node.present >= self._rules.min_regions:
+        is_founding, present = self.host.ask(lambda node: (isinstance(node, Founding), node.present))
+        if is_founding or present >= self._rules.min_regions:
             self._few_since = None
         elif self._few_since is None:
             self._few_since = now
@@ -226,7 +226,8 @@ class RunServer:
         node = self.host.node
         assert isinstance(node, OpenGlobalNode)
         try:
-            self._directory.write_final_model(checkpoint_of(node))  # nothing changes the model any more
+            checkpoint = self.host.ask(lambda _: checkpoint_of(node))  # members may still come and go
+            self._directory.write_final_model(checkpoint)
         except OSError as error:
             self._retry_at = now + _RETRY
             self._unwritten_since = now if self._unwritten_since is None else self._unwritten_since

@@ -77,7 +77,8 @@ class Revocations:
                 until[name] = max(_time(text.strip()), until.get(name, _NEVER))
         # A change within the resolution of the file's time would not be seen: it is read again until it is older.
         is_settled = time.time_ns() - found.st_mtime_ns > _RESOLUTION_NS
-        self._read_as, self._until = read_as if is_settled else None, until
+        self._until = until  # before another thread believes that it is read
+        self._read_as = read_as if is_settled else None
 
 
 def _time(text: str) -> datetime:
