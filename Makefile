@@ -21,14 +21,14 @@ demo: $(DEMO_READY)  ## the main job: train a byte-level GPT under HALoS and DDP
 	$(BIN)/python examples/train_char_lm.py
 
 test: $(READY)  ## the test suite
-	$(BIN)/pytest -n 4 --dist worksteal -m "not alone and not slow"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not slow"
 	$(BIN)/pytest -m "alone and not slow" $(ALONE)
 
 test-all: test  ## and what takes long
 	$(BIN)/pytest -m slow
 
 test-oldest: $(OLDEST)/ready  ## the tests with the oldest Lightning and torch that pyproject.toml allows
-	$(OLDEST)/bin/pytest -n 4 --dist worksteal $(OLD) -m "not alone and not slow"
+	$(OLDEST)/bin/pytest -n 3 --dist worksteal $(OLD) -m "not alone and not slow"
 
 lint: style types layers pages  ## the checks that run no code
 

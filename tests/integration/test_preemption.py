@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_halos import DilocoStrategy
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.checkpoint.places import newest_complete
+from lightning_halos.training.fit import Fit
 from lightning_halos.transport.errors import PeerLostError
 from tests.integration.conftest import Run
 from tests.integration.harness import Result, load_results, torchrun
 from tests.integration.script import WORKERS, Script
 from tests.integration.test_launch import ending, start
-from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, outcome, wait_for
+from tests.integration.toys import Toy, assert_same_model, halos, loader, make_trainer, meet, outcome, wait_for
 
 PREEMPTED = "last-preempted.ckpt"
 AGAIN = ["--standalone", f"--nproc_per_node={WORKERS}", "--max-restarts=1"]
@@ -144,6 +146,30 @@ def test_while_the_others_have_finished_and_wait(run: Run, tmp_path: Path) -> No
     results = run(preempted, Last(1), tmp_path, {}, {})
     assert [result["code"] for result in results] == [143] * 4
     assert_goes_on(run, tmp_path)
+
+
+def left_at_the_end() -> Result:
+    """All get the signal at the end of training. Rank 0 ends, while the others wait for it."""
+    module, trainer = Toy(), make_trainer(max_epochs=1)
+
+    def get_signal(fit: Fit) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        meet("the signal", trainer.global_rank, trainer.world_size)
+        if trainer.global_rank == 0:
+            raise SIGTERMException(143)
+        share(fit)
+
+    share = Fit.share_final_model
+    Fit.share_final_model = get_signal  # type: ignore[method-assign]
+    try:
+        trainer.fit(module, loader())
+    except SystemExit as end:
+        return {"code": end.code}
+    return {}
+
+
+def test_at_the_end_of_training_the_others_end_as_preempted_too(run: Run) -> None:
+    assert [result["code"] for result in run(left_at_the_end)] == [143] * 4
 
 
 class Group(Terminated):

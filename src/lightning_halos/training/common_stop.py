@@ -12,12 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.preemption import Preemption
-from lightning_halos.transport.alarm import EXIT_CODE
-from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 
 
 class CommonStop:
@@ -68,12 +65,8 @@ class CommonStop:
 
     def _end_as_preempted(self, method: Callable[..., Any], *args: Any) -> Any:
         """Ends this process like the others if one of them has ended before it, as each is told by its own links."""
-        try:
+        with self._preemption.ends_like_others():
             return method(*args)
-        except RuntimeError as error:
-            if self._preemption.is_known and (isinstance(error, PeerLostError) or is_lost_connection(error)):
-                raise SIGTERMException(EXIT_CODE) from error
-            raise
 
     def _follow(self, owner: Any, name: str) -> None:
         def run_and_agree(method: Callable[..., Any], *args: Any) -> Any:

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.training.compat import seed_dataloader_workers, set_received_sigterm
 from lightning_halos.transport.alarm import EXIT_CODE, Alarm
+from lightning_halos.transport.errors import PeerLostError, is_lost_connection
 
 _over: tuple[int, mmap.mmap] | None = None
 """Process id, and a byte that the process shares with its DataLoader workers: 1 when their run is over."""
@@ -123,6 +125,20 @@ class Preemption:
             if self._is_over:
                 self._end_save()
                 raise SIGTERMException(EXIT_CODE)
+
+    @contextmanager
+    def ends_like_others(self) -> Iterator[None]:
+        """Ends this process as preempted, too, if it waits for another one that has ended because of the signal.
+
+        Raises:
+            SIGTERMException: In place of the error that the other one is lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.is_known and (isinstance(error, PeerLostError) or is_lost_connection(error)):
+                raise SIGTERMException(EXIT_CODE) from error
+            raise
 
     def flags(self) -> list[bool]:
         """Returns what the processes of a worker tell each other for :meth:`follow`."""

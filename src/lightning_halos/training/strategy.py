@@ -520,9 +520,10 @@ class AlgorithmStrategy(ComposedStrategy):
     def _end_training(self) -> None:
         """Lets hooks at the end of training use the final model, and rank 0's decisions and checkpoints."""
         assert self._fit is not None
-        self._fit.share_final_model()
-        self._fit.share_decisions()
-        self._complete_checkpoints()
+        with self._fit.preemption.ends_like_others():
+            self._fit.share_final_model()
+            self._fit.share_decisions()
+            self._complete_checkpoints()
 
     def _complete_checkpoints(self) -> None:
         if self._saves_shards:
@@ -534,8 +535,9 @@ class AlgorithmStrategy(ComposedStrategy):
     def on_train_end(self) -> None:
         if self._fit is None:
             return
-        self._fit.stop()
-        self._complete_checkpoints()
+        with self._fit.preemption.ends_like_others():
+            self._fit.stop()
+            self._complete_checkpoints()
         self._fit.preemption.remove_old_checkpoint()
         self._end_fit(self.timeout)
 
