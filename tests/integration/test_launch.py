@@ -121,8 +121,7 @@ def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
     assert_same_model([main, *results])
     assert main["interactive"]
     assert main["start_method"] == "fork"
-    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    assert not lowest <= main["port"] <= highest  # else a connection may get it before rank 0 listens there
+    assert 20_000 <= main["port"] < 29_500  # a connection may get one above them before rank 0 listens there
 
 
 def a_node(port: int, folder: str) -> Result:

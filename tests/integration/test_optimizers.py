@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR, SequentialLR
 
-from lightning_halos import DelayedNesterov
+from lightning_halos import DelayedNesterov, DilocoStrategy
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.test_modules import Gan
@@ -186,17 +186,23 @@ class NotANumber(Toy):
         return super().loss(batch) * (torch.nan if self.optimizer_steps >= self.first else 1.0)
 
 
-def not_a_number() -> Result:
-    module = NotANumber(first=0)
+def not_a_number(name: str) -> Result:
+    strategies = {
+        "halos": halos,
+        "one region": partial(halos, regions=1),
+        "diloco": partial(DilocoStrategy, local_steps=4),
+    }
+    flags = {"devices": 2, "max_epochs": 1}
     with pytest.raises(RuntimeError, match="servers rejected all") as error:
-        fit(module, devices=2, max_epochs=1)
-    later = fit(NotANumber(first=2 * 4), devices=2, max_epochs=1)
+        fit(NotANumber(first=0), strategy=strategies[name](timeout=60), **flags)
+    later = fit(NotANumber(first=2 * 4), strategy=strategies[name](timeout=60), **flags)
     return {"error": str(error.value), "later": later}
 
 
-def test_a_fit_of_which_the_servers_rejected_everything_is_an_error(run: Run) -> None:
+@pytest.mark.parametrize("name", ["halos", "one region", "diloco"])
+def test_a_fit_in_which_the_servers_rejected_everything_is_an_error(run: Run, name: str) -> None:
     """Under DDP the model would be NaN. Here it would be the initial one, and look as if it had been trained."""
-    results = run(not_a_number, workers=2)
+    results = run(not_a_number, name, workers=2)
     for result in results:
         assert "the final model is the initial one" in result["error"]
     assert_same_model([result["later"] for result in results])

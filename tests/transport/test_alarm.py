@@ -29,8 +29,11 @@ def test_a_failure_of_another_thread_is_raised_when_the_peers_are_told() -> None
     links = [Told(alarm), Told(alarm)]
     alarm.add(*links)
     alarm.fail(KeyError("of a server"))
-    assert alarm.has_failed
-    assert all(isinstance(message, Failure) for link in links for message in link.messages)
-    assert [len(link.messages) for link in links] == [1, 1]
-    with pytest.raises(KeyError, match="of a server"):
-        alarm.check()
+    try:
+        assert alarm.has_failed
+        assert all(isinstance(message, Failure) for link in links for message in link.messages)
+        assert [len(link.messages) for link in links] == [1, 1]
+        with pytest.raises(KeyError, match="of a server"):
+            alarm.check()
+    finally:
+        alarm.disarm()  # else it would end this process later

@@ -128,7 +128,7 @@ class Preemption:
 
     @contextmanager
     def ends_like_others(self) -> Iterator[None]:
-        """Ends this process as preempted, too, if it waits for another one that has ended because of the signal.
+        """Ends this process as preempted if it has heard of the signal and waits for another one that has ended.
 
         Raises:
             SIGTERMException: In place of the error that the other one is lost.

@@ -105,7 +105,8 @@ class WorkerLoop(Callback):
         self._counter = StepCounter(self._trainer, self._has_changed)
         # The steps and the module's values when :meth:`_has_changed` was called last in a round with steps.
         self._seen: tuple[int, Tensor | None] = (0, None)
-        self._answered_before = self._answered()
+        self._rejected_before = world.rejected if self._is_rank_0 else 0
+        self._norm_at_start = self._norm_of(start.memory)
         self._growth = GrowthWatch(start.site.topology)
         self._frozen_watch = FrozenWatch(start.vector.entries)
         self._hand_stepped = HandStepped(self._trainer, self._counter, start.origin)
@@ -281,14 +282,15 @@ class WorkerLoop(Callback):
             RuntimeError: On all ranks, if the workers trained on batches, but made no step, or if the servers rejected
                 all that they pushed.
         """
-        applied, rejected = (now - before for now, before in zip(self._answered(), self._answered_before, strict=True))
-        done = [self._counter.batches, self.round.total_steps, applied, rejected]
-        batches, steps, applied, rejected = collectives.reduce(torch.tensor(done, dtype=torch.float64), "sum").tolist()
-        if rejected and not applied:
+        rejected = self._world.rejected - self._rejected_before if self._is_rank_0 else 0
+        has_changed = self.final_model is not None and self._norm_of(self.final_model) != self._norm_at_start
+        done = [self._counter.batches, self.round.total_steps, rejected, has_changed]
+        batches, steps, rejected, changed = collectives.reduce(torch.tensor(done, dtype=torch.float64), "sum").tolist()
+        if rejected and not changed:
             raise RuntimeError(
-                f"The servers rejected all {rejected:g} updates of the workers, because they had NaN or infinite values"
-                " or were too large, so the final model is the initial one. Check the loss and the data; clip"
-                " gradients, or lower the learning rate."
+                "The servers rejected all that the workers pushed, because it had NaN or infinite values or was too"
+                " large, so the final model is the initial one. Check the loss and the data; clip gradients, or lower"
+                " the learning rate."
             )
         if batches and not steps:
             raise RuntimeError(
@@ -297,12 +299,10 @@ class WorkerLoop(Callback):
                 " optimizer.step(); with automatic optimization, configure_optimizers has to return an optimizer."
             )
 
-    def _answered(self) -> tuple[int, int]:
-        """Returns how many pushes the servers have applied and rejected, as far as this process knows: on rank 0."""
-        if self._is_member:  # other jobs train the same model
-            return 0, 0
-        servers = self._world.statistics() if self._is_rank_0 else []
-        return sum(server["updates"] for server in servers), sum(server["rejected"] for server in servers)
+    @staticmethod
+    def _norm_of(model: Tensor | None) -> float:
+        """Returns a number by which to tell whether a model has changed; 0 if this process has none."""
+        return 0.0 if model is None else float(torch.linalg.vector_norm(model))
 
     def own_state(self) -> dict[str, Any]:
         """Returns the part of :meth:`state` that is not in the ``.ckpt`` file, which rank 0 writes at the same time."""

@@ -15,7 +15,8 @@ LOOPBACK = "127.0.0.1"
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 """Environment variable with the name of the interface on which a job's processes listen for each other."""
 
-_PORTS = range(20000, 30000)  # below those that systems give to connections
+# Below those that systems give to connections, and below the usual ones of torchrun and of this package's server.
+_PORTS = range(20000, 29500)
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
 
@@ -72,7 +73,7 @@ def unused_port() -> int:
     """
     while True:
         port = SystemRandom().choice(_PORTS)  # leaves the seeds of the user alone
-        with suppress(OSError), socket.socket() as probe:
+        with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port
 

@@ -45,6 +45,7 @@ class Alarm:
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._failure: Failure | None = None
+        self._told = threading.Event()  # all peers have been told of the failure
         self._since = 0.0
         self._off = False
         self._watchdog = threading.Timer(_LIMIT, self._end_process)
@@ -100,6 +101,8 @@ class Alarm:
     def report(self, reason: str) -> None:
         """Tells the peers that the main thread of this process failed, unless another failure came first."""
         self._ring(None, Failure(self.here, reason))
+        if self.has_failed:
+            self._told.wait(_GRACE)  # another thread may be telling them just now
         self.disarm()
 
     def disarm(self) -> None:
@@ -125,6 +128,8 @@ class Alarm:
         Args:
             wait: Whether to wait here for that time. Otherwise the method returns, and a later call raises.
         """
+        if wait and self.has_failed:
+            self._told.wait(_GRACE)  # the error is there afterwards
         if self._error is None or self._off:
             return
         if self.preempted_since is not None and isinstance(self._error, (PeerFailedError, PeerLostError)):
@@ -168,6 +173,7 @@ class Alarm:
             self._tell_failure(self._failure, links)
         finally:  # from here on the main thread may end, and with it the links
             self._since, self._error = time.monotonic(), error
+            self._told.set()
         if error is not None:
             self._watchdog.start()
 

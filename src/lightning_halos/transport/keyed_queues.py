@@ -21,4 +21,4 @@ class KeyedQueues(Generic[K, T]):
         self._queues: dict[K, queue.SimpleQueue[T]] = {}
 
     def __getitem__(self, key: K) -> queue.SimpleQueue[T]:
-        return self._queues.setdefault(key, queue.SimpleQueue())  # which no other thread can interrupt
+        return self._queues.setdefault(key, queue.SimpleQueue())  # no other thread interrupts `setdefault`

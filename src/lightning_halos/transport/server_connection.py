@@ -100,14 +100,22 @@ class ServerConnection:
             party: The party.
             goes_on: Whether it goes on where the one before has ended, so that only a new connection is greeted.
         """
-        if party is not None and goes_on and (self._is_lost or self._session is not self._greeted):
+        if not self._hand_over(party, goes_on) and party is not None:
             party.disconnected()  # before another thread may greet the server for it
+            self._hand_over(party, goes_on, is_told=True)
+        self._greet()
+
+    def _hand_over(self, party: Party | None, goes_on: bool, is_told: bool = False) -> bool:
+        """Hands the connection to a party, unless it first has to be told that the one before has lost it."""
         with self._changed:
+            was_lost = self._is_lost or self._session is not self._greeted
+            if party is not None and goes_on and was_lost and not is_told:
+                return False
             self._party = party
             if party is not None and not goes_on:
                 self._greeted = None
             self._changed.notify_all()
-        self._greet()
+            return True
 
     def expect_models(self, form: Form) -> None:
         """Allows vectors of a form."""

@@ -87,6 +87,10 @@ class BystanderWorld:
     ) -> None:
         pass
 
+    @property
+    def rejected(self) -> int:
+        return 0
+
     def statistics(self) -> list[dict[str, Any]]:
         return []
 

@@ -80,6 +80,11 @@ class LockstepWorld:
     ) -> None:
         self._published = ([*self._published[0], *plateau_steps], metrics)
 
+    @property
+    def rejected(self) -> int:
+        server = self._node.server
+        return 0 if server is None else server.rejected
+
     def statistics(self) -> list[dict[str, Any]]:
         return []
 

@@ -109,6 +109,10 @@ class MemberWorld:
     ) -> None:
         self._region.publish(plateau_steps, metrics, callbacks)
 
+    @property
+    def rejected(self) -> int:
+        return 0  # other jobs train the same model
+
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of this job's server only; ``lightning-halos status`` shows those of all regions."""
         return [self._region.statistics()]

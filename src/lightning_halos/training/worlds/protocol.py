@@ -130,6 +130,10 @@ class World(Protocol):
             callbacks: State of its callbacks, which only a region job sends, to the job that decides next.
         """
 
+    @property
+    def rejected(self) -> int:
+        """Number of updates that the servers have rejected, as far as rank 0 knows. On rank 0."""
+
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`. On rank 0."""
 

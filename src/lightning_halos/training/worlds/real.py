@@ -110,6 +110,10 @@ class RealWorld:
     ) -> None:
         self._global.do("publish", Publish(0, list(plateau_steps), metrics))
 
+    @property
+    def rejected(self) -> int:
+        return sum(server["rejected"] for server in self.statistics())
+
     def statistics(self) -> list[dict[str, Any]]:
         return self._global.ask(lambda node: [counters.statistics() for counters in node.counters.values()])
 

@@ -88,6 +88,10 @@ class SimulatedServers:
         with self._rank_0_is_due() as network:
             network.publish(plateau_steps, metrics)
 
+    @property
+    def rejected(self) -> int:
+        return sum(server["rejected"] for server in self.statistics())
+
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server at the start of rank 0's present round."""
         return self._statistics
