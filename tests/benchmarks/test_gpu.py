@@ -58,6 +58,7 @@ def measured(folder: Path) -> Result:
     }
 
 
+@pytest.mark.slow
 def test_a_worker_is_compared_with_a_plain_trainer(run: Any, tmp_path: Path) -> None:
     (result,) = run(measured, tmp_path, workers=1)  # three fits, and an import of transformers
     assert all(found["rate"] > 0 and found["host"] > 0 for found in result.values())

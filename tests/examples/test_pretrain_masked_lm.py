@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from tests.examples.conftest import Example
 from tests.integration.toys import assert_same_model
 
 
+@pytest.mark.slow
 def test_it_learns_from_a_tokenizer_of_its_own(example: Example, tmp_path: Path) -> None:
     results = example("pretrain_masked_lm.py", "--max-steps=60", "--val-every=30", "--batch-size=8")
 

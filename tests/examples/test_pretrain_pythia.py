@@ -91,7 +91,7 @@ def small() -> list[str]:
     return [f"--model.architecture.{name}={value}" for name, value in SMALL.items()]
 
 
-@pytest.mark.parametrize("model", ["14m", "70m", "160m"])
+@pytest.mark.parametrize("model", ["14m", pytest.param("70m", marks=pytest.mark.slow), "160m"])
 def test_each_model_trains_with_the_papers_settings(fit: Fit, model: str) -> None:
     rows = fit(model, *small())
     assert len(values(rows, "train_loss")) == 2
@@ -105,7 +105,7 @@ def in_a_worker(options: list[str]) -> Result:
     return {}
 
 
-@pytest.mark.parametrize("inner", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("inner", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_worker_of_two_processes_trains_with_the_papers_settings(
     script: ModuleType, prepared: Path, inner: str
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch)
     assert slept == pytest.approx([0.07, 0.37, 0.07, 0])
 
 
+@pytest.mark.slow
 def test_two_workers_of_two_processes_train_one_model(example: Example) -> None:
     options = ["--strategy", "halos", "--worker", "2", "--pace", "0", "--max-steps", "60", "--val-every", "30"]
     results = example("train_char_lm.py", *options, processes=4)

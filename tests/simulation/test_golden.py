@@ -201,6 +201,10 @@ def test_a_simulation_reproduces_the_recording(path: Path, part: float, tmp_path
     golden.assert_equal(simulate(recording.config, events, tmp_path), events)
 
 
+def slow(change: dict[str, Any]) -> Any:
+    return pytest.param(change, marks=pytest.mark.slow)
+
+
 TWO_REGIONS = golden.load(golden.SHIPPED / "halos_two_regions.json").config
 UNEVEN = {
     "network_bandwidths_gbps": [[10.0, 0.1, 0.3], [0.2, 10.0, 0.15], [0.25, 0.4, 8.0]],
@@ -215,11 +219,11 @@ UNEVEN = {
     [
         UNEVEN,  # two servers in a region, regions of unequal size, asymmetric links
         UNEVEN | {"dynamic_local_steps": True, "local_steps": 5, "accumulation": 3},
-        {"local_optimizer": {"opt_type": "sgd", "lr": 0.3, "momentum": 0.5, "nesterov": True}},
-        {"global_optimizer": {"opt_type": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
-        {"worker_optimizer": {"opt_type": "sgd", "lr": 0.05, "momentum": 0.6, "nesterov": True}},
-        UNEVEN | {"algorithm": "async_local_sgd"},
-        UNEVEN | {"algorithm": "diloco", "outer_optimizer": {"opt_type": "sgd", "lr": 0.7}},
+        slow({"local_optimizer": {"opt_type": "sgd", "lr": 0.3, "momentum": 0.5, "nesterov": True}}),
+        slow({"global_optimizer": {"opt_type": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}}),
+        slow({"worker_optimizer": {"opt_type": "sgd", "lr": 0.05, "momentum": 0.6, "nesterov": True}}),
+        slow(UNEVEN | {"algorithm": "async_local_sgd"}),
+        slow(UNEVEN | {"algorithm": "diloco", "outer_optimizer": {"opt_type": "sgd", "lr": 0.7}}),
         UNEVEN
         | {
             "algorithm": "diloco",

@@ -51,9 +51,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     [
         ("halos", {"max_steps": 20}, 4),
         ("halos", {"max_epochs": 2, "accumulate_grad_batches": 2, "wire": "int4"}, 5),
-        ("overlap, busy servers", {"max_steps": 20}, 5),
+        pytest.param("overlap, busy servers", {"max_steps": 20}, 5, marks=pytest.mark.slow),
         pytest.param("async_local_sgd", {"max_steps": 14}, 7, marks=pytest.mark.slow),
-        ("diloco", {"max_steps": 14}, 7),
+        pytest.param("diloco", {"max_steps": 14}, 7, marks=pytest.mark.slow),
         pytest.param("diloco_dynamic", {"max_epochs": 1}, 6, marks=pytest.mark.slow),
     ],
     ids=str,
