@@ -33,6 +33,7 @@ class Watched(Toy):
             self.shown[-1].append((bar.train_progress_bar.n, bar.train_progress_bar.total))
         else:
             task = bar.progress.tasks[bar.train_progress_bar_id]
+            assert task.speed is not None or len(self.shown[-1]) < 2, "the measured speed is not lost"
             self.shown[-1].append((int(task.completed), int(task.total)))
 
     def more(self) -> dict[str, Any]:

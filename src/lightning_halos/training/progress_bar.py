@@ -16,7 +16,5 @@ def show_batches_of_epoch(trainer: pl.Trainer) -> None:
     bar, batches = trainer.progress_bar_callback, trainer.num_training_batches
     if not isinstance(bar, RichProgressBar | TQDMProgressBar) or not bar.is_enabled or not math.isfinite(batches):
         return
-    if isinstance(bar, TQDMProgressBar):
+    if isinstance(bar, TQDMProgressBar) or bar.train_progress_bar_id is not None:  # else it is made after this hook
         bar.train_progress_bar.total = batches
-    elif bar.progress is not None and bar.train_progress_bar_id is not None:
-        bar.progress.update(bar.train_progress_bar_id, total=batches)
