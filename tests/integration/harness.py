@@ -29,7 +29,7 @@ from tests.groups import is_left, kill_group
 
 # A fork of this process, which has threads, may hang: they may hold locks that nobody in the child releases.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pytest", "torchmetrics", "lightning_halos"])
+context.set_forkserver_preload(["tests.preload"])
 
 Result = dict[str, Any]
 Scenario = Callable[..., Result]

@@ -26,9 +26,7 @@ from tests.star.network import Place
 ROOT = Path(__file__).parents[2]
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["pytest", "torchmetrics", "lightning_halos", "lightning_halos.cli", "tests.star.roles"]
-)
+_context.set_forkserver_preload(["tests.preload"])
 
 
 class Process(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_halos.training import sketches as module
 from lightning_halos.training.sketches import all_differ, all_equal, sketches
@@ -75,6 +75,15 @@ def test_data_divided_by_rank_differs_and_the_same_data_does_not(read: Callable[
     assert complete
     assert all_differ(complete, others)
     assert not all_differ(complete, sketches(Opaque(read)))
+
+
+def test_tensors_are_read_without_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.stack([sample(index) for index in range(24)])
+    forked = sketches(Opaque(lambda index: (inputs[index], torch.tensor(index))))
+    monkeypatch.setattr(os, "fork", fails)
+    state = torch.get_rng_state()
+    assert sketches(TensorDataset(inputs, torch.arange(24))) == forked
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 AUGMENTED: dict[str, Callable[[int], Any]] = {
