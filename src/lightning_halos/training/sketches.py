@@ -41,9 +41,9 @@ _EQUAL = 1e-5  # likewise, for numbers that machines have rounded differently
 
 def sketches(dataset: Any) -> list[Sketch]:
     """Returns sketches of the first, the middle and the last sample; none if they cannot be read in time."""
-    if type(dataset) is TensorDataset and all(map(_is_plain, dataset.tensors)):  # reading it has no effects
-        return [_sketch(dataset, index) for index in _indices(dataset)]
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(Exception):  # a dataset may hold anything, and sketches are only for a warning
+        if type(dataset) is TensorDataset and all(map(_is_plain, dataset.tensors)):  # reading it has no effects
+            return [_sketch(dataset, index) for index in _indices(dataset)]
         return json.loads(in_forked_process(lambda: json.dumps(_read(dataset)), SECONDS))  # type: ignore[no-any-return]
     return []
 
