@@ -86,7 +86,9 @@ def test_tensors_are_read_without_a_fork(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(4).to(torch.float8_e4m3fn), torch.zeros(4, device="meta")], ids=["float8", "meta"])
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(4).to(torch.float8_e4m3fn), torch.zeros(4, device="meta")], ids=["float8", "meta"]
+)
 def test_tensors_that_numpy_does_not_know_are_not_compared(tensor: torch.Tensor) -> None:
     assert sketches(TensorDataset(tensor)) == []
 
