@@ -10,7 +10,8 @@ that a run that was stopped goes on with the row that it was at::
     python benchmarks/time_to_loss.py --searched             # the rows of the third: as tuning.py found each algorithm
     python benchmarks/time_to_loss.py --long                 # the rows of the long run, of 6,000 steps
     python benchmarks/time_to_loss.py --long --steps 3000    # of one of half the length
-    python benchmarks/time_to_loss.py --long --muon          # of one with Muon as inner optimizer
+    python benchmarks/time_to_loss.py --long --steps 12000   # HALoS with twice the steps of synchronous SGD
+    python benchmarks/time_to_loss.py --long --muon          # of a long run with Muon as inner optimizer
     python benchmarks/time_to_loss.py --rows halos tuned     # only these
     python benchmarks/time_to_loss.py --again                # train what is there, too
     python benchmarks/time_to_loss.py --plot-only            # the picture and the tables again, without training
@@ -146,6 +147,7 @@ THIRD = (*SEARCHED, "sync_sgd")
 LONG = {  # by the number of steps
     3000: ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum"),
     LONG_STEPS: ("sync_sgd", "searched", "diloco_dynamic_searched"),
+    2 * LONG_STEPS: ("searched",),  # compared with synchronous SGD of half as many
 }
 NAMES = {
     "halos": "HALoS",
@@ -481,19 +483,26 @@ def report(output: Path) -> None:
 def long_report(output: Path, rows: Sequence[str], options: str) -> None:
     """Writes the tables and the picture of a long run, as far as its rows are there, and prints the tables.
 
+    If it has no row of synchronous SGD, that of ``LONG_STEPS`` takes its place.
+
     Args:
         output: The folder of its files.
         rows: Its rows.
         options: What makes it, besides ``--long``.
     """
     results = read(output, rows)
+    if "sync_sgd" not in rows:
+        results = read(output.parent / str(LONG_STEPS), ["sync_sgd"]) | results
     halos = next((row for row in results if ROWS[row]["algorithm"] == "halos"), None)
     if halos is None or "sync_sgd" not in results:
         print("The table needs the rows of HALoS and of synchronous SGD.")
         return
     text, target = table(results, halos)
     steps = results[halos][0]["global_steps"]
-    title = f"The same model for {steps:,} global steps, the same samples for each algorithm"
+    others = results["sync_sgd"][0]["global_steps"]
+    title = f"The same model for {steps:,} global steps, " + (
+        "the same samples for each algorithm" if others == steps else f"under synchronous SGD for {others:,}"
+    )
     plot({name: seeds[0] for name, seeds in results.items()}, halos, target, title, output / "time_to_loss.png")
     publish(
         [f"$ python benchmarks/time_to_loss.py --long{options} --plot-only\n\n{text}\n\n{closeness(results)}"], output

@@ -36,15 +36,20 @@ HELD_OUT = 30  # samples, in batches of 4
 @pytest.mark.parametrize(
     ("flags", "validations", "slow"),
     [
-        ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3, None),
+        pytest.param(
+            {"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None},
+            3,
+            None,
+            marks=pytest.mark.slow,
+        ),
         ({"max_steps": 60, "val_check_interval": 20, "check_val_every_n_epoch": None}, 3, 0),
         ({"max_steps": 40, "val_check_interval": 10}, 2, 0),
         ({"max_steps": 10, "val_check_interval": 10, "accumulate_grad_batches": 2}, 1, 0),
         ({"max_steps": 40}, 2, 0),
-        ({"max_epochs": 3}, 3, None),
+        pytest.param({"max_epochs": 3}, 3, None, marks=pytest.mark.slow),
         ({"max_epochs": 3}, 3, 0),
         ({"max_epochs": 4, "check_val_every_n_epoch": 2}, 2, 0),
-        ({"max_epochs": 1, "val_check_interval": 0.25}, 4, None),
+        pytest.param({"max_epochs": 1, "val_check_interval": 0.25}, 4, None, marks=pytest.mark.slow),
         ({"max_epochs": 1, "val_check_interval": 0.25}, 4, 0),
         ({"max_epochs": 1, "num_sanity_val_steps": 1}, 1, 0),
     ],

@@ -37,7 +37,7 @@ def flagged(flags: dict[str, Any]) -> Result:
     [
         ({"fast_dev_run": 3}, 3),
         ({"max_epochs": 2, "limit_train_batches": 5}, 10),
-        ({"max_epochs": 3, "overfit_batches": 2}, 6),
+        pytest.param({"max_epochs": 3, "overfit_batches": 2}, 6, marks=pytest.mark.slow),
         ({"max_epochs": 2, "max_steps": 20}, 20),
         ({"max_epochs": 1, "max_steps": 20}, 16),
         ({"max_epochs": 2, "accumulate_grad_batches": 3}, 11),  # 64 batches in steps of 3; DDP fills up each worker's
@@ -48,7 +48,7 @@ def flagged(flags: dict[str, Any]) -> Result:
             {"max_steps": 20, "enable_progress_bar": True, "enable_model_summary": True}, 20, marks=pytest.mark.slow
         ),
         ({"max_steps": 20, "enable_checkpointing": True, "logger": True}, 20),
-        ({"max_steps": 20, "log_every_n_steps": 0}, 20),
+        pytest.param({"max_steps": 20, "log_every_n_steps": 0}, 20, marks=pytest.mark.slow),
     ],
     ids=str,
 )

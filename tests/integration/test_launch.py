@@ -212,7 +212,11 @@ def from_command_line(config: dict[str, Any]) -> Result:
     ("strategy", "regions"),
     [
         ("halos", 1),
-        ({"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": 2, "local_steps": 4}}, 2),
+        pytest.param(
+            {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": 2, "local_steps": 4}},
+            2,
+            marks=pytest.mark.slow,
+        ),
         (
             {
                 "class_path": "lightning_halos.HalosStrategy",
@@ -239,7 +243,10 @@ def test_lightning_cli(run: Run, strategy: Any, regions: int) -> None:
 
 @pytest.mark.parametrize(
     "inner",
-    ["ddp", {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}}],
+    [
+        pytest.param("ddp", marks=pytest.mark.slow),
+        {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "gloo"}},
+    ],
 )
 def test_lightning_cli_with_workers_of_two_processes(run: Run, inner: Any) -> None:
     strategy = {"class_path": "lightning_halos.HalosStrategy", "init_args": {"regions": 2, "worker": 2, "inner": inner}}

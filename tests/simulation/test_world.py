@@ -146,9 +146,9 @@ def test_all_workers_together_take_the_steps_that_were_ordered(name: str) -> Non
     [
         *((name, {}) for name in [*STRATEGIES, *OVERLAPPING] if name != "sync_sgd"),
         ("halos", {"accumulate_grad_batches": 3}),
-        ("diloco", {"accumulate_grad_batches": 3}),
+        pytest.param("diloco", {"accumulate_grad_batches": 3}, marks=pytest.mark.slow),
         ("halos", {"limit_train_batches": 10}),
-        ("diloco", {"limit_train_batches": 10}),
+        pytest.param("diloco", {"limit_train_batches": 10}, marks=pytest.mark.slow),
         ("halos", {"reload_dataloaders_every_n_epochs": 1}),
     ],
     ids=str,

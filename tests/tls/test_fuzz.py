@@ -296,7 +296,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def test_a_few_attacks(served: Served) -> None:
-    attack(served, connections=100, frame_count=1000, growth=16)
+    attack(served, connections=50, frame_count=500, growth=16)
 
 
 @pytest.mark.slow
