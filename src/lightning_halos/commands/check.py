@@ -94,7 +94,7 @@ def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float |
         return f"{value:.3g} / L" if curvature is None else f"{value / curvature:.3g}"
 
     if verdict.limit >= ALONE:
-        lines.append(f"Stable up to an inner rate of {inner(ALONE)}, from which on a worker alone diverges.")
+        lines.append(f"Stable up to an inner rate of {inner(ALONE)}, at which even a single worker starts to diverge.")
     else:
         lines.append(
             f"Stable up to an inner rate of {inner(verdict.limit)} (a worker alone: {inner(ALONE)}). With it, a round"

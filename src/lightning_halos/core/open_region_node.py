@@ -42,7 +42,7 @@ from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.vector import Advance, ignore_progress
 
 MOST_KEPT = 16
-"""Largest number of updates that are kept. While so many are in no snapshot, no other is sent."""
+"""Largest number of updates that are kept. While so many are in no snapshot, only the last one of all is sent."""
 
 
 class OpenRegionNode(RegionNode):
