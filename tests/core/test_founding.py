@@ -185,6 +185,14 @@ def test_a_region_that_enrolled_before_the_restart_counts_for_the_start() -> Non
     assert enrolled(again, "us", 2) == [("us", 5, 3)]
 
 
+def test_a_region_that_asks_again_on_a_new_connection_is_answered_once() -> None:
+    """The server may not have noticed yet that the old connection is lost."""
+    top = Founding("a run", min_regions=2)
+    assert enrolled(top, "eu", 3) == []
+    assert enrolled(top, "eu", 3) == []
+    assert enrolled(top, "us", 2) == [("eu", 5, 0), ("us", 5, 3)]
+
+
 def test_what_regions_were_told_is_stronger_than_another_number_of_workers(caplog: pytest.LogCaptureFixture) -> None:
     top = Founding("a run", workers=8)
     assert enrolled(top, "eu", 3) == [("eu", 8, 0)]

@@ -62,6 +62,19 @@ def test_a_server_that_is_killed_before_the_start_tells_each_region_the_same_num
     assert [told(ap), told(eu), told(us)] == [(5, 5), (5, 3), (5, 0)]
 
 
+def test_a_region_that_waits_may_connect_again_before_its_loss_is_noticed(serve: Serve, region: Regions) -> None:
+    server = serve(min_regions=2)
+    us, eu = region("us", server), region("eu", server)
+    enrol(us, 3)
+    until(lambda: "us (127.0.0.1" in server.events)
+    old = us.session  # neither end closes it
+    enrol(us, 3)
+    until(lambda: "is connected. (2 times)" in server.events)
+    enrol(eu, 2)
+    assert [told(us), told(eu)] == [(5, 0), (5, 3)]
+    old.abort()
+
+
 def test_a_region_that_has_enrolled_in_a_run_that_goes_on_keeps_its_numbers(serve: Serve, region: Regions) -> None:
     server = serve()
     us, eu, ap = (region(name, server) for name in ("us", "eu", "ap"))

@@ -18,6 +18,7 @@ from lightning_halos.core.member_status import status_of
 from lightning_halos.core.membership import Member, MemberState
 from lightning_halos.core.messages import (
     Enrol,
+    Enrolled,
     Failure,
     ModelCopy,
     ModelRequest,
@@ -443,6 +444,38 @@ def test_a_refused_job_does_not_stand_for_the_missing_region_of_its_name(serve: 
         another.goodbye()
 
 
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["", "restarted server"])
+def test_a_job_that_only_enrols_does_not_stand_for_the_missing_one_of_its_name(
+    serve: Serve, region: Regions, is_restarted: bool
+) -> None:
+    """It may take long to join, fail before, and start again: the others get the missing one's data in time."""
+    server = serve(workers=1, liveness=LIVENESS)
+    us, eu = region("us", server), region("eu", server)
+    us.enter()
+    eu.enter()
+    eu.lease()
+    if is_restarted:
+        server.terminate()
+        server = serve(liveness=LIVENESS)
+        us.enter(server.port)
+    else:
+        eu.cut()
+    end = time.monotonic() + 2 * LIVENESS
+    first, second = region("eu", server), region("eu", server)
+    for new in (first, second):
+        new.connect()
+        new.post(Enrol(new.process, 1))
+        new.expect(Enrolled)
+        if new is first:
+            time.sleep(LIVENESS / 2)
+            first.cut()
+    until(lambda: server.status()["members"]["eu"]["state"] == "lost", end - time.monotonic())
+    us.work()
+    us.answer()
+    second.join()
+    assert second.settle().is_new
+
+
 @pytest.mark.parametrize("is_restored", [True, False], ids=["restored", "new"])
 def test_a_region_of_another_run_is_refused_and_the_run_goes_on(
     serve: Serve, region: Regions, tmp_path: Path, is_restored: bool
@@ -637,6 +670,18 @@ def test_who_asks_for_models_and_takes_none_is_expelled(
     monkeypatch.setattr(member, "wait_for_room", lambda seconds: wait(seconds / 10))
     us.post(ModelRequest(1))
     assert f"has taken nothing of the last one for {LIVENESS / 10:g} s" in us.expect(Refusal).reason
+
+
+def test_who_takes_a_model_slowly_is_waited_for(serve: Serve, region: Regions, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(workers=1, liveness=LIVENESS)
+    us = region("us", server)
+    us.enter()
+    member = next(iter(server.server.host._members.values()))
+    monkeypatch.setattr(client.Client, "_models_sent", property(lambda _: time.monotonic()))  # it goes on
+    member.copies = 1
+    threading.Timer(1.5, setattr, (member, "copies", 0)).start()
+    member.wait_for_room(0.5)
+    assert member.copies == 0
 
 
 def test_a_machine_that_vanishes_while_the_server_waits_for_memory_is_lost(

@@ -431,6 +431,22 @@ class TestWhoIsRefused:
             assert tls.recv(1) == b""
         assert running.sessions.empty()
 
+    def test_a_peer_whose_connections_come_slowly_has_time_for_each(
+        self, running: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each takes round trips, and may be one of many on a long line."""
+        monkeypatch.setattr(listener, "_ASSEMBLY", 2.0)
+        with contextlib.ExitStack() as stack:
+            control = stack.enter_context(authenticated(running))
+            control.sendall(encode(Opening(3)))
+            token = read_answer(control).token
+            for stream in range(3):
+                time.sleep(0.9)
+                connection = stack.enter_context(authenticated(running))
+                connection.sendall(encode(Opening(3, token, stream)))
+                assert read_answer(connection).refusal == ""
+            assert running.sessions.get(timeout=LIMIT).name == "us"
+
     def test_an_error_of_this_program_costs_one_connection(self, log: pytest.LogCaptureFixture) -> None:
         mistakes = [ZeroDivisionError()]
 

@@ -47,12 +47,9 @@ class Enrolment:
             self.workers = sum(member.workers for member in first)
 
     def ask(self, member: Member) -> None:
-        """Records that a member waits for an answer."""
-        self._asked.append(member)
-
-    def asks(self, member: Member) -> bool:
-        """Whether a member waits for an answer."""
-        return member in self._asked
+        """Records that a member waits for an answer, perhaps on another connection than before."""
+        if member not in self._asked:
+            self._asked.append(member)
 
     def forget(self, member: Member) -> None:
         """Forgets that a member waits for an answer."""

@@ -124,7 +124,7 @@ class Founding:
         """
         member = self._members[sender]
         match message:
-            case Enrol() if is_possible(message) and not self._enrolment.asks(member):
+            case Enrol() if is_possible(message):
                 self._enrolment.enrol(member, message.workers)
                 self._enrolment.ask(member)
                 return self._enrolment.answer()

@@ -5,6 +5,7 @@ Data and arithmetic only. The global node decides when a member changes its stat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Mapping
@@ -187,7 +188,7 @@ class Member:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values, without what depends on the connection."""
-        state = {name: getattr(self, name) for name in _PLAIN}
+        state = {name: copy.copy(getattr(self, name)) for name in _PLAIN}  # a snapshot is written while the run goes on
         spans = {name: list(getattr(self, name)) for name in _SPANS}
         uncovered = [tuple(report) for report in self.uncovered]
         counters = dataclasses.asdict(self.counters)

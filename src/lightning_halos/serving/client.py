@@ -93,6 +93,10 @@ class Client:
         """Returns the bytes that were sent and received."""
         return sum(link.bytes_sent for link in self.links), sum(link.bytes_received for link in self.links)
 
+    @property
+    def _models_sent(self) -> int:
+        return 0 if self.models is None else self.models.bytes_sent
+
     def memory(self) -> Tensor:
         """Waits until the memory for a vector is free, and returns it."""
         self._free.get()
@@ -106,14 +110,16 @@ class Client:
         self._free.put(None)
 
     def wait_for_room(self, timeout: float) -> None:
-        """Waits until no copy of a model waits to be sent.
+        """Waits until no copy of a model waits to be sent, for as long as it is being sent.
 
         Raises:
-            ProtocolError: If the peer does not take it in time.
+            ProtocolError: If the peer takes nothing of it for ``timeout`` seconds.
         """
-        deadline = time.monotonic() + timeout
+        sent, since = self._models_sent, time.monotonic()
         while self.copies and not self.is_gone:
-            if time.monotonic() > deadline:
+            if self._models_sent != sent:
+                sent, since = self._models_sent, time.monotonic()
+            elif time.monotonic() - since > timeout:
                 raise ProtocolError(f"it asks for models, and has taken nothing of the last one for {timeout:g} s")
             time.sleep(_PAUSE)
 

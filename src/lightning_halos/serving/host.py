@@ -343,7 +343,7 @@ class RunHost:
                     " may join.",
                 )
                 return False
-            client.missing_since = self._missing.pop(index, None)
+            client.missing_since = self._missing.get(index)
             if other is not None:
                 self._drop(other)
                 client.missing_since = time.monotonic()
@@ -355,6 +355,9 @@ class RunHost:
         if type(message) in client.said:
             raise ProtocolError(f"it sent {type(message).__name__} twice on one connection")
         client.said.add(type(message))
+        if isinstance(message, Join):
+            # Not before: a job that has only enrolled takes the place of no other yet, and may never do so.
+            self._missing.pop(client.index, None)
         return True
 
     def _is_replaced(self, client: Client) -> bool:
@@ -389,7 +392,7 @@ class RunHost:
             self._disconnect(client.index)
 
     def _disconnect(self, index: int) -> None:
-        self._missing[index] = time.monotonic()
+        self._missing.setdefault(index, time.monotonic())
         self._post(self.node.disconnected(index))
 
     def _expel(self, client: Client, reason: str, error: Exception | None = None) -> None:
@@ -435,6 +438,8 @@ class RunHost:
 
     def _lost(self, index: int) -> list[Send]:
         self._missing.pop(index, None)
+        if (client := self._members.get(index)) is not None:  # another job with its name has enrolled
+            client.missing_since = None
         self.changed.set()
         return self.node.lose(index)
 

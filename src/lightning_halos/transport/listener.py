@@ -48,7 +48,7 @@ _LIMIT = 5.0  # seconds until a peer has to be authenticated
 _MOST_BYTES = 2**16  # that a peer may send until then
 _MOST_PEERS = 256  # that are not authenticated, at once
 _MOST_FROM_ONE_NETWORK = 64
-_ASSEMBLY = 30.0  # seconds until all connections of an authenticated peer have to be there
+_ASSEMBLY = 30.0  # seconds until the next of the connections of an authenticated peer has to be there
 _MOST_WAITING = 8  # first connections of one name whose others are not there yet
 _MOST_SESSIONS = 64  # of one name at once; each costs threads
 _LINES = 20  # about refused connections, in the log per minute
@@ -189,7 +189,7 @@ class Listener:
         for token, waiting in list(self._waiting.items()):
             if waiting.deadline <= now:
                 self._throttle.warn(
-                    "%s at %s opened only %d of its %d connections for models within %g s, and is dropped.",
+                    "%s at %s opened only %d of its %d connections for models, no other within %g s, and is dropped.",
                     *(waiting.certificate.name, waiting.address, len(waiting.streams), waiting.count, _ASSEMBLY),
                 )
                 self._waiting.pop(token).close()
@@ -306,7 +306,9 @@ class Listener:
 
         find()
         yield from _write(peer.tls, encode(Answer()))
-        find().streams[opening.stream] = self._take(peer)
+        waiting = find()
+        waiting.streams[opening.stream] = self._take(peer)
+        waiting.deadline = time.monotonic() + _ASSEMBLY
         self._complete(opening.token)
 
     def _take(self, peer: _Peer) -> Connection:
