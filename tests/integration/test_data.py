@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from lightning_halos.training import sketches
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import (
+    BATCH,
     FEATURES,
     SAMPLES,
     Toy,
@@ -74,6 +76,56 @@ def test_max_epochs_uses_every_sample_once_per_epoch_and_a_slow_worker_gets_less
     assert_every_sample_once_per_epoch(results, drop_last)
     counts = [len(result["trained_on"]) for result in results]
     assert min(counts[:3]) > 2 * counts[3], "the slow worker gets less to do, instead of keeping the others waiting"
+
+
+class Looking(Noting):
+    """Looks at the training data in hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: list[int] = []
+
+    def look(self) -> None:
+        self.looks.append(sum(len(batch[2]) for batch in self.trainer.train_dataloader))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 4 == 1:
+            next(iter(self.trainer.train_dataloader))
+        if batch_idx == 2:
+            self.look()
+
+    def on_train_epoch_end(self) -> None:
+        self.look()
+
+    def more(self) -> Result:
+        return {**super().more(), "looks": self.looks}
+
+
+@pytest.mark.parametrize("data_workers", [0, 1])
+def test_a_hook_that_looks_at_the_training_data_takes_none_of_it(tmp_path: Path, data_workers: int) -> None:
+    data = loader(SAMPLES + 10, shuffle=True, num_workers=data_workers)
+    results = simulate(tmp_path, Looking(), data, max_epochs=3)
+    assert_every_sample_once_per_epoch(results, drop_last=False)
+    for result in results:
+        assert set(result["looks"]) == {math.ceil((SAMPLES + 10) / 4)}, "a shard, as under DDP"
+        assert len(result["looks"]) == 6
+
+
+class Leaving(Noting):
+    """Leaves the first epoch in the middle of a step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 5 else None
+
+
+def test_an_epoch_may_be_left_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    results = simulate(tmp_path, Leaving(), loader(), max_epochs=2, accumulate_grad_batches=4)
+    assert_same_model(results)
+    for result in results:
+        assert result["epoch"] == 2
+        assert result["epochs"].count(0) == 5 * BATCH
+    second = [sample for r in results for epoch, sample in zip(r["epochs"], r["trained_on"], strict=True) if epoch == 1]
+    assert sorted(second) == list(range(SAMPLES))
 
 
 def epochs(number: int, data_workers: int, drop_last: bool, flags: dict[str, Any]) -> Result:

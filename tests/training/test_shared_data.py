@@ -16,32 +16,52 @@ def shared(leases: list[Lease], shuffle: bool) -> SharedSampler:
     return SharedSampler(sampler, Leases(iter(leases)), step_samples=10, samples=SAMPLES)
 
 
+def trained_on(sampler: SharedSampler) -> list[int]:
+    sampler.train()
+    return list(sampler)
+
+
 def test_leases_are_parts_of_the_epochs_shuffled_order() -> None:
     sampler = shared([Lease(0, 2, 3), Lease(0, 9, 2), Lease(1, 0, 1)], shuffle=True)
     orders = [torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5 + epoch)).tolist() for epoch in (0, 1)]
-    indices = list(sampler)
+    indices = trained_on(sampler)
     assert indices == orders[0][20:50] + orders[0][90:103]
     assert all(type(index) is int for index in indices)
     sampler.set_epoch(1)
-    assert list(sampler) == orders[1][:10]
+    assert trained_on(sampler) == orders[1][:10]
 
 
 def test_without_shuffling_they_are_parts_of_the_dataset() -> None:
-    assert list(shared([Lease(0, 2, 3), Lease(0, 10, 1)], shuffle=False)) == [*range(20, 50), 100, 101, 102]
+    assert trained_on(shared([Lease(0, 2, 3), Lease(0, 10, 1)], shuffle=False)) == [*range(20, 50), 100, 101, 102]
+
+
+def test_who_only_looks_gets_the_shard_of_ddp_and_takes_nothing() -> None:
+    sampler = shared([Lease(0, 2, 3), Lease(1, 0, 1)], shuffle=True)
+    sampler.train()
+    training = iter(sampler)
+    first = next(training)
+    ddp = DistributedSampler(range(SAMPLES), num_replicas=4, rank=1, shuffle=True, seed=5)  # type: ignore[arg-type]
+    assert list(sampler) == list(sampler) == list(ddp)
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5)).tolist()
+    assert [first, *training] == order[20:50]
+    sampler.set_epoch(1)
+    ddp.set_epoch(1)
+    assert list(sampler) == list(ddp)
+    assert len(trained_on(sampler)) == 10
 
 
 def test_the_order_of_an_epoch_takes_the_memory_of_a_tensor_not_of_a_list() -> None:
     sampler = shared([Lease(0, 0, 1)], shuffle=True)
-    list(sampler)
+    trained_on(sampler)
     kept = [value for value in vars(sampler).values() if isinstance(value, tuple)]
     assert [type(order) for _, order in kept] == [torch.Tensor]
 
 
 def test_what_another_region_leaves_of_an_earlier_epoch_is_used_in_the_present_one() -> None:
     sampler = shared([Lease(0, 2, 3), Lease(1, 0, 1), Lease(0, 9, 1), Lease(1, 1, 1)], shuffle=False)
-    assert list(sampler) == list(range(20, 50))
+    assert trained_on(sampler) == list(range(20, 50))
     sampler.set_epoch(1)
-    assert list(sampler) == [*range(10), *range(90, 100), *range(10, 20)]
+    assert trained_on(sampler) == [*range(10), *range(90, 100), *range(10, 20)]
 
 
 def test_the_rest_of_an_epoch_that_the_trainer_leaves_is_dropped_and_reported() -> None:
@@ -58,7 +78,7 @@ def of_worker(leases: list[Lease], processes: int, samples: int = SAMPLES) -> li
     sampler = DistributedSampler(range(SAMPLES), num_replicas=4, rank=1, shuffle=False)  # type: ignore[arg-type]
     step = 2 * 2 * processes
     return [
-        list(SharedSampler(sampler, Leases(iter(leases)), step, samples, Share(lane, processes, batch_size=2)))
+        trained_on(SharedSampler(sampler, Leases(iter(leases)), step, samples, Share(lane, processes, batch_size=2)))
         for lane in range(processes)
     ]
 

@@ -53,7 +53,7 @@ class CountingPair:
 class Workers:
     """Workers in threads, whose collectives are over real sockets. The last one may wait before it comes."""
 
-    def __init__(self, regions: Regions, port: int, late: threading.Event | None = None) -> None:
+    def __init__(self, regions: Regions, port: int, late: threading.Event | None = None, timeout: float = 60.0) -> None:
         self.size = sum(map(len, regions))
         self.all: dict[int, Collectives] = {}
         self.pairs: list[CountingPair] = []
@@ -62,7 +62,7 @@ class Workers:
             if late is not None and rank == self.size - 1:
                 assert late.wait(60)
             store = TCPStore("127.0.0.1", port)
-            collectives = Collectives(regions, rank, store, ignore, "worker {}".format, 60.0)
+            collectives = Collectives(regions, rank, store, ignore, "worker {}".format, timeout)
             pairs = collectives._star._pairs
             for peer in pairs:
                 pairs[peer] = CountingPair(pairs[peer])
@@ -434,6 +434,21 @@ class TestRoundTrips:
             assert all_workers.most_transfers == 1
             all_workers.run(lambda collectives, _: collectives.broadcast_object(value))
             assert all_workers.most_transfers == 3, "the length and the rest"
+
+
+def test_a_worker_may_take_longer_than_any_limit_if_all_wait_for_it() -> None:
+    """As one does that downloads the data."""
+    regions, limit = [[0, 1], [2]], 2.0
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    all_workers = Workers(regions, master.port, timeout=limit)
+
+    def work(collectives: Collectives, rank: int) -> float:
+        for late in (2, 0):
+            time.sleep(1.5 * limit if rank == late else 0)
+            collectives.wait_for_all()
+        return collectives.reduce(torch.ones(1), "sum").item()
+
+    assert all_workers.run(work) == [3.0] * 3
 
 
 @pytest.mark.parametrize(

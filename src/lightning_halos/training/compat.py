@@ -206,6 +206,12 @@ class _OpenFitLoop(_FitLoop):
 class _Open(_DataFetcher):
     """Recognizes the last batch by the end of the data, although the data has a length."""
 
+    begins: Callable[[], None]
+
+    def __iter__(self) -> Any:
+        self.begins()
+        return super().__iter__()
+
     def reset(self) -> None:
         super().reset()
         self.length, self.done = None, False
@@ -225,12 +231,18 @@ _OPEN: dict[type, type] = {
 _CLOSED = {opened: closed for closed, opened in _OPEN.items()}
 
 
-def open_epochs(trainer: pl.Trainer) -> None:
+def open_epochs(trainer: pl.Trainer, begins: Callable[[], None]) -> None:
     """Lets a worker's epochs end with their data, after more or fewer batches than the training data says it has.
 
     ``trainer.num_training_batches`` stays what it was, but grows while an epoch has more batches, and is the number of
     batches in an epoch from its last batch on.
+
+    Args:
+        trainer: The Trainer.
+        begins: Called before it makes an iterator over the data of an epoch.
     """
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    fetcher.begins = begins
     for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
         part.__class__ = _OPEN.get(type(part), type(part))
 

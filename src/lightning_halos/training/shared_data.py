@@ -109,9 +109,10 @@ class Share:
 
 
 class SharedSampler(Sampler[int]):
-    """Yields the indices of the samples in a worker's leases, epoch after epoch.
+    """Yields the indices of the samples in a worker's leases, epoch after epoch, to the iterator that trains.
 
-    Its length is that of the replaced sampler, although a worker may get more or less data.
+    Its length is that of the replaced sampler, although a worker may get more or less data. To all other iterators, as
+    of a hook that looks at the training data, it yields what the replaced sampler does.
 
     Args:
         sampler: The replaced sampler, which determines the shuffling.
@@ -135,16 +136,26 @@ class SharedSampler(Sampler[int]):
         self._samples = samples
         self._share = share
         self._epoch = 0
+        self._trains_next = False
         self._order: tuple[int, Tensor] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, as in torch's ``DistributedSampler``."""
         self._epoch = epoch
+        self._sampler.set_epoch(epoch)
+
+    def train(self) -> None:
+        """Lets the next iterator train."""
+        self._trains_next = True
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[int]:
+        trains, self._trains_next = self._trains_next, False
+        return self._leased() if trains else iter(self._sampler)
+
+    def _leased(self) -> Iterator[int]:
         for lease in self._leases.of_epoch(self._epoch):
             first = lease.first * self._step_samples
             last = min(first + lease.steps * self._step_samples, self._samples)
@@ -291,6 +302,7 @@ class SharedData:
         have another size, or workers cannot share it. Then each worker trains on what is its own from here on, as under
         DDP.
         """
+        self._batches_of_step = 0  # Lightning begins one with each epoch, also if a hook has left the one before
         if self.is_left:
             return
         combined = training_loader(self._trainer)
@@ -308,7 +320,7 @@ class SharedData:
         self._replaced.append((loader.batch_sampler, sampler))
         loader.batch_sampler.sampler = shared
         combined.limits = None
-        open_epochs(self._trainer)
+        open_epochs(self._trainer, shared.train)
 
     def detach(self) -> None:
         """Restores the loaders and the Trainer's limits."""

@@ -222,8 +222,10 @@ class WorkersGroup(ProcessGroup):
             collectives.barrier()
         return finished_work([])
 
-    def monitored_barrier(self, *_: Any, **__: Any) -> None:  # Lightning calls it after prepare_data
-        self.barrier()
+    def monitored_barrier(self, *_: Any, **__: Any) -> None:
+        """Waits without a limit, as Lightning does for ``prepare_data``, which one process runs."""
+        if collectives := self._scope().collectives:
+            collectives.wait_for_all()
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Work:
         scope = self._scope()
