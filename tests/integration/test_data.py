@@ -101,10 +101,28 @@ class Looking(Noting):
         return {**super().more(), "looks": self.looks}
 
 
-@pytest.mark.parametrize("data_workers", [0, 1])
-def test_a_hook_that_looks_at_the_training_data_takes_none_of_it(tmp_path: Path, data_workers: int) -> None:
-    data = loader(SAMPLES + 10, shuffle=True, num_workers=data_workers)
-    results = simulate(tmp_path, Looking(), data, max_epochs=3)
+class LookingFirst(Looking):
+    """Takes the batches itself."""
+
+    def on_train_epoch_start(self) -> None:
+        next(iter(self.trainer.train_dataloader))
+
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Looking, {}), (Looking, {"num_workers": 1}), (Looking, {"num_workers": 1, "persistent_workers": True}),
+     (LookingFirst, {})],
+    ids=str,
+)  # fmt: skip
+def test_a_hook_that_looks_at_the_training_data_takes_none_of_it(
+    tmp_path: Path, kind: type[Looking], options: dict[str, Any]
+) -> None:
+    data = loader(SAMPLES + 10, shuffle=True, **options)
+    results = simulate(tmp_path, kind(), data, max_epochs=3)
     assert_every_sample_once_per_epoch(results, drop_last=False)
     for result in results:
         assert set(result["looks"]) == {math.ceil((SAMPLES + 10) / 4)}, "a shard, as under DDP"

@@ -75,6 +75,21 @@ def test_a_region_that_waits_may_connect_again_before_its_loss_is_noticed(serve:
     old.abort()
 
 
+def test_a_region_that_waits_and_was_away_is_not_forgotten(serve: Serve, region: Regions) -> None:
+    liveness = 2.0
+    server = serve(min_regions=2, liveness=liveness)
+    us, eu = region("us", server), region("eu", server)
+    enrol(us, 3)
+    until(lambda: "us (127.0.0.1" in server.events)
+    us.cut()
+    until(lambda: "The connection of us" in server.events)
+    enrol(us, 3)
+    time.sleep(1.5 * liveness)
+    assert "us is lost" not in server.events
+    enrol(eu, 2)
+    assert [told(us), told(eu)] == [(5, 0), (5, 3)]
+
+
 def test_a_region_that_has_enrolled_in_a_run_that_goes_on_keeps_its_numbers(serve: Serve, region: Regions) -> None:
     server = serve()
     us, eu, ap = (region(name, server) for name in ("us", "eu", "ap"))

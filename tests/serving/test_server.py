@@ -444,6 +444,12 @@ def test_a_refused_job_does_not_stand_for_the_missing_region_of_its_name(serve: 
         another.goodbye()
 
 
+def enrol(region: Region) -> None:
+    region.connect()
+    region.post(Enrol(region.process, 1))
+    region.expect(Enrolled)
+
+
 @pytest.mark.parametrize("is_restarted", [False, True], ids=["", "restarted server"])
 def test_a_job_that_only_enrols_does_not_stand_for_the_missing_one_of_its_name(
     serve: Serve, region: Regions, is_restarted: bool
@@ -460,15 +466,15 @@ def test_a_job_that_only_enrols_does_not_stand_for_the_missing_one_of_its_name(
         us.enter(server.port)
     else:
         eu.cut()
+        until(lambda: "The connection of eu" in server.events)
     end = time.monotonic() + 2 * LIVENESS
     first, second = region("eu", server), region("eu", server)
-    for new in (first, second):
-        new.connect()
-        new.post(Enrol(new.process, 1))
-        new.expect(Enrolled)
-        if new is first:
-            time.sleep(LIVENESS / 2)
-            first.cut()
+    enrol(first)
+    time.sleep(LIVENESS / 2)
+    losses = server.events.count("The connection of eu")
+    first.cut()
+    until(lambda: server.events.count("The connection of eu") > losses)
+    enrol(second)
     until(lambda: server.status()["members"]["eu"]["state"] == "lost", end - time.monotonic())
     us.work()
     us.answer()

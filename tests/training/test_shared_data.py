@@ -17,8 +17,8 @@ def shared(leases: list[Lease], shuffle: bool) -> SharedSampler:
 
 
 def trained_on(sampler: SharedSampler) -> list[int]:
-    sampler.train()
-    return list(sampler)
+    with sampler.training():
+        return list(sampler)
 
 
 def test_leases_are_parts_of_the_epochs_shuffled_order() -> None:
@@ -37,8 +37,8 @@ def test_without_shuffling_they_are_parts_of_the_dataset() -> None:
 
 def test_who_only_looks_gets_the_shard_of_ddp_and_takes_nothing() -> None:
     sampler = shared([Lease(0, 2, 3), Lease(1, 0, 1)], shuffle=True)
-    sampler.train()
-    training = iter(sampler)
+    with sampler.training():
+        training = iter(sampler)
     first = next(training)
     ddp = DistributedSampler(range(SAMPLES), num_replicas=4, rank=1, shuffle=True, seed=5)  # type: ignore[arg-type]
     assert list(sampler) == list(sampler) == list(ddp)

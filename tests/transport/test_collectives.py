@@ -451,6 +451,22 @@ def test_a_worker_may_take_longer_than_any_limit_if_all_wait_for_it() -> None:
     assert all_workers.run(work) == [3.0] * 3
 
 
+def test_a_worker_that_ends_is_missed_however_long_the_others_would_wait() -> None:
+    master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    all_workers = Workers([[0, 1], [2]], master.port)
+
+    def work(collectives: Collectives, rank: int) -> Any:
+        if rank == 1:
+            time.sleep(0.5)
+            all_workers.pairs.clear()  # which keep the connections, too
+            return collectives._star.close()
+        return collectives.wait_for_all()
+
+    first, _, last = all_workers.run(work)
+    assert isinstance(first, PeerLostError)
+    assert isinstance(last, PeerLostError)
+
+
 @pytest.mark.parametrize(
     ("regions", "free"),
     [([[0], [1, 2, 5], [3, 4]], {"3 and 4"}), ([[0], [1, 2], [3, 4, 5]], {"1 and 2", "0 and 1"})],

@@ -117,7 +117,9 @@ class HalosMonitor(Callback):
             metrics["compute_share_min"] = min(shares)
         for name, numbers in workers.items():
             metrics |= {f"{name}/rank_{rank}": float(numbers[rank]) for rank in sorted(numbers)}
-        pl_module.log_dict({f"halos/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        pl_module.log_dict(
+            {f"halos/{name}": value for name, value in metrics.items()}, rank_zero_only=True, batch_size=1
+        )
         size = strategy.site.size
         self._shown = {
             "rounds": _shown(workers["rounds"], size, sum(workers["rounds"].values()), digits=0),

@@ -355,8 +355,8 @@ class RunHost:
         if type(message) in client.said:
             raise ProtocolError(f"it sent {type(message).__name__} twice on one connection")
         client.said.add(type(message))
-        if isinstance(message, Join):
-            # Not before: a job that has only enrolled takes the place of no other yet, and may never do so.
+        if isinstance(message, Join) or isinstance(self.node, Founding):
+            # In a run, not before it joins: until then it takes the place of no other, and may never do so.
             self._missing.pop(client.index, None)
         return True
 

@@ -6,7 +6,7 @@ place. Tested with Lightning 2.5.0 and 2.6.6. The strategy also overrides ``Stra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -206,11 +206,19 @@ class _OpenFitLoop(_FitLoop):
 class _Open(_DataFetcher):
     """Recognizes the last batch by the end of the data, although the data has a length."""
 
-    begins: Callable[[], None]
+    training: Callable[[], AbstractContextManager[None]]
+    kept: Any = None  # the loader's iterator, if the loader keeps it from epoch to epoch
 
     def __iter__(self) -> Any:
-        self.begins()
-        return super().__iter__()
+        loader = self.combined_loader.flattened[0]
+        if self.kept is not None:
+            loader._iterator = self.kept
+        with self.training():
+            super().__iter__()
+        if getattr(loader, "persistent_workers", False) and loader.num_workers:
+            # Else whoever iterates over the loader would begin with this iterator, and take it away from training.
+            self.kept, loader._iterator = loader._iterator, None
+        return self
 
     def reset(self) -> None:
         super().reset()
@@ -220,7 +228,20 @@ class _Open(_DataFetcher):
 class _OpenPrefetchDataFetcher(_Open, _PrefetchDataFetcher): ...
 
 
-class _OpenDataLoaderIterDataFetcher(_Open, _DataLoaderIterDataFetcher): ...
+class _OpenDataLoaderIterDataFetcher(_Open, _DataLoaderIterDataFetcher):
+    """Unlike the other fetcher, it takes the first batch when the module asks for it."""
+
+    def __iter__(self) -> Any:
+        super().__iter__()
+        self.iterator = self._training_at_first(self.iterator)
+        return self
+
+    def _training_at_first(self, batches: Any) -> Iterator[Any]:
+        with self.training():
+            batch = next(batches, None)
+        while batch is not None:
+            yield batch
+            batch = next(batches, None)  # `yield from` would begin anew
 
 
 _OPEN: dict[type, type] = {
@@ -231,7 +252,7 @@ _OPEN: dict[type, type] = {
 _CLOSED = {opened: closed for closed, opened in _OPEN.items()}
 
 
-def open_epochs(trainer: pl.Trainer, begins: Callable[[], None]) -> None:
+def open_epochs(trainer: pl.Trainer, training: Callable[[], AbstractContextManager[None]]) -> None:
     """Lets a worker's epochs end with their data, after more or fewer batches than the training data says it has.
 
     ``trainer.num_training_batches`` stays what it was, but grows while an epoch has more batches, and is the number of
@@ -239,16 +260,19 @@ def open_epochs(trainer: pl.Trainer, begins: Callable[[], None]) -> None:
 
     Args:
         trainer: The Trainer.
-        begins: Called before it makes an iterator over the data of an epoch.
+        training: The context in which it makes an iterator over the data of an epoch.
     """
     fetcher: Any = trainer.fit_loop._data_fetcher
-    fetcher.begins = begins
+    fetcher.training = training
     for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
         part.__class__ = _OPEN.get(type(part), type(part))
 
 
 def close_epochs(trainer: pl.Trainer) -> None:
     """Undoes :func:`open_epochs`."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    if fetcher is not None and vars(fetcher).get("kept") is not None:
+        fetcher.combined_loader.flattened[0]._iterator = vars(fetcher).pop("kept")
     for part in (trainer.fit_loop, trainer.fit_loop._data_fetcher):
         part.__class__ = _CLOSED.get(type(part), type(part))
 

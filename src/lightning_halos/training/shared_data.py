@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +145,14 @@ class SharedSampler(Sampler[int]):
         self._epoch = epoch
         self._sampler.set_epoch(epoch)
 
-    def train(self) -> None:
-        """Lets the next iterator train."""
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Lets the iterator train that is made in this context."""
         self._trains_next = True
+        try:
+            yield
+        finally:
+            self._trains_next = False
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -320,7 +326,7 @@ class SharedData:
         self._replaced.append((loader.batch_sampler, sampler))
         loader.batch_sampler.sampler = shared
         combined.limits = None
-        open_epochs(self._trainer, shared.train)
+        open_epochs(self._trainer, shared.training)
 
     def detach(self) -> None:
         """Restores the loaders and the Trainer's limits."""

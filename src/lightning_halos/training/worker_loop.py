@@ -334,7 +334,9 @@ class WorkerLoop(Callback):
 
     def _log_time(self) -> None:
         if self._world.clock is not None:
-            self._trainer.lightning_module.log("virtual_seconds", self._world.clock(), rank_zero_only=True)
+            self._trainer.lightning_module.log(
+                "virtual_seconds", self._world.clock(), rank_zero_only=True, batch_size=1
+            )
 
     def _next_round(self) -> None:
         if not self.round.is_answered:

@@ -50,7 +50,6 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "max": lambda result, other: torch.maximum(result, other, out=result),
 }
 _REDUCTION, _BROADCAST = "give a tensor to a reduction", "take part in a broadcast"  # what workers wait for, in errors
-_PAUSE = 0.1  # seconds between two looks
 _ROLL_CALL = 3.0  # seconds in which all waiting workers report themselves after a failure
 _FRAME = 256  # bytes per worker in the first round trip of a gathering
 _CHUNK = 2**26  # bytes that are copied to the host at once
@@ -89,7 +88,6 @@ class Collectives:
         self._describe = describe
         self._timeout = timeout
         self._lost_workers = False
-        self._waits = 0
         self._completed: float | None = None
         self._star = Star(regions, rank, store, timeout, interrupted)
         self._ranks = self._star.ranks
@@ -100,16 +98,8 @@ class Collectives:
 
     def wait_for_all(self) -> None:
         """Waits until all workers have called this, however long one of them takes."""
-        self._waits += 1
-        arrived = f"arrived {self._waits}"
-
-        def wait() -> None:
-            self._store.add(arrived, 1)
-            while self._store.add(arrived, 0) < len(self._ranks):
-                time.sleep(_PAUSE)
-
-        self._run("come to a barrier", wait)
-        self.barrier()
+        with self._star.patience():
+            self.barrier()
 
     def reduce(self, tensor: Tensor, operation: str) -> Tensor:
         """Reduces a tensor over all workers.

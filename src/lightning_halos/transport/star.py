@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed import Store, Work
 from lightning_halos.core.vector import PART
 from lightning_halos.transport.groups import connect_pairs
 
+_FOREVER = timedelta(days=10_000)  # as Lightning's; gloo counts nanoseconds, so not much longer
 _PART_BYTES = 2**22  # of a broadcast
 _AHEAD = 8  # parts of a reduction that a leader sends to the center before it waits for the first result
 
@@ -64,6 +66,15 @@ class Star:
         parent = self._center if rank == home[0] else home[0]
         self._parent = None if rank == self._center else parent
         self._pairs = connect_pairs(store, "star", rank, self._parent, list(self._below), timeout, interrupted)
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Waits for other workers without a limit, but not for those that have ended."""
+        limit, self._limit = self._limit, _FOREVER
+        try:
+            yield
+        finally:
+            self._limit = limit
 
     def close(self) -> None:
         """Closes all connections of this worker."""
