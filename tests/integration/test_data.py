@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
+from lightning_halos import HalosMonitor
 from lightning_halos.training import sketches
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
@@ -114,15 +115,19 @@ class LookingFirst(Looking):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(Looking, {}), (Looking, {"num_workers": 1}), (Looking, {"num_workers": 1, "persistent_workers": True}),
-     (LookingFirst, {})],
+    [
+        (Looking, {}),
+        pytest.param(Looking, {"num_workers": 1}, marks=pytest.mark.slow),
+        (Looking, {"num_workers": 1, "persistent_workers": True}),
+        (LookingFirst, {}),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_hook_that_looks_at_the_training_data_takes_none_of_it(
     tmp_path: Path, kind: type[Looking], options: dict[str, Any]
 ) -> None:
     data = loader(SAMPLES + 10, shuffle=True, **options)
-    results = simulate(tmp_path, kind(), data, max_epochs=3)
+    results = simulate(tmp_path, kind(), data, max_epochs=3, callbacks=[HalosMonitor()])
     assert_every_sample_once_per_epoch(results, drop_last=False)
     for result in results:
         assert set(result["looks"]) == {math.ceil((SAMPLES + 10) / 4)}, "a shard, as under DDP"

@@ -117,7 +117,9 @@ def fit(
     return trainer, module
 
 
-@pytest.mark.parametrize("name", ["halos", "diloco_dynamic", "sync_sgd", *OVERLAPPING])
+@pytest.mark.parametrize(
+    "name", ["halos", pytest.param("diloco_dynamic", marks=pytest.mark.slow), "sync_sgd", *OVERLAPPING]
+)
 def test_the_result_does_not_depend_on_the_machines_own_timing(name: str, tmp_path: Path) -> None:
     steady, napping = Toy(), Toy()
     napping.nap = 0.004
