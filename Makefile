@@ -12,10 +12,11 @@ OLD := tests/test_layers.py $(addprefix tests/,chaos checkpoint core integration
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 # Instead, each is compiled when it is first imported. If that were not kept, each process of the tests would do it again.
 unexport PYTHONDONTWRITEBYTECODE
+PYTHON_VERSION = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
 # To find the tests marked `alone`, pytest has to import only the files that have some.
 ALONE = $(shell grep --recursive --files-with-matches --include='*.py' 'mark\.alone' tests)
 
-.PHONY: demo test test-all test-oldest lint style types layers pages package bench clean
+.PHONY: demo test test-all test-oldest lint style types layers pages package bench constraints clean
 
 demo: $(DEMO_READY)  ## the main job: train a byte-level GPT under HALoS and DDP, and compare
 	$(BIN)/python examples/train_char_lm.py
@@ -62,6 +63,15 @@ bench: $(READY)  ## the benchmarks; each prints ratios against a named peer and 
 	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/server.py --inside
 	$(BIN)/python benchmarks/defaults.py --quick
+
+constraints:  ## renew constraints.txt: the newest versions, with the torch that it names
+	mkdir -p build
+	sed '/^torch==/q' constraints.txt > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf $(VENV)
+	$(MAKE) $(READY)
+	$(BIN)/pip freeze --exclude-editable --exclude torch | sed "s/$$/; python_version == '$(PYTHON_VERSION)'/" >> constraints.txt
+	touch $(READY) $(DEMO_READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
