@@ -37,6 +37,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_halos import (
     AsyncLocalSGDStrategy,
@@ -140,7 +141,13 @@ SEARCHED: dict[str, Settings] = {
 MOMENTUM: dict[str, Settings] = {
     "tuned_momentum": TUNED["tuned"] | {"local_optimizer": {"lr": 0.25, "momentum": 0.5, "delay": 16}},
 }
-ROWS = {**PUBLISHED, **TUNED, **SEARCHED, **MOMENTUM}
+# Validated with an average of recent global models, by Lightning's EMAWeightAveraging, with a decay per global step.
+AVERAGED: dict[str, Settings] = {
+    f"{row}_averaged": settings | {"average": 0.995}
+    for row, settings in {**PUBLISHED, **SEARCHED}.items()
+    if row in ("searched", "sync_sgd")
+}
+ROWS = {**PUBLISHED, **TUNED, **SEARCHED, **MOMENTUM, **AVERAGED}
 FIRST = ("halos", "tuned", "async_local_sgd", "diloco_dynamic", "diloco", "sync_sgd")
 SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tuned", "sync_sgd")
 THIRD = (*SEARCHED, "sync_sgd")
@@ -154,6 +161,7 @@ NAMES = {
     "tuned": "HALoS, tuned",
     "tuned_momentum": "HALoS, tuned, momentum 0.5",
     "searched": "HALoS, searched",
+    "searched_averaged": "HALoS, searched, averaged",
     "async_local_sgd": "Async-Local-SGD",
     "async_local_sgd_tuned": "Async-Local-SGD, tuned",
     "async_local_sgd_searched": "Async-Local-SGD, searched",
@@ -164,6 +172,7 @@ NAMES = {
     "diloco_tuned": "DiLoCo, tuned",
     "diloco_searched": "DiLoCo, searched",
     "sync_sgd": "synchronous SGD",
+    "sync_sgd_averaged": "synchronous SGD, averaged",
 }
 
 SHORT = {  # an optimizer's arguments are its rate, momentum and delay
@@ -246,7 +255,7 @@ def train(
     """Trains once. Returns the loss over virtual time, and how it came about.
 
     Args:
-        settings: The algorithm, and the arguments of its strategy.
+        settings: The algorithm, the arguments of its strategy, and the decay of an ``average``, if any.
         cluster: The cluster.
         steps: Global steps.
         seed: Of the model and the data.
@@ -257,7 +266,8 @@ def train(
     from train_char_lm import ByteGPT, StandardLibrary
 
     L.seed_everything(seed, verbose=False)
-    strategy = make_strategy(settings, cluster)
+    strategy = make_strategy({key: value for key, value in settings.items() if key != "average"}, cluster)
+    averages = [EMAWeightAveraging(decay=settings["average"])] if "average" in settings else []
     with tempfile.TemporaryDirectory() as folder:  # the curve is rank 0's, and rank 0 is another process
         path = Path(folder) / "curve"
         trainer = L.Trainer(
@@ -269,7 +279,7 @@ def train(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
-            callbacks=[LossCurve(path)],
+            callbacks=[LossCurve(path), *averages],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -493,6 +493,27 @@ def test_the_file_is_an_ordinary_checkpoint_of_lightnings(run: Run, tmp_path: Pa
     assert (trainer.global_step, len(module.trained_on)) == (26, 8)
 
 
+def saved_at(path: str, home: Path) -> Result:
+    """Saves at a path as Lightning takes it, and resumes from it. Returns what was said meanwhile."""
+    os.environ["HOME"] = str(home)
+    trainer = make_trainer(halos(regions=1), devices=1, max_steps=8)
+    trainer.fit(Toy(), loader())
+    trainer.save_checkpoint(path)
+    again = make_trainer(halos(regions=1), devices=1, max_steps=12)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again.fit(Toy(), loader(), ckpt_path=path)
+    said = [str(warning.message) for warning in caught if "shards" in str(warning.message)]
+    return {"said": said, "step": again.global_step, "written": sorted(path.name for path in home.glob("model*"))}
+
+
+@pytest.mark.parametrize("path", ["~/model.ckpt", "file://{}/model.ckpt"])
+def test_paths_are_read_as_by_lightning(run: Run, tmp_path: Path, path: str) -> None:
+    """A path that begins with ``~`` was a folder of this name, whose shards a resume did not find."""
+    (result,) = run(saved_at, path.format(tmp_path), tmp_path, workers=1)
+    assert (result["said"], result["step"], result["written"]) == ([], 12, ["model", "model.ckpt"])
+
+
 class Stateful:
     """A loader of each worker's own, whose state is in checkpoints. It may have fewer batches than its length says."""
 

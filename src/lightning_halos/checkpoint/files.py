@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from fsspec.core import strip_protocol
 from fsspec.utils import get_protocol
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -138,6 +139,11 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return bool(get_protocol(str(path)) == "file")
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path of a local file as Lightning opens it: ``~`` is the home folder, ``file://`` is left out."""
+    return Path(strip_protocol(str(path)))
+
+
 def is_plain(state: Any) -> bool:
     """Returns whether ``torch.load(weights_only=True)`` can read a state, that is, tensors and plain values."""
     buffer = io.BytesIO()
@@ -157,7 +163,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            write_state(Path(path), checkpoint)
+            write_state(local_path(path), checkpoint)
 
 
 class _Checked(io.RawIOBase):

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lightning_halos.checkpoint.files import is_local, link
+from lightning_halos.checkpoint.files import is_local, link, local_path
 from lightning_halos.checkpoint.places import newest_complete
 from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.training.compat import seed_dataloader_workers, set_received_sigterm
@@ -214,7 +214,7 @@ class Preemption:
         path, resumed = preemption_path(self._trainer), self._trainer.ckpt_path
         if self._saves is None or self.is_due or path is None or resumed is None:
             return
-        if os.path.dirname(path) == os.path.dirname(os.path.abspath(resumed)) and os.path.exists(path):
+        if os.path.dirname(path) == str(local_path(resumed).parent) and os.path.exists(path):
             self._trainer.strategy.remove_checkpoint(path)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local
+from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local, local_path
 from lightning_halos.checkpoint.resume import available
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.checks import check_seconds
@@ -466,6 +466,8 @@ class AlgorithmStrategy(ComposedStrategy):
         Raises:
             OSError: If it cannot be written after the fit. During a fit this is a warning.
         """
+        if is_local(filepath):
+            filepath = local_path(filepath)
         fit, shards, saves_shards = self._fit, self._shards, self._saves_shards
         if fit is not None and fit.is_training and not fit.loop.finished and not self.decides:
             return  # its module has a worker's model
@@ -493,6 +495,8 @@ class AlgorithmStrategy(ComposedStrategy):
                 shards.save_at_end(fit, checkpoint, Path(filepath), write)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        if is_local(filepath):
+            filepath = local_path(filepath)
         if self.is_global_zero and self._shards is not None:
             self._shards.remove(filepath, partial(self.checkpoint_io.remove_checkpoint, filepath))
 
@@ -503,7 +507,7 @@ class AlgorithmStrategy(ComposedStrategy):
             CheckpointError: If it is incomplete or damaged.
         """
         if is_local(checkpoint_path):
-            checkpoint_path = available(Path(checkpoint_path))
+            checkpoint_path = available(local_path(checkpoint_path))
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
         if is_fit and self.membership is not None:
