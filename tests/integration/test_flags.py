@@ -184,6 +184,26 @@ def prolonged() -> Result:
     return found
 
 
+class Shortening(Toy):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.fit_loop.epoch_loop.max_steps = 12
+
+
+def shortened() -> Result:
+    module, trainer = Shortening(), make_trainer(halos(regions=1), devices=2, max_epochs=4)
+    trainer.fit(module, loader(64))
+    return outcome(trainer, module, limit=trainer.max_steps)
+
+
+def test_a_run_ends_early_if_a_hook_lowers_max_steps(run: Run) -> None:
+    results = run(shortened, workers=2)
+    assert_same_model(results)
+    for result in results:
+        assert result["limit"] == 12
+        assert 12 <= result["global_step"] < 12 + 2 * LOCAL_STEPS  # of 32
+
+
 def test_a_run_ends_as_it_was_ordered_if_a_hook_raises_a_limit(run: Run) -> None:
     """The budget of the run is divided when it starts. Workers that went on would train alone."""
     results = run(prolonged, workers=2)

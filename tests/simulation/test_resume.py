@@ -24,7 +24,7 @@ from lightning_halos.core.sharding import local
 from lightning_halos.optim import MuonAdamW
 from lightning_halos.training import start
 from tests.fsdp2 import divides_on_cpus, fully_shard
-from tests.simulation.test_world import Toy, fit, loader
+from tests.simulation.test_world import WORKERS, Toy, fit, loader
 
 
 def run(name: str, folder: Path | None = None, every: int = 0, **flags: Any) -> dict[str, torch.Tensor]:
@@ -203,12 +203,23 @@ def test_another_format_on_the_links_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_may_go_on_after_its_end_in_another_format(tmp_path: Path) -> None:
-    trainer, module = fit("halos", Toy(), loader(), max_steps=12, wire="int8")
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    later = resume("halos", tmp_path / "end.ckpt", max_steps=20, wire="int4")
-    weight = module.state_dict()["net.0.weight"]
-    assert bool(later["net.0.weight"].isfinite().all())
-    assert not torch.equal(later["net.0.weight"], weight)
+    """It ended in the middle of an epoch of 16 steps, and goes on in it and in the next one."""
+    flags: dict[str, Any] = {"callbacks": ModelCheckpoint(tmp_path, "end"), "enable_checkpointing": True}
+    trainer, module = fit("halos", WithoutSchedule(), loader(), max_steps=12, wire="int8", **flags)
+    later, after = fit("halos", WithoutSchedule(), loader(), tmp_path / "end.ckpt", max_steps=20, wire="int4")
+    weight, longer = module.state_dict()["net.0.weight"], after.state_dict()["net.0.weight"]
+    assert bool(longer.isfinite().all())
+    assert not torch.equal(longer, weight)
+    assert later.strategy.history[0].time >= trainer.strategy.virtual_seconds * 1e3  # the clock goes on, too
+    assert later.strategy.history[-1].steps == 20 * WORKERS
+
+
+def test_the_clock_of_synchronous_sgd_goes_on_after_a_resume(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5)
+    trainer, _ = fit("sync_sgd", Toy(), loader(), max_steps=8, callbacks=saving, enable_checkpointing=True)
+    resumed, _ = fit("sync_sgd", Toy(), loader(), max_steps=8, ckpt_path=tmp_path / "step=5.ckpt")
+    assert resumed.strategy.virtual_seconds == pytest.approx(trainer.strategy.virtual_seconds)
+    assert [event.steps for event in resumed.strategy.history] == [24, 28, 32, 32]
 
 
 class Divided(Toy):

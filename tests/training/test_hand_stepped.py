@@ -170,3 +170,20 @@ def test_a_scheduler_that_steps_in_the_last_batch_of_each_epoch_follows_the_work
         worker.train(scheduler if ends_epoch else None, progress=1, ends_epoch=ends_epoch)
     worker.hand_stepped.pull(16)
     assert scheduler.last_epoch == 4
+
+
+@pytest.mark.parametrize("owner", ["module", "layer"])
+def test_a_scheduler_of_another_phase_begins_where_the_run_is(owner: str) -> None:
+    module = Module(is_automatic=False)
+    where = module if owner == "module" else module.layer
+    where.scheduler = first = CosineAnnealingWarmRestarts(sgd(), T_0=30)
+    worker = Worker(module)
+    for batch in range(6):  # twice as fast as the run
+        worker.train(first, progress=(batch + 1) / 2, ends_epoch=batch == 5)
+    before = first.last_epoch
+    where.scheduler = anew = CosineAnnealingWarmRestarts(sgd(), T_0=30)
+    for step in range(1, 7):
+        worker.train(anew, progress=3 + step / 2)
+    assert anew.last_epoch == 3
+    worker.hand_stepped.pull(10)
+    assert (anew.last_epoch, first.last_epoch) == (7, before)

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,7 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
 
 from lightning_halos.training.schedulers import SchedulePosition
 
@@ -18,6 +27,13 @@ class Module(pl.LightningModule):
         self.layer = nn.Linear(1, 1)
 
 
+def trainer_of(configs: list[LRSchedulerConfig], *optimizers: torch.optim.Optimizer) -> Any:
+    """The part of a Trainer that has to do with schedulers."""
+    return SimpleNamespace(
+        lightning_module=Module(), lr_scheduler_configs=configs, optimizers=list(optimizers), global_step=0
+    )
+
+
 def adamw() -> torch.optim.Optimizer:
     return torch.optim.AdamW(Module().parameters(), lr=1.0, weight_decay=0.1)
 
@@ -25,7 +41,7 @@ def adamw() -> torch.optim.Optimizer:
 def positioned(scheduler: Any, *, rank: int = 1, limit: int | None = 100, **config: Any) -> SchedulePosition:
     """The position of one scheduler, with a frequency and an interval as in Lightning."""
     configs = [LRSchedulerConfig(scheduler, **{"interval": "step", **config})]
-    return SchedulePosition(Module(), configs, [scheduler.optimizer], 0, limit, rank == 0, epoch_steps=10)
+    return SchedulePosition(trainer_of(configs, scheduler.optimizer), 0, limit, rank == 0, epoch_steps=10)
 
 
 def scheduled(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -72,6 +88,56 @@ def test_what_the_module_sets_itself_stays_beside_a_schedule() -> None:
         assert (optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["amsgrad"]) == (0.5, True)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_rate_that_a_hook_sets_between_two_batches_is_the_one_from_which_the_schedule_goes_on() -> None:
+    """As that of a backbone, which Lightning's BackboneFinetuning raises at the start of each epoch."""
+    scheduler = ExponentialLR(adamw(), 0.5)
+    group = scheduler.optimizer.param_groups[0]
+    position = positioned(scheduler)
+    for step in range(1, 4):
+        position.before_batch(0)
+        scheduler.step()
+        position.pull(step, [])
+        position.end_batch()
+    assert group["lr"] == 1 / 8
+    group["lr"] = 3.0
+    for own in range(2):
+        position.before_batch(own)
+        scheduler.step()
+        position.end_batch()
+    position.before_batch(2)
+    position.pull(5, [])
+    assert group["lr"] == 3 / 4
+
+
+def test_settings_of_several_numbers_are_left_alone() -> None:
+    optimizer = adamw()
+    optimizer.param_groups[0]["scales"] = torch.ones(2)
+    position = positioned(ExponentialLR(optimizer, 0.5))
+    position.pull(2, [])
+    optimizer.param_groups[0]["scales"] = torch.zeros(2)
+    position.pull(3, [])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["scales"].tolist()) == (1 / 8, [0, 0])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_schedulers_that_a_hook_sets_up_anew_begin_where_the_run_is() -> None:
+    first = OneCycleLR(adamw(), max_lr=1.0, total_steps=100)
+    trainer = trainer_of([LRSchedulerConfig(first, interval="step")], first.optimizer)
+    position = SchedulePosition(trainer, 0, 100, False)
+    position.pull(30, [])
+    trainer.global_step = 40  # this worker is ahead of what it has heard of the run
+    anew = OneCycleLR(adamw(), max_lr=1.0, total_steps=60)
+    trainer.lr_scheduler_configs, trainer.optimizers = [LRSchedulerConfig(anew, interval="step")], [anew.optimizer]
+    position.before_batch(0)
+    anew.step()
+    position.pull(47, [])
+    assert (anew.last_epoch, first.last_epoch) == (7, 30)
+    position.before_batch(0)
+    position.pull(130, [])
+    assert anew.last_epoch == 60
+
+
 def test_a_schedule_by_epoch_follows_the_epochs_of_the_run() -> None:
     scheduler = StepLR(adamw(), 1, 0.5)
     position = positioned(scheduler, interval="epoch", frequency=3)
@@ -88,7 +154,8 @@ def test_steps_of_a_plateau_scheduler_that_only_another_job_has_are_left_out() -
         LRSchedulerConfig(schedule, interval="step"),
         LRSchedulerConfig(plateau, interval="step", reduce_on_plateau=True, monitor="val_loss"),
     ]
-    position = SchedulePosition(Module(), configs, [optimizer, plateau.optimizer], 0, 100, False, epoch_steps=10)
+    trainer = trainer_of(configs, optimizer, plateau.optimizer)
+    position = SchedulePosition(trainer, 0, 100, False, epoch_steps=10)
     with pytest.warns(UserWarning, match=r"index \d+, and this one has not"):
         position.pull(3, [(0, 1.0), (7, 1.0), (1, 1.0), (1, 2.0), (10**18, 2.0)])
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 4)
@@ -118,7 +185,7 @@ def test_a_checkpoint_with_another_number_of_schedulers_is_a_warning() -> None:
     optimizer = adamw()
     schedulers = [LambdaLR(optimizer, lambda step: 1 / (1 + step)), StepLR(optimizer, 10)]
     configs = [LRSchedulerConfig(scheduler, interval="step") for scheduler in schedulers]
-    both = SchedulePosition(Module(), configs, [optimizer], 0, 100, False, epoch_steps=10)
+    both = SchedulePosition(trainer_of(configs, optimizer), 0, 100, False, epoch_steps=10)
     both.pull(5, [])
     one = positioned(LambdaLR(adamw(), lambda step: 1 / (1 + step)))
     with pytest.warns(UserWarning, match=r"positions of 2 learning-rate scheduler\(s\), but the module now makes 1"):

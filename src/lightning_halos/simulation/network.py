@@ -63,6 +63,8 @@ class Work:
             ``budget.total``.
         ends_with_data: Whether there is no more data after ``end``. Then workers end their epochs by themselves, and
             are not told to stop.
+        begin: Virtual time in milliseconds at which the run begins. More than 0 if it goes on after the end of another.
+        earlier: Local steps of all workers before, in the runs with the same clock.
     """
 
     budget: StepBudget
@@ -70,6 +72,8 @@ class Work:
     steps_per_epoch: int = 1 << 62
     offset: int = 0
     ends_with_data: bool = False
+    begin: float = 0.0
+    earlier: int = 0
 
 
 class Network(ABC):
@@ -87,7 +91,7 @@ class Network(ABC):
 
     def __init__(self, timing: Timing, work: Work, algorithm: Algorithm) -> None:
         self.work = work
-        self.now = 0.0
+        self.now = work.begin
         self.rounds: dict[int, Round] = {}
         self.steps = 0
         self.history: list[Event] = []
@@ -240,4 +244,5 @@ class Network(ABC):
         self, kind: str, version: int, model: Tensor | None, server: int = -1, worker: int = -1, staleness: int = 0
     ) -> None:
         parameters = model.clone() if self._timing.cluster.record_parameters and model is not None else None
-        self.history.append(Event(self.now, kind, server, worker, version, self.steps, staleness, parameters))
+        steps = self.work.earlier + self.steps
+        self.history.append(Event(self.now, kind, server, worker, version, steps, staleness, parameters))

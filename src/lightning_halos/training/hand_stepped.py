@@ -30,11 +30,13 @@ class _Scheduler:
         calls: How often the module stepped it in batches of this fit.
         last_call: The batch in which it did so last.
         is_placed: Whether the module has stepped it with an argument, which says where it is in its schedule.
+        since: The global step, and the worker's steps, from which on it was there.
     """
 
     scheduler: LRScheduler
     kind: type[LRScheduler]
     first: int
+    since: tuple[float, int]
     calls: int = 0
     last_call: int = -1
     is_placed: bool = False
@@ -46,7 +48,8 @@ class HandStepped:
     A schedule follows the steps of the run as the module makes it follow the worker's own: if it steps a scheduler once
     per two optimizer steps, the scheduler makes a step per two global steps. Steps between batches, or only in the last
     batch of an epoch, are left as they are, because the workers have the same epochs. So is a scheduler whose position
-    the module says, with ``step(position)``.
+    the module says, with ``step(position)``. A schedule that the module begins during the fit, as for another phase of
+    the training, begins at the global step of that moment.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -57,30 +60,33 @@ class HandStepped:
     def __init__(self, trainer: pl.Trainer, counter: StepCounter, position: int) -> None:
         self._trainer = trainer
         self._counter = counter
-        self._start = position
         self._earlier_steps = 0
-        self._progress = 0.0
+        self._progress = float(position)
         self._first_of_epoch = 0  # the batch in which the epoch began
         self._in_batch = self._is_stepping = False
-        self._schedulers = [_Scheduler(s, type(s), s.last_epoch) for s in _find(trainer)]
-        for entry in self._schedulers:
-            self._intercept(entry)
+        self._schedulers: list[_Scheduler] = []
+        self._seen: set[int] | None = None
+        self._look()
 
     def begin_batch(self, progress: float) -> None:
         """Starts a batch after which the global step will be about ``progress``."""
+        self._look()
         self._in_batch = True
-        self._progress = progress - self._start
+        self._progress = progress
 
     def end_epoch(self) -> None:
         """Marks that steps from here to the next batch follow the worker's epochs."""
         self._in_batch = False
         self._first_of_epoch = self._counter.batches
+        self._seen = None
 
     def pull(self, position: int) -> None:
         """Repeats the worker's steps up to a new global step."""
+        self._look()
         for entry in self._schedulers:
-            if self._steps and entry.calls and not entry.is_placed:
-                target = self._target(entry, entry.calls / self._steps, position - self._start)
+            steps = self._steps_of(entry)
+            if steps and entry.calls and not entry.is_placed:
+                target = self._target(entry, entry.calls / steps, position)
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
                     while entry.scheduler.last_epoch < target:
@@ -88,14 +94,15 @@ class HandStepped:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what :meth:`load_state_dict` needs to go on with the same schedules."""
-        counts = [(entry.first, entry.calls, entry.is_placed) for entry in self._schedulers]
-        return {"start": self._start, "steps": self._steps, "counts": counts}
+        counts = [(entry.first, entry.calls, entry.is_placed, entry.since) for entry in self._schedulers]
+        return {"steps": self._steps, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`."""
-        self._start, self._earlier_steps = state["start"], state["steps"]
+        self._earlier_steps = state["steps"]
         for entry, counts in zip(self._schedulers, state["counts"], strict=False):
-            entry.first, entry.calls, entry.is_placed = counts
+            entry.first, entry.calls, entry.is_placed, *since = counts
+            entry.since = since[0] if since else (state["start"], 0)  # version 0.1 followed none that begins later
 
     def release(self) -> None:
         """Gives the schedulers their classes back."""
@@ -104,8 +111,32 @@ class HandStepped:
 
     @property
     def _steps(self) -> int:
-        """The worker's steps that the calls belong to."""
+        """The worker's steps in the run."""
         return self._earlier_steps + self._counter.steps
+
+    def _steps_of(self, entry: _Scheduler) -> int:
+        """Returns the worker's steps to which the calls of a scheduler belong."""
+        return self._steps - entry.since[1]
+
+    def _look(self) -> None:
+        """Follows the module's present schedulers. Those of submodules are looked for when an epoch begins."""
+        trainer = self._trainer
+        seen = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
+        seen |= {id(scheduler) for scheduler in _schedulers_in(trainer.lightning_module)}
+        if seen == self._seen:
+            return
+        self._seen = seen
+        known = {id(entry.scheduler): entry for entry in self._schedulers}
+        found = list(_find(trainer))
+        for scheduler in found:
+            if id(scheduler) not in known:
+                entry = _Scheduler(scheduler, type(scheduler), scheduler.last_epoch, (self._progress, self._steps))
+                self._intercept(entry)
+                self._schedulers.append(entry)
+        present = {id(scheduler) for scheduler in found}
+        for entry in [entry for entry in self._schedulers if id(entry.scheduler) not in present]:
+            entry.scheduler.__class__ = entry.kind
+            self._schedulers.remove(entry)
 
     def _intercept(self, entry: _Scheduler) -> None:
         """Replaces the class of a scheduler, because its state has all its attributes, as a new ``step`` would be."""
@@ -135,14 +166,15 @@ class HandStepped:
             return True
         entry.calls += 1
         entry.last_call = batch
-        if not self._steps:  # in the first batch the rate is not known
+        steps = self._steps_of(entry)
+        if not steps:  # in the first batch the rate is not known
             return True
-        rate = entry.calls / (self._steps + self._counter.in_batch)
+        rate = entry.calls / (steps + self._counter.in_batch)
         return entry.scheduler.last_epoch + 1 <= self._target(entry, rate, self._progress)
 
     def _target(self, entry: _Scheduler, rate: float, progress: float) -> int:
-        """Returns the steps of a scheduler that makes ``rate`` of them per global step."""
-        target = entry.first + int(rate * progress + 1e-6)
+        """Returns the steps, at a global step, of a scheduler that makes ``rate`` of them per global step."""
+        target = entry.first + int(rate * (progress - entry.since[0]) + 1e-6)
         return min(target, getattr(entry.scheduler, "total_steps", target))  # the end of a OneCycleLR
 
 

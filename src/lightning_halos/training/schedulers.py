@@ -16,7 +16,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.optim import Optimizer
 
 _NEVER = sys.maxsize  # a frequency with which Lightning never steps a scheduler
 
@@ -56,10 +55,12 @@ class SchedulePosition:
     The worker that decides (rank 0, in a region job while its job decides) steps a ``ReduceLROnPlateau``; the other
     workers repeat its steps with the same values.
 
+    What a hook sets between two batches, as ``BackboneFinetuning`` does with a learning rate, stays after a pull.
+    Schedulers that a hook sets up anew with ``strategy.setup_optimizers`` begin at the global step of that moment.
+
     Args:
-        module: The module, whose ``lr_scheduler_step`` hook does every step.
-        configs: Lightning's scheduler configurations.
-        optimizers: Their optimizers.
+        trainer: The Trainer, with Lightning's scheduler configurations and their optimizers. Its module's hook
+            ``lr_scheduler_step`` does every step.
         position: Global step at which the run starts.
         limit: Global steps of the complete run, ``None`` for no limit.
         decides: Whether this worker steps the plateau schedulers.
@@ -74,33 +75,25 @@ class SchedulePosition:
 
     def __init__(
         self,
-        module: pl.LightningModule,
-        configs: Sequence[LRSchedulerConfig],
-        optimizers: Sequence[Optimizer],
+        trainer: pl.Trainer,
         position: int,
         limit: int | None,
         decides: bool,
         epoch_steps: int | None = None,
         epochs: int = 0,
     ) -> None:
-        self._module = module
-        self._configs = configs
-        self._optimizers = optimizers
+        self._trainer = trainer
+        self._module = trainer.lightning_module
         self._limit = limit
         self._decides = decides
+        self._epoch_steps = epoch_steps
         # Own steps that will come with a pull, too; `None` if it does not change who decides.
         self._echoes: list[tuple[int, float]] | None = None
-        self._schedulers: list[_Scheduler] = []
-        for config in configs if module.automatic_optimization else []:
-            unit = None if config.reduce_on_plateau else 1 if config.interval == "step" else epoch_steps
-            period = None if unit is None else unit * config.frequency
-            self._schedulers.append(_Scheduler(config, config.frequency, period, 0, {}))
-            if (config.reduce_on_plateau and not decides) or (period and config.interval == "epoch"):
-                config.frequency = _NEVER
-        self._follows = any(scheduler.period for scheduler in self._schedulers)
         # What the schedulers change in the optimizers' groups, as far as it was seen; the rest belongs to the user.
         self._changed_by_schedulers = {"lr"}
         self._groups: list[list[dict[str, Any]]] = []
+        self._after_batch: tuple[list[int], list[list[dict[str, Any]]]] | None = None
+        self._adopt()
         self._plateaus: list[tuple[int, float]] = []
         self.history: list[tuple[int, float]] = []
         # Schedulers in a checkpoint from inside a round are ahead of its global step. They wait until it catches up.
@@ -112,11 +105,16 @@ class SchedulePosition:
 
     def before_batch(self, batches: int) -> None:
         """Keeps Lightning from stepping schedulers beyond the limit, given the batches with a step in this round."""
-        self._leave_replaced()
+        self._follow_hooks()
         at_end = self._limit is not None and self._position + batches >= self._limit
         for scheduler in self._schedulers:
             if scheduler.period and scheduler.config.interval == "step":
                 scheduler.config.frequency = _NEVER if at_end else scheduler.frequency
+
+    def end_batch(self) -> None:
+        """Remembers what the schedulers have set, so that a change by a hook before the next batch can be seen."""
+        if self._follows:
+            self._after_batch = [scheduler.steps for scheduler in self._schedulers], self._scheduled()
 
     def set_deciding(self, decides: bool) -> None:
         """Lets this worker step the plateau schedulers, or no longer, in a run in which that may change."""
@@ -159,7 +157,7 @@ class SchedulePosition:
             plateaus: Steps of the deciding worker's plateau schedulers since the last pull. That worker ignores them.
                 Those of a scheduler that this worker does not have, as from a job with another script, are left out.
         """
-        self._leave_replaced()
+        self._follow_hooks()
         if self._limit is not None:
             position = min(position, self._limit)
         own, self._plateaus = self._plateaus, []
@@ -236,6 +234,34 @@ class SchedulePosition:
         for scheduler in self._schedulers:
             scheduler.config.frequency = scheduler.frequency
 
+    def _adopt(self) -> None:
+        """Follows the schedulers that the Trainer has now."""
+        self._configs, self._optimizers = self._trainer.lr_scheduler_configs, self._trainer.optimizers
+        self._schedulers: list[_Scheduler] = []
+        for config in self._configs if self._module.automatic_optimization else []:
+            unit = None if config.reduce_on_plateau else 1 if config.interval == "step" else self._epoch_steps
+            period = None if unit is None else unit * config.frequency
+            self._schedulers.append(_Scheduler(config, config.frequency, period, 0, {}))
+            if (config.reduce_on_plateau and not self._decides) or (period and config.interval == "epoch"):
+                config.frequency = _NEVER
+        self._follows = any(scheduler.period for scheduler in self._schedulers)
+
+    def _follow_hooks(self) -> None:
+        """Follows what hooks have changed since the last batch: schedulers, and what these have set."""
+        after, self._after_batch = self._after_batch, None
+        if self._configs is not self._trainer.lr_scheduler_configs:
+            self._adopt()
+            present = self._trainer.global_step
+            self._position = max(self._position, present if self._limit is None else min(present, self._limit))
+            self._save()
+            return
+        self._leave_replaced()
+        if after is None or after[0] != [scheduler.steps for scheduler in self._schedulers]:
+            return  # a scheduler that follows this worker's epochs may have made the changes
+        for kept, before, now in zip(self._groups, after[1], self._scheduled(), strict=True):
+            for saved, was, group in zip(kept, before, now, strict=False):
+                saved |= {name: group[name] for name in was.keys() & group.keys() if _differ(was[name], group[name])}
+
     def _leave_replaced(self) -> None:
         """Leaves alone what a callback has replaced by a scheduler of its own, as StochasticWeightAveraging does."""
         for scheduler in self._schedulers:
@@ -251,7 +277,9 @@ class SchedulePosition:
             for _ in range(times):
                 self._module.lr_scheduler_step(scheduler.config.scheduler, value)
         for was, group in zip(before, self._settings(), strict=False):
-            self._changed_by_schedulers |= {name for name in was.keys() & group.keys() if was[name] != group[name]}
+            self._changed_by_schedulers |= {
+                name for name in was.keys() & group.keys() if _differ(was[name], group[name])
+            }
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         """Yields the settings of all groups of all optimizers."""
@@ -265,11 +293,15 @@ class SchedulePosition:
             if self._follows:
                 scheduler.state = copy.deepcopy(scheduler.config.scheduler.state_dict())
         if self._follows:
-            names = self._changed_by_schedulers
-            self._groups = [
-                [copy.deepcopy({n: group[n] for n in names & group.keys()}) for group in optimizer.param_groups]
-                for optimizer in self._optimizers
-            ]
+            self._groups = self._scheduled()
+
+    def _scheduled(self) -> list[list[dict[str, Any]]]:
+        """Returns a copy of what schedulers have set, in all groups of all optimizers."""
+        names = self._changed_by_schedulers
+        return [
+            [copy.deepcopy({n: group[n] for n in names & group.keys()}) for group in optimizer.param_groups]
+            for optimizer in self._optimizers
+        ]
 
     def _restore(self) -> None:
         """Resets to the last pull, except for the steps of schedulers that follow the worker's own epochs."""
@@ -285,3 +317,11 @@ class SchedulePosition:
                 group.update(copy.deepcopy(saved))
         for scheduler, times in zip(self._schedulers, epochs, strict=True):
             self._step(scheduler, times)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Returns whether two settings of a group differ; not those of several numbers, which no scheduler changes."""
+    try:
+        return bool(one != other)
+    except (RuntimeError, ValueError):
+        return False

@@ -210,8 +210,8 @@ class SharedData:
         samples = len(loader.dataset)  # type: ignore[arg-type]
         self.batches = int(trainer.fit_loop.max_batches)
         batches = samples // size if batch_sampler.drop_last else math.ceil(samples / size)
-        if self.batches < len(loader):
-            batches = min(batches, self.batches * workers)  # limit_train_batches
+        if batch_sampler.drop_last or self.batches < len(loader):  # the latter with limit_train_batches
+            batches = min(batches, self.batches * workers)  # as many as under DDP, which the module may rely on
         self.steps_per_epoch = math.ceil(batches / accumulate)
         begin = trainer.current_epoch * self.steps_per_epoch
         # Under manual optimization, a batch may have any number of steps, so the epoch starts from its beginning.

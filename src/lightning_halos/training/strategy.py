@@ -63,6 +63,7 @@ from lightning_halos.training.server_settings import find_server
 from lightning_halos.training.shards import Shards
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import NoValidation
+from lightning_halos.training.worker_state import go_on_in_epoch
 from lightning_halos.training.worlds import SimulatedWorld, World, make_world
 from lightning_halos.transport.alarm import EXIT_CODE
 
@@ -513,6 +514,8 @@ class AlgorithmStrategy(ComposedStrategy):
         if is_fit and self.membership is not None:
             self.clear_optimizers()
             return without_progress(checkpoint)
+        if is_fit and self.trainer.max_steps != -1 and "loops" in checkpoint:
+            go_on_in_epoch(checkpoint)
         if not is_fit or not self._saves_servers or self._shards is None:
             return checkpoint
         joins, max_epochs = self.lightning_restore_optimizer, self.trainer.max_epochs

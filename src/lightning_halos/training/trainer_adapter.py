@@ -68,7 +68,7 @@ class TrainerAdapter:
         self.steps_per_batch = 1.0
         self._data = data
         self._epochs = epochs_of_training(trainer)
-        self._limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        self._limits: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
         self._raised: dict[str, tuple[Any, Any]] = {}  # where a hook has set a limit, and to what
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
@@ -76,9 +76,7 @@ class TrainerAdapter:
         # With max_epochs alone, all workers train for the same number of epochs; otherwise a fast one has more of them.
         follows_epochs = trainer.max_steps != -1 and not math.isinf(self._epoch_batches)
         self.schedulers = SchedulePosition(
-            trainer.lightning_module,
-            trainer.lr_scheduler_configs,
-            trainer.optimizers,
+            trainer,
             0 if has_entered else trainer.global_step,
             limit,
             decides,
@@ -190,10 +188,14 @@ class TrainerAdapter:
         """Ends :meth:`hold_validation`."""
         self._no_validation.undo(self.trainer)
 
-    @property
-    def wants_to_stop(self) -> bool:
-        """Whether the run was asked to stop, and the Trainer's minimum of steps and epochs is reached."""
-        return self.trainer.should_stop and has_trained_enough(self.trainer)
+    def wants_to_stop(self, position: int) -> bool:
+        """Returns whether the run has to stop at a global step before it ends by itself.
+
+        It was asked to, and the Trainer's minimum of steps and epochs is reached; or a hook has lowered ``max_steps``.
+        """
+        ordered, most = self._limits["max_steps"], self.trainer.max_steps
+        is_lowered = most != -1 and (ordered in (None, -1) or most < ordered)
+        return (is_lowered and position >= most) or (self.trainer.should_stop and has_trained_enough(self.trainer))
 
     @property
     def is_last_batch(self) -> bool:

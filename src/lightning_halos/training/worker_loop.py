@@ -192,7 +192,7 @@ class WorkerLoop(Callback):
         self.round.count(stepped, seconds)
         if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
-        if self._agree(self._lightning.wants_to_stop):
+        if self._agree(self._lightning.wants_to_stop(self.round.global_step)):
             self.finish(stop=True)
         elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
@@ -202,6 +202,7 @@ class WorkerLoop(Callback):
             if not self.round.stopped and (self.round.over or (stepped and self._ends_rounds_early)):
                 self._next_round()
             self._follow_run()
+        self._schedulers.end_batch()
         self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

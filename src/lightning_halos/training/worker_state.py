@@ -134,6 +134,18 @@ def _has_ended(fit_loop: dict[str, Any], max_epochs: int | None) -> bool:
     return bool(max_epochs not in (None, -1) and processed + ends_epoch >= max_epochs)
 
 
+def go_on_in_epoch(checkpoint: dict[str, Any]) -> None:
+    """Lets a run that ended at ``max_steps`` in the middle of an epoch go on in it.
+
+    Lightning has counted the epoch as processed, and would give the data of the next one another epoch's number.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    epoch, ends_epoch = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]["is_last_batch"]
+    if not ends_epoch and epoch["current"]["processed"] > epoch["current"]["completed"]:
+        for counts in (epoch["total"], epoch["current"]):
+            counts["processed"] = counts["completed"]
+
+
 def clear_optimizers(checkpoint: dict[str, Any]) -> None:
     """Clears the optimizers' history for a new worker, but keeps their learning rates."""
     for state in checkpoint["optimizer_states"]:

@@ -42,6 +42,8 @@ class SimulatedWorld(SimulatedServers):
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
         budget, used = start.budget, 0
+        timing = Timing.of(cluster, vector.layout, vector.dtype.itemsize)
+        begin, earlier = _clock(start, timing)
         offset = 0 if data is None else data.first - budget.total
         schedule: Mapping[str, Any] | None = None
         if resume is not None:
@@ -60,10 +62,11 @@ class SimulatedWorld(SimulatedServers):
         # If the length of the dataset may change, nobody knows how much there is: epochs end where workers end them.
         available = math.inf if data is None or data.may_change else data.end - offset
         end = min(ordered, available)
-        work = Work(budget, end)
+        work = Work(budget, end, begin=begin, earlier=earlier)
         if data is not None:
-            work = Work(budget, end, data.steps_per_epoch, offset, ends_with_data=available < ordered)
-        timing = Timing.of(cluster, vector.layout, vector.dtype.itemsize)
+            work = dataclasses.replace(
+                work, steps_per_epoch=data.steps_per_epoch, offset=offset, ends_with_data=available < ordered
+            )
         make = partial(make_network, start.algorithm, site.topology, timing, work, vector.shapes)
 
         servers, rounds = None, make(None)
@@ -137,6 +140,23 @@ class SimulatedWorld(SimulatedServers):
 
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
+
+
+def _clock(start: Start, timing: Timing) -> tuple[float, int]:
+    """Returns the virtual milliseconds, and the local steps, of the runs that this one continues.
+
+    While rounds are in progress, they say the time.
+    """
+    workers, total = start.site.size, start.budget.total
+    if start.algorithm.averages_gradients:  # its checkpoints have no shards, but all its steps take the same time
+        step = max(timing.compute(worker, 1) for worker in range(workers)) + timing.all_reduce()
+        return total / workers * step, total
+    if start.resume is None:
+        return 0.0, 0
+    world = start.resume.manifest.world
+    assert world is not None
+    running = 0 if world["rounds"] is None else world["rounds"]["steps"]
+    return world.get("milliseconds", 0.0), world.get("steps", running) - running  # version 0.1 did not save them
 
 
 def _leases(rounds: Network, rank: int, used: int, has_more: bool) -> Iterator[Lease]:

@@ -119,13 +119,15 @@ class SimulatedServers:
         return None, None if self._network is None else self._network.state_dict()
 
     def progress(self) -> dict[str, Any]:
-        """Returns the progress of the run: local steps, the leased data, and the start that both are counted from."""
+        """Returns the progress of the run: local steps, leased data, the start that both are counted from, and time."""
         assert self._network is not None
-        work, end = self._network.work, self._network.handed_out
+        network = self._network
+        work, end = network.work, network.handed_out
+        world = {"base": work.budget.total, "offset": work.offset, "rounds": None}
         return {
-            "total": self._network.total,
+            "total": network.total,
             "done": [(0, end)] if end else [],
-            "world": {"base": work.budget.total, "offset": work.offset, "rounds": None},
+            "world": {**world, "milliseconds": network.now, "steps": work.earlier + network.steps},
         }
 
     def attach_lanes(self, links: Mapping[int, Link]) -> None:
