@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
@@ -46,6 +47,23 @@ def test_the_exported_model_computes_what_the_trained_one_does(tmp_path: Path, t
     assert type(loaded) is GPTNeoXForCausalLM
     assert torch.equal(logits(loaded), logits(module.lm))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+def test_a_checkpoint_with_weights_only_can_be_exported(tmp_path: Path) -> None:
+    module = LanguageModule()
+    saving = ModelCheckpoint(tmp_path, "weights", save_weights_only=True)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        callbacks=[saving, HuggingFaceCheckpoint()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader())
+    assert "on_save_checkpoint" not in vars(module)
+    loaded = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "weights.ckpt", tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(module.lm))
 
 
 def test_a_tokenizers_folder_may_be_a_path_object(tokenizer: str) -> None:

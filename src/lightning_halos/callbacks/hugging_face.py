@@ -34,7 +34,8 @@ class HuggingFaceCheckpoint(Callback):
     The module is any LightningModule with a ``transformers.PreTrainedModel`` among its submodules. The callback adds to
     the checkpoint, under the key ``"hugging_face"``: the files that ``save_pretrained`` writes for the model's
     configuration, generation configuration and tokenizer; the model's class and its name in the module; and the
-    training settings, for the model card. It adds no weights, because the checkpoint has them already.
+    training settings, for the model card. It adds no weights, because the checkpoint has them already. Checkpoints with
+    weights only, as of ``ModelCheckpoint(save_weights_only=True)``, get it if they are saved during the fit.
 
     Args:
         tokenizer: The model's tokenizer, or its name or folder. Default: the ``tokenizer`` of the datamodule. Without
@@ -60,6 +61,18 @@ class HuggingFaceCheckpoint(Callback):
             find_language_model(pl_module, self.submodule)
             if trainer.is_global_zero:
                 self._find_tokenizer_files(trainer)
+            # Lightning asks no callback about a checkpoint with weights only, but always the module.
+            hook = pl_module.on_save_checkpoint
+
+            def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+                hook(checkpoint)
+                if RECORD not in checkpoint:
+                    self.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+            vars(pl_module)["on_save_checkpoint"] = on_save_checkpoint
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        vars(pl_module).pop("on_save_checkpoint", None)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
