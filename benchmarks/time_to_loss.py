@@ -153,8 +153,8 @@ SECOND = ("tuned", "async_local_sgd_tuned", "diloco_dynamic_tuned", "diloco_tune
 THIRD = (*SEARCHED, "sync_sgd")
 LONG = {  # by the number of steps
     3000: ("sync_sgd", "tuned", "diloco_dynamic_tuned", "tuned_momentum"),
-    LONG_STEPS: ("sync_sgd", "searched", "diloco_dynamic_searched"),
-    2 * LONG_STEPS: ("searched",),  # compared with synchronous SGD of half as many
+    LONG_STEPS: ("sync_sgd", "searched", "diloco_dynamic_searched", *AVERAGED),
+    2 * LONG_STEPS: ("searched", "searched_averaged"),  # compared with synchronous SGD of half as many
 }
 NAMES = {
     "halos": "HALoS",
@@ -502,7 +502,7 @@ def long_report(output: Path, rows: Sequence[str], options: str) -> None:
     """
     results = read(output, rows)
     if "sync_sgd" not in rows:
-        results = read(output.parent / str(LONG_STEPS), ["sync_sgd"]) | results
+        results = read(output.parent / str(LONG_STEPS), ["sync_sgd", "sync_sgd_averaged"]) | results
     halos = next((row for row in results if ROWS[row]["algorithm"] == "halos"), None)
     if halos is None or "sync_sgd" not in results:
         print("The table needs the rows of HALoS and of synchronous SGD.")
