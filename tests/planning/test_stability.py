@@ -17,9 +17,9 @@ from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Ha
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.settings import read_settings
-from lightning_halos.planning.stability import ALONE, check, events_of
+from lightning_halos.planning.stability import ALONE, check, events_of, is_stable
 from lightning_halos.simulation.cluster import SimulatedCluster
-from tests.planning.quadratics import compare, nesterov, summary
+from tests.planning.quadratics import compare, draw, nesterov, summary
 from tests.simulation.paper import PAPER, PAPER_FILE
 
 
@@ -66,6 +66,33 @@ def test_what_is_called_unstable_diverges_and_what_is_called_stable_does_not(set
     assert 0.1 < counts["called unstable"] / counts["in all"] < 0.9
     assert wrong <= 0.03 * counts["in all"]
     assert counts["wrong although the growth per round is more than 0.02 from 1"] == 0
+
+
+def test_slow_momentum_is_unstable_at_low_rates_only() -> None:
+    """In long runs errors grow at rates from about 0.002 to 0.045, by less than 1 % per round."""
+    slow = partial(nesterov, momentum=0.9, delay=5)
+    algorithm = Halos(
+        local_steps=1,
+        accumulate_updates=2,
+        merge_weight=0.25,
+        local_optimizer=slow(0.987),
+        global_optimizer=slow(0.3),
+    )
+    links, speeds = [[100.0, 0.43554806], [0.43554806, 100.0]], [[0.1456075], [0.8238742]]
+    timing = make_timing(SimulatedCluster(links, speeds, step_ms=238.391, message_bytes=100_000))
+    verdict = check(algorithm, timing, 0.001)
+    assert verdict.is_stable
+    assert 0.0015 < verdict.limit < 0.003
+    assert not is_stable(algorithm, timing)
+
+
+@pytest.mark.parametrize("seed", [4, 25])
+def test_what_is_stable_up_to_a_rate_is_stable_at_all_rates_below(seed: int) -> None:
+    algorithm, timing = draw(seed)[0], make_timing(draw(seed)[1])
+    limit = check(algorithm, timing).limit
+    for rate in (0.0024, 1.0):
+        verdict = check(algorithm, timing, rate)
+        assert verdict.is_stable == is_stable(algorithm, timing, rate) == (verdict.limit >= rate) == (limit >= rate)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ TOLERANCE = 2e-3
 _EXCHANGES, _ROUNDS = 40, 150  # that the recursion is followed for, at least
 _EVENTS = 40_000  # but not for more events than these, beyond 20 exchanges
 _FEWEST_EXCHANGES = 20
-_GRID = np.linspace(0.02, 1.98, 50)
+_LONGER = 4  # times as long is a run that is followed where errors grow by less than this factor per round in it:
+_LITTLE = 1.01  # what shrinks in the end may grow for that long
+_GRID = np.concatenate([np.geomspace(0.001, 0.02, 10)[:-1], np.linspace(0.02, 1.98, 50)])  # slow momentum: low rates
 _EVERY = 16  # events between two looks at the errors, or fewer if a quarter of the run had fewer looks than these
 _LOOKS = 256
 _ZERO = 1e-100  # stands for errors that are 0, which have no logarithm
@@ -161,19 +164,19 @@ def check(algorithm: Algorithm, timing: Timing, rate: float = MINIMUM) -> Verdic
             f"The inner rate times the curvature is {rate:g}, and must be between 0 and 2: from 2 on a worker diverges"
             " by itself, whatever the servers do."
         )
-    events, servers = events_of(algorithm, timing), servers_of(algorithm, timing)
-    limit = _limit(events, servers)
-    wanted = _rates_up_to(rate)
-    grown = growth(events, servers, wanted)
-    lower = {} if grown.max() <= 1 + TOLERANCE else _remedies(events, servers, wanted)
-    steps = max(events.steps)
-    return Verdict(limit, 1 - (1 - min(limit, MINIMUM)) ** steps, float(grown.max()), lower, events)
+    run, grid = _Run(algorithm, timing), _grid_with(rate)
+    grown = run.growth(grid)
+    wanted = grid <= rate
+    limit, largest = _limit(run, grid, grown), float(grown[wanted].max())
+    lower = {} if largest <= 1 + TOLERANCE else _remedies(run, grid[wanted])
+    steps = max(run.events.steps)
+    return Verdict(limit, 1 - (1 - min(limit, MINIMUM)) ** steps, largest, lower, run.events)
 
 
 def is_stable(algorithm: Algorithm, timing: Timing, rate: float = MINIMUM) -> bool:
     """Returns whether errors do not grow on a cluster with any inner rate up to ``rate``; see :func:`check`."""
-    grown = growth(events_of(algorithm, timing), servers_of(algorithm, timing), _rates_up_to(rate))
-    return bool(grown.max() <= 1 + TOLERANCE)
+    grid = _grid_with(rate)
+    return _Run(algorithm, timing).is_stable(grid[grid <= rate])
 
 
 def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
@@ -194,13 +197,20 @@ def servers_of(algorithm: Algorithm, timing: Timing) -> Servers:
     raise ValueError(f"{algorithm.title} has no servers, so there is nothing to check.")
 
 
-def events_of(algorithm: Algorithm, timing: Timing) -> Events:
-    """Returns the events of an algorithm on a cluster, long enough to see whether errors grow."""
+def events_of(algorithm: Algorithm, timing: Timing, times: int = 1) -> Events:
+    """Returns the events of an algorithm on a cluster, in a run long enough to see whether errors grow.
+
+    Args:
+        algorithm: The algorithm.
+        timing: The durations on the cluster.
+        times: How many times as long the run is.
+    """
     steps = tuple(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
     rounds = longest_rounds(algorithm, timing)
     if isinstance(algorithm, SynchronousAlgorithm):
         made = plan(algorithm, timing, 2 * float(rounds.max()) / MS_PER_HOUR)
-        return Events(steps, (), (("round", 0),) * _ROUNDS, frozenset(), None, _ROUNDS, made)
+        number = times * _ROUNDS
+        return Events(steps, (), (("round", 0),) * number, frozenset(), None, number, made)
     assert isinstance(algorithm, ServerAlgorithm)
     timing, home = timing.on(algorithm.wire), timing.cluster.global_region
     groups = groups_of(algorithm, timing.cluster)
@@ -214,6 +224,7 @@ def events_of(algorithm: Algorithm, timing: Timing) -> Events:
         cycle = max(link + wait for link, wait in zip(links, waits, strict=True))
         per_cycle = cycle * float((1 / rounds).sum())
         horizon = max(horizon, cycle * min(_EXCHANGES, max(_FEWEST_EXCHANGES, _EVENTS / per_cycle)))
+    horizon *= times
     made = plan(algorithm, timing, horizon / MS_PER_HOUR, horizon)
     order, sends = _order(made)
     loaded = None
@@ -383,27 +394,59 @@ class _Recursion:
         return largest
 
 
-def _rates_up_to(rate: float) -> Floats:
-    rates: Floats = rate * np.linspace(1 / 16, 1, 16)
+class _Run:
+    """A run of an algorithm on a cluster, and a longer one for rates that it leaves in doubt."""
+
+    def __init__(self, algorithm: Algorithm, timing: Timing) -> None:
+        self._algorithm, self._timing = algorithm, timing
+        self.events, self.servers = events_of(algorithm, timing), servers_of(algorithm, timing)
+
+    @cached_property
+    def _longer(self) -> Events:
+        return events_of(self._algorithm, self._timing, _LONGER)
+
+    def growth(self, rates: Floats, servers: Servers | None = None) -> Floats:
+        """Returns what :func:`growth` does, also with other settings of the servers."""
+        servers = servers or self.servers
+        factors = growth(self.events, servers, rates)
+        is_doubtful = (factors > 1 + TOLERANCE) & (factors < _LITTLE)
+        if is_doubtful.any():
+            factors[is_doubtful] = growth(self._longer, servers, rates[is_doubtful])
+        return factors
+
+    def is_stable(self, rates: Floats, servers: Servers | None = None) -> bool:
+        """Returns whether errors grow at none of the rates."""
+        return bool(self.growth(rates, servers).max() <= 1 + TOLERANCE)
+
+
+def _grid_with(rate: float) -> Floats:
+    """Returns the rates that are looked at. One of them is the given one, so that what is stable up to it is."""
+    rates: Floats = np.union1d(_GRID, rate)
     return rates
 
 
-def _limit(events: Events, servers: Servers) -> float:
-    """Returns the rate below the first one at which errors grow."""
-    grid, last = _GRID, 0.0
-    for _ in range(2):
-        grows = growth(events, servers, grid) > 1 + TOLERANCE
-        if not grows.any():
-            return ALONE if grid is _GRID else float(grid[-1])
-        first = int(grows.argmax())
-        last = float(grid[first - 1]) if first else last
-        grid = np.linspace(last, float(grid[first]), _REFINED + 1)[1:]
-    return last
+def _limit(run: _Run, grid: Floats, grown: Floats) -> float:
+    """Returns the rate below the first one at which errors grow.
+
+    Args:
+        run: The run.
+        grid: The rates that have been looked at.
+        grown: The growth at these rates.
+    """
+    grows = grown > 1 + TOLERANCE
+    if not grows.any():
+        return ALONE
+    first = int(grows.argmax())
+    low = float(grid[first - 1]) if first else 0.0
+    between = np.linspace(low, float(grid[first]), _REFINED + 1)
+    grows = run.growth(between[1:]) > 1 + TOLERANCE
+    grows[-1] = True  # whatever the rounding
+    return float(between[int(grows.argmax())])
 
 
-def _remedies(events: Events, servers: Servers, rates: Floats) -> dict[str, float]:
+def _remedies(run: _Run, rates: Floats) -> dict[str, float]:
     """Returns the largest lower values of single settings with which errors do not grow at any of the rates."""
-    remedies = {}
+    remedies, servers = {}, run.servers
     for place, name in (("local", "lr"), ("local", "momentum"), ("outer", "lr"), ("outer", "momentum")):
         rules = servers.local if place == "local" else (servers.outer,)
         values = [getattr(rule, name) for rule in rules if rule is not None]
@@ -411,7 +454,7 @@ def _remedies(events: Events, servers: Servers, rates: Floats) -> dict[str, floa
             continue
 
         def is_stable(factor: float, place: str = place, name: str = name) -> bool:
-            return bool(growth(events, _scaled(servers, place, name, factor), rates).max() <= 1 + TOLERANCE)
+            return run.is_stable(rates, _scaled(servers, place, name, factor))
 
         factor = _largest(is_stable)
         if factor is not None:
