@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import yaml
 
 from lightning_halos import AsyncLocalSGDStrategy, HalosStrategy
 from lightning_halos.core.algorithms import AsyncLocalSGD, Halos
-from lightning_halos.planning.settings import arguments_of, make_arguments, name_defaults
+from lightning_halos.planning.settings import arguments_of, make_arguments, name_defaults, read_settings
+from lightning_halos.yaml_files import load_yaml
 
 
 def named(settings: dict[str, Any]) -> dict[str, Any]:
@@ -55,3 +57,23 @@ def test_a_strategy_of_the_users_own_keeps_the_functions_that_are_its_defaults()
     assert isinstance(algorithm, AsyncLocalSGD)
     assert name_defaults({}, algorithm, arguments_of(Mine)) == {"local_steps": 3}
     assert "optimizer" not in name_defaults({}, algorithm, arguments_of(AsyncLocalSGDStrategy))
+
+
+def test_numbers_may_have_an_exponent_without_a_dot(tmp_path: Path) -> None:
+    """As LightningCLI reads them; PyYAML by itself makes a text of 1e-1."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "{merge_weight: 1e-1, local_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 2E-1, momentum: 0.5e0}}}"
+    )
+    settings = read_settings(path)
+    assert settings.algorithm.merge_weight == 0.1
+    assert settings.arguments["local_optimizer"]["init_args"] == {"lr": 0.2, "momentum": 0.5}
+    assert {text: load_yaml(text, "here") for text in ("-.5E+1", "1_0e1", "1.e3", "e3", "1e", "0x1e3", "1e3m")} == {
+        "-.5E+1": -5.0,
+        "1_0e1": 100.0,
+        "1.e3": 1000.0,
+        "e3": "e3",
+        "1e": "1e",
+        "0x1e3": 0x1E3,
+        "1e3m": "1e3m",
+    }

@@ -110,6 +110,12 @@ class TestFile:
         blank = write(text + "".join(f"{name}:\n" for name in optional))
         assert SimulatedCluster.from_yaml(blank) == SimulatedCluster([[9]], [[1]], 5)
 
+    def test_may_have_numbers_with_an_exponent(self, write):
+        cluster = SimulatedCluster.from_yaml(
+            write("{bandwidths: [[1e-1]], worker_speeds: [[1]], step_ms: 2E+1, message_bytes: 5e8, global_region: 0.0}")
+        )
+        assert cluster == SimulatedCluster([[0.1]], [[1]], step_ms=20, message_bytes=500_000_000)
+
     @pytest.mark.parametrize(
         ("text", "error", "message"),
         [

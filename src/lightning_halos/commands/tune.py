@@ -142,15 +142,12 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 def _pairs(option: str, texts: list[str]) -> dict[str, Any]:
     """Reads ``NAME=VALUE``, with values as in YAML."""
-    import yaml
+    from lightning_halos.yaml_files import load_yaml
 
     pairs = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
             raise ValueError(f"{option} {text} must be NAME=VALUE.")
-        try:
-            pairs[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{option} {text}: {value} is not YAML: {error}") from None
+        pairs[name.replace("-", "_")] = load_yaml(value, f"{option} {text}: {value}")
     return pairs

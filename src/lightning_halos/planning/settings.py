@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.wire_formats import WireFormats
+from lightning_halos.yaml_files import read_yaml
 
 _ALGORITHMS: dict[str, type[Algorithm]] = {
     "HalosStrategy": Halos,
@@ -64,12 +64,7 @@ def read_settings(path: Path) -> Settings:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not such a file, or a setting of the algorithm is invalid.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist. Give the YAML file that has the settings.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    settings = read_yaml(path, "has the settings")
     try:
         name, arguments = _strategy(settings)
         kind = _ALGORITHMS[name]

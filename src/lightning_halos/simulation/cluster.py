@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from lightning_halos.core.checks import check_count, is_number, is_positive
+from lightning_halos.yaml_files import read_yaml
 
 AllReduce = Literal["star", "ring"]
 
@@ -101,19 +100,15 @@ class SimulatedCluster:
         """Reads a description from a file whose keys are the attributes of this class.
 
         Args:
-            path: The file. Its ``global_region`` may be the name of a region. A key without a value counts as left out.
+            path: The file. Its ``global_region`` may be the name of a region, and ``5e8`` is a whole number. A key
+                without a value counts as left out.
 
         Raises:
             FileNotFoundError: If the file does not exist.
             TypeError: If a field has the wrong type.
             ValueError: If the file is not YAML, a key is unknown or missing, or a value is invalid.
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} does not exist. Give the YAML file that describes the cluster.") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
+        data = read_yaml(Path(path), "describes the cluster")
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(data, dict):
             raise ValueError(f"{path} must be a YAML mapping with the keys {', '.join(known)}.")
@@ -128,6 +123,9 @@ class SimulatedCluster:
             if home not in names:
                 raise ValueError(f"{path}: global_region={home!r} is none of the names {list(names)}.")
             data["global_region"] = list(names).index(home)
+        for key in ("message_bytes", "global_region", "devices_per_worker"):
+            if isinstance(value := data.get(key), float) and value.is_integer():  # as 5e8 is
+                data[key] = int(value)
         try:
             return cls(**data)
         except (TypeError, ValueError) as error:
