@@ -74,6 +74,14 @@ class TestRing:
     def test_in_one_region_is_its_own_network(self):
         assert Timing(SimulatedCluster([[7]], [[1, 1]], 100), 1000).ring_bandwidth() == 7
 
+    @pytest.mark.parametrize("regions", [2, 10])
+    def test_goes_through_each_region_of_several_workers(self, regions):
+        links = [[0.1 if a == b else 9 for b in range(regions)] for a in range(regions)]
+        bandwidths = [
+            Timing(SimulatedCluster(links, [[1] * workers] * regions, 100), 1000).ring_bandwidth() for workers in (1, 2)
+        ]
+        assert bandwidths == [9, 0.1]
+
     def test_goes_around_slow_links(self):
         table = [[100, 5, 1, 5], [5, 100, 5, 1], [1, 5, 100, 5], [5, 1, 5, 100]]
         assert Timing(SimulatedCluster(table, [[1]] * 4, 100), 1000).ring_bandwidth() == 5

@@ -136,17 +136,24 @@ class Timing:
         return slowest + (2 * max(inside) + up + down - slowest) / parts
 
     def ring_bandwidth(self) -> float:
-        """Returns the Gbit/s of the slowest link of the best ring over the regions; of the network of a single region.
+        """Returns the Gbit/s of the slowest link of the best ring over all workers.
 
-        With more than 8 regions this is an upper bound, which favors algorithms with an all-reduce. A ring reaches it,
-        or nearly, unless the links are chosen to prevent that.
+        It goes through the regions one after the other, and over the link inside each region of several workers. With
+        more than 8 regions this is an upper bound, which favors algorithms with an all-reduce. A ring reaches it, or
+        nearly, unless the links are chosen to prevent that.
         """
         table = self.cluster.bandwidths
-        regions = len(table)
-        if regions > _FEW_REGIONS:
-            return _bound_of_rings(table)
-        rings = ((0, *rest) for rest in permutations(range(1, regions)))
-        return max(min(table[a][b] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)) for ring in rings)
+        inside = [table[region][region] for region, ranks in enumerate(self.cluster.regions) if len(ranks) > 1]
+        return min([_ring_between(table), *inside])
+
+
+def _ring_between(table: Sequence[Sequence[float]]) -> float:
+    """Returns the slowest link of the best ring over the regions, or a bound of it."""
+    regions = len(table)
+    if regions > _FEW_REGIONS:
+        return _bound_of_rings(table)
+    rings = ((0, *rest) for rest in permutations(range(1, regions)))
+    return max(min(table[a][b] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)) for ring in rings)
 
 
 def _bound_of_rings(table: Sequence[Sequence[float]]) -> float:
