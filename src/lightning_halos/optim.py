@@ -160,8 +160,13 @@ class MuonAdamW(Optimizer):
                 values["betas"] = (momentum, *betas[1:])
             _refuse_bad_values(chosen, values)
             groups.append({"params": chosen, **values})
-        for group in groups:
-            super().add_param_group(group)
+        before = len(self.param_groups)
+        try:
+            for group in groups:
+                super().add_param_group(group)
+        except Exception:
+            del self.param_groups[before:]
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -313,6 +313,14 @@ class TestGroups:
             optimizer.add_param_group({"params": more.named_parameters(), **values})
         assert len(optimizer.param_groups) == 2
 
+    def test_no_group_is_added_if_one_of_two_is_refused(self) -> None:
+        net = Net()
+        optimizer = MuonAdamW(net)
+        more = [("more.weight", nn.Parameter(torch.zeros(3, 3))), ("layers.0.bias", net.layers[0].bias)]
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            optimizer.add_param_group({"params": more})
+        assert len(optimizer.param_groups) == 2
+
     def test_a_bad_momentum_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"betas=\(1.0, 0.95\) must be .*the momentum"):
             MuonAdamW(Net(), momentum=1.0)
