@@ -196,6 +196,14 @@ class TestCommand:
                 "local_optimizer: torch.optim.SGD does not take init_args={'lr': 'fast'}: ",
             ),
             (
+                {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"foreach": True, "fused": True}}},
+                "local_optimizer: torch.optim.SGD does not take init_args={'foreach': True, 'fused': True}: ",
+            ),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.Adam", "init_args": {"betas": [0.9]}}},
+                "local_optimizer: torch.optim.Adam does not take init_args={'betas': [0.9]}: ",
+            ),
+            (
                 {
                     "class_path": "AsyncLocalSGDStrategy",
                     "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from random import Random
 
 import pytest
+import torch
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.planning.pace import pace_of
@@ -17,6 +19,7 @@ from tests.simulation.paper import PAPER
 
 pytest.importorskip("optuna")
 from lightning_halos.tuning.goal import Goal, Point
+from lightning_halos.tuning.report import describe_settings
 from lightning_halos.tuning.space import Choice, Number, Space
 from lightning_halos.tuning.trial import VALIDATIONS, fitting
 
@@ -190,3 +193,23 @@ def test_what_is_noted_of_servers_of_different_sizes_is_what_is_trained() -> Non
     assert not Space(Halos(), TIMING, {}).common
     fixed = {"accumulate_updates": 6, "local_optimizer": None}
     assert not Space(Halos(accumulate_updates=6), unequal, fixed).common
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"lr": 0.0}, "outer_optimizer has lr=0, "), ({"lr": 0.1, "momentum": 1.0}, "outer_optimizer has momentum=1, ")],
+    ids=str,
+)
+def test_a_server_that_no_values_mean_is_refused_by_name(arguments: dict[str, float], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        Space(Diloco(outer_optimizer=partial(torch.optim.SGD, **arguments)), TIMING, {})
+
+
+def test_settings_are_described_in_a_line() -> None:
+    optimizers = {
+        "local_optimizer": {"class_path": "lightning_halos.DelayedNesterov", "init_args": {"lr": 0.5, "delay": 2}},
+        "global_optimizer": {"class_path": "lightning_halos.DelayedNesterov", "init_args": None},
+        "outer_optimizer": {"class_path": "torch.optim.SGD"},
+    }
+    text = describe_settings({"local_steps": 4, **optimizers, "wire": {"between": "int4"}})
+    assert text == "H 4, local 0.5/0/2, global by default, outer by default, wire between int4"

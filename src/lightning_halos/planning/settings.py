@@ -166,7 +166,7 @@ def _optimizer(key: str, value: Any) -> Any:
     kind, arguments = _optimizer_class(key, value), _init_args(key, value, _EXAMPLE)
     try:
         kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # those of torch have many types
         path = value["class_path"]
         raise ValueError(f"{key}: {path} does not take init_args={dict(arguments)}: {error}") from None
     return partial(kind, **arguments)

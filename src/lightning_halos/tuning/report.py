@@ -72,10 +72,10 @@ def describe_settings(settings: Settings) -> str:
     """Returns settings in a line: an optimizer as its rate, momentum and delay."""
     words = []
     for name, value in settings.items():
-        if isinstance(value, Mapping) and "init_args" in value:
-            arguments = value["init_args"]
+        if isinstance(value, Mapping) and "class_path" in value:
+            arguments = value.get("init_args") or {}
             numbers = [arguments.get("lr"), arguments.get("momentum", 0), arguments.get("delay")]
-            text = "/".join(f"{number:g}" for number in numbers if number is not None)
+            text = "/".join(f"{number:g}" for number in numbers if number is not None) if arguments else "by default"
         elif isinstance(value, Mapping):
             text = " ".join(f"{key} {entry}" for key, entry in value.items())
         else:

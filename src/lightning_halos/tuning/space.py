@@ -131,7 +131,16 @@ class _Server:
         }
 
     def values(self, rules: Sequence[Rule]) -> Values:
-        """Returns the values that the servers' optimizers come from, or the nearest ones."""
+        """Returns the values that the servers' optimizers come from, or the nearest ones.
+
+        Raises:
+            ValueError: If no values mean such a rate or momentum.
+        """
+        for rule in rules:
+            if rule.lr <= 0:
+                raise ValueError(f"{self.argument} has lr={rule.lr:g}, which must be positive.")
+            if not 0 <= rule.momentum < 1:
+                raise ValueError(f"{self.argument} has momentum={rule.momentum:g}, which must be in [0, 1).")
         left, rates = 1 - rules[0].momentum, [rule.lr for rule in rules]
         gain = sum(rate * size for rate, size in zip(rates, self.sizes, strict=True)) / len(self.sizes) / left
         values = {f"{self.prefix}gain": gain, f"{self.prefix}memory": -math.log2(left)}
