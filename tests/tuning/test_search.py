@@ -207,6 +207,16 @@ def test_baselines_are_tuned_too(tmp_path: Path, strategy: Any) -> None:
     strategy(simulate=CLUSTER, **found.arguments)
 
 
+def test_one_process_stands_for_a_worker_of_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = mock.Mock(side_effect=ValueError("stop here"))
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", search)
+    cluster = dataclasses.replace(CLUSTER, devices_per_worker=8)
+    with pytest.raises(ValueError, match="stop here"):
+        HalosStrategy.tune(cluster, make, hours=1, steps=STEPS, jobs=1, folder=tmp_path, progress=False)
+    *_, strategy, simulated, _, _, _, _ = search.call_args.args
+    assert strategy(simulate=simulated).cluster == CLUSTER
+
+
 def test_a_search_ends_when_all_settings_have_been_tried(tmp_path: Path) -> None:
     fixed = {"local_steps": 2, "outer_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}}
     start = {"dynamic_local_steps": True}

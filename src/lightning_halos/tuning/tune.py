@@ -60,6 +60,8 @@ def tune(
     """
     if not isinstance(cluster, SimulatedCluster):
         cluster = SimulatedCluster.from_yaml(cluster)
+    # One process stands for a worker in a trial, with the speed and the links that the worker's devices have together.
+    cluster = dataclasses.replace(cluster, devices_per_worker=None)
     start, fixed, trainer = dict(start or {}), dict(fixed or {}), dict(trainer or {})
     _check(hours, steps, virtual_hours, mode, target, trainer, jobs, trials)
     folder = Path(folder)
