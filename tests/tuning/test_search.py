@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import re
+import signal
 import sqlite3
 import sys
 import time
@@ -303,6 +304,40 @@ def test_a_system_that_cannot_fork_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(ValueError, match="forks its trials' processes, which this system cannot"):
         tune(tmp_path)
+
+
+def test_searches_may_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", mock.Mock(side_effect=ValueError("stop here")))
+
+    def slow() -> Any:
+        with pytest.raises(ValueError, match="stop here"):
+            tune(tmp_path)  # which starts and ends while the first search looks at the user's function
+        return make()
+
+    with pytest.raises(ValueError, match="has another search"):
+        tune(tmp_path, slow)
+
+
+def test_a_search_that_was_killed_leaves_its_folder_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while trials of it live on."""
+    waits, ends = os.pipe()
+
+    def killed(*_: Any) -> None:
+        if os.fork() == 0:
+            os.close(ends)
+            os.read(waits, 1)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", killed)
+    search = multiprocessing.get_context("fork").Process(target=tune, args=(tmp_path,))
+    search.start()
+    search.join()
+    assert search.exitcode == -signal.SIGKILL
+    monkeypatch.setattr("lightning_halos.tuning.tune.Search", mock.Mock(side_effect=ValueError("stop here")))
+    with pytest.raises(ValueError, match="stop here"):
+        tune(tmp_path)
+    os.close(ends)
 
 
 def test_mistakes_end_a_search(tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Unlike with flock, trials do not hold it, which live on for a moment if the search is killed.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # of which systems raise one or the other
             raise ValueError(f"Another search is running in {folder}. Give another folder.") from None
         try:
             self._open(folder, identity, seed)
@@ -285,7 +286,6 @@ class Study:
 
     def close(self) -> None:
         """Lets another search use the folder."""
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # processes of trials that are about to end have it, too
         self._lock.close()
 
 

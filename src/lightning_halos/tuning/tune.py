@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -163,7 +164,7 @@ def _algorithm(strategy: Strategy, cluster: SimulatedCluster, settings: Settings
 
 def _timing(cluster: SimulatedCluster, make: Make, folder: Path) -> Timing:
     """Returns the durations on the cluster, and checks the user's function in a process of its own."""
-    log = folder / "make.log"
+    log = folder / f"make-{os.getpid()}.log"  # another search may start there at the same time
     process = Process.start(measure(make), log)
     try:
         report = process.receive()
