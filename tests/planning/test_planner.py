@@ -456,3 +456,19 @@ class TestRandomCluster:
     def test_refuses_wrong_numbers(self, arguments, name):
         with pytest.raises(ValueError, match=f"{name}="):
             random_cluster(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change", "hours"),
+    [
+        (Halos(), {}, 1e9),
+        (Diloco(), {}, 1e9),
+        (Halos(), {"worker_speeds": [[1.0, 1e-12]]}, 1e6),
+        (Diloco(), {"step_ms": 1e-7, "message_bytes": 1}, 1e3),
+    ],
+    ids=["hours", "hours of synchronous rounds", "a slow worker", "short steps"],
+)
+def test_more_rounds_than_fit_into_memory_are_refused(algorithm, change, hours):
+    right = {"bandwidths": [[1e6]], "worker_speeds": [[1.0, 1.0]], "step_ms": 1.0, "message_bytes": 1}
+    with pytest.raises(ValueError, match=r"In hours=.* rounds, and a plan has at most 1e\+09\. .* step_ms"):
+        plan(algorithm, make_timing(SimulatedCluster(**{**right, **change})), hours)

@@ -153,6 +153,8 @@ class TestCommand:
         assert main(["check", path, cluster, "--inner-rate", "0.1"]) == 2
         assert main(["check", path, cluster, "--inner-rate", "1", "--curvature", "3"]) == 2
         assert "must be between 0 and 2" in capsys.readouterr().err
+        assert main(["check", path, cluster, "--inner-rate=-1", "--curvature=-1"]) == 2
+        assert "--inner-rate=-1 must be a positive number" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("settings", "error"),

@@ -133,6 +133,12 @@ class TestFile:
                 TypeError,
                 r"cluster.yaml: names=7 must be a list of names",
             ),
+            ("{step_ms: 2024-13-01}", ValueError, r"cluster.yaml is not YAML: month must be"),
+            (
+                f"{{bandwidths: [[{10**400}]], worker_speeds: [[1]], step_ms: 5}}",
+                ValueError,
+                r"cluster.yaml: bandwidths: region 0 has 10000",
+            ),
             ("{step_ms: 5}", ValueError, r"lacks the key\(s\) bandwidths, worker_speeds\."),
             (
                 "{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, names: [us], global_region: eu}",
@@ -146,6 +152,11 @@ class TestFile:
     def test_refuses_what_is_wrong_and_names_itself(self, write, text, error, message):
         with pytest.raises(error, match=message):
             SimulatedCluster.from_yaml(write(text))
+
+    def test_must_be_in_utf8(self, tmp_path):
+        (tmp_path / "cluster.yaml").write_bytes("names: [Zürich]".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"cluster\.yaml is not a text in UTF-8"):
+            SimulatedCluster.from_yaml(tmp_path / "cluster.yaml")
 
     def test_must_be_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist.*describes the cluster"):

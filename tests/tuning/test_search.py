@@ -340,6 +340,12 @@ def test_a_search_that_was_killed_leaves_its_folder_free(tmp_path: Path, monkeyp
     os.close(ends)
 
 
+def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(b"anything else" * 100)
+    with pytest.raises(ValueError, match=r"study\.db is not the study of a search, or it is damaged: .*not a database"):
+        tune(tmp_path)
+
+
 def test_mistakes_end_a_search(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"logs no 'val_acc'.*It logs val_loss"):
         tune(tmp_path / "metric", monitor="val_acc")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_halos.commands.inputs import read_cluster, read_known_settings
-from lightning_halos.core.checks import check_count
+from lightning_halos.core.checks import check_count, is_positive
 
 if TYPE_CHECKING:
     from lightning_halos.planning.settings import Settings
@@ -57,6 +57,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
     if (arguments.inner_rate is None) != (arguments.curvature is None):
         raise ValueError("give --inner-rate and --curvature together, or none of them.")
+    for name, value in (("--inner-rate", arguments.inner_rate), ("--curvature", arguments.curvature)):
+        if value is not None and not is_positive(value):
+            raise ValueError(f"{name}={value:g} must be a positive number.")
     rate = MINIMUM if arguments.curvature is None else arguments.inner_rate * arguments.curvature
     settings = read_known_settings(arguments.settings)
     cluster = read_cluster(arguments.cluster)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,4 +50,4 @@ def is_number(value: Any) -> bool:
 
 def is_positive(value: Any) -> bool:
     """Returns whether a value is a positive, finite number."""
-    return is_number(value) and 0 < value < math.inf
+    return is_number(value) and 0 < value <= sys.float_info.max  # an int may be larger

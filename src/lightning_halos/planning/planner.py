@@ -32,6 +32,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MS_PER_HOUR = 3.6e6
+MOST_ROUNDS = 10**9
+"""Rounds that a plan has at most. Each takes some tens of bytes of memory."""
 ACTIVITIES = ("computing", "communicating", "waiting")  # the last one: for the slowest worker of a synchronous round
 
 
@@ -189,11 +191,22 @@ def plan(algorithm: Algorithm, timing: Timing, hours: float = 1.0, record_ms: fl
         record_ms: Virtual milliseconds from the start whose events are kept in :attr:`Plan.recording`.
 
     Raises:
-        ValueError: If the time is invalid, or nothing is finished in it.
+        ValueError: If the time is invalid, nothing is finished in it, or too much.
     """
     if not 0 < hours < float("inf"):
         raise ValueError(f"hours={hours!r} must be a positive number of hours.")
     horizon = hours * MS_PER_HOUR
+    durations = longest_rounds(algorithm, timing)
+    each = horizon / durations
+    rounds = float(
+        each.sum() if isinstance(algorithm, ServerAlgorithm) else each[0]
+    )  # others are of all workers at once
+    if rounds > MOST_ROUNDS:
+        raise ValueError(
+            f"In hours={hours:g} there are about {rounds:.1g} rounds, and a plan has at most {MOST_ROUNDS:.0g}. The"
+            f" shortest one takes {durations.min():.3g} ms and the longest {durations.max():.3g} ms. Give fewer hours,"
+            " or check step_ms and worker_speeds."
+        )
     steps = np.array(timing.local_steps(algorithm.local_steps, algorithm.dynamic_local_steps))
     if isinstance(algorithm, ServerAlgorithm):
         return _with_servers(algorithm, timing, horizon, steps, record_ms)

@@ -21,8 +21,10 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from lightning_halos.tuning.goal import RUNGS, Goal, Point
@@ -90,8 +92,15 @@ class Study:
             warnings.simplefilter("ignore")  # of optuna, that some arguments may change
             # No connection is open when a trial's process is forked.
             arguments = {"poolclass": NullPool, "connect_args": {"timeout": _SECONDS}}
-            storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.db').absolute()}", arguments)
-            self._study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+            path = (folder / "study.db").absolute()
+            try:
+                storage = optuna.storages.RDBStorage(f"sqlite:///{path}", arguments)
+                self._study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+            except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+                raise ValueError(
+                    f"{path} is not the study of a search, or it is damaged: {str(error).splitlines()[0]}. Give another"
+                    " folder, or remove the file."
+                ) from error
             before = len(self._study.get_trials(deepcopy=False))
             self._study.sampler = optuna.samplers.TPESampler(
                 seed=seed + before,
