@@ -87,6 +87,72 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"field='id' of .* holds a int, not text: 1"):
             list(Corpus(str(path), field="id").documents())
 
+    @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ({}, {"id": 1}),
+            ({"id": 1}, {"id": "b"}),
+            ({"meta": {"url": "u"}}, {"meta": {"stars": [1]}}),
+        ],
+        ids=["one has more", "another type", "nested"],
+    )
+    def test_the_other_fields_of_files_may_differ(
+        self, tmp_path: Path, kind: str, first: dict[str, Any], second: dict[str, Any]
+    ) -> None:
+        for name, row in (("a", {"text": "2024-01-01", **first}), ("b", {"text": "two", **second})):
+            if kind == "parquet":
+                pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+            else:
+                (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        assert list(Corpus(tmp_path).documents()) == ["2024-01-01", "two"]
+        assert list(Corpus([tmp_path / f"b.{kind}", tmp_path / f"a.{kind}"]).documents()) == ["two", "2024-01-01"]
+
+    @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+    def test_null_is_an_empty_document(self, tmp_path: Path, kind: str) -> None:
+        rows: list[dict[str, Any]] = [{"text": None}, {"text": "one"}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert list(Corpus(tmp_path / f"a.{kind}").documents()) == ["one"]
+
+    @pytest.mark.parametrize(
+        "contents",
+        [
+            '{"text": "one"}\n\n{"text": "two", "id": 1}\n',
+            '[{"text": "one"}, {"text": "two"}]',
+            '[\n  {"text": "one"},\n  {"text": "two", "id": 1}\n]\n',
+            '["one", "two"]',
+        ],
+    )
+    def test_json_is_lines_or_an_array(self, tmp_path: Path, contents: str) -> None:
+        (tmp_path / "a.json").write_text(contents)
+        assert list(Corpus(tmp_path / "a.json").documents()) == ["one", "two"]
+        (tmp_path / "b.json").write_text('{\n  "text": "three"\n}\n')
+        assert list(Corpus(tmp_path).documents()) == ["one", "two", "three"]
+
+    def test_half_of_a_surrogate_pair_in_json_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "cut off: \\ud83d"}')
+        assert list(Corpus(tmp_path).documents()) == ["cut off: ?"]
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+    @pytest.mark.parametrize("sample_by", ["document", "line"])
+    def test_an_empty_file_has_no_documents(self, tmp_path: Path, name: str, sample_by: Any) -> None:
+        (tmp_path / name).touch()
+        assert list(Corpus(tmp_path / name, sample_by=sample_by).documents()) == []
+
+    @pytest.mark.parametrize(
+        ("contents", "problem"),
+        [
+            ('{"text": "one"}\n{"text": "tw', "Cannot read .*a.jsonl: what begins in line 2 is no JSON"),
+            ('{"text": "one"}\n{"body": "two"}', "a.jsonl: it has no field='text'. It has: body"),
+            ('{"text": "one"}\n2', "a.jsonl: it has a row that is no object: 2"),
+        ],
+    )
+    def test_a_wrong_row_is_said_with_its_file(self, tmp_path: Path, contents: str, problem: str) -> None:
+        (tmp_path / "a.jsonl").write_text(contents)
+        with pytest.raises(ValueError, match=problem):
+            list(Corpus(tmp_path).documents())
+
     def test_what_is_wrong_is_said(self, corpus: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="give exactly one"):
             Corpus()

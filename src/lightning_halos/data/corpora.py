@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 from fsspec.compression import compr
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_halos.data.rows import COMPRESSIONS, decompressed, read_rows
 from lightning_halos.extras import language_package
 
 SampleBy = Literal["document", "paragraph", "line"]
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # anything else is text
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _HEAD = 1 << 13  # bytes that are looked at to know whether a file is text
 _NAMED = 10  # files in a message
 
@@ -76,27 +76,31 @@ class Corpus:
         datasets = language_package("datasets")
         if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in compr:
             raise ModuleNotFoundError(f"{self}: files that end in .zst need a package: pip install zstandard")
+        if self.is_text:
+            options = {"sample_by": self.sample_by, "encoding_errors": "replace"}
+            files = [glob.escape(str(path)) for path in self.paths]
+            return datasets.load_dataset("text", data_files=files, split="train", streaming=True, **options)
+        if self.files:
+            rows = {"files": self.paths, "kind": self._kind, "field": self.field}
+            loaded = datasets.IterableDataset.from_generator(read_rows, gen_kwargs=rows)
+            next(iter(loaded), None)  # so that a missing field is noticed now
+            return loaded
         try:
-            if self.dataset:
-                loaded = datasets.load_dataset(
-                    str(self.dataset), self.config, split=self.split, streaming=self.streaming
-                )
-            else:
-                kind = self._kind
-                options = {"sample_by": self.sample_by, "encoding_errors": "replace"} if kind == "text" else {}
-                files = [glob.escape(str(path)) for path in self.paths]
-                loaded = datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+            loaded = datasets.load_dataset(str(self.dataset), self.config, split=self.split, streaming=self.streaming)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            hint = " A dataset of the hub needs the network, or an earlier download." if self.dataset else ""
-            raise ValueError(f"Cannot load {self}: {reason}.{hint}") from error
+            raise ValueError(
+                f"Cannot load {self}: {reason}. A dataset of the hub needs the network, or an earlier download."
+            ) from error
         columns = loaded.column_names or list(next(iter(loaded), {}))
-        if self._field not in columns:
-            raise ValueError(f"{self} has no field={self._field!r}. It has: {', '.join(columns) or 'nothing'}.")
-        return loaded.select_columns([self._field])
+        if self.field not in columns:
+            raise ValueError(f"{self} has no field={self.field!r}. It has: {', '.join(columns) or 'nothing'}.")
+        return loaded.select_columns([self.field])
 
     def documents(self, loaded: Any = None) -> Iterator[str]:
         """Yields the text of each document that is not empty, in order; of ``loaded``, if it is a part of :meth:`load`.
+
+        A null is an empty document.
 
         Raises:
             ValueError: As :meth:`load`; also if a value of the field is not text.
@@ -104,10 +108,11 @@ class Corpus:
         field = self._field
         for row in self.load() if loaded is None else loaded:
             text = row[field]
-            if not isinstance(text, str):
+            if not isinstance(text, str | None):
                 raise ValueError(f"field={field!r} of {self} holds a {type(text).__name__}, not text: {text!r:.60}.")
             if text:
-                yield text
+                # JSON may have half of a surrogate pair, which tokenizers do not take.
+                yield text.encode(errors="replace").decode()
 
     def key(self) -> str:
         """Returns a key of the present content, from names, sizes and times of files or a dataset's fingerprint."""
@@ -198,10 +203,9 @@ def _summary(folder: Path, files: Sequence[Path]) -> str:
 
 def _is_text(file: Path) -> bool:
     """Returns whether the beginning of a file, which may be compressed, is UTF-8, except for a few bytes."""
-    compression = _COMPRESSIONS.get(file.suffix)
     try:
         with file.open("rb") as opened:
-            head = compr[compression](opened, mode="rb").read(_HEAD).decode(errors="replace")
+            head = decompressed(opened, file).read(_HEAD).decode(errors="replace")
     except Exception:  # a damaged file, or a missing package, is an error when the file is loaded
         return True
     return "\0" not in head and head.count("\ufffd") <= len(head) / 10
@@ -212,4 +216,4 @@ def _kind(file: Path) -> str:
 
 
 def _without_compression(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix in _COMPRESSIONS else file
+    return file.with_suffix("") if file.suffix in COMPRESSIONS else file
