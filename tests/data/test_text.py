@@ -130,6 +130,26 @@ class TestCorpus:
         (tmp_path / "b.json").write_text('{\n  "text": "three"\n}\n')
         assert list(Corpus(tmp_path).documents()) == ["one", "two", "three"]
 
+    @pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.json.GZ"])
+    def test_suffixes_of_json_lines(self, tmp_path: Path, name: str) -> None:
+        lines = b'{"text": "one"}'
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("GZ") else lines)
+        assert list(Corpus(tmp_path / name).documents()) == ["one"]
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path, name: str) -> None:
+        contents = '{"text": "naïve"}' if name == "a.jsonl" else "naïve"
+        (tmp_path / name).write_text(contents, encoding="utf-8-sig")
+        assert list(Corpus(tmp_path / name).documents()) == ["naïve"]
+
+    def test_text_that_is_not_utf8_is_warned_of(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        (tmp_path / "utf8.txt").write_text("a" + "€" * 10_000)  # the look at the beginning ends inside of a character
+        assert Corpus(tmp_path / "utf8.txt").is_text
+        assert not recwarn
+        (tmp_path / "latin1.txt").write_bytes("Er aß den Käse nicht".encode("latin-1"))
+        with pytest.warns(UserWarning, match=r"Not all of it is UTF-8.*/latin1.txt"):
+            assert Corpus([tmp_path / "latin1.txt", tmp_path / "utf8.txt"]).is_text
+
     def test_half_of_a_surrogate_pair_in_json_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "cut off: \\ud83d"}')
         assert list(Corpus(tmp_path).documents()) == ["cut off: ?"]

@@ -5,6 +5,7 @@ Tokenizing them is the business of ``tokenization``.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fsspec.compression import compr
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_halos.data.rows import COMPRESSIONS, decompressed, read_rows
 from lightning_halos.extras import language_package
 
 SampleBy = Literal["document", "paragraph", "line"]
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # anything else is text
+_FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}  # anything else is text
 _HEAD = 1 << 13  # bytes that are looked at to know whether a file is text
 _NAMED = 10  # files in a message
 
@@ -32,9 +33,9 @@ class Corpus:
 
     Attributes:
         files: Paths, globs (``**`` reaches any depth) or folders (all text, JSON and Parquet files below them, except
-            hidden ones), all of one kind: JSON lines (``.jsonl``, ``.json``), Parquet (``.parquet``), or text (any
-            other suffix). They may be compressed. A folder's file is text if its beginning is UTF-8, except for a few
-            bytes; a log line names the others.
+            hidden ones), all of one kind: JSON lines (``.jsonl``, ``.ndjson``, ``.json``), Parquet (``.parquet``), or
+            text (any other suffix). They may be compressed. A folder's file is text if its beginning is UTF-8, except
+            for a few bytes; a log line names the others. A warning names text files that are not completely UTF-8.
         dataset: A dataset's name on the Hugging Face hub, or its folder.
         config: The dataset's configuration.
         split: The dataset's split.
@@ -74,10 +75,10 @@ class Corpus:
             ModuleNotFoundError: If the extra ``lm`` is not installed, or ``zstandard`` and a file is a ``.zst``.
         """
         datasets = language_package("datasets")
-        if any(path.suffix == ".zst" for path in self.paths) and "zstd" not in compr:
+        if any(path.suffix.lower() == ".zst" for path in self.paths) and "zstd" not in compr:
             raise ModuleNotFoundError(f"{self}: files that end in .zst need a package: pip install zstandard")
         if self.is_text:
-            options = {"sample_by": self.sample_by, "encoding_errors": "replace"}
+            options = {"sample_by": self.sample_by, "encoding": "utf-8-sig", "encoding_errors": "replace"}
             files = [glob.escape(str(path)) for path in self.paths]
             return datasets.load_dataset("text", data_files=files, split="train", streaming=True, **options)
         if self.files:
@@ -131,6 +132,11 @@ class Corpus:
             if not found:
                 raise FileNotFoundError(f"There is no file {pattern}.")
             paths |= dict.fromkeys(found)
+        damaged = [path for path in paths if _kind(path) == "text" and "\ufffd" in _head(path)]
+        if damaged:
+            rank_zero_warn(
+                f"Not all of it is UTF-8, and the rest is replaced: {_names(damaged)}. Convert it to UTF-8 to keep it."
+            )
         return list(paths)
 
     @property
@@ -183,37 +189,44 @@ def _files_in(folder: Path) -> list[Path]:
         if file.is_file() and not is_hidden and file.stat().st_size:
             (files if _kind(file) != "text" or _is_text(file) else others).append(file)
     if any(_kind(file) != "text" for file in files):
-        beside = [file for file in files if _kind(file) == "text" and _without_compression(file).suffix != ".txt"]
+        beside = [
+            file for file in files if _kind(file) == "text" and _without_compression(file).suffix.lower() != ".txt"
+        ]
         files = sorted({*files} - {*beside})
-    names = _summary(folder, others)
+    names = _names(others, folder)
     if not files:
         rest = f" Not text: {names}." if others else ""
         raise FileNotFoundError(f"{folder} has no readable file: text, JSON or Parquet, not empty or hidden.{rest}")
     if others:
         rank_zero_info(f"{folder}: not read, because it is not text: {names}.")
     if beside:
-        rank_zero_info(f"{folder}: not read beside JSON or Parquet: {_summary(folder, beside)}.")
+        rank_zero_info(f"{folder}: not read beside JSON or Parquet: {_names(beside, folder)}.")
     return files
 
 
-def _summary(folder: Path, files: Sequence[Path]) -> str:
-    names = ", ".join(str(file.relative_to(folder)) for file in files[:_NAMED])
+def _names(files: Sequence[Path], folder: Path | None = None) -> str:
+    names = ", ".join(str(file.relative_to(folder) if folder else file) for file in files[:_NAMED])
     return names + (f" and {len(files) - _NAMED} more" if len(files) > _NAMED else "")
 
 
 def _is_text(file: Path) -> bool:
     """Returns whether the beginning of a file, which may be compressed, is UTF-8, except for a few bytes."""
-    try:
-        with file.open("rb") as opened:
-            head = decompressed(opened, file).read(_HEAD).decode(errors="replace")
-    except Exception:  # a damaged file, or a missing package, is an error when the file is loaded
-        return True
+    head = _head(file)
     return "\0" not in head and head.count("\ufffd") <= len(head) / 10
 
 
+def _head(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            head: bytes = decompressed(opened, file).read(_HEAD)
+    except Exception:  # a damaged file, or a missing package, is an error when the file is loaded
+        return ""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # may end inside of a character
+
+
 def _kind(file: Path) -> str:
-    return _FORMATS.get(_without_compression(file).suffix, "text")
+    return _FORMATS.get(_without_compression(file).suffix.lower(), "text")
 
 
 def _without_compression(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix in COMPRESSIONS else file
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file

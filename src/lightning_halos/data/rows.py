@@ -43,7 +43,7 @@ def read_rows(files: Sequence[Path], kind: str, field: str) -> Iterator[dict[str
 
 def decompressed(raw: IO[bytes], file: Path) -> Any:
     """Returns what is in a file that has been opened, according to the suffix of its name."""
-    return compr[COMPRESSIONS.get(file.suffix)](raw, mode="rb")
+    return compr[COMPRESSIONS.get(file.suffix.lower())](raw, mode="rb")
 
 
 def _json_values(opened: Any, field: str) -> Iterator[Any]:
