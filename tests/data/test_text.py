@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_halos.data import Corpus, IndexedTokens, load_tokenizer, train_tokenizer, write_tokens
-from lightning_halos.data.tokenization import pack
+from lightning_halos.data.tokenization import pack, tokenize
 from tests.data.conftest import text
 
 DOCUMENTS = [text(number) for number in range(12)]
@@ -216,6 +216,13 @@ class TestTokenizer:
             assert loaded.decode(loaded(original)["input_ids"]) == original
         assert len(loaded) == 300
         assert loaded.eos_token == "<|endoftext|>"
+
+    def test_a_text_that_spells_a_special_token_does_not_become_it(self, tokenizer: str) -> None:
+        loaded = load_tokenizer(tokenizer)
+        original = "a<|endoftext|>b"
+        ((_, tokens),) = tokenize([original], loaded)
+        assert tokens.count(loaded.eos_token_id) == 1
+        assert loaded.decode(tokens[:-1]) == original
 
     def test_training_makes_it_shorter(self, tokenizer: str) -> None:
         assert len(load_tokenizer(tokenizer)(DOCUMENTS[0])["input_ids"]) < len(DOCUMENTS[0]) / 2

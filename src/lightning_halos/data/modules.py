@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
-_CACHE_VERSION = 2  # increase it when the same text and tokenizer would give different files
+_CACHE_VERSION = 3  # increase it when the same text and tokenizer would give different files
 
 
 class TokenDataModule(pl.LightningDataModule, ABC):

@@ -42,7 +42,13 @@ def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
     """
     documents = iter(documents)
     while texts := list(_batch(documents)):
-        encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded: Any = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # a text about <|endoftext|> does not end there
+            return_attention_mask=False,
+            verbose=False,
+        )
         for text, tokens in zip(texts, encoded["input_ids"], strict=True):
             yield text, [*tokens, tokenizer.eos_token_id]
 
