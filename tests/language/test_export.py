@@ -175,6 +175,19 @@ def test_without_the_callback_a_configuration_is_asked_for_and_enough(
         export_checkpoint(checkpoint, tmp_path / "other", config=tmp_path / "config")
 
 
+def test_a_tied_weight_needs_one_of_its_names(tmp_path: Path) -> None:
+    model = GPTNeoXForCausalLM(config(tied=True))
+    weights = {f"lm.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    (missing,) = {f"lm.{name}" for name in model.state_dict()} - {*weights}
+    torch.save({"state_dict": weights}, tmp_path / "final.ckpt")
+    config(tied=True).save_pretrained(tmp_path / "tied")
+    out = export_checkpoint(tmp_path / "final.ckpt", tmp_path / "out", config=tmp_path / "tied")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model))
+    config(tied=False).save_pretrained(tmp_path / "untied")
+    with pytest.raises(ValueError, match=f'Missing key.*"{missing.removeprefix("lm.")}"'):
+        export_checkpoint(tmp_path / "final.ckpt", tmp_path / "out", config=tmp_path / "untied")
+
+
 def test_one_of_several_models_is_named(tmp_path: Path) -> None:
     class Distilling(LanguageModule):
         def __init__(self) -> None:
