@@ -131,6 +131,21 @@ def test_the_table_says_what_is_noise() -> None:
     assert "paired, question by question" in table
 
 
+def test_differences_without_standard_errors_are_called_neither_paired_nor_noise() -> None:
+    models = [answered({"t": [0.0, 1.0]}, samples=False) for _ in range(2)]
+    for model in models:
+        del model["results"]["t"]["acc_stderr,none"]
+    table = comparison_table(compare(models), ["a", "b"])
+    assert "No difference has one, so none can be told from noise" in table
+    assert "paired" not in table
+
+
+def test_options_that_existing_results_ignore_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--limit", "3", "--tasks", "x", "--device", "y", "--model-args", "a=b", "--batch-size", "8"]
+    assert main(["evaluate", "--compare", "a/results.json", "b/results.json", *options]) == 2
+    assert "leave --tasks, --limit, --batch-size, --device, --model-args out" in capsys.readouterr().err
+
+
 def test_results_that_are_there_already_are_compared_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,11 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
             {"model_args": {"max_lenght": 100}},
             "model_args={'max_lenght': 100} must be arguments of lm-eval's HFLM: .*max_lenght",
         ),
+        ({"model_args": {"pretrained": "other", "tokenizer": "t"}}, "must not have pretrained, tokenizer"),
+        ({"device": "cpu", "model_args": {"device": "cpu"}}, "must not have device"),
+        ({"device": "gpu"}, "device='gpu' must be a device of torch"),
+        ({"model_args": {"device": "gpu"}}, "device='gpu' must be a device of torch"),
+        ({"device": "cuda:99"}, "device='cuda:99' is not there: torch finds"),
         ({"model": "./nowhere"}, r"\./nowhere is neither a folder"),
         ({"model": "nowhere.ckpt"}, "does not exist"),
     ],
@@ -164,6 +169,25 @@ def test_what_is_wrong_is_said(
     right = {"model": folder, "tasks": "local_lambada", "include_path": TASKS}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         lightning_halos.evaluate(**{**right, **arguments})
+
+
+def test_an_answer_that_is_longer_than_the_context_is_said(folder: str) -> None:
+    options: dict[str, Any] = {"include_path": TASKS, "limit": 1, "model_args": {"max_length": 3}}
+    with pytest.raises(
+        ValueError, match="local_hellaswag: an answer is empty, or longer than the model's context of 3"
+    ):
+        lightning_halos.evaluate(folder, "local_hellaswag", **options)
+
+
+def test_a_device_among_the_arguments_of_the_model_counts(folder: str) -> None:
+    options: dict[str, Any] = {"include_path": TASKS, "limit": 1, "model_args": {"device": "cpu"}}
+    with (
+        patch("torch.cuda.is_available", return_value=True),
+        patch.object(HFLM, "__init__", autospec=True, side_effect=ValueError("stop")) as loading,
+        pytest.raises(ValueError, match="stop"),
+    ):
+        lightning_halos.evaluate(folder, "local_lambada", **options)
+    assert loading.call_args.kwargs["device"] == "cpu"
 
 
 def test_what_only_the_hub_has_needs_the_network(

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_halos.commands.inputs import refuse
+
 SUMMARY = "Score a language model on benchmark tasks with lm-eval, or compare several: results.json and results.md."
 EXAMPLES = """\
 examples:
@@ -19,6 +21,7 @@ examples:
   lightning-halos evaluate --compare ddp/results.json halos/results.json
       the same from existing results
 """
+_OPTIONS = ("tasks", "tokenizer", "include_path", "limit", "num_fewshot", "batch_size", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=_number, metavar="N", help="questions per task; below 1, a share of them")
     what.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     how = parser.add_argument_group("how to run the model")
-    how.add_argument(
-        "--batch-size", type=_batch_size, default=8, metavar="N", help="sequences per pass, or auto (default: 8)"
-    )
+    how.add_argument("--batch-size", type=_batch_size, metavar="N", help="sequences per pass, or auto (default: 8)")
     how.add_argument("--device", help="such as cuda:0 (default: cuda if available, else cpu)")
-    how.add_argument("--dtype", default="auto", help="data type of the weights (default: as they are saved)")
+    how.add_argument("--dtype", help="data type of the weights (default: as they are saved)")
     how.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: the model's own)")
     how.add_argument(
         "--model-args",
         metavar="KEY=VALUE,...",
-        default="",
         help="further arguments of lm-eval's HFLM, such as peft=FOLDER",
     )
 
@@ -75,8 +75,7 @@ def _scores(arguments: argparse.Namespace, model: str, folder: Path) -> dict[str
     language_package("lm_eval")
     from lm_eval.utils import simple_parse_args_string
 
-    names = ("tasks", "tokenizer", "include_path", "limit", "num_fewshot", "batch_size", "device", "dtype")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
     results = evaluate(model, **options, model_args=simple_parse_args_string(arguments.model_args))
     write_results(results, folder)
     print(f"\n{model}\n\n{results_table(results)}\nWrote {folder / 'results.json'} and {folder / 'results.md'}")
@@ -93,6 +92,8 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> None:
     for model in arguments.compare:  # before any of them is evaluated, which may take hours
         if model.endswith(".ckpt"):
             refuse_missing(Path(model))
+    if all(model.endswith(".json") for model in arguments.compare):
+        refuse(arguments, "the results are there already, and no model is evaluated", *_OPTIONS, "model_args")
     existing = {model: load_results(model) for model in arguments.compare if model.endswith(".json")}
     results = [
         existing[model] if model in existing else _scores(arguments, model, folder / label)

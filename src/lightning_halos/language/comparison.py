@@ -254,6 +254,8 @@ def _verdict(difference: Difference) -> str:
 
 def _legend(rows: Sequence[Comparison]) -> str:
     pairs = [difference.paired for row in rows for difference in row.differences if difference.stderr is not None]
+    if not pairs:
+        return "± is one standard error. No difference has one, so none can be told from noise."
     kind = "paired, question by question" if all(pairs) else "as of independent samples"
     if any(pairs) and not all(pairs):
         unpaired = {row.task for row in rows if any(not one.paired for one in row.differences)}

@@ -65,7 +65,8 @@ def evaluate(
         batch_size: Sequences per forward pass, or ``"auto"``: as many as fit into memory.
         device: The device, such as ``"cuda:0"``. Default: CUDA if available, else CPU.
         dtype: Data type of the weights, such as ``"bfloat16"``. Default: the one they are saved in.
-        model_args: Further arguments of lm-eval's ``HFLM``, such as ``{"peft": "my-adapter"}``.
+        model_args: Further arguments of lm-eval's ``HFLM``, such as ``{"peft": "my-adapter"}``. They override
+            ``batch_size`` and ``dtype``.
         bootstrap_iters: Resamplings for the standard error of metrics without a formula for it, such as perplexity.
             With 1000, the standard error is accurate to 2 %.
         seed: Seed of lm-eval's random choices, such as few-shot examples.
@@ -83,9 +84,17 @@ def evaluate(
     benchmark = Benchmark(tasks, include_path, limit, num_fewshot, batch_size, bootstrap_iters, seed)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype={dtype!r} must be 'auto' or the name of a data type of torch, such as 'bfloat16'.")
+    options = dict(model_args or {})
+    twice = [name for name in ("pretrained", "tokenizer", *(["device"] if device else [])) if name in options]
+    if twice:
+        raise ValueError(
+            f"model_args={options!r} must not have {', '.join(twice)}: the model, the tokenizer and the device are"
+            " arguments of their own."
+        )
+    _refuse_absent(options.get("device", device))
     benchmark.load()
     name = model if isinstance(model, (str, Path)) else model.name_or_path or type(model).__name__
-    with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, dict(model_args or {})) as lm:
+    with isolate_rng(), _language_model(model, tokenizer, batch_size, device, dtype, options) as lm:
         return benchmark.run(lm) | {"model_name": str(name)}
 
 
@@ -157,7 +166,15 @@ class Benchmark:
         os.environ["DISABLE_MULTIPROC"] = "1"  # for lm-eval's bootstrap: forking is unsafe with threads and CUDA
         kinds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         options = self._options | dict.fromkeys(kinds, self._seed)
-        results = simple_evaluate(lm, tasks=list(self.tasks), task_manager=self._manager, **options)
+        try:
+            results = simple_evaluate(lm, tasks=list(self.tasks), task_manager=self._manager, **options)
+        except AssertionError as error:
+            if error.args:
+                raise
+            raise ValueError(
+                f"{', '.join(self.tasks)}: an answer is empty, or longer than the model's context of {lm.max_length}"
+                " tokens. Leave the task out, or evaluate a model with a longer context."
+            ) from error
         if results is None:
             raise ValueError("lm-eval returns results only in the process with LOCAL_RANK=0. Evaluate there.")
         return dict(results)
@@ -248,9 +265,9 @@ def _language_model(
             source = str(Path(model).resolve())  # a relative path could be taken for a name on the hub
         elif Path(model).is_absolute() or str(model).startswith((".", "~")):
             raise FileNotFoundError(f"{model} is neither a folder of a Hugging Face model nor a .ckpt file.")
-        options = {"batch_size": batch_size, "dtype": dtype, **model_args}
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        options = {"batch_size": batch_size, "dtype": dtype, "device": where, **model_args}
         named = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        options["device"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _explained(f"the model {model}"):
             try:
                 lm = HFLM(pretrained=source, tokenizer=named, **options)
@@ -259,6 +276,18 @@ def _language_model(
                     raise
                 raise ValueError(f"model_args={model_args!r} must be arguments of lm-eval's HFLM: {error}") from error
         yield lm
+
+
+def _refuse_absent(device: str | None) -> None:
+    """Refuses a device that lm-eval would replace by another one without a word."""
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} must be a device of torch, such as 'cuda:0' or 'cpu'.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r} is not there: torch finds {torch.cuda.device_count()} CUDA devices.")
 
 
 @contextmanager
