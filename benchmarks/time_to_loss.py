@@ -24,6 +24,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import statistics
 import subprocess
 import sys
@@ -408,17 +409,19 @@ def table(results: dict[str, list[Result]], reference: str) -> tuple[str, float]
     return "\n".join(lines), target
 
 
-def closeness(results: dict[str, list[Result]]) -> str:
-    """Says how far each row's final loss is above that of synchronous SGD, and how long that took to come as far."""
-    lines = [f"{'':30}{'final loss':>12}{'above synchronous SGD':>24}{'its time to this loss':>24}"]
+def closeness(results: dict[str, list[Result]], base: str = "sync_sgd") -> str:
+    """Says how far each row's final loss is above that of a row of synchronous SGD, and how long that took to it."""
+    above_base, time_of_base = f"above {NAMES[base]}", "its time to this loss"
+    lines = [f"{'':30}{'final loss':>12}{above_base:>34}{time_of_base:>24}"]
     for name, seeds in results.items():
-        pairs = list(zip(seeds, results["sync_sgd"], strict=True))
+        pairs = list(zip(seeds, results[base], strict=True))
         above = statistics.mean(one["val_loss"][-1] / base["val_loss"][-1] - 1 for one, base in pairs)
         times = statistics.mean(
             time_to(base, min(one["val_loss"])) / time_to(one, min(one["val_loss"])) for one, base in pairs
         )
         final = statistics.mean(one["val_loss"][-1] for one in seeds)
-        lines.append(f"{NAMES[name]:30}{final:12.3f}{above:23.1%} {f'{times:.2f} times':>24}")
+        reached = "not reached" if math.isnan(times) else f"{times:.2f} times"
+        lines.append(f"{NAMES[name]:30}{final:12.3f}{above:33.1%} {reached:>24}")
     return "\n".join(lines)
 
 
@@ -514,9 +517,11 @@ def long_report(output: Path, rows: Sequence[str], options: str) -> None:
         "the same samples for each algorithm" if others == steps else f"under synchronous SGD for {others:,}"
     )
     plot({name: seeds[0] for name, seeds in results.items()}, halos, target, title, output / "time_to_loss.png")
-    publish(
-        [f"$ python benchmarks/time_to_loss.py --long{options} --plot-only\n\n{text}\n\n{closeness(results)}"], output
-    )
+    parts = [f"$ python benchmarks/time_to_loss.py --long{options} --plot-only", text, closeness(results)]
+    if "sync_sgd_averaged" in results:
+        averaged = {name: seeds for name, seeds in results.items() if name in AVERAGED}
+        parts.append(closeness(averaged, "sync_sgd_averaged"))
+    publish(["\n\n".join(parts)], output)
 
 
 def publish(texts: list[str], output: Path) -> None:

@@ -55,6 +55,7 @@ class HuggingFaceCheckpoint(Callback):
         self.tokenizer = tokenizer
         self.submodule = submodule
         self._tokenizer_files: dict[str, str | bytes] | None = None
+        self._hook_of_module: Any = None  # what the module itself had in the place of a hook
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -63,6 +64,7 @@ class HuggingFaceCheckpoint(Callback):
                 self._find_tokenizer_files(trainer)
             # Lightning asks no callback about a checkpoint with weights only, but always the module.
             hook = pl_module.on_save_checkpoint
+            self._hook_of_module = vars(pl_module).get("on_save_checkpoint")
 
             def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
                 hook(checkpoint)
@@ -72,7 +74,16 @@ class HuggingFaceCheckpoint(Callback):
             vars(pl_module)["on_save_checkpoint"] = on_save_checkpoint
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        vars(pl_module).pop("on_save_checkpoint", None)
+        if stage == "fit":
+            self._restore_hook(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore_hook(pl_module)
+
+    def _restore_hook(self, module: pl.LightningModule) -> None:
+        vars(module).pop("on_save_checkpoint", None)
+        if self._hook_of_module is not None:
+            vars(module)["on_save_checkpoint"], self._hook_of_module = self._hook_of_module, None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

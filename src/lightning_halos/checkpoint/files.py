@@ -141,7 +141,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Returns the absolute path of a local file as Lightning opens it, without ``~`` and ``file://``."""
-    return Path(strip_protocol(str(path)))
+    return Path(os.path.abspath(strip_protocol(str(path))))
 
 
 def is_plain(state: Any) -> bool:

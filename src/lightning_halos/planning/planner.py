@@ -198,9 +198,8 @@ def plan(algorithm: Algorithm, timing: Timing, hours: float = 1.0, record_ms: fl
     horizon = hours * MS_PER_HOUR
     durations = longest_rounds(algorithm, timing)
     each = horizon / durations
-    rounds = float(
-        each.sum() if isinstance(algorithm, ServerAlgorithm) else each[0]
-    )  # others are of all workers at once
+    # Synchronous rounds are of all workers at once.
+    rounds = float(each.sum() if isinstance(algorithm, ServerAlgorithm) else each[0])
     if rounds > MOST_ROUNDS:
         raise ValueError(
             f"In hours={hours:g} there are about {rounds:.1g} rounds, and a plan has at most {MOST_ROUNDS:.0g}. The"

@@ -124,7 +124,7 @@ class FirstHooks(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._loop.finished:
-            self._loop.finish(stop=self._lightning.wants_to_stop(self._loop.round.global_step))
+            self._loop.finish(stop=self._lightning.wants_to_stop(self._loop.round.position))
         if trainer.is_global_zero:
             self._metrics.tell(trainer.callback_metrics)
         self._lightning.save_at_end()

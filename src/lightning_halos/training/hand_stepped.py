@@ -100,6 +100,8 @@ class HandStepped:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state of :meth:`state_dict`."""
         self._earlier_steps = state["steps"]
+        for entry in self._schedulers:
+            entry.since = (self._progress, state["steps"])  # unless it was there before
         for entry, counts in zip(self._schedulers, state["counts"], strict=False):
             entry.first, entry.calls, entry.is_placed, *since = counts
             entry.since = since[0] if since else (state["start"], 0)  # version 0.1 followed none that begins later
@@ -119,10 +121,13 @@ class HandStepped:
         return self._steps - entry.since[1]
 
     def _look(self) -> None:
-        """Follows the module's present schedulers. Those of submodules are looked for when an epoch begins."""
+        """Follows the module's present schedulers.
+
+        Those of submodules, and in lists and the like, are looked for when an epoch begins.
+        """
         trainer = self._trainer
         seen = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
-        seen |= {id(scheduler) for scheduler in _schedulers_in(trainer.lightning_module)}
+        seen |= {id(item) for item in vars(trainer.lightning_module).values() if isinstance(item, LRScheduler)}
         if seen == self._seen:
             return
         self._seen = seen

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 _NEVER = sys.maxsize  # a frequency with which Lightning never steps a scheduler
 
@@ -113,8 +114,12 @@ class SchedulePosition:
 
     def end_batch(self) -> None:
         """Remembers what the schedulers have set, so that a change by a hook before the next batch can be seen."""
-        if self._follows:
-            self._after_batch = [scheduler.steps for scheduler in self._schedulers], self._scheduled()
+        if self._follows:  # values on a device are not compared, because the host would wait for it
+            groups = [
+                [{name: value for name, value in group.items() if not _is_on_device(value)} for group in groups]
+                for groups in self._scheduled()
+            ]
+            self._after_batch = [scheduler.steps for scheduler in self._schedulers], groups
 
     def set_deciding(self, decides: bool) -> None:
         """Lets this worker step the plateau schedulers, or no longer, in a run in which that may change."""
@@ -178,6 +183,7 @@ class SchedulePosition:
                 self._step(scheduler, position // scheduler.period - self._position // scheduler.period)
         self._position = max(position, self._position)
         self._save()
+        self.end_batch()
 
     def _of_others(self, plateaus: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         """Returns those steps that another worker has made."""
@@ -250,7 +256,9 @@ class SchedulePosition:
         """Follows what hooks have changed since the last batch: schedulers, and what these have set."""
         after, self._after_batch = self._after_batch, None
         if self._configs is not self._trainer.lr_scheduler_configs:
+            self.release()
             self._adopt()
+            self._plateaus = []
             present = self._trainer.global_step
             self._position = max(self._position, present if self._limit is None else min(present, self._limit))
             self._save()
@@ -299,7 +307,7 @@ class SchedulePosition:
         """Returns a copy of what schedulers have set, in all groups of all optimizers."""
         names = self._changed_by_schedulers
         return [
-            [copy.deepcopy({n: group[n] for n in names & group.keys()}) for group in optimizer.param_groups]
+            [{name: _copy(group[name]) for name in names & group.keys()} for group in optimizer.param_groups]
             for optimizer in self._optimizers
         ]
 
@@ -320,8 +328,16 @@ class SchedulePosition:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Returns whether two settings of a group differ; not those of several numbers, which no scheduler changes."""
+    """Returns whether two settings of a group differ; not tensors or arrays of several numbers, which none changes."""
     try:
         return bool(one != other)
     except (RuntimeError, ValueError):
         return False
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _copy(value: Any) -> Any:
+    return value if isinstance(value, float | int) else copy.deepcopy(value)

@@ -72,6 +72,11 @@ class Leases:
             if lease.epoch == epoch or lease.epoch <= self._complete:
                 self._given.append(lease)
                 yield lease
+            elif self.dropped and self.dropped[-1] is lease:
+                raise RuntimeError(
+                    "A simulation plans what data each worker trains on, so no hook may leave an epoch early:"
+                    " on_train_batch_start must not return -1 with simulate=... Train in real processes instead."
+                )
             else:
                 self.dropped.append(lease)
 

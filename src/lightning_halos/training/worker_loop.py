@@ -127,6 +127,7 @@ class WorkerLoop(Callback):
                 world.client.answer = Pull(**state["answer"])
         else:
             self._move_schedulers(self.round.position, [] if start.entry is None else start.entry.plateau_steps)
+        self._schedulers.end_batch()
         self.stopwatch = Stopwatch(self._trainer.strategy.root_device)
         self.end_evaluation: Callable[[], None] = lambda: None
 
@@ -192,7 +193,7 @@ class WorkerLoop(Callback):
         self.round.count(stepped, seconds)
         if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
-        if self._agree(self._lightning.wants_to_stop(self.round.global_step)):
+        if self._agree(self._lightning.wants_to_stop(self.round.position)):
             self.finish(stop=True)
         elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
@@ -202,7 +203,6 @@ class WorkerLoop(Callback):
             if not self.round.stopped and (self.round.over or (stepped and self._ends_rounds_early)):
                 self._next_round()
             self._follow_run()
-        self._schedulers.end_batch()
         self.stopwatch.restart()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -97,9 +97,10 @@ class Study:
                 storage = optuna.storages.RDBStorage(f"sqlite:///{path}", arguments)
                 self._study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
             except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(
-                    f"{path} is not the study of a search, or it is damaged: {str(error).splitlines()[0]}. Give another"
-                    " folder, or remove the file."
+                    f"{path} is not the study of a search, or it is damaged: {reason}. Give another folder, or remove"
+                    " the file."
                 ) from error
             before = len(self._study.get_trials(deepcopy=False))
             self._study.sampler = optuna.samplers.TPESampler(
