@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_halos.cli import main
+from lightning_halos.commands.inputs import given_path
 from lightning_halos.data import IndexedTokens, MegatronDataModule, load_tokenizer
 from tests.data.conftest import text
 
@@ -59,6 +60,17 @@ def test_packed_with_a_tokenizer_of_its_own(prepare: Prepare, corpus: Path, tmp_
     assert sorted(ordered) == sorted(written)
     assert [one[-1] for one in ordered[:-1]] == [one[0] for one in ordered[1:]]
     assert ordered != written
+
+
+def test_paths_may_begin_in_the_home_folder(
+    prepare: Prepare, corpus: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tokenizer").symlink_to(tokenizer)
+    assert prepare(corpus, "--tokenizer", "~/tokenizer", "--output", "~/tokens")[0] == 0
+    assert IndexedTokens("~/tokens", 16).num_tokens == IndexedTokens(tmp_path / "tokens", 16).num_tokens
+    assert MegatronDataModule("~/tokens", context=16).vocab_size == 300
+    assert given_path("~/runs") == tmp_path / "runs"
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_halos.commands.inputs import read_cluster, read_known_settings
+from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings
 from lightning_halos.core.checks import check_count, is_positive
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_check)
     parser.add_argument(
         "settings",
-        type=Path,
+        type=given_path,
         help="a YAML file: a configuration of LightningCLI with trainer.strategy; a strategy, as its name or with"
         " class_path and init_args; or the arguments of HalosStrategy alone",
     )
-    parser.add_argument("cluster", type=Path, help="the cluster's description, a YAML file")
+    parser.add_argument("cluster", type=given_path, help="the cluster's description, a YAML file")
     parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
     parser.add_argument(
         "--steps",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.inputs import refuse
+from lightning_halos.commands.inputs import given_path, refuse
 
 SUMMARY = "Score a language model on benchmark tasks with lm-eval, or compare several: results.json and results.md."
 EXAMPLES = """\
@@ -28,15 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_evaluate)
     parser.add_argument(
-        "model", nargs="?", help="a .ckpt file, a folder of a Hugging Face model, or a name on the Hugging Face hub"
+        "model",
+        nargs="?",
+        type=os.path.expanduser,
+        help="a .ckpt file, a folder of a Hugging Face model, or a name on the Hugging Face hub",
     )
     parser.add_argument(
         "--compare",
         nargs="+",
+        type=os.path.expanduser,
         metavar="MODEL",
         help="two or more models, or results.json files; each is compared with the first",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results (default: evaluation)")
+    parser.add_argument(
+        "--output", type=given_path, metavar="FOLDER", help="folder for the results (default: evaluation)"
+    )
     what = parser.add_argument_group("the questions")
     what.add_argument("--tasks", metavar="NAMES", help="tasks or groups of lm-eval, separated by commas")
     what.add_argument(

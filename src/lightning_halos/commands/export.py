@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from lightning_halos.commands.inputs import given_path
 
 SUMMARY = "Turn a Lightning checkpoint into a Hugging Face folder: weights, configurations, tokenizer and model card."
 EXAMPLES = """\
@@ -19,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_export)
     parser.add_argument(
-        "checkpoint", type=Path, help="the .ckpt file, from a training with the callback HuggingFaceCheckpoint"
+        "checkpoint", type=given_path, help="the .ckpt file, from a training with the callback HuggingFaceCheckpoint"
     )
-    parser.add_argument("output", type=Path, help="the folder to write")
+    parser.add_argument("output", type=given_path, help="the folder to write")
     parser.add_argument("--config", metavar="NAME_OR_FOLDER", help="the configuration, if the file has none")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: the one in the file)")
     parser.add_argument(

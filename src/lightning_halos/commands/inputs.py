@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_halos.planning.settings import Settings
     from lightning_halos.simulation.cluster import SimulatedCluster
+
+
+def given_path(text: str) -> Path:
+    """Returns the path that an option names. A shell does not expand ``~`` in ``--output=~/runs``."""
+    return Path(os.path.expanduser(text))
 
 
 def refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:

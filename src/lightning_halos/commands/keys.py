@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_halos.commands.inputs import given_path
+
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     from lightning_halos.transport.certificates import Keys
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     region = _add(commands, "region", "make a key for a region", _region)
     show = _add(commands, "show", "say what key files are, and how long they are valid", _show)
     for command in (init, server, region):
-        command.add_argument("folder", type=Path, help="the authority's folder")
+        command.add_argument("folder", type=given_path, help="the authority's folder")
         command.add_argument(
             "--days", type=int, default=_DAYS, metavar="N", help=f"how long it is valid (default: {_DAYS})"
         )
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     region.add_argument("name", help="the region's name")
     for command in (server, region):
         command.add_argument("--replace", action="store_true", help="replace the file if it exists")
-    show.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files, or folders of them")
+    show.add_argument("paths", nargs="+", type=given_path, metavar="PATH", help="files, or folders of them")
 
 
 def _add(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning_halos.commands.inputs import read_cluster, read_known_settings, refuse
+from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
 
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.set_defaults(run=_plan)
     where = parser.add_argument_group("the cluster")
-    where.add_argument("cluster", nargs="?", type=Path, help="its description, a YAML file")
+    where.add_argument("cluster", nargs="?", type=given_path, help="its description, a YAML file")
     where.add_argument("--random-cluster", metavar="RxW", help="draw one: R regions of W workers, like the paper's")
     where.add_argument("--seed", type=int, help="of --random-cluster (default: 0)")
     where.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--settings",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="one algorithm with the settings of a YAML file, as for `lightning-halos check`, instead of those below",
     )
@@ -108,7 +107,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to simulate and write")
     what.add_argument("--hours", type=float, default=1.0, help="virtual hours (default: 1)")
     what.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="also write the table, a picture, a JSON and timelines there"
+        "--output",
+        type=given_path,
+        metavar="FOLDER",
+        help="also write the table, a picture, a JSON and timelines there",
     )
     what.add_argument(
         "--timeline-minutes",

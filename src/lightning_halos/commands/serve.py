@@ -7,8 +7,9 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lightning_halos.commands.inputs import given_path
 
 if TYPE_CHECKING:
     from lightning_halos.transport.address import Address
@@ -34,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_serve)
     where = parser.add_argument_group("the server")
     where.add_argument(
-        "--directory", type=Path, required=True, metavar="FOLDER", help="where the run is kept; made if it is missing"
+        "--directory",
+        type=given_path,
+        required=True,
+        metavar="FOLDER",
+        help="where the run is kept; made if it is missing",
     )
-    where.add_argument("--keys", type=Path, metavar="FILE", help="the server's keys; see lightning-halos keys")
+    where.add_argument("--keys", type=given_path, metavar="FILE", help="the server's keys; see lightning-halos keys")
     where.add_argument(
         "--listen",
         default=f":{_PORT}",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.inputs import read_cluster, read_known_settings, refuse_unknown
+from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse_unknown
 
 SUMMARY = "Search settings for a cluster and your module, by training it in simulations of the cluster."
 EXAMPLES = """\
@@ -38,7 +38,7 @@ _LEFT_OUT = frozenset(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_tune)
-    parser.add_argument("cluster", type=Path, help="the cluster's description, a YAML file")
+    parser.add_argument("cluster", type=given_path, help="the cluster's description, a YAML file")
     parser.add_argument(
         "--module",
         required=True,
@@ -68,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how to search")
     how.add_argument(
-        "--start", type=Path, metavar="FILE", help="settings to start from, a YAML file as for `lightning-halos check`"
+        "--start",
+        type=given_path,
+        metavar="FILE",
+        help="settings to start from, a YAML file as for `lightning-halos check`",
     )
     how.add_argument(
         "--fix",
@@ -91,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0, help="of the module, the data and the search (default: 0)")
     how.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         default=Path("tuning"),
         metavar="FOLDER",
         help="for best.yaml, table.txt and study.db, from which the same command goes on (default: tuning)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,7 +88,9 @@ class Corpus:
             next(iter(loaded), None)  # so that a missing field is noticed now
             return loaded
         try:
-            loaded = datasets.load_dataset(str(self.dataset), self.config, split=self.split, streaming=self.streaming)
+            loaded = datasets.load_dataset(
+                os.path.expanduser(str(self.dataset)), self.config, split=self.split, streaming=self.streaming
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -289,7 +289,8 @@ def _refuse_pointer(path: Path, head: bytes) -> None:
 
 
 def without_suffix(path: Path) -> Path:
-    """Returns the prefix, even if ``path`` is one of the two files."""
+    """Returns the prefix, even if ``path`` is one of the two files, with ``~`` expanded."""
+    path = Path(os.path.expanduser(path))
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 

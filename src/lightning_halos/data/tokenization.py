@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_halos.data.megatron import IndexedTokens, IndexedTokensWriter, smallest_dtype
+from lightning_halos.data.megatron import IndexedTokens, IndexedTokensWriter, smallest_dtype, without_suffix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def write_tokens(
     Raises:
         ValueError: If the corpus has no text, or too little to fill a context.
     """
-    prefix = Path(prefix)
+    prefix = without_suffix(Path(prefix))
     read = text_bytes = made = 0
 
     def counted() -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ All functions return tokenizers of the ``transformers`` package, which lm-eval a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ def fetch_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokenizer as :func:`load_tokenizer`, but accepts one without an end-of-text token."""
     transformers = language_package("transformers")
     try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(name))
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

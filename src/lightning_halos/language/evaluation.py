@@ -126,7 +126,8 @@ class Benchmark:
             check_count("batch_size", batch_size)
         check_count("bootstrap_iters", bootstrap_iters)
         folders = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
-        for folder in map(Path, folders):
+        folders = [Path(os.path.expanduser(folder)) for folder in folders]
+        for folder in folders:
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"include_path={str(folder)!r} is not a folder with YAML files that define tasks."
@@ -254,8 +255,9 @@ def _language_model(
         with loaded_model(model, chosen, batch_size) as lm:
             yield lm
         return
+    model = os.path.expanduser(model)
     with TemporaryDirectory() as folder:
-        source = str(model)
+        source = model
         if Path(model).suffix == ".ckpt":
             source = str(export_checkpoint(model, folder, tokenizer=tokenizer))
             tokenizer = None
@@ -263,11 +265,11 @@ def _language_model(
                 raise ValueError(f"{model} has no tokenizer. Give one: --tokenizer NAME_OR_FOLDER (tokenizer=...).")
         elif Path(model).is_dir():
             source = str(Path(model).resolve())  # a relative path could be taken for a name on the hub
-        elif Path(model).is_absolute() or str(model).startswith((".", "~")):
+        elif Path(model).is_absolute() or model.startswith((".", "~")):
             raise FileNotFoundError(f"{model} is neither a folder of a Hugging Face model nor a .ckpt file.")
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         options = {"batch_size": batch_size, "dtype": dtype, "device": where, **model_args}
-        named = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        named = os.path.expanduser(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         with _explained(f"the model {model}"):
             try:
                 lm = HFLM(pretrained=source, tokenizer=named, **options)

@@ -6,6 +6,7 @@ It reads one checkpoint and writes one folder, without a Trainer. The callback
 
 from __future__ import annotations
 
+import os
 import pickle
 import textwrap
 from collections.abc import Mapping
@@ -59,10 +60,10 @@ def export_checkpoint(
         ValueError: If the checkpoint cannot be read, does not describe its model, or has weights of another model.
     """
     language_package("transformers")
-    output = Path(output)
+    output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file. Name a folder to write to.")
-    contents = _read(Path(checkpoint), weights_only)
+    contents = _read(Path(checkpoint).expanduser(), weights_only)
     record = contents.get(RECORD)
     if record is None and config is None:
         raise ValueError(
@@ -75,7 +76,7 @@ def export_checkpoint(
     weights = {name.replace(COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
     with TemporaryDirectory() as folder:
         _write_files(record.get("files", {}), Path(folder))
-        model = _make_model(str(config or folder), record.get("architecture"))
+        model = _make_model(os.path.expanduser(config or folder), record.get("architecture"))
         _load(model, weights, record.get("submodule"), checkpoint)
         if model.can_generate() and "generation_config.json" in record.get("files", {}):
             model.generation_config = type(model.generation_config).from_pretrained(folder)
