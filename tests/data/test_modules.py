@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
+from transformers import ByT5Tokenizer
 
 from lightning_halos.checkpoint.manifest import NAME, Manifest
 from lightning_halos.data import IndexedTokensWriter, MegatronDataModule, TextDataModule, load_tokenizer, modules
@@ -195,6 +196,18 @@ class TestText:
             (corpus / "12.txt").unlink()
         assert write.call_count == 2
 
+    def test_a_setting_in_a_tokenizers_python_code_makes_other_tokens(self, corpus: Path) -> None:
+        class Folding(ByT5Tokenizer):
+            def __init__(self, lower: bool, **options: Any) -> None:
+                super().__init__(lower=lower, **options)
+
+        def cache(lower: bool) -> Path:
+            data = TextDataModule("given below", corpus)
+            data.tokenizer = Folding(lower)
+            return data._cache()
+
+        assert cache(True) == cache(True) != cache(False)
+
     def test_documents_of_one_length_are_concatenated_as_others_are(self, tokenizer: str, tmp_path: Path) -> None:
         (tmp_path / "dna.txt").write_text("ACGTTGCAACGTTGCAACGT\n" * 50)
         options: dict[str, Any] = {"files": str(tmp_path / "dna.txt"), "sample_by": "line", "num_workers": 0}
@@ -314,6 +327,31 @@ class TestText:
         with pytest.warns(UserWarning, match="begins again.* world_size was 2 and is 1"):
             loader.load_state_dict(state)
         assert [batch.tolist() for batch in loader] == batches
+
+    def test_stream_of_other_text_or_tokens_begins_again(self, tokenizer: str, tmp_path: Path) -> None:
+        def loader() -> Any:
+            return set_up(streaming(tokenizer, tmp_path, context=8, batch_size=2, val_sequences=0)).train_dataloader()
+
+        (tmp_path / "a.txt").write_text(text(1))
+        state = loader().state_dict()
+        (tmp_path / "b.txt").write_text(text(2))
+        with pytest.warns(UserWarning, match=r"begins again: text was 1 files, \d+ bytes and is 2 files"):
+            loader().load_state_dict(state)
+        other: Any = loader()
+        state = other.state_dict()
+        other.dataset.vocabulary += 1
+        with pytest.warns(UserWarning, match="begins again: vocabulary was 300 and is 301"):
+            other.load_state_dict(state)
+
+    def test_stream_of_an_older_checkpoint_goes_on(
+        self, corpus: Path, tokenizer: str, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        loader: Any = set_up(streaming(tokenizer, corpus, context=8, batch_size=2, val_sequences=0)).train_dataloader()
+        state = loader.state_dict() | {"used": 3}
+        del state["of"]["text"], state["of"]["vocabulary"]
+        loader.load_state_dict(state)
+        assert loader.state_dict()["used"] == 3
+        assert not recwarn
 
     def test_stream_is_shuffled_in_the_same_way_each_time(self, corpus: Path, tokenizer: str) -> None:
         def order(**options: Any) -> list[int]:

@@ -142,6 +142,13 @@ class Corpus:
             )
         return list(paths)
 
+    @cached_property
+    def extent(self) -> str:
+        """What changes if the text does, and stays if files are moved: their number and size, or a dataset's name."""
+        if self.dataset:
+            return str(self)
+        return f"{len(self.paths)} files, {sum(path.stat().st_size for path in self.paths)} bytes"
+
     @property
     def is_text(self) -> bool:
         """Whether the documents come from text files, not from JSON lines, Parquet or a dataset."""

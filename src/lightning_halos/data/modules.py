@@ -10,6 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -250,8 +251,9 @@ class TextDataModule(TokenDataModule):
         """The prefix of the cached tokens: the same for the same text and tokenizer."""
         datasets = language_package("datasets")
         tokenizer: Any = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-        key = [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, vocabulary, tokenizer.eos_token_id]
+        with TemporaryDirectory() as folder:  # what is saved has all settings, those of its Python code, too
+            tokenizer.save_pretrained(folder)
+            saved = [(file.name, file.read_bytes()) for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+        key = [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, saved]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         return Path(datasets.config.HF_DATASETS_CACHE) / "lightning-halos" / name

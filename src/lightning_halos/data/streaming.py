@@ -51,7 +51,7 @@ class PackedStream(IterableDataset[Tensor]):
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.rank, self.world_size = 0, 1
         self.leave_out = dict(leave_out or {})
-        self._tokenizer = tokenizer
+        self._tokenizer, self.vocabulary = tokenizer, len(tokenizer)
         self._documents: Any = corpus.load()
         if shuffle_buffer:
             self._documents = self._documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
@@ -107,9 +107,9 @@ class StreamLoader(DataLoader[Tensor]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         changes = [
-            f"{name} was {state['of'][name]} and is {is_now}"
+            f"{name} was {was} and is {is_now}"
             for name, is_now in self._division.items()
-            if state["of"][name] != is_now
+            if (was := state["of"].get(name, is_now)) != is_now  # older checkpoints have fewer of them
         ]
         if changes:
             rank_zero_warn(f"The stream of {self.dataset.corpus} begins again: {', '.join(changes)}.")
@@ -120,6 +120,8 @@ class StreamLoader(DataLoader[Tensor]):
         """What the batches of a pass depend on."""
         stream = self.dataset
         return {
+            "text": stream.corpus.extent,
+            "vocabulary": stream.vocabulary,
             "world_size": stream.world_size,
             "num_workers": self.num_workers,
             "batch_size": self.batch_size,
