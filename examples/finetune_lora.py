@@ -131,7 +131,7 @@ def main() -> None:
         accelerator=args.accelerator,
         devices=args.devices,
         max_steps=args.max_steps,
-        val_check_interval=args.val_every,
+        val_check_interval=min(args.val_every, args.max_steps),
         check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
         callbacks=[HalosMonitor()] if args.strategy == "halos" else [],

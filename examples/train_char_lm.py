@@ -230,10 +230,10 @@ class LossCurve(L.Callback):
 
 def slow_link(args: argparse.Namespace, all_reduce: str) -> SimulatedCluster:
     """Describes the regions with a slow link between them: workers of equal speed, and 10 Gbit/s inside a region."""
-    inside, between, workers = 10.0, args.link / 1e3, args.devices // args.regions
+    inside, between = 10.0, args.link / 1e3
     return SimulatedCluster(
         bandwidths=[[inside if a == b else between for b in range(args.regions)] for a in range(args.regions)],
-        worker_speeds=[[1.0] * workers] * args.regions,
+        worker_speeds=[[1.0] * len(range(region, args.devices, args.regions)) for region in range(args.regions)],
         step_ms=1e3 * args.pace,
         all_reduce=all_reduce,
     )
@@ -274,7 +274,7 @@ def train(args: argparse.Namespace) -> None:
         devices=1 if args.link else args.devices,
         num_nodes=args.num_nodes,
         max_steps=args.max_steps,
-        val_check_interval=args.val_every,
+        val_check_interval=min(args.val_every, args.max_steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
@@ -440,10 +440,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="the folder for the loss curves and the plot")
     args = parser.parse_args()
 
+    if args.link is None and not args.strategy:
+        args.link = 50.0
+    if args.link and args.devices < args.regions:
+        parser.error(f"--devices {args.devices} is less than --regions {args.regions}: give each region a worker.")
     if args.strategy:
         train(args)
         return
-    args.link = 50.0 if args.link is None else args.link
     run_all(args)
     compare(args)
 

@@ -81,7 +81,7 @@ def main() -> None:
         accelerator=args.accelerator,
         devices=args.devices,
         max_steps=args.max_steps,
-        val_check_interval=20,
+        val_check_interval=min(20, args.max_steps),
         check_val_every_n_epoch=None,
         callbacks=ModelCheckpoint(monitor="val_acc", mode="max"),
         default_root_dir="demo",

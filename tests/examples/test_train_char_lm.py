@@ -123,6 +123,20 @@ def test_a_simulation_has_the_virtual_time_of_its_model(tmp_path: Path) -> None:
     assert curve._seconds("another of Lightning's strategies") == math.inf
 
 
+def test_the_slow_link_is_between_all_workers() -> None:
+    args = SimpleNamespace(link=50.0, devices=3, regions=2, pace=0.1)
+    assert [len(speeds) for speeds in demo.slow_link(args, "ring").worker_speeds] == [2, 1]
+
+
+def test_a_region_without_a_worker_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_char_lm.py", "--devices", "1"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert "--devices 1 is less than --regions 2" in capsys.readouterr().err
+
+
 def test_a_batch_lasts_as_long_as_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     now, slept = [10.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
