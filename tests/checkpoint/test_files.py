@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import WrittenFile, is_plain, read_state, write, write_state
+from lightning_halos.checkpoint.files import WrittenFile, is_plain, local_path, read_state, write, write_state
 
 STATE = {"weights": torch.arange(5000.0), "step": 3, "nested": [1.5, "text", (None, True)]}
 
@@ -89,6 +89,13 @@ def limited(size: int) -> None:
     """Simulates a full disk: no file of this process may grow beyond a size."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_path_is_read_as_by_lightning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/run/a.ckpt", "run/a.ckpt", "other/../run/a.ckpt", f"file://{tmp_path}/run/a.ckpt"):
+        assert local_path(path) == tmp_path / "run/a.ckpt"
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:

@@ -147,8 +147,17 @@ class TestCorpus:
         assert Corpus(tmp_path / "utf8.txt").is_text
         assert not recwarn
         (tmp_path / "latin1.txt").write_bytes("Er aß den Käse nicht".encode("latin-1"))
-        with pytest.warns(UserWarning, match=r"Not all of it is UTF-8.*/latin1.txt"):
+        with pytest.warns(UserWarning, match=r"What is not UTF-8 is replaced, also in .*/latin1.txt"):
             assert Corpus([tmp_path / "latin1.txt", tmp_path / "utf8.txt"]).is_text
+
+    @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress)])
+    def test_a_damaged_file_is_named(self, tmp_path: Path, suffix: str, compress: Any) -> None:
+        contents = bytearray(compress(b'{"text": "one"}' * 100))
+        contents[len(contents) // 2] ^= 0xFF
+        path = tmp_path / f"a.jsonl.{suffix}"
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=f"Cannot read {path}: "):
+            list(Corpus(path).documents())
 
     def test_half_of_a_surrogate_pair_in_json_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "cut off: \\ud83d"}')

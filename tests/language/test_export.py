@@ -66,6 +66,15 @@ def test_a_checkpoint_with_weights_only_can_be_exported(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(module.lm))
 
 
+def test_a_module_has_its_own_hook_again_after_a_fit_that_fails(tmp_path: Path) -> None:
+    module = LanguageModule()
+    own = vars(module)["on_save_checkpoint"] = lambda checkpoint: None
+    module.on_train_start = lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
+    with pytest.raises(ZeroDivisionError):
+        save(module, tmp_path, HuggingFaceCheckpoint())
+    assert vars(module)["on_save_checkpoint"] is own
+
+
 def test_a_tokenizers_folder_may_be_a_path_object(tokenizer: str) -> None:
     found = find_tokenizer(Path(tokenizer))
     assert found is not None

@@ -110,6 +110,24 @@ def test_a_rate_that_a_hook_sets_between_two_batches_is_the_one_from_which_the_s
     assert group["lr"] == 3 / 4
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_rate_that_a_hook_sets_before_the_first_batch_is_kept() -> None:
+    scheduler = ExponentialLR(adamw(), 0.5)
+    group = scheduler.optimizer.param_groups[0]
+    position = positioned(scheduler)
+    position.end_batch()  # as a worker does before the first epoch
+    group["lr"] = 3.0
+    position.before_batch(0)
+    scheduler.step()
+    group["lr"] *= 2  # by a callback at the end of the batch, before the worker counts it
+    position.pull(1, [])
+    assert group["lr"] == 3 / 2
+    group["lr"] = 5.0
+    position.before_batch(0)
+    position.pull(2, [])
+    assert group["lr"] == 5 / 2
+
+
 def test_settings_of_several_numbers_are_left_alone() -> None:
     optimizer = adamw()
     optimizer.param_groups[0]["scales"] = torch.ones(2)

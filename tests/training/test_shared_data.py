@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
@@ -71,6 +74,14 @@ def test_the_rest_of_an_epoch_that_the_trainer_leaves_is_dropped_and_reported() 
     assert leases.use() == (0, 0)
     assert list(leases.of_epoch(1)) == [Lease(1, 0, 1)]
     assert leases.dropped == [Lease(0, 1, 1), Lease(0, 4, 2)]
+
+
+def test_a_simulation_does_not_wait_for_data_of_an_epoch_that_a_hook_has_left() -> None:
+    last = Lease(0, 4, 2)  # which it repeats, for DataLoader workers that read ahead
+    leases = Leases(itertools.chain([Lease(0, 0, 4)], itertools.repeat(last)))
+    next(leases.of_epoch(0))
+    with pytest.raises(RuntimeError, match="must not return -1 with simulate="):
+        list(leases.of_epoch(1))
 
 
 def of_worker(leases: list[Lease], processes: int, samples: int = SAMPLES) -> list[list[int]]:

@@ -36,7 +36,7 @@ class Corpus:
         files: Paths, globs (``**`` reaches any depth) or folders (all text, JSON and Parquet files below them, except
             hidden ones), all of one kind: JSON lines (``.jsonl``, ``.ndjson``, ``.json``), Parquet (``.parquet``), or
             text (any other suffix). They may be compressed. A folder's file is text if its beginning is UTF-8, except
-            for a few bytes; a log line names the others. A warning names text files that are not completely UTF-8.
+            for a few bytes; a log line names the others. A warning names text files whose beginning is not all UTF-8.
         dataset: A dataset's name on the Hugging Face hub, or its folder.
         config: The dataset's configuration.
         split: The dataset's split.
@@ -135,10 +135,9 @@ class Corpus:
             if not found:
                 raise FileNotFoundError(f"There is no file {pattern}.")
             paths |= dict.fromkeys(found)
-        damaged = [path for path in paths if _kind(path) == "text" and "\ufffd" in _head(path)]
-        if damaged:
+        if others := [path for path in paths if _kind(path) == "text" and not _begins_in_utf8(path)]:
             rank_zero_warn(
-                f"Not all of it is UTF-8, and the rest is replaced: {_names(damaged)}. Convert it to UTF-8 to keep it."
+                f"What is not UTF-8 is replaced, also in {_names(others)}. Convert these files to UTF-8 to keep it."
             )
         return list(paths)
 
@@ -221,17 +220,25 @@ def _names(files: Sequence[Path], folder: Path | None = None) -> str:
 
 def _is_text(file: Path) -> bool:
     """Returns whether the beginning of a file, which may be compressed, is UTF-8, except for a few bytes."""
-    head = _head(file)
+    head = _head(file, "replace")
     return "\0" not in head and head.count("\ufffd") <= len(head) / 10
 
 
-def _head(file: Path) -> str:
+def _begins_in_utf8(file: Path) -> bool:
+    try:
+        _head(file, "strict")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _head(file: Path, errors: str) -> str:
     try:
         with file.open("rb") as opened:
             head: bytes = decompressed(opened, file).read(_HEAD)
     except Exception:  # a damaged file, or a missing package, is an error when the file is loaded
         return ""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(head)  # may end inside of a character
+    return codecs.getincrementaldecoder("utf-8")(errors).decode(head)  # may end inside of a character
 
 
 def _kind(file: Path) -> str:

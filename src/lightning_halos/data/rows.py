@@ -33,12 +33,14 @@ def read_rows(files: Sequence[Path], kind: str, field: str) -> Iterator[dict[str
     """
     read = {"json": _json_values, "parquet": _parquet_values}[kind]
     for file in files:
-        with file.open("rb") as raw, decompressed(raw, file) as opened:
-            try:
+        try:
+            with file.open("rb") as raw, decompressed(raw, file) as opened:
                 for value in read(opened, field):
                     yield {field: value}
-            except (EOFError, OSError, ValueError) as error:
-                raise ValueError(f"Cannot read {file}: {error}") from error
+        except ImportError:
+            raise
+        except Exception as error:  # each kind of compression has errors of its own for damaged files
+            raise ValueError(f"Cannot read {file}: {error}") from error
 
 
 def decompressed(raw: IO[bytes], file: Path) -> Any:

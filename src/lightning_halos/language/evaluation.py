@@ -126,13 +126,10 @@ class Benchmark:
             check_count("batch_size", batch_size)
         check_count("bootstrap_iters", bootstrap_iters)
         folders = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
-        folders = [Path(os.path.expanduser(folder)) for folder in folders]
-        for folder in folders:
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"include_path={str(folder)!r} is not a folder with YAML files that define tasks."
-                )
-        self._folders: list[str | Path] = [str(folder) for folder in folders]
+        self._folders: list[str | Path] = [os.path.expanduser(folder) for folder in folders]
+        for path in self._folders:
+            if not os.path.isdir(path):
+                raise FileNotFoundError(f"include_path={path!r} is not a folder with YAML files that define tasks.")
         self._options = {"limit": limit, "num_fewshot": num_fewshot, "bootstrap_iters": bootstrap_iters}
         self._seed = seed
         self._manager: TaskManager | None = None
