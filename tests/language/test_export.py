@@ -211,6 +211,21 @@ def test_one_of_several_models_is_named(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(module.teacher))
 
 
+def test_one_of_several_models_is_chosen_without_the_callback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {name: GPTNeoXForCausalLM(config()) for name in ("student", "teacher")}
+    torch.save({"state_dict": nn.ModuleDict(models).state_dict()}, tmp_path / "last.ckpt")
+    config().save_pretrained(tmp_path / "config")
+    command = ["export", str(tmp_path / "last.ckpt"), str(tmp_path / "out"), "--config", str(tmp_path / "config")]
+    assert main(command) == 2
+    assert "may be the one: student, teacher. Choose it: lightning-halos export --submodule" in capsys.readouterr().err
+    assert main([*command, "--submodule", "nothing"]) == 2
+    assert "has no weights in submodule='nothing'" in capsys.readouterr().err
+    assert main([*command, "--submodule", "teacher"]) == 0
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(models["teacher"]))
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "divided.ckpt").mkdir()
     with pytest.raises(ValueError, match=r"is a folder.*consolidate_checkpoint .*divided.ckpt"):

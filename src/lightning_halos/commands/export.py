@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=given_path, help="the folder to write")
     parser.add_argument("--config", metavar="NAME_OR_FOLDER", help="the configuration, if the file has none")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="the tokenizer (default: the one in the file)")
+    parser.add_argument("--submodule", metavar="NAME", help="the model, if the module has several, such as student")
     parser.add_argument(
         "--no-weights-only",
         dest="weights_only",
@@ -41,6 +42,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.output,
         config=arguments.config,
         tokenizer=arguments.tokenizer,
+        submodule=arguments.submodule,
         weights_only=arguments.weights_only,
     )
     print(f"Wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

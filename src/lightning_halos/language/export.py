@@ -34,6 +34,7 @@ def export_checkpoint(
     *,
     config: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    submodule: str | None = None,
     weights_only: bool = True,
 ) -> Path:
     """Writes the model of a Lightning checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
@@ -48,6 +49,8 @@ def export_checkpoint(
         config: Name or folder of a Hugging Face model with the same configuration, for a checkpoint that was written
             without that callback.
         tokenizer: The tokenizer, or its name or folder. Default: the checkpoint's.
+        submodule: Name of the model in the LightningModule, such as ``"student"``. Default: what the checkpoint says,
+            or the only one that has weights of the expected names.
         weights_only: Whether to refuse to unpickle anything but tensors and plain values. Use ``False`` only for a file
             that you trust and that contains more, such as hyperparameters of your own classes.
 
@@ -77,7 +80,7 @@ def export_checkpoint(
     with TemporaryDirectory() as folder:
         _write_files(record.get("files", {}), Path(folder))
         model = _make_model(os.path.expanduser(config or folder), record.get("architecture"))
-        _load(model, weights, record.get("submodule"), checkpoint)
+        _load(model, weights, record.get("submodule") if submodule is None else submodule, checkpoint)
         if model.can_generate() and "generation_config.json" in record.get("files", {}):
             model.generation_config = type(model.generation_config).from_pretrained(folder)
         model.save_pretrained(output)
@@ -165,9 +168,15 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
     if submodule is None:
         some = next(iter(model.state_dict()))
         prefixes = [name.removesuffix(some) for name in weights if name == some or name.endswith(f".{some}")]
-        if len(prefixes) != 1:
+        if len(prefixes) > 1:
+            names = ", ".join(prefix.removesuffix(".") or "the module itself" for prefix in prefixes)
             raise ValueError(
-                f"{checkpoint} has {len(prefixes)} weights called {some}, but a {type(model).__name__} of this"
+                f"{checkpoint} has several models that may be the one: {names}. Choose it: lightning-halos export"
+                " --submodule NAME (submodule=... in Python)."
+            )
+        if not prefixes:
+            raise ValueError(
+                f"{checkpoint} has no weight called {some}, but a {type(model).__name__} of this"
                 " configuration has one. Give the configuration of the model that was trained."
             )
         prefix = prefixes[0]
@@ -175,6 +184,8 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
         name = f"{submodule}.".replace(COMPILED, "")
         prefix = "" if name == "." else name
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    if not own:
+        raise ValueError(f"{checkpoint} has no weights in submodule={submodule!r}.")
     if any(".lora_" in name for name in own):
         raise ValueError(
             f"{checkpoint} contains adapters of peft, not a complete model. Save the merged model instead"
