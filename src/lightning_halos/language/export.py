@@ -192,9 +192,9 @@ def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str 
             " (model.merge_and_unload().save_pretrained(FOLDER)), or the adapters (model.save_pretrained(FOLDER))."
         )
     # A state made of named_parameters(), as in the server's final.ckpt, has a tied weight under one of its names only.
-    names = list(model.named_parameters(remove_duplicate=False))
-    there = {parameter: own[name] for name, parameter in names if name in own}
-    own |= {name: there[parameter] for name, parameter in names if name not in own and parameter in there}
+    entries = list(model.named_parameters(remove_duplicate=False))
+    there = {parameter: own[name] for name, parameter in entries if name in own}
+    own |= {name: there[parameter] for name, parameter in entries if name not in own and parameter in there}
     try:
         model.load_state_dict(own, assign=True)
     except RuntimeError as error:
