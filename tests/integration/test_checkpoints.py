@@ -507,7 +507,7 @@ def saved_at(path: str, home: Path) -> Result:
     return {"said": said, "step": again.global_step, "written": sorted(path.name for path in home.glob("model*"))}
 
 
-@pytest.mark.parametrize("path", ["~/model.ckpt", "file://{}/model.ckpt"])
+@pytest.mark.parametrize("path", ["~/model.ckpt", pytest.param("file://{}/model.ckpt", marks=pytest.mark.slow)])
 def test_paths_are_read_as_by_lightning(run: Run, tmp_path: Path, path: str) -> None:
     """A path that begins with ``~`` was a folder of this name, whose shards a resume did not find."""
     (result,) = run(saved_at, path.format(tmp_path), tmp_path, workers=1)
