@@ -294,7 +294,15 @@ class TestText:
 
     @pytest.mark.parametrize(
         ("workers", "stop", "limit"),
-        [(0, 10, None), (2, 10, None), (0, PASS, None), (0, PASS + 5, None), (0, 10, 6), (2, 10, 6), (0, 12, 6)],
+        [
+            (0, 10, None),
+            (2, 10, None),
+            (0, PASS, None),
+            (0, PASS + 5, None),
+            (0, 10, 6),
+            pytest.param(2, 10, 6, marks=pytest.mark.slow),
+            (0, 12, 6),
+        ],
         ids=str,
     )
     def test_stream_goes_on_where_it_was(

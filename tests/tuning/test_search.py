@@ -139,13 +139,16 @@ _SGD = _sgd(lr=0.9, momentum=0.9, dampening=0, weight_decay=0.1, nesterov=True)
             },
             _OTHERS,
         ),
-        (
+        pytest.param(
             AsyncLocalSGDStrategy,
             {"optimizer": _nesterov(lr=0.5, delay=1)},
             {"optimizer": _SGD, "defaults": "published"},
+            marks=pytest.mark.slow,
         ),
         (DilocoStrategy, {}, {"outer_optimizer": _SGD, "dynamic_local_steps": True, "defaults": "published"}),
-        (DilocoStrategy, {"outer_optimizer": _sgd(lr=1.04)}, {"outer_optimizer": _SGD}),
+        pytest.param(
+            DilocoStrategy, {"outer_optimizer": _sgd(lr=1.04)}, {"outer_optimizer": _SGD}, marks=pytest.mark.slow
+        ),
     ],
     ids=["halos: defaults", "halos", "async_local_sgd", "diloco: defaults", "diloco"],
 )
