@@ -190,6 +190,7 @@ def work(plan: Plan, states: list[dict[str, Any]] | None = None) -> dict[str, An
         time.sleep(0.01)
     alarm.disarm()
     _wait_for_all(store, plan, process, "finished")
+    _wait_for_lane_0(store, plan, worker, lane, handled)
     runtime.alarm.close(10.0)
     _wait_for_all(store, plan, process, "closed")
     return {
@@ -213,6 +214,22 @@ def _wait_for_all(store: TCPStore, plan: Plan, process: int, moment: str) -> Non
             if store.add(f"{moment}/{step}", 0) == WORKERS * plan.lanes:
                 break
             time.sleep(0.01)
+
+
+def _wait_for_lane_0(store: TCPStore, plan: Plan, worker: int, lane: int, handled: dict[str, list[Any]]) -> None:
+    """Waits until this lane has handled as much as lane 0, to which no message has come for a moment.
+
+    The last messages are answered by nobody, so no client waits for them.
+    """
+    deadline = time.monotonic() + plan.timeout
+    if lane == 0:
+        before = None
+        while before != (before := [len(messages) for messages in handled.values()]):
+            time.sleep(0.3)
+        store.set(f"handled/{worker}", str(before))
+    wanted = store.get(f"handled/{worker}").decode()
+    while str([len(messages) for messages in handled.values()]) != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _record(handled: dict[str, list[Any]], kind: Any, name: str) -> None:
