@@ -18,6 +18,7 @@ from tests.integration.toys import (
     assert_no_step_lost,
     assert_same_model,
     assert_trained,
+    halos,
     loader,
     make_trainer,
     outcome,
@@ -185,3 +186,29 @@ def test_plateau_steps_of_rank_0_in_epochs_without_data_are_repeated_too(tmp_pat
     assert results[0]["optimizer_steps"] == 2, "in four epochs the others take all data"
     assert [result["schedules"] for result in results] == [[6]] * 4
     assert [result["lrs"] for result in results] == [[0.5**5]] * 4
+
+
+class Raising(Toy):
+    """Raises its rate in the middle of a round, at the start of an epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-2
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-2)
+        scheduler = ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def raised() -> Result:
+    trainer = make_trainer(halos(regions=1), devices=1, max_epochs=2)
+    trainer.fit(Raising(), loader(24))
+    return {"rate": trainer.optimizers[0].param_groups[0]["lr"], "steps": trainer.global_step}
+
+
+def test_a_rate_that_a_hook_sets_in_a_round_does_not_fall_back(run: Run) -> None:
+    """An epoch has 6 steps, and a round 4, whose steps before the hook may count once more."""
+    (result,) = run(raised, workers=1)
+    assert result["steps"] == 12
+    assert 1e-2 * 0.9**8 * 0.999 < result["rate"] <= 1e-2 * 0.9**6  # under DDP the latter

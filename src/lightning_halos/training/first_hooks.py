@@ -70,6 +70,7 @@ class FirstHooks(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         show_batches_of_epoch(trainer)
+        self._lightning.schedulers.end_batch()  # before other callbacks may set a rate
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._lightning.is_after_last_epoch and not self._loop.finished:
