@@ -65,6 +65,7 @@ def test_those_that_need_no_model_start_fast(program: list[str], tmp_path: Path)
         ["keys", "show", tmp_path],
         ["status", "--help"],
         ["serve", "--help"],
+        ["serve", "--directory", tmp_path, "--revoke", "us-east"],
     ):
         packages = imported(program, *arguments)
         assert "lightning_halos" in packages

@@ -859,7 +859,7 @@ BAD: dict[str, Callable[[], Message]] = {
     "a report in another's name": lambda: report(index=1),
     "a report that skips one": lambda: report(number=2),
     "a report of a worker that it has not": lambda: report(worker=1),
-    "more steps than a round has": lambda: report(steps=4 * 64 + 1),
+    "more steps than a round has": lambda: report(steps=4 * 2**16 + 1),
     "negative steps": lambda: report(steps=-1),
     "no time at all": lambda: report(seconds=float("nan")),
     "infinitely fast": lambda: report(fastest=float("inf")),
@@ -874,8 +874,8 @@ BAD: dict[str, Callable[[], Message]] = {
     "steps that were not reported": lambda: RegionUpdate(0, 0, 8, vector=torch.ones(2), number=1),
     "a publication that skips one": lambda: Publish(2),
     "too many steps of plateau schedulers": lambda: Publish(1, [(0, 1.0)] * 1001),
-    "too many metrics": lambda: Publish(1, metrics={str(number): 1.0 for number in range(2001)}),
-    "a name of a metric that is too long": lambda: Publish(1, metrics={"x" * 70_000: 1.0}),
+    "too many metrics": lambda: Publish(1, metrics={str(number): 1.0 for number in range(2**16 + 1)}),
+    "a name of a metric that is too long": lambda: Publish(1, metrics={"x" * (2**22 + 1): 1.0}),
     "a report with too many ranges of data": lambda: report(data=[(0, 1)] * (2**14 + 1)),
     "too many ranges of data at once": lambda: Join("eu 1", 1, SHARED, [(0, 1)] * (2**16 + 1), run="a run"),
     "a welcome": lambda: Decide(""),
@@ -909,6 +909,22 @@ def test_a_bad_message_is_refused_before_anything_changes(what: str) -> None:
     assert "tensor" not in answer
     assert len(answer) < 400
     assert repr(before) == repr((star.node.state_dict(), star.node.status()))
+
+
+def test_a_limit_that_a_member_exceeds_is_named() -> None:
+    star, first, _ = pair(SHARED)
+    assert refusal_of(star.node, first.index, report(steps=4 * 2**16 + 1)) == (
+        "Region 'eu' has 262,145 local steps in a round. A run of several jobs allows 262,144."
+    )
+
+
+def test_many_metrics_and_many_steps_per_batch_are_usual() -> None:
+    star, first, _ = pair(SHARED)
+    metrics = {f"precision of class {number}, {'x' * 60}": 0.5 for number in range(20_000)}
+    first.post(first.node.publish([], metrics))
+    star.pump()
+    assert star.job("asia", description=SHARED).joining.welcome.status.metrics == metrics
+    star.node.handle(first.index, report(steps=4 * 70))
 
 
 def test_a_stranger_is_no_member() -> None:

@@ -99,7 +99,9 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def forking(folder: Path, strategy: str) -> Result:
+def forking(folder: Path, strategy: str, has_trained: bool) -> Result:
+    if has_trained:
+        make_trainer("halos", devices=1, max_steps=4).fit(Toy(), loader())
     module = Script(folder)
     trainer = make_trainer(strategy, max_steps=20)
     assert trainer.strategy.launcher is not None
@@ -112,10 +114,14 @@ def forking(folder: Path, strategy: str) -> Result:
     }
 
 
-@pytest.mark.parametrize("strategy", ["halos_fork", "halos_notebook"])
-def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "has_trained"),
+    [("halos_fork", False), ("halos_notebook", True)],
+    ids=["at once", "after a fit in the same process"],
+)
+def test_launching_by_fork(run: Run, tmp_path: Path, strategy: str, has_trained: bool) -> None:
     (tmp_path / "workers").mkdir()
-    (main,) = run(forking, tmp_path / "workers", strategy, environments=[{}])
+    (main,) = run(forking, tmp_path / "workers", strategy, has_trained, environments=[{}])
     results = load_results(tmp_path / "workers", 4)
     assert_trained(results, max_steps=20)
     assert_same_model([main, *results])

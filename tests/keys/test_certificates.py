@@ -214,8 +214,8 @@ class TestRevocations:
         revocations.check(certificate("b"))
         revocations.check(replace(certificate("a"), start=NOW + timedelta(hours=1)))
 
-    def test_a_name_without_a_time_that_is_understood_is_refused_for_ever(self, revocations: Revocations) -> None:
-        revocations.path.write_text("# by hand\n\na\nb  yesterday  # lost\nc 2020-01-01T00:00:00Z")
+    def test_a_name_without_a_time_is_refused_for_ever(self, revocations: Revocations) -> None:
+        revocations.path.write_text("\ufeff# by hand\n\na\n  b  # lost\nc\t2020-01-01T00:00:00Z", encoding="utf-8")
         for name in "ab":
             with pytest.raises(CertificateRefusedError, match="Remove that line"):
                 revocations.check(replace(certificate(name), start=NOW + timedelta(days=1000)))
@@ -254,6 +254,18 @@ class TestRevocations:
         with pytest.raises(CertificateRefusedError):
             Watched(path).check(certificate("a"))
         assert looks
+
+    @pytest.mark.parametrize("line", ["a,b", "a;", "a:", "a b", "b yesterday", "a 2020-01-01T00:00:00Z again"])
+    def test_a_line_that_is_not_understood_lets_nobody_in(self, revocations: Revocations, line: str) -> None:
+        revocations.path.write_text(f"c\n{line}\n")
+        for name in "abd":
+            with pytest.raises(OSError, match=f"revoked, line 2, is {line!r}. It must be a region's name"):
+                revocations.check(certificate(name))
+
+    def test_a_file_in_another_encoding_lets_nobody_in(self, revocations: Revocations) -> None:
+        revocations.path.write_text("a\n", encoding="utf-16")
+        with pytest.raises(OSError, match="is not a text in UTF-8"):
+            revocations.check(certificate("b"))
 
     def test_a_file_that_cannot_be_read_is_another_error(self, revocations: Revocations) -> None:
         revocations.path.mkdir()

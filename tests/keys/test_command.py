@@ -72,6 +72,19 @@ def test_shows_what_files_are(keys: Keys) -> None:
     assert keys("show keys/us-east.pem")[1] in out + "\n"
 
 
+def test_shows_the_files_beside_one_that_cannot_be_read(keys: Keys) -> None:
+    make_authority("keys", ["halos.example.org"])
+    Path("keys/notes.pem").write_text("no key")
+    status, out, err = keys("show keys")
+    assert status == 2
+    assert [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("file ")] == [
+        "keys/authority.pem",
+        "keys/server.pem",
+    ]
+    assert err.count("\n") == 1
+    assert "keys/notes.pem" in err
+
+
 @pytest.mark.parametrize(
     ("command", "text"),
     [

@@ -94,6 +94,15 @@ def test_prints_a_table_or_all_values(ask: Ask, server: Server, folder: Path, mo
     assert server.asked == ["us", "us"]
 
 
+def test_the_keys_may_be_in_the_home_folder(
+    ask: Ask, server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert ask("--server", server.address, "--keys=~/us.pem")[0] == 0
+    monkeypatch.setenv("HALOS_KEYS", "~/us.pem")
+    assert ask("--server", server.address)[0] == 0
+
+
 def test_imports_no_torch(server: Server, folder: Path) -> None:
     program = ["-m", "lightning_halos.cli"]
     packages = imported(program, "status", "--server", server.address, "--keys", folder / "us.pem")

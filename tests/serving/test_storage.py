@@ -142,6 +142,17 @@ def test_a_snapshot_whose_small_file_cannot_be_written_does_not_stay_on_the_full
     assert names(tmp_path) == before
 
 
+def test_a_full_disk_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, pathlib\n"
+        "from lightning_halos.serving.storage import RunDirectory\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "RunDirectory(pathlib.Path(sys.argv[1])).close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=120)
+
+
 def test_two_servers_never_use_one_directory(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     with pytest.raises(ValueError, match=rf"in use by another server \(process {os.getpid()} on "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import signal
 import socket
 import struct
@@ -528,6 +529,14 @@ class TestWhatStopsARegion:
             text = self.unreachable(Address("127.0.0.1", port))
         assert f"127.0.0.1:{port} from 127.0.0.1 (lo): nothing listens there" in text
         assert "--listen" in text
+
+    def test_waiting_leaves_the_users_seeds_alone(self) -> None:
+        random.seed(0)
+        expected = random.random()
+        random.seed(0)
+        with bound() as (port, _):
+            self.unreachable(Address("127.0.0.1", port))
+        assert random.random() == expected
 
     def test_a_firewall_that_drops_packets(self) -> None:
         with socket.socket() as full:

@@ -54,6 +54,9 @@ def test_the_environment_says_where_the_server_is(monkeypatch: pytest.MonkeyPatc
     found = find_server("localhost:29601", "eu.pem", 8)
     assert found is not None
     assert (found.server, found.keys, found.streams) == ("localhost:29601", Path("eu.pem"), 8)
+    found = find_server("localhost:29601", "~/eu.pem", 8)
+    assert found is not None
+    assert found.keys == Path.home() / "eu.pem"
     with pytest.raises(ValueError, match="unset HALOS_SERVER"):
         DilocoStrategy()
 

@@ -90,15 +90,25 @@ def _region(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from lightning_halos.transport.certificates import read_keys
-
     paths = [one for path in arguments.paths for one in (sorted(path.glob("*.pem")) if path.is_dir() else [path])]
     if not paths:
         raise ValueError(f"no *.pem files in {', '.join(map(str, arguments.paths))}.")
-    print("\n\n".join(_described(read_keys(path)) for path in paths))
+    errors = []
+    for number, path in enumerate(paths):
+        try:
+            described = _described(path)
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+        else:
+            print(("\n" if number > len(errors) else "") + described)
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
-def _described(keys: Keys) -> str:
+def _described(path: Path) -> str:
+    from lightning_halos.transport.certificates import read_keys
+
+    keys = read_keys(path)
     own, now = keys.certificate, datetime.now(timezone.utc)
     if now < own.start:
         state = "not valid yet"

@@ -92,24 +92,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _revoke(arguments: argparse.Namespace) -> int:
+    from lightning_halos.transport.revocations import REVOKED, Revocations
+
+    if not arguments.directory.is_dir():  # a mistyped one would revoke nothing
+        raise FileNotFoundError(
+            f"--directory {arguments.directory} does not exist. Give the directory of the run's server; if it has"
+            " not started yet, make the directory first."
+        )
+    Revocations(arguments.directory / REVOKED).add(arguments.revoke)
+    print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
+    return 0
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.revoke is not None:
+        return _revoke(arguments)  # without torch, because there may be no time to lose
+
     from lightning_halos.checkpoint.errors import CheckpointError
     from lightning_halos.serving.dashboard import Dashboard
-    from lightning_halos.serving.entrance import REVOKED, Entrance
+    from lightning_halos.serving.entrance import Entrance
     from lightning_halos.serving.server import Rules, RunServer
     from lightning_halos.serving.storage import RunDirectory
     from lightning_halos.transport.address import Address
-    from lightning_halos.transport.revocations import Revocations
 
-    if arguments.revoke is not None:
-        if not arguments.directory.is_dir():  # a mistyped one would revoke nothing
-            raise FileNotFoundError(
-                f"--directory {arguments.directory} does not exist. Give the directory of the run's server; if it has"
-                " not started yet, make the directory first."
-            )
-        Revocations(arguments.directory / REVOKED).add(arguments.revoke)
-        print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
-        return 0
     if arguments.keys is None:
         raise ValueError("give the server's keys with --keys FILE; `lightning-halos keys init` makes them.")
     rules = Rules(

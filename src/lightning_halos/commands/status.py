@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import suppress
 
+from lightning_halos.commands.inputs import given_path
+
 SUMMARY = "Ask a global server for its members, the global step, rates, traffic and the latest failures."
 EXAMPLES = """\
 examples:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments, and ``run``."""
     parser.set_defaults(run=_status)
     parser.add_argument("--server", metavar="HOST:PORT", help="the global server's address (default: $HALOS_SERVER)")
-    parser.add_argument("--keys", metavar="FILE", help="the key of a region (default: $HALOS_KEYS)")
+    parser.add_argument("--keys", type=given_path, metavar="FILE", help="the key of a region (default: $HALOS_KEYS)")
     parser.add_argument("--json", action="store_true", help="print all values as JSON, one line for each answer")
     parser.add_argument(
         "--watch",
@@ -46,7 +48,7 @@ def _status(arguments: argparse.Namespace) -> None:
     from lightning_halos.serving.inquiry import ask_status
     from lightning_halos.transport.errors import PeerLostError
 
-    server, keys = (_given(arguments, name) for name in ("server", "keys"))
+    server, keys = _given(arguments, "server"), given_path(_given(arguments, "keys"))
     if arguments.watch is not None and not arguments.watch > 0:
         raise ValueError(f"--watch {arguments.watch:g} must be positive.")
     if not arguments.timeout > 0:
@@ -76,7 +78,7 @@ def _show(text: str, is_json: bool, is_watched: bool = False) -> None:
 
 def _given(arguments: argparse.Namespace, name: str) -> str:
     variable = f"HALOS_{name.upper()}"
-    value: str | None = getattr(arguments, name) or os.environ.get(variable)
+    value = getattr(arguments, name) or os.environ.get(variable)
     if not value:
         raise ValueError(f"--{name} is missing, and the environment variable {variable} is not set.")
-    return value
+    return str(value)

@@ -22,7 +22,7 @@ _MOST_UNCOVERED = 2**18  # reports of a member whose updates have not arrived
 _MOST_RANGES = 2**14  # of data in a report
 _MOST_HELD = 2**16  # ranges of data that a member that joins may hold
 _MOST_PUBLISHED = 1000  # steps of plateau schedulers in a publication
-_MOST_METRICS, _MOST_CHARACTERS = 2000, 2**16  # metrics in a publication, and characters of their names together
+_MOST_METRICS, _MOST_CHARACTERS = 2**16, 2**22  # metrics in a publication, and characters of their names together
 
 
 def check(holds: bool, member: Member, message: Message) -> None:
@@ -59,7 +59,8 @@ def check_report(member: Member, report: Progress, description: RunDescription) 
     check(report.update <= member.update + _MOST_AHEAD, member, report)
     check(len(member.uncovered) < _MOST_UNCOVERED, member, report)
     check(report.worker < member.workers and not member.is_flushed, member, report)
-    check(0 <= report.steps <= descriptions.most_steps(description), member, report)
+    check(report.steps >= 0, member, report)
+    _limit("local steps in a round", report.steps, descriptions.most_steps(description), member)
     check(all(math.isfinite(number) and number >= 0 for number in numbers), member, report)
     check(len(report.data) <= _MOST_RANGES, member, report)
     data = Spans(sorted(report.data))  # in order, each range is added at the end
@@ -69,6 +70,11 @@ def check_report(member: Member, report: Progress, description: RunDescription) 
 def check_publication(member: Member, publish: Publish) -> None:
     """Checks a publication that has not arrived before."""
     check(publish.number == member.publication + 1, member, publish)
-    check(len(publish.plateau_steps) <= _MOST_PUBLISHED, member, publish)
-    check(len(publish.metrics) <= _MOST_METRICS, member, publish)
-    check(sum(map(len, publish.metrics)) <= _MOST_CHARACTERS, member, publish)
+    _limit("steps of plateau schedulers at once", len(publish.plateau_steps), _MOST_PUBLISHED, member)
+    _limit("metrics", len(publish.metrics), _MOST_METRICS, member)
+    _limit("characters in the names of its metrics", sum(map(len, publish.metrics)), _MOST_CHARACTERS, member)
+
+
+def _limit(what: str, number: int, most: int, member: Member) -> None:
+    if number > most:
+        raise ProtocolError(f"{member} has {number:,} {what}. A run of several jobs allows {most:,}.")

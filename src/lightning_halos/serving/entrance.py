@@ -13,10 +13,7 @@ from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import Certificate, Keys, read_keys
 from lightning_halos.transport.errors import CertificateRefusedError
 from lightning_halos.transport.listener import Listener
-from lightning_halos.transport.revocations import Revocations
-
-REVOKED = "revoked"
-"""Name of the list of revoked names in the run's directory."""
+from lightning_halos.transport.revocations import REVOKED, Revocations
 
 _REMINDER = 86400.0  # seconds between two lines that the server's certificate expires soon
 

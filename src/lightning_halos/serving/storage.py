@@ -215,6 +215,6 @@ def _lock(path: Path) -> IO[str]:
             f"the directory {path} is in use by another server ({holder}). End that one, or give another directory."
         ) from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # the disk may be full; who holds the lock is only told
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file

@@ -31,6 +31,7 @@ from lightning_halos.training.compat import (
     set_num_threads_if_needed,
 )
 from lightning_halos.transport.address import unused_port
+from lightning_halos.transport.forks import is_store_port
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class FunctionLauncher(MultiProcessingLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         strategy: Any = trainer.strategy if trainer is not None else None
         if strategy is not None:
+            if is_store_port(int(os.environ.get("MASTER_PORT", 0))):  # of an earlier fit in this process
+                os.environ["MASTER_PORT"] = str(unused_port())
             choose_port(strategy.cluster_environment)
         return super().launch(function, *args, trainer=trainer, **kwargs)
 

@@ -105,7 +105,7 @@ def find_server(server: str | None, keys: str | Path | None, streams: int) -> Se
         address = parse_address(str(text))
     except ValueError as error:
         raise ValueError(f"server={text!r}: {error}") from None
-    return ServerSettings(address, Path(file), streams)
+    return ServerSettings(address, Path(file).expanduser(), streams)
 
 
 def check_suits_server(algorithm: Algorithm, settings: ServerSettings, simulates: bool, regions: Any) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import select
 import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_halos.transport.address import Address, is_loopback, means_loopback, route_to
@@ -112,7 +112,7 @@ def connect(
         if attempt.is_for_good:
             text = f"The global server {address} cannot be used. {attempt.report()}"
             raise ServerRefusedError(text, attempt.is_answer)
-        wait = pause * random.uniform(0.5, 1.0)  # so that many regions do not come back at the same moment
+        wait = pause * SystemRandom().uniform(0.5, 1.0)  # not all regions at once; it leaves the user's seeds alone
         pause = min(2 * pause, _LONGEST_PAUSE)
         if time.monotonic() + wait > start + timeout:
             raise ServerUnreachableError(

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 from lightning_halos.transport.certificates import Certificate, check_name
 from lightning_halos.transport.errors import CertificateRefusedError
 
+REVOKED = "revoked"
+"""Name of the list in the directory of a run."""
+
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _FOREVER = datetime.max.replace(tzinfo=timezone.utc)
 _NEVER = datetime.min.replace(tzinfo=timezone.utc)
 _RESOLUTION_NS = 2_000_000_000
+_SHOWN = 100  # characters of a line
 
 
 class Revocations:
     """The names whose certificates are refused: a text file that may be changed at any time.
 
     A line is ``NAME TIME``, which refuses the certificates of that name that were issued up to that time, or ``NAME``,
-    which refuses all of them. A line that starts with ``#`` is a comment.
+    which refuses all of them. ``#`` starts a comment.
 
     Args:
         path: The file. It need not exist.
@@ -47,7 +52,7 @@ class Revocations:
 
         Raises:
             CertificateRefusedError: If it is revoked.
-            OSError: If the file cannot be read, so that nobody knows.
+            OSError: If the file cannot be read, or a line of it is not understood, so that nobody knows.
         """
         self._read_changes()
         until = self._until.get(certificate.name)
@@ -71,19 +76,29 @@ class Revocations:
         if read_as == self._read_as:
             return
         until: dict[str, datetime] = {}
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, text = line.partition("#")[0].strip().partition(" ")
-            if name:
-                until[name] = max(_time(text.strip()), until.get(name, _NEVER))
+        for name, end in self._lines():
+            until[name] = max(end, until.get(name, _NEVER))
         # A change within the resolution of the file's time would not be seen: it is read again until it is older.
         is_settled = time.time_ns() - found.st_mtime_ns > _RESOLUTION_NS
         self._until = until  # before another thread believes that it is read
         self._read_as = read_as if is_settled else None
 
-
-def _time(text: str) -> datetime:
-    """The time in a line; for none, and for one that nobody understands, the end of time."""
-    try:
-        return datetime.strptime(text, _TIME).replace(tzinfo=timezone.utc)
-    except ValueError:
-        return _FOREVER
+    def _lines(self) -> Iterator[tuple[str, datetime]]:
+        """Yields the name in each line, and its time; for a name without one, the end of time."""
+        try:
+            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise OSError(f"{self.path} is not a text in UTF-8. Save it as one.") from None
+        for number, line in enumerate(lines, 1):
+            words = line.partition("#")[0].split()
+            try:
+                if words:
+                    name, until = words if len(words) == 2 else (*words, "")
+                    check_name(name)
+                    end = datetime.strptime(until, _TIME).replace(tzinfo=timezone.utc) if until else _FOREVER
+                    yield name, end
+            except ValueError:
+                raise OSError(
+                    f"{self.path}, line {number}, is {line.strip()[:_SHOWN]!r}. It must be a region's name, or its name"
+                    " and a time, like 'us-east 2026-11-27T14:51:05Z'."
+                ) from None
