@@ -238,7 +238,7 @@ def test_an_older_checkpoint_stays_if_the_newer_one_has_failed_by_the_time_it_is
     assert visible(tmp_path) == ["step=3.ckpt"]
 
 
-def test_while_one_save_is_in_flight_the_next_is_left_out_and_nothing_is_removed(tmp_path: Path) -> None:
+def test_while_one_save_is_in_flight_the_next_is_left_out_and_what_it_replaces_stays(tmp_path: Path) -> None:
     saves, paths = saved(tmp_path / "step=1.ckpt"), [tmp_path / f"step={number}.ckpt" for number in range(5)]
     assert not saves.in_flight
     second = begin(saves, paths[2])
@@ -248,13 +248,28 @@ def test_while_one_save_is_in_flight_the_next_is_left_out_and_nothing_is_removed
         saves.leave_out(paths[3])
     saves.remove(paths[2], paths[2].unlink)  # as if step=3 were there
     complete(saves, second)
-    assert visible(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+    assert visible(tmp_path) == ["step=2.ckpt"]
     fourth = begin(saves, paths[4])
     saves.remove(paths[3], lambda: None)
-    assert visible(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+    assert visible(tmp_path) == ["step=2.ckpt"]
     complete(saves, fourth)
     assert visible(tmp_path) == ["step=4.ckpt"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step=4"]
+
+
+def test_saves_that_are_always_left_out_in_between_do_not_fill_the_disk(tmp_path: Path) -> None:
+    """As of a ModelCheckpoint(save_top_k=1) that saves twice in the time that a save takes."""
+    saves, paths = Saves(), [tmp_path / f"step={number}.ckpt" for number in range(12)]
+    for number in range(0, 12, 2):
+        save = begin(saves, paths[number])
+        if number:
+            saves.remove(paths[number - 1], lambda: None)
+        with pytest.warns(UserWarning, match="It is left out"):
+            saves.leave_out(paths[number + 1])
+        saves.remove(paths[number], paths[number].unlink)
+        complete(saves, save)
+        assert visible(tmp_path) == [paths[number].name]
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [paths[number].stem]
 
 
 def test_two_files_of_one_moment_are_one_save(tmp_path: Path) -> None:

@@ -283,13 +283,42 @@ def test_the_model_of_synchronous_rounds_was_there_at_the_end_of_the_last_one(st
     assert made.model_seconds == seconds
 
 
-def test_rank_0_decides_for_everybody(tmp_path: Path) -> None:
+@every_strategy
+def test_rank_0_decides_for_everybody(name: str, tmp_path: Path) -> None:
     stopping = EarlyStopping("val_loss", patience=0, mode="max")  # it falls, so this stops at the second validation
     saving = ModelCheckpoint(tmp_path, monitor="val_loss")
-    trainer, _ = fit("halos", max_steps=400, val_check_interval=10, check_val_every_n_epoch=None,
+    trainer, _ = fit(name, max_steps=400, val_check_interval=10, check_val_every_n_epoch=None,
                      callbacks=[stopping, saving], enable_checkpointing=True)  # fmt: skip
     assert trainer.strategy.history[-1].steps < 60 * WORKERS
     assert len(list(tmp_path.glob("*.ckpt"))) == 1
+
+
+class StopsBetweenBatches(Toy):
+    """One worker asks for the end, in a hook outside of a batch."""
+
+    hook = ""
+
+    def stop(self, hook: str) -> None:
+        if hook == self.hook and self.global_rank == 1 and self.trainer.fit_loop.total_batch_idx > 5:
+            self.trainer.should_stop = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.stop("on_train_batch_end")  # later than that of callbacks
+
+    def on_train_epoch_end(self) -> None:
+        self.stop("on_train_epoch_end")
+
+    def on_train_epoch_start(self) -> None:
+        self.stop("on_train_epoch_start")
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_epoch_start"])
+@pytest.mark.parametrize("name", ["halos", "sync_sgd"])
+def test_any_worker_may_stop_the_run_between_two_batches(name: str, hook: str) -> None:
+    module = StopsBetweenBatches()
+    module.hook = hook
+    trainer, _ = fit(name, module, max_epochs=50)
+    assert trainer.strategy.history[-1].steps < 50 * SAMPLES // BATCH
 
 
 def test_a_worker_that_raises_ends_the_simulation() -> None:

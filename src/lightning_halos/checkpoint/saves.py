@@ -52,6 +52,7 @@ class Save:
     """One save: the shards of one moment, and one or more ``.ckpt`` files of that moment."""
 
     marker: Marker  # of the snapshot, with the save's identity and the folder of its shards
+    request: int  # number of the request that started it
     manifest: Manifest  # as far as it is known
     moment: str  # a request at the same moment joins this save; empty if none may
     missing: set[str]  # names of shards and .ckpt files, and of the manifest while its contents are unknown
@@ -72,8 +73,12 @@ class Saves:
         self.writer = Writer()
         self._lock = threading.RLock()  # a signal handler may save while the main thread does
         self._open: dict[str, Save] = {}
-        self._awaited: str | None = None  # the latest requested save; nothing is removed until it is complete
-        self._removals: dict[Path, Callable[[], None]] = {}
+        self._requests = 0  # number of requests that started a save or were left out
+        self._latest = 0  # the latest of them; that of its save, if a request joined one
+        self._completed = 0  # the latest of them whose save is complete
+        # What replaces a file is the latest request at that moment. It is removed when the save of that request, or of
+        # a later one, is complete.
+        self._removals: dict[Path, tuple[int, Callable[[], None]]] = {}
 
     @property
     def in_flight(self) -> bool:
@@ -104,8 +109,10 @@ class Saves:
             save = self.pending(moment)
             if save is None:
                 marker = Marker(number, str(folder_of(path) / number))
-                save = Save(marker, replace(manifest, save=number, shards={}), moment, {NAME, *shards})
-                self._awaited = number
+                self._requests += 1
+                manifest = replace(manifest, save=number, shards={})
+                save = Save(marker, self._requests, manifest, moment, {NAME, *shards})
+            self._latest = save.request
             folder = folder_of(path) / save.marker.save
             folder.mkdir(parents=True, exist_ok=True)
             save.hidden[path] = folder / path.name
@@ -123,7 +130,8 @@ class Saves:
     def leave_out(self, path: Path) -> None:
         """Records that a request is skipped, with a warning."""
         with self._lock:
-            self._awaited = ""  # until a later one is complete
+            self._requests += 1
+            self._latest = self._requests
         reason = "an earlier one is not yet, because rounds or a disk take longer than the time between saves"
         _warn(str(path), f"{reason}. It is left out")
 
@@ -170,9 +178,9 @@ class Saves:
         _warn(" and ".join(map(str, save.hidden)), reason)
 
     def remove(self, path: Path, remove_file: Callable[[], None]) -> None:
-        """Removes a ``.ckpt`` file, by calling a function, and its shards as soon as the latest save is complete."""
+        """Removes a ``.ckpt`` file, by calling a function, and its shards as soon as what replaces it is complete."""
         with self._lock:
-            self._removals[path.absolute()] = remove_file
+            self._removals[path.absolute()] = self._latest, remove_file
         self._remove_replaced()
 
     def link(self, path: Path, link: Path) -> None:
@@ -241,8 +249,7 @@ class Saves:
             save.state = State.COMPLETE
             for link, path in save.links.items():
                 _link(path, link)
-            if self._awaited == save.marker.save:
-                self._awaited = None
+            self._completed = max(self._completed, save.request)
         try:
             for path, folders in older.items():
                 files.sync_folder(path.parent)
@@ -254,10 +261,8 @@ class Saves:
 
     def _remove_replaced(self) -> None:
         with self._lock:
-            if self._awaited is not None:
-                return
-            removals = [(path, remove_file, save_folders(path)) for path, remove_file in self._removals.items()]
-            self._removals = {}
+            due = [path for path, (request, _) in self._removals.items() if request <= self._completed]
+            removals = [(path, self._removals.pop(path)[1], save_folders(path)) for path in due]
         for path, remove_file, folders in removals:
             remove_file()
             _remove_folders(path, folders)

@@ -12,7 +12,6 @@ from lightning_halos.commands.inputs import given_path
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-    from lightning_halos.transport.certificates import Keys
 
 SUMMARY = "Make, renew and show the keys with which the global server and the regions know each other."
 EXAMPLES = """\

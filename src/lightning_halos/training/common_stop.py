@@ -1,8 +1,9 @@
-"""Lets all processes of a worker stop if one of them sets ``trainer.should_stop``, in whatever hook.
+"""Lets all processes stop that have to stop together if one of them sets ``trainer.should_stop``, in whatever hook.
 
 Lightning reads it after each batch, validation and epoch. A process that stopped alone would make the others wait for
-ever. The usual case, a stop at the end of a batch, is in ``worker_loop``, which also tells the other workers. Signals
-are in ``preemption``; here is only what a process does that another one has left behind after a signal.
+ever: those of its worker, and all workers if they average their gradients in each batch. The usual case, a stop at the
+end of a batch, is in ``worker_loop``, which also tells the other workers. Signals are in ``preemption``; here is only
+what a process does that another one has left behind after a signal.
 """
 
 from __future__ import annotations
@@ -10,35 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.preemption import Preemption
+from lightning_halos.training.trainer_adapter import TrainerAdapter
 
 
 class CommonStop:
-    """Changes the Trainer's loops for one fit, if workers have several processes.
+    """Changes the Trainer's loops for one fit, if that is needed.
 
     Args:
-        trainer: The Trainer.
+        lightning: The Trainer's adapter.
         agreement: Asks the other processes of the worker.
         preemption: Knows whether the run has to end.
+        in_batches: Whether a worker may only stop at the end of a batch.
     """
 
-    def __init__(self, trainer: pl.Trainer, agreement: Agreement, preemption: Preemption) -> None:
-        self._trainer = trainer
+    def __init__(
+        self, lightning: TrainerAdapter, agreement: Agreement, preemption: Preemption, in_batches: bool
+    ) -> None:
+        self._lightning = lightning
+        self._trainer = lightning.trainer
         self._agreement = agreement
         self._preemption = preemption
+        self._in_batches = in_batches
         self._replaced: list[tuple[Any, str, Any]] = []
 
-    def install(self, later: list[Callback]) -> None:
-        """Begins to ask. All processes of the worker must call this.
-
-        Args:
-            later: The callbacks whose hooks run after those of the worker's loop.
-        """
-        if not self._agreement.is_needed:
+    def install(self) -> None:
+        """Begins to ask. All processes of the worker must call this."""
+        if not self._agreement.is_needed and not self._in_batches:
             return
         self._agree()
         fit_loop: Any = self._trainer.fit_loop
@@ -46,7 +46,7 @@ class CommonStop:
         self._replace(fit_loop, "advance", self._end_as_preempted)
         self._follow(fit_loop, "on_advance_end")
         self._follow(fit_loop.epoch_loop.val_loop, "run")
-        users: list[Any] = [self._trainer.lightning_module, *later]
+        users: list[Any] = [self._trainer.lightning_module, *self._lightning.later]
         if not all(user.on_train_batch_end.__module__.startswith("lightning.") for user in users):  # else none stops
             self._precede(fit_loop.epoch_loop, "on_advance_end")
 
@@ -62,6 +62,8 @@ class CommonStop:
     def _agree(self) -> None:
         asked = self._agreement.ask([self._trainer.should_stop])
         self._trainer.should_stop = any(flag for (flag,) in asked)
+        if self._in_batches:
+            self._lightning.hold_stop()
 
     def _end_as_preempted(self, method: Callable[..., Any], *args: Any) -> Any:
         """Ends this process like the others if one of them has ended before it, as each is told by its own links."""

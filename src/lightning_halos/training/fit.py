@@ -82,10 +82,11 @@ class Fit:
         self.preemption = Preemption(trainer, world.alarm, grace_time, saves, site.rank == 0, agreement.is_needed)
         if start.membership is not None:
             self.preemption = Departure(trainer, world.alarm, grace_time, agreement.is_needed)
-        self._common_stop = CommonStop(trainer, agreement, self.preemption)
         batches = None if data is None else data.batches
         has_entered = start.entry is not None
         self.lightning = TrainerAdapter(trainer, start.limit, start.extent_of_data, batches, self._decides, has_entered)
+        in_batches = start.algorithm.averages_gradients
+        self._common_stop = CommonStop(self.lightning, agreement, self.preemption, in_batches)
         if start.membership is not None:
             self.lightning.schedulers.set_deciding(self._decides)  # it may change
         self.loop = WorkerLoop(start, world, self.lightning, self.preemption, self._first_metrics, agreement)
@@ -129,7 +130,7 @@ class Fit:
         if self.start.memory is not None:
             log_rules(self.start.vector.entries)
         self.start.site.collectives.barrier()
-        self._common_stop.install(self.lightning.later)
+        self._common_stop.install()
         self.is_training = True
         if self.start.entry is not None and self.start.entry.is_over:
             self.loop.finish(stop=False)

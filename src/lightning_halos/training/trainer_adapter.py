@@ -69,6 +69,8 @@ class TrainerAdapter:
         self._data = data
         self._epochs = epochs_of_training(trainer)
         self._limits: dict[str, Any] = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+        self._holds_stop = False
+        self._has_finished = False
         self._raised: dict[str, tuple[Any, Any]] = {}  # where a hook has set a limit, and to what
         self._shown = trainer.global_step
         self._shares_data = epoch_batches is not None
@@ -188,11 +190,20 @@ class TrainerAdapter:
         """Ends :meth:`hold_validation`."""
         self._no_validation.undo(self.trainer)
 
+    def hold_stop(self) -> None:
+        """Keeps the Trainer from stopping before its next batch ends, if it was asked to stop and trains on."""
+        if not self._has_finished and self.trainer.should_stop:
+            self._holds_stop, self.trainer.should_stop = True, False
+
+    def _release_stop(self) -> None:
+        self.trainer.should_stop, self._holds_stop = self.trainer.should_stop or self._holds_stop, False
+
     def wants_to_stop(self, position: int) -> bool:
         """Returns whether the run has to stop at a global step before it ends by itself.
 
         It was asked to, and the Trainer's minimum of steps and epochs is reached; or a hook has lowered ``max_steps``.
         """
+        self._release_stop()
         ordered, most = self._limits["max_steps"], self.trainer.max_steps
         is_lowered = most != -1 and (ordered in (None, -1) or most < ordered)
         return (is_lowered and position >= most) or (self.trainer.should_stop and has_trained_enough(self.trainer))
@@ -233,6 +244,8 @@ class TrainerAdapter:
 
     def finish(self, position: int, stopped: bool) -> None:
         """Makes the Trainer end the run at the final global step, also if it was asked to stop."""
+        self._has_finished = True
+        self._release_stop()
         self._shown_before_end = self._shown
         self._validates_at_end = self.set_global_step(position, is_final=True)
         self.keep_limits()
