@@ -29,6 +29,7 @@ every_layout = pytest.mark.parametrize("name", LAYOUTS)
 OPTIMIZERS = {
     "DelayedNesterov": partial(DelayedNesterov, lr=0.2, momentum=0.9, delay=2),
     "AdamW": partial(torch.optim.AdamW, lr=0.01),
+    "NAdam": partial(torch.optim.NAdam, lr=0.01),
 }
 
 

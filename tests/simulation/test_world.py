@@ -237,18 +237,41 @@ class Plain(Toy):
         self.net = nn.Sequential(nn.Linear(FEATURES, 4), nn.Linear(4, 1))
 
 
-def test_synchronous_sgd_is_ddp() -> None:
+class Experts(Plain):
+    """Workers use different parameters, also of different size; one has sparse gradients, one is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(FEATURES, n), nn.Linear(n, 1)) for n in (1, 2, 3))
+        self.rows = nn.EmbeddingBag(8, 1, sparse=True)
+        self.wave = nn.Parameter(torch.ones(FEATURES, dtype=torch.complex64))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        expert = self.experts[(self.global_rank + batch_idx) % 3]
+        rows = self.rows((x[:, :2].abs() * 2).long().clamp(0, 7))
+        return mse_loss(self.net(x) + expert(x) + rows + (x * self.wave).abs().sum(1, keepdim=True), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "strategy"),
+    [(Plain, 0.5, "ddp_fork"), (Experts, None, "ddp_fork_find_unused_parameters_true")],
+    ids=["the same parameters", "other parameters on each worker"],
+)
+def test_synchronous_sgd_is_ddp(kind: type[Plain], clip: float | None, strategy: str) -> None:
     torch.manual_seed(3)
-    simulated = Plain()
-    real = Plain()
+    simulated, real = kind(), kind()
     real.load_state_dict(simulated.state_dict())
-    fit("sync_sgd", simulated, max_steps=20, gradient_clip_val=0.5)
+    fit("sync_sgd", simulated, max_steps=20, gradient_clip_val=clip)
     trainer = pl.Trainer(
-        strategy="ddp_fork",
+        strategy=strategy,
         accelerator="cpu",
         devices=WORKERS,
         max_steps=20,
-        gradient_clip_val=0.5,
+        gradient_clip_val=clip,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -6,7 +6,7 @@ the states come from, it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,10 +60,8 @@ class Reslicing:
                 if isinstance(value := state.get(key), Tensor):
                     new[key] = value.new_empty(sum(_sizes(self._new, self._lane, key)))
             if "optimizer" in state:
-                for number, own in state["optimizer"]["state"].items():
-                    for name, value in own.items():
-                        if _is_of_elements(name, value):
-                            new["optimizer"]["state"][number][name] = value.new_empty(self._shapes[number])
+                for number, name, value in _of_elements(state["optimizer"]["state"]):
+                    new["optimizer"]["state"][number][name] = value.new_empty(self._shapes[number])
                 if "parameters" in state:
                     new["parameters"] = self._new.parameters_of(self._lane)
             return new
@@ -80,10 +78,8 @@ class Reslicing:
                 else:
                     self._fill(new[key], value, lane)
             if "optimizer" in state:
-                for number, own in state["optimizer"]["state"].items():
-                    for name, value in own.items():
-                        if _is_of_elements(name, value):
-                            self._move_piece(number, new["optimizer"]["state"][number][name], value, lane)
+                for number, name, value in _of_elements(state["optimizer"]["state"]):
+                    self._move_piece(number, new["optimizer"]["state"][number][name], value, lane)
         elif isinstance(state, (list, tuple)):
             for ours, theirs in zip(new, state, strict=True):
                 self._fill(ours, theirs, lane)
@@ -105,6 +101,19 @@ def _sizes(layout: Layout, lane: int, key: str) -> list[int]:
     return layout.sizes(lane)[: layout.num_tensors if key in _OF_PARAMETERS else None]
 
 
-def _is_of_elements(name: str, value: Any) -> bool:
-    """Returns whether an optimizer's value for a parameter has one number for each of its elements."""
-    return isinstance(value, Tensor) and name != "step"
+def _of_elements(states: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
+    """Yields an optimizer's values that have one number for each element of a parameter.
+
+    Others are one number for a complete parameter, such as ``mu_product`` of ``NAdam``: a tensor without dimensions, also
+    where that parameter's other values have some.
+    """
+    tensors = [
+        (number, {name: value for name, value in own.items() if isinstance(value, Tensor)})
+        for number, own in states.items()
+    ]
+    whole = {"step"}
+    for _, own in tensors:
+        if any(value.dim() for value in own.values()):
+            whole |= {name for name, value in own.items() if value.dim() == 0}
+    for number, own in tensors:
+        yield from ((number, name, value) for name, value in own.items() if name not in whole)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -26,7 +25,6 @@ from lightning_halos.checkpoint.files import AtomicCheckpointIO, is_local, local
 from lightning_halos.checkpoint.resume import available
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, SynchronousAlgorithm
 from lightning_halos.core.checks import check_seconds
-from lightning_halos.core.sharding import local
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.extras import tuning_package
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -54,6 +52,7 @@ from lightning_halos.training.default_group import (
     without_telling_rank,
 )
 from lightning_halos.training.fit import Fit
+from lightning_halos.training.gradients import average_gradients
 from lightning_halos.training.inner import InnerStrategy
 from lightning_halos.training.membership import without_progress
 from lightning_halos.training.other_packages import WHAT_TO_DO
@@ -355,17 +354,16 @@ class AlgorithmStrategy(ComposedStrategy):
         if not self.algorithm.averages_gradients or not self.trains_at_own_pace or is_accumulating(self.trainer):
             return
         assert self.lightning_module is not None
-        gradients = [local(p.grad) for p in self.lightning_module.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        average_gradients(self.lightning_module, self._mean)
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        """Returns the mean of a tensor over all workers."""
         # The processes of a worker have the same gradients already, or each of them has its part. Each sends all that
         # it has, on one machine: the algorithm is only simulated, and the described links take the time of a slice.
         site = self.site
         if site.placement.is_even:
-            mean = site.lane_collectives.sum_(flat) / site.size
-        else:
-            mean = site.collectives.sum_(flat) / site.processes
-        for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+            return site.lane_collectives.sum_(tensor) / site.size
+        return site.collectives.sum_(tensor) / site.processes
 
     def _begin_validation(self) -> None:
         """Puts the global model into the module, before hooks may put an average of it in instead."""
