@@ -104,8 +104,8 @@ def _sizes(layout: Layout, lane: int, key: str) -> list[int]:
 def _of_elements(states: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
     """Yields an optimizer's values that have one number for each element of a parameter.
 
-    Others are one number for a complete parameter, such as ``mu_product`` of ``NAdam``: a tensor without dimensions, also
-    where that parameter's other values have some.
+    Others are one number for a complete parameter, such as ``mu_product`` of ``NAdam``: a tensor without dimensions,
+    also where that parameter's other values have some.
     """
     tensors = [
         (number, {name: value for name, value in own.items() if isinstance(value, Tensor)})
