@@ -38,13 +38,14 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
-from lightning_halos.serving.client import Client, Clients, Session
+from lightning_halos.serving.client import Client, Clients
 from lightning_halos.serving.gate import SnapshotGate
 from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.compute import ComputeThreads, threads_beside
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link
+from lightning_halos.transport.session import Session
 from lightning_halos.transport.vectors import VectorForm
 from lightning_halos.transport.wire import vector_of
 

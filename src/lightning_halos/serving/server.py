@@ -19,7 +19,6 @@ from typing import Any
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState
-from lightning_halos.serving.client import Session
 from lightning_halos.serving.final_model import checkpoint_of
 from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
@@ -124,10 +123,6 @@ class RunServer:
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
         self._snapshots = SnapshotWriter(self.host, directory, rules.snapshot_every, self._summary)
         self.reporter = Reporter(self.host, self._snapshots, directory.path, rules.min_regions)
-
-    def admit(self, session: Session) -> None:
-        """Serves an authenticated peer."""
-        self.host.admit(session)
 
     def stop(self, number: int) -> None:
         """Ends :meth:`run` soon, because of a signal. It takes no lock, which the interrupted thread may hold."""
