@@ -99,8 +99,7 @@ class Founding:
 
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
-        member = self._members.named(name)
-        return (self._members.add(name) if member is None else member).index
+        return self._members.index_of(name)
 
     def name_of(self, index: int) -> str:
         return self._members[index].name

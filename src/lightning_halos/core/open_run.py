@@ -92,11 +92,6 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         return node
 
     @property
-    def form(self) -> tuple[int, torch.dtype]:
-        """Number of elements and dtype of the model."""
-        return self.server.model.numel(), self.server.model.dtype
-
-    @property
     def present(self) -> int:
         """Number of members that are connected; 0 if work is left, and all of them have sent their last updates."""
         active = self._members.active
@@ -110,10 +105,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
 
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
-        member = self._members.named(name)
-        if member is None:
-            member = self._members.add(name, is_stale=self._is_restored)
-        return member.index
+        return self._members.index_of(name, is_stale=self._is_restored)
 
     def name_of(self, index: int) -> str:
         return self._members[index].name
