@@ -101,9 +101,9 @@ class Leasing:
             lease = None if is_over else cursor.take(steps, sharers=len(present))
             member.request, member.grant = None, grant_of(lease, request.number)
             if lease is not None:
-                first = lease.epoch * self._description.steps_per_epoch + lease.first
-                member.open.add([(first, first + lease.steps)])
-                member.leased.add([(first, first + lease.steps)])
+                span = lease.span(self._description.steps_per_epoch)
+                member.open.add([span])
+                member.leased.add([span])
             sends.append(Send(member.index, member.grant))
         return sends
 
