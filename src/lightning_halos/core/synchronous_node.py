@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_halos.core.global_server import SynchronousServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.synchronous_server import SynchronousServer
 
 
 class SynchronousNode:
