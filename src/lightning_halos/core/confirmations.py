@@ -10,11 +10,7 @@ from lightning_halos.core.roster import Roster
 
 
 class Confirmations:
-    """The snapshots that have begun and are not on disk yet.
-
-    Args:
-        members: The members.
-    """
+    """The snapshots that have begun and are not on disk yet."""
 
     def __init__(self, members: Roster) -> None:
         self._members = members

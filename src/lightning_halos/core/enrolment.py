@@ -21,7 +21,6 @@ class Enrolment:
     """The regions that have enrolled, in this order.
 
     Args:
-        members: The members.
         min_regions: Number of members that the run begins with.
         workers: Number of workers that a global step is divided by. Default: those of the first ``min_regions``
             members that enrol.
