@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.shadow import SHADOW
 
 _OF_PARAMETERS = ("residual", SHADOW)  # which have no averaged tensors

@@ -18,7 +18,7 @@ from lightning_halos.core.buffers import ATTRIBUTE, find_entries
 from lightning_halos.core.compat import add_each_, copy_each_, multiply_each_, reshard, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
 from lightning_halos.core.frozen import FrozenParameters
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.sharding import WorkerProcesses, find_shards, local
 from lightning_halos.core.teachers import find_teachers
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.compat import bytes_of, dense_parts
 from lightning_halos.core.joining import Joining
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import ShardWritten, Welcome
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL

@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from lightning_halos.core.error_feedback import ErrorFeedback
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import Failure, GlobalModel, Message, ModelCopy, Preempted, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.quantization import Format, decode, encode
