@@ -5,7 +5,7 @@ The content of a snapshot is made by the global node, and written by ``serving``
 
 from __future__ import annotations
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.roster import Roster
 
 

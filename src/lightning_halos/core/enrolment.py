@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import Enrolled
 from lightning_halos.core.protocol import Send
 from lightning_halos.core.roster import Roster

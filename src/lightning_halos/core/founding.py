@@ -18,7 +18,7 @@ from lightning_halos.core.finding import Finding
 from lightning_halos.core.founders import Founders
 from lightning_halos.core.joining import OTHER_RUN
 from lightning_halos.core.member_checks import check_join
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief, is_possible
+from lightning_halos.core.members import Member, MemberEvent, MemberState, brief, is_possible
 from lightning_halos.core.messages import (
     Enrol,
     InitialModel,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import DataCursor, Spans
 from lightning_halos.core.member_checks import check
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import Join, LeaseRequest, RunDescription
 from lightning_halos.core.node import grant_of
 from lightning_halos.core.protocol import ProtocolError, Send

@@ -19,7 +19,7 @@ from lightning_halos.core.deciding import Deciding
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.leasing import Leasing
 from lightning_halos.core.member_status import status_of
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import GlobalModel, RunDescription, Status, Welcome
 from lightning_halos.core.node import Node
 from lightning_halos.core.patience import Patience

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lightning_halos.core.membership import Member, MemberState
+from lightning_halos.core.members import Member, MemberState
 
 _SHOWN = 500  # characters of the reason of a refusal
 _MOST_REFUSED = 1000  # sessions that are remembered as refused

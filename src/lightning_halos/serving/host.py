@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_halos.core.founding import Founding
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.core.messages import (
     Decide,
     Enrol,

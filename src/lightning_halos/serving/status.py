@@ -14,7 +14,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.transport.wire import MOST_CHARACTERS
