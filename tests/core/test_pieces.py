@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_halos.core import parameter_server
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Push
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.pieces import divide
 from tests.core.receiving import receive
 

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer, unsent_update
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.parameter_server import all_finite
 
 from .receiving import receive

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
-from lightning_halos.core.optim import OptimizerFactory
 from lightning_halos.core.parameter_server import ParameterServer
 
 

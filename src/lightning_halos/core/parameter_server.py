@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.finding import Finding
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.outliers import NormLimit
 from lightning_halos.core.pieces import DividedStep, Piece, divide
 from lightning_halos.core.snapshot import Portion, ServerSnapshot

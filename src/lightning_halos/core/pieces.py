@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_halos.core.optim import DelayedNesterov, update
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, update
 
 
 class ParameterSpan(NamedTuple):
