@@ -19,7 +19,7 @@ from lightning_halos.core.messages import Message
 from lightning_halos.core.protocol import ProtocolError, Send
 from lightning_halos.transport.link import Link
 from lightning_halos.transport.session import Session
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.vector_parts import VectorForm
 
 _PAUSE = 0.01  # seconds between two looks
 _MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status

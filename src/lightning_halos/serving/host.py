@@ -46,7 +46,7 @@ from lightning_halos.transport.compute import ComputeThreads, threads_beside
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link
 from lightning_halos.transport.session import Session
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.vector_parts import VectorForm
 from lightning_halos.transport.wire import vector_of
 
 log = logging.getLogger(__name__)

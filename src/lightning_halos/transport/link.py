@@ -30,7 +30,7 @@ from lightning_halos.core.vector import PART, Fill
 from lightning_halos.core.wire_formats import is_rounded
 from lightning_halos.transport import frames, wire
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
-from lightning_halos.transport.vectors import Part, VectorForm, code_of, parts_of
+from lightning_halos.transport.vector_parts import Part, VectorForm, code_of, parts_of
 
 MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""

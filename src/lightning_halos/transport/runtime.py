@@ -33,7 +33,7 @@ from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.push_memory import PUSHES
 from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.slices import JoiningLink, NoLink
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.vector_parts import VectorForm
 
 
 class NodeRuntime:

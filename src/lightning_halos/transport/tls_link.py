@@ -20,7 +20,7 @@ from lightning_halos.transport import frames
 from lightning_halos.transport.connection import Connection
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Form, FramedLink, Memory, OnFailure, OnMessage, VectorCutOffError
-from lightning_halos.transport.vectors import Part
+from lightning_halos.transport.vector_parts import Part
 
 INTERVAL = 1.0
 """Seconds between an idle sender's signs of life."""
