@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
+from lightning_halos.core.divided_step import DividedStep, Piece, divide
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.norm_limit import NormLimit
-from lightning_halos.core.pieces import DividedStep, Piece, divide
 from lightning_halos.core.snapshot import Portion, ServerSnapshot
 from lightning_halos.core.vector import PART, Advance, ignore_progress
 
