@@ -25,7 +25,7 @@ ADDS = {
     },
     "synchronous rounds of both": {
         "core/algorithms/base.py": ["SynchronousAlgorithm"],
-        "core/synchronous_server.py": ["SynchronousServer"],
+        "core/global_server.py": ["SynchronousServer"],
         "core/synchronous_node.py": ["SynchronousNode"],
         "simulation/synchronous_network.py": ["SynchronousNetwork"],
         "training/worlds/lockstep.py": ["LockstepWorld"],

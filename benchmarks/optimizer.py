@@ -15,7 +15,7 @@ from statistics import mean, median
 
 import torch
 
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -43,11 +43,11 @@ from torch import Tensor
 
 from lightning_halos import SimulatedCluster
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
-from lightning_halos.core.optim import OptimizerFactory
 from lightning_halos.planning.planner import make_timing, plan
 
 SEEDS = range(3)

@@ -34,8 +34,8 @@ from small_runs import ROOT, network_of, rounds, schedule
 from torch import Tensor, nn
 
 from lightning_halos.core.algorithms import Halos
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.messages import Push
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Round, Work

@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, TCPStore
 
 from lightning_halos.core.compat import gloo_group
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Message, Push
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.parameter_server import PIECE
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode

@@ -6,7 +6,7 @@ from lightning_halos.callbacks.evaluation import LMEvalCallback
 from lightning_halos.callbacks.hugging_face import HuggingFaceCheckpoint
 from lightning_halos.callbacks.monitor import HalosMonitor
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.language.evaluation import evaluate
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.training.other_packages import refuse_elsewhere

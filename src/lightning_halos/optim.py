@@ -1,7 +1,7 @@
 """Muon and AdamW as one optimizer, for a module's ``configure_optimizers``: an inner optimizer, which workers step.
 
-The server optimizer is in ``core/optim.py``. What Muon and AdamW compute is torch's; this file decides which parameters
-each of them gets.
+The server optimizer is in ``core/delayed_nesterov.py``. What Muon and AdamW compute is torch's; this file decides which
+parameters each of them gets.
 """
 
 from __future__ import annotations

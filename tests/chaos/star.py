@@ -24,7 +24,7 @@ from lightning_halos.core.cursor import LeaseStock
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.joining import Joining
 from lightning_halos.core.local_server import LocalServer
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.core.messages import (
     GlobalModel,
     Join,

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_halos.core.cursor import Spans
 from lightning_halos.core.leasing import Leasing
 from lightning_halos.core.local_server import LocalServer
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import RegionUpdate
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.open_region_node import OpenRegionNode

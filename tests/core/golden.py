@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 
 from .reference import Config, Event
 

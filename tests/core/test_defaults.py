@@ -11,8 +11,8 @@ from torch import nn
 from lightning_halos.core import run_length
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos
 from lightning_halos.core.algorithms.defaults import PUBLISHED_STEPS
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.description import global_rates
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.topology import ServerGroup
 from tests.core.star import DESCRIPTION
 

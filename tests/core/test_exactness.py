@@ -24,11 +24,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push, RegionUpdate
 from lightning_halos.core.parameter_server import ParameterServer
-from lightning_halos.core.synchronous_server import SynchronousServer
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 

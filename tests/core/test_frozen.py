@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.local_server import LocalServer
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.vector import ModelVector
 
 

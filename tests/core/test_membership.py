@@ -15,7 +15,7 @@ import torch
 from lightning_halos.core import leasing, open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
 from lightning_halos.core.description import reason_against
-from lightning_halos.core.membership import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
+from lightning_halos.core.members import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
 from lightning_halos.core.messages import (
     Decide,
     Enrol,

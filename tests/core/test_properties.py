@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.worker import WorkerRound
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.finding import Finding, combine
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Push
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.reslicing import Reslicing
 from tests.core.receiving import receive
 

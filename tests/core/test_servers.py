@@ -6,12 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
+from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer, unsent_update
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.parameter_server import all_finite
-from lightning_halos.core.synchronous_server import SynchronousServer
 
 from .receiving import receive
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_halos.core import parameter_server
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.snapshot import ServerSnapshot
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_halos.core.global_server import SynchronousServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.synchronous_node import SynchronousNode
-from lightning_halos.core.synchronous_server import SynchronousServer
 
 WORKERS = 3
 

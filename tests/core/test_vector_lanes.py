@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_halos.core import vector as module
-from lightning_halos.core.sharding import OneProcess, Sharded
+from lightning_halos.core.sharding import Sharded, WorkerProcesses
 from lightning_halos.core.vector import ModelVector
 
 
-class Lane(OneProcess):
+class Lane(WorkerProcesses):
     """One of several processes that hear nothing of each other."""
 
     def __init__(self, lane: int, lanes: int) -> None:

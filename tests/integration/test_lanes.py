@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import Manifest, global_shard, server_shard, worker_shard
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.reslicing import Reslicing
 from lightning_halos.training.worlds.real import RealWorld
 from tests.integration.conftest import Run

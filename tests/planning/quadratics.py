@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from lightning_halos.core.algorithms import AsyncLocalSGD, Halos, ServerAlgorithm
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.messages import Pull, Push
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.planning.planner import make_timing
 from lightning_halos.planning.stability import TOLERANCE, events_of, growth, servers_of

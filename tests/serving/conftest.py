@@ -37,7 +37,7 @@ class Server:
         self.directory = RunDirectory(directory)
         self.server = RunServer(self.directory, Rules(**rules))
         self.entrance = Entrance(
-            Address("127.0.0.1", port), keys / "server.pem", directory, self.server.admit, self.server.host.note
+            Address("127.0.0.1", port), keys / "server.pem", directory, self.server.host.admit, self.server.host.note
         )
         self.port = self.entrance.port
         self.code: int | None = None

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lightning_halos.serving import entrance as entrance_module
-from lightning_halos.serving.client import Session
 from lightning_halos.serving.entrance import Entrance
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import make_authority, make_region, make_server
 from lightning_halos.transport.dialer import dial
+from lightning_halos.transport.session import Session
 from tests.serving.conftest import until
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_halos.core import open_run
 from lightning_halos.core.member_status import status_of
-from lightning_halos.core.membership import Member, MemberState
+from lightning_halos.core.members import Member, MemberState
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,

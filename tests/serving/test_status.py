@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_halos.core.founding import Founding
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.core.messages import StatusReply
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.serving.dashboard import page

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from lightning_halos import SimulatedCluster
 from lightning_halos.core.algorithms import Diloco, Halos
-from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import StepBudget
-from lightning_halos.core.synchronous_server import SynchronousServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Network, Round, Work

@@ -71,7 +71,7 @@ def test_the_rest_of_an_epoch_that_the_trainer_leaves_is_dropped_and_reported() 
     leases = Leases(iter([Lease(0, 0, 2), Lease(0, 4, 2), Lease(1, 0, 1)]))
     given = leases.of_epoch(0)
     assert next(given) == Lease(0, 0, 2)
-    assert leases.use() == (0, 0)
+    assert leases.use() == Lease(0, 0, 1)
     assert list(leases.of_epoch(1)) == [Lease(1, 0, 1)]
     assert leases.dropped == [Lease(0, 1, 1), Lease(0, 4, 2)]
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_halos import AlgorithmStrategy, SimulatedCluster
 from lightning_halos.cli import main
 from lightning_halos.core.algorithms import ALGORITHMS, ServerAlgorithm
-from lightning_halos.core.optim import OptimizerFactory
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.planning.planner import make_timing, plan
 from tests.integration.conftest import Run, run  # noqa: F401
 from tests.integration.harness import Result

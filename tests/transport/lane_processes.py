@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.global_server import GlobalServer
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Marker, Publish, ShardWritten
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
 from lightning_halos.core.snapshot import Shard

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lightning_halos.core import parameter_server
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.messages import Marker, RegionUpdate
-from lightning_halos.core.optim import DelayedNesterov
 from lightning_halos.core.schedule import StepBudget
 from lightning_halos.core.snapshot import ServerSnapshot, Shard
 from lightning_halos.transport.alarm import Alarm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.error_feedback import ErrorFeedback
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import RegionUpdate
 from lightning_halos.core.quantization import Format
 from lightning_halos.transport.alarm import Alarm

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.files import WrittenFile, write
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 
 FORMAT = 3
 """Version of the manifest and the shards. It changes when older versions of the package could not read them."""
@@ -57,7 +57,7 @@ class Manifest:
     world: dict[str, Any] | None  # of a simulation: its clock and rounds
     shards: dict[str, WrittenFile] = field(default_factory=dict)
     teachers: list[str] = field(default_factory=list)  # what is averaged because of its values at the start of the run
-    # The slices of the lanes, as in core.lanes.Layout.to_plain; None if there is one lane.
+    # The slices of the lanes, as in core.layout.Layout.to_plain; None if there is one lane.
     layout: dict[str, Any] | None = None
     # The length for which the servers' default settings were chosen when the run began. None: an earlier version wrote
     # it, when the defaults were the published ones whatever the length.

@@ -156,7 +156,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                     raise OSError(error.errno, f"Cannot show --dashboard {where}: {error.strerror}") from None
                 opened.callback(page.close)
                 server.host.note(f"The dashboard is on http://{Address(where.host or 'localhost', page.port)}/")
-            entrance = Entrance(address, arguments.keys, arguments.directory, server.admit, server.host.note)
+            entrance = Entrance(address, arguments.keys, arguments.directory, server.host.admit, server.host.note)
             opened.callback(entrance.close)
             return server.run(entrance.objection, entrance.renew)
     finally:

@@ -5,16 +5,12 @@ The content of a snapshot is made by the global node, and written by ``serving``
 
 from __future__ import annotations
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.roster import Roster
 
 
 class Confirmations:
-    """The snapshots that have begun and are not on disk yet.
-
-    Args:
-        members: The members.
-    """
+    """The snapshots that have begun and are not on disk yet."""
 
     def __init__(self, members: Roster) -> None:
         self._members = members

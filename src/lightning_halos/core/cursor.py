@@ -21,6 +21,11 @@ class Lease:
     first: int
     steps: int
 
+    def span(self, steps_per_epoch: int) -> tuple[int, int]:
+        """Returns the start and the end (exclusive) of the range, counted from the start of the first epoch."""
+        start = self.epoch * steps_per_epoch + self.first
+        return start, start + self.steps
+
     def divide(self, steps: int) -> tuple[Lease, list[Lease]]:
         """Returns a lease of at most this many steps, and what is left."""
         if steps >= self.steps:
@@ -205,8 +210,7 @@ class LeaseStock:
         """Drops data that others have now."""
         lost, kept = list(spans), deque[Lease]()
         for lease in self._leases:
-            first = lease.epoch * steps_per_epoch + lease.first
-            for start, stop in Spans([(first, first + lease.steps)]).without(lost):
+            for start, stop in Spans([lease.span(steps_per_epoch)]).without(lost):
                 kept += split(start, stop - start, steps_per_epoch)
         self._leases = kept
 

@@ -5,7 +5,7 @@ The choice only. The global node tells the members; ``training/deciding.py`` doe
 
 from __future__ import annotations
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.roster import Roster
 
 

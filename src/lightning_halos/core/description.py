@@ -18,8 +18,8 @@ from lightning_halos.core.algorithms.defaults import Defaults
 from lightning_halos.core.algorithms.halos import Halos
 from lightning_halos.core.checks import is_number
 from lightning_halos.core.cursor import DataCursor, Spans
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.messages import RunDescription
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _LARGEST = {  # what a run may have at most; far above what makes sense, and far below what a computation cannot take

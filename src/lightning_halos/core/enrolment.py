@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import Enrolled
 from lightning_halos.core.protocol import Send
 from lightning_halos.core.roster import Roster
@@ -21,7 +21,6 @@ class Enrolment:
     """The regions that have enrolled, in this order.
 
     Args:
-        members: The members.
         min_regions: Number of members that the run begins with.
         workers: Number of workers that a global step is divided by. Default: those of the first ``min_regions``
             members that enrol.

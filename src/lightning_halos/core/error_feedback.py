@@ -25,7 +25,6 @@ class ErrorFeedback:
         dtype: The dtype of updates.
 
     Attributes:
-        format: The format.
         residual: The residual, of shape (parameters,).
     """
 

@@ -5,7 +5,7 @@ The founding asks them, and decides what follows if nothing arrives. The caller 
 
 from __future__ import annotations
 
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 
 _PARTS = 10
 

@@ -18,7 +18,7 @@ from lightning_halos.core.finding import Finding
 from lightning_halos.core.founders import Founders
 from lightning_halos.core.joining import OTHER_RUN
 from lightning_halos.core.member_checks import check_join
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, brief, is_possible
+from lightning_halos.core.members import Member, MemberEvent, MemberState, brief, is_possible
 from lightning_halos.core.messages import (
     Enrol,
     InitialModel,
@@ -99,8 +99,7 @@ class Founding:
 
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
-        member = self._members.named(name)
-        return (self._members.add(name) if member is None else member).index
+        return self._members.index_of(name)
 
     def name_of(self, index: int) -> str:
         return self._members[index].name

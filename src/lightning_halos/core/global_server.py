@@ -1,4 +1,4 @@
-"""The server of all regions: it applies their updates."""
+"""The server of all regions, which applies their updates, and that of synchronous rounds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import GlobalModel, RegionUpdate
-from lightning_halos.core.optim import OptimizerFactory
 from lightning_halos.core.parameter_server import ParameterServer
 
 
@@ -61,3 +61,12 @@ class GlobalServer(ParameterServer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.steps = state["steps"]
+
+
+class SynchronousServer(ParameterServer):
+    """The server of synchronous rounds (DiLoCo, arXiv 2311.08105): applies the mean of all workers' rounds."""
+
+    def receive(self, mean: Tensor) -> None:
+        """Applies the mean of the workers' vectors, and overwrites it with the new model."""
+        is_accepted = self._judge(self.find(mean), self.version, 0, "all workers together")
+        self.apply(mean, is_accepted, mean)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import DataCursor, Spans
 from lightning_halos.core.member_checks import check
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import Join, LeaseRequest, RunDescription
 from lightning_halos.core.node import grant_of
 from lightning_halos.core.protocol import ProtocolError, Send
@@ -32,7 +32,6 @@ class Leasing:
       returned or are lost. Otherwise data could be leased twice.
 
     Args:
-        description: What the run is.
         members: The members. Their leases are in their records.
         done: Data in reports.
         awaited: Members that have not returned since the restart of the global server.
@@ -101,9 +100,9 @@ class Leasing:
             lease = None if is_over else cursor.take(steps, sharers=len(present))
             member.request, member.grant = None, grant_of(lease, request.number)
             if lease is not None:
-                first = lease.epoch * self._description.steps_per_epoch + lease.first
-                member.open.add([(first, first + lease.steps)])
-                member.leased.add([(first, first + lease.steps)])
+                span = lease.span(self._description.steps_per_epoch)
+                member.open.add([span])
+                member.leased.add([span])
             sends.append(Send(member.index, member.grant))
         return sends
 

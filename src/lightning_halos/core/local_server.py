@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.error_feedback import ErrorFeedback, add_residual_
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.messages import GlobalModel, Push, RegionUpdate
-from lightning_halos.core.optim import OptimizerFactory
 from lightning_halos.core.parameter_server import ParameterServer, spans
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.vector import Advance, ignore_progress

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_halos.core import description as descriptions
 from lightning_halos.core.cursor import Spans
-from lightning_halos.core.membership import Member, brief, is_possible
+from lightning_halos.core.members import Member, brief, is_possible
 from lightning_halos.core.messages import Join, Message, Progress, Publish, RegionUpdate, RunDescription
 from lightning_halos.core.open_region_node import MOST_KEPT
 from lightning_halos.core.protocol import ProtocolError

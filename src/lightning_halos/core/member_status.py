@@ -9,7 +9,7 @@ import heapq
 from typing import Any
 
 from lightning_halos.core.counters import ServerCounters
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 
 _SHOWN = 8  # workers of a member
 

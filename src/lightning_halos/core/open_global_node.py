@@ -25,7 +25,7 @@ from lightning_halos.core.member_checks import (
     check_update,
     has_history,
 )
-from lightning_halos.core.membership import Member, MemberEvent, MemberState, Report, brief, is_possible
+from lightning_halos.core.members import Member, MemberEvent, MemberState, Report, brief, is_possible
 from lightning_halos.core.messages import (
     Decide,
     Enrol,

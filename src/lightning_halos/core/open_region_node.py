@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_halos.core.cursor import LeaseStock, Spans
+from lightning_halos.core.cursor import Lease, LeaseStock, Spans
 from lightning_halos.core.finding import Finding
 from lightning_halos.core.joining import Joining
 from lightning_halos.core.local_server import LocalServer
@@ -62,7 +62,6 @@ class OpenRegionNode(RegionNode):
         formats: See :class:`RegionNode`.
 
     Attributes:
-        session: The session.
         is_connected: Whether the global server hears this node.
         decides: Whether this member's rank 0 decides.
     """
@@ -119,9 +118,7 @@ class OpenRegionNode(RegionNode):
         for report in self._kept_reports:
             held.add(report.data)
         if self.state in (RegionState.SERVING, RegionState.EXCHANGING):
-            for lease in self._stock or ():
-                first = lease.epoch * self._description.steps_per_epoch + lease.first
-                held.add([(first, first + lease.steps)])
+            held.add(lease.span(self._description.steps_per_epoch) for lease in self._stock or ())
             for spans in self._out.values():
                 held.add(spans)
         is_flushed = self.state is RegionState.FLUSHED and not self._kept
@@ -164,8 +161,8 @@ class OpenRegionNode(RegionNode):
                 case LeaseRequest():
                     self._order = send.message
                 case LeaseGrant(epoch=epoch, first=first, steps=steps) if steps:
-                    start = epoch * self._description.steps_per_epoch + first
-                    self._out[send.to].add([(start, start + steps)])
+                    span = Lease(epoch, first, steps).span(self._description.steps_per_epoch)
+                    self._out[send.to].add([span])
         return sends
 
     def _on_welcome(self, welcome: Welcome) -> list[Send]:

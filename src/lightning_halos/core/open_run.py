@@ -19,7 +19,7 @@ from lightning_halos.core.deciding import Deciding
 from lightning_halos.core.global_server import GlobalServer
 from lightning_halos.core.leasing import Leasing
 from lightning_halos.core.member_status import status_of
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.messages import GlobalModel, RunDescription, Status, Welcome
 from lightning_halos.core.node import Node
 from lightning_halos.core.patience import Patience
@@ -37,16 +37,10 @@ class OpenRun(Node[GlobalState, OpenEvent]):
     Args:
         run: A random text, which no other run has.
         model: The initial model. The server owns it from here on.
-        description: What the run is.
         workers: Number of workers that a global step is divided by.
         members: The members; those that are joining are welcomed by :meth:`start`.
         preferred: Name of the member that decides if it is active.
         patience: Seconds that the others wait, at least, for a member that is connected; see :class:`Patience`.
-
-    Attributes:
-        run: As above.
-        server: The global server.
-        description: What the run is.
     """
 
     server: GlobalServer
@@ -92,11 +86,6 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         return node
 
     @property
-    def form(self) -> tuple[int, torch.dtype]:
-        """Number of elements and dtype of the model."""
-        return self.server.model.numel(), self.server.model.dtype
-
-    @property
     def present(self) -> int:
         """Number of members that are connected; 0 if work is left, and all of them have sent their last updates."""
         active = self._members.active
@@ -110,10 +99,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
 
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
-        member = self._members.named(name)
-        if member is None:
-            member = self._members.add(name, is_stale=self._is_restored)
-        return member.index
+        return self._members.index_of(name, is_stale=self._is_restored)
 
     def name_of(self, index: int) -> str:
         return self._members[index].name

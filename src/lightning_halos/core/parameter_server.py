@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
+from lightning_halos.core.divided_step import DividedStep, Piece, divide
 from lightning_halos.core.finding import Finding
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
-from lightning_halos.core.outliers import NormLimit
-from lightning_halos.core.pieces import DividedStep, Piece, divide
+from lightning_halos.core.norm_limit import NormLimit
 from lightning_halos.core.snapshot import Portion, ServerSnapshot
 from lightning_halos.core.vector import PART, Advance, ignore_progress
 
@@ -73,7 +73,7 @@ class ParameterServer:
         shapes: Shapes of the parameters in ``model``; the rest are buffers. Default: one flat parameter and no buffers.
         senders: Number of senders. The buffers of an update enter the server's with the weight ``1 / senders``.
         max_norm_ratio: Reject an update if its norm is more than this many times the median of the last norms; see
-            :class:`~lightning_halos.core.outliers.NormLimit`. ``None``: no limit.
+            :class:`~lightning_halos.core.norm_limit.NormLimit`. ``None``: no limit.
 
     Attributes:
         model: The present model.

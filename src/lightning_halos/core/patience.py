@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lightning_halos.core.leasing import Leasing
-from lightning_halos.core.membership import Member
+from lightning_halos.core.members import Member
 from lightning_halos.core.roster import Roster
 
 _ROUNDS = 20  # of the fastest other member

@@ -1,7 +1,7 @@
 """Which processes are a worker together, and which slice of the model each of them carries.
 
 It deals with numbers only, and checks what a user can get wrong about the argument ``worker``. Regions and servers,
-whose members are workers, are in ``topology``; how a vector is cut into slices is in ``lanes``.
+whose members are workers, are in ``topology``; how a vector is cut into slices is in ``layout``.
 """
 
 from __future__ import annotations

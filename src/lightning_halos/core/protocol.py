@@ -5,7 +5,6 @@ This file has no decisions. The transition tables are data, which the nodes foll
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,7 +18,7 @@ from lightning_halos.core.messages import (
     RegionUpdate,
 )
 from lightning_halos.core.snapshot import Shard
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 
 GLOBAL = -1
 """Address of the global node. A local server's workers have their ranks as addresses, local servers their indices."""
@@ -39,7 +38,7 @@ class Send:
     message: Message | Shard  # a shard may be completed later, with `Shard.advance`
     # Computes the message's vector from front to back and reports the number of complete elements; None if the vector
     # is complete. It must run before the node handles another message, and in the order of the list.
-    fill: Callable[[Advance], object] | None = None
+    fill: Fill | None = None
 
     def complete(self) -> Message | Shard:
         """Computes the message's vector, if necessary, and returns the message."""

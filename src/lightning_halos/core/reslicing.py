@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.shadow import SHADOW
 
 _OF_PARAMETERS = ("residual", SHADOW)  # which have no averaged tensors
@@ -24,9 +24,7 @@ class Reslicing:
     """Takes the states of the old lanes, one after another, so that only one of them need be in memory.
 
     Args:
-        old: The old layout.
-        new: The new layout.
-        lane: The lane in it.
+        lane: The lane of the new layout.
         shapes: Shapes of the parameters, or of this lane's pieces of them, in the new servers.
 
     Attributes:

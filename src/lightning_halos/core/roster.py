@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lightning_halos.core.membership import Member, MemberState
+from lightning_halos.core.members import Member, MemberState
 
 _SHOWN = 500  # characters of the reason of a refusal
 _MOST_REFUSED = 1000  # sessions that are remembered as refused
@@ -37,12 +37,13 @@ class Roster:
     def get(self, index: int) -> Member | None:
         return self._members.get(index)
 
-    def named(self, name: str) -> Member | None:
-        """Returns the member with a name, if there is one."""
-        return next((member for member in self if member.name == name), None)
+    def index_of(self, name: str, is_stale: bool = False) -> int:
+        """Returns the index of the member with a name, which is the same for ever. A new one is added."""
+        member = next((member for member in self if member.name == name), None)
+        return (self.add(name, is_stale) if member is None else member).index
 
     def add(self, name: str, is_stale: bool = False) -> Member:
-        """Adds a member. Its index is the same for ever."""
+        """Adds a member."""
         member = Member(name, len(self._members), is_stale=is_stale)
         self._members[member.index] = member
         return member

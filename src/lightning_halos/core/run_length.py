@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_halos.core.algorithms.base import Algorithm, ServerAlgorithm
 from lightning_halos.core.algorithms.diloco import Diloco
-from lightning_halos.core.optim import OptimizerFactory
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.topology import ServerGroup
 
 _FEWEST_EXCHANGES = 3

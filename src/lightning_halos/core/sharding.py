@@ -7,7 +7,7 @@ tensors; which part of them a process sends is decided in :mod:`.vector`, and ho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,10 @@ class Sharded(NamedTuple):
     sizes: list[int]
 
 
-class WorkerProcesses(Protocol):
-    """The processes of a worker, as one of them sees them. All of them must make the same calls in the same order.
+class WorkerProcesses:
+    """The processes of a worker, as one of them sees them: here, those of a worker that has only one.
+
+    All of them must make the same calls in the same order.
 
     Attributes:
         lane: Number of this process in its worker.
@@ -36,29 +38,15 @@ class WorkerProcesses(Protocol):
         model: The model as it is wrapped for several processes; ``None`` for a worker of one process.
     """
 
-    lane: int
-    lanes: int
-    model: nn.Module | None
+    lane = 0
+    lanes = 1
+    model: nn.Module | None = None
 
     def share_(self, tensors: Sequence[Tensor], lane: int) -> None:
         """Overwrites tensors with those of one lane's process."""
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Returns for each flag whether any process of the worker has set it."""
-
-
-class OneProcess:
-    """The processes of a worker that has only one."""
-
-    lane = 0
-    lanes = 1
-    model: nn.Module | None = None
-
-    def share_(self, tensors: Sequence[Tensor], lane: int) -> None:
-        """Leaves the tensors as they are."""
-
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Returns the flags."""
         return list(flags)
 
 

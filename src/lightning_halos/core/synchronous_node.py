@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_halos.core.global_server import SynchronousServer
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.schedule import RoundPlanner, StepBudget
-from lightning_halos.core.synchronous_server import SynchronousServer
 
 
 class SynchronousNode:
@@ -25,8 +25,6 @@ class SynchronousNode:
         budget: The step budget, which the node updates.
 
     Attributes:
-        server: The server.
-        budget: The step budget.
         version: Number of rounds in the model.
         finished: Global ranks of the workers that have finished.
     """

@@ -18,8 +18,8 @@ from lightning_halos.core.buffers import ATTRIBUTE, find_entries
 from lightning_halos.core.compat import add_each_, copy_each_, multiply_each_, reshard, subtract_each_
 from lightning_halos.core.copies import Copies, Run, copies_of
 from lightning_halos.core.frozen import FrozenParameters
-from lightning_halos.core.lanes import Layout
-from lightning_halos.core.sharding import OneProcess, WorkerProcesses, find_shards, local
+from lightning_halos.core.layout import Layout
+from lightning_halos.core.sharding import WorkerProcesses, find_shards, local
 from lightning_halos.core.teachers import find_teachers
 
 PART = 2**20
@@ -114,7 +114,7 @@ class ModelVector:
         processes: WorkerProcesses | None = None,
         teachers: Collection[str] | None = None,
     ) -> None:
-        self._processes = OneProcess() if processes is None else processes
+        self._processes = WorkerProcesses() if processes is None else processes
         self.shards = shards = find_shards(self._processes.model)
         trainable = [p for p in module.parameters() if p.requires_grad or all_parameters]
         trained = {id(p) for p in trainable} - set(idle)

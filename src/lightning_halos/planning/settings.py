@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.yaml_files import read_yaml
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, Diloco, ServerAlgorithm, SynchronousAlgorithm
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.planning.planner import MS_PER_HOUR, Floats, Plan, groups_of, longest_rounds, plan
 from lightning_halos.simulation.timing import Timing
 

@@ -11,39 +11,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_halos.core.messages import Message
 from lightning_halos.core.protocol import ProtocolError, Send
-from lightning_halos.transport.certificates import Certificate
-from lightning_halos.transport.link import Form, Link, Memory
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.link import Link
+from lightning_halos.transport.session import Session
+from lightning_halos.transport.vector_parts import VectorForm
 
 _PAUSE = 0.01  # seconds between two looks
 _MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
-
-
-class Session(Protocol):
-    """An authenticated connection to a peer; see :class:`lightning_halos.transport.session.Session`."""
-
-    certificate: Certificate
-    name: str
-    address: str
-
-    @property
-    def control(self) -> Link: ...
-
-    @property
-    def has_models(self) -> bool: ...
-
-    def models(self, form: Form, memory: Memory | None = None) -> Link: ...
-
-    def close(self, timeout: float) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 @dataclass(eq=False)

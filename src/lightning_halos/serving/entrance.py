@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_halos.serving.client import Session
 from lightning_halos.serving.report import EXPIRES_SOON, span
 from lightning_halos.transport.address import Address
 from lightning_halos.transport.certificates import Certificate, Keys, read_keys
 from lightning_halos.transport.errors import CertificateRefusedError
 from lightning_halos.transport.listener import Listener
 from lightning_halos.transport.revocations import REVOKED, Revocations
+from lightning_halos.transport.session import Session
 
 _REMINDER = 86400.0  # seconds between two lines that the server's certificate expires soon
 
@@ -24,7 +24,6 @@ class Entrance:
     Args:
         address: The address to listen on.
         keys: The file of the server's keys. It may be replaced while the server runs.
-        directory: The run's directory.
         admit: Called with each authenticated peer.
         note: Called with a sentence about what an operator should know.
 

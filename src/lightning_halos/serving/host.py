@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_halos.core.founding import Founding
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.core.messages import (
     Decide,
     Enrol,
@@ -38,14 +38,15 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
-from lightning_halos.serving.client import Client, Clients, Session
+from lightning_halos.serving.client import Client, Clients
 from lightning_halos.serving.gate import SnapshotGate
 from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
 from lightning_halos.transport.compute import ComputeThreads, threads_beside
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Link
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.session import Session
+from lightning_halos.transport.vector_parts import VectorForm
 from lightning_halos.transport.wire import vector_of
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,6 @@ class RunHost:
     """Hosts the node of a run, and serves its clients.
 
     Args:
-        node: The node of a run, or of its founding.
         liveness: Seconds of silence after which a member is lost.
         status: Returns the text for who asks for the status.
 

@@ -12,16 +12,15 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_halos.core.founding import Founding
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState
-from lightning_halos.serving.client import Session
 from lightning_halos.serving.final_model import checkpoint_of
-from lightning_halos.serving.host import RunHost
+from lightning_halos.serving.host import Node, RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.serving.status import Reporter
 from lightning_halos.serving.storage import RunDirectory
@@ -97,11 +96,6 @@ class RunServer:
 
     Args:
         directory: The run's directory. If it has a snapshot, the run goes on from there.
-        rules: What the operator decides.
-
-    Attributes:
-        host: The host of the run's node.
-        reporter: Describes the run.
 
     Raises:
         CheckpointError: If the directory's snapshots cannot be used.
@@ -120,14 +114,15 @@ class RunServer:
         self._seconds = 0.0  # that count for the members
         self._unwritten_since: float | None = None  # when it could not be written for the first time
         state = directory.load()
-        node = self._founding(directory.load_founding()) if state is None else self._resumed(state)
+        node: Node
+        if state is None:
+            run, founding = secrets.token_hex(16), directory.load_founding()
+            node = Founding(run, rules.min_regions, rules.workers, rules.decider, rules.patience, founding)
+        else:
+            node = OpenGlobalNode.restored(state, rules.decider, rules.patience)
         self.host = RunHost(node, rules.liveness, lambda: self.reporter.text())
         self._snapshots = SnapshotWriter(self.host, directory, rules.snapshot_every, self._summary)
         self.reporter = Reporter(self.host, self._snapshots, directory.path, rules.min_regions)
-
-    def admit(self, session: Session) -> None:
-        """Serves an authenticated peer."""
-        self.host.admit(session)
 
     def stop(self, number: int) -> None:
         """Ends :meth:`run` soon, because of a signal. It takes no lock, which the interrupted thread may hold."""
@@ -179,14 +174,6 @@ class RunServer:
         if self._is_finished:
             return self._end_finished(now) if self._has_written_final_model(now) else self._give_up_finished(now)
         return self._give_up_unfinished(now)
-
-    def _founding(self, state: Mapping[str, Any] | None) -> Founding:
-        rules = self._rules
-        run = secrets.token_hex(16)
-        return Founding(run, rules.min_regions, rules.workers, rules.decider, rules.patience, state)
-
-    def _resumed(self, state: Mapping[str, Any]) -> OpenGlobalNode:
-        return OpenGlobalNode.restored(state, self._rules.decider, self._rules.patience)
 
     @property
     def _is_finished(self) -> bool:

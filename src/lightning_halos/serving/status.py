@@ -14,7 +14,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_halos.core.membership import MemberState
+from lightning_halos.core.members import MemberState
 from lightning_halos.serving.host import RunHost
 from lightning_halos.serving.snapshots import SnapshotWriter
 from lightning_halos.transport.wire import MOST_CHARACTERS
@@ -36,14 +36,7 @@ class _Sample(NamedTuple):
 
 
 class Reporter:
-    """Describes a run.
-
-    Args:
-        host: The host of the run's node.
-        snapshots: Writes its snapshots.
-        directory: The run's directory.
-        min_regions: Members that the run needs.
-    """
+    """Describes a run."""
 
     def __init__(self, host: RunHost, snapshots: SnapshotWriter, directory: Path, min_regions: int) -> None:
         self._host = host

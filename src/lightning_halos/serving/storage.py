@@ -38,9 +38,6 @@ class RunDirectory:
     Args:
         path: The directory. It is created if it does not exist.
 
-    Attributes:
-        path: The directory.
-
     Raises:
         ValueError: If another server uses it.
         OSError: If it cannot be created.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.algorithms import Algorithm
+from lightning_halos.core.global_server import SynchronousServer
 from lightning_halos.core.messages import Pull, Push
 from lightning_halos.core.synchronous_node import SynchronousNode
-from lightning_halos.core.synchronous_server import SynchronousServer
 from lightning_halos.simulation.network import Network, Round, Work
 from lightning_halos.simulation.timing import Timing
 

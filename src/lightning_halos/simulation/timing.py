@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import permutations
 
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.quantization import Format, nbytes
 from lightning_halos.core.schedule import dynamic_local_steps
 from lightning_halos.core.vector import PART

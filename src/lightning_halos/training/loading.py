@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.checkpoint.manifest import GLOBAL_SHARD, NAME, Manifest, global_shard, server_shard, worker_shard
 from lightning_halos.checkpoint.resume import KEY, CompleteCheckpoint, Resume, find
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.reslicing import Reslicing
 from lightning_halos.core.shadow import SHADOW
 from lightning_halos.training.optimizer_shards import is_divided, join_pieces

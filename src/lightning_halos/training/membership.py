@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.compat import bytes_of, dense_parts
 from lightning_halos.core.joining import Joining
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import (
     Enrol,
     Enrolled,
@@ -47,7 +47,7 @@ from lightning_halos.transport import wire
 from lightning_halos.transport.errors import PeerFailedError
 from lightning_halos.transport.link import progress_limit, wait_all
 from lightning_halos.transport.server_connection import ServerConnection
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.vector_parts import VectorForm
 
 if TYPE_CHECKING:
     from lightning_halos.training.site import Site

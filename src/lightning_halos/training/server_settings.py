@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_count
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.transport.address import Address, parse_address
 
 if TYPE_CHECKING:

@@ -80,11 +80,11 @@ class Leases:
             else:
                 self.dropped.append(lease)
 
-    def use(self) -> tuple[int, int]:
-        """Records that the data of the next local step was trained on. Returns its epoch and its position there."""
+    def use(self) -> Lease:
+        """Records that the data of the next local step was trained on, and returns it."""
         lease, rest = self._given.popleft().divide(1)
         self._given.extendleft(rest)
-        return lease.epoch, lease.first
+        return lease
 
 
 @dataclass(frozen=True)
@@ -289,21 +289,18 @@ class SharedData:
         self._batches_of_step += 1
         if self._batches_of_step == self._accumulate or ends_epoch:
             self._batches_of_step = 0
-            epoch, first = self._leases.use()
-            start = epoch * self.steps_per_epoch + first
-            self._used.add([(start, start + 1)])
+            self._used.add([self._leases.use().span(self.steps_per_epoch)])
 
     @property
     def used_steps(self) -> int:
         """Data that was trained on since :meth:`take_used`, in local steps."""
-        return sum(stop - start for start, stop in self._used)
+        return self._used.steps
 
     def take_used(self) -> list[tuple[int, int]]:
         """Returns the ranges of data that were trained on since the last call, or that nobody will train on."""
         used, self._used = self._used, Spans()
         dropped, self._leases.dropped = self._leases.dropped, []
-        starts = [(lease.epoch * self.steps_per_epoch + lease.first, lease.steps) for lease in dropped]
-        used.add([(start, start + steps) for start, steps in starts])
+        used.add(lease.span(self.steps_per_epoch) for lease in dropped)
         return list(used)
 
     def attach(self) -> None:

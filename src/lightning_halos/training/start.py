@@ -230,7 +230,7 @@ class Start:
             world, done = self.resume.manifest.world, self.resume.manifest.done
             if world is not None:
                 return 0, (self.data.end - world["offset"]) / self.workers
-            used = sum(stop - start for start, stop in done)
+            used = Spans(done).steps
         return self.budget.position, (total + self.data.end - used) / self.workers
 
     def done(self) -> Spans:

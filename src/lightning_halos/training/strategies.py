@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import AsyncLocalSGD, Diloco, Halos, SyncSGD
 from lightning_halos.core.algorithms.defaults import Defaults
-from lightning_halos.core.optim import OptimizerFactory
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.simulation.cluster import SimulatedCluster

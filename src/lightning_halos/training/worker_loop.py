@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_halos.checkpoint.manifest import worker_shard
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker, Pull, Push
-from lightning_halos.core.vector import Advance
+from lightning_halos.core.vector import Advance, Fill
 from lightning_halos.core.worker_wire import WorkerWire
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import show_metrics
@@ -257,7 +257,7 @@ class WorkerLoop(Callback):
             self._exchange(push, lambda advance: None)
         self._follow_run()
 
-    def _finish(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def _finish(self, push: Push, fill: Fill) -> None:
         if self._is_rank_0:  # all processes of its worker do, which changes nothing
             self._first_metrics.end_waits()
         final, progress = self._world.client.finish(push, fill)
@@ -361,7 +361,7 @@ class WorkerLoop(Callback):
         # Only once per round, because the device is idle afterwards until the host queues new work.
         self.round.count(0, self.stopwatch.drain())
 
-    def _exchange(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def _exchange(self, push: Push, fill: Fill) -> None:
         """Pushes a round, and loads the answer."""
         posted = self.stopwatch.now()
         pull, progress = self._world.client.exchange(push, fill)
@@ -369,7 +369,7 @@ class WorkerLoop(Callback):
             self._load(pull.vector, self._wire.arriving(pull, progress))
         self._receive(pull, posted)
 
-    def _send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def _send(self, push: Push, fill: Fill) -> None:
         """Pushes a round, and starts the next one."""
         self._world.client.send(push, fill)
         self._memory = None

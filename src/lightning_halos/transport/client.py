@@ -28,7 +28,7 @@ from lightning_halos.core.messages import (
     ShardWritten,
     Status,
 )
-from lightning_halos.core.vector import Advance
+from lightning_halos.core.vector import Fill
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.link import Link, progress_limit, wait_all
 
@@ -44,7 +44,6 @@ class WorkerClient:
 
     Args:
         link: Link to the local server.
-        alarm: The alarm to report failures to.
         timeout: Seconds of silence after which a peer counts as lost; see :func:`progress_limit`.
         interrupted: Called several times a second while waiting; may raise.
 
@@ -67,7 +66,7 @@ class WorkerClient:
         self._grants: queue.SimpleQueue[LeaseGrant] = queue.SimpleQueue()
         link.start(self._on_message, alarm.fail)
 
-    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+    def exchange(self, push: Push, fill: Fill) -> tuple[Pull, Iterable[int]]:
         """Sends a push, whose vector ``fill`` fills, and waits for the answer.
 
         Returns:
@@ -75,7 +74,7 @@ class WorkerClient:
         """
         return self._answer(Pull, push, fill, "answer a push")
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         """Sends a push, whose vector ``fill`` fills. :meth:`take` returns the answer."""
         self._unanswered = push
         self._link.post(push, fill)
@@ -95,7 +94,7 @@ class WorkerClient:
         wait_all(progress)
         return pull
 
-    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+    def finish(self, push: Push, fill: Fill) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the last push, and waits for the final model as long as the other workers make progress.
 
         Returns:
@@ -115,9 +114,7 @@ class WorkerClient:
         """Tells rank 0 whether this worker's shard of a checkpoint has been written."""
         self._link.post(message)
 
-    def _answer(
-        self, kind: type[A], push: Push, fill: Callable[[Advance], object], what: str
-    ) -> tuple[A, Iterable[int]]:
+    def _answer(self, kind: type[A], push: Push, fill: Fill, what: str) -> tuple[A, Iterable[int]]:
         self._link.post(push, fill)
         return self._await(kind, push, what)
 
@@ -168,7 +165,7 @@ class VirtualClient(WorkerClient):
         answer: The answer that the worker has not taken yet.
     """
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         """Sends a push and waits for the answer, which arrives at a virtual time. Markers are handled meanwhile."""
         self.answer, progress = self.exchange(push, fill)
         wait_all(progress)

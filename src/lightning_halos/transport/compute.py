@@ -40,14 +40,7 @@ def threads_beside(processes: int) -> int:
 
 
 class ComputeThreads:
-    """A pool of threads. They are daemons, and end when nobody refers to the pool any more.
-
-    Args:
-        number: Number of threads.
-
-    Attributes:
-        number: Number of threads.
-    """
+    """A pool of threads. They are daemons, and end when nobody refers to the pool any more."""
 
     def __init__(self, number: int) -> None:
         self.number = number

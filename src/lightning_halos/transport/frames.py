@@ -17,7 +17,7 @@ MOST_BYTES = 2**24
 """Largest number of bytes of a message's fields."""
 
 HEADER = struct.Struct("<qqq")
-"""Length of the fields, and number of elements and format of the vector that follows them; see ``vectors``."""
+"""Length of the fields, and number of elements and format of the vector that follows them; see ``vector_parts``."""
 
 GOODBYE, ALIVE, HELLO = -1, -2, -3
 """Instead of a length: the last frame, a sign of life, and the first frame, which has the version in the next field."""

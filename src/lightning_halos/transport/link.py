@@ -26,11 +26,11 @@ from torch import Tensor
 
 from lightning_halos.core.messages import Message
 from lightning_halos.core.quantization import Format
-from lightning_halos.core.vector import PART, Advance
+from lightning_halos.core.vector import PART, Fill
 from lightning_halos.core.wire_formats import is_rounded
 from lightning_halos.transport import frames, wire
 from lightning_halos.transport.errors import PeerLostError, is_lost_connection
-from lightning_halos.transport.vectors import Part, VectorForm, code_of, parts_of
+from lightning_halos.transport.vector_parts import Part, VectorForm, code_of, parts_of
 
 MIN_PATIENCE = 1800.0
 """Minimum limit in seconds for waits before and after training, when rank 0 may validate."""
@@ -137,12 +137,7 @@ class Link(ABC):
 
         self._start_thread("receive", receive, on_failure)
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         """Sends a message, without waiting.
 
         Args:

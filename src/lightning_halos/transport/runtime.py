@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from lightning_halos.core.error_feedback import ErrorFeedback
 from lightning_halos.core.global_node import GlobalNode
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import ShardWritten, Welcome
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL
@@ -33,7 +33,7 @@ from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.push_memory import PUSHES
 from lightning_halos.transport.server_connection import ServerConnection
 from lightning_halos.transport.slices import JoiningLink, NoLink
-from lightning_halos.transport.vectors import VectorForm
+from lightning_halos.transport.vector_parts import VectorForm
 
 
 class NodeRuntime:
@@ -41,8 +41,6 @@ class NodeRuntime:
 
     Args:
         rank: Index of this process's worker.
-        topology: The regions and servers.
-        groups: Its process groups.
         global_node: On rank 0, the global node.
         region_node: On the leader of a local server, the server's node.
         memory: The worker's vector, or the slice of it that this process carries. Models from another process are
@@ -53,7 +51,6 @@ class NodeRuntime:
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
         membership: On rank 0 of a job that is one region of a run, its connection with the global server, which only
             lane 0 has, and the answer to its request to join.
-        lane: Lane of this process in its worker.
         layout: The slices of the lanes. Default: there is one lane.
         describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
         threads: Number of threads in which the servers of this process compute.
@@ -63,10 +60,7 @@ class NodeRuntime:
 
     Attributes:
         format: The format on the worker's link to its local server.
-        alarm: The alarm to report failures to.
         client: The worker's end of the link to its local server.
-        global_host: The host of ``global_node``.
-        region_host: The host of ``region_node``.
     """
 
     def __init__(

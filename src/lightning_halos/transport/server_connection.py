@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lightning_halos.core.messages import Failure, Message, Preempted, Refusal
 from lightning_halos.core.protocol import uses_models_link
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError, ServerRefusedError
 from lightning_halos.transport.link import Form, Link, OnFailure, OnMessage, since, wait_all
 
@@ -143,12 +143,7 @@ class ServerConnection:
         """Whether the server has refused the job, and has not let it in since."""
         return self._refusal is not None or self._refused_since is not None
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         """Sends a message, if there is a connection; see :meth:`Link.post`."""
         with self._changed:
             session, models = (None, None) if self._is_lost else (self._session, self._models)
@@ -379,12 +374,7 @@ class RedialedLink(Link):
         super().__init__(connection.server)
         self._connection = connection
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         if not isinstance(message, Preempted):
             self._connection.post(message, fill, sent)
 

@@ -16,11 +16,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from lightning_halos.core.error_feedback import ErrorFeedback
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import Failure, GlobalModel, Message, ModelCopy, Preempted, RegionUpdate
 from lightning_halos.core.protocol import ProtocolError
 from lightning_halos.core.quantization import Format, decode, encode
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.transport.keyed_queues import KeyedQueues
 from lightning_halos.transport.lanes import Lanes, LanesEndedError
 from lightning_halos.transport.link import Link, OnFailure, OnMessage, wait_all
@@ -33,7 +33,6 @@ class JoiningLink(Link):
 
     Args:
         models: The link to the global server.
-        layout: The slices.
         slices: The link to each other lane for its slices.
         lanes: The links for the order of what is handled.
         feedback: Rounds the updates, if the link to the global server has a narrow format: its blocks of elements are
@@ -67,12 +66,7 @@ class JoiningLink(Link):
             link.start(partial(self._on_message, lane), on_failure)
         self._start_thread("join", self._join_all, on_failure)
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         if fill is not None:
             fill(ignore_progress)
         self._posted.put((self._connection, message))
@@ -152,12 +146,7 @@ class NoLink(Link):
     def start(self, on_message: OnMessage, on_failure: OnFailure) -> None:
         """Does nothing."""
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         """Drops a message."""
 
     def _receive_all(self, on_message: OnMessage) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_halos.core.messages import Message
 from lightning_halos.core.quantization import Format
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.transport import frames
 from lightning_halos.transport.connection import Connection
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.link import Form, FramedLink, Memory, OnFailure, OnMessage, VectorCutOffError
-from lightning_halos.transport.vectors import Part
+from lightning_halos.transport.vector_parts import Part
 
 INTERVAL = 1.0
 """Seconds between an idle sender's signs of life."""
@@ -94,12 +94,7 @@ class TLSLink(FramedLink):
         self._on_failure = on_failure
         super().start(on_message, self._fail)
 
-    def post(
-        self,
-        message: Message,
-        fill: Callable[[Advance], object] | None = None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
+    def post(self, message: Message, fill: Fill | None = None, sent: Callable[[], None] | None = None) -> None:
         """Sends a message, without waiting; see :meth:`Link.post`. Without a connection, it is dropped."""
         if not self._is_closed:
             super().post(message, fill, sent)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_halos.core.compat import broadcast_each_
+from lightning_halos.core.sharding import WorkerProcesses
 
 
-class GroupedProcesses:
-    """The processes of a worker that are a process group; see :class:`~lightning_halos.core.sharding.WorkerProcesses`.
+class GroupedProcesses(WorkerProcesses):
+    """The processes of a worker that are a process group.
 
     Args:
         group: Their process group, in the order of the lanes. It must support host memory and the model's device.
@@ -27,7 +28,7 @@ class GroupedProcesses:
     def __init__(self, group: ProcessGroup, lanes: int, model: nn.Module) -> None:
         self.lane = group.rank()
         self.lanes = lanes
-        self.model: nn.Module | None = model
+        self.model = model
         self._group = group
 
     def share_(self, tensors: Sequence[Tensor], lane: int) -> None:

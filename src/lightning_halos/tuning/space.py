@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from lightning_halos.core.algorithms import Algorithm, Diloco, Halos, ServerAlgorithm
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.planner import groups_of, plan

@@ -30,7 +30,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.transport.address import unused_port
 from lightning_halos.tuning.goal import Point

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from lightning_halos.core.algorithms.defaults import PUBLISHED_WEIGHT, Defaults, period
 from lightning_halos.core.checks import check_count, check_optimizer, is_number
-from lightning_halos.core.global_server import GlobalServer
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
+from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer
-from lightning_halos.core.optim import OptimizerFactory
 from lightning_halos.core.schedule import RoundPlanner
-from lightning_halos.core.synchronous_server import SynchronousServer
 from lightning_halos.core.topology import Topology
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 

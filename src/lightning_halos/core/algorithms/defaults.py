@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from lightning_halos.core.optim import DelayedNesterov, OptimizerFactory
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 
 Defaults = Literal["run", "published"]
 """What the defaults are for: the length of the run, or the runs of the HALoS paper, whatever the length."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_halos.core.algorithms import defaults
 from lightning_halos.core.algorithms.base import SynchronousAlgorithm
-from lightning_halos.core.optim import OptimizerFactory
-from lightning_halos.core.synchronous_server import SynchronousServer
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
+from lightning_halos.core.global_server import SynchronousServer
 
 
 @dataclass(frozen=True, kw_only=True)

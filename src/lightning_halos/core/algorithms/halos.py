@@ -9,7 +9,7 @@ from typing import ClassVar
 from lightning_halos.core.algorithms import defaults
 from lightning_halos.core.algorithms.base import ServerAlgorithm
 from lightning_halos.core.checks import check_count, check_counts
-from lightning_halos.core.optim import OptimizerFactory
+from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.topology import Topology
 
 

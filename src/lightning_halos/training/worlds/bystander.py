@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
 from lightning_halos.core.quantization import Format
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.lockstep import LockstepWorld
@@ -63,10 +63,10 @@ class BystanderWorld:
     def checkpointed(self) -> CheckpointedWorld:
         return self
 
-    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+    def exchange(self, push: Push, fill: Fill) -> tuple[Pull, Iterable[int]]:
         return self._answer(Pull, push, fill)
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         if push.vector is not None:
             fill(ignore_progress)  # it has collectives, in which all processes of the worker take part
 
@@ -76,7 +76,7 @@ class BystanderWorld:
     def take(self) -> Pull:
         return self._told(Pull)
 
-    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+    def finish(self, push: Push, fill: Fill) -> tuple[GlobalModel, Iterable[int]]:
         return self._answer(GlobalModel, push, fill)
 
     def read(self, out: Tensor) -> None:
@@ -115,7 +115,7 @@ class BystanderWorld:
     def close(self, timeout: float) -> None:
         self.alarm.close(timeout)
 
-    def _answer(self, kind: type[A], push: Push, fill: Callable[[Advance], object]) -> tuple[A, Iterable[int]]:
+    def _answer(self, kind: type[A], push: Push, fill: Fill) -> tuple[A, Iterable[int]]:
         self.send(push, fill)
         return self._told(kind), ()
 
@@ -159,11 +159,11 @@ class _TellingClient:
     def answer(self, answer: Pull | None) -> None:
         self._client.answer = answer
 
-    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+    def exchange(self, push: Push, fill: Fill) -> tuple[Pull, Iterable[int]]:
         pull, progress = self._client.exchange(push, fill)
         return self._tell(pull), progress
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         self._client.send(push, fill)
 
     def has_answer(self, batches: int) -> bool:
@@ -172,7 +172,7 @@ class _TellingClient:
     def take(self) -> Pull:
         return self._tell(self._client.take())
 
-    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+    def finish(self, push: Push, fill: Fill) -> tuple[GlobalModel, Iterable[int]]:
         final, progress = self._client.finish(push, fill)
         return self._tell(final), progress
 

@@ -6,7 +6,7 @@ and the collectives give all replicas the same pushes. Checkpoints only contain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +17,7 @@ from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.synchronous_node import SynchronousNode
-from lightning_halos.core.vector import Advance, ignore_progress
+from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.findings import slice_of
 from lightning_halos.training.shared_data import SharedData
@@ -91,7 +91,7 @@ class LockstepWorld:
     def close(self, timeout: float) -> None:
         pass
 
-    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+    def exchange(self, push: Push, fill: Fill) -> tuple[Pull, Iterable[int]]:
         assert push.vector is not None
         fill(ignore_progress)
         pull = self._take_part(push)
@@ -99,7 +99,7 @@ class LockstepWorld:
         pull.vector = push.vector.copy_(self._model)
         return pull, [self._model.numel()]
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         raise NotImplementedError("Synchronous rounds end together, so no worker trains on meanwhile.")
 
     def has_answer(self, batches: int) -> bool:
@@ -108,7 +108,7 @@ class LockstepWorld:
     def take(self) -> Pull:
         raise NotImplementedError("A synchronous round has no answer that is still missing.")
 
-    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+    def finish(self, push: Push, fill: Fill) -> tuple[GlobalModel, Iterable[int]]:
         if push.vector is not None:
             fill(ignore_progress)
         while not isinstance(final := self._take_part(push), GlobalModel):

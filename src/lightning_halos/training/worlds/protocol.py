@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
 from lightning_halos.core.quantization import Format
-from lightning_halos.core.vector import Advance
+from lightning_halos.core.vector import Fill
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.transport.alarm import Alarm
 
@@ -25,10 +25,10 @@ class Client(Protocol):
 
     answer: Pull | None
 
-    def exchange(self, push: Push, fill: Callable[[Advance], object]) -> tuple[Pull, Iterable[int]]:
+    def exchange(self, push: Push, fill: Fill) -> tuple[Pull, Iterable[int]]:
         """Sends the worker's push, and waits for the answer."""
 
-    def send(self, push: Push, fill: Callable[[Advance], object]) -> None:
+    def send(self, push: Push, fill: Fill) -> None:
         """Sends the worker's push, and does not wait for the answer."""
 
     def has_answer(self, batches: int) -> bool:
@@ -37,7 +37,7 @@ class Client(Protocol):
     def take(self) -> Pull:
         """Waits for the complete answer to the push of :meth:`send`, and returns it."""
 
-    def finish(self, push: Push, fill: Callable[[Advance], object]) -> tuple[GlobalModel, Iterable[int]]:
+    def finish(self, push: Push, fill: Fill) -> tuple[GlobalModel, Iterable[int]]:
         """Sends the worker's last push, and waits for the final model."""
 
 

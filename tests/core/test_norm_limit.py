@@ -8,7 +8,7 @@ import torch
 
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import Push
-from lightning_halos.core.outliers import NormLimit
+from lightning_halos.core.norm_limit import NormLimit
 from lightning_halos.core.vector import PART
 
 from .receiving import receive

@@ -1,7 +1,7 @@
 """An optimizer's step, divided into steps for consecutive pieces of a model, which threads can make at the same time.
 
 It is for optimizers that compute each element of a parameter from that element alone. There are no threads here: who
-makes the steps decides where they run. What a server does besides them is in ``servers``.
+makes the steps decides where they run. What a server does besides them is in ``parameter_server``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_halos.core.optim import DelayedNesterov, update
+from lightning_halos.core.delayed_nesterov import DelayedNesterov, update
 
 
 class ParameterSpan(NamedTuple):

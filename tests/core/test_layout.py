@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_halos.core.lanes import Layout
+from lightning_halos.core.layout import Layout
 
 
 @st.composite

@@ -13,7 +13,7 @@ from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.quantization import Format, nbytes, round_
 from lightning_halos.core.vector import PART, Advance
 from lightning_halos.transport.frames import PROTOCOL
-from lightning_halos.transport.vectors import Part, VectorForm, code_of
+from lightning_halos.transport.vector_parts import Part, VectorForm, code_of
 from tests.transport.ends import End, GlooWire, Wire, groups
 
 QUIET = 60.0  # seconds of silence; signs of life, which are bytes, too, are rare then

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_halos.core.optim import DelayedNesterov
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
 
 LARGE = 300_007  # elements: several blocks, the last of them not full
 

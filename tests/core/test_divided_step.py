@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_halos.core import parameter_server
+from lightning_halos.core.delayed_nesterov import DelayedNesterov
+from lightning_halos.core.divided_step import divide
 from lightning_halos.core.local_server import LocalServer
 from lightning_halos.core.messages import GlobalModel, Push
-from lightning_halos.core.optim import DelayedNesterov
-from lightning_halos.core.pieces import divide
 from tests.core.receiving import receive
 
 SHAPES = [torch.Size(shape) for shape in [(3,), (50, 7), (), (0,), (2, 2), (5,), (41,)]]
