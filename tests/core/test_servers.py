@@ -411,6 +411,56 @@ class TestBuffers:
         assert server.model.tolist() == [0, 1, 11, 20]
 
 
+class TestTeachers:
+    """One parameter, then a teacher, then a buffer."""
+
+    def local(self, **options):
+        server = local_server((0.0, 10.0, 20.0), shapes=(torch.Size([1]),), **options)
+        server.num_teachers = 1
+        return server
+
+    def test_move_as_far_as_their_workers_move_them_however_old_the_model_is_that_a_push_began_from(self):
+        server = self.local(workers=2)
+        for worker in (0, 1, 0, 1):
+            receive(server, push(0.0, -1.0, 20.0, worker=worker))
+        assert server.model.tolist() == [0, 12, 20]
+
+    def test_travel_to_the_global_server_as_differences(self):
+        server = self.local(k=1)
+        _, sent = receive(server, push(1.0, -4.0, 14.0))
+        assert sent.vector.tolist() == [1, -4, 14]
+        assert server.flush().vector.tolist() == [0, 0, 14]
+
+    def test_are_moved_by_the_mean_of_the_local_servers(self):
+        server = global_server((0.0, 10.0, 20.0), shapes=(torch.Size([1]),), servers=2)
+        server.num_teachers = 1
+        assert server.receive(update(1.0, -4.0, 14.0)).vector.tolist() == [-1, 12, 17]
+
+    def test_lose_nothing_of_pushes_during_an_exchange(self):
+        server = self.local(k=1, alpha=0.25)
+        receive(server, push(1.0, -4.0, 20.0))
+        receive(server, push(1.0, -2.0, 20.0))
+        server.merge(answer(0.0, 12.0, 20.0))
+        assert server.model[1] == 15  # 16, and a quarter of the way to 12
+        _, sent = receive(server, push(1.0, -1.0, 20.0))
+        assert sent.vector.tolist() == [1, -3, 20]
+
+    def test_are_in_the_last_update_in_full(self):
+        server = self.local(k=1)
+        for _ in range(4):
+            receive(server, push(1.0, -1.0, 20.0))
+        state = server.state_dict()
+        assert server.flush().vector.tolist() == [1, -3, 20]  # the parameter for as many pushes as other updates have
+        assert unsent_update(1, state, teachers=1).vector.tolist() == [1, -3, 20]
+
+    def test_of_synchronous_rounds_are_the_mean_of_the_workers(self):
+        server = SynchronousServer(torch.tensor([0.0, 10.0, 20.0]), plain_sgd, (torch.Size([1]),))
+        server.num_teachers = 1
+        mean = torch.tensor([1.0, -2.0, 14.0])
+        server.receive(mean)
+        assert mean.tolist() == [-1, 12, 14]
+
+
 class TestServerOptimizer:
     @pytest.mark.parametrize(
         "optimizer",

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -92,6 +93,39 @@ class SelfSupervised(Toy):
 
     def set_extra_state(self, state: Any) -> None:
         pass
+
+
+class Marching(Toy):
+    """A teacher that moves by 1 in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(FEATURES, 1))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.teacher.bias += 1
+
+
+def marching(options: dict[str, Any], devices: int) -> Result:
+    return fit(Marching(), devices=devices, max_steps=40, strategy=halos(local_steps=4, **options))
+
+
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (WORKERS, {"regions": 1}),
+        (WORKERS, {"regions": 1, "overlap": True}),
+        (4, {"regions": 2, "accumulate_updates": 1}),
+    ],
+    ids=["one region", "overlap", "two regions"],
+)
+def test_a_teacher_moves_as_far_as_the_workers_move_theirs_on_average(run: Run, devices: int, options: dict[str, Any]) -> None:
+    results = run(marching, options, devices, workers=devices)
+    mean = sum(result["optimizer_steps"] for result in results) / devices
+    for result in results:
+        moved = result["state"]["teacher.bias"] - results[0]["start"]["teacher.bias"]
+        torch.testing.assert_close(moved, torch.full((1,), mean), rtol=1e-4, atol=1e-3)
 
 
 def self_supervised() -> Result:

@@ -35,6 +35,7 @@ class Entry(NamedTuple):
     rule: Rule
     is_parameter: bool
     is_asked: bool  # whether the module names the rule
+    is_teacher: bool = False  # whether it is a mean that moves like a parameter; its values may have any sign
 
     @property
     def tensor(self) -> Tensor:
@@ -90,7 +91,8 @@ def find_entries(
         if rule is None:
             is_mean = is_copy(path) if is_parameter else name.startswith("running_") or is_known(path)
             rule = "mean" if is_mean and can_be_mean and bool(torch.isfinite(tensor).all()) else "first"
-        entries.append(Entry(path, owner, name, rule, is_parameter, is_asked=key != ""))
+        is_teacher = rule == "mean" and not name.startswith("running_") and (is_parameter or is_known(path))
+        entries.append(Entry(path, owner, name, rule, is_parameter, key != "", is_teacher))
     if unknown := [key for key, _ in asked if key not in used]:
         raise ValueError(
             f"{ATTRIBUTE} has {unknown}, but {type(module).__name__} has no such buffers or frozen parameters. It has"

@@ -94,6 +94,9 @@ def _check_tensors(description: RunDescription) -> None:
             raise ValueError(
                 f"a tensor of shape {shape[:_MOST_DIMENSIONS]}: a model has at most {_MOST_ELEMENTS} elements"
             )
+    buffers = sum(math.prod(shape) for _, shape in description.buffers)
+    if not 0 <= description.teachers <= buffers:
+        raise ValueError(f"{description.teachers} elements of teachers: must be from 0 to the {buffers} of the buffers")
 
 
 def _check_settings(description: RunDescription) -> None:

@@ -139,10 +139,11 @@ class LocalServer(ParameterServer):
             if base is not None:
                 base[start:stop] = model[start:stop]
             parameters = min(stop, max(start, self.num_parameters))
-            vector[start:parameters].sub_(model[start:parameters])
+            teachers = min(stop, max(start, self.num_parameters + self.num_teachers))
+            vector[start:teachers].sub_(model[start:teachers])
             if weight < 1:
                 vector[start:parameters].mul_(weight)
-            vector[parameters:stop] = model[parameters:stop]
+            vector[teachers:stop] = model[teachers:stop]
             if self.feedback is not None:
                 self.feedback.round_(vector, start, stop, update.final)
             return stop
@@ -151,7 +152,10 @@ class LocalServer(ParameterServer):
             advance(stop)
 
     def merge(self, reply: GlobalModel) -> None:
-        """Merges the global server's answer to the unanswered update. Its vector is not kept."""
+        """Merges the global server's answer to the unanswered update. Its vector is not kept.
+
+        What pushes have moved teachers by during the exchange is part of the next update.
+        """
         base, vector = self._base, reply.vector
         assert base is not None
         assert vector is not None
@@ -163,7 +167,15 @@ class LocalServer(ParameterServer):
             self.model[part].lerp_(vector[part], self._merge_weight)
             base[part] = self.model[part]
 
-        deque(self.map(merge, spans(0, vector.numel())), maxlen=0)
+        def merge_teachers(span: tuple[int, int]) -> None:
+            part = slice(*span)
+            change = vector[part].sub_(self.model[part]).mul_(self._merge_weight)
+            self.model[part].add_(change)
+            base[part].add_(change)
+
+        first, last = self.num_parameters, self.num_parameters + self.num_teachers
+        deque(self.map(merge, [*spans(0, first), *spans(last, vector.numel())]), maxlen=0)
+        deque(self.map(merge_teachers, spans(first, last)), maxlen=0)
         self.merged_at = self.base_version = self.version
         self.global_version = reply.version
         self.merges += 1
@@ -216,15 +228,21 @@ class LocalServer(ParameterServer):
         return RegionUpdate(self.index, self.global_version, steps, vector=vector, number=self.number)
 
 
-def unsent_update(index: int, state: Mapping[str, Any]) -> RegionUpdate:
-    """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`."""
+def unsent_update(index: int, state: Mapping[str, Any], teachers: int = 0) -> RegionUpdate:
+    """Returns the last update that a local server with this state would send; see :meth:`LocalServer.flush`.
+
+    Args:
+        index: Index of the local server.
+        state: Its state.
+        teachers: Elements of teachers.
+    """
     model, parameters = state["model"], state["parameters"]
     vector = state["base"] - model
     pushes = state["version"] - _base_version(state)
     vector[:parameters] *= _weight_of_last(pushes, state.get("accumulate_updates"))
     if (residual := state.get("residual")) is not None:
         add_residual_(vector[:parameters], residual)
-    vector[parameters:] = model[parameters:]
+    vector[parameters + teachers :] = model[parameters + teachers :]
     return RegionUpdate(index, state["global_version"], state["steps"], vector=vector)
 
 

@@ -198,7 +198,7 @@ class RunDescription:
     dtype: str  # dtype of the vector: "float32" or "float64"
     names: list[str]  # of the parameters in the vector, as in the module's `state_dict`
     shapes: list[list[int]]  # of the parameters in the vector
-    buffers: list[tuple[str, list[int]]]  # names and shapes of what is averaged, behind the parameters
+    buffers: list[tuple[str, list[int]]]  # names and shapes of what is averaged, behind the parameters; teachers first
     algorithm: str  # title of the algorithm
     # Plain fields of the algorithm by name; at least `local_steps`, the local steps of a round, and `has_momentum`.
     # Defaults depend on these two, on `defaults` and on `global_steps`, the length of the run.
@@ -211,6 +211,7 @@ class RunDescription:
     epochs: int | None = None  # ordered epochs, `None` for no limit
     max_steps: int | None = None  # ordered global steps, `None` for no limit
     wire: Literal["float32", "bfloat16", "int8", "int4"] = "float32"  # format of vectors between regions
+    teachers: int = 0  # elements of teachers, which follow the parameters
 
 
 @dataclass

@@ -61,6 +61,7 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         self.description = description
         shapes = [torch.Size(shape) for shape in description.shapes]
         self.server = GlobalServer(model, descriptions.global_optimizer(description, 1), shapes)
+        self.server.num_teachers = description.teachers
         self._is_restored = False
         self._deciding = Deciding(preferred)
         self._patience = Patience(patience)

@@ -71,13 +71,16 @@ class ParameterServer:
             here on.
         optimizer: Makes the server optimizer from the parameters.
         shapes: Shapes of the parameters in ``model``; the rest are buffers. Default: one flat parameter and no buffers.
-        senders: Number of senders. The buffers of an update enter the server's with the weight ``1 / senders``.
+        senders: Number of senders. The buffers of an update enter the server's with the weight ``1 / senders``, and so
+            do the differences of teachers.
         max_norm_ratio: Reject an update if its norm is more than this many times the median of the last norms; see
             :class:`~lightning_halos.core.norm_limit.NormLimit`. ``None``: no limit.
 
     Attributes:
         model: The present model.
         num_parameters: Elements of the model that are parameters. They come first.
+        num_teachers: Elements behind them of teachers, of which an update has differences, as of parameters: a mean of
+            values would hold them back, because an update's values began from a model that others have changed since.
         version: Number of applied updates.
         rejections: Number of rejected updates, by sender.
         staleness: Staleness of the last applied update: versions between the model that it started from and its
@@ -109,6 +112,7 @@ class ParameterServer:
         self._norm_limit = None if max_norm_ratio is None else NormLimit(max_norm_ratio)
         self._sizes = [shape.numel() for shape in shapes]
         self.num_parameters = sum(self._sizes)
+        self.num_teachers = 0
         self.senders = senders
         parts = torch.split(model[: self.num_parameters], self._sizes)
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
@@ -336,11 +340,13 @@ class ParameterServer:
             step.end()
 
         def fill(span: tuple[int, int]) -> int:
-            part = slice(*span)
+            begin, stop = span
             if is_accepted:
-                self.model[part].lerp_(vector[part], 1 / self.senders)
-            answer[part] = self.model[part]
-            return span[1]
+                teachers = min(max(begin, self.num_parameters + self.num_teachers), stop)
+                self.model[begin:teachers].sub_(vector[begin:teachers], alpha=1 / self.senders)
+                self.model[teachers:stop].lerp_(vector[teachers:stop], 1 / self.senders)
+            answer[begin:stop] = self.model[begin:stop]
+            return stop
 
         for stop in self.map(fill, spans(start, self.model.numel())):
             advance(stop)

@@ -1,4 +1,4 @@
-"""The flat vector of a model that is sent: the trainable parameters, then what is averaged with them.
+"""The flat vector of a model that is sent: the trainable parameters, then what is averaged with them, teachers first.
 
 Each process of a worker sends a slice of this canonical vector. This file deals with modules and tensors, not with
 training. Which buffers and frozen parameters are averaged is decided in :mod:`.buffers`, and how torch divides a model
@@ -95,6 +95,7 @@ class ModelVector:
         complete_shapes: Shapes of the parameters in the canonical vector.
         lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
         num_parameters: Elements of this process's vector that belong to parameters.
+        num_teachers: Elements behind them of teachers: averaged tensors of which differences are sent.
         num_elements: Elements of this process's vector.
         shards: How those parameters are divided of which this process has only a part, by their ``id``.
         layout: Which part of the canonical vector each lane's vector is.
@@ -124,14 +125,17 @@ class ModelVector:
         self._parameters = [p for p in trainable if id(p) not in others]
         self._idle = idle
         self._frozen = FrozenParameters(self._parameters, self._sent_part, self._processes.any_of)
-        self._averaged = [(entry, entry.tensor.shape) for entry in self.entries if entry.rule == "mean"]
+        means = [entry for entry in self.entries if entry.rule == "mean"]
+        teachers_first = sorted(means, key=lambda entry: not entry.is_teacher)
+        self._averaged = [(entry, entry.tensor.shape) for entry in teachers_first]
         if not self._parameters:
             raise ValueError(
                 f"{type(module).__name__} has no parameter with requires_grad=True when training starts, so there is"
                 " nothing to train. Make at least one parameter trainable before trainer.fit()."
             )
         self.dtype = torch.float64 if any(_real(p).dtype == torch.float64 for p in self._parameters) else torch.float32
-        self.lossless = all(_real(p).dtype == self.dtype for p in self._parameters)
+        moving = [*self._parameters, *(entry.tensor for entry in means if entry.is_teacher)]
+        self.lossless = all(_real(tensor).dtype == self.dtype for tensor in moving)
         held = [shards.get(id(tensor)) for tensor in self._tensors()]
         complete = [_real(t).shape if h is None else h.shape for t, h in zip(self._tensors(), held, strict=True)]
         sizes = [shape.numel() for shape in complete]
@@ -156,14 +160,17 @@ class ModelVector:
         self._shapes = complete if self.is_alone else [torch.Size([stop - start]) for start, stop in self._ranges]
         self.shapes = self.complete_shapes if (lane, lanes) == (0, 1) else self._shapes[:number]
         self.num_parameters = sum(shape.numel() for shape in self.shapes)
+        self.num_teachers = sum(shape.numel() for shape in self._shapes[number : len(moving)])
         self.num_elements = sum(shape.numel() for shape in self._shapes)
+        self._complete_teachers = sum(shape.numel() for shape in complete[number : len(moving)])
         self._copies = copies or copies_of({local(tensor).device for tensor in self._tensors()})
 
     @property
     def identity(self) -> dict[str, Any]:
         """What another module's canonical vector must share to be compatible."""
         parameters = sum(shape.numel() for shape in self.complete_shapes)
-        return {"elements": self.layout.elements, "parameters": parameters, "dtype": str(self.dtype)}
+        teachers = {"teachers": self._complete_teachers} if self._complete_teachers else {}
+        return {"elements": self.layout.elements, "parameters": parameters, **teachers, "dtype": str(self.dtype)}
 
     def new(self) -> Tensor:
         """Returns an uninitialized vector on the host."""
@@ -204,7 +211,7 @@ class ModelVector:
     def pseudo_gradient_(self, start: Tensor, advance: Advance = ignore_progress, end: Tensor | None = None) -> Tensor:
         """Turns the vector at the start of a round into the vector of its push, in place, and returns it.
 
-        It then has start minus end for the parameters, and the present values of the averaged tensors.
+        It then has start minus end for the parameters and teachers, and the present values of other averaged tensors.
 
         Args:
             start: The vector at the start of the round.
@@ -217,7 +224,7 @@ class ModelVector:
         for tensors, parts, stop in self._copies.to_host(self._runs(start)):
             for _, present, _ in itertools.islice(kept, 1):
                 copy_each_(present, tensors)
-            if stop <= self.num_parameters:
+            if stop <= self.num_parameters + self.num_teachers:
                 subtract_each_(parts, _as_in(parts, tensors))
             else:
                 copy_each_(parts, tensors)
@@ -228,9 +235,9 @@ class ModelVector:
     def add_progress_(self, model: Tensor, pushed: Tensor) -> None:
         """Loads a model into a module that has been trained since the push that the model answers.
 
-        The parameters become ``model + (present - pushed)``. Averaged tensors do, too, but stay between the present
-        values and the model's, so that a variance cannot become negative. If the sum has NaN or infinite values, it is
-        replaced by the model.
+        All values become ``model + (present - pushed)``. Those of averaged tensors that are no teachers stay between
+        the present values and the model's, so that a variance cannot become negative. If the sum has NaN or infinite
+        values, it is replaced by the model.
 
         Args:
             model: The model. It becomes the vector that the next push is relative to: the module minus the progress
@@ -244,7 +251,7 @@ class ModelVector:
             subtract_each_(parts, present)
             multiply_each_(parts, -1)
             add_each_(parts, new)
-            if stop > self.num_parameters:
+            if stop > self.num_parameters + self.num_teachers:
                 for part, own, others in zip(parts, present, new, strict=True):
                     torch.clamp(part, torch.minimum(own, others), torch.maximum(own, others), out=part)
         is_finite = bool(torch.isfinite(pushed.sum())) or bool(torch.isfinite(pushed).all())  # a sum may overflow
@@ -342,7 +349,8 @@ class ModelVector:
             tensors[index].copy_(flat.view(tensors[index].shape))
 
     def _runs(self, vector: Tensor, staged: dict[int, Tensor] | None = None) -> Iterator[Run]:
-        """Divides the vector into runs of about ``PART`` elements. No run has both parameters and averaged tensors."""
+        """Divides the vector into runs of about ``PART`` elements. No run has tensors of two kinds."""
+        ends = (self.num_parameters, self.num_parameters + self.num_teachers, self.num_elements)
         tensors: list[Tensor] = []
         parts: list[Tensor] = []
         start = stop = 0
@@ -350,7 +358,7 @@ class ModelVector:
             tensors.append(tensor)
             parts.append(part)
             stop += part.numel()
-            if stop - start >= PART or stop in (self.num_parameters, self.num_elements):
+            if stop - start >= PART or stop in ends:
                 yield tensors, parts, stop
                 tensors, parts, start = [], [], stop
 

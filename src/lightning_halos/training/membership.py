@@ -387,6 +387,7 @@ def describe(
         epochs=epochs_of_training(trainer),
         max_steps=None if trainer.max_steps == -1 else trainer.max_steps,
         wire=algorithm.wire.between,
+        teachers=vector.identity.get("teachers", 0),
     )
 
 

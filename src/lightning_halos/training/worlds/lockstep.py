@@ -51,6 +51,7 @@ class LockstepWorld:
         self._planner = algorithm.planner(site.size, budget.max_steps)
         server = algorithm.server(start.memory.clone(), start.vector.shapes)
         if server is not None:
+            server.num_teachers = start.vector.num_teachers
             slice_of(site)(server)
         self._node = SynchronousNode(server, self._planner, budget)
         self._collectives = site.collectives_of_a_fit()

@@ -136,6 +136,7 @@ def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor, joini
     assert welcome is not None
     # There may always be another region, so the server exchanges.
     server = algorithm.local_server(welcome.member, 2, workers, memory.clone(), start.vector.shapes, topology.describe)
+    server.num_teachers = start.vector.num_teachers
     planner = algorithm.planner(budget.workers, budget.max_steps)
     stock = None if start.data is None else LeaseStock(_ahead(algorithm.local_steps * workers, start.data))
     formats = {**dict.fromkeys(range(1, workers), algorithm.wire.within), GLOBAL: algorithm.wire.between}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import global_shard, server_shard
@@ -20,6 +19,7 @@ from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.snapshot import Shard
+from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.findings import add_findings, slice_of
 from lightning_halos.training.start import Start
@@ -50,7 +50,7 @@ class RealWorld:
         if resume is not None:
             if not resume.fits and site.rank == 0:
                 servers = len(site.topology.groups)
-                rebuild(resume, memory, start.vector.shapes, algorithm, servers, budget.total, slice_of(site))
+                rebuild(resume, memory, start.vector, algorithm, servers, budget.total, slice_of(site))
             _share_model(start, memory, resume)
         runtime = NodeRuntime(
             site.rank,
@@ -177,6 +177,8 @@ def _global_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> Gl
         return None
     data, resume, servers = start.data, start.resume, len(start.site.topology.groups)
     server = algorithm.global_server(servers, memory.clone(), start.vector.shapes)
+    if server is not None:
+        server.num_teachers = start.vector.num_teachers
     done = start.done()
     cursor = None if data is None else DataCursor(data.steps_per_epoch, data.epochs, Spans(done))
     topology, home = start.site.topology, start.site.topology.group_of(0).region
@@ -198,6 +200,7 @@ def _region_node(start: Start, algorithm: ServerAlgorithm, memory: Tensor) -> Re
         return None
     workers, shapes = len(group.ranks), start.vector.shapes
     server = algorithm.local_server(group.index, servers, workers, memory.clone(), shapes, topology.describe)
+    server.num_teachers = start.vector.num_teachers
     planner = algorithm.planner(budget.workers, budget.max_steps)
     stock = None if start.data is None else LeaseStock(algorithm.local_steps * workers)
     formats = algorithm.wire.of_server(group, topology.region_of, topology.group_of(0).region)
@@ -223,7 +226,7 @@ def _share_model(start: Start, memory: Tensor, resume: Resume) -> None:
 def rebuild(
     resume: Resume,
     memory: Tensor,
-    shapes: Sequence[torch.Size],
+    vector: ModelVector,
     algorithm: ServerAlgorithm,
     servers: int,
     total: int,
@@ -237,7 +240,7 @@ def rebuild(
         resume: The state to resume from. Its global state is replaced by the state after the flush, and its server
             state by that of the only old server, if there was only one.
         memory: Is overwritten with the global model.
-        shapes: Shapes of the parameters in it.
+        vector: Says what is where in it.
         algorithm: The algorithm.
         servers: Number of local servers of the new run.
         total: Local steps at the start of the new run.
@@ -252,14 +255,15 @@ def rebuild(
             resume.server = {**only, "server": {**only["server"], "steps": 0}}
         resume.globals = None
         return
-    server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), shapes)
+    server = algorithm.global_server(len(resume.manifest.groups), memory.clone(), vector.shapes)
     assert server is not None
+    server.num_teachers = vector.num_teachers
     prepare(server)
     server.load_state_dict(resume.globals["server"])
     for update in resume.globals["updates"]:
         server.receive(*update_of_snapshot(update))
     for index, state in resume.servers.items():
-        if (update := unsent_update(index, state["server"])).steps:
+        if (update := unsent_update(index, state["server"], vector.num_teachers)).steps:
             server.receive(update)
     memory.copy_(server.model)
     fresh: dict[str, Any] = {"applied": total, "updates": [], "received": {}, "counters": {}}

@@ -12,6 +12,7 @@ from lightning_halos.checkpoint.errors import CheckpointError
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
+from lightning_halos.core.parameter_server import ParameterServer
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.core.worker import WorkerRound
@@ -71,7 +72,13 @@ class SimulatedWorld(SimulatedServers):
 
         servers, rounds = None, make(None)
         if site.rank == 0:
-            servers = make(memory, slice_of(site, site.collectives_of_lanes))
+            become_slice = slice_of(site, site.collectives_of_lanes)
+
+            def prepare(server: ParameterServer) -> None:
+                server.num_teachers = vector.num_teachers
+                become_slice(server)
+
+            servers = make(memory, prepare)
         if servers is not None and resume is not None and resume.globals is not None:
             servers.load_state_dict(resume.globals)
         if schedule is not None:
