@@ -92,11 +92,6 @@ class OpenRun(Node[GlobalState, OpenEvent]):
         return node
 
     @property
-    def form(self) -> tuple[int, torch.dtype]:
-        """Number of elements and dtype of the model."""
-        return self.server.model.numel(), self.server.model.dtype
-
-    @property
     def present(self) -> int:
         """Number of members that are connected; 0 if work is left, and all of them have sent their last updates."""
         active = self._members.active

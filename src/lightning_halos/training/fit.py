@@ -23,6 +23,7 @@ from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
+    KEEPING_AVERAGES,
     WEIGHT_AVERAGING,
     average_of,
     replace_metrics,
@@ -161,8 +162,7 @@ class Fit:
         self.restore()
         self.loop.refuse_fit_without_steps(self.start.site.collectives)
         start = self.start
-        averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
-        may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
+        may_differ = any(isinstance(callback, KEEPING_AVERAGES) for callback in callbacks_of(self.trainer))
         assert self._final_model is not None
         self._final_model.adopt(may_differ)
         for callback in callbacks_of(self.trainer):

@@ -193,14 +193,6 @@ class Preemption:
         if self.is_late:
             raise SIGTERMException(EXIT_CODE)
 
-    def end(self) -> None:
-        """Ends this process.
-
-        Raises:
-            SIGTERMException: Always, with the exit code of a preempted process.
-        """
-        raise SIGTERMException(EXIT_CODE)
-
     def release(self) -> None:
         """Restores the previous signal handler."""
         if self._previous is not None:

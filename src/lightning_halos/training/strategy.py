@@ -82,16 +82,6 @@ class AlgorithmStrategy(ComposedStrategy):
     Args:
         algorithm: The algorithm.
         regions: As in :class:`~lightning_halos.HalosStrategy`, and so are all other arguments.
-        start_method: As there.
-        timeout: As there.
-        grace_time: As there.
-        simulate: As there.
-        server: As there.
-        keys: As there.
-        streams: As there.
-        worker: As there.
-        inner: As there.
-        **kwargs: As there.
 
     Raises:
         TypeError: If an argument has the wrong type.

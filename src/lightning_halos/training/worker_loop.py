@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import worker_shard
@@ -40,7 +41,7 @@ from lightning_halos.training.worker_state import (
     worker_state,
 )
 from lightning_halos.training.worlds import World
-from lightning_halos.transport.alarm import describe
+from lightning_halos.transport.alarm import EXIT_CODE, describe
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.link import wait_all
 
@@ -240,7 +241,7 @@ class WorkerLoop(Callback):
         push.epoch = self._trainer.current_epoch
         self._finish(push, self._wire.filling(push, self._fill))
         if self._preemption.leaves:
-            self._preemption.end()
+            raise SIGTERMException(EXIT_CODE)
 
     def repeat_push(self) -> None:
         """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""

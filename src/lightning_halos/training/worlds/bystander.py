@@ -82,9 +82,7 @@ class BystanderWorld:
     def read(self, out: Tensor) -> None:
         pass
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         pass
 
     @property

@@ -75,9 +75,7 @@ class LockstepWorld:
     def read(self, out: Tensor) -> None:
         out.copy_(self._model)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._published = ([*self._published[0], *plateau_steps], metrics)
 
     @property

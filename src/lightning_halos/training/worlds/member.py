@@ -104,9 +104,7 @@ class MemberWorld:
     def read(self, out: Tensor) -> None:
         self._region.read(out, self._check)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._region.publish(plateau_steps, metrics, callbacks)
 
     @property

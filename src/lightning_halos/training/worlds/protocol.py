@@ -119,9 +119,7 @@ class World(Protocol):
     def read(self, out: Tensor) -> None:
         """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         """Sends what this process has decided to all workers, if it decides.
 
         Args:

@@ -105,9 +105,7 @@ class RealWorld:
     def read(self, out: Tensor) -> None:
         self._model_host.read(out, self._check)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._global.do("publish", Publish(0, list(plateau_steps), metrics))
 
     @property

@@ -81,9 +81,7 @@ class SimulatedServers:
             if network.model is not None:
                 out.copy_(network.model)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         """Workers get them with their first model after rank 0's present round."""
         with self._rank_0_is_due() as network:
             network.publish(plateau_steps, metrics)
