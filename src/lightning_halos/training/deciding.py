@@ -14,7 +14,6 @@ from collections.abc import Iterable
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_halos.training.foreign_state import load_foreign_state
 from lightning_halos.training.trainer_adapter import decides
@@ -54,11 +53,8 @@ def put_states(callbacks: Iterable[pl.Callback], text: str) -> int | None:
         texts, validated = told["callbacks"], told.get("validated")
         for callback in callbacks:
             if decides(callback) and callback.state_key in texts:
-                load_foreign_state(callback, unpack(_bytes(texts[callback.state_key])))
+                state = bytearray(base64.b64decode(texts[callback.state_key], validate=True))
+                load_foreign_state(callback, unpack(torch.frombuffer(state, dtype=torch.uint8)))
     except Exception as error:  # another job may have other versions of the callbacks
         rank_zero_warn(f"This job's callbacks begin anew, because the other job's state does not suit them: {error!r}")
     return validated if type(validated) is int else None
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
