@@ -16,6 +16,7 @@ import numpy as np
 from lightning_halos.extras import picture_package
 from lightning_halos.planning.planner import ACTIVITIES, MS_PER_HOUR, Floats, Ints, Plan
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.text_tables import align
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,18 +84,6 @@ def _measures(plan: Plan, fastest: float) -> Iterator[tuple[str, str]]:
         yield from zip((f"staleness of {sender}: mean", "  95th percentile", "  maximum"), values, strict=True)
     yield "pushes in region updates", "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"
     yield "global updates per second", f"{plan.updates_per_second:.4f}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns cells in columns: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_json(plans: Sequence[Plan], timing: Timing) -> dict[str, Any]:

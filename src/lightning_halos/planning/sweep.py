@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.planner import Plan, plan
-from lightning_halos.planning.report import align, describe
+from lightning_halos.planning.report import describe
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.text_tables import align
 
 LOCAL_STEPS = (2, 4, 8, 16, 32, 64)
 UPDATES_PER_WORKER = (2, 4, 8, 16)
