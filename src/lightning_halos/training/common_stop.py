@@ -18,13 +18,7 @@ from lightning_halos.training.preemption import Preemption
 
 
 class CommonStop:
-    """Changes the Trainer's loops for one fit, if workers have several processes.
-
-    Args:
-        trainer: The Trainer.
-        agreement: Asks the other processes of the worker.
-        preemption: Knows whether the run has to end.
-    """
+    """Changes the Trainer's loops for one fit, if workers have several processes."""
 
     def __init__(self, trainer: pl.Trainer, agreement: Agreement, preemption: Preemption) -> None:
         self._trainer = trainer

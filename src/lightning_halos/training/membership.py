@@ -81,10 +81,6 @@ class Entry:
 class Membership:
     """The membership. Making it enrols the job, so all its workers must do so together.
 
-    Args:
-        settings: The global server.
-        site: This process's place in the job.
-
     Attributes:
         session: Identity of this life of the job.
         workers: Number of workers by which local steps are divided to count global steps.
@@ -226,12 +222,7 @@ class Membership:
 
 
 class Slices:
-    """Moves the slices of a model between the lanes of the first worker, when they are in step.
-
-    Args:
-        site: This process's place.
-        layout: The slices.
-    """
+    """Moves the slices of a model between the lanes of the first worker, when they are in step."""
 
     def __init__(self, site: Site, layout: Layout) -> None:
         self._collectives = site.collectives_among(site.worker_processes[: site.lanes])
@@ -299,10 +290,8 @@ class JoiningParty:
 
     Args:
         node: Says what to send.
-        connection: The connection.
 
     Attributes:
-        node: As above.
         early: Other messages that have arrived meanwhile, for the region's server.
         is_ready: Is set when the job has joined and has the global model.
     """

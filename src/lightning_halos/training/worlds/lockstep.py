@@ -28,11 +28,7 @@ T = TypeVar("T")
 
 
 class LockstepWorld(World):
-    """This process's replica of the server, and its collectives. It is its worker's client, too.
-
-    Args:
-        start: The state from which the fit starts.
-    """
+    """This process's replica of the server, and its collectives. It is its worker's client, too."""
 
     answer: Pull | None = None
 
