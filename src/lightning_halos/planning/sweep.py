@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.planner import Plan, plan
-from lightning_halos.planning.report import describe
+from lightning_halos.planning.report import describe_cluster
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.text_tables import align
 
@@ -154,7 +154,7 @@ def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
             }
         )
     return (
-        f"{describe(timing)}\n\n{align([list(rows[0]), *(list(row.values()) for row in rows)])}\n\n"
+        f"{describe_cluster(timing)}\n\n{align([list(rows[0]), *(list(row.values()) for row in rows)])}\n\n"
         "pushes, updates  staleness in versions, of pushes and of region updates: mean (95th percentile)\n"
         "behind           the same in global steps, both together, mean\n"
         "sent             pushes in updates to the global server; the others came while an exchange was under way\n"

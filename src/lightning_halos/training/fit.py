@@ -37,7 +37,7 @@ from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0,
 from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import FinalModel, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
-from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
+from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, is_deciding_callback
 from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
@@ -382,7 +382,7 @@ class Fit:
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))
         shown = (self.trainer.callback_metrics, self.trainer.logged_metrics, self.trainer.progress_bar_metrics)
         show_metrics(self.trainer, *collectives.broadcast_object([numbers(metrics) for metrics in shown]))
-        deciding = {c.state_key: c for c in callbacks_of(self.trainer) if decides(c)}
+        deciding = {c.state_key: c for c in callbacks_of(self.trainer) if is_deciding_callback(c)}
         states: dict[str, Any] = {}
         if rank == 0:
             states = {key: callback.state_dict() for key, callback in deciding.items()}

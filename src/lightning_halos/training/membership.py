@@ -348,7 +348,7 @@ def _connect(settings: ServerSettings, site: Site) -> ServerConnection:
     return connection
 
 
-def describe(
+def describe_run(
     trainer: pl.Trainer, algorithm: ServerAlgorithm, vector: ModelVector, data: SharedData | None
 ) -> RunDescription:
     """Returns what all members of the run must agree on."""

@@ -25,9 +25,9 @@ from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.sharding import WorkerProcesses
 from lightning_halos.core.vector import ModelVector
-from lightning_halos.training.growth import suited
+from lightning_halos.training.growth import without_momentum_for_lbfgs
 from lightning_halos.training.loading import read_slices
-from lightning_halos.training.membership import Entry, Membership, describe
+from lightning_halos.training.membership import Entry, Membership, describe_run
 from lightning_halos.training.own_data import steps_left
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
@@ -68,7 +68,7 @@ class Start:
         membership: Membership | None = None,
     ) -> None:
         self.site = site
-        self.algorithm = suited(algorithm, trainer)
+        self.algorithm = without_momentum_for_lbfgs(algorithm, trainer)
         self.trainer = trainer
         self.resume = resume
         self.saves = saves
@@ -101,7 +101,7 @@ class Start:
         if membership is not None:
             assert isinstance(self.algorithm, ServerAlgorithm)
             assert self.memory is not None
-            description = describe(trainer, self.algorithm, self.vector, self.data)
+            description = describe_run(trainer, self.algorithm, self.vector, self.data)
             self.entry = membership.join(description, self.vector, self.memory)
             max_steps = None if trainer.max_steps == -1 else trainer.max_steps
             enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)

@@ -135,7 +135,7 @@ class TrainerAdapter:
     def _leave_to_others(self) -> None:
         self._others_validate.apply(self.trainer)
         for callback in self._callbacks:
-            if decides(callback):
+            if is_deciding_callback(callback):
                 vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
 
     def _restore_hooks(self) -> None:
@@ -514,7 +514,7 @@ def in_attributes(owner: object) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
 
 
-def decides(callback: Callback) -> bool:
+def is_deciding_callback(callback: Callback) -> bool:
     """Returns whether a callback works in one process for all workers in a fit: it saves, stops early or averages."""
     return isinstance(callback, (Checkpoint, EarlyStopping, *WEIGHT_AVERAGING))
 
