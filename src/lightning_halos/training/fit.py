@@ -21,6 +21,7 @@ from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
+from lightning_halos.training.callback_states import put_states, states_as_text
 from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
     KEEPING_AVERAGES,
@@ -31,7 +32,6 @@ from lightning_halos.training.compat import (
     show_metrics,
     wrap_dump_checkpoint,
 )
-from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
 from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, ShownMetrics, numbers
 from lightning_halos.training.preemption import Departure, Preemption
