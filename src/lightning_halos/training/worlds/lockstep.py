@@ -18,7 +18,7 @@ from lightning_halos.core.messages import GlobalModel, Pull, Push
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Advance, ignore_progress
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.training.findings import slice_of
+from lightning_halos.training.lane_findings import slice_of
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import World

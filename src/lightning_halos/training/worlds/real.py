@@ -21,7 +21,7 @@ from lightning_halos.core.protocol import GLOBAL
 from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.training.findings import add_findings, slice_of
+from lightning_halos.training.lane_findings import add_findings, slice_of
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld, World
 from lightning_halos.transport.compute import threads_beside

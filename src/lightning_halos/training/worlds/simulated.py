@@ -18,7 +18,7 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Network, Round, Work
 from lightning_halos.simulation.networks import make_network
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.training.findings import slice_of
+from lightning_halos.training.lane_findings import slice_of
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.protocol import CheckpointedWorld
 from lightning_halos.training.worlds.simulated_servers import SimulatedServers
