@@ -30,7 +30,7 @@ from lightning_halos.core.messages import Marker, ShardWritten
 from lightning_halos.training.compat import replace_link_checkpoint
 from lightning_halos.training.first_metrics import numbers
 from lightning_halos.training.fit import Fit
-from lightning_halos.training.loading import load
+from lightning_halos.training.read_shards import load
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import ended_worker_state, random_state
 from lightning_halos.training.worlds import CheckpointedWorld

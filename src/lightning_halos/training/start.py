@@ -26,9 +26,9 @@ from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.sharding import WorkerProcesses
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.training.growth import without_momentum_for_lbfgs
-from lightning_halos.training.loading import read_slices
 from lightning_halos.training.membership import Entry, Membership, describe_run
 from lightning_halos.training.own_data import steps_left
+from lightning_halos.training.read_shards import read_slices
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
