@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker
 from lightning_halos.training.agreement import Agreement
-from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.callback_states import put_states, states_as_text
 from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
@@ -38,6 +37,7 @@ from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import FinalModel, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, is_deciding_callback
+from lightning_halos.training.weight_averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
