@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 from lightning_halos.training.trainer_adapter import in_attributes
 
 

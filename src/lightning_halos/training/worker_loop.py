@@ -30,7 +30,7 @@ from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.own_data import OwnData
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import (
