@@ -21,22 +21,7 @@ def _is_command_line() -> bool:
 
 
 if TYPE_CHECKING or not _is_command_line():
-    from lightning_halos.interface import (
-        AlgorithmStrategy,
-        AsyncLocalSGDStrategy,
-        CheckpointError,
-        DelayedNesterov,
-        DilocoStrategy,
-        HalosMonitor,
-        HalosStrategy,
-        HuggingFaceCheckpoint,
-        LMEvalCallback,
-        PeerFailedError,
-        PeerLostError,
-        SimulatedCluster,
-        SyncSGDStrategy,
-        evaluate,
-    )
+    from lightning_halos.interface import *
 
 
 def __getattr__(name: str) -> Any:

@@ -14,10 +14,11 @@ from lightning_halos.training.strategies import AsyncLocalSGDStrategy, DilocoStr
 from lightning_halos.training.strategy import AlgorithmStrategy
 from lightning_halos.transport.errors import PeerFailedError, PeerLostError
 
-for strategy in (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy):
+strategies = (HalosStrategy, DilocoStrategy, AsyncLocalSGDStrategy, SyncSGDStrategy)
+for strategy in strategies:
     strategy.register_strategies(StrategyRegistry)
-del strategy
-refuse_elsewhere(["halos", "halos_spawn", "halos_fork", "halos_notebook", "diloco", "async_local_sgd", "sync_sgd"])
+refuse_elsewhere([name for name, entry in StrategyRegistry.items() if entry["strategy"] in strategies])
+del strategies, strategy
 
 __all__ = [
     "AlgorithmStrategy",

@@ -143,7 +143,8 @@ class MuonAdamW(Optimizer):
         """
         own = dict(param_group)
         given = own.pop("params")
-        parameters = [_named(one) for one in ([given] if isinstance(given, Tensor) else given)]
+        each = [given] if isinstance(given, Tensor) else given
+        parameters = [one if isinstance(one, tuple) else (None, one) for one in each]
         use_muon = own.pop("use_muon", None)
         if not (use_muon is None or isinstance(use_muon, bool)):
             raise TypeError(f'"use_muon": {use_muon!r} of a parameter group must be True or False.')
@@ -343,11 +344,6 @@ def _refuse_flattened(parameter: Tensor) -> None:
             "MuonAdamW cannot train modules that FullyShardedDataParallel (FSDP1) has divided, because their parameters"
             ' are flattened pieces and no matrices. Use fully_shard (FSDP2, inner="fsdp2"), or torch.optim.AdamW.'
         )
-
-
-def _named(given: Any) -> tuple[str | None, Tensor]:
-    """Returns the name, if there is one, of what may be a parameter or a pair of name and parameter."""
-    return (given[0], given[1]) if isinstance(given, tuple) else (None, given)
 
 
 def _for_muon(group: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.checkpoint.files import WrittenFile, is_plain, local_path, read_state, write, write_state
+from lightning_halos.checkpoint.files import WrittenFile, can_be_read, local_path, read_state, write, write_state
 
 STATE = {"weights": torch.arange(5000.0), "step": 3, "nested": [1.5, "text", (None, True)]}
 
@@ -122,11 +122,11 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     "state", [STATE, {"milestones": Counter([1, 2])}, {}, {1: {"lr": 0.1}}], ids=["state", "counter", "empty", "number"]
 )
 def test_plain_states(state: object) -> None:
-    assert is_plain(state)
+    assert can_be_read(state)
 
 
 @pytest.mark.parametrize(
     "state", [{"path": Path()}, {"function": lambda: 0}, [object()]], ids=["path", "function", "object"]
 )
 def test_states_that_would_have_to_be_unpickled(state: object) -> None:
-    assert not is_plain(state)
+    assert not can_be_read(state)

@@ -280,7 +280,7 @@ def test_jobs_learn_the_workers_of_a_global_step_before_they_join_and_also_when_
 
 def test_a_late_member_gets_the_global_model_the_budget_and_the_plateau_steps() -> None:
     star, first, _ = pair(LIMITED)
-    first.post(first.node.publish([(0, 1.5)], {"val_loss": 1.5}))
+    first.post(first.node.publish([(0, 1.5)], {"val_loss": 1.5}, ""))
     for _ in range(2):
         first.push()
     late = star.job("asia", description=LIMITED)
@@ -960,7 +960,7 @@ def test_the_steps_of_plateau_schedulers_have_a_limit_in_all(
     monkeypatch.setattr(open_global_node, "_MOST_PLATEAU_STEPS", 3)
     star, first, _ = pair(LIMITED)
     for value in range(3):
-        first.post(first.node.publish([(0, value), (1, value)], {"val_loss": value}))
+        first.post(first.node.publish([(0, value), (1, value)], {"val_loss": value}, ""))
         star.pump()
     late = star.job("asia", description=LIMITED)
     assert late.joining.welcome.status.plateau_steps == [(0, 0), (1, 0), (0, 1)]

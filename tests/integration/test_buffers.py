@@ -120,7 +120,9 @@ def marching(options: dict[str, Any], devices: int) -> Result:
     ],
     ids=["one region", "overlap", "two regions"],
 )
-def test_a_teacher_moves_as_far_as_the_workers_move_theirs_on_average(run: Run, devices: int, options: dict[str, Any]) -> None:
+def test_a_teacher_moves_as_far_as_the_workers_move_theirs_on_average(
+    run: Run, devices: int, options: dict[str, Any]
+) -> None:
     results = run(marching, options, devices, workers=devices)
     mean = sum(result["optimizer_steps"] for result in results) / devices
     for result in results:

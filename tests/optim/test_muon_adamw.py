@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader
 
 from lightning_halos.optim import MuonAdamW, hidden_matrices
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon")
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_halos.core import messages
 from lightning_halos.core.reslicing import Reslicing
-from lightning_halos.training.findings import add_findings
+from lightning_halos.training.lane_findings import add_findings
 from tests.integration.harness import end_workers, run_workers
 from tests.transport.lane_processes import (
     REGIONS,

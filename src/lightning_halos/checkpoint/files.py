@@ -144,7 +144,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(strip_protocol(str(path))))
 
 
-def is_plain(state: Any) -> bool:
+def can_be_read(state: Any) -> bool:
     """Returns whether ``torch.load(weights_only=True)`` can read a state, that is, tensors and plain values."""
     buffer = io.BytesIO()
     try:

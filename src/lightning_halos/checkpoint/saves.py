@@ -63,11 +63,7 @@ class Save:
 
 
 class Saves:
-    """Completes saves and removes the checkpoints that they replace.
-
-    Attributes:
-        writer: The background writer of this process.
-    """
+    """Completes saves and removes the checkpoints that they replace."""
 
     def __init__(self) -> None:
         self.writer = Writer()

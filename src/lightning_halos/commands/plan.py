@@ -127,7 +127,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from lightning_halos.planning.planner import make_timing, plan
     from lightning_halos.planning.report import as_json, save_picture, table
     from lightning_halos.planning.sweep import sweep, sweep_table
-    from lightning_halos.planning.trace import write_trace
+    from lightning_halos.planning.timeline import write_trace
 
     name, cluster = _cluster(arguments)
     if arguments.all_reduce is not None:

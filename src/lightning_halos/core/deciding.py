@@ -1,6 +1,7 @@
 """Which member decides about validation, callbacks and checkpoints, and what it has given for the next one.
 
-The choice only. The global node tells the members; ``training/deciding.py`` does what the deciding job has to do.
+The choice only. The global node tells the members; ``training/callback_states.py`` does what the deciding job has to
+do.
 """
 
 from __future__ import annotations

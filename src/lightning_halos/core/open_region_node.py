@@ -127,7 +127,7 @@ class OpenRegionNode(RegionNode):
         )
 
     def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
+        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str
     ) -> list[Send]:
         """Tells all members the steps of this member's plateau schedulers, its metrics, and its callbacks' state."""
         self._published += 1

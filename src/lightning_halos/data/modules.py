@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_halos.core.checks import check_count
 from lightning_halos.data.corpora import Corpus, SampleBy
-from lightning_halos.data.loaders import FilledLoader
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
 from lightning_halos.data.streaming import PackedStream, StreamLoader, hold_out
 from lightning_halos.data.tokenization import write_tokens
@@ -257,3 +256,22 @@ class TextDataModule(TokenDataModule):
         key = [_CACHE_VERSION, self._corpus.key(), type(tokenizer).__name__, saved]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         return Path(datasets.config.HF_DATASETS_CACHE) / "lightning-halos" / name
+
+
+class FilledLoader(DataLoader[Tensor]):
+    """A loader that is an error if it has no batch, because Lightning would end the fit without a step.
+
+    The number of batches is known when Lightning has put in its sampler, and is asked for before the first one is read.
+    """
+
+    def __len__(self) -> int:
+        batches = super().__len__()
+        if not batches:
+            sampler: Any = self.sampler
+            dataset: Any = self.dataset
+            raise ValueError(
+                f"batch_size={self.batch_size} is more than the {len(sampler)} training sequences of each process, of"
+                f" {len(dataset)} in all. Use a smaller batch_size or context, fewer val_sequences or processes, or"
+                " more text."
+            )
+        return batches

@@ -16,6 +16,7 @@ import numpy as np
 from lightning_halos.extras import picture_package
 from lightning_halos.planning.planner import ACTIVITIES, MS_PER_HOUR, Floats, Ints, Plan
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.text_tables import align
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ _MOST_ROWS = 32  # with more workers, a table breaks the time down by region
 _MOST_BARS = 128  # with more workers, a panel of the picture shows regions
 
 
-def describe(timing: Timing) -> str:
+def describe_cluster(timing: Timing) -> str:
     """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
     devices = cluster.devices_per_worker or 1
@@ -47,7 +48,7 @@ def table(plans: Sequence[Plan], timing: Timing) -> str:
     columns = [_measures(plan, fastest) for plan in plans]
     rows = [["", *(plan.algorithm for plan in plans)]]
     rows += [[cells[0][0], *(value for _, value in cells)] for cells in zip(*columns, strict=True)]
-    text = f"{describe(timing)}\n\n{align(rows)}"
+    text = f"{describe_cluster(timing)}\n\n{align(rows)}"
     kind, names, groups = _breakdown(timing, _MOST_ROWS)
     if len(groups) > _MOST_ROWS:
         return f"{text}\n"
@@ -83,18 +84,6 @@ def _measures(plan: Plan, fastest: float) -> Iterator[tuple[str, str]]:
         yield from zip((f"staleness of {sender}: mean", "  95th percentile", "  maximum"), values, strict=True)
     yield "pushes in region updates", "-" if plan.sent_share is None else f"{plan.sent_share:.0%}"
     yield "global updates per second", f"{plan.updates_per_second:.4f}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns cells in columns: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_json(plans: Sequence[Plan], timing: Timing) -> dict[str, Any]:
@@ -146,7 +135,7 @@ def save_picture(plans: Sequence[Plan], timing: Timing, path: Path) -> None:
     figure = picture_package("matplotlib.figure").Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_overview(plans, axes[0])
-    figure.suptitle(f"Where the workers' time goes\n{describe(timing)}", fontsize=11)
+    figure.suptitle(f"Where the workers' time goes\n{describe_cluster(timing)}", fontsize=11)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center", frameon=False)
     for plan, panel in zip(plans, axes[1:], strict=False):
         _draw_groups(plan, timing, kind, groups, panel)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from lightning_halos.core.algorithms import Halos
 from lightning_halos.core.wire_formats import PLAIN, WireFormats
 from lightning_halos.planning.planner import Plan, plan
-from lightning_halos.planning.report import align, describe
+from lightning_halos.planning.report import describe_cluster
 from lightning_halos.simulation.timing import Timing
+from lightning_halos.text_tables import align
 
 LOCAL_STEPS = (2, 4, 8, 16, 32, 64)
 UPDATES_PER_WORKER = (2, 4, 8, 16)
@@ -153,7 +154,7 @@ def sweep_table(trials: Sequence[Trial], timing: Timing) -> str:
             }
         )
     return (
-        f"{describe(timing)}\n\n{align([list(rows[0]), *(list(row.values()) for row in rows)])}\n\n"
+        f"{describe_cluster(timing)}\n\n{align([list(rows[0]), *(list(row.values()) for row in rows)])}\n\n"
         "pushes, updates  staleness in versions, of pushes and of region updates: mean (95th percentile)\n"
         "behind           the same in global steps, both together, mean\n"
         "sent             pushes in updates to the global server; the others came while an exchange was under way\n"

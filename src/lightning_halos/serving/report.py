@@ -7,8 +7,10 @@ terminal. A value that is missing, as from another version, is shown as ``-``.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from lightning_halos.text_tables import align
 
 Status = Mapping[str, Any]
 
@@ -41,7 +43,7 @@ def table(status: Status) -> str:
     if status["members"]:
         rows = [["region", "state", *COLUMNS]]
         rows += [[name, str(member["state"]), *cells(member)] for name, member in status["members"].items()]
-        lines += ["", *_aligned([[printable(cell) for cell in row] for row in rows], left=2)]
+        lines += ["", align([[printable(cell) for cell in row] for row in rows], left=2)]
         lines += left_out(status)
     else:
         lines += ["", NOBODY]
@@ -172,14 +174,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
-    """Yields lines whose columns are aligned: the first ones to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        padded = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(padded).rstrip()

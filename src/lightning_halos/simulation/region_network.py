@@ -124,7 +124,10 @@ class RegionNetwork(Network):
         return {
             "locals": [node.state_dict() for node in self._locals],
             "global": self._global.state_dict(),
-            "shadows": [_values(shadows) for shadows in self._shadows],
+            "shadows": [
+                {peer: {SHADOW: shadow.values.clone()} for peer, shadow in shadows.items() if shadow.values is not None}
+                for shadows in self._shadows
+            ],
             "sent": self._sent,
             "under_way": [
                 (arrival, number, index, type(message).__name__, copy.deepcopy(vars(message)))
@@ -235,8 +238,3 @@ class RegionNetwork(Network):
         within, between = self._locals[index].traffic
         size = 2 * (self._timing.bytes_within if within_region else self._timing.bytes_between)
         self._locals[index].traffic = (within + size, between) if within_region else (within, between + size)
-
-
-def _values(shadows: Mapping[int, Shadow]) -> dict[int, dict[str, Tensor]]:
-    known = {peer: shadow.values for peer, shadow in shadows.items() if shadow.values is not None}
-    return {peer: {SHADOW: values.clone()} for peer, values in known.items()}

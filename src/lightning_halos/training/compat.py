@@ -57,6 +57,8 @@ WEIGHT_AVERAGING: tuple[type[pl.Callback], ...] = (
     (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()  # since Lightning 2.6
 )
 """The base of the callbacks that average weights, for ``isinstance``."""
+KEEPING_AVERAGES: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+"""All callbacks that keep an average of the weights."""
 
 
 class MultiProcessingLauncher(_MultiProcessingLauncher):

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import (
     DoublePrecision,
     FSDPPrecision,
@@ -29,7 +28,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.core.sharding import find_shards, local
 from lightning_halos.training.compat import (
-    WEIGHT_AVERAGING,
+    KEEPING_AVERAGES,
     MultiProcessingLauncher,
     evaluation_loops,
     find_trainer,
@@ -54,7 +53,6 @@ class WorkerEnvironment(ClusterEnvironment):
 
     Args:
         environment: That of all processes.
-        site: This process's place.
     """
 
     def __init__(self, environment: ClusterEnvironment, site: Site) -> None:
@@ -103,8 +101,7 @@ def refuse_averages_of_parts(trainer: pl.Trainer, inner: InnerStrategy) -> None:
     Raises:
         ValueError: If there are any.
     """
-    kinds: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
-    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, kinds)]
+    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, KEEPING_AVERAGES)]
     if names and not isinstance(inner, DDPStrategy):
         raise ValueError(
             f"{names[0]} keeps a copy of the complete module, but inner=<{type(inner).__name__}> divides the module"
@@ -163,6 +160,11 @@ class ComposedStrategy(ConnectedStrategy):
             self._model = model
         else:
             self.inner.model = model
+
+    @property
+    def _innermost(self) -> Any:
+        """The inner strategy; in a worker of one process, what this one inherits."""
+        return self.inner or super()
 
     def connect(self, model: pl.LightningModule) -> None:
         if self.inner is not None:
@@ -297,12 +299,10 @@ class ComposedStrategy(ConnectedStrategy):
                 launcher.complete_state = self.lightning_module_state_dict() if is_first else {}
 
     def tensor_init_context(self, empty_init: bool | None = None) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.tensor_init_context(empty_init)
+        return self._innermost.tensor_init_context(empty_init)
 
     def model_sharded_context(self) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.model_sharded_context()
+        return self._innermost.model_sharded_context()
 
     def on_exception(self, exception: BaseException) -> None:
         if self.inner is not None:
@@ -311,32 +311,25 @@ class ComposedStrategy(ConnectedStrategy):
     # ------------------------------------------------------------------ steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.training_step(*args, **kwargs)
+        return self._innermost.training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.validation_step(*args, **kwargs)
+        return self._innermost.validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.test_step(*args, **kwargs)
+        return self._innermost.test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.predict_step(*args, **kwargs)
+        return self._innermost.predict_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        strategy: Any = self.inner or super()
-        strategy.pre_backward(closure_loss)
+        self._innermost.pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        strategy: Any = self.inner or super()
-        strategy.post_backward(closure_loss)
+        self._innermost.post_backward(closure_loss)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        strategy: Any = self.inner or super()
-        return strategy.optimizer_step(optimizer, closure, model, **kwargs)
+        return self._innermost.optimizer_step(optimizer, closure, model, **kwargs)
 
     # ------------------------------------------------------------------ state
 
@@ -349,22 +342,18 @@ class ComposedStrategy(ConnectedStrategy):
         return True if self.inner is None else self.inner.lightning_restore_optimizer
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        strategy: Any = self.inner or super()
-        state: dict[str, Any] = strategy.lightning_module_state_dict()
+        state: dict[str, Any] = self._innermost.lightning_module_state_dict()
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        strategy: Any = self.inner or super()
-        state: dict[str, Any] = strategy.optimizer_state(optimizer)
+        state: dict[str, Any] = self._innermost.optimizer_state(optimizer)
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        strategy: Any = self.inner or super()
-        strategy.load_model_state_dict(checkpoint, strict)
+        self._innermost.load_model_state_dict(checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        strategy: Any = self.inner or super()
-        strategy.load_optimizer_state_dict(checkpoint)
+        self._innermost.load_optimizer_state_dict(checkpoint)
 
     def clear_optimizers(self) -> None:
         """Clears the history of optimizers that :meth:`load_checkpoint` has given rank 0's state."""

@@ -34,7 +34,6 @@ from lightning_halos.training.default_group import DefaultGroup
 from lightning_halos.training.inner import InnerStrategy, backend_for, make_inner
 from lightning_halos.training.launcher import FunctionLauncher, ScriptLauncher, SimulationLauncher, Started
 from lightning_halos.training.membership import Membership, refuse_averages
-from lightning_halos.training.same_model import broadcast_module
 from lightning_halos.training.server_settings import ServerSettings, check_suits_server
 from lightning_halos.training.shared_data import LightningRank
 from lightning_halos.training.site import Site, gather_places
@@ -275,11 +274,6 @@ class ConnectedStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-
-    def synchronize_module(self) -> None:
-        """Copies the parameters and buffers of rank 0's module to the modules of all workers."""
-        assert self.lightning_module is not None
-        broadcast_module(self.site.collectives, self.lightning_module)
 
     # ------------------------------------------------------------------ collectives
 

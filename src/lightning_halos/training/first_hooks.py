@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.compat import swa_averages
 from lightning_halos.training.first_metrics import FirstMetrics
-from lightning_halos.training.progress_bar import show_batches_of_epoch
 from lightning_halos.training.site import Site
 from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of
 from lightning_halos.training.worker_loop import WorkerLoop
@@ -28,10 +27,6 @@ class FirstHooks(Callback):
     """Comes before the user's callbacks.
 
     Args:
-        loop: The worker's loop.
-        lightning: The Trainer's adapter.
-        metrics: Rank 0's first metrics.
-        site: This process's place and connections.
         version: Returns the number of updates in the global model. On the first worker.
         publish_plateaus: Sends what this process's plateau schedulers have done since the last call.
         end: Called when all workers have the final model, before any hook sees the end of training.
@@ -69,7 +64,7 @@ class FirstHooks(Callback):
             self._site.collectives.broadcast_([parameter for average in averages for parameter in average.parameters()])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        show_batches_of_epoch(trainer)
+        _show_batches_of_epoch(trainer)
         self._lightning.schedulers.end_batch()  # before other callbacks may set a rate
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,6 +125,18 @@ class FirstHooks(Callback):
             self._metrics.tell(trainer.callback_metrics)
         self._lightning.save_at_end()
         self._end()
+
+
+def _show_batches_of_epoch(trainer: pl.Trainer) -> None:
+    """Makes Lightning's progress bar end with the epoch. It must be called before the bar's hook.
+
+    Lightning's bars read the number of batches at the start of an epoch, when nobody knows how many a worker will get.
+    """
+    bar, batches = trainer.progress_bar_callback, trainer.num_training_batches
+    if not isinstance(bar, RichProgressBar | TQDMProgressBar) or not bar.is_enabled or not math.isfinite(batches):
+        return
+    if isinstance(bar, TQDMProgressBar) or bar.train_progress_bar_id is not None:  # else it is made after this hook
+        bar.train_progress_bar.total = batches
 
 
 def _warn_instead_of_raising(user: Any) -> None:

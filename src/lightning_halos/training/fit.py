@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from lightning_halos.core.algorithms import ServerAlgorithm
 from lightning_halos.core.messages import Marker
 from lightning_halos.training.agreement import Agreement
-from lightning_halos.training.averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
+from lightning_halos.training.callback_states import put_states, states_as_text
 from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
+    KEEPING_AVERAGES,
     WEIGHT_AVERAGING,
     average_of,
     replace_metrics,
@@ -30,13 +31,13 @@ from lightning_halos.training.compat import (
     show_metrics,
     wrap_dump_checkpoint,
 )
-from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.first_hooks import FirstHooks
 from lightning_halos.training.first_metrics import FirstMetrics, MetricsOfRank0, ShownMetrics, numbers
 from lightning_halos.training.preemption import Departure, Preemption
 from lightning_halos.training.same_model import FinalModel, broadcast_module, copy_from_module, log_rules
 from lightning_halos.training.start import Start
-from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, decides
+from lightning_halos.training.trainer_adapter import TrainerAdapter, callbacks_of, is_deciding_callback
+from lightning_halos.training.weight_averaging import GlobalAverage, GlobalStochasticAverage, GlobalTensors
 from lightning_halos.training.worker_loop import WorkerLoop
 from lightning_halos.training.worker_state import set_random_state
 from lightning_halos.training.worlds import World
@@ -48,12 +49,9 @@ class Fit:
     """One fit.
 
     Args:
-        start: The state from which the fit starts.
-        world: The world that the worker trains in.
         grace_time: Seconds after SIGTERM that saving a checkpoint may take.
 
     Attributes:
-        lightning: The Trainer's adapter.
         worker_model: This worker's own model, while the module has the global model.
         is_training: Whether each worker trains on its own: from the end of :meth:`begin` until :meth:`stop`.
         is_over: Whether the world is closed.
@@ -162,8 +160,7 @@ class Fit:
         self.restore()
         self.loop.refuse_fit_without_steps(self.start.site.collectives)
         start = self.start
-        averaging: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
-        may_differ = any(isinstance(callback, averaging) for callback in callbacks_of(self.trainer))
+        may_differ = any(isinstance(callback, KEEPING_AVERAGES) for callback in callbacks_of(self.trainer))
         assert self._final_model is not None
         self._final_model.adopt(may_differ)
         for callback in callbacks_of(self.trainer):
@@ -386,7 +383,7 @@ class Fit:
         schedulers.catch_up(collectives.broadcast_object(schedulers.history))
         shown = (self.trainer.callback_metrics, self.trainer.logged_metrics, self.trainer.progress_bar_metrics)
         show_metrics(self.trainer, *collectives.broadcast_object([numbers(metrics) for metrics in shown]))
-        deciding = {c.state_key: c for c in callbacks_of(self.trainer) if decides(c)}
+        deciding = {c.state_key: c for c in callbacks_of(self.trainer) if is_deciding_callback(c)}
         states: dict[str, Any] = {}
         if rank == 0:
             states = {key: callback.state_dict() for key, callback in deciding.items()}

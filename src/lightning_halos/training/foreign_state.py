@@ -1,7 +1,7 @@
 """What a callback takes over of a state that another job has sent.
 
 The other job is in somebody else's hands. Its state may say how good a model was, but not which files here are removed
-or loaded, and it must not make this job fail later. How states travel is in ``deciding``.
+or loaded, and it must not make this job fail later. How states travel is in ``callback_states``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _JUMP = 100.0  # times that the parameters are larger than at the last pull
 _IN_A_ROW = 4  # pulls with growth of at least 10 % each
 
 
-def suited(algorithm: Algorithm, trainer: pl.Trainer) -> Algorithm:
+def without_momentum_for_lbfgs(algorithm: Algorithm, trainer: pl.Trainer) -> Algorithm:
     """Returns an algorithm whose default optimizers suit the module's: without momentum if it trains with LBFGS."""
     if not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers_of(trainer)):
         return algorithm

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 from lightning_halos.training.trainer_adapter import in_attributes
 
 
@@ -24,7 +24,6 @@ class _Scheduler:
     """A scheduler that the module steps.
 
     Attributes:
-        scheduler: The scheduler.
         kind: Its class, which is replaced during the fit.
         first: Its steps that do not follow the global step: those before the fit, and those between batches.
         calls: How often the module stepped it in batches of this fit.
@@ -53,7 +52,6 @@ class HandStepped:
 
     Args:
         trainer: The Trainer, at the start of training.
-        counter: Counts the worker's steps.
         position: Global step at which the run starts.
     """
 

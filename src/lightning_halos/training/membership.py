@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -39,7 +38,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.sharding import complete
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import ModelVector
-from lightning_halos.training.compat import WEIGHT_AVERAGING, epochs_of_training
+from lightning_halos.training.compat import KEEPING_AVERAGES, epochs_of_training
 from lightning_halos.training.server_settings import ServerSettings, numbers_of_global_optimizer
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.trainer_adapter import callbacks_of
@@ -81,10 +80,6 @@ class Entry:
 
 class Membership:
     """The membership. Making it enrols the job, so all its workers must do so together.
-
-    Args:
-        settings: The global server.
-        site: This process's place in the job.
 
     Attributes:
         session: Identity of this life of the job.
@@ -227,12 +222,7 @@ class Membership:
 
 
 class Slices:
-    """Moves the slices of a model between the lanes of the first worker, when they are in step.
-
-    Args:
-        site: This process's place.
-        layout: The slices.
-    """
+    """Moves the slices of a model between the lanes of the first worker, when they are in step."""
 
     def __init__(self, site: Site, layout: Layout) -> None:
         self._collectives = site.collectives_among(site.worker_processes[: site.lanes])
@@ -300,10 +290,8 @@ class JoiningParty:
 
     Args:
         node: Says what to send.
-        connection: The connection.
 
     Attributes:
-        node: As above.
         early: Other messages that have arrived meanwhile, for the region's server.
         is_ready: Is set when the job has joined and has the global model.
     """
@@ -360,7 +348,7 @@ def _connect(settings: ServerSettings, site: Site) -> ServerConnection:
     return connection
 
 
-def describe(
+def describe_run(
     trainer: pl.Trainer, algorithm: ServerAlgorithm, vector: ModelVector, data: SharedData | None
 ) -> RunDescription:
     """Returns what all members of the run must agree on."""
@@ -408,8 +396,8 @@ def refuse_averages(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If there are any.
     """
-    kinds: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
-    if names := [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, kinds)]:
+    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, KEEPING_AVERAGES)]
+    if names:
         raise ValueError(
             f"{names[0]} keeps an average in one process, which would be lost when another job decides, and which no"
             " other job would have. In a job that is one region of a run (server=..., or HALOS_SERVER), leave it out:"

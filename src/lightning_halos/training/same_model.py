@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_halos.checkpoint.files import is_plain
+from lightning_halos.checkpoint.files import can_be_read
 from lightning_halos.core.buffers import Entry, local_tensors, summary
 from lightning_halos.core.compat import bytes_of, dense_parts, map_tensors
 from lightning_halos.transport.collectives import Collectives
@@ -66,7 +66,6 @@ class FinalModel:
 
     Args:
         collectives: Collectives over all processes.
-        module: The module.
         entries: Its buffers and frozen parameters. Local ones stay each worker's own.
         shards: ``id`` of parameters that are divided among the processes of a worker.
         of_lane: Collectives over the processes that have the same parts of them.
@@ -196,7 +195,7 @@ def _other_state(module: nn.Module, places: Iterable[_Place], local: Collection[
     return {
         name: repr(map_tensors(_checksum, value))
         for name, value in module.state_dict().items()
-        if name not in local and not (isinstance(value, Tensor) and _memory(value) in known) and is_plain(value)
+        if name not in local and not (isinstance(value, Tensor) and _memory(value) in known) and can_be_read(value)
     }
 
 

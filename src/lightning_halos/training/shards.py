@@ -30,7 +30,7 @@ from lightning_halos.core.messages import Marker, ShardWritten
 from lightning_halos.training.compat import replace_link_checkpoint
 from lightning_halos.training.first_metrics import numbers
 from lightning_halos.training.fit import Fit
-from lightning_halos.training.loading import load
+from lightning_halos.training.read_shards import load
 from lightning_halos.training.site import Site
 from lightning_halos.training.worker_state import ended_worker_state, random_state
 from lightning_halos.training.worlds import CheckpointedWorld
@@ -60,14 +60,12 @@ class Shards:
     """Saves and loads the checkpoints of one process.
 
     Args:
-        site: This process's place and connections.
         run: Name of the algorithm, for the manifest.
         has_server_shards: Whether local servers have shards of their own. In a simulation one shard has all servers.
 
     Attributes:
         resume: The state from which the next fit resumes.
         ended: The state of the last fit; ``None`` if there was none, or it failed.
-        saves: The record of saves.
     """
 
     def __init__(self, site: Site, run: str, has_server_shards: bool) -> None:

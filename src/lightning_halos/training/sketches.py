@@ -42,7 +42,7 @@ _EQUAL = 1e-5  # likewise, for numbers that machines have rounded differently
 def sketches(dataset: Any) -> list[Sketch]:
     """Returns sketches of the first, the middle and the last sample; none if they cannot be read in time."""
     with contextlib.suppress(Exception):  # a dataset may hold anything, and sketches are only for a warning
-        if type(dataset) is TensorDataset and all(map(_is_plain, dataset.tensors)):  # reading it has no effects
+        if type(dataset) is TensorDataset and all(map(_is_plain_tensor, dataset.tensors)):  # reading it has no effects
             return [_sketch(dataset, index) for index in _indices(dataset)]
         return json.loads(in_forked_process(lambda: json.dumps(_read(dataset)), SECONDS))  # type: ignore[no-any-return]
     return []
@@ -85,7 +85,7 @@ def _read(dataset: Any) -> list[Sketch]:
     return [_what_stays([_sketch_seeded(dataset, index) for _ in range(_READS)]) for index in _indices(dataset)]
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_plain_tensor(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
 
 

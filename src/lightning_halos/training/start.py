@@ -25,10 +25,10 @@ from lightning_halos.core.cursor import Spans
 from lightning_halos.core.schedule import StepBudget, global_step
 from lightning_halos.core.sharding import WorkerProcesses
 from lightning_halos.core.vector import ModelVector
-from lightning_halos.training.growth import suited
-from lightning_halos.training.loading import read_slices
-from lightning_halos.training.membership import Entry, Membership, describe
+from lightning_halos.training.growth import without_momentum_for_lbfgs
+from lightning_halos.training.membership import Entry, Membership, describe_run
 from lightning_halos.training.own_data import steps_left
+from lightning_halos.training.read_shards import read_slices
 from lightning_halos.training.same_data import can_share
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.site import Site
@@ -43,11 +43,8 @@ class Start:
     """The state from which a fit starts. Making it compares the workers' modules, so all workers must do so together.
 
     Args:
-        site: This process's place and connections.
-        algorithm: The algorithm.
         trainer: The Trainer, at the start of training.
         resume: The state to resume from; ``None`` for a new run.
-        saves: The record of saves.
         membership: The job's membership in a run of several jobs; ``None`` if this job is the complete run.
 
     Attributes:
@@ -71,7 +68,7 @@ class Start:
         membership: Membership | None = None,
     ) -> None:
         self.site = site
-        self.algorithm = suited(algorithm, trainer)
+        self.algorithm = without_momentum_for_lbfgs(algorithm, trainer)
         self.trainer = trainer
         self.resume = resume
         self.saves = saves
@@ -104,7 +101,7 @@ class Start:
         if membership is not None:
             assert isinstance(self.algorithm, ServerAlgorithm)
             assert self.memory is not None
-            description = describe(trainer, self.algorithm, self.vector, self.data)
+            description = describe_run(trainer, self.algorithm, self.vector, self.data)
             self.entry = membership.join(description, self.vector, self.memory)
             max_steps = None if trainer.max_steps == -1 else trainer.max_steps
             enter_run(trainer, global_step(self.entry.total, self.workers, max_steps), self.entry.epoch)

@@ -18,7 +18,6 @@ from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.quantization import Format
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.simulation.cluster import SimulatedCluster
-from lightning_halos.training.compat import StrategyRegistry
 from lightning_halos.training.connected_strategy import StartMethod
 from lightning_halos.training.inner import InnerStrategy
 from lightning_halos.training.strategy import AlgorithmStrategy
@@ -94,6 +93,8 @@ class HalosStrategy(AlgorithmStrategy):
         ValueError: If an argument is invalid; when the Trainer is made, if the regions do not match its workers.
     """
 
+    _names = (("halos", "popen"), ("halos_spawn", "spawn"), ("halos_fork", "fork"), ("halos_notebook", "fork"))
+
     def __init__(
         self,
         regions: int | Sequence[Sequence[int]] | None = None,
@@ -147,19 +148,6 @@ class HalosStrategy(AlgorithmStrategy):
             **kwargs,
         )
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
-        """Registers ``"halos"`` and its variants."""
-        for name, start_method in (
-            ("halos", "popen"),
-            ("halos_spawn", "spawn"),
-            ("halos_fork", "fork"),
-            ("halos_notebook", "fork"),
-        ):
-            strategy_registry.register(
-                name, cls, description=f"HALoS with `start_method` '{start_method}'", start_method=start_method
-            )
-
 
 class AsyncLocalSGDStrategy(AlgorithmStrategy):
     """Asynchronous local SGD with one server for all workers (arXiv 2401.09135).
@@ -184,6 +172,8 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         ValueError: If an argument is invalid.
     """
 
+    _names = (("async_local_sgd", "popen"),)
+
     def __init__(
         self,
         local_steps: int = 32,
@@ -206,11 +196,6 @@ class AsyncLocalSGDStrategy(AlgorithmStrategy):
         )
         super().__init__(algorithm, **kwargs)
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
-        """Registers ``"async_local_sgd"``."""
-        strategy_registry.register("async_local_sgd", cls, description="Async-Local-SGD")
-
 
 class DilocoStrategy(AlgorithmStrategy):
     """DiLoCo (arXiv 2311.08105): synchronous rounds of local steps, and an outer optimizer on their mean.
@@ -231,6 +216,8 @@ class DilocoStrategy(AlgorithmStrategy):
         ValueError: If an argument is invalid.
     """
 
+    _names = (("diloco", "popen"),)
+
     def __init__(
         self,
         local_steps: int = 32,
@@ -248,11 +235,6 @@ class DilocoStrategy(AlgorithmStrategy):
         )
         super().__init__(algorithm, **kwargs)
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
-        """Registers ``"diloco"``."""
-        strategy_registry.register("diloco", cls, description="DiLoCo")
-
 
 class SyncSGDStrategy(AlgorithmStrategy):
     """Fully synchronous SGD in a simulated cluster: gradients are averaged in every step, as with ``"ddp"``.
@@ -268,6 +250,8 @@ class SyncSGDStrategy(AlgorithmStrategy):
         ValueError: If an argument is invalid, or ``simulate`` is missing.
     """
 
+    _names = (("sync_sgd", "popen"),)
+
     def __init__(self, simulate: SimulatedCluster | str | Path | None = None, **kwargs: Any) -> None:
         if simulate is None:
             raise ValueError(
@@ -276,11 +260,6 @@ class SyncSGDStrategy(AlgorithmStrategy):
             )
         _refuse_asynchronous("SyncSGD", kwargs)
         super().__init__(SyncSGD(), simulate=simulate, **kwargs)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
-        """Registers ``"sync_sgd"``."""
-        strategy_registry.register("sync_sgd", cls, description="Synchronous SGD in a simulated cluster")
 
 
 def _refuse_asynchronous(name: str, arguments: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from lightning_halos.extras import tuning_package
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
+    StrategyRegistry,
     enclose_validation,
     end_making_validation_data,
     find_trainer,
@@ -81,21 +82,13 @@ class AlgorithmStrategy(ComposedStrategy):
     Args:
         algorithm: The algorithm.
         regions: As in :class:`~lightning_halos.HalosStrategy`, and so are all other arguments.
-        start_method: As there.
-        timeout: As there.
-        grace_time: As there.
-        simulate: As there.
-        server: As there.
-        keys: As there.
-        streams: As there.
-        worker: As there.
-        inner: As there.
-        **kwargs: As there.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is invalid; when the Trainer is made, if the regions do not match its workers.
     """
+
+    _names: tuple[tuple[str, StartMethod], ...] = ()  # in Lightning's registry, each with its `start_method`
 
     def __init__(
         self,
@@ -123,6 +116,14 @@ class AlgorithmStrategy(ComposedStrategy):
         self._evaluates = False
         self._history: list[Event] = []
         self._virtual_seconds = 0.0
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: StrategyRegistry) -> None:
+        """Registers the strategy under its names."""
+        for name, start_method in cls._names:
+            strategy_registry.register(
+                name, cls, description=f"{cls.__name__} with `start_method` '{start_method}'", start_method=start_method
+            )
 
     @classmethod
     def tune(

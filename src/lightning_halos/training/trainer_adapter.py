@@ -48,8 +48,6 @@ class TrainerAdapter:
         has_entered: Whether the Trainer's counters were set to those of a run that it joins, with new schedulers.
 
     Attributes:
-        trainer: The Trainer.
-        schedulers: Its learning-rate schedulers.
         steps_per_batch: Optimizer steps per batch under manual optimization, where there may be several.
         validated: Global step of the last validation that was scheduled, by this process or by one before it.
     """
@@ -139,7 +137,7 @@ class TrainerAdapter:
     def _leave_to_others(self) -> None:
         self._others_validate.apply(self.trainer)
         for callback in self._callbacks:
-            if decides(callback):
+            if is_deciding_callback(callback):
                 vars(callback).update(dict.fromkeys(_HOOKS, _do_nothing))
 
     def _restore_hooks(self) -> None:
@@ -529,7 +527,7 @@ def in_attributes(owner: object) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
 
 
-def decides(callback: Callback) -> bool:
+def is_deciding_callback(callback: Callback) -> bool:
     """Returns whether a callback works in one process for all workers in a fit: it saves, stops early or averages."""
     return isinstance(callback, (Checkpoint, EarlyStopping, *WEIGHT_AVERAGING))
 

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_halos.checkpoint.manifest import worker_shard
@@ -29,7 +30,7 @@ from lightning_halos.training.hand_stepped import HandStepped
 from lightning_halos.training.own_data import OwnData
 from lightning_halos.training.preemption import Preemption
 from lightning_halos.training.start import Start
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 from lightning_halos.training.stopwatch import Stopwatch
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 from lightning_halos.training.worker_state import (
@@ -40,7 +41,7 @@ from lightning_halos.training.worker_state import (
     worker_state,
 )
 from lightning_halos.training.worlds import World
-from lightning_halos.transport.alarm import describe
+from lightning_halos.transport.alarm import EXIT_CODE, describe
 from lightning_halos.transport.collectives import Collectives
 from lightning_halos.transport.link import wait_all
 
@@ -48,16 +49,7 @@ from lightning_halos.transport.link import wait_all
 class WorkerLoop(Callback):
     """Runs one worker's rounds.
 
-    Args:
-        start: The state from which the fit starts.
-        world: The world that the worker trains in.
-        lightning: The Trainer's adapter.
-        preemption: Handles SIGTERM.
-        first_metrics: Rank 0's first metrics.
-        agreement: Asks the other processes of the worker.
-
     Attributes:
-        round: The worker's round.
         finished: Whether the final model is loaded.
         final_model: The final global model, which an average may have replaced in the module.
         stopwatch: Measures how long this worker computes.
@@ -240,7 +232,7 @@ class WorkerLoop(Callback):
         push.epoch = self._trainer.current_epoch
         self._finish(push, self._wire.filling(push, self._fill))
         if self._preemption.leaves:
-            self._preemption.end()
+            raise SIGTERMException(EXIT_CODE)
 
     def repeat_push(self) -> None:
         """Resumes the round of a simulation's checkpoint: pushes its result to the servers again."""

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_halos.checkpoint.files import is_plain
+from lightning_halos.checkpoint.files import can_be_read
 from lightning_halos.core.compat import map_tensors
 from lightning_halos.training.compat import collect_random_states, set_random_states
 from lightning_halos.training.composed_strategy import ComposedStrategy
@@ -40,7 +40,7 @@ def worker_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _leave_out(state: dict[str, Any], but: str = "") -> None:
     """Removes what cannot be read without unpickling, with a warning."""
-    for name in [name for name, value in state.items() if value and name != but and not is_plain(value)]:
+    for name in [name for name, value in state.items() if value and name != but and not can_be_read(value)]:
         # On all ranks, because rank 0 makes no such state during a fit.
         warnings.warn(
             f"The state of {name} is not in a worker's shard: it could not be read without unpickling.", stacklevel=2

@@ -1,6 +1,7 @@
 """Tensors, texts, and values of plain kinds as bytes, and back. Nothing is pickled, because unpickling runs code.
 
-Who sends them to whom is in ``collectives`` and ``training/deciding``. Messages have a form of their own, in ``wire``.
+Who sends them to whom is in ``collectives`` and ``training/callback_states``. Messages have a form of their own, in
+``wire``.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def import_make(path: str) -> Make:
     return make
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Returns a value as a text that is the same in another process: without memory addresses."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
@@ -64,8 +64,8 @@ def describe(value: Any) -> str:
 def name_of(make: Make) -> str:
     """Returns the name of a user's function, which identifies it when a search goes on."""
     if isinstance(make, partial):
-        arguments = [describe(value) for value in make.args]
-        arguments += [f"{name}={describe(value)}" for name, value in make.keywords.items()]
+        arguments = [describe_value(value) for value in make.args]
+        arguments += [f"{name}={describe_value(value)}" for name, value in make.keywords.items()]
         return f"{name_of(make.func)}({', '.join(arguments)})"
     name = getattr(make, "__qualname__", None) or type(make).__qualname__
     return f"{getattr(make, '__module__', '')}:{name}"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_halos.planning.settings import make_arguments
+from lightning_halos.text_tables import align
 from lightning_halos.tuning.goal import Goal
 from lightning_halos.tuning.space import Settings, Values
 from lightning_halos.tuning.study import Tried
@@ -113,7 +114,7 @@ def make_table(
         note = f"  <- {trial.name}" if trial.name else ""
         settings = describe_settings(trial.settings) or "the strategy's defaults"
         rows.append([str(trial.number), goal.describe(trial.value), str(trial.curve[-1].step), f"{settings}{note}"])
-    lines += [_left(rows), ""]
+    lines += [align(rows, left=len(rows[0])), ""]
     if done:
         lines += [_parameters(done, start, importances), ""]
     counts: dict[str, int] = {}
@@ -145,7 +146,7 @@ def _parameters(done: list[Tried], start: Values, importances: Mapping[str, floa
             spread = ", ".join(sorted(set(shown)))
         share = f"{importances[name]:.0%}" if name in importances else "-"
         rows.append([_meaning(name), _shown(name, start[name]), _shown(name, done[0].values[name]), spread, share])
-    text = _left(rows)
+    text = align(rows, left=len(rows[0]))
     if not importances:
         text += "\n(importances need at least 10 trials)"
     return text
@@ -163,11 +164,3 @@ def _shown(name: str, value: Any) -> str:
     if name.endswith("memory"):
         return f"{max(0.0, 1 - 2**-value):.2g}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _left(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    )

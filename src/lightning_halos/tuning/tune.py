@@ -20,7 +20,7 @@ from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.timing import Timing
 from lightning_halos.transport.compute import usable_cores
 from lightning_halos.tuning.goal import Goal, Mode
-from lightning_halos.tuning.make import Make, describe, name_of
+from lightning_halos.tuning.make import Make, describe_value, name_of
 from lightning_halos.tuning.report import Tuned, as_yaml, make_table
 from lightning_halos.tuning.search import Search, TuningError
 from lightning_halos.tuning.space import FEWEST_STEPS, Settings, Space
@@ -99,7 +99,7 @@ def tune(
         "objective": {**dataclasses.asdict(goal), "seconds": round(seconds, 3)},
         "start": start,
         "fixed": fixed,
-        "trainer": {key: describe(value) for key, value in trainer.items()},
+        "trainer": {key: describe_value(value) for key, value in trainer.items()},
         "seed": seed,
         "parameters": {name: dataclasses.astuple(parameter) for name, parameter in space.parameters.items()},
     }

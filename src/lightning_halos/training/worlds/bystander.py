@@ -14,13 +14,12 @@ from torch import Tensor
 
 from lightning_halos.core.cursor import Lease
 from lightning_halos.core.messages import GlobalModel, Marker, Pull, Push, ShardWritten
-from lightning_halos.core.quantization import Format
 from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.start import Start
 from lightning_halos.training.worlds.lockstep import LockstepWorld
 from lightning_halos.training.worlds.member import MemberWorld
-from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
+from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client, World
 from lightning_halos.training.worlds.real import RealWorld
 from lightning_halos.training.worlds.simulated import SimulatedWorld
 from lightning_halos.transport.alarm import Alarm
@@ -29,35 +28,32 @@ from lightning_halos.transport.collectives import Collectives
 A = TypeVar("A", Pull, GlobalModel)
 
 
-class BystanderWorld:
+class BystanderWorld(World):
     """A process that trains, and gets lane 0's answers. It is its own client, too.
 
     Args:
-        start: The state from which the fit starts.
         is_simulated: Whether the other processes' world is simulated.
     """
 
-    clock = None
-    callbacks = ""
-    wire: Format = "float32"
-    version = steps = 0
+    version = 0
     answer: Pull | None = None  # lane 0's client has it
 
     def __init__(self, start: Start, is_simulated: bool) -> None:
         self.is_simulated = is_simulated
         self.alarm = Alarm(start.site.here)
-        self.has_global_model = self.decides = start.site.rank == 0
+        self._rank = start.site.rank
         self._nothing = start.memory
         if start.resume is not None and start.memory is not None and not is_simulated:
             start.put_in(start.memory)  # the lanes have the model to resume from
         self._collectives = start.site.worker_collectives
         self.first_round = WorkerRound(start.site.rank, 1)
         self.first_round.load_state_dict(self._collectives.broadcast_object(None))
-        self.leases: Iterator[Lease] = self._told_leases()
+        self.leases = self._told_leases()
+        self.client = self
 
     @property
-    def client(self) -> Client:
-        return self
+    def has_global_model(self) -> bool:
+        return self._rank == 0
 
     @property
     def checkpointed(self) -> CheckpointedWorld:
@@ -82,17 +78,8 @@ class BystanderWorld:
     def read(self, out: Tensor) -> None:
         pass
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         pass
-
-    @property
-    def rejected(self) -> int:
-        return 0
-
-    def statistics(self) -> list[dict[str, Any]]:
-        return []
 
     def on_marker(self, save: Callable[[Marker, Push], None]) -> None:
         pass
@@ -111,9 +98,6 @@ class BystanderWorld:
 
     def progress(self) -> dict[str, Any]:
         return {}
-
-    def close(self, timeout: float) -> None:
-        self.alarm.close(timeout)
 
     def _answer(self, kind: type[A], push: Push, fill: Fill) -> tuple[A, Iterable[int]]:
         self.send(push, fill)

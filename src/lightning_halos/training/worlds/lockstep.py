@@ -7,7 +7,7 @@ and the collectives give all replicas the same pushes. Checkpoints only contain 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,31 +15,21 @@ from torch import Tensor
 from lightning_halos.core.algorithms import SynchronousAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import GlobalModel, Pull, Push
-from lightning_halos.core.quantization import Format
 from lightning_halos.core.synchronous_node import SynchronousNode
 from lightning_halos.core.vector import Fill, ignore_progress
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.training.findings import slice_of
+from lightning_halos.training.lane_findings import slice_of
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import Client
+from lightning_halos.training.worlds.protocol import World
 from lightning_halos.transport.alarm import Alarm
 
 T = TypeVar("T")
 
 
-class LockstepWorld:
-    """This process's replica of the server, and its collectives. It is its worker's client, too.
+class LockstepWorld(World):
+    """This process's replica of the server, and its collectives. It is its worker's client, too."""
 
-    Args:
-        start: The state from which the fit starts.
-    """
-
-    checkpointed = None
-    is_simulated = False
-    clock = None
-    callbacks = ""
-    wire: Format = "float32"
     answer: Pull | None = None
 
     def __init__(self, start: Start) -> None:
@@ -59,11 +49,14 @@ class LockstepWorld:
         self._lanes = site.collectives_among(lanes) if len(lanes) > 1 else None
         self._published: tuple[list[tuple[int, float]], dict[str, float]] = ([], {})  # on rank 0, for the next round
         self.alarm = Alarm(site.here)
-        self.has_global_model = self.decides = site.rank == 0
         local_steps = self._planner.local_steps(site.rank, budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, start.trainer.global_step)
-        self.leases: Iterator[Lease] = iter(()) if start.data is None else self._leases(start.data)
-        self.client: Client = self
+        self.leases = iter(()) if start.data is None else self._leases(start.data)
+        self.client = self
+
+    @property
+    def has_global_model(self) -> bool:
+        return self._site.rank == 0
 
     @property
     def version(self) -> int:
@@ -76,18 +69,13 @@ class LockstepWorld:
     def read(self, out: Tensor) -> None:
         out.copy_(self._model)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._published = ([*self._published[0], *plateau_steps], metrics)
 
     @property
     def rejected(self) -> int:
         server = self._node.server
         return 0 if server is None else server.rejected
-
-    def statistics(self) -> list[dict[str, Any]]:
-        return []
 
     def close(self, timeout: float) -> None:
         pass

@@ -6,13 +6,13 @@ server's directory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_halos.core.algorithms import ServerAlgorithm
-from lightning_halos.core.cursor import Lease, LeaseStock
+from lightning_halos.core.cursor import LeaseStock
 from lightning_halos.core.joining import Joining
 from lightning_halos.core.open_region_node import OpenRegionNode
 from lightning_halos.core.protocol import GLOBAL
@@ -20,7 +20,7 @@ from lightning_halos.core.worker import WorkerRound
 from lightning_halos.training.membership import Membership
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import Client
+from lightning_halos.training.worlds.protocol import World
 from lightning_halos.transport.compute import threads_beside
 from lightning_halos.transport.member_host import MemberHost
 from lightning_halos.transport.runtime import NodeRuntime
@@ -29,17 +29,12 @@ _MOST_ROUNDS = 32  # of data that is ordered ahead
 _PARTS_OF_EPOCH = 16  # of which at most one is ordered ahead
 
 
-class MemberWorld:
+class MemberWorld(World):
     """This process's worker in the job and, on rank 0, the region's server and its connection with the global server.
 
     Args:
         start: The state from which the fit starts, whose memory and module have the global model.
-        membership: The job's membership in the run.
     """
-
-    is_simulated = False
-    clock = None
-    checkpointed = None
 
     def __init__(self, start: Start, membership: Membership) -> None:
         site, algorithm, memory, budget = start.site, start.algorithm, start.memory, start.budget
@@ -70,7 +65,7 @@ class MemberWorld:
         )
         self.wire = runtime.format
         self.alarm = runtime.alarm
-        self.client: Client = runtime.client
+        self.client = runtime.client
         host = runtime.region_host
         self._host = host if isinstance(host, MemberHost) else None
         if self._host is not None and joining is not None:
@@ -79,7 +74,7 @@ class MemberWorld:
         planner = algorithm.planner(start.workers, budget.max_steps)
         local_steps, share = planner.local_steps(site.rank, budget.total), planner.share(budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, budget.position, share)
-        self.leases: Iterator[Lease] = runtime.client.leases()
+        self.leases = runtime.client.leases()
 
     @property
     def decides(self) -> bool:
@@ -104,9 +99,7 @@ class MemberWorld:
     def read(self, out: Tensor) -> None:
         self._region.read(out, self._check)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._region.publish(plateau_steps, metrics, callbacks)
 
     @property
@@ -116,9 +109,6 @@ class MemberWorld:
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of this job's server only; ``lightning-halos status`` shows those of all regions."""
         return [self._region.statistics()]
-
-    def close(self, timeout: float) -> None:
-        self.alarm.close(timeout)
 
     @property
     def _region(self) -> MemberHost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ class CheckpointedWorld(Protocol):
         """Returns the progress of the run, as fields of a checkpoint's manifest. On rank 0."""
 
 
-class World(Protocol):
+class World(ABC):
     """The world that a worker trains in during one fit. It is made when all workers are in step.
 
     Attributes:
@@ -74,54 +75,61 @@ class World(Protocol):
         client: The worker's end.
         first_round: The worker's first round, which starts without a message.
         leases: Leases of the worker's training data; empty if the workers do not share data.
-        has_global_model: Whether this process can read the global model.
-        decides: Whether this process validates and saves for the run, and decides when it stops early. In a region job
-            that may change during a fit.
-        callbacks: The state of the callbacks of the process that decided before this one, as text; empty if there was
-            none.
-        checkpointed: The interface for checkpoints; ``None`` without servers.
         wire: The format of vectors on this worker's link.
         is_simulated: Whether the world is simulated. Then rounds are planned, and a resumed run repeats them exactly.
-        clock: Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0.
     """
 
-    @property
-    def alarm(self) -> Alarm: ...
-    @property
-    def client(self) -> Client: ...
-    @property
-    def first_round(self) -> WorkerRound: ...
-    @property
-    def leases(self) -> Iterator[Lease]: ...
-    @property
-    def has_global_model(self) -> bool: ...
-    @property
-    def decides(self) -> bool: ...
-    @property
-    def callbacks(self) -> str: ...
-    @property
-    def checkpointed(self) -> CheckpointedWorld | None: ...
-    @property
-    def wire(self) -> Format: ...
-    @property
-    def is_simulated(self) -> bool: ...
-    @property
-    def clock(self) -> Callable[[], float] | None: ...
+    alarm: Alarm
+    client: Client
+    first_round: WorkerRound
+    leases: Iterator[Lease]
+    wire: Format = "float32"
+    is_simulated = False
 
     @property
+    @abstractmethod
+    def has_global_model(self) -> bool:
+        """Whether this process can read the global model."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether this process validates and saves for the run, and decides when it stops early.
+
+        In a region job that may change during a fit.
+        """
+        return self.has_global_model
+
+    @property
+    def callbacks(self) -> str:
+        """The state of the callbacks of the process that decided before this one, as text; empty without one."""
+        return ""
+
+    @property
+    def checkpointed(self) -> CheckpointedWorld | None:
+        """The interface for checkpoints; ``None`` without servers."""
+        return None
+
+    @property
+    def clock(self) -> Callable[[], float] | None:
+        """Returns the virtual time in seconds; ``None`` in real runs, and on ranks other than 0."""
+        return None
+
+    @property
+    @abstractmethod
     def version(self) -> int:
         """Number of updates in the global model. On rank 0."""
 
     @property
     def steps(self) -> int:
         """Local steps of this run in the global model. On rank 0."""
+        return 0
 
+    @abstractmethod
     def read(self, out: Tensor) -> None:
         """Copies the global model into ``out``, unless only the workers have a model. On rank 0."""
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    @abstractmethod
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         """Sends what this process has decided to all workers, if it decides.
 
         Args:
@@ -133,9 +141,12 @@ class World(Protocol):
     @property
     def rejected(self) -> int:
         """Number of updates that the servers have rejected, as far as rank 0 knows. On rank 0."""
+        return sum(server["rejected"] for server in self.statistics())
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server; see :class:`~lightning_halos.HalosMonitor`. On rank 0."""
+        return []
 
     def close(self, timeout: float) -> None:
         """Says goodbye to all peers, and waits for their goodbyes, at most ``timeout`` seconds."""
+        self.alarm.close(timeout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_halos.checkpoint.manifest import global_shard, server_shard
 from lightning_halos.checkpoint.resume import Resume
 from lightning_halos.core.algorithms import ServerAlgorithm
-from lightning_halos.core.cursor import DataCursor, Lease, LeaseStock, Spans
+from lightning_halos.core.cursor import DataCursor, LeaseStock, Spans
 from lightning_halos.core.finding import update_of_snapshot
 from lightning_halos.core.global_node import GlobalNode
 from lightning_halos.core.local_server import unsent_update
@@ -21,25 +21,21 @@ from lightning_halos.core.region_node import RegionNode
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import ModelVector
 from lightning_halos.core.worker import WorkerRound
-from lightning_halos.training.findings import add_findings, slice_of
+from lightning_halos.training.lane_findings import add_findings, slice_of
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
+from lightning_halos.training.worlds.protocol import CheckpointedWorld, World
 from lightning_halos.transport.compute import threads_beside
 from lightning_halos.transport.hosts import Host, RegionHost
 from lightning_halos.transport.runtime import NodeRuntime
 
 
-class RealWorld:
+class RealWorld(World):
     """This process's servers, and its links.
 
     Args:
         start: The state from which the fit starts. In a resumed run its memory and module are overwritten with the
             model to resume from.
     """
-
-    is_simulated = False
-    clock = None
-    callbacks = ""
 
     def __init__(self, start: Start) -> None:
         site, algorithm, memory, resume, budget = start.site, start.algorithm, start.memory, start.resume, start.budget
@@ -72,7 +68,7 @@ class RealWorld:
         self.wire = runtime.format
         self._lane = site.lane
         self.alarm = runtime.alarm
-        self.client: Client = runtime.client
+        self.client = runtime.client
         self._runtime = runtime
         self._global_host, self._region_host = runtime.global_host, runtime.region_host
         self._has_one_server = len(site.topology.groups) == 1
@@ -80,7 +76,7 @@ class RealWorld:
         local_steps, share = planner.local_steps(site.rank, budget.total), planner.share(budget.total)
         position = start.trainer.global_step if resume is None else budget.position
         self.first_round = WorkerRound(site.rank, local_steps, position, share)
-        self.leases: Iterator[Lease] = runtime.client.leases()
+        self.leases = runtime.client.leases()
 
     @property
     def checkpointed(self) -> CheckpointedWorld:
@@ -89,10 +85,6 @@ class RealWorld:
     @property
     def has_global_model(self) -> bool:
         return self._global_host is not None
-
-    @property
-    def decides(self) -> bool:
-        return self.has_global_model
 
     @property
     def version(self) -> int:
@@ -105,14 +97,8 @@ class RealWorld:
     def read(self, out: Tensor) -> None:
         self._model_host.read(out, self._check)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         self._global.do("publish", Publish(0, list(plateau_steps), metrics))
-
-    @property
-    def rejected(self) -> int:
-        return sum(server["rejected"] for server in self.statistics())
 
     def statistics(self) -> list[dict[str, Any]]:
         return self._global.ask(lambda node: [counters.statistics() for counters in node.counters.values()])
@@ -140,9 +126,6 @@ class RealWorld:
 
     def progress(self) -> dict[str, Any]:
         return self._global.ask(GlobalNode.progress)
-
-    def close(self, timeout: float) -> None:
-        self.alarm.close(timeout)
 
     def _check(self) -> None:
         self.alarm.check()

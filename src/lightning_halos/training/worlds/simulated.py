@@ -13,16 +13,15 @@ from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.cursor import Lease, split
 from lightning_halos.core.messages import Marker, Push, ShardWritten
 from lightning_halos.core.parameter_server import ParameterServer
-from lightning_halos.core.quantization import Format
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.network import Network, Round, Work
 from lightning_halos.simulation.networks import make_network
 from lightning_halos.simulation.timing import Timing
-from lightning_halos.training.findings import slice_of
+from lightning_halos.training.lane_findings import slice_of
 from lightning_halos.training.start import Start
-from lightning_halos.training.worlds.protocol import CheckpointedWorld, Client
+from lightning_halos.training.worlds.protocol import CheckpointedWorld
 from lightning_halos.training.worlds.simulated_servers import SimulatedServers
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.client import VirtualClient
@@ -30,15 +29,9 @@ from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
 
 class SimulatedWorld(SimulatedServers):
-    """This process's worker in a simulation, its link to rank 0 and, on rank 0, the servers.
-
-    Args:
-        start: The state from which the fit starts.
-        cluster: The cluster.
-    """
+    """This process's worker in a simulation, its link to rank 0 and, on rank 0, the servers."""
 
     is_simulated = True
-    callbacks = ""
 
     def __init__(self, start: Start, cluster: SimulatedCluster) -> None:
         site, data, resume, vector, memory = start.site, start.data, start.resume, start.vector, start.memory
@@ -87,11 +80,10 @@ class SimulatedWorld(SimulatedServers):
                 servers.load_schedule(schedule)
         super().__init__(servers, Alarm(site.here), site.timeout, start.saves, site.lane)
         self._has_snapshots = not start.algorithm.averages_gradients
-        self.wire: Format = "float32"
         if isinstance(start.algorithm, ServerAlgorithm):
             self.wire = start.algorithm.wire.on(cluster.region_of[site.rank], site.topology.group_of(site.rank).region)
         self._client = VirtualClient(self._connect(start), self.alarm, site.timeout, site.interrupted)
-        self.client: Client = self._client
+        self.client = self._client
         self.alarm.watch(site.timeout)
         if servers is not None:
             self.start()
@@ -101,7 +93,7 @@ class SimulatedWorld(SimulatedServers):
         self.first_round = WorkerRound(site.rank, 1, budget.total // budget.workers)
         if schedule is None and first is not None and first.steps:
             self.first_round = WorkerRound(site.rank, first.steps, first.position)
-        self.leases: Iterator[Lease] = iter(())
+        self.leases = iter(())
         if data is not None:
             self.leases = _leases(rounds, site.rank, used, has_more=ordered < available)
 
@@ -144,9 +136,6 @@ class SimulatedWorld(SimulatedServers):
             self._written(message)
         else:
             self._client.tell(message)
-
-    def close(self, timeout: float) -> None:
-        self.alarm.close(timeout)
 
 
 def _clock(start: Start, timing: Timing) -> tuple[float, int]:

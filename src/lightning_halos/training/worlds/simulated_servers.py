@@ -24,19 +24,18 @@ from lightning_halos.checkpoint.saves import Saves
 from lightning_halos.core.messages import Failure, Marker, Message, Preempted, Push, ShardWritten
 from lightning_halos.simulation.history import Event
 from lightning_halos.simulation.network import Network
+from lightning_halos.training.worlds.protocol import World
 from lightning_halos.transport.alarm import Alarm
 from lightning_halos.transport.lanes import Lanes
 from lightning_halos.transport.link import Link, wait_all
 
 
-class SimulatedServers:
+class SimulatedServers(World):
     """The servers of a simulation, if this process has rank 0.
 
     Args:
         network: The servers; ``None`` on other ranks, where nothing but ``alarm`` may be used.
-        alarm: The alarm to report failures to.
         timeout: Limit for the wait for a worker's round, in seconds.
-        saves: The record of saves.
         lane: Lane of this process in its worker.
 
     Attributes:
@@ -46,10 +45,11 @@ class SimulatedServers:
         steps: Local steps of this run that all workers together had finished then.
     """
 
+    version = steps = 0
+
     def __init__(self, network: Network | None, alarm: Alarm, timeout: float, saves: Saves, lane: int = 0) -> None:
         self.alarm = alarm
         self.virtual_seconds = 0.0
-        self.version = self.steps = 0
         self._network = network
         self._timeout = timeout
         self._saves = saves
@@ -67,10 +67,6 @@ class SimulatedServers:
         return self._network is not None
 
     @property
-    def decides(self) -> bool:
-        return self.has_global_model
-
-    @property
     def history(self) -> list[Event]:
         """The events before the start of rank 0's present round; after training, all events. Empty on other ranks."""
         return [] if self._network is None else self._network.history[: self._seen]
@@ -81,16 +77,10 @@ class SimulatedServers:
             if network.model is not None:
                 out.copy_(network.model)
 
-    def publish(
-        self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str = ""
-    ) -> None:
+    def publish(self, plateau_steps: Sequence[tuple[int, float]], metrics: dict[str, float], callbacks: str) -> None:
         """Workers get them with their first model after rank 0's present round."""
         with self._rank_0_is_due() as network:
             network.publish(plateau_steps, metrics)
-
-    @property
-    def rejected(self) -> int:
-        return sum(server["rejected"] for server in self.statistics())
 
     def statistics(self) -> list[dict[str, Any]]:
         """Returns the counters of each local server at the start of rank 0's present round."""

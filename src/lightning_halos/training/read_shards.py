@@ -52,7 +52,7 @@ def load(
         CheckpointError: On all ranks, if the checkpoint is incomplete or damaged.
     """
     collectives = site.collectives
-    saves = collectives.gather_texts(_save_of(checkpoint))
+    saves = collectives.gather_texts(str(checkpoint.get(KEY, {}).get("save", "")))
     if len(set(saves)) > 1:
         raise CheckpointError(f"{path} is not the same file on all ranks. Copy one file to all machines.")
     if not saves[0]:
@@ -236,7 +236,3 @@ def _warn_of_missing(site: Site, found: CompleteCheckpoint, resume: Resume) -> N
 
 def _reason(error: Exception, what: str) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{what} could not be read: {error!r}"
-
-
-def _save_of(checkpoint: dict[str, Any]) -> str:
-    return str(checkpoint.get(KEY, {}).get("save", ""))

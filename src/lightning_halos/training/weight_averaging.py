@@ -35,7 +35,6 @@ class GlobalAverage:
     """Changes a callback for one fit.
 
     Args:
-        callback: The callback.
         global_step: The global step at the start of the fit.
         source: Returns the global model, given the module.
     """
@@ -77,7 +76,6 @@ class GlobalStochasticAverage:
     """Changes a ``StochasticWeightAveraging`` callback for one fit.
 
     Args:
-        callback: The callback.
         source: Returns the global model, given the module.
     """
 

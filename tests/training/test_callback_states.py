@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from lightning_halos.training.deciding import put_states, states_as_text
+from lightning_halos.training.callback_states import put_states, states_as_text
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from lightning_halos.core.finding import Finding, combine, plain_finding
@@ -29,9 +28,12 @@ def slice_of(site: Site, connect: Callable[[], Collectives] | None = None) -> Ca
         return lambda server: None
     collectives = site.collectives_among(site.worker_processes[: site.lanes]) if connect is None else connect()
 
+    def agree(finding: Finding) -> Finding:
+        return combine([Finding(*json.loads(text)) for text in collectives.gather_texts(json.dumps(finding))])
+
     def prepare(server: ParameterServer) -> None:
         server.become_slice(warns=site.lane == 0)
-        server.agree = partial(_agree, collectives)
+        server.agree = agree
 
     return prepare
 
@@ -42,7 +44,3 @@ def add_findings(updates: Iterable[dict[str, Any]], server: ParameterServer) -> 
         finding = update.get("finding") or plain_finding(server.find(update["vector"]))
         if finding is not None:
             update["finding"] = finding
-
-
-def _agree(collectives: Collectives, finding: Finding) -> Finding:
-    return combine([Finding(*json.loads(text)) for text in collectives.gather_texts(json.dumps(finding))])

@@ -14,10 +14,9 @@ from collections.abc import Iterable
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_halos.training.foreign_state import load_foreign_state
-from lightning_halos.training.trainer_adapter import decides
+from lightning_halos.training.trainer_adapter import is_deciding_callback
 from lightning_halos.transport.packing import pack, unpack
 
 _MOST = 2**19  # characters; a message has at most twice as many
@@ -30,7 +29,7 @@ def states_as_text(callbacks: Iterable[pl.Callback], validated: int) -> str:
     """
     texts = {}
     for callback in callbacks:
-        if decides(callback) and (state := callback.state_dict()):
+        if is_deciding_callback(callback) and (state := callback.state_dict()):
             try:
                 texts[callback.state_key] = base64.b64encode(pack(state).numpy().tobytes()).decode()
             except (TypeError, ValueError):
@@ -53,12 +52,9 @@ def put_states(callbacks: Iterable[pl.Callback], text: str) -> int | None:
         told = json.loads(text) if text else {"callbacks": {}}
         texts, validated = told["callbacks"], told.get("validated")
         for callback in callbacks:
-            if decides(callback) and callback.state_key in texts:
-                load_foreign_state(callback, unpack(_bytes(texts[callback.state_key])))
+            if is_deciding_callback(callback) and callback.state_key in texts:
+                state = bytearray(base64.b64decode(texts[callback.state_key], validate=True))
+                load_foreign_state(callback, unpack(torch.frombuffer(state, dtype=torch.uint8)))
     except Exception as error:  # another job may have other versions of the callbacks
         rank_zero_warn(f"This job's callbacks begin anew, because the other job's state does not suit them: {error!r}")
     return validated if type(validated) is int else None
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)

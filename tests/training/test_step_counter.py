@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_halos.training.steps import StepCounter
+from lightning_halos.training.step_counter import StepCounter
 
 
 class Manual(pl.LightningModule):
