@@ -921,7 +921,7 @@ def test_a_limit_that_a_member_exceeds_is_named() -> None:
 def test_many_metrics_and_many_steps_per_batch_are_usual() -> None:
     star, first, _ = pair(SHARED)
     metrics = {f"precision of class {number}, {'x' * 60}": 0.5 for number in range(20_000)}
-    first.post(first.node.publish([], metrics))
+    first.post(first.node.publish([], metrics, ""))
     star.pump()
     assert star.job("asia", description=SHARED).joining.welcome.status.metrics == metrics
     star.node.handle(first.index, report(steps=4 * 70))
