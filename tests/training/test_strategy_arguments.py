@@ -204,6 +204,39 @@ def test_an_optimizer_instead_of_a_function_that_makes_one_is_refused(name: str)
         HalosStrategy(**{name: optimizer})
 
 
+OTHER = torch.nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("factory", "kind", "message"),
+    [
+        (lambda params: None, TypeError, r" returns None\. It must return the optimizer that it makes"),
+        (int, TypeError, "=<int> must be a function from parameters"),
+        (
+            lambda params: torch.optim.SGD([OTHER], lr=1.0),
+            ValueError,
+            "an optimizer of other parameters than those that",
+        ),
+        (torch.optim.LBFGS, ValueError, r"returns the optimizer LBFGS, whose step\(\) needs a closure"),
+    ],
+    ids=["nothing", "no optimizer", "other parameters", "a closure"],
+)
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (HalosStrategy, "local_optimizer"),
+        (HalosStrategy, "global_optimizer"),
+        (AsyncLocalSGDStrategy, "optimizer"),
+        (DilocoStrategy, "outer_optimizer"),
+    ],
+)
+def test_an_optimizer_that_no_server_can_use_is_refused(
+    strategy: Any, name: str, factory: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=f"^{name}.*{message}"):
+        strategy(**{name: factory})
+
+
 def test_regions_of_the_wrong_type_are_refused() -> None:
     with pytest.raises(TypeError, match="regions='two' must be None, a number of regions"):
         HalosStrategy(regions="two")

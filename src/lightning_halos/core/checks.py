@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -33,13 +34,57 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def check_optimizer(name: str, factory: Any) -> None:
-    """Raises a ``TypeError`` unless a value is ``None`` or a function that makes an optimizer."""
-    from torch.optim import Optimizer  # here, because some commands check their arguments and do not need torch
+    """Checks that a value is ``None`` or a function that makes an optimizer of the parameters that it is given.
 
-    if factory is not None and (isinstance(factory, Optimizer) or not callable(factory)):
+    Raises:
+        TypeError: If it is another value, or returns one.
+        ValueError: If a server cannot use its optimizer.
+    """
+    from torch import nn, zeros  # here, because some commands check their arguments and do not need torch
+    from torch.optim import Optimizer
+
+    if factory is None:
+        return
+    is_other_class = isinstance(factory, type) and not issubclass(factory, Optimizer)
+    if isinstance(factory, Optimizer) or is_other_class or not callable(factory):
+        shown = getattr(factory, "__name__", type(factory).__name__)
         raise TypeError(
-            f"{name}=<{type(factory).__name__}> must be a function from parameters to an optimizer, such as"
+            f"{name}=<{shown}> must be a function from parameters to an optimizer, such as"
             " `lambda params: DelayedNesterov(params, lr=0.2)`."
+        )
+    parameters = [nn.Parameter(zeros(1))]
+    try:
+        optimizer = factory(parameters)
+    except Exception:  # it may need the module's own parameters, with which it is called again
+        return
+    check_made(name, optimizer, parameters)
+
+
+def check_made(name: str, optimizer: Any, parameters: Iterable[Any]) -> None:
+    """Checks what a function has made of some parameters for a server.
+
+    Raises:
+        TypeError: If it is no optimizer.
+        ValueError: If it is one of other parameters, or cannot make a step by itself.
+    """
+    from torch.optim import Optimizer
+
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{name} returns {optimizer!r:.100}. It must return the optimizer that it makes, as"
+            " `lambda params: DelayedNesterov(params, lr=0.2)` does."
+        )
+    kind = type(optimizer)
+    if {id(p) for group in optimizer.param_groups for p in group["params"]} != {id(p) for p in parameters}:
+        raise ValueError(
+            f"{name} returns an optimizer of other parameters than those that it is given, so that the model would not"
+            f" train. Pass them on: `lambda params: {kind.__name__}(params, ...)`."
+        )
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{name} returns the optimizer {kind.__name__}, whose step() needs a closure, which a server does not have."
+            " Use another one, such as DelayedNesterov or torch.optim.SGD."
         )
 
 

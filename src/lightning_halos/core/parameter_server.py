@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_halos.core.checks import check_made
 from lightning_halos.core.delayed_nesterov import DelayedNesterov, OptimizerFactory
 from lightning_halos.core.divided_step import DividedStep, Piece, divide
 from lightning_halos.core.finding import Finding
@@ -117,6 +118,7 @@ class ParameterServer:
         parts = torch.split(model[: self.num_parameters], self._sizes)
         self._parameters = [nn.Parameter(part.view(shape)) for part, shape in zip(parts, shapes, strict=True)]
         self._optimizer = optimizer(self._parameters)
+        check_made("The function that makes a server's optimizer", self._optimizer, self._parameters)
         is_divisible = type(self._optimizer) in _BY_PARAMETER
         self._portions = _portions(self._sizes) if is_divisible else [slice(len(self._sizes))]
         self._pieces = divide(self._sizes, PIECE if is_divisible else self.num_parameters + 1)
