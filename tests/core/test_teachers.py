@@ -98,3 +98,11 @@ def test_tied_and_other_types_are_no_copies():
     module["student"].register_buffer("as_half", student[0].weight.detach().half())
     module["student"].register_buffer("as_sparse", student[0].weight.detach().to_sparse())
     assert ModelVector(module).teachers == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_of_complex_parameters_is_known_without_a_warning_of_torch():
+    module = nn.ParameterDict({"student": torch.randn(3, dtype=torch.complex64)})
+    module["teacher"] = nn.Parameter(module["student"].detach().clone(), requires_grad=False)
+    assert ModelVector(module).teachers == ["teacher"]
+    assert ModelVector(module).num_teachers == 6

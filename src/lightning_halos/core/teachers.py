@@ -26,7 +26,7 @@ def find_teachers(module: nn.Module, trained: Collection[int]) -> list[str]:
     """
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     students = [tensor for tensor in tensors.values() if id(tensor) in trained and is_plain(tensor)]
-    forms = {_form(tensor) for tensor in students if tensor.is_floating_point()}
+    forms = {_form(tensor) for tensor in students}
     others = {path: t for path, t in tensors.items() if id(t) not in trained and is_plain(t) and _form(t) in forms}
     if not others:
         return []
@@ -60,7 +60,9 @@ def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 @torch.no_grad()
 def _sample(tensor: Tensor) -> bytes:
     flat = tensor.reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)].double().cpu().numpy().tobytes()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+    real = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
+    return real.double().cpu().numpy().tobytes()
 
 
 def _is_equal_to_any(tensor: Tensor, students: Sequence[Tensor]) -> bool:
