@@ -30,7 +30,7 @@ SERVER = {"server": "localhost:29600", "keys": "us.pem"}
         ({**SERVER, "simulate": "examples/clusters/paper.yaml"}, "with simulate=...: a simulation is one job"),
         (
             {**SERVER, "global_optimizer": partial(torch.optim.Adam, lr=0.1)},
-            "global_optimizer makes a Adam, but the global server .* only has DelayedNesterov",
+            "global_optimizer makes Adam, but the global server .* only has DelayedNesterov",
         ),
     ],
 )

@@ -48,6 +48,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Returns whether a value is a finite number that fits into a float."""
+    return is_number(value) and abs(value) <= sys.float_info.max  # an int may be larger
+
+
 def is_positive(value: Any) -> bool:
     """Returns whether a value is a positive, finite number."""
-    return is_number(value) and 0 < value <= sys.float_info.max  # an int may be larger
+    return is_finite(value) and value > 0

@@ -158,7 +158,7 @@ def numbers_of_global_optimizer(algorithm: ServerAlgorithm) -> dict[str, float] 
     if type(optimizer) is SGD and not any(settings[n] for n in ("momentum", "dampening", "weight_decay", "maximize")):
         return {"lr": settings["lr"], "momentum": 0.0, "delay": 1, "activation": 0.0}
     raise ValueError(
-        f"global_optimizer makes a {type(optimizer).__name__}, but the global server is a process of its own, which"
+        f"global_optimizer makes {type(optimizer).__name__}, but the global server is a process of its own, which"
         " only has DelayedNesterov (and torch.optim.SGD without momentum and weight decay). Pass"
         " global_optimizer=lambda params: DelayedNesterov(params, lr=..., momentum=..., delay=...)."
     )
