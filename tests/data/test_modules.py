@@ -98,6 +98,10 @@ class TestMegatron:
         with pytest.raises(ValueError, match=f"{name}={value} must be a whole number of at least"):
             MegatronDataModule(numbered, **{name: value})
 
+    def test_a_prefix_without_a_name(self) -> None:
+        with pytest.raises(ValueError, match=r"prefix='\.' must be the files' path without"):
+            MegatronDataModule("")
+
     def test_too_many_sequences_for_validation(self, numbered: str) -> None:
         with pytest.raises(ValueError, match="val_sequences=104 leaves nothing to train on: there are 104"):
             MegatronDataModule(numbered, CONTEXT, val_sequences=104).setup("fit")

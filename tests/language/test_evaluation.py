@@ -157,6 +157,7 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
         ({"device": "gpu"}, "device='gpu' must be a device of torch"),
         ({"model_args": {"device": "gpu"}}, "device='gpu' must be a device of torch"),
         ({"device": "cuda:99"}, "device='cuda:99' is not there: torch finds"),
+        ({"tokenizer": "./nope"}, r"Cannot load the tokenizer \./nope"),
         ({"model": "./nowhere"}, r"\./nowhere is neither a folder"),
         ({"model": "nowhere.ckpt"}, "does not exist"),
     ],

@@ -331,6 +331,26 @@ class TestErrors:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
+        "command",
+        [
+            ["plan", PAPER],
+            ["plan", PAPER, "--sweep"],
+            ["tune", PAPER, "--module", "tests.tuning.toys:make", "--hours", "1"],
+            ["evaluate", "nowhere", "--tasks", "hellaswag"],
+            ["evaluate", "--compare", "nowhere", "elsewhere", "--tasks", "hellaswag"],
+        ],
+        ids=" ".join,
+    )
+    def test_of_the_folder_for_results_come_before_the_work(self, command, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        for output in ("file", "file/inside"):
+            assert main([*command, "--output", output]) == 2
+            err = capsys.readouterr().err
+            assert f"--output {output}: " in err
+            assert "file is a file. Name a folder to write to." in err
+
+    @pytest.mark.parametrize(
         ("text", "message"),
         [
             ("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5}", "message_bytes is missing"),

@@ -18,6 +18,19 @@ def given_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def check_folder(option: str, folder: Path) -> None:
+    """Refuses a folder that cannot be made or written to, before the work whose results it is for.
+
+    Raises:
+        ValueError: If it is a file or inside of one, or it is not allowed to write there.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} {folder}: {there} is a file. Name a folder to write to.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {folder}: {there} cannot be written to. Name another folder.")
+
+
 def refuse(arguments: argparse.Namespace, why: str, *names: str) -> None:
     """Refuses options that would have no effect.
 

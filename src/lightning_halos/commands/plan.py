@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse
+from lightning_halos.commands.inputs import check_folder, given_path, read_cluster, read_known_settings, refuse
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
 
@@ -135,6 +135,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.server_gigabytes_per_second is not None:
         cluster = dataclasses.replace(cluster, server_gigabytes_per_second=arguments.server_gigabytes_per_second)
     wire, folder = _wire(arguments.wire or ["float32"]), arguments.output
+    if folder:
+        check_folder("--output", folder)
     timing = make_timing(cluster, arguments.message_bytes)
     if arguments.sweep:
         refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)

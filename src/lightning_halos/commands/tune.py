@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse_unknown
+from lightning_halos.commands.inputs import (
+    check_folder,
+    given_path,
+    read_cluster,
+    read_known_settings,
+    refuse_unknown,
+)
 
 SUMMARY = "Search settings for a cluster and your module, by training it in simulations of the cluster."
 EXAMPLES = """\
@@ -108,6 +114,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from lightning_halos import interface
     from lightning_halos.tuning.make import import_make
 
+    check_folder("--output", arguments.output)
     kind = getattr(interface, _STRATEGIES[arguments.algorithm])
     start: dict[str, Any] = {}
     if arguments.start is not None:

@@ -274,6 +274,9 @@ def _language_model(
                 if not model_args or "unexpected keyword argument" not in str(error):
                     raise
                 raise ValueError(f"model_args={model_args!r} must be arguments of lm-eval's HFLM: {error}") from error
+            except (OSError, ValueError):
+                find_tokenizer(tokenizer)  # says so if it is the tokenizer that cannot be loaded
+                raise
         yield lm
 
 
