@@ -6,11 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+MOST_COUNT = 2**63 - 1
+"""The largest whole number that a tensor, or a message, can have."""
+MOST_SECONDS = 10 * 365 * 86400
+"""The longest time to wait, which all clocks of the system can count."""
+
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ``ValueError`` unless a value is a whole number of at least ``least``."""
+    """Raises a ``ValueError`` unless a value is a whole number of at least ``least``, and not beyond all sense."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if value > MOST_COUNT:
+        raise ValueError(f"{name} must be a whole number of at most {MOST_COUNT}, and has {value.bit_length()} bits.")
 
 
 def check_counts(name: str, value: Any) -> None:
@@ -27,9 +34,17 @@ def check_counts(name: str, value: Any) -> None:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Raises a ``ValueError`` unless a value is a positive, finite number."""
-    if not is_positive(value):
-        raise ValueError(f"{name}={value!r} must be a positive number of seconds.")
+    """Raises a ``ValueError`` unless a value is a positive number of seconds, of at most ten years."""
+    if not is_positive(value) or value > MOST_SECONDS:
+        raise ValueError(
+            f"{name}={value!r} must be a positive number of seconds, of at most {MOST_SECONDS} (ten years)."
+        )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises a ``TypeError`` unless a value is a bool; a text such as ``"no"`` would count as ``True``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.")
 
 
 def check_optimizer(name: str, factory: Any) -> None:
