@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings
+from lightning_halos.commands.inputs import given_count, given_path, read_cluster, read_known_settings
 from lightning_halos.core.checks import check_count, is_positive
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " class_path and init_args; or the arguments of HalosStrategy alone",
     )
     parser.add_argument("cluster", type=given_path, help="the cluster's description, a YAML file")
-    parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    parser.add_argument("--message-bytes", type=given_count, metavar="N", help="bytes of the model on a link")
     parser.add_argument(
         "--steps",
         type=int,

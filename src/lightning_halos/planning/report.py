@@ -29,14 +29,15 @@ def describe(timing: Timing) -> str:
     """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
     devices = cluster.devices_per_worker or 1
-    kind = "workers" if devices == 1 else f"workers of {devices} devices"
+    workers = "1 worker" if cluster.num_workers == 1 else f"{cluster.num_workers} workers"
+    kind = workers if devices == 1 else f"{workers} of {devices} devices"
     each = "" if devices == 1 else f" ({timing.message_bytes / 1e6 / devices:,.1f} MB per device)"
     sizes = {"inside": timing.bytes_within, "between": timing.bytes_between}
     narrow = [f"{size / 1e6:,.1f} MB {where} regions" for where, size in sizes.items() if size != timing.message_bytes]
     rounded = f" (with servers, {' and '.join(narrow)})" if narrow else ""
     regions = "1 region" if len(cluster.regions) == 1 else f"{len(cluster.regions)} regions"
     return (
-        f"{cluster.num_workers} {kind} in {regions}, {timing.message_bytes / 1e6:,.1f} MB per model on a"
+        f"{kind} in {regions}, {timing.message_bytes / 1e6:,.1f} MB per model on a"
         f" link{each}{rounded}, {cluster.step_ms:g} ms per local step of the fastest worker"
     )
 

@@ -6,6 +6,7 @@ What the settings mean is decided by the algorithms in ``core``.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -160,10 +161,19 @@ def arguments_of(strategy: type[Any]) -> set[str]:
     for kind in strategy.__mro__:
         if "__init__" in vars(kind):
             parameters = inspect.signature(kind).parameters
-            names |= parameters.keys()
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            passed_on = {name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
+            names |= parameters.keys() - passed_on
+            if not passed_on:
                 break
     return names
+
+
+def unknown_arguments(strategy: type[Any], names: Sequence[str]) -> str:
+    """Returns the error about arguments that a strategy's class does not have, with what may be meant."""
+    known = arguments_of(strategy)
+    near = [close[0] for name in names if (close := difflib.get_close_matches(name, known, 1))]
+    question = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"{strategy.__name__} has no argument {', '.join(names)}.{question}"
 
 
 def _fields(kind: type[Algorithm]) -> list[str]:
