@@ -132,6 +132,12 @@ class TestCommand:
         assert "staleness: 3.00 versions for a push" in out
         assert "The inner rate 1 / L is stable." in out
 
+    def test_one_worker_is_called_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        alone = tmp_path / "alone.yaml"
+        alone.write_text("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, message_bytes: 1}")
+        assert main(["check", write(tmp_path, {}), str(alone)]) == 0
+        assert "HALoS with 1 worker: 8 local steps" in capsys.readouterr().out
+
     def test_it_says_which_setting_to_lower_and_that_helps(
         self, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -76,12 +76,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float | None) -> list[str]:
     """Returns the report."""
-    from lightning_halos.planning.report import span
+    from lightning_halos.planning.report import count_workers, span
     from lightning_halos.planning.stability import ALONE
 
     plan = verdict.events.plan
     lines = [
-        f"{settings.algorithm.title} with {len(verdict.events.steps)} workers:"
+        f"{settings.algorithm.title} with {count_workers(len(verdict.events.steps))}:"
         f" {span(verdict.events.steps)} local steps per round",
         f"staleness: {plan.pushes.mean:.2f} versions for a push on average, {plan.pushes.maximum} at most"
         + (

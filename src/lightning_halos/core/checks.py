@@ -33,6 +33,12 @@ def check_counts(name: str, value: Any) -> None:
         check_count(name, value)
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Raises a ``ValueError`` unless a value is a seed that all random number generators take."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError(f"{name}={value!r} must be a whole number from 0 to {2**32 - 1}.")
+
+
 def check_seconds(name: str, value: Any) -> None:
     """Raises a ``ValueError`` unless a value is a positive number of seconds, of at most ten years."""
     if not is_positive(value) or value > MOST_SECONDS:

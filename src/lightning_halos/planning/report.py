@@ -29,7 +29,7 @@ def describe(timing: Timing) -> str:
     """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
     devices = cluster.devices_per_worker or 1
-    workers = "1 worker" if cluster.num_workers == 1 else f"{cluster.num_workers} workers"
+    workers = count_workers(cluster.num_workers)
     kind = workers if devices == 1 else f"{workers} of {devices} devices"
     each = "" if devices == 1 else f" ({timing.message_bytes / 1e6 / devices:,.1f} MB per device)"
     sizes = {"inside": timing.bytes_within, "between": timing.bytes_between}
@@ -208,6 +208,11 @@ def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int
     if len(ranks) > most:
         return "region", list(cluster.names), cluster.regions
     return "worker", [str(rank) for rank in ranks], [[rank] for rank in ranks]
+
+
+def count_workers(number: int) -> str:
+    """Returns a number of workers in words."""
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def span(values: Sequence[int] | Ints) -> str:
