@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.checks import check_count, check_switch, is_number
 from lightning_halos.core.compat import is_flattened
 
 # Parts of parameters' names, between their dots: of embeddings (`wte`, `tok_emb`, `embed_tokens`, `unembed`) ...
@@ -76,7 +76,7 @@ class MuonAdamW(Optimizer):
         ValueError: If a value is out of range, here or in :meth:`add_param_group`; if it is not known whether a
             parameter is the matrix of a hidden layer; if ``"use_muon"`` is set for a parameter that is no matrix; or
             if ``adamw`` names a part that no parameter of the module, or of the pairs, has in its name.
-        TypeError: If ``adamw`` is a single string, or ``"use_muon"`` is no bool.
+        TypeError: If ``adamw`` is no sequence of names, or ``nesterov`` or ``"use_muon"`` is no bool.
         RuntimeError: If torch is older than 2.9.
     """
 
@@ -100,6 +100,11 @@ class MuonAdamW(Optimizer):
             raise RuntimeError(
                 f"MuonAdamW needs torch 2.9 or newer, which has torch.optim.Muon; this is torch {torch.__version__}."
             )
+        _check_rate("lr", lr)
+        if adamw_lr is not None:
+            _check_rate("adamw_lr", adamw_lr)
+        _check_momentum(momentum)
+        _check_betas(betas)
         self._adamw_names = adamw
         # Whether a parameter is a hidden matrix. Callbacks that unfreeze layers add parameters without their names.
         self._is_hidden: Any = WeakIdKeyDictionary()
@@ -148,6 +153,10 @@ class MuonAdamW(Optimizer):
         use_muon = own.pop("use_muon", None)
         if not (use_muon is None or isinstance(use_muon, bool)):
             raise TypeError(f'"use_muon": {use_muon!r} of a parameter group must be True or False.')
+        if "momentum" in own:
+            _check_momentum(own["momentum"])
+        if "betas" in own:
+            _check_betas(own["betas"], use_muon is True)
         kinds = [self._gets_muon(name, p) if use_muon is None else use_muon for name, p in parameters]
         groups = []
         for kind in (True, False):
@@ -296,7 +305,7 @@ def hidden_matrices(module: nn.Module | Iterable[tuple[str, Tensor]], adamw: Seq
         The matrices, by the names that the module or the pairs have for them.
 
     Raises:
-        TypeError: If ``adamw`` is a single string.
+        TypeError: If ``adamw`` is no sequence of names, or the parameters have no names.
         ValueError: If ``adamw`` names a part that no name has, or FSDP1 has flattened the parameters, so that no
             matrices are left.
     """
@@ -306,6 +315,11 @@ def hidden_matrices(module: nn.Module | Iterable[tuple[str, Tensor]], adamw: Seq
         by_type = {id(embedding.weight) for embedding in embeddings}
         module = module.named_parameters()
     module = list(module)
+    if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in module):
+        raise TypeError(
+            "hidden_matrices takes a module, or pairs of names and parameters: module.named_parameters() instead of"
+            " module.parameters()."
+        )
     _refuse_bad_names(adamw, [name for name, _ in module])
     hidden = {}
     for name, parameter in module:
@@ -323,6 +337,8 @@ def _refuse_bad_names(adamw: Sequence[str], names: Sequence[str]) -> None:
     """Refuses what cannot be parts of names, and, if the parameters have names, parts that none of them has."""
     if isinstance(adamw, str):
         raise TypeError(f"adamw={adamw!r} must be a sequence of names: adamw=[{adamw!r}].")
+    if not isinstance(adamw, Collection) or not all(isinstance(part, str) for part in adamw):
+        raise TypeError(f"adamw={adamw!r} must be a sequence of names, such as ['out_layer'].")
     for part in adamw if names else ():
         if not any(_has_part(name, part) for name in names):
             raise ValueError(f"adamw names {part!r}, but no parameter has this name, or part of it between dots.")
@@ -358,26 +374,40 @@ def _step(optimizer: Optimizer, groups: list[dict[str, Any]], state: Any) -> Non
     optimizer.step()
 
 
-def _refuse_bad_values(parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-    def refuse_unless(good: bool, name: str, wanted: str) -> None:
-        if not good:
-            raise ValueError(f"{name}={group[name]!r} must be {wanted}.")
+def _refuse_unless(good: bool, name: str, value: Any, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r} must be {wanted}.")
 
-    def in_range(value: Any, end: float) -> bool:
-        return is_number(value) and 0 <= value < end
 
+def _in_range(value: Any, end: float = math.inf) -> bool:
+    return is_number(value) and 0 <= value < end
+
+
+def _check_rate(name: str, value: Any) -> None:
     # To read a tensor would wait for its device.
-    refuse_unless(isinstance(group["lr"], Tensor) or in_range(group["lr"], math.inf), "lr", "a finite number >= 0")
-    betas = group["betas"]
-    good = isinstance(betas, Sequence) and len(betas) == 2 and all(in_range(beta, 1) for beta in betas)
-    wanted = "two numbers in [0, 1): with use_muon the momentum and a number that is not used"
-    refuse_unless(good, "betas", wanted if group["use_muon"] is True else "two numbers in [0, 1)")
+    _refuse_unless(isinstance(value, Tensor) or _in_range(value), name, value, "a finite number >= 0")
+
+
+def _check_momentum(value: Any) -> None:
+    _refuse_unless(_in_range(value, 1), "momentum", value, "a number in [0, 1)")
+
+
+def _check_betas(betas: Any, use_muon: bool = False) -> None:
+    good = isinstance(betas, Sequence) and len(betas) == 2 and all(_in_range(beta, 1) for beta in betas)
+    meaning = ": with use_muon the momentum and a number that is not used" if use_muon else ""
+    _refuse_unless(good, "betas", betas, f"two numbers in [0, 1){meaning}")
+
+
+def _refuse_bad_values(parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
+    _check_rate("lr", group["lr"])
     for name in ("weight_decay", "eps"):
-        refuse_unless(in_range(group[name], math.inf), name, "a finite number >= 0")
-    check_count("ns_steps", group["ns_steps"])
-    refuse_unless(group["ns_steps"] < 100, "ns_steps", "a whole number from 1 to 99")
+        _refuse_unless(_in_range(group[name]), name, group[name], "a finite number >= 0")
+    check_switch("nesterov", group["nesterov"])
+    steps, adjustment = group["ns_steps"], group["adjust_lr_fn"]
+    check_count("ns_steps", steps)
+    _refuse_unless(steps < 100, "ns_steps", steps, "a whole number from 1 to 99")
     allowed = ("match_rms_adamw", "original")
-    refuse_unless(group["adjust_lr_fn"] in allowed, "adjust_lr_fn", " or ".join(map(repr, allowed)))
+    _refuse_unless(adjustment in allowed, "adjust_lr_fn", adjustment, " or ".join(map(repr, allowed)))
     if group["foreach"] and group["fused"]:
         raise ValueError("foreach=True and fused=True cannot be used together.")
     for parameter in parameters if group["use_muon"] else ():

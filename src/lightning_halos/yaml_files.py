@@ -13,7 +13,18 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuses a key that is there twice, of which PyYAML drops the first."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
 
 
 _EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
@@ -29,11 +40,13 @@ def read_yaml(path: Path, meaning: str) -> Any:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not YAML in UTF-8.
+        ValueError: If it is a folder, or not YAML in UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder. Give the YAML file that {meaning}.") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} does not exist. Give the YAML file that {meaning}.") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from None

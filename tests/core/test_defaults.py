@@ -103,6 +103,10 @@ def test_a_run_that_is_too_short_for_its_settings_says_what_to_lower() -> None:
     assert (
         "gets about 75 pushes, and exchanges with the global server 2.3 times. Lower accumulate_updates to 12." in few
     )
+    single = Halos(local_steps=8, accumulate_updates=1, global_steps=5)
+    assert "gets about 2.5 pushes, and exchanges with the global server 2.5 times." in "".join(
+        run_length.shortcomings(single, FOUR_BY_FOUR, 5)
+    )
     assert "momentum 0.9 of local_optimizer, which adds up about 160 updates: the server gets about 75." in local
     (outer,) = run_length.shortcomings(Diloco(defaults="published", global_steps=600), FOUR_BY_FOUR, 600)
     assert "outer_optimizer" in outer

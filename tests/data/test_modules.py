@@ -98,6 +98,17 @@ class TestMegatron:
         with pytest.raises(ValueError, match=f"{name}={value} must be a whole number of at least"):
             MegatronDataModule(numbered, **{name: value})
 
+    @pytest.mark.parametrize(
+        ("name", "value"), [("shuffle", "no"), ("concatenate", "no"), ("concatenate", 1), ("tokenizer", 5)]
+    )
+    def test_wrong_types(self, numbered: str, name: str, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"{name}=.* must be"):
+            MegatronDataModule(numbered, **{name: value})
+
+    def test_a_prefix_without_a_name(self) -> None:
+        with pytest.raises(ValueError, match=r"prefix='\.' must be the files' path without"):
+            MegatronDataModule("")
+
     def test_too_many_sequences_for_validation(self, numbered: str) -> None:
         with pytest.raises(ValueError, match="val_sequences=104 leaves nothing to train on: there are 104"):
             MegatronDataModule(numbered, CONTEXT, val_sequences=104).setup("fit")
@@ -236,6 +247,29 @@ class TestText:
         assert validation
         # Of the last one, only the beginning is for validation.
         assert training == set(range(min(validation), 12)) - (validation - {max(validation)})
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"shuffle": "no"}, TypeError, "shuffle='no' must be True or False"),
+            ({"streaming": "no"}, TypeError, "streaming='no' must be True or False"),
+            ({"files": 5}, TypeError, "files=5 must be a path, a glob or a folder, or a list of these"),
+            ({"files": [5]}, TypeError, r"files=\[5\] must be a path"),
+            ({"files": None, "dataset": 5}, TypeError, "dataset=5 must be the name of a dataset"),
+            ({"tokenizer": 5}, TypeError, "tokenizer=<int> must be a tokenizer's folder"),
+            ({"shuffle_buffer": -1}, ValueError, "shuffle_buffer=-1 must be a whole number of at least 0"),
+            ({"shuffle_buffer": "x"}, ValueError, "shuffle_buffer='x' must be"),
+            ({"seed": "a"}, ValueError, "seed='a' must be a whole number"),
+            ({"config": "x"}, ValueError, "config='x' is for a dataset, and files have none. Leave it out"),
+            ({"split": "test"}, ValueError, "split='test' is for a dataset"),
+        ],
+        ids=str,
+    )
+    def test_wrong_arguments(
+        self, corpus: Path, tokenizer: str, arguments: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            TextDataModule(**{"tokenizer": tokenizer, "files": str(corpus), **arguments})
 
     @pytest.mark.parametrize("copies", [1, 2])
     def test_stream_of_one_long_document_trains_on_its_rest(self, tokenizer: str, tmp_path: Path, copies: int) -> None:

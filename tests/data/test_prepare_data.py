@@ -135,6 +135,19 @@ def test_what_is_wrong_is_said_in_one_line(
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_where_nothing_can_be_written_is_said_before_the_work(prepare: Prepare, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens-tokenizer").write_text("")
+    for output, problem in (
+        ("", "--output='.' must be the files' path without .idx and .bin, such as tokens/corpus"),
+        (tmp_path / "tokens-tokenizer" / "tokens", "tokens-tokenizer is a file. Name a folder to write to."),
+        (tmp_path / "tokens", "tokens-tokenizer is a file. Name a folder to write to."),
+    ):
+        status, out, err = prepare(corpus, "--train-tokenizer", "300", "--output", output)
+        assert (status, out) == (2, "")
+        assert "lightning-halos: error: --output" in err
+        assert problem in err
+
+
 @pytest.mark.slow
 def test_as_a_command(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_halos.cli", "prepare-data", f"{corpus}/0*.txt"]

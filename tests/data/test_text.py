@@ -84,7 +84,7 @@ class TestCorpus:
         assert list(Corpus(str(path), field="body").documents()) == DOCUMENTS
         with pytest.raises(ValueError, match=r"has no field='text'. It has: body, id"):
             Corpus(str(path)).load()
-        with pytest.raises(ValueError, match=r"field='id' of .* holds a int, not text: 1"):
+        with pytest.raises(ValueError, match=r"field='id' of .* holds <int>, not text: 1"):
             list(Corpus(str(path), field="id").documents())
 
     @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

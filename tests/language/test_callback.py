@@ -249,6 +249,10 @@ def test_arguments_that_evaluate_nothing_are_refused() -> None:
         LMEvalCallback("hellaswag", every_n_steps=0)
     with pytest.raises(ValueError, match="nothing is ever evaluated"):
         LMEvalCallback("hellaswag", at_end=False)
+    with pytest.raises(TypeError, match="at_end='no' must be True or False"):
+        LMEvalCallback("hellaswag", at_end="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tasks=None must be names of tasks"):
+        LMEvalCallback(None)  # type: ignore[arg-type]
 
 
 def test_a_model_that_is_divided_inside_a_worker_is_refused(tokenizer: str) -> None:

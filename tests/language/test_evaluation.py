@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -140,6 +141,13 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
     ("arguments", "message"),
     [
         ({"tasks": "local_lambda"}, "no task called local_lambda"),
+        ({"tasks": 5}, "tasks=5 must be names of tasks"),
+        ({"tasks": None}, "tasks=None must be names of tasks"),
+        ({"tasks": ["x", 5]}, r"tasks=\['x', 5\] must be names of tasks"),
+        ({"include_path": 5}, "include_path=5 must be a folder, or a list of folders"),
+        ({"limit": math.nan}, "limit=nan"),
+        ({"limit": math.inf}, "limit=inf"),
+        ({"seed": "a"}, "seed='a' must be a whole number from 0"),
         ({"tasks": ""}, "must name at least one task"),
         ({"limit": 0}, "limit=0"),
         ({"limit": 2.5}, "limit=2.5"),
@@ -157,6 +165,7 @@ def train(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerBase, steps: 
         ({"device": "gpu"}, "device='gpu' must be a device of torch"),
         ({"model_args": {"device": "gpu"}}, "device='gpu' must be a device of torch"),
         ({"device": "cuda:99"}, "device='cuda:99' is not there: torch finds"),
+        ({"tokenizer": "./nope"}, r"Cannot load the tokenizer \./nope"),
         ({"model": "./nowhere"}, r"\./nowhere is neither a folder"),
         ({"model": "nowhere.ckpt"}, "does not exist"),
     ],

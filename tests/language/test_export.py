@@ -184,6 +184,22 @@ def test_without_the_callback_a_configuration_is_asked_for_and_enough(
         export_checkpoint(checkpoint, tmp_path / "other", config=tmp_path / "config")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--tokenizer", "Cannot load the tokenizer ./nope"),
+        ("--config", "Cannot load the configuration ./nope (--config"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_before_anything_is_written(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save(LanguageModule(), tmp_path, HuggingFaceCheckpoint())
+    assert main(["export", str(checkpoint), str(tmp_path / "out"), option, "./nope"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tied_weight_needs_one_of_its_names(tmp_path: Path) -> None:
     model = GPTNeoXForCausalLM(config(tied=True))
     weights = {f"lm.{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -235,6 +251,10 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text\.ckpt"):
         export_checkpoint(tmp_path / "text.ckpt", tmp_path / "out")
+    for text in ("", "hello", "one\ntwo\n", "0", "h\n", "cat"):  # which mean something as a pickle
+        (tmp_path / "text.ckpt").write_text(text)
+        with pytest.raises(ValueError, match=r"text\.ckpt .*not a checkpoint"):
+            export_checkpoint(tmp_path / "text.ckpt", tmp_path / "out")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no state_dict"):
         export_checkpoint(tmp_path / "other.ckpt", tmp_path / "out")

@@ -290,7 +290,8 @@ class TestGroups:
             ({"lr": math.nan}, r"lr=nan must be"),
             ({"weight_decay": -1}, r"weight_decay=-1 must be"),
             ({"eps": "x"}, r"eps='x' must be"),
-            ({"betas": (0.9, 1.0)}, r"betas=\(.*1.0\) must be two numbers in \[0, 1\)"),
+            ({"betas": 0.9}, r"betas=0.9 must be two numbers in \[0, 1\)"),
+            ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must be two numbers in \[0, 1\)"),
             ({"ns_steps": 0}, r"ns_steps=0 must be"),
             ({"ns_steps": 100}, r"ns_steps=100 must be"),
             ({"adjust_lr_fn": "none"}, r"adjust_lr_fn='none' must be 'match_rms_adamw' or 'original'"),
@@ -322,8 +323,34 @@ class TestGroups:
         assert len(optimizer.param_groups) == 2
 
     def test_a_bad_momentum_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"betas=\(1.0, 0.95\) must be .*the momentum"):
+        with pytest.raises(ValueError, match=r"momentum=1.0 must be a number in \[0, 1\)"):
             MuonAdamW(Net(), momentum=1.0)
+        with pytest.raises(ValueError, match=r"momentum=1.5 must be"):
+            MuonAdamW([{"params": list(Net().named_parameters()), "momentum": 1.5}])
+        group = {"params": nn.Parameter(torch.zeros(3, 3)), "use_muon": True, "betas": (1.0, 0.9)}
+        with pytest.raises(ValueError, match=r"betas=\(1.0, 0.9\) must be .*the momentum"):
+            MuonAdamW([group])
+
+    def test_the_rate_of_adamw_is_refused_by_its_name(self) -> None:
+        with pytest.raises(ValueError, match=r"adamw_lr=-1 must be a finite number >= 0"):
+            MuonAdamW(Net(), adamw_lr=-1)
+
+    @pytest.mark.parametrize(
+        ("values", "error"),
+        [
+            ({"nesterov": "no"}, "nesterov='no' must be True or False"),
+            ({"adamw": None}, "adamw=None must be a sequence of names"),
+            ({"adamw": [3]}, r"adamw=\[3\] must be a sequence of names"),
+        ],
+        ids=str,
+    )
+    def test_a_value_of_another_type_is_refused_by_name(self, values: dict[str, Any], error: str) -> None:
+        with pytest.raises(TypeError, match=error):
+            MuonAdamW(Net(), **values)
+
+    def test_parameters_without_names_are_no_hidden_matrices(self) -> None:
+        with pytest.raises(TypeError, match=r"module.named_parameters\(\) instead of module.parameters\(\)"):
+            hidden_matrices(Net().parameters())  # type: ignore[arg-type]
 
     def test_muon_is_refused_for_what_is_no_matrix(self) -> None:
         with pytest.raises(ValueError, match=r"use_muon=True is set for a parameter of shape \(3,\)"):

@@ -52,6 +52,14 @@ class TestPlan:
         )
         assert several.splitlines()[1:] == one.splitlines()[1:]
 
+    def test_a_number_of_bytes_may_have_an_exponent(self, run):
+        status, out, _ = run(PAPER, "--message-bytes", "4e9")
+        assert (status, out) == (0, run(PAPER, "--message-bytes", "4000000000")[1])
+
+    def test_one_worker_is_called_one(self, run, tmp_path):
+        (tmp_path / "alone.yaml").write_text("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5}")
+        assert run(str(tmp_path / "alone.yaml"), "--message-bytes", "1")[1].startswith("1 worker in 1 region, ")
+
     def test_is_for_the_algorithms_asked_for_in_their_usual_order(self, run):
         _, out, _ = run("--algorithm", "halos", "--algorithm", "diloco", PAPER)
         assert out.splitlines()[2].split() == ["diloco", "halos"]
@@ -309,6 +317,12 @@ class TestErrors:
             (["--random-cluster", "2"], "--random-cluster 2 must be RxW, regions and workers per region, such as 4x4"),
             (["--random-cluster", "0x2"], "regions=0 must be a whole number of at least 1"),
             (["--random-cluster", "2x2", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
+            (["--random-cluster", "99999999x99999999"], "regions=99999999 with workers_per_region=99999999: a random"),
+            (["/"], "/ is a folder. Give the YAML file that describes the cluster."),
+            (
+                ["--random-cluster", "2x2", "--sweep", "--hours", "0.05"],
+                "hours=0.05 is too short: with local_steps=64, servers_per_region=1 and accumulate_updates=",
+            ),
             ([PAPER, "--hours", "0"], "hours=0.0 must be a positive number of hours"),
             ([PAPER, "--local-steps", "0"], "local_steps=0 must be"),
             ([PAPER, "--baseline-local-steps", "0"], "baseline_local_steps=0 must be"),
@@ -329,6 +343,26 @@ class TestErrors:
         assert message in err
         assert err.count("\n") == 1
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["plan", PAPER],
+            ["plan", PAPER, "--sweep"],
+            ["tune", PAPER, "--module", "tests.tuning.toys:make", "--hours", "1"],
+            ["evaluate", "nowhere", "--tasks", "hellaswag"],
+            ["evaluate", "--compare", "nowhere", "elsewhere", "--tasks", "hellaswag"],
+        ],
+        ids=" ".join,
+    )
+    def test_of_the_folder_for_results_come_before_the_work(self, command, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        for output in ("file", "file/inside"):
+            assert main([*command, "--output", output]) == 2
+            err = capsys.readouterr().err
+            assert f"--output {output}: " in err
+            assert "file is a file. Name a folder to write to." in err
 
     @pytest.mark.parametrize(
         ("text", "message"),

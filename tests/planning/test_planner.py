@@ -451,7 +451,14 @@ class TestRandomCluster:
         assert (cluster.step_ms, cluster.message_bytes) == (PAPER.step_ms, PAPER.message_bytes)
 
     @pytest.mark.parametrize(
-        ("arguments", "name"), [((0, 4), "regions"), ((4, 0), "workers_per_region"), ((4, 4, -1), "seed")]
+        ("arguments", "name"),
+        [
+            ((0, 4), "regions"),
+            ((4, 0), "workers_per_region"),
+            ((4, 4, -1), "seed"),
+            ((99999999, 1), "regions=99999999 with workers_per_region"),
+            ((2, 10**9), "regions=2 with workers_per_region"),
+        ],
     )
     def test_refuses_wrong_numbers(self, arguments, name):
         with pytest.raises(ValueError, match=f"{name}="):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -57,6 +58,13 @@ def test_a_strategy_of_the_users_own_keeps_the_functions_that_are_its_defaults()
     assert isinstance(algorithm, AsyncLocalSGD)
     assert name_defaults({}, algorithm, arguments_of(Mine)) == {"local_steps": 3}
     assert "optimizer" not in name_defaults({}, algorithm, arguments_of(AsyncLocalSGDStrategy))
+
+
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"(?s)here is not YAML: the key lr is there twice.*line 3, column 1"):
+        load_yaml("lr: 1\nmomentum: 0\nlr: 2", "here")
+    merged = "base: &base {lr: 1, momentum: 0}\nown: {<<: *base, lr: 2}"  # a default that is replaced
+    assert load_yaml(merged, "here")["own"] == {"lr": 2, "momentum": 0}
 
 
 def test_numbers_may_have_an_exponent_without_a_dot(tmp_path: Path) -> None:

@@ -132,6 +132,12 @@ class TestCommand:
         assert "staleness: 3.00 versions for a push" in out
         assert "The inner rate 1 / L is stable." in out
 
+    def test_one_worker_is_called_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        alone = tmp_path / "alone.yaml"
+        alone.write_text("{bandwidths: [[9]], worker_speeds: [[1]], step_ms: 5, message_bytes: 1}")
+        assert main(["check", write(tmp_path, {}), str(alone)]) == 0
+        assert "HALoS with 1 worker: 8 local steps" in capsys.readouterr().out
+
     def test_it_says_which_setting_to_lower_and_that_helps(
         self, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -172,7 +178,7 @@ class TestCommand:
             ({"local_steps": 0}, "local_steps=0 must be"),
             ({"local_optimizer": 0.3}, "local_optimizer=0.3 must have a class_path"),
             ({"local_optimizer": {"class_path": "x.Y"}}, "x.Y, and must be"),
-            ({"local_optimizer": {"class_path": "torch.optim.Adam"}}, "makes a Adam, whose updates are not linear"),
+            ({"local_optimizer": {"class_path": "torch.optim.Adam"}}, "makes Adam, whose updates are not linear"),
             (
                 {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": [1]}},
                 "local_optimizer has init_args=[1], and they must be a mapping, such as {lr: 0.7}",
@@ -210,7 +216,35 @@ class TestCommand:
                     "class_path": "AsyncLocalSGDStrategy",
                     "init_args": {"optimizer": {"class_path": "torch.optim.Adam"}},
                 },
-                "error: optimizer makes a Adam",
+                "error: optimizer makes Adam",
+            ),
+            (
+                {"local_optimizer": {"class_path": "lightning_halos.DelayedNesterov", "lr": 100}},
+                "local_optimizer has lr beside class_path. Arguments belong into init_args: {lr: 0.7}.",
+            ),
+            (
+                {"local_optimizer": {"class_path": "lightning_halos.DelayedNesterov", "init_arg": {"lr": 100}}},
+                "local_optimizer has init_arg beside class_path",
+            ),
+            (
+                {"local_optimizer": {"class_path": "lightning_halos.DelayedNesterov", "dict_kwargs": {"lr": -1}}},
+                "lightning_halos.DelayedNesterov does not take init_args={'lr': -1}",
+            ),
+            (
+                {"local_optimizer": {"class_path": "foo.bar.DelayedNesterov", "init_args": {"lr": 0.1}}},
+                "local_optimizer has the class_path foo.bar.DelayedNesterov, and must be lightning_halos.Delayed",
+            ),
+            (
+                {"class_path": "lightning_halos.HalosStrategy", "local_steps": 400},
+                "HalosStrategy has local_steps beside class_path. Arguments belong into init_args: {local_steps: 8}.",
+            ),
+            ({"class_path": "HalosStrategy", "init_arg": {"local_steps": 4}}, "HalosStrategy has init_arg beside"),
+            ({"class_path": "foo.HalosStrategy"}, "the strategy is foo.HalosStrategy, and must be one of"),
+            ({"trainer": {"max_steps": 3}}, "trainer.strategy is missing. Give one there, such as trainer: {strategy"),
+            ({"trainer": {"strategy": None}}, "trainer.strategy is missing"),
+            (
+                {"local_optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": float("nan")}}},
+                "local_optimizer: lr=nan must be a finite number.",
             ),
             ("ddp", "the strategy is ddp, and must be one of HalosStrategy"),
             ([1], "must contain a mapping"),

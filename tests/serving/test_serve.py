@@ -21,6 +21,7 @@ import torch
 
 from lightning_halos import cli
 from lightning_halos.core.messages import GlobalModel, Refusal
+from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.certificates import make_region
 from lightning_halos.transport.errors import PeerLostError
 from tests.integration.harness import free_port
@@ -61,6 +62,25 @@ def test_a_name_is_not_revoked_in_a_directory_that_does_not_exist(
     assert not mistyped.exists()
     mistyped.mkdir()
     assert cli.main(["serve", "--directory", str(mistyped), "--revoke", "us"]) == 0
+    assert cli.main(["serve", "--directory", str(mistyped), "--revoke", "us east"]) == 2
+    assert "--revoke 'us east' cannot be the name of a region" in capsys.readouterr().err
+
+
+def test_a_note_says_that_a_revoked_name_is_none_of_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def revoke(name: str) -> str:
+        assert cli.main(["serve", "--directory", str(tmp_path), "--revoke", name]) == 0
+        return capsys.readouterr().out
+
+    assert "Note" not in revoke("eu")  # nobody has come yet
+    directory = RunDirectory(tmp_path)
+    directory.save_founding({"workers": 2, "regions": [{"name": "us", "first": 0, "workers": 2}]})
+    directory.save({}, {"members": ["asia"], "global_step": 3})
+    directory.close()
+    assert f"Note: the run in {tmp_path} has had no such region yet, but asia, us." in revoke("eu")
+    assert "Note" not in revoke("us")
+    assert "Note" not in revoke("asia")
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -141,7 +161,14 @@ def test_the_command(starter: Starter, keys: Path, capsys: pytest.CaptureFixture
     ("options", "reason"),
     [
         ([], "give the server's keys with --keys"),
-        (["--keys", "missing.pem"], "missing.pem"),
+        (
+            ["--keys", "missing.pem"],
+            "--keys missing.pem cannot be read: No such file or directory. It has to be a file",
+        ),
+        (
+            ["--keys", "."],
+            "--keys . cannot be read: Is a directory. It has to be a file that `lightning-halos keys init`",
+        ),
         (["--keys", "missing.pem", "--snapshot-every", "9"], "--snapshot-every 9 must be at most 8"),
         (["--keys", "missing.pem", "--min-regions", "0"], "--min-regions 0 must be at least 1"),
         (["--keys", "missing.pem", "--liveness", "1"], "--liveness 1 must be at least 5"),
@@ -149,7 +176,7 @@ def test_the_command(starter: Starter, keys: Path, capsys: pytest.CaptureFixture
         (["--keys", "missing.pem", "--listen", "29600"], "--listen '29600' has no port. Write HOST:PORT"),
         (["--keys", "missing.pem", "--dashboard", "8080"], "--dashboard '8080' has no port. Write HOST:PORT"),
         (["--keys", "missing.pem", "--dashboard", "nowhere.invalid:0"], "Cannot show --dashboard nowhere.invalid:0: "),
-        (["--keys", "missing.pem", "--decider", "us east"], "'us east' cannot be the name of a region"),
+        (["--keys", "missing.pem", "--decider", "us east"], "--decider 'us east' cannot be the name of a region"),
     ],
 )
 def test_a_wrong_argument_is_named(

@@ -159,8 +159,8 @@ def test_says_what_is_wrong_in_one_line(
         ([*where, "--keys", folder / "other" / "us.pem"], "is not from the authority in"),
         ([*where, "--keys", folder / "refused.pem"], "refused: it is so"),
         (["--server", closed.address, *keys, "--timeout", 1], closed.address),
-        ([*where, *keys, "--watch", -1], "--watch -1 must be positive"),
-        ([*where, *keys, "--timeout", 0], "--timeout 0 must be positive"),
+        ([*where, *keys, "--watch", -1], "--watch=-1.0 must be a positive number of seconds"),
+        ([*where, *keys, "--timeout", 0], "--timeout=0.0 must be a positive number of seconds"),
     ):
         code, out, err = ask(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), (arguments, err)

@@ -67,7 +67,15 @@ class TestDescription:
             ({"names": "eu"}, TypeError, r"names='eu' must be a list of names"),
             ({"names": ["eu"]}, ValueError, r"names=\['eu'\] must have one name for each of the 2 region"),
             ({"names": ["eu", ""]}, ValueError, r"names=.* must have one name for each"),
-            ({"names": ["eu", 3]}, ValueError, r"names=.* must have one name for each"),
+            ({"names": ["eu", 3]}, ValueError, r"names=\['eu', 3\] must be texts, but 3 is none"),
+            ({"names": [False, "us"]}, ValueError, r'must be texts, but False is none. .*quotes make a text.*"no"'),
+            ({"record_parameters": "no"}, TypeError, r"record_parameters='no' must be True or False"),
+            ({"worker_speeds": [[1], [1e-308]]}, ValueError, r"region 1 has 1e-308; .* positive number, from 1e-12"),
+            ({"worker_speeds": [[1e308], [1]]}, ValueError, r"region 0 has 1e\+308"),
+            ({"bandwidths": [[10, 1e-320], [1, 10]]}, ValueError, r"bandwidths: region 0 has 1e-320"),
+            ({"step_ms": 1e308}, ValueError, r"step_ms=1e\+308 must be a positive number of .*, from 1e-12 to 1e\+12"),
+            ({"server_gigabytes_per_second": 1e-320}, ValueError, r"server_gigabytes_per_second=1e-320 must be"),
+            ({"message_bytes": 10**400}, ValueError, r"message_bytes=1000.* must be a positive whole number"),
             ({"names": ["eu", "eu"]}, ValueError, r"names=.* must all be different"),
         ],
         ids=str,
@@ -133,6 +141,7 @@ class TestFile:
                 TypeError,
                 r"cluster.yaml: names=7 must be a list of names",
             ),
+            ("{step_ms: 5, step_ms: 6}", ValueError, r"cluster.yaml is not YAML: the key step_ms is there twice"),
             ("{step_ms: 2024-13-01}", ValueError, r"cluster.yaml is not YAML: month must be"),
             (
                 f"{{bandwidths: [[{10**400}]], worker_speeds: [[1]], step_ms: 5}}",
@@ -159,5 +168,7 @@ class TestFile:
             SimulatedCluster.from_yaml(tmp_path / "cluster.yaml")
 
     def test_must_be_there(self, tmp_path):
+        with pytest.raises(ValueError, match=r"is a folder\. Give the YAML file that describes the cluster"):
+            SimulatedCluster.from_yaml(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist.*describes the cluster"):
             SimulatedCluster.from_yaml(tmp_path / "none.yaml")

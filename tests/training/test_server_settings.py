@@ -24,13 +24,15 @@ SERVER = {"server": "localhost:29600", "keys": "us.pem"}
         ({"server": "localhost:29600"}, r"server='localhost:29600' without keys: pass keys='us-east.pem', or set"),
         ({"keys": "us.pem"}, "keys='us.pem' without server: pass server='host:29600', or set HALOS_SERVER"),
         ({**SERVER, "server": "localhost"}, "server='localhost': 'localhost' has no port"),
+        ({**SERVER, "server": ":29600"}, "server=':29600': ':29600' names no host to connect to"),
+        ({**SERVER, "server": "localhost:0"}, "server='localhost:0': 'localhost:0' names no port to connect to"),
         ({**SERVER, "streams": 0}, "streams=0 must be a whole number of at least 1"),
         ({**SERVER, "regions": 2}, "regions=2 with server='localhost:29600' .* a job is one region there"),
         ({**SERVER, "servers_per_region": 2}, "servers_per_region=2 with server=.* Start one job per local server"),
         ({**SERVER, "simulate": "examples/clusters/paper.yaml"}, "with simulate=...: a simulation is one job"),
         (
             {**SERVER, "global_optimizer": partial(torch.optim.Adam, lr=0.1)},
-            "global_optimizer makes a Adam, but the global server .* only has DelayedNesterov",
+            "global_optimizer makes Adam, but the global server .* only has DelayedNesterov",
         ),
     ],
 )
@@ -76,6 +78,27 @@ def test_keys_are_checked_when_the_trainer_is_made(tmp_path: Path) -> None:
         strategy = HalosStrategy(server="localhost:29600", keys=tmp_path / keys)
         with pytest.raises(ValueError, match=message):
             L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server", ":29600"], "--server ':29600' names no host to connect to. Write HOST:PORT"),
+        (["--server", "localhost:0"], "--server 'localhost:0' names no port to connect to"),
+        (["--server", "localhost"], "--server 'localhost' has no port"),
+        (["--keys", "none.pem"], "--keys none.pem cannot be read: No such file or directory. It has to be a file that"),
+        (["--keys", "."], "--keys . cannot be read: Is a directory"),
+        (["--watch", "inf"], "--watch=inf must be a positive number of seconds, of at most 315360000 (ten years)"),
+        (["--watch", "1e30"], "--watch=1e+30 must be"),
+        (["--timeout", "nan"], "--timeout=nan must be"),
+    ],
+    ids=" ".join,
+)
+def test_status_names_an_argument_that_is_wrong(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["status", "--server", "localhost:29600", "--keys", "us.pem", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_server_gets_the_numbers_of_a_global_optimizer() -> None:

@@ -27,6 +27,7 @@ from lightning_halos import (
     HalosMonitor,
     HalosStrategy,
     SimulatedCluster,
+    SyncSGDStrategy,
 )
 from lightning_halos.checkpoint.files import AtomicCheckpointIO
 from lightning_halos.core.algorithms import ServerAlgorithm
@@ -42,6 +43,8 @@ from lightning_halos.training.other_packages import refuse_elsewhere
         ({"local_steps": 0}, "local_steps=0 must be a whole number of at least 1"),
         ({"local_steps": 2.5}, "local_steps=2.5 must be a whole number of at least 1"),
         ({"local_steps": True}, "local_steps=True must be a whole number of at least 1"),
+        ({"local_steps": 10**400}, "local_steps must be a whole number of at most 9223372036854775807, and has 1329"),
+        ({"accumulate_updates": 10**400}, "accumulate_updates must be a whole number of at most"),
         ({"servers_per_region": 0}, "servers_per_region=0 must be a whole number of at least 1"),
         ({"accumulate_updates": -1}, "accumulate_updates=-1 must be a whole number of at least 1"),
         ({"merge_weight": 1.5}, r"merge_weight=1.5 must be a number from 0 .* to 1"),
@@ -50,12 +53,14 @@ from lightning_halos.training.other_packages import refuse_elsewhere
         ({"max_norm_ratio": "10"}, "max_norm_ratio='10' must be None"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"grace_time": -1}, "grace_time=-1 must be a positive number of seconds"),
+        ({"timeout": 1e18}, r"timeout=1e\+18 must be a positive number of seconds, of at most 315360000 \(ten years\)"),
         ({"timeout": "long"}, "timeout='long' must be a positive number of seconds"),
         ({"start_method": "forkserver"}, "start_method='forkserver' must be one of"),
         ({"regions": 0}, "regions=0 must be at least 1"),
         ({"regions": [[0, 1], []]}, r"regions=\[\[0, 1\], \[\]\]: region 1 has no workers"),
         ({"regions": [[0, 1], [1, 2]]}, "rank 1 is in region 0 and in region 1"),
         ({"worker": 0}, "worker=0 must be at least 1"),
+        ({"simulate": "examples"}, "examples is a folder. Give the YAML file that describes the cluster"),
         ({"inner": "ddp"}, r"inner='ddp' needs workers of several processes: pass worker=2"),
         (
             {"worker": 4, "inner": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)},
@@ -75,6 +80,27 @@ from lightning_halos.training.other_packages import refuse_elsewhere
 def test_a_wrong_value_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HalosStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        (HalosStrategy, {"local_step": 4}, r"HalosStrategy has no argument local_step\. Did you mean local_steps\?"),
+        (DilocoStrategy, {"merge_weight": 0.5}, r"DilocoStrategy has no argument merge_weight\."),
+        (
+            SyncSGDStrategy,
+            {"simulate": "examples/clusters/paper.yaml", "defaults": "run"},
+            r"SyncSGDStrategy has no argument defaults\.",
+        ),
+        (AsyncLocalSGDStrategy, {"grace_tim": 3, "x": 3}, r"has no argument grace_tim, x\. Did you mean grace_time\?"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_a_strategy_does_not_have_is_named(
+    strategy: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        strategy(**arguments)
 
 
 def test_overlap_is_for_workers_that_push_when_they_are_ready() -> None:

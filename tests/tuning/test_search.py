@@ -352,7 +352,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
 def test_mistakes_end_a_search(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"logs no 'val_acc'.*It logs val_loss"):
         tune(tmp_path / "metric", monitor="val_acc")
-    with pytest.raises(ValueError, match=r"fails: TypeError: .* a int as its first value, and must return a"):
+    with pytest.raises(ValueError, match=r"fails: TypeError: .* <int> as its first value, and must return a"):
         tune(tmp_path / "values", lambda: (1, 2))
     with pytest.raises(ValueError, match="no settings to tune"):
         tune(tmp_path / "sync", strategy=SyncSGDStrategy)
@@ -364,6 +364,7 @@ def test_mistakes_end_a_search(tmp_path: Path) -> None:
         ({"fixed": {"merge_weight": 3}}, "merge_weight=3"),
         ({"mode": "low"}, "mode='low'"),
         ({"jobs": 0}, "jobs=0"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295"),
     ):
         with pytest.raises(ValueError, match=word):
             tune(tmp_path / "options", **options)
@@ -373,10 +374,10 @@ def test_what_the_users_function_may_return() -> None:
     module = Regression()
     assert call(lambda: (module, loader(), loader())).data.keys() == {"train_dataloaders", "val_dataloaders"}
     for made, word in (
-        (module, "returns a Regression"),
+        (module, "returns <Regression>"),
         ((module,), "1 values"),
-        ((loader(), module), "DataLoader as its first"),
-        ((module, loader()), "DataLoader as its second"),
+        ((loader(), module), "<DataLoader> as its first"),
+        ((module, loader()), "<DataLoader> as its second"),
     ):
         with pytest.raises(TypeError, match=word):
             call(lambda made=made: made)
@@ -415,6 +416,7 @@ def test_messages_have_the_size_that_a_simulation_sends() -> None:
     [
         (["--fix", "local_step=8"], "--fix: HalosStrategy has no argument local_step."),
         (["--fix", "local_steps=[8"], "--fix local_steps=[8: [8 is not YAML"),
+        (["--steps", "100", "--virtual-hours", "1"], "--virtual-hours is the time of each trial: leave --steps out."),
         (["--start", "start.yaml"], "start.yaml: HalosStrategy has no argument local_step."),
     ],
 )

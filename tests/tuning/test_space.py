@@ -19,8 +19,9 @@ from tests.simulation.paper import PAPER
 
 pytest.importorskip("optuna")
 from lightning_halos.tuning.goal import Goal, Point
-from lightning_halos.tuning.report import describe_settings
+from lightning_halos.tuning.report import describe_settings, make_table
 from lightning_halos.tuning.space import Choice, Number, Space
+from lightning_halos.tuning.study import Tried
 from lightning_halos.tuning.trial import VALIDATIONS, fitting
 
 TIMING = make_timing(PAPER)
@@ -160,6 +161,16 @@ def test_goals() -> None:
     assert (high.value(curve), high.describe(high.value(curve))) == (-2.5, "2.5")
     assert Goal(300.0, mode="max", target=2.2).value([Point(1, 100, 2.0), Point(2, 200, 2.4)]) == pytest.approx(150)
     assert not math.isnan(missed.value(curve[:1]))
+
+
+def test_a_table_counts_the_trials() -> None:
+    trial = Tried(0, "failed", {}, {}, None, [], 1.0, "", "")
+    for trials, ends in (
+        ([], "No trial has ended."),
+        ([trial], "1 trial: 1 failed."),
+        ([trial] * 2, "2 trials: 2 failed."),
+    ):
+        assert ends in make_table(Goal(300.0), trials, {}, {}, {})
 
 
 def test_settings_to_start_from_that_are_not_varied_stay() -> None:

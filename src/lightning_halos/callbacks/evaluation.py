@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_halos.core.checks import check_count
+from lightning_halos.core.checks import check_count, check_switch
 from lightning_halos.language.evaluation import Benchmark, loaded_model
 from lightning_halos.language.models import find_language_model, find_tokenizer
 from lightning_halos.training.compat import show_metrics
@@ -53,6 +53,7 @@ class LMEvalCallback(Callback):
         FileNotFoundError: If a folder of tasks does not exist.
         MisconfigurationException: When the fit starts, if the strategy shards the model, or no tokenizer is known.
         ModuleNotFoundError: When the fit starts, if a package of the extra ``lm`` is not installed.
+        TypeError: If ``at_end`` is not a bool.
         OSError: When the fit starts, if the data of a task cannot be loaded.
         ValueError: If an argument is invalid; when the fit starts, if a task or the submodule is unknown.
     """
@@ -74,6 +75,7 @@ class LMEvalCallback(Callback):
     ) -> None:
         self._benchmark = Benchmark(tasks, include_path, limit, num_fewshot, batch_size, bootstrap_iters, seed)
         self.tasks = self._benchmark.tasks
+        check_switch("at_end", at_end)
         if every_n_steps is not None:
             check_count("every_n_steps", every_n_steps)
         elif not at_end:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings
+from lightning_halos.commands.inputs import given_count, given_path, read_cluster, read_known_settings
 from lightning_halos.core.checks import check_count, is_positive
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " class_path and init_args; or the arguments of HalosStrategy alone",
     )
     parser.add_argument("cluster", type=given_path, help="the cluster's description, a YAML file")
-    parser.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    parser.add_argument("--message-bytes", type=given_count, metavar="N", help="bytes of the model on a link")
     parser.add_argument(
         "--steps",
         type=int,
@@ -76,12 +76,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _lines(settings: Settings, verdict: Verdict, rate: float, curvature: float | None) -> list[str]:
     """Returns the report."""
-    from lightning_halos.planning.report import span
+    from lightning_halos.planning.report import count_workers, span
     from lightning_halos.planning.stability import ALONE
 
     plan = verdict.events.plan
     lines = [
-        f"{settings.algorithm.title} with {len(verdict.events.steps)} workers:"
+        f"{settings.algorithm.title} with {count_workers(len(verdict.events.steps))}:"
         f" {span(verdict.events.steps)} local steps per round",
         f"staleness: {plan.pushes.mean:.2f} versions for a push on average, {plan.pushes.maximum} at most"
         + (

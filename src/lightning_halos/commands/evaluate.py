@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.inputs import given_path, refuse
+from lightning_halos.commands.inputs import check_folder, given_path, refuse
 
 SUMMARY = "Score a language model on benchmark tasks with lm-eval, or compare several: results.json and results.md."
 EXAMPLES = """\
@@ -67,6 +67,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if (arguments.model is None) == (arguments.compare is None):
         raise ValueError("give either a model, or --compare with two or more models or results.json files.")
     folder = arguments.output or Path("evaluation")
+    check_folder("--output", folder)
     if arguments.compare is None:
         _scores(arguments, arguments.model, folder)
     else:
@@ -102,6 +103,9 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> None:
     if all(model.endswith(".json") for model in arguments.compare):
         refuse(arguments, "the results are there already, and no model is evaluated", *_OPTIONS, "model_args")
     existing = {model: load_results(model) for model in arguments.compare if model.endswith(".json")}
+    for model, label in zip(arguments.compare, labels, strict=True):
+        if model not in existing:
+            check_folder("--output", folder / label)
     results = [
         existing[model] if model in existing else _scores(arguments, model, folder / label)
         for model, label in zip(arguments.compare, labels, strict=True)

@@ -7,7 +7,14 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse
+from lightning_halos.commands.inputs import (
+    check_folder,
+    given_count,
+    given_path,
+    read_cluster,
+    read_known_settings,
+    refuse,
+)
 from lightning_halos.core.checks import check_count
 from lightning_halos.extras import picture_package
 
@@ -47,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("cluster", nargs="?", type=given_path, help="its description, a YAML file")
     where.add_argument("--random-cluster", metavar="RxW", help="draw one: R regions of W workers, like the paper's")
     where.add_argument("--seed", type=int, help="of --random-cluster (default: 0)")
-    where.add_argument("--message-bytes", type=int, metavar="N", help="bytes of the model on a link")
+    where.add_argument("--message-bytes", type=given_count, metavar="N", help="bytes of the model on a link")
     where.add_argument(
         "--server-gigabytes-per-second",
         type=float,
@@ -135,6 +142,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.server_gigabytes_per_second is not None:
         cluster = dataclasses.replace(cluster, server_gigabytes_per_second=arguments.server_gigabytes_per_second)
     wire, folder = _wire(arguments.wire or ["float32"]), arguments.output
+    if folder:
+        check_folder("--output", folder)
     timing = make_timing(cluster, arguments.message_bytes)
     if arguments.sweep:
         refuse(arguments, "--sweep varies the settings of HALoS", "settings", "steps", *_CHOSEN)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from lightning_halos.commands.inputs import refuse
+from lightning_halos.commands.inputs import check_folder, given_path, refuse
 from lightning_halos.core.checks import check_count
 
 SUMMARY = "Tokenize text into Megatron's format: PREFIX.idx and PREFIX.bin, with the tokenizer in PREFIX-tokenizer."
@@ -90,14 +90,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
         refuse(arguments, "text files have no fields", "field")
     else:
         refuse(arguments, "--sample-by is for text files", "sample_by")
-    prefix = without_suffix(Path(arguments.output))
+    prefix = without_suffix(given_path(arguments.output), "--output")
+    check_folder("--output", prefix.parent)
+    check_folder("--output", folder := Path(f"{prefix}-tokenizer"))
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         tokenizer = train_tokenizer(corpus.documents(), arguments.train_tokenizer)
     seed = (arguments.seed or 0) if shuffle else None
     summary = write_tokens(corpus.documents(), tokenizer, prefix, arguments.context, seed)
-    folder = Path(f"{prefix}-tokenizer")
     tokenizer.save_pretrained(folder)
     length = f" of {arguments.context + 1} tokens" if arguments.context else ""
     print(f"documents        {summary.documents:,}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_halos.commands.inputs import given_path
+from lightning_halos.commands.inputs import check_keys, given_path
 
 if TYPE_CHECKING:
     from lightning_halos.transport.address import Address
@@ -100,9 +102,25 @@ def _revoke(arguments: argparse.Namespace) -> int:
             f"--directory {arguments.directory} does not exist. Give the directory of the run's server; if it has"
             " not started yet, make the directory first."
         )
-    Revocations(arguments.directory / REVOKED).add(arguments.revoke)
+    try:
+        Revocations(arguments.directory / REVOKED).add(arguments.revoke)
+    except ValueError as error:
+        raise ValueError(f"--revoke {error}") from None
     print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
+    known = _regions(arguments.directory)
+    if known and arguments.revoke not in known:
+        print(f"Note: the run in {arguments.directory} has had no such region yet, but {', '.join(sorted(known))}.")
     return 0
+
+
+def _regions(directory: Path) -> set[str]:
+    """Returns the names in what a run's server has written for people, without reading its snapshots themselves."""
+    known: set[str] = set()
+    for path in directory.glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or of something else
+            text = json.loads(path.read_text(encoding="utf-8"))
+            known |= {*text.get("members", ()), *(region["name"] for region in text.get("regions", ()))}
+    return known
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -156,6 +174,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                     raise OSError(error.errno, f"Cannot show --dashboard {where}: {error.strerror}") from None
                 opened.callback(page.close)
                 server.host.note(f"The dashboard is on http://{Address(where.host or 'localhost', page.port)}/")
+            check_keys(arguments.keys, "init")
             entrance = Entrance(address, arguments.keys, arguments.directory, server.host.admit, server.host.note)
             opened.callback(entrance.close)
             return server.run(entrance.objection, entrance.renew)

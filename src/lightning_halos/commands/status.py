@@ -9,7 +9,8 @@ import sys
 import time
 from contextlib import suppress
 
-from lightning_halos.commands.inputs import given_path
+from lightning_halos.commands.inputs import check_keys, given_path
+from lightning_halos.core.checks import check_seconds
 
 SUMMARY = "Ask a global server for its members, the global step, rates, traffic and the latest failures."
 EXAMPLES = """\
@@ -46,13 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _status(arguments: argparse.Namespace) -> None:
     from lightning_halos.serving.inquiry import ask_status
+    from lightning_halos.transport.address import parse_server
     from lightning_halos.transport.errors import PeerLostError
 
     server, keys = _given(arguments, "server"), given_path(_given(arguments, "keys"))
-    if arguments.watch is not None and not arguments.watch > 0:
-        raise ValueError(f"--watch {arguments.watch:g} must be positive.")
-    if not arguments.timeout > 0:
-        raise ValueError(f"--timeout {arguments.timeout:g} must be positive.")
+    try:
+        parse_server(server)
+    except ValueError as error:
+        raise ValueError(f"--server {error}") from None
+    if arguments.watch is not None:
+        check_seconds("--watch", arguments.watch)
+    check_seconds("--timeout", arguments.timeout)
+    check_keys(keys, "region")
     if arguments.watch is None:
         try:
             _show(ask_status(server, keys, arguments.timeout), arguments.json)

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightning_halos.commands.inputs import given_path, read_cluster, read_known_settings, refuse_unknown
+from lightning_halos.commands.inputs import (
+    check_folder,
+    given_path,
+    read_cluster,
+    read_known_settings,
+    refuse,
+    refuse_unknown,
+)
 
 SUMMARY = "Search settings for a cluster and your module, by training it in simulations of the cluster."
 EXAMPLES = """\
@@ -29,6 +36,7 @@ _STRATEGIES = {
     "async_local_sgd": "AsyncLocalSGDStrategy",
     "diloco": "DilocoStrategy",
 }
+_STEPS = 600
 _LEFT_OUT = frozenset(
     ("regions", "server", "keys", "streams", "start_method", "timeout", "grace_time", "worker", "inner", "simulate")
 )
@@ -52,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--steps",
         type=int,
-        default=600,
         metavar="N",
-        help="global steps of the settings to start from; their virtual time is what each trial gets (default: 600)",
+        help="global steps of the settings to start from; their virtual time is what each trial gets"
+        f" (default: {_STEPS})",
     )
     goal.add_argument("--virtual-hours", type=float, metavar="T", help="the virtual time of each trial, instead")
     goal.add_argument(
@@ -108,6 +116,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     from lightning_halos import interface
     from lightning_halos.tuning.make import import_make
 
+    if arguments.virtual_hours is not None:
+        refuse(arguments, "--virtual-hours is the time of each trial", "steps")
+    check_folder("--output", arguments.output)
     kind = getattr(interface, _STRATEGIES[arguments.algorithm])
     start: dict[str, Any] = {}
     if arguments.start is not None:
@@ -124,7 +135,7 @@ def _tune(arguments: argparse.Namespace) -> None:
             read_cluster(arguments.cluster),
             import_make(arguments.module),
             hours=arguments.hours,
-            steps=arguments.steps,
+            steps=_STEPS if arguments.steps is None else arguments.steps,
             virtual_hours=arguments.virtual_hours,
             monitor=arguments.monitor,
             mode=arguments.mode,

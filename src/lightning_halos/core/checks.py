@@ -7,11 +7,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+MOST_COUNT = 2**63 - 1
+"""The largest whole number that a tensor, or a message, can have."""
+MOST_SECONDS = 10 * 365 * 86400
+"""The longest time to wait, which all clocks of the system can count."""
+
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ``ValueError`` unless a value is a whole number of at least ``least``."""
+    """Raises a ``ValueError`` unless a value is a whole number of at least ``least``, and not beyond all sense."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if value > MOST_COUNT:
+        raise ValueError(f"{name} must be a whole number of at most {MOST_COUNT}, and has {value.bit_length()} bits.")
 
 
 def check_counts(name: str, value: Any) -> None:
@@ -27,10 +34,24 @@ def check_counts(name: str, value: Any) -> None:
         check_count(name, value)
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Raises a ``ValueError`` unless a value is a seed that all random number generators take."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ValueError(f"{name}={value!r} must be a whole number from 0 to {2**32 - 1}.")
+
+
 def check_seconds(name: str, value: Any) -> None:
-    """Raises a ``ValueError`` unless a value is a positive, finite number."""
-    if not is_positive(value):
-        raise ValueError(f"{name}={value!r} must be a positive number of seconds.")
+    """Raises a ``ValueError`` unless a value is a positive number of seconds, of at most ten years."""
+    if not is_positive(value) or value > MOST_SECONDS:
+        raise ValueError(
+            f"{name}={value!r} must be a positive number of seconds, of at most {MOST_SECONDS} (ten years)."
+        )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raises a ``TypeError`` unless a value is a bool; a text such as ``"no"`` would count as ``True``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False.")
 
 
 def check_optimizer(name: str, factory: Any) -> None:
@@ -93,6 +114,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_finite(value: Any) -> bool:
+    """Returns whether a value is a finite number that fits into a float."""
+    return is_number(value) and abs(value) <= sys.float_info.max  # an int may be larger
+
+
 def is_positive(value: Any) -> bool:
     """Returns whether a value is a positive, finite number."""
-    return is_number(value) and 0 < value <= sys.float_info.max  # an int may be larger
+    return is_finite(value) and value > 0

@@ -99,7 +99,8 @@ def _few_exchanges(algorithm: Algorithm, groups: Sequence[ServerGroup], global_s
         remedy = "Train longer."
     yield (
         f"{global_steps} global steps are few for accumulate_updates={period}: a server with {workers} worker(s) gets"
-        f" about {pushes:.0f} pushes, and exchanges with the global server {pushes / period:.1f} times. {remedy}"
+        f" about {round(pushes, 1):g} pushes, and exchanges with the global server {pushes / period:.1f} times."
+        f" {remedy}"
     )
 
 

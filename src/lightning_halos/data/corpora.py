@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from fsspec.compression import compr
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_halos.core.checks import check_switch
 from lightning_halos.data.rows import COMPRESSIONS, decompressed, read_rows
 from lightning_halos.extras import language_package
 
@@ -46,7 +48,8 @@ class Corpus:
         streaming: Whether to read a dataset from the hub each time, instead of downloading it once.
 
     Raises:
-        ValueError: If not exactly one of ``files`` and ``dataset`` is given, or a value is invalid.
+        ValueError: If not exactly one of ``files`` and ``dataset`` is given, or a value is invalid or has no effect.
+        TypeError: If a value has the wrong type.
         FileNotFoundError: If a file does not exist, or a folder has none that can be read.
     """
 
@@ -59,6 +62,11 @@ class Corpus:
     streaming: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.files, (str, Path)) and not _is_list_of_paths(self.files or ()):
+            raise TypeError(f"files={self.files!r} must be a path, a glob or a folder, or a list of these.")
+        if not isinstance(self.dataset, (str, Path, NoneType)):
+            raise TypeError(f"dataset={self.dataset!r} must be the name of a dataset, or its folder.")
+        check_switch("streaming", self.streaming)
         if bool(self.files) == bool(self.dataset):
             raise ValueError(
                 f"files={self.files!r} and dataset={self.dataset!r}: give exactly one, local files or a dataset's name."
@@ -66,6 +74,9 @@ class Corpus:
         if self.sample_by not in get_args(SampleBy):
             raise ValueError(f"sample_by={self.sample_by!r} must be one of {', '.join(get_args(SampleBy))}.")
         if self.files:
+            for name, default in (("config", None), ("split", "train")):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name}={value!r} is for a dataset, and files have none. Leave it out.")
             _ = self._kind
 
     def load(self) -> Any:
@@ -113,7 +124,7 @@ class Corpus:
         for row in self.load() if loaded is None else loaded:
             text = row[field]
             if not isinstance(text, str | None):
-                raise ValueError(f"field={field!r} of {self} holds a {type(text).__name__}, not text: {text!r:.60}.")
+                raise ValueError(f"field={field!r} of {self} holds <{type(text).__name__}>, not text: {text!r:.60}.")
             if text:
                 # JSON may have half of a surrogate pair, which tokenizers do not take.
                 yield text.encode(errors="replace").decode()
@@ -176,6 +187,10 @@ class Corpus:
         if self.files:
             return " ".join(self._patterns)
         return ":".join(str(part) for part in (self.dataset, self.config, self.split) if part)
+
+
+def _is_list_of_paths(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(path, (str, Path)) for path in value)
 
 
 def _find(pattern: str) -> list[Path]:

@@ -288,9 +288,21 @@ def _refuse_pointer(path: Path, head: bytes) -> None:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with `git lfs pull`.")
 
 
-def without_suffix(path: Path) -> Path:
-    """Returns the prefix, even if ``path`` is one of the two files, with ``~`` expanded."""
+def without_suffix(path: Path, argument: str = "prefix") -> Path:
+    """Returns the prefix, even if ``path`` is one of the two files, with ``~`` expanded.
+
+    Args:
+        path: The path.
+        argument: The argument that has it, for the error.
+
+    Raises:
+        ValueError: If it has no name.
+    """
     path = Path(os.path.expanduser(path))
+    if not path.name:
+        raise ValueError(
+            f"{argument}={str(path)!r} must be the files' path without .idx and .bin, such as tokens/corpus."
+        )
     return path.with_suffix("") if path.suffix in (".idx", ".bin") else path
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_halos.core.checks import check_count
+from lightning_halos.core.checks import check_count, check_switch
 from lightning_halos.data.corpora import Corpus, SampleBy
 from lightning_halos.data.megatron import IndexedTokens, without_suffix
 from lightning_halos.data.streaming import PackedStream, StreamLoader, hold_out
@@ -66,6 +67,12 @@ class TokenDataModule(pl.LightningDataModule, ABC):
         shuffle: bool,
     ) -> None:
         super().__init__()
+        if not isinstance(tokenizer, (str, Path, NoneType)):
+            raise TypeError(
+                f"tokenizer=<{type(tokenizer).__name__}> must be a tokenizer's folder, or its name on the Hugging Face"
+                " hub."
+            )
+        check_switch("shuffle", shuffle)
         check_count("context", context)
         check_count("batch_size", batch_size)
         check_count("val_sequences", val_sequences, least=0)
@@ -158,6 +165,7 @@ class MegatronDataModule(TokenDataModule):
         concatenate: Whether the stored sequences are documents. Default: if they are not all of the same length.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is invalid; in ``setup``, as :class:`IndexedTokens`, or if nothing is left to train
             on.
         FileNotFoundError: In ``setup``, as :class:`IndexedTokens`.
@@ -178,6 +186,8 @@ class MegatronDataModule(TokenDataModule):
         if tokenizer is None and beside.is_dir():
             tokenizer = beside
         super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
+        if concatenate is not None:
+            check_switch("concatenate", concatenate)
         self._prefix = prefix
         self._concatenate = concatenate
 
@@ -204,6 +214,7 @@ class TextDataModule(TokenDataModule):
         seed: Seed of the shuffling when streaming. Otherwise Lightning's seed counts (``seed_everything``).
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is invalid, or the dataset or tokenizer cannot be reached.
         FileNotFoundError: If a file does not exist.
         ModuleNotFoundError: When data is loaded, if the extra ``lm`` is not installed.
@@ -229,6 +240,8 @@ class TextDataModule(TokenDataModule):
     ) -> None:
         super().__init__(tokenizer, context, batch_size, val_sequences, num_workers, shuffle)
         self._corpus = Corpus(files, dataset, config, split, field, sample_by, streaming)
+        check_count("shuffle_buffer", shuffle_buffer, least=0)
+        check_count("seed", seed, least=0)
         self._streaming = streaming
         self._shuffle_buffer = shuffle_buffer if shuffle else 0
         self._seed = seed

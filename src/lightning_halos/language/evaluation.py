@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import _ModuleMode
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_halos.core.checks import check_count, is_number
+from lightning_halos.core.checks import check_count, check_seed, is_positive
 from lightning_halos.extras import language_package
 from lightning_halos.language.export import export_checkpoint
 from lightning_halos.language.models import find_tokenizer
@@ -115,17 +115,23 @@ class Benchmark:
         bootstrap_iters: int,
         seed: int,
     ) -> None:
-        self.tasks = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks)]
+        names = tasks.split(",") if isinstance(tasks, str) else tasks
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"tasks={tasks!r} must be names of tasks, such as ['hellaswag', 'lambada_openai'].")
+        self.tasks = [name.strip() for name in names]
         if not self.tasks or not all(self.tasks):
             raise ValueError(f"tasks={tasks!r} must name at least one task, such as 'hellaswag,lambada_openai'.")
-        if limit is not None and (not is_number(limit) or limit <= 0 or (limit > 1 and limit != int(limit))):
+        if limit is not None and (not is_positive(limit) or (limit > 1 and limit != int(limit))):
             raise ValueError(f"limit={limit!r} must be a number of questions per task, or a share of them below 1.")
         if num_fewshot is not None:
             check_count("num_fewshot", num_fewshot, least=0)
         if batch_size != "auto":
             check_count("batch_size", batch_size)
         check_count("bootstrap_iters", bootstrap_iters)
+        check_seed("seed", seed)
         folders = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
+        if not isinstance(folders, Sequence) or not all(isinstance(folder, (str, Path)) for folder in folders):
+            raise ValueError(f"include_path={include_path!r} must be a folder, or a list of folders.")
         self._folders: list[str | Path] = [os.path.expanduser(folder) for folder in folders]
         for path in self._folders:
             if not os.path.isdir(path):
@@ -274,6 +280,9 @@ def _language_model(
                 if not model_args or "unexpected keyword argument" not in str(error):
                     raise
                 raise ValueError(f"model_args={model_args!r} must be arguments of lm-eval's HFLM: {error}") from error
+            except (OSError, ValueError):
+                find_tokenizer(tokenizer)  # says so if it is the tokenizer that cannot be loaded
+                raise
         yield lm
 
 

@@ -22,7 +22,7 @@ from lightning_halos.extras import language_package
 from lightning_halos.language.models import find_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "hugging_face"
 _TASKS = {"CausalLM": "text-generation", "MaskedLM": "fill-mask", "SequenceClassification": "text-classification"}
@@ -66,9 +66,11 @@ def export_checkpoint(
     output = Path(output).expanduser()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file. Name a folder to write to.")
+    chosen = find_tokenizer(tokenizer)
+    model_config = None if config is None else _load_config(config)
     contents = _read(Path(checkpoint).expanduser(), weights_only)
     record = contents.get(RECORD)
-    if record is None and config is None:
+    if record is None and model_config is None:
         raise ValueError(
             f"{checkpoint} does not say what its Hugging Face model is. For this checkpoint, give the name or folder of"
             " a model with the same configuration: lightning-halos export --config NAME_OR_FOLDER (config=... in"
@@ -79,12 +81,11 @@ def export_checkpoint(
     weights = {name.replace(COMPILED, ""): weight for name, weight in contents["state_dict"].items()}
     with TemporaryDirectory() as folder:
         _write_files(record.get("files", {}), Path(folder))
-        model = _make_model(os.path.expanduser(config or folder), record.get("architecture"))
+        model = _make_model(_load_config(folder) if model_config is None else model_config, record.get("architecture"))
         _load(model, weights, record.get("submodule") if submodule is None else submodule, checkpoint)
         if model.can_generate() and "generation_config.json" in record.get("files", {}):
             model.generation_config = type(model.generation_config).from_pretrained(folder)
         model.save_pretrained(output)
-    chosen = find_tokenizer(tokenizer)
     if chosen is not None:
         chosen.save_pretrained(output)
     else:
@@ -132,11 +133,19 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
             f"{path} is not a checkpoint, or it contains more than tensors and plain values. If you trust the file, use"
             " lightning-halos export --no-weights-only (weights_only=False in Python)."
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except OSError:
+        raise
+    except Exception as error:  # any that there is, from bytes that mean something else
+        raise ValueError(
+            f"{path} cannot be read: it is damaged or not a checkpoint. {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if not isinstance(contents, dict) or "state_dict" not in contents:
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
     return contents
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _write_files(files: Mapping[str, str | bytes], folder: Path) -> None:
@@ -149,18 +158,31 @@ def _write_files(files: Mapping[str, str | bytes], folder: Path) -> None:
         path.write_bytes(contents.encode("utf-8") if isinstance(contents, str) else contents)
 
 
-def _make_model(config: str, architecture: str | None) -> Any:
+def _load_config(name: str | Path) -> PretrainedConfig:
+    import transformers
+
+    try:
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(os.path.expanduser(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the configuration {name} (--config, or config=... in Python): {_first_line(error)} A folder"
+            " must hold a Hugging Face model's config.json; a name on the hub needs the network, or an earlier"
+            " download."
+        ) from error
+    return config
+
+
+def _make_model(config: PretrainedConfig, architecture: str | None) -> Any:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
-    model_config = transformers.AutoConfig.from_pretrained(config)
-    name = architecture or next(iter(model_config.architectures or []), None)
+    name = architecture or next(iter(config.architectures or []), None)
     if name is None:
-        return auto.from_config(model_config)
+        return auto.from_config(config)
     kind: Any = getattr(transformers, name, None)
     if kind is None:
         raise ValueError(f"The model is a {name}, which is not a class of transformers {transformers.__version__}.")
-    return kind(model_config)
+    return kind(config)
 
 
 def _load(model: PreTrainedModel, weights: Mapping[str, Tensor], submodule: str | None, checkpoint: str | Path) -> None:

@@ -434,7 +434,7 @@ def _exchange(times: Floats, applied: Floats, accumulate: int, there: float, bac
 
 def _too_short(algorithm: str, horizon: float, duration: float) -> str:
     return (
-        f"hours={horizon / MS_PER_HOUR:g} is too short: the first round of {algorithm} ends after"
+        f"hours={horizon / MS_PER_HOUR:g} is too short: the first round of {algorithm.title} ends after"
         f" {duration / MS_PER_HOUR:.3g} hours. Give at least that."
     )
 

@@ -12,6 +12,10 @@ _STEP_MS = 238.391
 _MESSAGE_BYTES = 281_706_496
 _INSIDE_GBPS = 100.0
 
+# More would take more memory than machines have.
+_MOST_REGIONS = 2000
+_MOST_WORKERS = 1_000_000
+
 
 def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> SimulatedCluster:
     """Draws a cluster that resembles the paper's environment of 4 regions with 4 workers each.
@@ -27,6 +31,11 @@ def random_cluster(regions: int, workers_per_region: int, seed: int = 0) -> Simu
     check_count("regions", regions)
     check_count("workers_per_region", workers_per_region)
     check_count("seed", seed, least=0)
+    if regions > _MOST_REGIONS or regions * workers_per_region > _MOST_WORKERS:
+        raise ValueError(
+            f"regions={regions} with workers_per_region={workers_per_region}: a random cluster has at most"
+            f" {_MOST_REGIONS:,} regions, and {_MOST_WORKERS:,} workers in all of them."
+        )
     draw = np.random.default_rng(seed)
     speeds = draw.uniform(0.1, 1.0, (regions, workers_per_region))
     one_way = np.triu(10 ** draw.uniform(-1.0, 0.0, (regions, regions)), k=1)

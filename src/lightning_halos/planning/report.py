@@ -30,14 +30,15 @@ def describe_cluster(timing: Timing) -> str:
     """Returns a line with the size of the cluster, the size of the model and the step time."""
     cluster = timing.cluster
     devices = cluster.devices_per_worker or 1
-    kind = "workers" if devices == 1 else f"workers of {devices} devices"
+    workers = count_workers(cluster.num_workers)
+    kind = workers if devices == 1 else f"{workers} of {devices} devices"
     each = "" if devices == 1 else f" ({timing.message_bytes / 1e6 / devices:,.1f} MB per device)"
     sizes = {"inside": timing.bytes_within, "between": timing.bytes_between}
     narrow = [f"{size / 1e6:,.1f} MB {where} regions" for where, size in sizes.items() if size != timing.message_bytes]
     rounded = f" (with servers, {' and '.join(narrow)})" if narrow else ""
     regions = "1 region" if len(cluster.regions) == 1 else f"{len(cluster.regions)} regions"
     return (
-        f"{cluster.num_workers} {kind} in {regions}, {timing.message_bytes / 1e6:,.1f} MB per model on a"
+        f"{kind} in {regions}, {timing.message_bytes / 1e6:,.1f} MB per model on a"
         f" link{each}{rounded}, {cluster.step_ms:g} ms per local step of the fastest worker"
     )
 
@@ -196,6 +197,11 @@ def _breakdown(timing: Timing, most: int) -> tuple[str, list[str], list[list[int
     if len(ranks) > most:
         return "region", list(cluster.names), cluster.regions
     return "worker", [str(rank) for rank in ranks], [[rank] for rank in ranks]
+
+
+def count_workers(number: int) -> str:
+    """Returns a number of workers in words."""
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def span(values: Sequence[int] | Ints) -> str:

@@ -6,6 +6,7 @@ What the settings mean is decided by the algorithms in ``core``.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_halos.core.algorithms import Algorithm, AsyncLocalSGD, Diloco, Halos, SyncSGD
+from lightning_halos.core.checks import is_finite, is_number
 from lightning_halos.core.delayed_nesterov import DelayedNesterov
 from lightning_halos.core.wire_formats import WireFormats
 from lightning_halos.yaml_files import read_yaml
@@ -84,9 +86,10 @@ def _max_steps(settings: Any) -> int | None:
 def _strategy(settings: Any) -> tuple[str, Mapping[str, Any]]:
     """Returns the name of the strategy's class in settings, and its arguments."""
     if isinstance(settings, Mapping) and "trainer" in settings:
-        settings = settings["trainer"]
-    if isinstance(settings, Mapping) and "strategy" in settings:
-        settings = settings["strategy"]
+        trainer = settings["trainer"]
+        settings = trainer.get("strategy") if isinstance(trainer, Mapping) else None
+        if settings is None:
+            raise ValueError("trainer.strategy is missing. Give one there, such as trainer: {strategy: halos}.")
     if isinstance(settings, str):
         settings = {"class_path": _NAMES.get(settings, settings)}
     if settings is None:
@@ -95,11 +98,18 @@ def _strategy(settings: Any) -> tuple[str, Mapping[str, Any]]:
         raise ValueError("it must contain a mapping: trainer.strategy of LightningCLI, or the arguments of a strategy.")
     name, arguments = "HalosStrategy", settings
     if "class_path" in settings:
-        name = str(settings["class_path"]).rpartition(".")[2]
+        path = str(settings["class_path"])
+        name = _own_name(path)
+        if name not in _ALGORITHMS:
+            raise ValueError(f"the strategy is {path}, and must be one of {', '.join(_ALGORITHMS)}.")
         arguments = _init_args(name, settings, "local_steps: 8")
-    if name not in _ALGORITHMS:
-        raise ValueError(f"the strategy is {name}, and must be one of {', '.join(_ALGORITHMS)}.")
     return name, arguments
+
+
+def _own_name(path: str) -> str:
+    """Returns the name of a class of this package, with or without its module; empty if it is of another package."""
+    module, _, name = path.rpartition(".")
+    return name if module.partition(".")[0] in ("", "lightning_halos") else ""
 
 
 def make_arguments(kind: type[Algorithm], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,10 +161,19 @@ def arguments_of(strategy: type[Any]) -> set[str]:
     for kind in strategy.__mro__:
         if "__init__" in vars(kind):
             parameters = inspect.signature(kind).parameters
-            names |= parameters.keys()
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            passed_on = {name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
+            names |= parameters.keys() - passed_on
+            if not passed_on:
                 break
     return names
+
+
+def unknown_arguments(strategy: type[Any], names: Sequence[str]) -> str:
+    """Returns the error about arguments that a strategy's class does not have, with what may be meant."""
+    known = arguments_of(strategy)
+    near = [close[0] for name in names if (close := difflib.get_close_matches(name, known, 1))]
+    question = f" Did you mean {', '.join(near)}?" if near else ""
+    return f"{strategy.__name__} has no argument {', '.join(names)}.{question}"
 
 
 def _fields(kind: type[Algorithm]) -> list[str]:
@@ -164,6 +183,9 @@ def _fields(kind: type[Algorithm]) -> list[str]:
 
 def _optimizer(key: str, value: Any) -> Any:
     kind, arguments = _optimizer_class(key, value), _init_args(key, value, _EXAMPLE)
+    for name, argument in arguments.items():
+        if is_number(argument) and not is_finite(argument):  # torch takes some of them
+            raise ValueError(f"{key}: {name}={argument!r} must be a finite number.")
     try:
         kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
     except Exception as error:  # those of torch have many types
@@ -177,7 +199,8 @@ def _optimizer_class(key: str, value: Any) -> type[Optimizer]:
         raise ValueError(f"{key}={value!r} must have a class_path, such as lightning_halos.DelayedNesterov.")
     path = str(value["class_path"])
     module, _, name = path.rpartition(".")
-    kind = _OPTIMIZERS.get(name) or (getattr(torch.optim, name, None) if module.startswith("torch.optim") else None)
+    of_torch = getattr(torch.optim, name, None) if module.startswith("torch.optim") else None
+    kind = _OPTIMIZERS.get(_own_name(path)) or of_torch
     if not isinstance(kind, type) or not issubclass(kind, Optimizer) or kind is Optimizer:
         raise ValueError(
             f"{key} has the class_path {path}, and must be lightning_halos.DelayedNesterov or an optimizer of"
@@ -194,13 +217,22 @@ def _with_defaults(key: str, value: Mapping[str, Any]) -> dict[str, Any]:
         for parameter in parameters
         if parameter.default is not parameter.empty and parameter.name not in _OF_DEVICE
     }
-    return {**value, "init_args": {**defaults, **_init_args(key, value, _EXAMPLE)}}
+    return {"class_path": value["class_path"], "init_args": {**defaults, **_init_args(key, value, _EXAMPLE)}}
 
 
 def _init_args(owner: str, value: Mapping[str, Any], example: str) -> Mapping[str, Any]:
-    arguments = value.get("init_args")
-    if arguments is None:
-        return {}
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{owner} has init_args={arguments!r}, and they must be a mapping, such as {{{example}}}.")
-    return arguments
+    """Returns the arguments of a class; LightningCLI passes ``dict_kwargs``, too."""
+    names = ("init_args", "dict_kwargs")
+    if others := sorted(str(key) for key in value if key not in ("class_path", *names)):
+        raise ValueError(
+            f"{owner} has {', '.join(others)} beside class_path. Arguments belong into init_args: {{{example}}}."
+        )
+    found: dict[str, Any] = {}
+    for name in names:
+        arguments = value.get(name)
+        if arguments is None:
+            continue
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{owner} has {name}={arguments!r}, and they must be a mapping, such as {{{example}}}.")
+        found |= arguments
+    return found

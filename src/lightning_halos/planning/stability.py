@@ -76,7 +76,7 @@ class Rule:
         if type(optimizer) is SGD and not (group["weight_decay"] or group["dampening"] or group["maximize"]):
             return cls(group["lr"], group["momentum"], is_heavy_ball=not group["nesterov"])
         raise ValueError(
-            f"{name} makes a {type(optimizer).__name__}, whose updates are not linear in its gradients, so that its"
+            f"{name} makes {type(optimizer).__name__}, whose updates are not linear in its gradients, so that its"
             " stability cannot be computed. It must be a DelayedNesterov, or an SGD without weight decay and dampening."
         )
 

@@ -107,8 +107,9 @@ def sweep(
         result = plan(halos, timing, hours)
         if result.sent_share is None:
             raise ValueError(
-                f"hours={hours:g} is too short: with {halos}, no exchange with the global server is completed. Give"
-                " more hours."
+                f"hours={hours:g} is too short: with local_steps={steps}, servers_per_region={servers} and"
+                f" accumulate_updates={updates} for each worker of a server, no exchange with the global server is"
+                " completed. Give more hours."
             )
         trials.append(Trial(steps, updates, servers, result))
     return trials

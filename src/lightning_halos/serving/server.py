@@ -81,7 +81,10 @@ class Rules:
                 " may be silent for a few."
             )
         if self.decider is not None:
-            check_name(self.decider)
+            try:
+                check_name(self.decider)
+            except ValueError as error:
+                raise ValueError(f"--decider {error}") from None
         for name in ("timeout", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name):g} must be a positive number of seconds.")

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_halos.core.checks import check_count, is_number, is_positive
+from lightning_halos.core.checks import MOST_COUNT, check_count, check_switch, is_number, is_positive
 from lightning_halos.yaml_files import read_yaml
 
 AllReduce = Literal["star", "ring"]
+
+_LEAST, _MOST = 1e-12, 1e12
+_RANGE = f"from {_LEAST:g} to {_MOST:g}"
+"""Of numbers in a description, so that no duration on a cluster is 0 or infinite."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +71,33 @@ class SimulatedCluster:
                 f"bandwidths has rows of {[len(row) for row in table]} numbers, but worker_speeds has {regions}"
                 f" region(s): bandwidths must be {regions} rows of {regions} numbers, in Gbit/s from region to region."
             )
-        if not is_positive(self.step_ms):
-            raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds.")
+        if not _is_usable(self.step_ms):
+            raise ValueError(f"step_ms={self.step_ms!r} must be a positive number of milliseconds, {_RANGE}.")
         if not _is_sequence(self.names):
             raise TypeError(f"names={self.names!r} must be a list of names, one for each region.")
         size, home = self.message_bytes, self.global_region
-        if size is not None and (not isinstance(size, int) or not is_positive(size)):
+        if size is not None and (not isinstance(size, int) or not is_positive(size) or size > MOST_COUNT):
             raise ValueError(f"message_bytes={size!r} must be a positive whole number, or None for the model's size.")
         if not isinstance(home, int) or not is_number(home) or not 0 <= home < regions:
             raise ValueError(f"global_region={home!r} must be the index of a region, from 0 to {regions - 1}.")
         if (devices := self.devices_per_worker) is not None:
             check_count("devices_per_worker", devices)
         speed = self.server_gigabytes_per_second
-        if speed is not None and not is_positive(speed):
+        if speed is not None and not _is_usable(speed):
             raise ValueError(
-                f"server_gigabytes_per_second={speed!r} must be a positive number of GB/s, or None for servers that"
-                " take no time."
+                f"server_gigabytes_per_second={speed!r} must be a positive number of GB/s, {_RANGE}, or None for"
+                " servers that take no time."
             )
+        check_switch("record_parameters", self.record_parameters)
         if self.all_reduce not in get_args(AllReduce):
             raise ValueError(f"all_reduce={self.all_reduce!r} must be one of {get_args(AllReduce)}.")
         names = tuple(self.names) or tuple(map(str, range(regions)))
-        if len(names) != regions or not all(isinstance(name, str) and name for name in names):
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(
+                f"names={self.names!r} must be texts, but {wrong[0]!r} is none. In YAML, quotes make a text of any"
+                ' name: "no", "1".'
+            )
+        if len(names) != regions or not all(names):
             raise ValueError(f"names={self.names!r} must have one name for each of the {regions} region(s).")
         if len(set(names)) < regions:
             raise ValueError(f"names={self.names!r} must all be different.")
@@ -162,9 +172,15 @@ def _table(name: str, value: Any) -> tuple[tuple[float, ...], ...]:
         raise ValueError(f"{name}=[] must have a list for at least one region.")
     for region, row in enumerate(value):
         for entry in row:
-            if not is_positive(entry):
-                raise ValueError(f"{name}: region {region} has {entry!r}; every entry must be a positive number.")
+            if not _is_usable(entry):
+                raise ValueError(
+                    f"{name}: region {region} has {entry!r}; every entry must be a positive number, {_RANGE}."
+                )
     return tuple(tuple(float(entry) for entry in row) for row in value)
+
+
+def _is_usable(value: Any) -> bool:
+    return is_number(value) and _LEAST <= value <= _MOST
 
 
 def _is_sequence(value: Any) -> bool:

@@ -50,7 +50,7 @@ def _fitted(name: str, value: Any, mine: Any, folder: Any) -> Any:
     if mine is None:
         return None
     if value is not None and type(value) is not type(mine):
-        raise ValueError(f"{name} is a {type(value).__name__}, and not a {type(mine).__name__}")
+        raise ValueError(f"{name} is <{type(value).__name__}>, and not <{type(mine).__name__}>")
     return value if _may_be_used(value, mine, folder) else mine
 
 

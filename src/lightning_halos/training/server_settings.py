@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm
 from lightning_halos.core.checks import check_count
 from lightning_halos.core.delayed_nesterov import DelayedNesterov
-from lightning_halos.transport.address import Address, parse_address
+from lightning_halos.transport.address import Address, parse_server
 
 if TYPE_CHECKING:
     from lightning_halos.transport.certificates import Keys
@@ -102,7 +102,7 @@ def find_server(server: str | None, keys: str | Path | None, streams: int) -> Se
             " `lightning-halos keys region` has made for this region."
         )
     try:
-        address = parse_address(str(text))
+        address = parse_server(str(text))
     except ValueError as error:
         raise ValueError(f"server={text!r}: {error}") from None
     return ServerSettings(address, Path(file).expanduser(), streams)
@@ -158,7 +158,7 @@ def numbers_of_global_optimizer(algorithm: ServerAlgorithm) -> dict[str, float] 
     if type(optimizer) is SGD and not any(settings[n] for n in ("momentum", "dampening", "weight_decay", "maximize")):
         return {"lr": settings["lr"], "momentum": 0.0, "delay": 1, "activation": 0.0}
     raise ValueError(
-        f"global_optimizer makes a {type(optimizer).__name__}, but the global server is a process of its own, which"
+        f"global_optimizer makes {type(optimizer).__name__}, but the global server is a process of its own, which"
         " only has DelayedNesterov (and torch.optim.SGD without momentum and weight decay). Pass"
         " global_optimizer=lambda params: DelayedNesterov(params, lr=..., momentum=..., delay=...)."
     )

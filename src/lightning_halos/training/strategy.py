@@ -5,6 +5,7 @@ Objects that exist only during training are in ``fit``, and the work in a batch 
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -27,6 +28,7 @@ from lightning_halos.core.algorithms import Algorithm, ServerAlgorithm, Synchron
 from lightning_halos.core.checks import check_seconds
 from lightning_halos.core.worker import WorkerRound
 from lightning_halos.extras import tuning_package
+from lightning_halos.planning.settings import unknown_arguments
 from lightning_halos.simulation.cluster import SimulatedCluster
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
@@ -105,6 +107,9 @@ class AlgorithmStrategy(ComposedStrategy):
         inner: InnerStrategy | str | None = None,
         **kwargs: Any,
     ) -> None:
+        passed_on = inspect.signature(ParallelStrategy).parameters
+        if unknown := [name for name in kwargs if name not in passed_on]:
+            raise TypeError(unknown_arguments(type(self), unknown))
         its_server = find_server(server, keys, streams)
         super().__init__(algorithm, regions, start_method, timeout, simulate, its_server, worker, inner, **kwargs)
         check_seconds("grace_time", grace_time)

@@ -55,6 +55,19 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
+def parse_server(text: str) -> Address:
+    """Returns the address of a server, which has a host and a port; see :func:`parse_address`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    address = parse_address(text)
+    if not address.host or not address.port:
+        missing = "host" if not address.host else "port"
+        raise ValueError(f"{text!r} names no {missing} to connect to. Write HOST:PORT, as halos.example.org:29600.")
+    return address
+
+
 def is_loopback(host: str) -> bool:
     """Returns whether an IP address belongs to the machine that uses it. A name is none."""
     address = _ip(host)

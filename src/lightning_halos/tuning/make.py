@@ -79,17 +79,17 @@ def call(make: Make) -> Made:
     """
     made = make()
     if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
-        what = f"{len(made)} values" if isinstance(made, (tuple, list)) else f"a {type(made).__name__}"
+        what = f"{len(made)} values" if isinstance(made, (tuple, list)) else f"<{type(made).__name__}>"
         raise TypeError(f"{name_of(make)} returns {what}, and must return {_RETURNS}.")
     module, *data = made
     if not isinstance(module, pl.LightningModule):
         raise TypeError(
-            f"{name_of(make)} returns a {type(module).__name__} as its first value, and must return {_RETURNS}."
+            f"{name_of(make)} returns <{type(module).__name__}> as its first value, and must return {_RETURNS}."
         )
     if len(data) == 1:
         if not isinstance(data[0], pl.LightningDataModule):
             raise TypeError(
-                f"{name_of(make)} returns a {type(data[0]).__name__} as its second value, and must return {_RETURNS}."
+                f"{name_of(make)} returns <{type(data[0]).__name__}> as its second value, and must return {_RETURNS}."
             )
         return Made(module, {"datamodule": data[0]})
     return Made(module, {"train_dataloaders": data[0], "val_dataloaders": data[1]})

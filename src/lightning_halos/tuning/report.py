@@ -122,7 +122,8 @@ def make_table(
         counts[trial.outcome] = counts.get(trial.outcome, 0) + 1
     names = {"complete": "complete", "pruned": "ended early", "diverged": "diverged", "failed": "failed"}
     ends = ", ".join(f"{counts[key]} {name}" for key, name in names.items() if key in counts)
-    lines.append(f"{len(trials)} trials: {ends}.")
+    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    lines.append(f"{count}: {ends}." if trials else "No trial has ended.")
     if left_out:
         reasons: dict[str, int] = {}
         for reason, number in left_out.items():

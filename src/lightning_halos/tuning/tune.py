@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_halos.core.algorithms import Algorithm
-from lightning_halos.core.checks import check_count, is_number, is_positive
+from lightning_halos.core.checks import check_count, check_seed, is_finite, is_positive
 from lightning_halos.planning.pace import pace_of
 from lightning_halos.planning.settings import arguments_of, make_arguments, name_defaults
 from lightning_halos.simulation.cluster import SimulatedCluster
@@ -65,6 +64,7 @@ def tune(
     cluster = dataclasses.replace(cluster, devices_per_worker=None)
     start, fixed, trainer = dict(start or {}), dict(fixed or {}), dict(trainer or {})
     _check(hours, steps, virtual_hours, mode, target, trainer, jobs, trials)
+    check_seed("seed", seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     default = _algorithm(strategy, cluster, fixed)
@@ -138,7 +138,7 @@ def _check(
             check_count(name, count)
     if mode not in ("min", "max"):
         raise ValueError(f"mode={mode!r} must be 'min' or 'max'.")
-    if target is not None and not (is_number(target) and math.isfinite(target)):
+    if target is not None and not is_finite(target):
         raise ValueError(f"target={target!r} must be a number.")
     if ours := sorted(_OURS & trainer.keys()):
         raise ValueError(f"trainer has {', '.join(ours)}, which the search sets itself. Leave it out.")

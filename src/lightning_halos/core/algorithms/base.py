@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_halos.core.algorithms.defaults import PUBLISHED_WEIGHT, Defaults, period
-from lightning_halos.core.checks import check_count, check_optimizer, is_number
+from lightning_halos.core.checks import check_count, check_optimizer, check_switch, is_number
 from lightning_halos.core.delayed_nesterov import OptimizerFactory
 from lightning_halos.core.global_server import GlobalServer, SynchronousServer
 from lightning_halos.core.local_server import LocalServer
@@ -59,8 +59,7 @@ class Algorithm(ABC):
 
     def __post_init__(self) -> None:
         check_count("local_steps", self.local_steps)
-        if not isinstance(self.dynamic_local_steps, bool):
-            raise TypeError(f"dynamic_local_steps={self.dynamic_local_steps!r} must be True or False.")
+        check_switch("dynamic_local_steps", self.dynamic_local_steps)
         if self.defaults not in get_args(Defaults):
             raise ValueError(
                 f"defaults={self.defaults!r} must be 'run' (for the length of the run) or 'published' (the paper's)."
@@ -132,8 +131,7 @@ class ServerAlgorithm(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.overlap, bool):
-            raise TypeError(f"overlap={self.overlap!r} must be True or False.")
+        check_switch("overlap", self.overlap)
         object.__setattr__(self, "wire", WireFormats.of(self.wire))
         weight = self.merge_weight
         if weight is not None and not (is_number(weight) and 0 <= weight <= 1):
