@@ -22,6 +22,9 @@ class Deciding(Module):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", mse_loss(self.net(batch[0]), batch[1]))
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0)
@@ -60,6 +63,9 @@ class Journal(Callback):
                 loss=float(trainer.callback_metrics["val_loss"]),
                 waited=stopping.wait_count,
             )
+
+    def on_test_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._write("tested", loss=float(trainer.callback_metrics["test_loss"]))
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._write(
@@ -101,4 +107,7 @@ def deciding_region(folder: str, name: str) -> None:
         log_every_n_steps=10,
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
-    trainer.fit(Deciding(task.pause, folder=places), data, DataLoader(samples(64, seed=9), batch_size=32))
+    held_out = DataLoader(samples(64, seed=9), batch_size=32)
+    trainer.fit(Deciding(task.pause, folder=places), data, held_out)
+    trainer.test(dataloaders=held_out)
+    trainer.test(ckpt_path="best", dataloaders=held_out)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
+from lightning_halos.training.compat import expect_files_elsewhere
 from lightning_halos.training.deciding import put_states, states_as_text
 from lightning_halos.training.trainer_adapter import TrainerAdapter
 
@@ -282,3 +283,23 @@ def test_a_validation_in_every_step_does_not_wait_for_the_next_one() -> None:
 def test_a_last_validation_that_cannot_be_right_is_ignored(validated: str) -> None:
     handover = hand_over(f'{{"callbacks": {{}}, "validated": {validated}}}')
     assert handover.due == [60, 80]
+
+
+@pytest.mark.parametrize("path", [None, "best"])
+def test_a_job_whose_best_file_is_at_another_job_tests_the_model_in_memory(path: str | None, tmp_path: Path) -> None:
+    data, module = DataLoader(torch.randn(4, 32)), BoringModel()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, data)
+    best = Path(trainer.checkpoint_callback.best_model_path)
+    expect_files_elsewhere(trainer)
+    with torch.no_grad():
+        module.layer.weight.zero_()
+    best.rename(tmp_path / "elsewhere")
+    trainer.test(dataloaders=data, ckpt_path=path, verbose=False)
+    assert not module.layer.weight.any()
+    with pytest.raises(FileNotFoundError):
+        trainer.test(BoringModel(), data, ckpt_path="best", verbose=False)  # which nobody has trained
+    (tmp_path / "elsewhere").rename(best)
+    trainer.test(module, data, ckpt_path="best", verbose=False)
+    assert module.layer.weight.any()
