@@ -10,12 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 from lightning_halos import HalosMonitor, HalosStrategy
 from tests.star.evidence import Witness
 from tests.star.roles import Module, Task, samples
+
+HELD_OUT = samples(64, seed=9)
 
 
 class Deciding(Module):
@@ -78,6 +81,15 @@ class Journal(Callback):
         )
 
 
+def held_out_loss(state: dict[str, Tensor]) -> float:
+    """The loss of a model's state dict on the samples of validations and tests."""
+    module = Deciding(0.0)
+    module.load_state_dict(state)
+    inputs, targets, _ = HELD_OUT.tensors
+    with torch.no_grad():
+        return float(mse_loss(module.net(inputs), targets))
+
+
 def deciding_region(folder: str, name: str) -> None:
     """One worker of a region's job; see ``roles.region``."""
     task = Task.of_environment()
@@ -107,7 +119,7 @@ def deciding_region(folder: str, name: str) -> None:
         log_every_n_steps=10,
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
-    held_out = DataLoader(samples(64, seed=9), batch_size=32)
+    held_out = DataLoader(HELD_OUT, batch_size=32)
     trainer.fit(Deciding(task.pause, folder=places), data, held_out)
     trainer.test(dataloaders=held_out)
     trainer.test(ckpt_path="best", dataloaders=held_out)
