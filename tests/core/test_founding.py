@@ -154,9 +154,9 @@ def test_a_job_whose_model_arrives_is_not_replaced() -> None:
 # ---------------------------------------------------------------------- a server that is started again
 
 
-def enrolled(top: Founding, name: str, workers: int) -> list[tuple[str, int, int]]:
+def enrolled(top: Founding, name: str, workers: int, session: str = "") -> list[tuple[str, int, int]]:
     """The answers to an enrolment: name, workers of a global step, and workers of the regions before."""
-    sends = top.handle(top.index_of(name), Enrol(f"{name} {id(top)}", workers))
+    sends = top.handle(top.index_of(name), Enrol(session or f"{name} {id(top)}", workers))
     answers = [(top.name_of(send.to), send.message) for send in sends]
     return [(name, answer.workers, answer.first) for name, answer in answers if isinstance(answer, Enrolled)]
 
@@ -178,11 +178,22 @@ def test_after_a_restart_before_the_start_each_region_gets_the_numbers_that_it_w
     assert enrolled(again.node, "africa", 1) == [("africa", 5, 9)]
 
 
-def test_a_region_that_enrolled_before_the_restart_counts_for_the_start() -> None:
+def test_a_region_that_was_told_nothing_before_the_restart_counts_when_it_is_back() -> None:
     top = Founding("a run", min_regions=2)
     assert enrolled(top, "eu", 3) == []
     again = Founding("a run", min_regions=2, state=top.state_dict())
+    assert enrolled(again, "us", 2) == []
+    assert enrolled(again, "eu", 3) == [("us", 5, 0), ("eu", 5, 2)]
+
+
+def test_a_file_of_an_earlier_version_has_regions_that_were_told_and_whose_jobs_are_unknown() -> None:
+    regions = [{"name": "eu", "first": 0, "workers": 3}, {"name": "us", "first": 3, "workers": 2}]
+    again = Founding("a run", min_regions=2, state={"workers": 5, "regions": regions})
+    assert [again.name_of(index) for index in again.told] == ["eu", "us"]
     assert enrolled(again, "us", 2) == [("us", 5, 3)]
+    assert enrolled(again, "asia", 1) == [("asia", 5, 5)]
+    waits = Founding("a run", min_regions=3, state={"workers": None, "regions": regions})
+    assert waits.told == []
 
 
 def test_a_region_that_asks_again_on_a_new_connection_is_answered_once() -> None:
@@ -210,3 +221,117 @@ def test_a_region_whose_first_message_was_wrong_gets_a_place_of_its_own() -> Non
     top.handle(first, InitialModel(torch.ones(2)))
     top.node.start()
     assert top.node.handle(second, Enrol("c", 1))[0].message == Enrolled(2, 2)
+
+
+# ---------------------------------------------------------------------- jobs that are gone before the run begins
+
+
+def gone(top: Founding, name: str) -> None:
+    """The job of a region fails, or nothing is heard of it for too long."""
+    top.lose(top.index_of(name))
+
+
+def restarted(top: Founding, **options: Any) -> Founding:
+    return Founding("a run", **options, state=json.loads(json.dumps(top.state_dict())))
+
+
+@pytest.mark.parametrize("is_noticed", [False, True])
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_job_that_comes_back_with_other_workers_is_counted_as_it_is(is_noticed: bool, is_restarted: bool) -> None:
+    top = Founding("a run")
+    assert enrolled(top, "us", 1) == [("us", 1, 0)]
+    if is_noticed:
+        gone(top, "us")
+    if is_restarted:
+        top = restarted(top)
+    assert enrolled(top, "us", 2, "a new job") == [("us", 2, 0)]
+    top.handle(top.index_of("us"), Join("a new job", 2, DESCRIPTION))
+    top.handle(top.index_of("us"), InitialModel(torch.ones(2)))
+    assert top.node.budget.workers == 2
+
+
+def test_a_job_that_has_lost_its_connection_before_it_was_told_anything_does_not_count() -> None:
+    top = Founding("a run", min_regions=2)
+    assert enrolled(top, "us", 2) == []
+    top.disconnected(top.index_of("us"))
+    assert enrolled(top, "us", 4, "a new job") == []
+    assert enrolled(top, "eu", 2) == [("us", 6, 0), ("eu", 6, 4)]
+
+
+def test_a_region_that_has_only_tried_does_not_count() -> None:
+    top = Founding("a run", min_regions=2)
+    assert enrolled(top, "ap", 16) == []
+    top.disconnected(top.index_of("ap"))
+    assert enrolled(top, "eu", 2) == []
+    assert enrolled(top, "us", 2) == [("eu", 4, 0), ("us", 4, 2)]
+
+
+def test_numbers_stay_for_a_job_that_was_told_them_and_may_still_live() -> None:
+    top = Founding("a run", min_regions=2)
+    enrolled(top, "us", 2)
+    assert enrolled(top, "eu", 3) == [("us", 5, 0), ("eu", 5, 2)]
+    top.disconnected(top.index_of("eu"))
+    assert enrolled(top, "us", 4, "more workers") == [("us", 5, 5)], "behind all others"
+    gone(top, "us")
+    assert enrolled(top, "us", 1, "fewer workers") == [("us", 5, 5)], "in the place that it has"
+    assert enrolled(top, "eu", 3) == [("eu", 5, 2)]
+    gone(top, "us")
+    gone(top, "eu")
+    assert enrolled(top, "eu", 1, "a new job") == [], "the numbers are open again"
+    assert enrolled(top, "us", 1, "another new job") == [("eu", 2, 0), ("us", 2, 1)]
+
+
+def test_the_number_that_was_ordered_stays() -> None:
+    top = Founding("a run", workers=8)
+    assert enrolled(top, "us", 2) == [("us", 8, 0)]
+    assert enrolled(top, "us", 4, "a new job") == [("us", 8, 0)]
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_job_that_was_thought_gone_keeps_its_numbers_if_nobody_was_told_others(is_restarted: bool) -> None:
+    top = Founding("a run", min_regions=2)
+    enrolled(top, "us", 2, "us")
+    assert enrolled(top, "eu", 3, "eu") == [("us", 5, 0), ("eu", 5, 2)]
+    for name in ("us", "eu"):  # the server was not reached for a while
+        gone(top, name)
+    top = restarted(top, min_regions=2) if is_restarted else top
+    assert enrolled(top, "ap", 1) == []
+    assert enrolled(top, "eu", 3, "eu") == [("ap", 5, 5), ("eu", 5, 2)]
+    top.handle(top.index_of("us"), Join("us", 2, DESCRIPTION))
+    assert enrolled(top, "us", 2, "us") == [("us", 5, 0)]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_job_that_was_thought_gone_is_refused_if_others_were_told_other_numbers(
+    begins: bool, is_restarted: bool
+) -> None:
+    top = Founding("a run")
+    assert enrolled(top, "us", 2, "us") == [("us", 2, 0)]
+    gone(top, "us")
+    top = restarted(top) if is_restarted else top
+    assert enrolled(top, "eu", 3, "eu") == [("eu", 3, 0)]
+    us, eu = top.index_of("us"), top.index_of("eu")
+    node: Any = top
+    if begins:
+        top.handle(eu, Join("eu", 3, DESCRIPTION))
+        top.handle(eu, InitialModel(torch.ones(2)))
+        node = top.node
+        node.start()
+    refusal = node.handle(us, Join("us", 2, DESCRIPTION))[0].message
+    assert isinstance(refusal, Refusal)
+    assert refusal.for_good
+    assert refusal.reason.startswith("This job was told that a global step is divided by 2 worker(s), 0 of them before")
+    assert "Start this job again." in refusal.reason
+    assert enrolled(node, "us", 2, "a new job") == [("us", 3, 3)]
+
+
+def test_a_job_that_is_refused_does_not_count() -> None:
+    top = Founding("a run", min_regions=2)
+    enrolled(top, "us", 2, "us")
+    enrolled(top, "eu", 3, "eu")
+    us, eu = top.index_of("us"), top.index_of("eu")
+    top.handle(us, Join("us", 2, DESCRIPTION))
+    assert list(refused(top.handle(eu, Join("eu", 3, OTHER)))) == [eu]
+    gone(top, "us")
+    assert enrolled(top, "eu", 1, "mended") == []

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from lightning_halos.checkpoint.errors import CheckpointError
-from lightning_halos.core.messages import Enrol, Enrolled, Refusal, Welcome
+from lightning_halos.core.messages import Enrol, Enrolled, Failure, Refusal, Welcome
 from lightning_halos.core.placement import Placement
 from lightning_halos.core.topology import Topology
 from lightning_halos.serving import snapshots
@@ -123,7 +123,31 @@ def test_nobody_is_told_what_could_not_be_written(
     assert told(us) == (3, 0)
     assert "could not be written, and is tried again: no space" in server.events
     state = json.loads((tmp_path / "run" / "founding.json").read_text())
-    assert state == {"workers": 3, "regions": [{"name": "us", "first": 0, "workers": 3}]}
+    us_told = {"name": "us", "first": 0, "workers": 3, "session": us.process, "is_told": True}
+    assert state == {"workers": 3, "regions": [us_told], "gone": []}
+
+
+@pytest.mark.parametrize("end", ["it says goodbye", "it fails", "it disappears", "and the server, too"])
+def test_a_job_that_has_ended_before_the_start_does_not_count(serve: Serve, region: Regions, end: str) -> None:
+    server = serve(liveness=5.0)
+    us, eu = region("us", server), region("eu", server)
+    enrol(us, 1)
+    assert told(us) == (1, 0)
+    match end:
+        case "it says goodbye":
+            us.goodbye()
+        case "it fails":
+            us.post(Failure("us", "a mistake in setup()"))
+        case "it disappears":
+            us.cut()
+        case _:
+            us.cut()
+            kill(server)
+            server = serve(liveness=5.0)
+            server.server.host._missing[0] -= 30.0  # the time that jobs have for their return
+    until(lambda: not server.server.host.ask(lambda node: node.told))
+    enrol(eu, 2, server.port)
+    assert told(eu) == (2, 0)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
@@ -17,10 +18,15 @@ from lightning_halos import HalosMonitor, HalosStrategy
 from tests.star.evidence import Witness
 from tests.star.roles import Module, Task, samples
 
+HELD_OUT = samples(64, seed=9)
+
 
 class Deciding(Module):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", mse_loss(self.net(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
@@ -61,6 +67,9 @@ class Journal(Callback):
                 waited=stopping.wait_count,
             )
 
+    def on_test_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._write("tested", loss=float(trainer.callback_metrics["test_loss"]))
+
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._write(
             "end",
@@ -70,6 +79,15 @@ class Journal(Callback):
             rate=trainer.optimizers[0].param_groups[0]["lr"],
             loss=float(trainer.callback_metrics.get("val_loss", float("nan"))),
         )
+
+
+def held_out_loss(state: dict[str, Tensor]) -> float:
+    """The loss of a model's state dict on the samples of validations and tests."""
+    module = Deciding(0.0)
+    module.load_state_dict(state)
+    inputs, targets, _ = HELD_OUT.tensors
+    with torch.no_grad():
+        return float(mse_loss(module.net(inputs), targets))
 
 
 def deciding_region(folder: str, name: str) -> None:
@@ -101,4 +119,7 @@ def deciding_region(folder: str, name: str) -> None:
         log_every_n_steps=10,
     )
     data = DataLoader(samples(task.samples), batch_size=task.batch, shuffle=True)
-    trainer.fit(Deciding(task.pause, folder=places), data, DataLoader(samples(64, seed=9), batch_size=32))
+    held_out = DataLoader(HELD_OUT, batch_size=32)
+    trainer.fit(Deciding(task.pause, folder=places), data, held_out)
+    trainer.test(dataloaders=held_out)
+    trainer.test(ckpt_path="best", dataloaders=held_out)

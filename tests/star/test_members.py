@@ -14,7 +14,7 @@ import torch
 
 from tests.integration.harness import free_port
 from tests.star import roles
-from tests.star.deciding import deciding_region
+from tests.star.deciding import deciding_region, held_out_loss
 from tests.star.processes import Starter, wait_until
 from tests.star.roles import Task
 from tests.star.star import PREEMPTED, Job, Server, Star
@@ -114,7 +114,7 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     wait_until(lambda: len(journal(star, "begin")) == 6, LIMIT, starter.logs)
     star.hurry()
     evidence = star.wait(server, jobs, LIMIT)
-    evidence.assert_same_model([worker for job in jobs for worker in job.workers])
+    final = evidence.assert_same_model([worker for job in jobs for worker in job.workers])
     evidence.assert_used_once(task.epochs, task.samples)
     validated = journal(star, "validated")
     steps = [line["step"] for line in validated]
@@ -146,3 +146,10 @@ def test_one_job_decides_and_the_next_goes_on_with_what_its_callbacks_know(
     assert max(line["rate"] for line in ends) < 1e-4
     assert sorted(path.name for path in (star.evidence / "checkpoints-us").iterdir())
     assert sorted(path.name for path in (star.evidence / "checkpoints-eu").iterdir())
+    # The best file is where it was saved. A job that has none tests the final model.
+    tested = {name: [line for line in journal(star, "tested") if line["region"] == name] for name in star.regions}
+    assert [len(lines) for lines in tested.values()] == [4, 4]
+    assert all(line["loss"] == pytest.approx(min(known["loss"] for known in validated)) for line in tested["eu"])
+    assert all(line["loss"] == pytest.approx(held_out_loss(final)) for line in tested["us"])
+    assert starter.log("us-0").count("trainer.test() takes the model in memory") == 2
+    assert "takes the model in memory" not in starter.log("us-1") + starter.log("eu-0")

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,8 +15,16 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
+from lightning_halos.core.algorithms import ServerAlgorithm
+from lightning_halos.core.joining import Joining
+from lightning_halos.core.messages import Decide, Message, ModelCopy, Status, Welcome
 from lightning_halos.training.callback_states import put_states, states_as_text
+from lightning_halos.training.compat import expect_files_elsewhere
+from lightning_halos.training.membership import JoiningParty
 from lightning_halos.training.trainer_adapter import TrainerAdapter
+from lightning_halos.training.worlds import member
+from lightning_halos.transport.member_host import MemberHost
+from tests.core.star import DESCRIPTION
 
 
 def stopping(wait: int = 0) -> EarlyStopping:
@@ -282,3 +291,79 @@ def test_a_validation_in_every_step_does_not_wait_for_the_next_one() -> None:
 def test_a_last_validation_that_cannot_be_right_is_ignored(validated: str) -> None:
     handover = hand_over(f'{{"callbacks": {{}}, "validated": {validated}}}')
     assert handover.due == [60, 80]
+
+
+class Connection:
+    """A connection with the global server that writes down what a job does with it."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def post(self, message: Message) -> None:
+        self.done.append(type(message).__name__)
+
+    def serve(self, party: Any, goes_on: bool = False) -> None:
+        self.done.append("serve")
+
+
+def joining(connection: Any) -> JoiningParty:
+    """A job that joins, and waits for a copy of the model."""
+    party = JoiningParty(Joining("a job", 1, DESCRIPTION, lambda: torch.zeros(2)), connection)
+    party.connected()
+    party.receive(Welcome(0, 1, Status(0, 0.0, False), run="a run"), ())
+    return party
+
+
+def test_a_job_forgets_that_it_decides_with_the_connection_that_said_so() -> None:
+    party = joining(Connection())
+    party.receive(Decide(""), ())
+    party.connected()
+    party.receive(Welcome(0, 1, Status(0, 0.0, False, number=2), run="a run"), ())
+    party.receive(ModelCopy(0, 0, 1, torch.zeros(2)), ())
+    assert party.is_ready.is_set()
+    assert party.early == []
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_job_that_joins_knows_what_it_was_told_last_of_who_decides(decides: bool) -> None:
+    party = joining(Connection())
+    party.receive(Decide(""), ())
+    party.receive(Status(0, 0.0, False, number=2, decides=decides), ())
+    party.receive(ModelCopy(0, 0, 1, torch.zeros(2)), ())
+    assert party.early == [Decide("")] * decides
+
+
+def test_what_arrived_early_is_handled_before_anything_else_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection: Any = Connection()
+    host = MemberHost.__new__(MemberHost)
+    monkeypatch.setattr(MemberHost, "receive", lambda host, message, progress: connection.post(message))
+    runtime = MagicMock(region_host=host)
+    monkeypatch.setattr(member, "NodeRuntime", lambda *arguments, **options: runtime)
+    monkeypatch.setattr(member, "_region_node", MagicMock())
+    party = joining(connection)
+    party.receive(Decide(""), ())
+    connection.done.clear()
+    start = MagicMock(algorithm=MagicMock(spec=ServerAlgorithm))
+    start.trainer.num_devices = 1
+    member.MemberWorld(start, MagicMock(connection=connection, joining=party))
+    assert connection.done == ["Decide", "serve"]
+
+
+@pytest.mark.parametrize("path", [None, "best"])
+def test_a_job_whose_best_file_is_at_another_job_tests_the_model_in_memory(path: str | None, tmp_path: Path) -> None:
+    data, module = DataLoader(torch.randn(4, 32)), BoringModel()
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, data)
+    best = Path(trainer.checkpoint_callback.best_model_path)
+    expect_files_elsewhere(trainer)
+    with torch.no_grad():
+        module.layer.weight.zero_()
+    best.rename(tmp_path / "elsewhere")
+    trainer.test(dataloaders=data, ckpt_path=path, verbose=False)
+    assert not module.layer.weight.any()
+    with pytest.raises(FileNotFoundError):
+        trainer.test(BoringModel(), data, ckpt_path="best", verbose=False)  # which nobody has trained
+    (tmp_path / "elsewhere").rename(best)
+    trainer.test(module, data, ckpt_path="best", verbose=False)
+    assert module.layer.weight.any()

@@ -97,6 +97,11 @@ class Founding:
         """Number of members that have joined and are connected."""
         return len(self._members.joining)
 
+    @property
+    def told(self) -> list[int]:
+        """Indices of the members that were told numbers, and may still live. They are to be lost like all others."""
+        return self._enrolment.told
+
     def index_of(self, name: str) -> int:
         """Returns the index of the member with a name, which is the same for ever."""
         return self._members.index_of(name)
@@ -124,7 +129,8 @@ class Founding:
         member = self._members[sender]
         match message:
             case Enrol() if is_possible(message):
-                self._enrolment.enrol(member, message.workers)
+                if reason := self._enrolment.enrol(member, message.session, message.workers):
+                    return self._refuse(member, reason)
                 self._enrolment.ask(member)
                 return self._enrolment.answer()
             case Join():
@@ -154,20 +160,21 @@ class Founding:
     def disconnected(self, index: int) -> list[Send]:
         """Forgets a member whose connection is lost. It may join again."""
         member = self._members[index]
-        self._enrolment.forget(member)
+        self._enrolment.disconnect(member)
         self._founders.forget(member)
         if member.state is MemberState.JOINING:
             member.move(MemberEvent.DISCONNECT)
         return self._found()
 
     def lose(self, index: int) -> list[Send]:
-        """Forgets a member that was silent for too long. It may join again."""
+        """Forgets a member that was silent for too long, or whose job has ended. It may join again."""
+        self._enrolment.withdraw(self._members[index])
         return self.disconnected(index)
 
     def expel(self, index: int, reason: str) -> list[Send]:
         """Forgets a member, and refuses its session from now on."""
         self._members.refuse(self._members[index], reason)
-        return [Send(index, Refusal(reason)), *self.disconnected(index)]
+        return [Send(index, Refusal(reason)), *self.lose(index)]
 
     def status(self) -> dict[str, Any]:
         """Returns the members that have joined, as plain values."""
@@ -201,32 +208,37 @@ class Founding:
         if join.run:  # somebody may start the server again with the right directory
             return [Send(member.index, Refusal(OTHER_RUN, for_good=False))]
         if reason := self._members.refusal(member, join.session):
-            return [Send(member.index, Refusal(reason))]
+            return self._refuse(member, reason)
         try:
             descriptions.check(join.description)
         except ValueError as error:
             reason = str(error)[:_MOST_CHARACTERS]
-            return [Send(member.index, Refusal(f"This job cannot be part of a run: {reason}."))]
-        replaced = []
-        if self.description and (reason := descriptions.reason_against(self.description, join.description)):
-            if self._model is not None or not self._founders.is_overdue:
-                return [Send(member.index, Refusal(reason))]
-            replaced = self._replace_all(member, join.description)
+            return self._refuse(member, f"This job cannot be part of a run: {reason}.")
+        reason = descriptions.reason_against(self.description, join.description) if self.description else ""
+        if reason and (self._model is not None or not self._founders.is_overdue):
+            return self._refuse(member, reason)
+        if changed := self._enrolment.enrol(member, join.session, join.workers):
+            return self._refuse(member, changed)
+        replaced = self._replace_all(member, join.description) if reason else []
         self._founders.forget(member)  # it has a new connection, and is asked for the model again
         self.description = self.description or join.description
-        self._enrolment.enrol(member, join.workers)
         member.begin(join.session, join.workers, epoch=0)
         member.move(MemberEvent.JOIN)
         return [*replaced, *self._enrolment.answer(), *self._found()]
 
+    def _refuse(self, member: Member, reason: str) -> list[Send]:
+        """Refuses a member's job, which ends with it."""
+        self._enrolment.withdraw(member)
+        return [Send(member.index, Refusal(reason))]
+
     def _replace_all(self, member: Member, description: RunDescription) -> list[Send]:
         """Lets a member found another run than those that have joined, from which no initial model arrives."""
         log.warning("%s founds another run, because no initial model of the first one arrives.", member)
-        sends = []
+        sends: list[Send] = []
         for other in self._members.joining:
             assert self.description is not None
             reason = descriptions.reason_against(description, self.description)
-            sends.append(Send(other.index, Refusal(f"No initial model has arrived in time. {reason}")))
+            sends += self._refuse(other, f"No initial model has arrived in time. {reason}")
             self._founders.forget(other)
             other.move(MemberEvent.DISCONNECT)
         self.description = None
@@ -257,6 +269,7 @@ class Founding:
         if len(joined) >= self._min_regions and self.node is None:
             assert self.description is not None
             workers = self._enrolment.workers or sum(member.workers for member in joined)
+            self._enrolment.end()
             self.node = OpenGlobalNode(
                 self._run, self._model, self.description, workers, self._members, self._preferred, self._patience
             )

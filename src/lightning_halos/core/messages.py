@@ -187,7 +187,7 @@ class Enrolled:
     """What a job must know before its module is set up. The answer waits until the number of workers is known."""
 
     workers: int  # number of workers that a global step is divided by
-    first: int  # workers of the regions that enrolled before this one; the same for ever for a region's name
+    first: int  # workers of the regions that enrolled before this one
 
 
 @dataclass

@@ -74,10 +74,10 @@ class Roster:
         """Members that take part in the run, even if they are not connected just now."""
         return [member for member in self if member.is_present]
 
-    def refuse(self, member: Member, reason: str) -> None:
-        """Refuses a member's session from now on."""
-        if member.session:
-            self.refused[member.index, member.session] = reason[:_SHOWN]
+    def refuse(self, member: Member, reason: str, session: str | None = None) -> None:
+        """Refuses a session of a member, its present one by default, from now on."""
+        if session := member.session if session is None else session:
+            self.refused[member.index, session] = reason[:_SHOWN]
         while len(self.refused) > _MOST_REFUSED:
             del self.refused[next(iter(self.refused))]
 

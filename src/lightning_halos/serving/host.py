@@ -96,14 +96,9 @@ class RunHost:
         self._traffic: dict[str, list[int]] = {}  # bytes sent and received on connections that have ended, by name
         # Since when a member has been without connection, by `time.monotonic`. After a restart they get more time,
         # because they may have been away for long, and then dial only now and then.
-        members = node.status()["members"] if isinstance(node, OpenGlobalNode) else {}
         self.returns_within = max(RETURN, liveness)
         since = time.monotonic() + self.returns_within - liveness
-        self._missing = {
-            node.index_of(name): since
-            for name, member in members.items()
-            if member["state"] == MemberState.DISCONNECTED.value
-        }
+        self._missing = dict.fromkeys(node.told if isinstance(node, Founding) else _disconnected(node), since)
 
     def ask(self, question: Callable[[Node], T]) -> T:
         """Returns what a function returns for the node, which handles no message meanwhile."""
@@ -389,7 +384,10 @@ class RunHost:
             self._note(
                 client, f"{client} has said goodbye before the run's end, and without its last update.", logging.WARNING
             )
-            self._disconnect(client.index)
+            if isinstance(self.node, Founding):  # its job ends
+                self._post(self._lost(client.index))
+            else:
+                self._disconnect(client.index)
 
     def _disconnect(self, index: int) -> None:
         self._missing.setdefault(index, time.monotonic())
@@ -514,3 +512,8 @@ class RunHost:
     def _sent(self, client: Client, vector: Tensor | None) -> None:
         with self._lock:
             client.has_sent(vector)
+
+
+def _disconnected(node: OpenGlobalNode) -> list[int]:
+    members = node.status()["members"].items()
+    return [node.index_of(name) for name, member in members if member["state"] == MemberState.DISCONNECTED.value]

@@ -122,7 +122,7 @@ class RunDirectory:
         """
         try:
             state: dict[str, Any] = json.loads(self._founding_file.read_bytes())
-            if not isinstance(state, dict) or state.keys() != {"workers", "regions"}:
+            if not isinstance(state, dict) or not {"workers", "regions"} <= state.keys():
                 raise ValueError("it has another format")
         except FileNotFoundError:
             return None

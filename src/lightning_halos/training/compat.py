@@ -32,16 +32,20 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector import result as results
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _update_dataloader
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler
+
+from lightning_halos.checkpoint.files import is_local, local_path
 
 __all__ = [  # names of Lightning; the functions below need no mention
     "StrategyRegistry",
@@ -488,3 +492,35 @@ def enclose_validation(trainer: pl.Trainer, begin: Callable[[], object], end: Ca
         return outputs
 
     vars(loop).update(on_run_start=on_run_start, on_run_end=on_run_end)
+
+
+class _FilesElsewhere(_CheckpointConnector):
+    """Takes the model in memory after a fit if the best file is to be used, and this job has none."""
+
+    module: pl.LightningModule  # of the last fit
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        is_default = ckpt_path is None and not model_provided and not self._hpc_resume_path
+        is_fitted = state_fn != TrainerFn.FITTING and self.trainer.lightning_module is self.module
+        if is_fitted and (is_default or ckpt_path == "best"):
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            is_here = bool(best) and (not is_local(best) or local_path(best).exists())
+            if not self.trainer.strategy.broadcast(is_here):  # the processes of a job may have different disks
+                if self.trainer.local_rank == 0:  # forked processes do not know yet that they are not rank 0
+                    rank_zero_info(
+                        f"trainer.{state_fn.value}() takes the model in memory, because this job has no best"
+                        " checkpoint: only the job that decides for the run saves checkpoints."
+                    )
+                return None
+        return super()._parse_ckpt_path(
+            state_fn, ckpt_path, model_provided=model_provided, model_connected=model_connected
+        )
+
+
+def expect_files_elsewhere(trainer: pl.Trainer) -> None:
+    """Lets evaluations after a fit take the model in memory if ``ckpt_path`` means the best file, and there is none.
+
+    Call it at the start of the fit, in the process that calls the Trainer.
+    """
+    connector: Any = trainer._checkpoint_connector
+    connector.__class__, connector.module = _FilesElsewhere, trainer.lightning_module

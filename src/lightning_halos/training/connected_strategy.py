@@ -140,6 +140,11 @@ class ConnectedStrategy(ParallelStrategy):
         return {"num_replicas": super().world_size, "rank": LightningRank(self.global_rank)}
 
     @property
+    def is_member(self) -> bool:
+        """Whether the job is one region of the run of a global server."""
+        return self._server is not None
+
+    @property
     def topology(self) -> Topology:
         """The regions and servers. Known after an entry point of the Trainer has started its processes."""
         topology = self._topology if self._site is None else self._site.topology

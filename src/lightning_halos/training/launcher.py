@@ -23,11 +23,13 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_halos.simulation.history import Event
 from lightning_halos.training.compat import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
+    expect_files_elsewhere,
     set_num_threads_if_needed,
 )
 from lightning_halos.transport.address import unused_port
@@ -109,11 +111,19 @@ def choose_port(environment: ClusterEnvironment) -> None:
         os.environ.setdefault("MASTER_PORT", str(unused_port()))
 
 
+def _prepare(trainer: pl.Trainer | None) -> None:
+    """Prepares a Trainer for a fit in a job that is one region of a run."""
+    strategy: Any = None if trainer is None else trainer.strategy
+    if trainer is not None and strategy.is_member and trainer.state.fn == TrainerFn.FITTING:
+        expect_files_elsewhere(trainer)
+
+
 class ScriptLauncher(SubprocessScriptLauncher):
     """Lightning's launcher, without its check of ``devices * num_nodes`` where the launcher's numbers count."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         choose_port(self.cluster_environment)
+        _prepare(trainer)
         if Started.by(self.cluster_environment) is None:
             return super().launch(function, *args, trainer=trainer, **kwargs)
         set_num_threads_if_needed(self.num_processes)
@@ -129,6 +139,7 @@ class FunctionLauncher(MultiProcessingLauncher):
             if is_store_port(int(os.environ.get("MASTER_PORT", 0))):  # of an earlier fit in this process
                 os.environ["MASTER_PORT"] = str(unused_port())
             choose_port(strategy.cluster_environment)
+        _prepare(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
 
 

@@ -26,6 +26,7 @@ from lightning_halos.core.compat import bytes_of, dense_parts
 from lightning_halos.core.joining import Joining
 from lightning_halos.core.layout import Layout
 from lightning_halos.core.messages import (
+    Decide,
     Enrol,
     Enrolled,
     GlobalModel,
@@ -292,7 +293,7 @@ class JoiningParty:
         node: Says what to send.
 
     Attributes:
-        early: Other messages that have arrived meanwhile, for the region's server.
+        early: Other messages that have arrived on the present connection, for the region's server.
         is_ready: Is set when the job has joined and has the global model.
     """
 
@@ -305,6 +306,7 @@ class JoiningParty:
 
     def connected(self) -> list[Message]:
         with self._lock:
+            self.early.clear()  # what an earlier connection has brought, such as who decides, may no longer be so
             return [self.node.join()]
 
     def disconnected(self) -> None:
@@ -318,6 +320,8 @@ class JoiningParty:
             if not isinstance(message, Welcome | Status | ModelCopy | GlobalModel):
                 self.early.append(message)
                 return True
+            if isinstance(message, Status) and not message.decides:
+                self.early = [earlier for earlier in self.early if not isinstance(earlier, Decide)]
             for send in self.node.handle(message):
                 sent = send.complete()
                 assert not isinstance(sent, Shard)

@@ -50,7 +50,7 @@ class NodeRuntime:
         store: Writes a node's part of a snapshot in the background.
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
         membership: On rank 0 of a job that is one region of a run, its connection with the global server, which only
-            lane 0 has, and the answer to its request to join.
+            lane 0 has, and the answer to its request to join. The caller lets the region's host use the connection.
         layout: The slices of the lanes. Default: there is one lane.
         describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
         threads: Number of threads in which the servers of this process compute.
@@ -127,8 +127,6 @@ class NodeRuntime:
             if self.global_host is not None:
                 self.global_host.do("start")
             self.region_host.do("start")
-            if isinstance(self.region_host, MemberHost) and membership is not None and membership[0] is not None:
-                membership[0].serve(self.region_host, goes_on=True)
         if self._lanes is not None:
             self._lanes.start()
         self.client = WorkerClient(link, self.alarm, timeout, interrupted)

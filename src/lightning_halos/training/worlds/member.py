@@ -68,9 +68,10 @@ class MemberWorld(World):
         self.client = runtime.client
         host = runtime.region_host
         self._host = host if isinstance(host, MemberHost) else None
-        if self._host is not None and joining is not None:
-            for message in joining.early:
+        if self._host is not None and joining is not None and membership.connection is not None:
+            for message in joining.early:  # which are older than all that arrives from now on
                 self._host.receive(message, ())
+            membership.connection.serve(self._host, goes_on=True)
         planner = algorithm.planner(start.workers, budget.max_steps)
         local_steps, share = planner.local_steps(site.rank, budget.total), planner.share(budget.total)
         self.first_round = WorkerRound(site.rank, local_steps, budget.position, share)
