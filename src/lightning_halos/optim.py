@@ -187,6 +187,11 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all()
+        return loss
+
+    @torch.compiler.disable  # torch.compile would not see that torch's optimizers get other groups, and train nothing
+    def _step_all(self) -> None:
         muon, adamw = [], []
         for group in self.param_groups:
             if not group["use_muon"]:
@@ -197,7 +202,6 @@ class MuonAdamW(Optimizer):
                 muon.append(_for_muon(group))
         _step(self._muon, muon, self.state)
         _step(self._adamw, adamw, self.state)
-        return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state of ``state_dict``.
