@@ -190,7 +190,8 @@ class MuonAdamW(Optimizer):
         self._step_all()
         return loss
 
-    @torch.compiler.disable  # torch.compile would not see that torch's optimizers get other groups, and train nothing
+    # A compiled step would not see that torch's optimizers get other groups, and would train nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_all(self) -> None:
         muon, adamw = [], []
         for group in self.param_groups:
