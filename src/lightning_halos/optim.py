@@ -197,6 +197,12 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all()
+        return loss
+
+    # A compiled step would not see that torch's optimizers get other groups, and would train nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step_all(self) -> None:
         muon, adamw = [], []
         for group in self.param_groups:
             if not group["use_muon"]:
@@ -207,7 +213,6 @@ class MuonAdamW(Optimizer):
                 muon.append(_for_muon(group))
         _step(self._muon, muon, self.state)
         _step(self._adamw, adamw, self.state)
-        return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state of ``state_dict``.

@@ -210,9 +210,43 @@ def test_the_progress_bar_has_room_for_4_workers(workers: int, rounds: str, stal
     assert bar.get_metrics(None, None) == {"loss": 1.0, "rounds": rounds, "staleness": staleness}
 
 
-def test_a_log_without_the_monitor_has_no_picture(tmp_path: Path) -> None:
+def test_a_log_that_is_missing_has_no_picture(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.csv does not exist"):
         HalosMonitor.plot(tmp_path)
-    (tmp_path / "metrics.csv").write_text("step,loss\n1,2\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["step,loss\n1,2\n", "name,loss\nfirst,bad\n", "", "step,halos/seconds\n", "halos/seconds\n1\n"]
+)
+def test_a_log_without_the_monitor_has_no_picture(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(ValueError, match="not the log of a run with HalosMonitor"):
         HalosMonitor.plot(tmp_path)
+
+
+def drawn(tmp_path: Path, *rows: str) -> dict[str, list[float]]:
+    """The times at which the lines of a picture have points, by the lines' names."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    figure = HalosMonitor.plot(tmp_path)
+    return {line.get_label(): list(line.get_xdata()) for axis in figure.axes for line in axis.get_lines()}
+
+
+def test_a_run_in_which_no_round_was_reported_has_a_picture(tmp_path: Path) -> None:
+    names = "step,halos/seconds,halos/staleness,halos/bytes_between_regions,halos/bytes_within_regions"
+    assert drawn(tmp_path, names, "0,1,0,0,0") == {
+        "all workers": [1],
+        "between regions": [1],
+        "inside regions": [1],
+    }
+
+
+@pytest.mark.parametrize("steps", [(4, 8, 8, 12, 12, 16), (4, 8, 8, 0, 4, 8), (4, 8, 8, 6, 6, 12), (4, 4, 4, 4, 4, 4)])
+def test_the_time_of_a_second_fit_in_a_log_goes_on_from_the_first(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    cells = ("1,5,", "3,4,", ",,3.5", "0.5,3,", ",,2.5", "2.5,2,")
+    rows = [f"{step},{row}" for step, row in zip(steps, cells, strict=True)]
+    times = drawn(tmp_path, "step,halos/seconds,train_loss,val_loss", *rows)
+    if len(set(steps)) > 1:
+        assert times["train_loss"] == [1, 3, 3.5, 5.5]
+    for line in times.values():
+        assert line == sorted(line)

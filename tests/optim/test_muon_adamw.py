@@ -364,6 +364,18 @@ class TestGroups:
             MuonAdamW(net)
 
 
+@needs_muon
+def test_a_compiled_step_trains_as_any_other() -> None:
+    nets, ends = [Net(), Net()], []
+    for net, is_compiled in zip(nets, (False, True), strict=True):
+        optimizer = MuonAdamW(net, **OPTIONS)
+        if is_compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        ends.append(train(net, optimizer))
+        assert len(optimizer.state) == len(list(net.parameters()))
+    assert_equal(*ends)
+
+
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(RuntimeError, match=r"needs torch 2.9 or newer.*this is torch " + torch.__version__[:3]):

@@ -31,6 +31,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.serving import client, host, snapshots
 from lightning_halos.serving import server as server_module
 from lightning_halos.serving.final_model import checkpoint_of
+from lightning_halos.serving.inquiry import ask_status
 from lightning_halos.serving.storage import RunDirectory
 from lightning_halos.transport.errors import PeerLostError
 from lightning_halos.transport.revocations import Revocations
@@ -655,13 +656,34 @@ def test_a_snapshot_that_failed_when_a_member_came_is_written_later(
 
 def test_a_name_has_a_limited_number_of_connections(serve: Serve, region: Regions) -> None:
     server = serve(workers=1)
-    for _ in range(client._MOST_SESSIONS):
-        region("us", server).connect()
-    one_more = region("us", server)
-    one_more.connect()
+    askers = [region("us", server) for _ in range(client.MOST_SESSIONS)]
+    for asker in askers:
+        asker.connect()
+    refused = [region("us", server) for _ in range(client._MOST_REFUSED)]
+    for one_more in refused:
+        one_more.connect()
+        refusal = one_more.expect(Refusal)
+        assert refusal.reason.startswith("us has 16 connections already.")
+        assert not refusal.for_good
+    cut = region("us", server)
+    cut.connect()
     with pytest.raises(PeerLostError):
-        one_more.expect(StatusReply)
+        cut.expect(Refusal)
     region("eu", server).enter()
+    for one in (*askers, *refused):
+        one.goodbye()
+    until(lambda: len(list(server.server.host._clients)) == 1)
+    region("us", server).enter()
+
+
+def test_who_asks_for_the_status_again_and_again_does_not_keep_its_region_out(
+    serve: Serve, region: Regions, keys: Path
+) -> None:
+    server = serve(workers=1)
+    for _ in range(3 * client.MOST_SESSIONS):
+        assert ask_status(f"127.0.0.1:{server.port}", keys / "us.pem", LIMIT)
+    region("us", server).enter()
+    assert "is refused" not in server.events
 
 
 def test_who_asks_for_models_and_takes_none_is_expelled(

@@ -66,8 +66,9 @@ class HalosMonitor(Callback):
     def plot(log: str | Path, picture: str | Path | None = None) -> Any:
         """Draws loss, staleness, compute share and traffic over time, from the log of a ``CSVLogger``.
 
-        Time is that of the simulated cluster, or in a real run the time since the start of the fit. Every metric with
-        ``loss`` in its name is drawn.
+        Time is that of the simulated cluster, or in a real run the time since the start of the fit. If the log has
+        several fits, the time of each goes on from the last one before. Every metric with ``loss`` in its name is
+        drawn.
 
         Args:
             log: The ``metrics.csv``, or its folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_halos.extras import picture_package
 
+_SECONDS = "halos/seconds"
 _MB = 1e6
 _MOST_LINES = 8  # of workers in one panel
 
@@ -21,18 +23,15 @@ def draw(log: Path, picture: str | Path | None) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. Give the metrics.csv of a CSVLogger, or its folder.")
     columns = _read(path)
-    if "halos/seconds" not in columns:
-        raise ValueError(f"{path} is not the log of a run with HalosMonitor: it has no column halos/seconds.")
-    seconds = columns["halos/seconds"]
     figure = picture_package("matplotlib.figure").Figure(figsize=(9, 10), layout="constrained")
     axes = figure.subplots(4, sharex=True)
 
     def lines(axis: Any, title: str, names: dict[str, str], scale: float = 1.0) -> None:
+        names = {name: label for name, label in names.items() if name in columns}  # a short run may have no shares
         for name, label in names.items():
-            steps, values = columns[name]
+            times, values = columns[name]
             color = "black" if name == "halos/staleness" else None
-            # A loss may have rows of its own, without a time.
-            axis.plot(np.interp(steps, *seconds), values / scale, ".-", markersize=4, label=label, color=color)
+            axis.plot(times, values / scale, ".-", markersize=4, label=label, color=color)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.margins(x=0.01)
@@ -59,14 +58,40 @@ def draw(log: Path, picture: str | Path | None) -> Any:
 
 
 def _read(path: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """The steps and values of each column."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """The times and values of each column that is drawn. A row without a time, as of a loss, has that of its step.
+
+    With a fit the seconds begin anew, and perhaps the steps, too. Its time goes on from the last one before.
+    """
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if text and name not in ("step", "epoch"):
-                    found.setdefault(name, []).append((float(row["step"]), float(text)))
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or ()
+        rows = [row for row in reader if row["step"]] if {"step", _SECONDS} <= set(columns) else []
+    fits: list[list[tuple[float, float]]] = []  # steps and times
+    drawn: list[tuple[int, dict[str, str]]] = []  # rows, and to which fit they belong
+    begin, last = 0.0, (math.inf, math.inf)
+    for row in rows:
+        if text := row[_SECONDS]:
+            step, seconds = now = float(row["step"]), float(text)
+            if step < last[0] or seconds < last[1]:
+                begin += last[1] if fits else 0.0
+                fits.append([])
+            fits[-1].append((step, begin + seconds))
+            last = now
+        drawn.append((max(0, len(fits) - 1), row))
+    if not fits:
+        raise ValueError(f"{path} is not the log of a run with HalosMonitor: it has no steps with {_SECONDS}.")
+    points = [np.array(fit).T for fit in fits]
+    found: dict[str, list[tuple[float, float]]] = {}
+    for fit, row in drawn:
+        time = float(np.interp(float(row["step"]), *points[fit]))
+        for name in columns:
+            if _is_drawn(name) and (text := row[name]):
+                found.setdefault(name, []).append((time, float(text)))
     return {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in found.items()}
+
+
+def _is_drawn(name: str) -> bool:
+    return "loss" in name or name.startswith("halos/") or name == "virtual_seconds"
 
 
 def _workers(columns: dict[str, Any], prefix: str) -> dict[str, str]:

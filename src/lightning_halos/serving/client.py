@@ -22,7 +22,10 @@ from lightning_halos.transport.session import Session
 from lightning_halos.transport.vector_parts import VectorForm
 
 _PAUSE = 0.01  # seconds between two looks
-_MOST_SESSIONS = 16  # of one name; one is the member's, the others ask for the status
+MOST_SESSIONS = 16
+"""Largest number of connections of one name. One is the member's, the others ask for the status."""
+
+_MOST_REFUSED = 16  # further connections of one name, which are told that there are too many
 
 
 @dataclass(eq=False)
@@ -131,12 +134,18 @@ class Clients:
         self._lock = threading.Lock()
 
     def add(self, client: Client) -> bool:
-        """Adds a client, unless too many have its name. Returns whether it did."""
+        """Adds a client, unless far too many have its name. If too many have it, the client is to be refused.
+
+        Returns:
+            Whether it was added.
+        """
         with self._lock:
             others = sum(other.session.name == client.session.name for other in self._clients)
-            if others < _MOST_SESSIONS:
+            client.is_refused = others >= MOST_SESSIONS
+            is_added = others < MOST_SESSIONS + _MOST_REFUSED
+            if is_added:
                 self._clients.append(client)
-        return others < _MOST_SESSIONS
+        return is_added
 
     def remove(self, client: Client) -> None:
         """Removes a client."""

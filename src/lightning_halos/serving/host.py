@@ -38,7 +38,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.open_global_node import OpenGlobalNode
 from lightning_halos.core.protocol import GlobalState, ProtocolError, Send, uses_models_link
 from lightning_halos.core.snapshot import Shard
-from lightning_halos.serving.client import Client, Clients
+from lightning_halos.serving.client import MOST_SESSIONS, Client, Clients
 from lightning_halos.serving.gate import SnapshotGate
 from lightning_halos.serving.journal import Journal
 from lightning_halos.transport.certificates import Certificate
@@ -113,11 +113,17 @@ class RunHost:
     def admit(self, session: Session) -> None:
         """Starts to serve an authenticated peer. It does not wait for the node, which may be busy with an update."""
         client = Client(session, time.time())
-        if self._clients.add(client):
-            self._start(client, session.control)
-        else:
+        if not self._clients.add(client):  # it does not even take a reason
             self._note(client, f"{client} is refused: it has too many connections already.", logging.WARNING)
             session.abort()
+            return
+        self._start(client, session.control)
+        if client.is_refused:
+            self._refuse(
+                client,
+                f"{session.name} has {MOST_SESSIONS} connections already. Somebody may ask for the status with its keys"
+                " again and again.",
+            )
 
     def watch(self, now: float) -> None:
         """Notices goodbyes, and loses the members of which nothing came for too long.
@@ -283,6 +289,8 @@ class RunHost:
                     raise ProtocolError(f"it does not take what it asks for: {client.unsent} messages wait for it")
                 client.begins_to_send(None)
                 client.session.control.post(StatusReply(self._status()), sent=partial(self._sent, client, None))
+                if client.index is None:
+                    self._close(client, GOODBYE)
                 return []
             case Enrol() | Join():
                 if not self._identify(client, message):
