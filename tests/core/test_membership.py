@@ -14,6 +14,7 @@ import torch
 
 from lightning_halos.core import leasing, open_global_node
 from lightning_halos.core.cursor import LeaseStock, Spans
+from lightning_halos.core.description import check as check_description
 from lightning_halos.core.description import reason_against
 from lightning_halos.core.members import MEMBER_TRANSITIONS, Member, MemberEvent, MemberState
 from lightning_halos.core.messages import (
@@ -1007,3 +1008,17 @@ def test_a_stock_drops_what_others_have() -> None:
     stock.add(node._leasing.cursor.take(8))
     stock.drop([(2, 4), (7, 40)], 40)
     assert [(lease.first, lease.steps) for lease in stock] == [(0, 2), (4, 3)]
+
+
+def test_a_teacher_is_moved_by_the_differences_of_the_regions() -> None:
+    described = dataclasses.replace(DESCRIPTION, shapes=[[1]], buffers=[("ema", [1])], teachers=1)
+    star, first, second = pair(described)
+    for job, moved in ((first, -4.0), (second, -2.0)):
+        update = RegionUpdate(job.index, 0, 0, vector=torch.tensor([0.0, moved]), number=1)
+        star.node.handle(job.index, update)
+    assert star.node.server.model.tolist() == [0.0, 3.0]
+
+
+def test_teachers_are_among_what_is_averaged() -> None:
+    with pytest.raises(ValueError, match="2 elements of teachers: must be from 0 to the 1 of the buffers"):
+        check_description(dataclasses.replace(DESCRIPTION, buffers=[("ema", [1])], teachers=2))

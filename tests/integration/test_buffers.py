@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
+from lightning_halos import DilocoStrategy
 from tests.integration.conftest import Run
 from tests.integration.harness import Result
 from tests.integration.toys import BATCH, FEATURES, Toy, fit, halos, loader, make_trainer, state
@@ -107,23 +108,25 @@ class Marching(Toy):
         self.teacher.bias += 1
 
 
-def marching(options: dict[str, Any], devices: int) -> Result:
-    return fit(Marching(), devices=devices, max_steps=40, strategy=halos(local_steps=4, **options))
+def marching(kind: Any, options: dict[str, Any], devices: int) -> Result:
+    return fit(Marching(), devices=devices, max_steps=40, strategy=kind(local_steps=4, **options))
 
 
 @pytest.mark.parametrize(
-    ("devices", "options"),
+    ("kind", "devices", "options"),
     [
-        (WORKERS, {"regions": 1}),
-        (WORKERS, {"regions": 1, "overlap": True}),
-        (4, {"regions": 2, "accumulate_updates": 1}),
+        (halos, WORKERS, {"regions": 1}),
+        (halos, WORKERS, {"regions": 1, "overlap": True}),
+        (halos, 4, {"regions": 2, "accumulate_updates": 1}),
+        (halos, 4, {"regions": 2, "accumulate_updates": 1, "worker": 2}),
+        (DilocoStrategy, WORKERS, {"timeout": 60}),
     ],
-    ids=["one region", "overlap", "two regions"],
+    ids=["one region", "overlap", "two regions", "workers of two processes", "DiLoCo"],
 )
-def test_a_teacher_moves_as_far_as_the_workers_move_theirs_on_average(
-    run: Run, devices: int, options: dict[str, Any]
+def test_a_teacher_moves_as_far_as_those_of_its_workers(
+    run: Run, kind: Any, devices: int, options: dict[str, Any]
 ) -> None:
-    results = run(marching, options, devices, workers=devices)
+    results = run(marching, kind, options, devices, workers=devices)
     mean = sum(result["optimizer_steps"] for result in results) / devices
     for result in results:
         moved = result["state"]["teacher.bias"] - results[0]["start"]["teacher.bias"]

@@ -257,9 +257,11 @@ class TestRevocations:
 
     @pytest.mark.parametrize("line", ["a,b", "a;", "a:", "a b", "b yesterday", "a 2020-01-01T00:00:00Z again"])
     def test_a_line_that_is_not_understood_lets_nobody_in(self, revocations: Revocations, line: str) -> None:
-        revocations.path.write_text(f"c\n{line}\n")
+        revocations.path.write_text(f"{line}\nc\n")
+        with pytest.raises(CertificateRefusedError):
+            revocations.check(certificate("c"))  # all the same
         for name in "abd":
-            with pytest.raises(OSError, match=f"revoked, line 2, is {line!r}. It must be a region's name"):
+            with pytest.raises(OSError, match=f"revoked, line 1, is {line!r}. It must be a region's name"):
                 revocations.check(certificate(name))
 
     def test_a_file_in_another_encoding_lets_nobody_in(self, revocations: Revocations) -> None:

@@ -49,6 +49,23 @@ def test_reminds_of_keys_that_expire_soon_once_a_day_until_they_are_replaced(
         entrance.close()
 
 
+def test_says_once_which_line_of_the_revoked_names_is_wrong_also_if_nobody_is_connected(tmp_path: Path) -> None:
+    make_authority(tmp_path, ["localhost"])
+    revoked = tmp_path / "revoked"
+    revoked.write_text("us-east\nus,eu\n")
+    notes: list[str] = []
+    entrance = Entrance(Address("127.0.0.1", 0), tmp_path / "server.pem", tmp_path, lambda session: None, notes.append)
+    try:
+        for text in ("us-east\nus,eu\n", "us-east\n", "eu us\n"):
+            revoked.write_text(text)
+            entrance.renew()
+            entrance.renew()
+        found = [note for note in notes if "revoked" in note]
+        assert [note.partition("line ")[2][:13] for note in found] == ["2, is 'us,eu'", "1, is 'eu us'"]
+    finally:
+        entrance.close()
+
+
 def test_new_connections_see_the_new_keys_of_both_sides(tmp_path: Path) -> None:
     make_authority(tmp_path, ["localhost"], days=20)
     make_region(tmp_path, "us", days=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import logging
@@ -249,8 +250,9 @@ class Experts(Plain):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y, _ = batch
         expert = self.experts[(self.global_rank + batch_idx) % 3]
+        wave = (x * self.wave.conj()).real + (x * self.wave).abs()
         rows = self.rows((x[:, :2].abs() * 2).long().clamp(0, 7))
-        return mse_loss(self.net(x) + expert(x) + rows + (x * self.wave).abs().sum(1, keepdim=True), y)
+        return mse_loss(self.net(x) + expert(x) + rows + wave.sum(1, keepdim=True), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -306,11 +308,12 @@ def test_the_model_of_synchronous_rounds_was_there_at_the_end_of_the_last_one(st
     assert made.model_seconds == seconds
 
 
-@every_strategy
-def test_rank_0_decides_for_everybody(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "accumulated"), [*((name, 1) for name in STRATEGIES), ("sync_sgd", 2)])
+def test_rank_0_decides_for_everybody(name: str, accumulated: int, tmp_path: Path) -> None:
     stopping = EarlyStopping("val_loss", patience=0, mode="max")  # it falls, so this stops at the second validation
     saving = ModelCheckpoint(tmp_path, monitor="val_loss")
-    trainer, _ = fit(name, max_steps=400, val_check_interval=10, check_val_every_n_epoch=None,
+    flags = {"max_steps": 400, "val_check_interval": 10, "check_val_every_n_epoch": None}
+    trainer, _ = fit(name, **flags, accumulate_grad_batches=accumulated,
                      callbacks=[stopping, saving], enable_checkpointing=True)  # fmt: skip
     assert trainer.strategy.history[-1].steps < 60 * WORKERS
     assert len(list(tmp_path.glob("*.ckpt"))) == 1
@@ -336,12 +339,34 @@ class StopsBetweenBatches(Toy):
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_epoch_start"])
-@pytest.mark.parametrize("name", ["halos", "sync_sgd"])
-def test_any_worker_may_stop_the_run_between_two_batches(name: str, hook: str) -> None:
+@pytest.mark.parametrize(("name", "accumulated"), [("halos", 1), ("sync_sgd", 1), ("sync_sgd", 2)])
+def test_any_worker_may_stop_the_run_between_two_batches(name: str, accumulated: int, hook: str) -> None:
     module = StopsBetweenBatches()
     module.hook = hook
-    trainer, _ = fit(name, module, max_epochs=50)
+    trainer, _ = fit(name, module, max_epochs=50, accumulate_grad_batches=accumulated)
     assert trainer.strategy.history[-1].steps < 50 * SAMPLES // BATCH
+
+
+class Marching(Toy):
+    """A teacher that moves by 1 in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.teacher[0].bias += 1
+
+
+@pytest.mark.parametrize("name", ["async_local_sgd", "diloco", "sync_sgd"])
+def test_a_teacher_moves_as_far_as_those_of_its_workers(name: str) -> None:
+    module = Marching()
+    before = module.teacher[0].bias.clone()
+    trainer, _ = fit(name, module, max_steps=40)
+    moved = module.teacher[0].bias - before
+    expected = torch.full_like(moved, trainer.strategy.history[-1].steps / WORKERS)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_worker_that_raises_ends_the_simulation() -> None:

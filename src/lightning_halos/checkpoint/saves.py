@@ -8,7 +8,8 @@ A checkpoint replaces nothing until it is complete:
        |
     COMPLETE   the checkpoints that it replaces are removed
 
-    FAILED     from PENDING or WRITTEN: a warning; its files are removed, the checkpoints it would have replaced stay
+    FAILED     from PENDING or WRITTEN: a warning; its files are removed, and the checkpoints that it would have
+               replaced stay until a later save, of any callback, is complete
 
 A crash at any moment leaves the checkpoints that were complete before it. ``writer`` writes the files in the
 background. The contents of a save are decided by its callers.

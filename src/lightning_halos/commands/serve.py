@@ -102,14 +102,16 @@ def _revoke(arguments: argparse.Namespace) -> int:
             f"--directory {arguments.directory} does not exist. Give the directory of the run's server; if it has"
             " not started yet, make the directory first."
         )
+    revocations = Revocations(arguments.directory / REVOKED)
     try:
-        Revocations(arguments.directory / REVOKED).add(arguments.revoke)
+        revocations.add(arguments.revoke)
     except ValueError as error:
         raise ValueError(f"--revoke {error}") from None
     print(f"{arguments.revoke} is revoked in {arguments.directory / REVOKED}. A key made from now on is accepted.")
     known = _regions(arguments.directory)
     if known and arguments.revoke not in known:
         print(f"Note: the run in {arguments.directory} has had no such region yet, but {', '.join(sorted(known))}.")
+    revocations.read()
     return 0
 
 

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     rule: Rule
     is_parameter: bool
     is_asked: bool  # whether the module names the rule
-    is_teacher: bool = False  # whether it is a mean that moves like a parameter; its values may have any sign
+    is_teacher: bool = False  # whether it is a mean of weights, which are sent as differences
 
     @property
     def tensor(self) -> Tensor:
@@ -91,7 +91,8 @@ def find_entries(
         if rule is None:
             is_mean = is_copy(path) if is_parameter else name.startswith("running_") or is_known(path)
             rule = "mean" if is_mean and can_be_mean and bool(torch.isfinite(tensor).all()) else "first"
-        is_teacher = rule == "mean" and not name.startswith("running_") and (is_parameter or is_known(path))
+        is_weight = is_parameter or is_copy(path)
+        is_teacher = rule == "mean" and is_weight and not name.startswith("running_")
         entries.append(Entry(path, owner, name, rule, is_parameter, key != "", is_teacher))
     if unknown := [key for key, _ in asked if key not in used]:
         raise ValueError(

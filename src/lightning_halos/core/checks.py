@@ -57,15 +57,17 @@ def check_switch(name: str, value: Any) -> None:
 def check_optimizer(name: str, factory: Any) -> None:
     """Checks that a value is ``None`` or a function that makes an optimizer of the parameters that it is given.
 
+    The function is called with a parameter of one element. What it raises is ignored, as it may need others.
+
     Raises:
         TypeError: If it is another value, or returns one.
         ValueError: If a server cannot use its optimizer.
     """
+    if factory is None:
+        return
     from torch import nn, zeros  # here, because some commands check their arguments and do not need torch
     from torch.optim import Optimizer
 
-    if factory is None:
-        return
     is_other_class = isinstance(factory, type) and not issubclass(factory, Optimizer)
     if isinstance(factory, Optimizer) or is_other_class or not callable(factory):
         shown = getattr(factory, "__name__", type(factory).__name__)
@@ -76,7 +78,7 @@ def check_optimizer(name: str, factory: Any) -> None:
     parameters = [nn.Parameter(zeros(1))]
     try:
         optimizer = factory(parameters)
-    except Exception:  # it may need the module's own parameters, with which it is called again
+    except Exception:
         return
     check_made(name, optimizer, parameters)
 
@@ -98,8 +100,8 @@ def check_made(name: str, optimizer: Any, parameters: Iterable[Any]) -> None:
     kind = type(optimizer)
     if {id(p) for group in optimizer.param_groups for p in group["params"]} != {id(p) for p in parameters}:
         raise ValueError(
-            f"{name} returns an optimizer of other parameters than those that it is given, so that the model would not"
-            f" train. Pass them on: `lambda params: {kind.__name__}(params, ...)`."
+            f"{name} returns an optimizer of other parameters than those that it is given, or of some of them, so that"
+            f" the model would not train. Pass all of them on: `lambda params: {kind.__name__}(params, ...)`."
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

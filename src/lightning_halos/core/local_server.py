@@ -154,7 +154,7 @@ class LocalServer(ParameterServer):
     def merge(self, reply: GlobalModel) -> None:
         """Merges the global server's answer to the unanswered update. Its vector is not kept.
 
-        What pushes have moved teachers by during the exchange is part of the next update.
+        As published, no update has what pushes change during the exchange. Of teachers, the next one has it.
         """
         base, vector = self._base, reply.vector
         assert base is not None

@@ -22,7 +22,7 @@ _MOST_UNCOVERED = 2**18  # reports of a member whose updates have not arrived
 _MOST_RANGES = 2**14  # of data in a report
 _MOST_HELD = 2**16  # ranges of data that a member that joins may hold
 _MOST_PUBLISHED = 1000  # steps of plateau schedulers in a publication
-_MOST_METRICS, _MOST_CHARACTERS = 2**16, 2**22  # metrics in a publication, and characters of their names together
+_MOST_METRICS, _MOST_CHARACTERS = 2**16, 2**21  # metrics in a publication, and characters of their names together
 
 
 def check(holds: bool, member: Member, message: Message) -> None:

@@ -93,7 +93,8 @@ class ModelVector:
         shapes: Shapes of the parameters in the vector. Complex parameters have a last dimension of 2, and parts of
             parameters are flat.
         complete_shapes: Shapes of the parameters in the canonical vector.
-        lossless: Whether the module holds its parameters in ``dtype``, so that :meth:`write` does not round.
+        lossless: Whether the module holds its parameters and teachers in ``dtype``, so that :meth:`write` does not
+            round.
         num_parameters: Elements of this process's vector that belong to parameters.
         num_teachers: Elements behind them of teachers: averaged tensors of which differences are sent.
         num_elements: Elements of this process's vector.
@@ -349,7 +350,7 @@ class ModelVector:
             tensors[index].copy_(flat.view(tensors[index].shape))
 
     def _runs(self, vector: Tensor, staged: dict[int, Tensor] | None = None) -> Iterator[Run]:
-        """Divides the vector into runs of about ``PART`` elements. No run has tensors of two kinds."""
+        """Divides the vector into runs of about ``PART`` elements. A run has only parameters, teachers, or others."""
         ends = (self.num_parameters, self.num_parameters + self.num_teachers, self.num_elements)
         tensors: list[Tensor] = []
         parts: list[Tensor] = []

@@ -43,7 +43,7 @@ class Entrance:
         self._keys = keys
         self._note = note
         self._revocations = Revocations(directory / REVOKED)
-        self._is_readable = True
+        self._fault = ""  # of the list, as it was noted last
         self._changed = self._changed_at()
         self._reminded_at = -math.inf  # by `time.time`
         own = read_keys(keys)
@@ -63,23 +63,28 @@ class Entrance:
             self._revocations.check(certificate)
         except CertificateRefusedError as error:
             return str(error)
-        except OSError as error:
-            if self._is_readable:
-                self._note(
-                    f"The list of revoked names cannot be read. Members stay, and nobody else is let in: {error}"
-                )
-            self._is_readable = False
-        else:
-            self._is_readable = True
+        except OSError:  # nobody knows; :meth:`renew` notes why
+            pass
         return None
 
     def renew(self) -> None:
-        """Uses the server's keys from now on if their file was replaced, and reminds of it before they expire."""
+        """Uses the server's keys from now on if their file was replaced, and reminds of it before they expire.
+
+        It also notes what is wrong with the list of revoked names.
+        """
         changed = self._changed_at()
         if changed not in (self._changed, None):
             self._changed = changed
             self._replace_keys()
         self._remind(time.time())
+        fault = ""
+        try:
+            self._revocations.read()
+        except OSError as error:
+            fault = str(error)
+        if fault and fault != self._fault:
+            self._note(f"The list of revoked names cannot be used. Members stay, and nobody else is let in: {fault}")
+        self._fault = fault
 
     def close(self) -> None:
         """Lets nobody else in."""
@@ -90,7 +95,7 @@ class Entrance:
             self._revocations.check(certificate)
         except OSError:
             raise CertificateRefusedError(
-                f"the server cannot read its list of revoked names, so it lets nobody in; see {self._revocations.path}",
+                f"the server lets nobody in until its list of revoked names, {self._revocations.path}, is put right",
                 for_good=False,
             ) from None
 

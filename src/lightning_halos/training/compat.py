@@ -61,7 +61,7 @@ WEIGHT_AVERAGING: tuple[type[pl.Callback], ...] = (
     (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()  # since Lightning 2.6
 )
 """The base of the callbacks that average weights, for ``isinstance``."""
-KEEPING_AVERAGES: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+AVERAGING_CALLBACKS: tuple[type[pl.Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
 """All callbacks that keep an average of the weights."""
 
 

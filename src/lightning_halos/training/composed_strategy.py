@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from lightning_halos.core.sharding import find_shards, local
 from lightning_halos.training.compat import (
-    KEEPING_AVERAGES,
+    AVERAGING_CALLBACKS,
     MultiProcessingLauncher,
     evaluation_loops,
     find_trainer,
@@ -101,7 +101,7 @@ def refuse_averages_of_parts(trainer: pl.Trainer, inner: InnerStrategy) -> None:
     Raises:
         ValueError: If there are any.
     """
-    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, KEEPING_AVERAGES)]
+    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING_CALLBACKS)]
     if names and not isinstance(inner, DDPStrategy):
         raise ValueError(
             f"{names[0]} keeps a copy of the complete module, but inner=<{type(inner).__name__}> divides the module"
@@ -162,7 +162,7 @@ class ComposedStrategy(ConnectedStrategy):
             self.inner.model = model
 
     @property
-    def _innermost(self) -> Any:
+    def _inner_or_own(self) -> Any:
         """The inner strategy; in a worker of one process, what this one inherits."""
         return self.inner or super()
 
@@ -299,10 +299,10 @@ class ComposedStrategy(ConnectedStrategy):
                 launcher.complete_state = self.lightning_module_state_dict() if is_first else {}
 
     def tensor_init_context(self, empty_init: bool | None = None) -> Any:
-        return self._innermost.tensor_init_context(empty_init)
+        return self._inner_or_own.tensor_init_context(empty_init)
 
     def model_sharded_context(self) -> Any:
-        return self._innermost.model_sharded_context()
+        return self._inner_or_own.model_sharded_context()
 
     def on_exception(self, exception: BaseException) -> None:
         if self.inner is not None:
@@ -311,25 +311,25 @@ class ComposedStrategy(ConnectedStrategy):
     # ------------------------------------------------------------------ steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._innermost.training_step(*args, **kwargs)
+        return self._inner_or_own.training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._innermost.validation_step(*args, **kwargs)
+        return self._inner_or_own.validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._innermost.test_step(*args, **kwargs)
+        return self._inner_or_own.test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._innermost.predict_step(*args, **kwargs)
+        return self._inner_or_own.predict_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        self._innermost.pre_backward(closure_loss)
+        self._inner_or_own.pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        self._innermost.post_backward(closure_loss)
+        self._inner_or_own.post_backward(closure_loss)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return self._innermost.optimizer_step(optimizer, closure, model, **kwargs)
+        return self._inner_or_own.optimizer_step(optimizer, closure, model, **kwargs)
 
     # ------------------------------------------------------------------ state
 
@@ -342,18 +342,18 @@ class ComposedStrategy(ConnectedStrategy):
         return True if self.inner is None else self.inner.lightning_restore_optimizer
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._innermost.lightning_module_state_dict()
+        state: dict[str, Any] = self._inner_or_own.lightning_module_state_dict()
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        state: dict[str, Any] = self._innermost.optimizer_state(optimizer)
+        state: dict[str, Any] = self._inner_or_own.optimizer_state(optimizer)
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._innermost.load_model_state_dict(checkpoint, strict)
+        self._inner_or_own.load_model_state_dict(checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        self._innermost.load_optimizer_state_dict(checkpoint)
+        self._inner_or_own.load_optimizer_state_dict(checkpoint)
 
     def clear_optimizers(self) -> None:
         """Clears the history of optimizers that :meth:`load_checkpoint` has given rank 0's state."""

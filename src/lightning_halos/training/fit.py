@@ -23,7 +23,7 @@ from lightning_halos.training.agreement import Agreement
 from lightning_halos.training.callback_states import put_states, states_as_text
 from lightning_halos.training.common_stop import CommonStop
 from lightning_halos.training.compat import (
-    KEEPING_AVERAGES,
+    AVERAGING_CALLBACKS,
     WEIGHT_AVERAGING,
     average_of,
     replace_metrics,
@@ -160,7 +160,7 @@ class Fit:
         self.restore()
         self.loop.refuse_fit_without_steps(self.start.site.collectives)
         start = self.start
-        may_differ = any(isinstance(callback, KEEPING_AVERAGES) for callback in callbacks_of(self.trainer))
+        may_differ = any(isinstance(callback, AVERAGING_CALLBACKS) for callback in callbacks_of(self.trainer))
         assert self._final_model is not None
         self._final_model.adopt(may_differ)
         for callback in callbacks_of(self.trainer):

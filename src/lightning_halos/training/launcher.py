@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,24 @@ class FunctionLauncher(MultiProcessingLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         strategy: Any = trainer.strategy if trainer is not None else None
         if strategy is not None:
-            if is_store_port(int(os.environ.get("MASTER_PORT", 0))):  # of an earlier fit in this process
-                os.environ["MASTER_PORT"] = str(unused_port())
             choose_port(strategy.cluster_environment)
         _prepare(trainer)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        with _other_port_than_this_process():
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+@contextmanager
+def _other_port_than_this_process() -> Iterator[None]:
+    """Sets another ``MASTER_PORT`` for a ``with`` block, if an earlier fit in this process has the present one."""
+    before = os.environ.get("MASTER_PORT", "0")
+    if not is_store_port(int(before)):
+        yield
+        return
+    os.environ["MASTER_PORT"] = str(unused_port())
+    try:
+        yield
+    finally:
+        os.environ["MASTER_PORT"] = before
 
 
 class SimulationLauncher(FunctionLauncher):

@@ -39,7 +39,7 @@ from lightning_halos.core.messages import (
 from lightning_halos.core.sharding import complete
 from lightning_halos.core.snapshot import Shard
 from lightning_halos.core.vector import ModelVector
-from lightning_halos.training.compat import KEEPING_AVERAGES, epochs_of_training
+from lightning_halos.training.compat import AVERAGING_CALLBACKS, epochs_of_training
 from lightning_halos.training.server_settings import ServerSettings, numbers_of_global_optimizer
 from lightning_halos.training.shared_data import SharedData
 from lightning_halos.training.trainer_adapter import callbacks_of
@@ -400,7 +400,7 @@ def refuse_averages(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: If there are any.
     """
-    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, KEEPING_AVERAGES)]
+    names = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING_CALLBACKS)]
     if names:
         raise ValueError(
             f"{names[0]} keeps an average in one process, which would be lost when another job decides, and which no"

@@ -189,7 +189,7 @@ class TrainerAdapter:
         self._no_validation.undo(self.trainer)
 
     def hold_stop(self) -> None:
-        """Keeps the Trainer from stopping before its next batch ends, if it was asked to stop and trains on."""
+        """Keeps the Trainer from stopping before its next batch ends, unless the run has finished."""
         if not self._has_finished and self.trainer.should_stop:
             self._holds_stop, self.trainer.should_stop = True, False
 

@@ -73,6 +73,7 @@ class WorkerLoop(Callback):
         # The vector that the next push is relative to; `None` while a push is unanswered.
         self._memory = start.memory if state.get("memory") is None else state["memory"]
         self._trains_on = isinstance(start.algorithm, ServerAlgorithm) and start.algorithm.overlap
+        self._averages_gradients = start.algorithm.averages_gradients
         self._has_answer = False
         self._wire = WorkerWire(world.wire, start.vector.num_parameters, start.vector.dtype)
         self._wire.load_state_dict(state)
@@ -185,7 +186,7 @@ class WorkerLoop(Callback):
         self.round.count(stepped, seconds)
         if self._world.is_simulated and self._is_rank_0:
             self._random = random_state()
-        if self._agree(self._lightning.wants_to_stop(self.round.position)):
+        if self._agree(self._wants_to_stop(stepped > 0)):
             self.finish(stop=True)
         elif self._lightning.is_last_batch or self._preemption.leaves:
             self.finish(stop=False)
@@ -196,6 +197,14 @@ class WorkerLoop(Callback):
                 self._next_round()
             self._follow_run()
         self.stopwatch.restart()
+
+    def _wants_to_stop(self, stepped: bool) -> bool:
+        """Whether the run has to stop after this batch. Workers that average gradients meet in batches with a step."""
+        wants = self._lightning.wants_to_stop(self.round.position)
+        if wants and self._averages_gradients and not stepped:
+            self._lightning.hold_stop()
+            return False
+        return wants
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A simulation that resumes from the batch before this validation skips it, so it must not change random states.

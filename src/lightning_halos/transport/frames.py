@@ -10,7 +10,7 @@ import struct
 
 from lightning_halos.transport.errors import ProtocolVersionError
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of the protocol between processes. Raise it when a message or the format of a frame changes."""
 
 MOST_BYTES = 2**24

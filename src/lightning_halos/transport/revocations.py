@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,6 +34,7 @@ class Revocations:
         self.path = Path(path)
         self._read_as: tuple[int, int, int] | None = None
         self._until: dict[str, datetime] = {}
+        self._fault = ""
 
     def add(self, name: str, until: datetime | None = None) -> None:
         """Refuses a name's certificates that were issued up to a time (default: now). A later one is accepted."""
@@ -57,6 +57,7 @@ class Revocations:
         self._read_changes()
         until = self._until.get(certificate.name)
         if until is None or certificate.start > until:
+            self._raise_fault()
             return
         what = f"the certificate of {certificate.name} (number {certificate.serial}) is revoked: {self.path} has "
         if until == _FOREVER:
@@ -66,39 +67,56 @@ class Revocations:
             f"where the authority is: lightning-halos keys region FOLDER {certificate.name} --replace"
         )
 
+    def read(self) -> None:
+        """Reads the file if it has changed.
+
+        Raises:
+            OSError: If it cannot be read, or a line of it is not understood.
+        """
+        self._read_changes()
+        self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        if self._fault:
+            raise OSError(self._fault)
+
     def _read_changes(self) -> None:
         try:
             found = self.path.stat()
         except FileNotFoundError:
-            self._read_as, self._until = None, {}
+            self._read_as, self._until, self._fault = None, {}, ""
             return
         read_as = (found.st_mtime_ns, found.st_size, found.st_ino)
         if read_as == self._read_as:
             return
-        until: dict[str, datetime] = {}
-        for name, end in self._lines():
-            until[name] = max(end, until.get(name, _NEVER))
+        until, fault = _read(self.path)
         # A change within the resolution of the file's time would not be seen: it is read again until it is older.
         is_settled = time.time_ns() - found.st_mtime_ns > _RESOLUTION_NS
-        self._until = until  # before another thread believes that it is read
+        self._until, self._fault = until, fault  # before another thread believes that it is read
         self._read_as = read_as if is_settled else None
 
-    def _lines(self) -> Iterator[tuple[str, datetime]]:
-        """Yields the name in each line, and its time; for a name without one, the end of time."""
+
+def _read(path: Path) -> tuple[dict[str, datetime], str]:
+    """Returns the names with their times, for one without a time the end of time, and what is wrong with the file."""
+    until: dict[str, datetime] = {}
+    fault = ""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        return {}, f"{path} is not a text in UTF-8. Save it as one."
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise OSError(f"{self.path} is not a text in UTF-8. Save it as one.") from None
-        for number, line in enumerate(lines, 1):
-            words = line.partition("#")[0].split()
-            try:
-                if words:
-                    name, until = words if len(words) == 2 else (*words, "")
-                    check_name(name)
-                    end = datetime.strptime(until, _TIME).replace(tzinfo=timezone.utc) if until else _FOREVER
-                    yield name, end
-            except ValueError:
-                raise OSError(
-                    f"{self.path}, line {number}, is {line.strip()[:_SHOWN]!r}. It must be a region's name, or its name"
-                    " and a time, like 'us-east 2026-11-27T14:51:05Z'."
-                ) from None
+            name, text = words if len(words) == 2 else (*words, "")
+            check_name(name)
+            end = datetime.strptime(text, _TIME).replace(tzinfo=timezone.utc) if text else _FOREVER
+        except ValueError:
+            fault = fault or (
+                f"{path}, line {number}, is {line.strip()[:_SHOWN]!r}. It must be a region's name, or its name and a"
+                " time, like 'us-east 2026-11-27T14:51:05Z'."
+            )
+        else:
+            until[name] = max(end, until.get(name, _NEVER))
+    return until, fault
