@@ -64,7 +64,11 @@ class Save:
 
 
 class Saves:
-    """Completes saves and removes the checkpoints that they replace."""
+    """Completes saves and removes the checkpoints that they replace.
+
+    Attributes:
+        writer: The background writer of this process.
+    """
 
     def __init__(self) -> None:
         self.writer = Writer()

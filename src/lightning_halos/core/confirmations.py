@@ -10,7 +10,11 @@ from lightning_halos.core.roster import Roster
 
 
 class Confirmations:
-    """The snapshots that have begun and are not on disk yet."""
+    """The snapshots that have begun and are not on disk yet.
+
+    Args:
+        members: The members.
+    """
 
     def __init__(self, members: Roster) -> None:
         self._members = members

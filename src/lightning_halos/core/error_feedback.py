@@ -25,6 +25,7 @@ class ErrorFeedback:
         dtype: The dtype of updates.
 
     Attributes:
+        format: The format.
         residual: The residual, of shape (parameters,).
     """
 

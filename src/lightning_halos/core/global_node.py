@@ -69,6 +69,7 @@ class GlobalNode(Node[GlobalState, GlobalEvent]):
         formats: The format of models to each local server, by its index. Default: they travel as they are.
 
     Attributes:
+        server: The global server.
         counters: Counters of each local server, by its index.
         shadows: What each local server has of the global model, if it is sent differences. It is no part of the state.
     """

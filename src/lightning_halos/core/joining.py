@@ -34,6 +34,7 @@ class Joining:
     Args:
         session: A random text, which no other process has.
         workers: Number of the member's workers.
+        description: What the run is.
         model: Returns the initial model, which the receiver may overwrite. Called only if it is needed.
 
     Attributes:

@@ -32,6 +32,7 @@ class Leasing:
       returned or are lost. Otherwise data could be leased twice.
 
     Args:
+        description: What the run is.
         members: The members. Their leases are in their records.
         done: Data in reports.
         awaited: Members that have not returned since the restart of the global server.

@@ -80,7 +80,9 @@ class Member:
 
     Attributes:
         name: Its name, by its certificate.
+        index: Its index.
         first: Workers of the members that have enrolled before it.
+        state: Its state.
         counters: Counters for monitoring, of all its sessions.
         begins: The epoch with which its process begins.
         epochs: Epochs that its workers have finished, by worker, as far as they have reported.

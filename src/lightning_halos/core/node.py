@@ -37,6 +37,8 @@ class Node(ABC, Generic[S, E]):
 
     Attributes:
         server: The server; ``None`` if the node has none.
+        state: The state of the node.
+        budget: The step budget.
     """
 
     server: ParameterServer | None

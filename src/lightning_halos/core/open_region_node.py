@@ -62,6 +62,7 @@ class OpenRegionNode(RegionNode):
         formats: See :class:`RegionNode`.
 
     Attributes:
+        session: The session.
         is_connected: Whether the global server hears this node.
         decides: Whether this member's rank 0 decides.
     """

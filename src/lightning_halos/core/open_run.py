@@ -37,10 +37,16 @@ class OpenRun(Node[GlobalState, OpenEvent]):
     Args:
         run: A random text, which no other run has.
         model: The initial model. The server owns it from here on.
+        description: What the run is.
         workers: Number of workers that a global step is divided by.
         members: The members; those that are joining are welcomed by :meth:`start`.
         preferred: Name of the member that decides if it is active.
         patience: Seconds that the others wait, at least, for a member that is connected; see :class:`Patience`.
+
+    Attributes:
+        run: As above.
+        server: The global server.
+        description: What the run is.
     """
 
     server: GlobalServer

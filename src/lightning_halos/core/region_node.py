@@ -69,6 +69,7 @@ class RegionNode(Node[RegionState, RegionEvent]):
         formats: The format of vectors on the link to each peer, by its address. Default: they travel as they are.
 
     Attributes:
+        server: The local server.
         traffic: Bytes that the server's links have carried inside its region and to other regions. The driver updates
             it.
         first_version: Version of the model that the workers' first rounds start from.

@@ -24,7 +24,9 @@ class Reslicing:
     """Takes the states of the old lanes, one after another, so that only one of them need be in memory.
 
     Args:
-        lane: The lane of the new layout.
+        old: The old layout.
+        new: The new layout.
+        lane: The lane in it.
         shapes: Shapes of the parameters, or of this lane's pieces of them, in the new servers.
 
     Attributes:

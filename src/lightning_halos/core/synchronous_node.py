@@ -25,6 +25,8 @@ class SynchronousNode:
         budget: The step budget, which the node updates.
 
     Attributes:
+        server: The server.
+        budget: The step budget.
         version: Number of rounds in the model.
         finished: Global ranks of the workers that have finished.
     """

@@ -24,6 +24,7 @@ class Entrance:
     Args:
         address: The address to listen on.
         keys: The file of the server's keys. It may be replaced while the server runs.
+        directory: The run's directory.
         admit: Called with each authenticated peer.
         note: Called with a sentence about what an operator should know.
 

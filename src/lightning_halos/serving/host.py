@@ -71,6 +71,7 @@ class RunHost:
     """Hosts the node of a run, and serves its clients.
 
     Args:
+        node: The node of a run, or of its founding.
         liveness: Seconds of silence after which a member is lost.
         status: Returns the text for who asks for the status.
 

@@ -99,6 +99,11 @@ class RunServer:
 
     Args:
         directory: The run's directory. If it has a snapshot, the run goes on from there.
+        rules: What the operator decides.
+
+    Attributes:
+        host: The host of the run's node.
+        reporter: Describes the run.
 
     Raises:
         CheckpointError: If the directory's snapshots cannot be used.

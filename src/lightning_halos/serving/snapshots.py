@@ -29,6 +29,8 @@ class SnapshotWriter:
     the last one took; and at once when a message waits for it. One that could not be written is tried again.
 
     Args:
+        host: The host.
+        directory: The run's directory.
         every: Number of updates.
         summary: Returns what the small file beside a snapshot tells.
 

@@ -36,7 +36,14 @@ class _Sample(NamedTuple):
 
 
 class Reporter:
-    """Describes a run."""
+    """Describes a run.
+
+    Args:
+        host: The host of the run's node.
+        snapshots: Writes its snapshots.
+        directory: The run's directory.
+        min_regions: Members that the run needs.
+    """
 
     def __init__(self, host: RunHost, snapshots: SnapshotWriter, directory: Path, min_regions: int) -> None:
         self._host = host

@@ -38,6 +38,9 @@ class RunDirectory:
     Args:
         path: The directory. It is created if it does not exist.
 
+    Attributes:
+        path: The directory.
+
     Raises:
         ValueError: If another server uses it.
         OSError: If it cannot be created.

@@ -25,6 +25,7 @@ class Timing:
     """The durations on a cluster.
 
     Args:
+        cluster: The cluster.
         message_bytes: Bytes of a message that contains a model as it is.
         plain_bytes: Bytes among them that are not parameters, and have no other format.
         itemsize: Bytes of an element of the model.

@@ -21,6 +21,9 @@ T = TypeVar("T")
 class Agreement:
     """Asks the processes of this worker.
 
+    Args:
+        site: This process's place and connections.
+
     Attributes:
         is_needed: Whether the worker has several processes.
     """

@@ -20,6 +20,9 @@ class CommonStop:
     """Changes the Trainer's loops for one fit, if that is needed.
 
     Args:
+        lightning: The Trainer's adapter.
+        agreement: Asks the other processes of the worker.
+        preemption: Knows whether the run has to end.
         in_batches: Whether a worker may only stop at the end of a batch.
     """
 

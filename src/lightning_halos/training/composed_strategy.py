@@ -53,6 +53,7 @@ class WorkerEnvironment(ClusterEnvironment):
 
     Args:
         environment: That of all processes.
+        site: This process's place.
     """
 
     def __init__(self, environment: ClusterEnvironment, site: Site) -> None:

@@ -46,6 +46,7 @@ class DefaultGroup:
     process ends, as with Lightning's DDP, because some hooks run after the strategy's teardown.
 
     Args:
+        site: This process's place and connections.
         mode: Returns what a collective does now.
         backend: Backend of torch's own group of this worker's processes; ``None`` if it needs none.
     """

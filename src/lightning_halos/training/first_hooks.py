@@ -27,6 +27,10 @@ class FirstHooks(Callback):
     """Comes before the user's callbacks.
 
     Args:
+        loop: The worker's loop.
+        lightning: The Trainer's adapter.
+        metrics: Rank 0's first metrics.
+        site: This process's place and connections.
         version: Returns the number of updates in the global model. On the first worker.
         publish_plateaus: Sends what this process's plateau schedulers have done since the last call.
         end: Called when all workers have the final model, before any hook sees the end of training.

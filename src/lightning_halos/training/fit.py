@@ -49,9 +49,12 @@ class Fit:
     """One fit.
 
     Args:
+        start: The state from which the fit starts.
+        world: The world that the worker trains in.
         grace_time: Seconds after SIGTERM that saving a checkpoint may take.
 
     Attributes:
+        lightning: The Trainer's adapter.
         worker_model: This worker's own model, while the module has the global model.
         is_training: Whether each worker trains on its own: from the end of :meth:`begin` until :meth:`stop`.
         is_over: Whether the world is closed.

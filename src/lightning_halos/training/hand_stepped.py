@@ -24,6 +24,7 @@ class _Scheduler:
     """A scheduler that the module steps.
 
     Attributes:
+        scheduler: The scheduler.
         kind: Its class, which is replaced during the fit.
         first: Its steps that do not follow the global step: those before the fit, and those between batches.
         calls: How often the module stepped it in batches of this fit.
@@ -52,6 +53,7 @@ class HandStepped:
 
     Args:
         trainer: The Trainer, at the start of training.
+        counter: Counts the worker's steps.
         position: Global step at which the run starts.
     """
 

@@ -82,6 +82,10 @@ class Entry:
 class Membership:
     """The membership. Making it enrols the job, so all its workers must do so together.
 
+    Args:
+        settings: The global server.
+        site: This process's place in the job.
+
     Attributes:
         session: Identity of this life of the job.
         workers: Number of workers by which local steps are divided to count global steps.
@@ -223,7 +227,12 @@ class Membership:
 
 
 class Slices:
-    """Moves the slices of a model between the lanes of the first worker, when they are in step."""
+    """Moves the slices of a model between the lanes of the first worker, when they are in step.
+
+    Args:
+        site: This process's place.
+        layout: The slices.
+    """
 
     def __init__(self, site: Site, layout: Layout) -> None:
         self._collectives = site.collectives_among(site.worker_processes[: site.lanes])
@@ -291,8 +300,10 @@ class JoiningParty:
 
     Args:
         node: Says what to send.
+        connection: The connection.
 
     Attributes:
+        node: As above.
         early: Other messages that have arrived on the present connection, for the region's server.
         is_ready: Is set when the job has joined and has the global model.
     """

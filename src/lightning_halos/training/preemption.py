@@ -42,6 +42,7 @@ class Preemption:
     """Handles SIGTERM in one process during one fit.
 
     Args:
+        trainer: The Trainer.
         alarm: Passes the preemption on to the peers.
         grace_time: Seconds from the signal until rank 0 abandons the save. Other processes wait 3 seconds longer.
         saves: The record of saves; ``None`` on processes other than rank 0.
@@ -241,6 +242,7 @@ class Departure(Preemption):
     The processes end when they have an answer, or when the grace time is over.
 
     Args:
+        trainer: The Trainer.
         alarm: Passes the preemption on to the job's other processes.
         grace_time: Seconds from the signal until a process ends without an answer.
         is_together: As in :class:`Preemption`.

@@ -66,6 +66,7 @@ class FinalModel:
 
     Args:
         collectives: Collectives over all processes.
+        module: The module.
         entries: Its buffers and frozen parameters. Local ones stay each worker's own.
         shards: ``id`` of parameters that are divided among the processes of a worker.
         of_lane: Collectives over the processes that have the same parts of them.

@@ -60,12 +60,14 @@ class Shards:
     """Saves and loads the checkpoints of one process.
 
     Args:
+        site: This process's place and connections.
         run: Name of the algorithm, for the manifest.
         has_server_shards: Whether local servers have shards of their own. In a simulation one shard has all servers.
 
     Attributes:
         resume: The state from which the next fit resumes.
         ended: The state of the last fit; ``None`` if there was none, or it failed.
+        saves: The record of saves.
     """
 
     def __init__(self, site: Site, run: str, has_server_shards: bool) -> None:

@@ -122,6 +122,7 @@ class SharedSampler(Sampler[int]):
 
     Args:
         sampler: The replaced sampler, which determines the shuffling.
+        leases: The worker's leases.
         step_samples: Samples per local step.
         samples: Samples of an epoch that are used, which may be fewer than the dataset has.
         share: Which samples of the worker's batches are this process's.

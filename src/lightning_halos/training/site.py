@@ -39,6 +39,7 @@ class Site:
     Attributes:
         rank: Index of this process's worker.
         size: Number of workers.
+        process: Global rank of this process.
         processes: Number of processes of all workers.
         lane: Number of this process inside its worker.
         lanes: Number of slices of the model. If the lane is not below it, this process carries none.

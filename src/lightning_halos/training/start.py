@@ -43,8 +43,11 @@ class Start:
     """The state from which a fit starts. Making it compares the workers' modules, so all workers must do so together.
 
     Args:
+        site: This process's place and connections.
+        algorithm: The algorithm.
         trainer: The Trainer, at the start of training.
         resume: The state to resume from; ``None`` for a new run.
+        saves: The record of saves.
         membership: The job's membership in a run of several jobs; ``None`` if this job is the complete run.
 
     Attributes:

@@ -48,6 +48,8 @@ class TrainerAdapter:
         has_entered: Whether the Trainer's counters were set to those of a run that it joins, with new schedulers.
 
     Attributes:
+        trainer: The Trainer.
+        schedulers: Its learning-rate schedulers.
         steps_per_batch: Optimizer steps per batch under manual optimization, where there may be several.
         validated: Global step of the last validation that was scheduled, by this process or by one before it.
     """

@@ -35,6 +35,7 @@ class GlobalAverage:
     """Changes a callback for one fit.
 
     Args:
+        callback: The callback.
         global_step: The global step at the start of the fit.
         source: Returns the global model, given the module.
     """
@@ -76,6 +77,7 @@ class GlobalStochasticAverage:
     """Changes a ``StochasticWeightAveraging`` callback for one fit.
 
     Args:
+        callback: The callback.
         source: Returns the global model, given the module.
     """
 

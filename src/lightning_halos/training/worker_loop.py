@@ -49,7 +49,16 @@ from lightning_halos.transport.link import wait_all
 class WorkerLoop(Callback):
     """Runs one worker's rounds.
 
+    Args:
+        start: The state from which the fit starts.
+        world: The world that the worker trains in.
+        lightning: The Trainer's adapter.
+        preemption: Handles SIGTERM.
+        first_metrics: Rank 0's first metrics.
+        agreement: Asks the other processes of the worker.
+
     Attributes:
+        round: The worker's round.
         finished: Whether the final model is loaded.
         final_model: The final global model, which an average may have replaced in the module.
         stopwatch: Measures how long this worker computes.

@@ -65,6 +65,7 @@ class Keys:
 
     Attributes:
         path: The file: a private key, its certificate, and the certificates of the authorities that are trusted.
+        certificate: The party's certificate.
         authorities: The authorities' certificates as PEM text.
         authority: The start of the first authority's fingerprint (SHA-256), to compare two files by eye.
     """

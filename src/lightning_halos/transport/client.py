@@ -44,6 +44,7 @@ class WorkerClient:
 
     Args:
         link: Link to the local server.
+        alarm: The alarm to report failures to.
         timeout: Seconds of silence after which a peer counts as lost; see :func:`progress_limit`.
         interrupted: Called several times a second while waiting; may raise.
 

@@ -63,6 +63,7 @@ class Collectives:
     Args:
         regions: Ranks of the workers of each region. The lowest of each is the region's leader, and the lowest of all
             is the center.
+        rank: This worker's rank.
         store: A store of the workers for these collectives alone.
         interrupted: Called several times a second while waiting; may raise.
         describe: Returns the name of a worker for errors, by its rank.

@@ -40,7 +40,14 @@ def threads_beside(processes: int) -> int:
 
 
 class ComputeThreads:
-    """A pool of threads. They are daemons, and end when nobody refers to the pool any more."""
+    """A pool of threads. They are daemons, and end when nobody refers to the pool any more.
+
+    Args:
+        number: Number of threads.
+
+    Attributes:
+        number: Number of threads.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -40,6 +40,7 @@ class Connection:
         tls: The socket. It becomes non-blocking, and only the connection may use it from now on.
 
     Attributes:
+        tls: The socket.
         sent: Bytes that were sent, without the overhead of TLS.
         received: Bytes that were received, without the overhead of TLS.
         heard: Time of the last arrival of bytes, by ``time.monotonic``; ``None`` before the first.

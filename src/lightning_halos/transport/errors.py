@@ -15,6 +15,7 @@ class ServerRefusedError(ServerUnreachableError):
     """The global server, or what answers in its place, was reached, and trying again would not help.
 
     Args:
+        text: The message.
         is_answer: Whether the server itself has refused for good. Otherwise somebody may mend the reason, such as a
             wrong certificate of the server.
     """
@@ -36,6 +37,7 @@ class CertificateRefusedError(RuntimeError):
     """A peer's certificate is valid, but revoked. The message says by what, and the remedy.
 
     Args:
+        text: The message.
         for_good: Whether trying again does not help; not so if the server cannot find out whether it is revoked.
     """
 

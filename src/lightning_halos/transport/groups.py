@@ -113,6 +113,9 @@ def listening_host(store: Store) -> str:
 
     It is that of the interface in ``GLOO_SOCKET_IFNAME``, else the address from which this process reaches the store.
 
+    Args:
+        store: The store of all processes.
+
     Raises:
         ValueError: If the interface does not exist.
     """
@@ -222,9 +225,11 @@ class Groups:
 
     Args:
         store: The store of all processes.
+        topology: The regions and servers.
         rank: Index of this process's worker.
         timeout: Limit for connecting, in seconds.
         interrupted: Called several times a second while connecting; may raise.
+        lane: Lane of this process in its worker.
         lanes: Number of lanes. Each has pairs of its own between the workers.
     """
 

@@ -53,6 +53,8 @@ class Host(Generic[N]):
     """A node and the links to its peers.
 
     Args:
+        node: The node.
+        alarm: The alarm to report failures to.
         store: Writes the node's part of a snapshot.
         forward: Called with the message that a part of a snapshot has been written.
         lanes: The links to the other processes of the worker; ``None`` if it has one lane.
@@ -217,6 +219,8 @@ class RegionHost(Host[RegionNode]):
     server's memory does not grow with its number of workers.
 
     Args:
+        node: The node.
+        alarm: The alarm to report failures to.
         near: Addresses of the peers in the server's region, for counting bytes.
         store: Writes the node's part of a snapshot.
         lanes: See :class:`Host`, like ``compute``.

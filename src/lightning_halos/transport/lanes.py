@@ -68,7 +68,9 @@ class Lanes:
     """The links of one process with the other processes of its worker.
 
     Args:
+        lane: This process's lane.
         links: On lane 0, the link to each other lane; on the others, that to lane 0.
+        alarm: The alarm to report failures to.
         written: On lane 0, called when another lane of this worker reports that it has written a shard.
     """
 
@@ -133,7 +135,13 @@ class Lanes:
 
 
 class HostLane(ABC):
-    """One lane of a host."""
+    """One lane of a host.
+
+    Args:
+        number: Number of the host.
+        host: The host.
+        lanes: The links between the lanes.
+    """
 
     def __init__(self, number: int, host: Served, lanes: Lanes) -> None:
         self.number = number

@@ -92,6 +92,7 @@ class Listener:
 
     Args:
         address: Where to listen. An empty host means all addresses of this machine, IPv4 and IPv6.
+        keys: The server's keys.
         admit: Called with the certificate of each connection, which is valid; raises
             :class:`CertificateRefusedError` to refuse it. The peer and the log get the error's text.
         authenticated: Called with each peer whose connections are complete, in the listener's thread; it must not wait.

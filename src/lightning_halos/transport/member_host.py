@@ -49,6 +49,8 @@ class MemberHost(RegionHost):
     what the global server says.
 
     Args:
+        node: The node.
+        alarm: The alarm to report failures to.
         near: As in :class:`RegionHost`.
         connection: The connection; ``None`` on other lanes than 0.
         welcome: The answer to the job's request to join.

@@ -149,7 +149,11 @@ class WorkersGroup(ProcessGroup):
     """A process group of some or all processes.
 
     Args:
+        workers: The workers of the run.
         ranks: Global ranks of the members.
+
+    Attributes:
+        ranks: The same.
     """
 
     def __init__(self, workers: Workers, ranks: Sequence[int]) -> None:

@@ -41,6 +41,8 @@ class NodeRuntime:
 
     Args:
         rank: Index of this process's worker.
+        topology: The regions and servers.
+        groups: Its process groups.
         global_node: On rank 0, the global node.
         region_node: On the leader of a local server, the server's node.
         memory: The worker's vector, or the slice of it that this process carries. Models from another process are
@@ -51,6 +53,7 @@ class NodeRuntime:
         written: Called on rank 0 when a process reports that its part of a snapshot is written.
         membership: On rank 0 of a job that is one region of a run, its connection with the global server, which only
             lane 0 has, and the answer to its request to join. The caller lets the region's host use the connection.
+        lane: Lane of this process in its worker.
         layout: The slices of the lanes. Default: there is one lane.
         describe: Returns the name of a process, given its worker and its lane. Default: the name of its worker.
         threads: Number of threads in which the servers of this process compute.
@@ -60,7 +63,10 @@ class NodeRuntime:
 
     Attributes:
         format: The format on the worker's link to its local server.
+        alarm: The alarm to report failures to.
         client: The worker's end of the link to its local server.
+        global_host: The host of ``global_node``.
+        region_host: The host of ``region_node``.
     """
 
     def __init__(

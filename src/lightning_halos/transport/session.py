@@ -19,13 +19,17 @@ class Session:
     """A connected peer.
 
     Args:
+        certificate: The peer's certificate.
         peer: Name of the peer, for error messages.
         address: The peer's address, as text.
         control: The connection for control messages.
         streams: The connections for models.
 
     Attributes:
+        certificate: The peer's certificate.
         name: The name in the certificate: the peer is who it says.
+        peer: Name of the peer, for error messages.
+        address: The peer's address, as text.
         control: The link for messages that must not wait behind models. It carries no vectors.
     """
 

@@ -33,6 +33,7 @@ class JoiningLink(Link):
 
     Args:
         models: The link to the global server.
+        layout: The slices.
         slices: The link to each other lane for its slices.
         lanes: The links for the order of what is handled.
         feedback: Rounds the updates, if the link to the global server has a narrow format: its blocks of elements are

@@ -31,6 +31,7 @@ class Star:
     Args:
         regions: Ranks of the workers of each region. The lowest of each is the region's leader, and the lowest of all
             is the center. A region may be empty.
+        rank: This worker's rank.
         store: A store of the workers for this star alone.
         timeout: Limit for any wait for another worker, in seconds.
         interrupted: Called several times a second while connecting; may raise.

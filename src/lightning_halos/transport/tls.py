@@ -44,6 +44,9 @@ _OLD_TLS = {
 def server_context(keys: Keys) -> ssl.SSLContext:
     """The global server's side: a client has to show a region's certificate of the same authority.
 
+    Args:
+        keys: The server's.
+
     Returns:
         The context for ``wrap_socket(..., server_side=True)``.
 
@@ -58,6 +61,9 @@ def server_context(keys: Keys) -> ssl.SSLContext:
 
 def client_context(keys: Keys) -> ssl.SSLContext:
     """A region's side: the server has to show the server's certificate of the same authority, for the host dialled.
+
+    Args:
+        keys: The region's.
 
     Returns:
         The context for ``wrap_socket(..., server_hostname=...)``.

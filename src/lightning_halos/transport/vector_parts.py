@@ -25,6 +25,7 @@ class VectorForm(NamedTuple):
     """The vectors on a link.
 
     Attributes:
+        elements: Number of elements.
         dtype: ``torch.float32`` or ``torch.float64``.
         format: The format in which updates and differences of models travel.
         parameters: Elements that travel in this format. They come first; the others always travel as they are.

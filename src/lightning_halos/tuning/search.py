@@ -48,7 +48,12 @@ class Search:
     """Runs trials.
 
     Args:
+        study: The study.
+        space: The search space.
+        goal: What counts.
         make: The user's function.
+        strategy: The strategy's class.
+        cluster: The cluster.
         trainer: Arguments of the trials' Trainers.
         folder: The folder for logs.
         jobs: Trials side by side.

@@ -155,6 +155,7 @@ class Space:
 
     Args:
         algorithm: The algorithm with the settings to start from. The ranges include them.
+        timing: The durations on the cluster.
         fixed: Settings that are not varied.
         kept: The settings to start from. Those that no parameter is about stay as they are.
         default: The algorithm with its default settings and the fixed ones, which the ranges include, too. Default:

@@ -60,6 +60,9 @@ class Study:
     thirds of the virtual time, one of three trials goes on (asynchronous successive halving).
 
     Args:
+        folder: The folder.
+        space: The search space.
+        goal: What counts.
         identity: What another search differs in; values that are JSON.
         seed: Of the draws.
 
@@ -303,6 +306,7 @@ class Tried:
     Attributes:
         number: In the study.
         outcome: How it ended.
+        settings: Its settings.
         values: The values that they come from.
         value: What counts, lower is better; ``None`` unless it is complete.
         curve: Its validations.

@@ -87,6 +87,8 @@ class Process:
     """A trial's process and its end of the connection. All processes that it starts are in its group.
 
     Attributes:
+        process: The process.
+        connection: To it.
         folder: Its temporary files.
         log: What it prints.
         started: When, by ``time.monotonic``.

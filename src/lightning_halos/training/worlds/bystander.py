@@ -32,6 +32,7 @@ class BystanderWorld(World):
     """A process that trains, and gets lane 0's answers. It is its own client, too.
 
     Args:
+        start: The state from which the fit starts.
         is_simulated: Whether the other processes' world is simulated.
     """
 

@@ -28,7 +28,11 @@ T = TypeVar("T")
 
 
 class LockstepWorld(World):
-    """This process's replica of the server, and its collectives. It is its worker's client, too."""
+    """This process's replica of the server, and its collectives. It is its worker's client, too.
+
+    Args:
+        start: The state from which the fit starts.
+    """
 
     answer: Pull | None = None
 

@@ -34,6 +34,7 @@ class MemberWorld(World):
 
     Args:
         start: The state from which the fit starts, whose memory and module have the global model.
+        membership: The job's membership in the run.
     """
 
     def __init__(self, start: Start, membership: Membership) -> None:

@@ -29,7 +29,12 @@ from lightning_halos.transport.link import GlooLink, Link, LoopbackLink
 
 
 class SimulatedWorld(SimulatedServers):
-    """This process's worker in a simulation, its link to rank 0 and, on rank 0, the servers."""
+    """This process's worker in a simulation, its link to rank 0 and, on rank 0, the servers.
+
+    Args:
+        start: The state from which the fit starts.
+        cluster: The cluster.
+    """
 
     is_simulated = True
 

@@ -35,7 +35,9 @@ class SimulatedServers(World):
 
     Args:
         network: The servers; ``None`` on other ranks, where nothing but ``alarm`` may be used.
+        alarm: The alarm to report failures to.
         timeout: Limit for the wait for a worker's round, in seconds.
+        saves: The record of saves.
         lane: Lane of this process in its worker.
 
     Attributes:
